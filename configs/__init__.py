@@ -1,0 +1,1 @@
+"""mtp_spec.configs."""

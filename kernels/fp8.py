@@ -1,0 +1,72 @@
+"""FP8 e4m3 with block scales, in plain torch: the reference that every kernel is compared with.
+
+Scales follow DeepSeek-V3 (2412.19437 section 3.3): activations one scale for each row and 128 channels, weights one
+for each 128x128 block; real value = stored value * scale ("scale_inv" in checkpoints). Sizes that are no multiple
+of the block have a smaller last block. An all-zero block has scale 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max
+
+
+def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    # the quotient can exceed the largest value by a rounding, which the cast would turn into NaN
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def _scale(amax: Tensor) -> Tensor:
+    return torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+
+
+def act_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Returns x `[..., K]` as e4m3 and scales `[..., ceil(K / block)]` float32."""
+    columns = x.shape[-1]
+    blocks = -(-columns // block_size)
+    wide = F.pad(x.float(), (0, blocks * block_size - columns)).unflatten(-1, (blocks, block_size))
+    scale = _scale(wide.abs().amax(-1))
+    return _to_e4m3(wide, scale.unsqueeze(-1)).flatten(-2)[..., :columns].contiguous(), scale
+
+
+def weight_quant(w: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Returns w `[N, K]` as e4m3 and scales `[ceil(N / block), ceil(K / block)]` float32."""
+    rows, columns = w.shape
+    row_blocks, column_blocks = -(-rows // block_size), -(-columns // block_size)
+    pad = (0, column_blocks * block_size - columns, 0, row_blocks * block_size - rows)
+    blocks = F.pad(w.float(), pad).view(row_blocks, block_size, column_blocks, block_size)
+    scale = _scale(blocks.abs().amax((1, 3)))
+    quantised = _to_e4m3(blocks, scale[:, None, :, None]).view(
+        row_blocks * block_size, column_blocks * block_size
+    )
+    return quantised[:rows, :columns].contiguous(), scale
+
+
+def weight_dequant(
+    w: Tensor, scale: Tensor, block_size: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Returns w `[N, K]` times its block scales, in `dtype`.
+
+    Raises:
+        ValueError: the scales do not match the blocks.
+    """
+    rows, columns = w.shape
+    expected = (-(-rows // block_size), -(-columns // block_size))
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"scales {tuple(scale.shape)} for a weight {tuple(w.shape)}: expected {expected}")
+    full = scale.float().repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    return (w.float() * full[:rows, :columns]).to(dtype)
+
+
+def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size: int = 128) -> Tensor:
+    """Returns a `[M, K]` @ b `[N, K]`.T in float32, scaled block by block of K as the kernels do."""
+    columns = b_scale.repeat_interleave(block_size, 0)[: b.shape[0]]
+    out = torch.zeros(a.shape[0], b.shape[0], device=a.device)
+    for block in range(a_scale.shape[-1]):
+        k = slice(block * block_size, (block + 1) * block_size)
+        out += (a[:, k].float() @ b[:, k].float().T) * a_scale[:, block, None] * columns[:, block]
+    return out

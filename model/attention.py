@@ -1,0 +1,224 @@
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1), absorbed and expanded.
+
+Legend: `M` rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C` kv_lora_rank,
+`W` = C + R cache width, `T` cached tokens, `V` v_head_dim.
+
+Decode and verify use the absorbed form: scores and values live in the latent space, so that a token costs W
+cached values however many heads there are. Training and scoring use the expanded form over whole sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.layers import LATENT_NORM_EPS, RMSNorm, empty_parameter
+from mtp_spec.model.rope import apply_rope, softmax_scale
+
+
+# Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
+# a row's numbers alike, however many rows stand beside it.
+CONTEXT_BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """What the rows of one pass may see, computed once and shared by every layer.
+
+    Attributes:
+        start: committed slots; row m is written to slot start + m.
+        rope: `[M, 1, 2, R / 2]` angles of the rows' positions.
+        mask: `[M, 1, P]` float32, 0 for visible slots and -inf for the others; P a multiple of the block.
+        gather: None when slots are in position order (a chain). For a tree: `[M, P]` the slots of each row's
+            ancestors in position order (padded with slot 0), and `mask` refers to these.
+    """
+
+    start: int
+    rope: Tensor
+    mask: Tensor
+    gather: Tensor | None = None
+
+
+def padded(length: int) -> int:
+    """Returns `length` rounded up to whole context blocks."""
+    return -(-length // CONTEXT_BLOCK) * CONTEXT_BLOCK
+
+
+def plan_rows(table: Tensor, start: int, parents: Sequence[int], offset: int = 0) -> RowPlan:
+    """Returns the plan of rows appended at slot `start`.
+
+    Args:
+        table: `rope_table`.
+        parents: for each row the row it follows, -1 for one that follows the committed context directly.
+        offset: position of slot 0 (MTP caches begin at a later position than the main one).
+    Rows of a chain share one mask. A tree's rows see the first `start` slots and their own ancestors, brought
+    into position order: every row is computed as plain decoding would.
+    """
+    device, count = table.device, len(parents)
+    depth = [0] * count
+    for row, parent in enumerate(parents):
+        depth[row] = 0 if parent < 0 else depth[parent] + 1
+    rope = table[torch.tensor(depth, device=device) + (start + offset)].unsqueeze(1)
+    if list(parents) == list(range(-1, count - 1)):
+        return RowPlan(start, rope, _causal_mask(start, count, device))
+    return RowPlan(start, rope, *_ancestor_slots(start, parents, depth, device))
+
+
+def plan_drafts(
+    table: Tensor, start: int, committed: int, position: int, ancestors: Sequence[Sequence[int]]
+) -> RowPlan:
+    """Returns the plan of one level of a draft tree: rows at one position, appended at slot `start`.
+
+    Args:
+        committed: slots that every row sees.
+        ancestors: for each row the slots at or after `committed` that it sees besides its own.
+    Drafts may differ in their last bit from any other way to compute them, so nothing is gathered.
+    """
+    count = len(ancestors)
+    visible = torch.zeros(count, padded(start + count), dtype=torch.bool)
+    visible[:, :committed] = True
+    for row, slots in enumerate(ancestors):
+        visible[row, [*slots, start + row]] = True
+    rope = table[position].expand(count, 1, *table.shape[1:])
+    return RowPlan(start, rope, _additive(visible).to(table.device))
+
+
+def _additive(visible: Tensor) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=torch.float32)
+    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+
+
+def _causal_mask(start: int, count: int, device: torch.device) -> Tensor:
+    slots = torch.arange(padded(start + count), device=device)
+    last = torch.arange(start, start + count, device=device)
+    mask = torch.zeros(count, slots.numel(), dtype=torch.float32, device=device)
+    return mask.masked_fill_(slots > last[:, None], float("-inf")).unsqueeze(1)
+
+
+def _ancestor_slots(
+    start: int, parents: Sequence[int], depth: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    size = padded(start + max(depth) + 1)
+    slots = torch.zeros(len(parents), size, dtype=torch.long)
+    slots[:, :start] = torch.arange(start)
+    for row, parent in enumerate(parents):
+        if parent >= 0:
+            slots[row, start : start + depth[row]] = slots[parent, start : start + depth[row]]
+        slots[row, start + depth[row]] = start + row
+    lengths = torch.tensor(depth) + start + 1
+    visible = torch.arange(size) < lengths[:, None]
+    return _additive(visible).to(device), slots.to(device)
+
+
+class MLA(nn.Module):
+    """One attention layer. Parameters keep the checkpoint's names; the two down-projections are fused."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.config = config
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.heads, self.latent, self.rope_dim = heads, config.kv_lora_rank, config.qk_rope_head_dim
+        self.nope, self.v_dim = config.qk_nope_head_dim, config.v_head_dim
+        self.scale = softmax_scale(config)
+        q_rows = heads * config.qk_head_dim
+        self.q_rank = config.q_lora_rank
+        # [q_a (or the whole q without query LoRA); kv_a]: one product reads both
+        self.a_rows = q_rows if self.q_rank is None else self.q_rank
+        kv_rows = self.latent + self.rope_dim
+        self.a_proj = empty_parameter(self.a_rows + kv_rows, hidden, dtype=dtype, device=device)
+        self.q_a_layernorm: RMSNorm | None = None
+        if self.q_rank is not None:
+            self.q_a_layernorm = RMSNorm(self.q_rank, LATENT_NORM_EPS, dtype, device)
+            self.q_b_proj = empty_parameter(q_rows, self.q_rank, dtype=dtype, device=device)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS, dtype, device)
+        kv_b_rows = heads * (self.nope + self.v_dim)
+        self.kv_b_proj = empty_parameter(kv_b_rows, self.latent, dtype=dtype, device=device)
+        self.o_proj = empty_parameter(hidden, heads * self.v_dim, dtype=dtype, device=device)
+
+    def _project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns q_nope `[..., H, N]`, q_rope `[..., H, R]`, latent row `[..., W]` of rows x `[..., D]`."""
+        down = F.linear(x, self.a_proj)
+        q, latent, k_rope = down.split((self.a_rows, self.latent, self.rope_dim), dim=-1)
+        if self.q_a_layernorm is not None:
+            q = F.linear(self.q_a_layernorm(q), self.q_b_proj)
+        q = q.unflatten(-1, (self.heads, -1))
+        interleaved = self.config.rope_interleave
+        q_rope = apply_rope(q[..., self.nope :], rope, interleaved)
+        k_rope = apply_rope(k_rope.unsqueeze(-2), rope, interleaved).squeeze(-2)
+        row = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)
+        return q[..., : self.nope], q_rope, row
+
+    def _up(self) -> tuple[Tensor, Tensor]:
+        """Returns W_UK `[H, N, C]` and W_UV `[H, V, C]`, views of kv_b_proj."""
+        kv_b = self.kv_b_proj.view(self.heads, self.nope + self.v_dim, self.latent)
+        return kv_b[:, : self.nope], kv_b[:, self.nope :]
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Expanded form over whole sequences x `[B, T, D]`, causal (or by mask); autograd-capable."""
+        q_nope, q_rope, row = self._project(x, rope)
+        latent, k_rope = row.split((self.latent, self.rope_dim), dim=-1)
+        kv = F.linear(latent, self.kv_b_proj).unflatten(-1, (self.heads, -1))
+        k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        return F.linear(out.transpose(-3, -2).flatten(-2), self.o_proj)
+
+    def rows(self, x: Tensor, slots: Tensor, plan: RowPlan) -> Tensor:
+        """Absorbed form: appends the rows x `[M, D]` to the cache `slots` and returns their outputs."""
+        q_nope, q_rope, row = self._project(x, plan.rope)
+        end = plan.start + x.shape[0]
+        slots[plan.start : end] = row
+        w_uk, w_uv = self._up()
+        q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # [M, H, C]
+        q = torch.cat((q_latent, q_rope), dim=-1)  # [M, H, W]
+        context = attend(q, slots, plan, self.latent, self.scale)  # [M, H, C]
+        out = torch.bmm(context.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+        return F.linear(out.flatten(-2), self.o_proj)
+
+    def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
+        a = "q_proj" if self.q_rank is None else "q_a_proj"
+        slots: dict[str, Tensor] = {
+            f"{prefix}.{a}.weight": self.a_proj[: self.a_rows],
+            f"{prefix}.kv_a_proj_with_mqa.weight": self.a_proj[self.a_rows :],
+            f"{prefix}.kv_a_layernorm.weight": self.kv_a_layernorm.weight,
+            f"{prefix}.kv_b_proj.weight": self.kv_b_proj,
+            f"{prefix}.o_proj.weight": self.o_proj,
+        }
+        if self.q_a_layernorm is not None:
+            slots[f"{prefix}.q_a_layernorm.weight"] = self.q_a_layernorm.weight
+            slots[f"{prefix}.q_b_proj.weight"] = self.q_b_proj
+        return slots
+
+
+def attend(q: Tensor, slots: Tensor, plan: RowPlan, latent: int, scale: float) -> Tensor:
+    """Returns the attention-weighted latents `[M, H, C]` of queries q `[M, H, W]` over cached slots.
+
+    A row of a tree sees its own ancestors only. They are gathered in position order, so that the sum over the
+    context adds the same numbers in the same order as plain decoding does; a chain's slots are in that order.
+    """
+    if plan.gather is None:
+        return _attend(q, slots[: plan.mask.shape[-1]], plan.mask, latent, scale)
+    rows = [
+        _attend(q[m : m + 1], slots[index], plan.mask[m : m + 1], latent, scale)
+        for m, index in enumerate(plan.gather.unbind(0))
+    ]
+    return torch.cat(rows)
+
+
+def _attend(q: Tensor, keys: Tensor, mask: Tensor, latent: int, scale: float) -> Tensor:
+    """Attention of q `[M, H, W]` over keys `[P, W]`; softmax in float32."""
+    rows, heads, width = q.shape
+    scores = (q.reshape(rows * heads, width) @ keys.T).view(rows, heads, -1).float()
+    weights = torch.softmax(scores * scale + mask, dim=-1).to(q.dtype)
+    return (weights.view(rows * heads, -1) @ keys[:, :latent]).view(rows, heads, latent)

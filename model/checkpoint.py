@@ -1,0 +1,321 @@
+"""Reads and writes Hugging Face checkpoint folders, strictly.
+
+Every tensor of the files must have a place in the model and every place a tensor, of the right shape; what does not
+fit is listed, all of it, before the first byte of weights is copied. Files are memory-mapped and copied tensor by
+tensor, FP8 weights dequantised on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtp_spec.kernels.fp8 import E4M3, weight_dequant, weight_quant
+from mtp_spec.model.config import CheckpointError, ModelConfig, load_config
+from mtp_spec.model.transformer import Transformer
+
+INDEX = "model.safetensors.index.json"
+SCALE = "_scale_inv"
+DTYPE_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4}
+LISTED = 10
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor's place in the files, from the headers alone."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name, such as F8_E4M3
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES.get(self.dtype, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """What a folder holds, without reading weights.
+
+    Attributes:
+        config: the model's shape, `num_nextn_predict_layers` as found in the files.
+        bytes: of all tensors.  dtypes: safetensors dtype -> number of tensors.
+        parameters: of the main model (scales not counted).  active: those a token uses, embedding row apart.
+        mtp_parameters: of the MTP modules, without the shared embedding and head.
+    """
+
+    config: ModelConfig
+    files: int
+    tensors: int
+    bytes: int
+    dtypes: dict[str, int]
+    parameters: int
+    active: int
+    mtp_parameters: int
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Returns every tensor of a folder's safetensors files.
+
+    Raises:
+        CheckpointError: no weights, a file of the index is missing, or a file is truncated or not safetensors.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name in reader.keys():  # noqa: SIM118 - not a mapping
+                    part = reader.get_slice(name)
+                    tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}): download it again") from error
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a weight index ({error!r}): download it again") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder} lacks {_listing(missing)}, named in {INDEX}: download them")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no *.safetensors files: download the weights, or convert them first")
+    return files
+
+
+def _listing(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _with_found_modules(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
+    """Without a single MTP tensor the modules are absent, as in folders saved by transformers."""
+    wanted = config.num_nextn_predict_layers
+    found = any(_layer(name) >= config.num_hidden_layers for name in tensors)
+    return config if found or not wanted else replace(config, num_nextn_predict_layers=0)
+
+
+def _layer(name: str) -> int:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match.group(1)) if match else -1
+
+
+def _shared_copies(config: ModelConfig) -> dict[str, str]:
+    """Names under which checkpoints repeat the main embedding and head -> the original."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    copies = {"lm_head.weight": head} if config.tie_word_embeddings else {}
+    for i in range(config.num_nextn_predict_layers):
+        prefix = f"model.layers.{config.num_hidden_layers + i}"
+        copies[f"{prefix}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"{prefix}.shared_head.head.weight"] = head
+    return copies
+
+
+def _check(slots: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], config: ModelConfig, folder: Path) -> None:
+    """Compares names and shapes; raises one error that lists everything that does not fit."""
+    copies = _shared_copies(config)
+    present = {n for n in tensors if not n.endswith(SCALE) and not n.endswith("rotary_emb.inv_freq")}
+    missing = sorted(set(slots) - present)
+    extra = sorted(present - set(slots) - set(copies))
+    shapes = [
+        f"{name} is {list(tensors[name].shape)} instead of {list(slots[name].shape)}"
+        for name in sorted(present & set(slots))
+        if tensors[name].shape != tuple(slots[name].shape)
+    ]
+    fp8 = [name for name in present if tensors[name].dtype == "F8_E4M3"]
+    scales = {name for name in tensors if name.endswith(SCALE)}
+    unscaled = sorted(name for name in fp8 if name + SCALE not in scales)
+    unused = sorted(scales - {name + SCALE for name in fp8})
+    shapes += _scale_shapes(tensors, [n for n in fp8 if n + SCALE in scales], config.fp8_block or (128, 128))
+    problems = {
+        "missing": missing,
+        "left over": extra + unused,
+        "of the wrong shape": shapes,
+        "FP8 without weight_scale_inv": unscaled,
+    }
+    lines = [f"{len(names)} {what}: {_listing(names)}" for what, names in problems.items() if names]
+    if lines:
+        raise CheckpointError(
+            f"{folder} does not match its config.json. " + "; ".join(lines) + ". Download the whole checkpoint again, or "
+            "correct config.json"
+        )
+
+
+def _scale_shapes(tensors: Mapping[str, TensorInfo], names: list[str], block: tuple[int, int]) -> list[str]:
+    wrong = []
+    for name in names:
+        expected = tuple(-(-n // b) for n, b in zip(tensors[name].shape, block, strict=False))
+        if tensors[name + SCALE].shape != expected:
+            wrong.append(f"{name}{SCALE} is {list(tensors[name + SCALE].shape)} instead of {list(expected)}")
+    return wrong
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: Report | None = None,
+) -> Transformer:
+    """Returns the model in a Hugging Face folder.
+
+    Args:
+        folder: config.json and safetensors files.
+        dtype: of the parameters; FP8 weights are dequantised to it.
+        progress: told (bytes done, bytes in all) after each tensor.
+
+    Raises:
+        CheckpointError: anything missing, left over, mis-shaped, truncated or unsupported.
+    """
+    config = load_config(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
+    tensors = read_headers(folder)
+    config = _with_found_modules(config, tensors)
+    with torch.device("meta"):
+        expected = Transformer(config, dtype, "meta").checkpoint_slots()
+    _check(expected, tensors, config, folder)
+    model = Transformer(config, dtype, device)
+    slots, block = model.checkpoint_slots(), config.fp8_block or (128, 128)
+    if block[0] != block[1]:
+        raise CheckpointError(f"weight_block_size {list(block)}: only square blocks are supported")
+    total, done = sum(info.bytes for info in tensors.values()), 0
+    with torch.no_grad(), ExitStack() as stack:
+        readers = {f: stack.enter_context(safe_open(f, framework="pt")) for f in {i.file for i in tensors.values()}}
+        for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[0])):
+            if name in slots:
+                scale = tensors.get(name + SCALE)
+                value = readers[info.file].get_tensor(name)
+                if scale is not None:
+                    factor = readers[scale.file].get_tensor(name + SCALE)
+                    value = weight_dequant(value, factor.float(), block[0], slots[name].dtype)
+                slots[name].copy_(value)
+            done += info.bytes
+            if progress is not None:
+                progress(done, total)
+        for copy, original in _shared_copies(config).items():
+            if copy in tensors:
+                value = readers[tensors[copy].file].get_tensor(copy)
+                if not torch.equal(value.to(slots[original]), slots[original]):
+                    raise CheckpointError(f"{copy} differs from {original}: in DeepSeek models the two are shared")
+    return model
+
+
+def checkpoint_summary(folder: Path) -> CheckpointSummary:
+    """Returns what a folder holds; reads config and file headers only."""
+    config = load_config(folder)
+    tensors = read_headers(folder)
+    config = _with_found_modules(config, tensors)
+    sizes = {n: prod(i.shape) for n, i in tensors.items() if not n.endswith(SCALE) and n not in _shared_copies(config)}
+    main = {n: size for n, size in sizes.items() if _layer(n) < config.num_hidden_layers}
+    used = config.num_experts_per_tok / config.n_routed_experts
+    active = sum(
+        int(size * used) if ".mlp.experts." in n else size
+        for n, size in main.items()
+        if n != "model.embed_tokens.weight" or config.tie_word_embeddings
+    )
+    dtypes: dict[str, int] = {}
+    for info in tensors.values():
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
+    return CheckpointSummary(
+        config=config,
+        files=len({info.file for info in tensors.values()}),
+        tensors=len(tensors),
+        bytes=sum(info.bytes for info in tensors.values()),
+        dtypes=dtypes,
+        parameters=sum(main.values()),
+        active=active,
+        mtp_parameters=sum(sizes.values()) - sum(main.values()),
+    )
+
+
+def save_checkpoint(
+    model: Transformer,
+    folder: Path,
+    *,
+    fp8: bool = False,
+    max_shard_bytes: int = 15 * 2**20,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a Hugging Face folder: a temporary one first, renamed when it is whole.
+
+    Args:
+        fp8: store matrices, other than embedding, head and gates, as e4m3 with 128x128 block scales.
+        extra_files: file name -> text written beside the weights.
+
+    Raises:
+        CheckpointError: the folder exists.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists: give a new folder, nothing is overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        weight_map, total = {}, 0
+        shards = list(_shards(_stored(model, fp8), max_shard_bytes))
+        for number, shard in enumerate(shards, start=1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            save_file(shard, part / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, name)
+            total += sum(tensor.nbytes for tensor in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(part / INDEX, index)
+        config = replace(model.config, fp8_block=(128, 128) if fp8 else None)
+        _write_json(part / "config.json", config.to_hf_dict())
+        for name, text in (extra_files or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
+        part.chmod(0o755)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored(model: Transformer, fp8: bool) -> Iterator[tuple[str, Tensor]]:
+    wide = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+    for name, slot in model.checkpoint_slots().items():
+        tensor = slot.detach().cpu().contiguous().clone()
+        if fp8 and tensor.dim() == 2 and not name.endswith(wide):
+            stored, scale = weight_quant(tensor)
+            assert stored.dtype == E4M3
+            yield name, stored
+            yield name + SCALE, scale
+        else:
+            keep = not fp8 or name.endswith("e_score_correction_bias")
+            yield name, tensor if keep else tensor.to(torch.bfloat16)
+
+
+def _shards(tensors: Iterator[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > most:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard

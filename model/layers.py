@@ -1,0 +1,69 @@
+"""Building blocks without state: RMSNorm, linear and the gated MLP.
+
+Legend: `M` rows (tokens), `D` hidden size, `I` intermediate size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# the norms on MLA's latents keep this epsilon whatever `rms_norm_eps` says, as in the released weights
+LATENT_NORM_EPS = 1e-6
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    """Returns an uninitialised parameter; the checkpoint loader proves that every one is filled."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32, returned in the input's dtype."""
+
+    def __init__(
+        self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.weight = empty_parameter(size, dtype=dtype, device=device)
+        self.eps = eps
+        self.shape = (size,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, so that a step makes one product less.
+
+    Args:
+        hidden: D.  intermediate: I.
+    """
+
+    def __init__(
+        self, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.intermediate = intermediate
+        self.gate_up = empty_parameter(2 * intermediate, hidden, dtype=dtype, device=device)
+        self.down = empty_parameter(hidden, intermediate, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(gated_silu(F.linear(x, self.gate_up)), self.down)
+
+    def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
+        return {
+            f"{prefix}.gate_proj.weight": self.gate_up[: self.intermediate],
+            f"{prefix}.up_proj.weight": self.gate_up[self.intermediate :],
+            f"{prefix}.down_proj.weight": self.down,
+        }
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """Returns silu(first half) * second half of the last dimension."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,143 @@
+"""Mixture of experts: the gate of V3 (sigmoid, bias, groups) and of V2 (softmax), and the experts.
+
+V3 report (2412.19437) eq. 12-16: scores s choose with a correction bias, weigh without it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.layers import MLP, empty_parameter, gated_silu
+
+
+class Gate(nn.Module):
+    """Chooses `num_experts_per_tok` experts a row and weighs them; float32 throughout."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
+        super().__init__()
+        self.config = config
+        experts, hidden = config.n_routed_experts, config.hidden_size
+        self.weight = empty_parameter(experts, hidden, dtype=torch.float32, device=device)
+        bias = torch.empty(experts, dtype=torch.float32, device=device)
+        self.e_score_correction_bias: Tensor | None
+        self.register_buffer("e_score_correction_bias", bias if config.has_gate_bias else None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns weights `[M, k]` float32 and expert indices `[M, k]` for rows x `[M, D]`."""
+        # one product a row keeps float32 independent of the number of rows: see `model.rows`
+        logits = row_products(x.float(), self.weight)
+        if self.config.scoring_func == "sigmoid":
+            scores = logits.sigmoid()
+        else:
+            scores = logits.softmax(-1)
+        choice = scores
+        if self.e_score_correction_bias is not None:
+            choice = scores + self.e_score_correction_bias
+        indices = self._limit_groups(choice).topk(self.config.num_experts_per_tok, dim=-1).indices
+        # experts in ascending order: the sum over them then has one order, whatever their scores
+        indices = indices.sort(dim=-1).values
+        weights = scores.gather(-1, indices)
+        if self.config.norm_topk_prob and self.config.model_type != "deepseek_v2":
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.config.routed_scaling_factor, indices
+
+    def _limit_groups(self, choice: Tensor) -> Tensor:
+        """Masks the experts outside each row's best `topk_group` groups."""
+        config = self.config
+        if config.topk_method == "greedy" or config.n_group == config.topk_group:
+            return choice
+        grouped = choice.view(*choice.shape[:-1], config.n_group, -1)
+        if config.topk_method == "noaux_tc":
+            score, hidden = grouped.topk(2, dim=-1).values.sum(-1), float("-inf")
+        else:
+            score, hidden = grouped.amax(-1), 0.0
+        best = score.topk(config.topk_group, dim=-1).indices
+        keep = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
+        return grouped.masked_fill(~keep.unsqueeze(-1), hidden).flatten(-2)
+
+    def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
+        slots: dict[str, Tensor] = {f"{prefix}.weight": self.weight}
+        if self.e_score_correction_bias is not None:
+            slots[f"{prefix}.e_score_correction_bias"] = self.e_score_correction_bias
+        return slots
+
+
+def row_products(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x @ weight.T for float32 rows, each row by the same arithmetic whatever its neighbours.
+
+    Multiplying and summing elementwise reduces every output over its own contiguous D values.
+    """
+    if x.requires_grad or weight.requires_grad or x.shape[0] > 128:
+        return F.linear(x, weight)
+    return torch.stack([torch.mv(weight, row) for row in x])
+
+
+class MoE(nn.Module):
+    """`shared(x) + sum over chosen experts of weight * expert(x)`, summed in ascending expert order."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        hidden, size, experts = (
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.n_routed_experts,
+        )
+        self.size, self.experts = size, experts
+        self.gate = Gate(config, device)
+        self.gate_up = empty_parameter(experts, 2 * size, hidden, dtype=dtype, device=device)
+        self.down = empty_parameter(experts, hidden, size, dtype=dtype, device=device)
+        self.shared: MLP | None = None
+        if config.n_shared_experts:
+            self.shared = MLP(hidden, size * config.n_shared_experts, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, indices = self.gate(x)
+        if x.shape[0] > 1:
+            routed = self._many_rows(x, weights, indices)
+        else:
+            routed = self._one_row(x, weights[0], indices[0].tolist())
+        return routed if self.shared is None else routed + self.shared(x)
+
+    def _expert(self, x: Tensor, expert: int) -> Tensor:
+        return F.linear(gated_silu(F.linear(x, self.gate_up[expert])), self.down[expert])
+
+    def _one_row(self, x: Tensor, weights: Tensor, chosen: list[int]) -> Tensor:
+        """The decode path: `_many_rows` without its index arithmetic, same sums in the same order."""
+        out = torch.cat([self._expert(x, expert) for expert in chosen])
+        return weighted_sum(out.unsqueeze(0), weights.unsqueeze(0))
+
+    def _many_rows(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Each hit expert runs once over its rows; outputs return to [row, slot] before the sum."""
+        rows, slots = indices.shape
+        order = indices.flatten().argsort(stable=True)  # pairs grouped by expert
+        counts = torch.bincount(indices.flatten(), minlength=self.experts).tolist()
+        parts = x[order // slots].split(counts)
+        outs = [self._expert(part, e) for e, part in enumerate(parts) if counts[e]]
+        pairs = torch.cat(outs)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        return weighted_sum(pairs[back].view(rows, slots, -1), weights)
+
+    def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
+        slots = self.gate.checkpoint_slots(f"{prefix}.gate")
+        for e in range(self.experts):
+            name = f"{prefix}.experts.{e}"
+            slots[f"{name}.gate_proj.weight"] = self.gate_up[e, : self.size]
+            slots[f"{name}.up_proj.weight"] = self.gate_up[e, self.size :]
+            slots[f"{name}.down_proj.weight"] = self.down[e]
+        if self.shared is not None:
+            slots |= self.shared.checkpoint_slots(f"{prefix}.shared_experts")
+        return slots
+
+
+def weighted_sum(out: Tensor, weights: Tensor) -> Tensor:
+    """Returns `sum_k weights[m, k] * out[m, k]` `[M, D]`, float32, k ascending, in out's dtype."""
+    total = out[:, 0].float() * weights[:, :1]
+    for k in range(1, out.shape[1]):
+        total = total + out[:, k].float() * weights[:, k : k + 1]
+    return total.to(out.dtype)

@@ -1,0 +1,94 @@
+"""Row invariance: is a row's result bitwise the same alone and beside others, on this machine?
+
+Matrix products choose their loops by the number of rows, so a token verified in a tree can differ in its last bit
+from the same token decoded alone, and a tie broken the other way changes the text. `choose_technique` measures it
+on the loaded weights and returns how rows must be computed here:
+
+- "batched": all rows in one pass. bfloat16 through oneDNN is invariant as it stands.
+- "single": one row a pass, the same arithmetic as plain decoding by construction. Exact everywhere, but a verify
+  pass then costs as much as the decode steps it replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtp_spec.model.attention import RowPlan, plan_rows
+from mtp_spec.model.cache import LatentCache
+from mtp_spec.model.transformer import Transformer
+
+Technique = Literal["batched", "single"]
+PROBE_ROWS = (2, 3, 4, 5, 6, 7, 8, 9, 16, 33)
+PROBE_CONTEXT = 61  # the probed rows cross a context block
+
+
+def verify_rows(
+    model: Transformer,
+    ids: Sequence[int],
+    cache: LatentCache,
+    parents: Sequence[int],
+    technique: Technique,
+) -> Tensor:
+    """Returns the normed hidden states `[M, D]` of a tree's rows, each as plain decoding computes it."""
+    if technique == "batched" or len(ids) == 1:
+        return model.rows(ids, cache, parents)
+    plan = plan_rows(model.table(cache.capacity), cache.length, parents)
+    hidden = []
+    for row, token in enumerate(ids):
+        x = model.embed([token])
+        one = _row_of(plan, row)
+        for layer, slots in zip(model.layers, cache.slots, strict=True):
+            x = layer.rows(x, slots, one)
+        hidden.append(model.norm(x))
+    return torch.cat(hidden)
+
+
+def _row_of(plan: RowPlan, row: int) -> RowPlan:
+    """Returns the plan of one row, padded as plain decoding pads it."""
+    mask = plan.mask[row : row + 1]
+    length = int((mask[0, 0] == 0).sum())
+    size = -(-length // 64) * 64
+    gather = None if plan.gather is None else plan.gather[row : row + 1, :size]
+    rope = plan.rope[row : row + 1]
+    return RowPlan(plan.start + row, rope, mask[..., :size], gather)
+
+
+def row_logits(model: Transformer, hidden: Tensor, technique: Technique) -> Tensor:
+    """Returns logits `[M, V]` in the model's dtype, by the same technique."""
+    if technique == "batched" or hidden.shape[0] == 1:
+        return model.logits(hidden)
+    return torch.cat([model.logits(row) for row in hidden.split(1)])
+
+
+@torch.inference_mode()
+def choose_technique(model: Transformer) -> Technique:
+    """Returns "batched" if passes of 2 to 33 rows reproduce single rows to the last bit, else "single".
+
+    float32 goes straight to "single": its products use another routine for one row than for several.
+    """
+    if model.dtype == torch.float32:
+        return "single"
+    vocab, most = model.config.vocab_size, max(PROBE_ROWS)
+    ids = [(7919 * i + 11) % vocab for i in range(PROBE_CONTEXT + most)]
+    cache = model.new_cache(len(ids))
+    model.rows(ids[:PROBE_CONTEXT], cache, range(-1, PROBE_CONTEXT - 1))
+    cache.commit(range(PROBE_CONTEXT))
+    alone = []
+    for token in ids[PROBE_CONTEXT:]:
+        alone.append(model.logits(model.rows([token], cache, [-1])))
+        cache.commit([0])
+    expected = torch.cat(alone)
+    for rows in PROBE_ROWS:
+        cache.rewind(PROBE_CONTEXT)
+        chunk = ids[PROBE_CONTEXT : PROBE_CONTEXT + rows]
+        if not torch.equal(_probe(model, chunk, cache), expected[:rows]):
+            return "single"
+    return "batched"
+
+
+def _probe(model: Transformer, ids: Sequence[int], cache: LatentCache) -> Tensor:
+    return model.logits(model.rows(ids, cache, range(-1, len(ids) - 1)))

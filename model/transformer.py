@@ -1,0 +1,218 @@
+"""DeepSeek-V2/V3 with its multi-token-prediction modules, as one module.
+
+Legend: `B` sequences, `T` tokens, `M` rows of one pass, `D` hidden size, `V` vocabulary.
+
+Two ways through the same weights. `forward` and `mtp_forward` take whole sequences (training, scoring).
+`rows` and `mtp_rows` append rows to a latent cache: prefill, decode, draft and verify are all this one function,
+which is why a row's logits do not depend on which of them computed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_spec.model.attention import MLA, RowPlan, padded, plan_rows
+from mtp_spec.model.cache import LatentCache
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.layers import MLP, RMSNorm, empty_parameter
+from mtp_spec.model.moe import MoE
+from mtp_spec.model.rope import rope_table
+
+
+class Block(nn.Module):
+    """`x + MLA(norm(x))`, then `x + MLP(norm(x))` or MoE."""
+
+    def __init__(
+        self, config: ModelConfig, dense: bool, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps, dtype, device)
+        self.self_attn = MLA(config, dtype, device)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, dtype, device)
+        self.mlp: MLP | MoE = (
+            MLP(hidden, config.intermediate_size, dtype, device)
+            if dense
+            else MoE(config, dtype, device)
+        )
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Whole sequences x `[B, T, D]`."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
+        flat = self.post_attention_layernorm(x).flatten(0, -2)
+        return x + self.mlp(flat).view_as(x)
+
+    def rows(self, x: Tensor, slots: Tensor, plan: RowPlan) -> Tensor:
+        """Rows x `[M, D]` appended to the cache `slots`."""
+        x = x + self.self_attn.rows(self.input_layernorm(x), slots, plan)
+        out: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + out
+
+    def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
+        return {
+            f"{prefix}.input_layernorm.weight": self.input_layernorm.weight,
+            **self.self_attn.checkpoint_slots(f"{prefix}.self_attn"),
+            f"{prefix}.post_attention_layernorm.weight": self.post_attention_layernorm.weight,
+            **self.mlp.checkpoint_slots(f"{prefix}.mlp"),
+        }
+
+
+class MTPModule(nn.Module):
+    """One multi-token-prediction module (V3 report, 2412.19437, eq. 21-23).
+
+    `h' = block(eh_proj([enorm(embedding); hnorm(hidden)]))`, then `shared_head.norm`. The report prints the
+    hidden state first; the released weights take the embedding first.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = RMSNorm(hidden, eps, dtype, device)
+        self.hnorm = RMSNorm(hidden, eps, dtype, device)
+        self.eh_proj = empty_parameter(hidden, 2 * hidden, dtype=dtype, device=device)
+        self.block = Block(config, False, dtype, device)
+        self.norm = RMSNorm(hidden, eps, dtype, device)
+
+    def mix(self, embedding: Tensor, hidden: Tensor) -> Tensor:
+        return F.linear(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1), self.eh_proj)
+
+    def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
+        return {
+            f"{prefix}.enorm.weight": self.enorm.weight,
+            f"{prefix}.hnorm.weight": self.hnorm.weight,
+            f"{prefix}.eh_proj.weight": self.eh_proj,
+            **self.block.checkpoint_slots(prefix),
+            f"{prefix}.shared_head.norm.weight": self.norm.weight,
+        }
+
+
+class Transformer(nn.Module):
+    """The verifier and its MTP modules. Parameters start uninitialised; `checkpoint_slots` names them.
+
+    Args:
+        config: the model's shape.
+        dtype: of every parameter except the gates, which stay float32.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = empty_parameter(*shape, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            Block(config, i < config.first_k_dense_replace, dtype, device)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.lm_head = (
+            self.embed_tokens
+            if config.tie_word_embeddings
+            else empty_parameter(*shape, dtype=dtype, device=device)
+        )
+        self.mtp = nn.ModuleList(
+            MTPModule(config, dtype, device) for _ in range(config.num_nextn_predict_layers)
+        )
+        self._table = rope_table(config, 0, device)
+
+    # whole sequences
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Returns hidden states after the final norm `[B, T, D]` of ids `[B, T]`."""
+        rope = self.table(ids.shape[1])[: ids.shape[1], None]
+        x = F.embedding(ids, self.embed_tokens)
+        for layer in self.layers:
+            x = layer(x, rope)
+        out: Tensor = self.norm(x)
+        return out
+
+    def mtp_forward(self, module: int, ids: Tensor, hidden: Tensor, offset: int) -> Tensor:
+        """Returns the module's normed output `[B, T, D]`.
+
+        Args:
+            ids: `[B, T]` the token that follows each hidden state at this depth.
+            hidden: `[B, T, D]` the main model's normed hidden states, or the previous depth's output.
+            offset: position of ids[:, 0].
+        """
+        mtp = self._module(module)
+        rope = self.table(offset + ids.shape[1])[offset : offset + ids.shape[1], None]
+        x = mtp.block(mtp.mix(F.embedding(ids, self.embed_tokens), hidden), rope)
+        out: Tensor = mtp.norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns `[..., V]` logits of normed hidden states `[..., D]`, in the model's dtype."""
+        return F.linear(hidden, self.lm_head)
+
+    # rows over a cache
+
+    def new_cache(self, tokens: int) -> LatentCache:
+        """Returns an empty cache of the main model with room for `tokens` slots (whole blocks)."""
+        return self._cache(self.config.num_hidden_layers, tokens)
+
+    def new_mtp_cache(self, tokens: int) -> LatentCache:
+        """Returns an empty cache of one MTP module."""
+        return self._cache(1, tokens)
+
+    def _cache(self, layers: int, tokens: int) -> LatentCache:
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return LatentCache(layers, padded(tokens), width, self.dtype, self.device)
+
+    def rows(self, ids: Sequence[int], cache: LatentCache, parents: Sequence[int]) -> Tensor:
+        """Appends rows to the cache (uncommitted) and returns their normed hidden states `[M, D]`.
+
+        Args:
+            ids: M token ids.
+            parents: the row that each one follows; -1 follows the committed context.
+        """
+        plan = plan_rows(self.table(cache.capacity), cache.length, parents)
+        x = self.embed(ids)
+        for layer, slots in zip(self.layers, cache.slots, strict=True):
+            x = layer.rows(x, slots, plan)
+        out: Tensor = self.norm(x)
+        return out
+
+    def mtp_rows(
+        self, module: int, ids: Sequence[int], hidden: Tensor, cache: LatentCache, plan: RowPlan
+    ) -> Tensor:
+        """Appends rows to a module's cache and returns the module's normed outputs `[M, D]`."""
+        mtp = self._module(module)
+        x = mtp.block.rows(mtp.mix(self.embed(ids), hidden), cache.slots[0], plan)
+        out: Tensor = mtp.norm(x)
+        return out
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Returns embeddings `[M, D]`."""
+        return F.embedding(torch.tensor(ids, device=self.device), self.embed_tokens)
+
+    def table(self, length: int) -> Tensor:
+        """Returns a rope table of at least `length` positions, grown on demand."""
+        if self._table.shape[0] < length:
+            self._table = rope_table(self.config, padded(length) + 64, self.device)
+        return self._table
+
+    def _module(self, module: int) -> MTPModule:
+        mtp = self.mtp[module]
+        assert isinstance(mtp, MTPModule)
+        return mtp
+
+    def checkpoint_slots(self) -> dict[str, Tensor]:
+        """Returns every checkpoint tensor name with a view of its place in this model."""
+        slots: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed_tokens}
+        for i, layer in enumerate([*self.layers, *self.mtp]):
+            assert isinstance(layer, Block | MTPModule)
+            slots |= layer.checkpoint_slots(f"model.layers.{i}")
+        slots["model.norm.weight"] = self.norm.weight
+        if not self.config.tie_word_embeddings:
+            slots["lm_head.weight"] = self.lm_head
+        return slots

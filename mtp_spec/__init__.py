@@ -1,0 +1,30 @@
+"""Exact speculative decoding of DeepSeek-V3-style models with their own multi-token-prediction modules.
+
+    import mtp_spec
+    lm = mtp_spec.load()
+    print(lm.generate("Tell me a story about a fox", temperature=0.7).text)
+"""
+
+from mtp_spec.api import LM, Generation, Scores, TokenEvent, TokenStream, load
+from mtp_spec.errors import MTPSpecError, OptionError, PromptError
+from mtp_spec.model.config import CheckpointError
+from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.stats import GenerationStats
+
+__version__ = "0.1.0"
+__all__ = [
+    "LM",
+    "CheckpointError",
+    "Generation",
+    "GenerationStats",
+    "MTPSpecError",
+    "OptionError",
+    "PromptError",
+    "SamplingParams",
+    "Scores",
+    "Speculation",
+    "TokenEvent",
+    "TokenStream",
+    "__version__",
+    "load",
+]

@@ -1,0 +1,341 @@
+"""The library: `load` a model, then `generate`, `chat`, `stream` or `score` with it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from mtp_spec.accept import Drawn, TokenLogprob
+from mtp_spec.engine import Decoder
+from mtp_spec.errors import MTPSpecError, OptionError, PromptError
+from mtp_spec.finish import Finisher
+from mtp_spec.model.checkpoint import load_checkpoint
+from mtp_spec.model.config import CheckpointError, ModelConfig
+from mtp_spec.model.rows import Technique, choose_technique
+from mtp_spec.model.transformer import Transformer
+from mtp_spec.options import MAX_NODES, SamplingParams, Speculation, resolve_speculation
+from mtp_spec.sampling import Sampler
+from mtp_spec.scoring import Scores, score_ids
+from mtp_spec.stats import GenerationStats
+from mtp_spec.text import Tokenizer
+
+Message = Mapping[str, str]
+Ids = Sequence[int]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# what "auto" drafts until it is planned from measurements
+AUTO = Speculation(depth=3)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of a stream.
+
+    Attributes:
+        text: the text it adds; empty for a token that completes no character yet.
+        token_id: its id.
+        step: the verify step that committed it; 0 is the prefill.
+        source: "target", or the depth of the draft that proposed it.
+    """
+
+    text: str
+    token_id: int
+    step: int
+    source: Literal["target"] | int
+
+
+@dataclass(slots=True)
+class Generation:
+    """A finished text.
+
+    Attributes:
+        text: without the prompt, the end-of-sequence token and the stop string.
+        token_ids: its tokens; `decode(token_ids)` is the text, except where a stop string cut a token in two.
+        finish_reason: "stop" (end-of-sequence token or stop string) or "length".
+        logprobs: None, or for each token its log-probability and the best alternatives.
+        stats: counts, rates and seconds.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] = "length"
+    logprobs: list[TokenLogprob] | None = None
+    stats: GenerationStats = field(default_factory=GenerationStats)
+
+
+class TokenStream(Iterator[TokenEvent]):
+    """Iterates over the tokens of one generation as they are committed; `result` is whole at the end."""
+
+    def __init__(self, decoder: Decoder, finisher: Finisher) -> None:
+        self.result = Generation(stats=decoder.stats)
+        if decoder.sampler.params.logprobs:
+            self.result.logprobs = []
+        self._events = self._run(decoder, finisher)
+
+    def __iter__(self) -> TokenStream:
+        return self
+
+    def __next__(self) -> TokenEvent:
+        return next(self._events)
+
+    def _run(self, decoder: Decoder, finisher: Finisher) -> Iterator[TokenEvent]:
+        start = perf_counter()
+        waiting: deque[tuple[Drawn, int]] = deque()
+        step, spent = 0, 0.0
+        while not decoder.finished:
+            drawn = decoder.step() if step else decoder.prefill()
+            waiting.extend((token, step) for token in drawn)
+            step += 1
+            spent += perf_counter() - start
+            decoder.stats.total_seconds = spent
+            self.result.finish_reason = finisher.reason
+            for text in finisher.ready():
+                yield self._event(text, *waiting.popleft())
+            start = perf_counter()
+
+    def _event(self, text: str, drawn: Drawn, step: int) -> TokenEvent:
+        self.result.text += text
+        self.result.token_ids.append(drawn.token)
+        if self.result.logprobs is not None and drawn.logprob is not None:
+            self.result.logprobs.append(drawn.logprob)
+        return TokenEvent(text, drawn.token, step, drawn.depth or "target")
+
+
+class LM:
+    """A loaded model with its tokenizer; made by `load`."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        technique: Technique,
+        max_context: int,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.technique, self.max_context = technique, max_context
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def encode(self, text: str) -> list[int]:
+        """Returns token ids of plain text, with the beginning-of-sequence token if the model uses one."""
+        return self._text().encode(text)
+
+    def decode(self, ids: Ids) -> str:
+        """Returns the text of token ids, special tokens left out."""
+        return self._text().decode(list(ids))
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> Generation: ...
+    @overload
+    def generate(self, prompt: Sequence[int], **options: Any) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any
+    ) -> list[Generation]: ...
+    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
+        """Returns the continuation of a prompt, or a list of them in order for a list of prompts.
+
+        Args:
+            prompt: text, token ids, or a list of either.
+            **options: `SamplingParams` (max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
+                presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs) and `speculation`: "auto",
+                None (off), a chain depth, or a `Speculation`.
+
+        Raises:
+            OptionError: an unknown option or a value outside its range.
+            PromptError: an empty prompt, an id outside the vocabulary, or a prompt longer than the context.
+        """
+        streams = [self._open(ids, options) for ids in self._prompts(prompt)]
+        results = [_drain(stream) for stream in streams]
+        return results if _is_batch(prompt) else results[0]
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+        """Returns the assistant's answer to `[{"role": ..., "content": ...}, ...]`; options as `generate`."""
+        return _drain(self.stream(messages, **options))
+
+    def stream(self, prompt: str | Ids | Sequence[Message], **options: Any) -> TokenStream:
+        """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `generate`.
+
+        The events are those of `generate`: same tokens, same text. `stream.result` is the `Generation`.
+        """
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            return self._open(self._text().chat_ids(prompt), options)  # type: ignore[arg-type]
+        if _is_batch(prompt):
+            raise PromptError("stream takes one prompt: call it once for each, or use generate")
+        return self._open(self._prompts(prompt)[0], options)
+
+    @torch.inference_mode()
+    def score(self, token_ids: Ids) -> Scores:
+        """Returns the model's and the MTP modules' logits for a text, teacher-forced; see `Scores`."""
+        return score_ids(self.model, self._checked(token_ids))
+
+    def _open(self, ids: list[int], options: Mapping[str, Any]) -> TokenStream:
+        given = dict(options)
+        speculation = self._speculation(given.pop("speculation", "auto"))
+        params = SamplingParams.from_options(given, also_allowed=("speculation",))
+        sampler = Sampler(params, self.config.vocab_size)
+        room = self.max_context - len(ids)
+        if room < 1:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens and the context is {self.max_context}: shorten it, or load with "
+                f"a larger max_context (the model allows {self.config.max_position_embeddings})"
+            )
+        limit = min(params.max_new_tokens, room)
+        if params.stop_strings:
+            self._text()
+        finisher = Finisher(self.tokenizer, self._stop_ids(), params.stop_strings, limit)
+        decoder = Decoder(
+            self.model, self.technique, ids, sampler, speculation, limit, finisher.push
+        )
+        return TokenStream(decoder, finisher)
+
+    def _speculation(self, value: object) -> Speculation | None:
+        speculation = resolve_speculation(value)
+        modules = len(self.model.mtp)
+        if speculation == "auto":
+            # where rows must run one by one, verifying costs as much as it saves
+            return AUTO if modules and self.technique == "batched" else None
+        if speculation is not None and not modules:
+            raise OptionError(
+                f"speculation={value!r} needs a multi-token-prediction module and this checkpoint has none "
+                "(num_nextn_predict_layers is 0 or its tensors are absent): use speculation=None"
+            )
+        return speculation  # type: ignore[return-value]
+
+    def _stop_ids(self) -> frozenset[int]:
+        ids = set(self.config.eos_token_ids)
+        if self.tokenizer is not None:
+            ids |= set(self.tokenizer.eos_ids)
+        return frozenset(ids)
+
+    def _prompts(self, prompt: Any) -> list[list[int]]:
+        parts = prompt if _is_batch(prompt) else [prompt]
+        if not parts:
+            raise PromptError("no prompt given: the list is empty")
+        return [
+            self._checked(self.encode(part) if isinstance(part, str) else part, part)
+            for part in parts
+        ]
+
+    def _checked(self, ids: Any, given: object = None) -> list[int]:
+        if isinstance(ids, Tensor):
+            ids = ids.tolist()
+        if given == "" or not isinstance(ids, Sequence) or len(ids) == 0:
+            raise PromptError(f"the prompt {given if given is not None else ids!r} is empty: give text or ids")
+        vocab = self.config.vocab_size
+        for i, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                raise PromptError(
+                    f"prompt token {i} is {token!r}: ids are integers from 0 to {vocab - 1}"
+                )
+        if len(ids) > self.max_context:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens and the context is {self.max_context}: shorten it, or load with "
+                f"a larger max_context (the model allows {self.config.max_position_embeddings})"
+            )
+        return list(ids)
+
+    def _text(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise MTPSpecError(
+                "this checkpoint has no tokenizer.json, so text cannot be used: give token ids, or copy the "
+                "model's tokenizer.json and tokenizer_config.json into its folder"
+            )
+        return self.tokenizer
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    max_context: int | None = None,
+    max_batch: int = 1,
+    progress: bool = False,
+) -> LM:
+    """Returns a model ready to generate.
+
+    Args:
+        path: a Hugging Face folder; None is the bundled model.
+        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16", "float16" or the torch dtype; None chooses bfloat16 where the machine computes
+            it in hardware and float32 elsewhere. FP8 weights are dequantised to it.
+        max_context: most tokens of prompt and text together; None is the model's own limit.
+        max_batch: sequences of a list are generated one after another, so only 1 is allowed yet.
+        progress: show a bar over the bytes read.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model.
+        OptionError: an impossible device, dtype, max_context or max_batch.
+    """
+    folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
+    _check_device(device)
+    if max_batch != 1:
+        raise OptionError(f"max_batch={max_batch!r}: only 1 is available; lists of prompts run one after another")
+    chosen = _dtype(dtype, device)
+    with _progress(progress) as report:
+        model = load_checkpoint(folder, dtype=chosen, device=device, progress=report)
+    limit = model.config.max_position_embeddings
+    if max_context is not None:
+        if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 < max_context <= limit:
+            raise OptionError(f"max_context={max_context!r}: an integer from 2 to {limit}, the model's own limit")
+        limit = max_context
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    model.requires_grad_(False)
+    return LM(model, tokenizer, choose_technique(model), limit)
+
+
+def _progress(show: bool) -> Any:
+    from mtp_spec.progress import byte_progress
+
+    return byte_progress(show)
+
+
+def _check_device(device: str) -> None:
+    kind = str(device).split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise OptionError(f'device={device!r}: allowed are "cpu" and "cuda"')
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError(
+            f'device={device!r}: torch finds no CUDA device here; use device="cpu", or install a CUDA build of torch '
+            "on a machine with an NVIDIA GPU"
+        )
+
+
+def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device != "cpu" or _cpu_has_bfloat16() else torch.float32
+    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise OptionError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}, or None to choose")
+    return chosen
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
+
+
+def _is_batch(prompt: Any) -> bool:
+    if isinstance(prompt, str | Tensor) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) == 0 or isinstance(prompt[0], str | Sequence | Tensor)
+
+
+def _drain(stream: TokenStream) -> Generation:
+    for _ in stream:
+        pass
+    return stream.result
+
+
+__all__ = ["LM", "MAX_NODES", "CheckpointError", "Generation", "Scores", "TokenEvent", "TokenStream", "load"]

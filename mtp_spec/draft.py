@@ -1,0 +1,165 @@
+"""Runs the MTP modules depth by depth and grows the token tree.
+
+Module d turns (hidden state of depth d - 1 at position i, token i + d) into the hidden state from which token
+i + d + 1 is guessed (V3 report, 2412.19437, eq. 21-23). Each module keeps its own latent cache. Before a tree is
+grown, the caches are extended with the true hidden states of the tokens committed since the last step; what drafting
+itself wrote there is forgotten. Past the last module it is reused on its own output.
+
+Legend: `n` position of the root (the last committed token), `D` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_spec.model.attention import plan_drafts, plan_rows
+from mtp_spec.model.transformer import Transformer
+from mtp_spec.options import Speculation
+from mtp_spec.sampling import History, Sampler
+from mtp_spec.tree import ROOT, TokenTree
+
+# rows of a prompt that pass through a module at once
+CHUNK = 256
+
+
+@dataclass(slots=True)
+class Leaf:
+    """A node that may get children: what its module needs and where its ancestors lie in that module's cache."""
+
+    node: int
+    hidden: Tensor  # [1, D], the output that predicts this node's children
+    history: History
+    slots: tuple[int, ...]
+    score: float
+
+
+class Drafter:
+    """The MTP side of one sequence.
+
+    Args:
+        model: with at least one MTP module.
+        tokens: capacity of the caches in tokens.
+    """
+
+    def __init__(self, model: Transformer, tokens: int) -> None:
+        self.model = model
+        self.caches = [model.new_mtp_cache(tokens) for _ in model.mtp]
+        # per module: inputs not yet in its cache, hidden states of consecutive positions
+        self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
+
+    def observe(self, hidden: Tensor) -> None:
+        """Takes the main model's normed hidden states `[k, D]` of newly committed positions, in order."""
+        self._pending[0].append(hidden)
+
+    def draft(
+        self,
+        tokens: Sequence[int],
+        speculation: Speculation,
+        depth: int,
+        sampler: Sampler,
+        history: History,
+    ) -> TokenTree:
+        """Returns the tree of drafts that follow `tokens`.
+
+        Args:
+            tokens: the committed ids 0..n; hidden states of 0..n - 1 were observed.
+            depth: draft no deeper than this.
+            history: the sampler's history at the root.
+        """
+        root = len(tokens) - 1
+        hidden = self._extend(tokens)
+        tree = TokenTree()
+        leaves = [Leaf(ROOT, hidden, history, (), 0.0)]
+        for level in range(1, min(depth, speculation.depth) + 1):
+            if level > 1:
+                self._advance(tree, leaves, level, root)
+            leaves = self._grow(tree, leaves, level, root + level, speculation, sampler)
+            if not leaves:
+                break
+        return tree
+
+    def _extend(self, tokens: Sequence[int]) -> Tensor:
+        """Brings every module's cache up to the committed tokens; returns the root's hidden state `[1, D]`."""
+        root_hidden = None
+        for module, cache in enumerate(self.caches):
+            hidden = torch.cat(self._pending[module])
+            # rows whose token is known
+            ready = max(0, len(tokens) - 1 - module - cache.length)
+            outputs = self._run(module, tokens, hidden[:ready])
+            self._pending[module] = [hidden[ready:]] if ready < hidden.shape[0] else []
+            if module == 0:
+                root_hidden = outputs[-1:]
+            if module + 1 < len(self.caches):
+                self._pending[module + 1].append(outputs)
+        assert root_hidden is not None
+        return root_hidden
+
+    def _run(self, module: int, tokens: Sequence[int], hidden: Tensor) -> Tensor:
+        """Appends and commits rows with true hidden states; returns the module's outputs."""
+        cache, outputs = self.caches[module], [hidden[:0]]
+        table = self.model.table(cache.capacity + len(self.caches))
+        for part in hidden.split(CHUNK) if hidden.shape[0] else ():
+            first = cache.length + module + 1
+            ids = tokens[first : first + part.shape[0]]
+            plan = plan_rows(table, cache.length, range(-1, len(ids) - 1), offset=module + 1)
+            outputs.append(self.model.mtp_rows(module, ids, part, cache, plan))
+            cache.commit(range(len(ids)))
+        return torch.cat(outputs)
+
+    def _advance(self, tree: TokenTree, leaves: list[Leaf], level: int, root: int) -> None:
+        """Runs the module of this level on the leaves' own tokens; their hidden states then predict children."""
+        module = min(level, len(self.caches)) - 1
+        cache = self.caches[module]
+        if level <= len(self.caches):  # a module's first level: nothing drafted is in its cache yet
+            for leaf in leaves:
+                leaf.slots = ()
+        start = max((slot + 1 for leaf in leaves for slot in leaf.slots), default=cache.length)
+        table = self.model.table(root + level + 1)
+        ancestors = [leaf.slots for leaf in leaves]
+        plan = plan_drafts(table, start, cache.length, root + level - 1, ancestors)
+        ids = [tree.tokens[leaf.node] for leaf in leaves]
+        hidden = torch.cat([leaf.hidden for leaf in leaves])
+        outputs = self.model.mtp_rows(module, ids, hidden, cache, plan)
+        for row, leaf in enumerate(leaves):
+            leaf.hidden, leaf.slots = outputs[row : row + 1], (*leaf.slots, start + row)
+
+    def _grow(
+        self,
+        tree: TokenTree,
+        leaves: list[Leaf],
+        level: int,
+        position: int,
+        speculation: Speculation,
+        sampler: Sampler,
+    ) -> list[Leaf]:
+        """Adds this level's children, the most probable first where the budget is short; returns the new leaves."""
+        logits = self.model.logits(torch.cat([leaf.hidden for leaf in leaves]))
+        width, budget = speculation.branching[level - 1], speculation.budget
+        children: list[tuple[float, int, int, Leaf]] = []
+        for row, parent in zip(logits, leaves, strict=True):
+            processed = sampler.process(row, parent.history)
+            top = sampler.top(processed, position, width)
+            scores = [parent.score] * len(top)
+            if budget is not None:
+                logprobs = processed.log_softmax(-1)
+                scores = [parent.score + float(logprobs[token]) for token in top]
+            children += [(scores[rank], rank, token, parent) for rank, token in enumerate(top)]
+        if budget is not None:
+            # every deeper level keeps room for one node, if there is any
+            left = budget - len(tree)
+            room = min(left, max(1, left - (speculation.depth - level)))
+            children = sorted(children, key=lambda child: -child[0])[:room]
+        return [
+            Leaf(
+                tree.add(parent.node, token, rank),
+                parent.hidden,
+                parent.history.child(token),
+                parent.slots,
+                score,
+            )
+            for score, rank, token, parent in children
+        ]

@@ -1,0 +1,119 @@
+"""The generation loop of one sequence: prefill, then [draft, verify, accept, commit] until it ends.
+
+Plain decoding is the same loop with an empty tree; it runs the same rows and never touches the drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mtp_spec.accept import Accepted, Drawn, accept_coupled
+from mtp_spec.draft import Drafter
+from mtp_spec.model.rows import Technique, row_logits, verify_rows
+from mtp_spec.model.transformer import Transformer
+from mtp_spec.options import Speculation
+from mtp_spec.sampling import Sampler
+from mtp_spec.stats import GenerationStats
+from mtp_spec.tree import TokenTree
+
+# prompt tokens that pass through the main model at once
+PREFILL_CHUNK = 256
+
+
+class Decoder:
+    """One sequence being generated.
+
+    Args:
+        model: verifier and MTP modules.
+        technique: how rows are computed on this machine (`model.rows`).
+        prompt: token ids, at least one.
+        sampler: draws the tokens.
+        speculation: shape of the trees, or None for plain decoding.
+        limit: most tokens that will be drawn.
+        is_last: told each token as it is drawn; true ends the text there.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        technique: Technique,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        speculation: Speculation | None,
+        limit: int,
+        is_last: Callable[[int], bool],
+    ) -> None:
+        self.model, self.technique, self.sampler = model, technique, sampler
+        self.speculation, self.is_last = speculation, is_last
+        self.tokens = list(prompt)
+        self.end = len(self.tokens) + limit
+        self.history = sampler.history(prompt)
+        room = self.end + (0 if speculation is None else speculation.nodes)
+        self.cache = model.new_cache(room + 1)
+        self.drafter = None if speculation is None else Drafter(model, room + 1)
+        self.stats = GenerationStats()
+        self.finished = False
+
+    @torch.inference_mode()
+    def prefill(self) -> list[Drawn]:
+        """Fills the cache with the prompt and returns the first token."""
+        prompt = self.tokens
+        with self.stats.phase("prefill"):
+            for first in range(0, len(prompt), PREFILL_CHUNK):
+                chunk = prompt[first : first + PREFILL_CHUNK]
+                hidden = self.model.rows(chunk, self.cache, range(-1, len(chunk) - 1))
+                self._commit(hidden, range(len(chunk)))
+            logits = self.model.logits(hidden[-1:])
+        self.stats.record_prefill(len(prompt))
+        return self._take(self._accept(TokenTree(), logits))
+
+    @torch.inference_mode()
+    def step(self) -> list[Drawn]:
+        """Drafts a tree, verifies it in one pass, accepts a path, commits it; returns the new tokens."""
+        tree = self._draft()
+        hidden, logits = self._verify(tree)
+        accepted = self._accept(tree, logits)
+        self._commit(hidden, [0, *(node + 1 for node in accepted.nodes)])
+        ranks = [tree.ranks[node] for node in accepted.nodes]
+        self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
+        return self._take(accepted)
+
+    def _draft(self) -> TokenTree:
+        # the target adds a token of its own, so that the deepest useful draft is one short of the limit
+        depth = self.end - len(self.tokens) - 1
+        if self.drafter is None or self.speculation is None or depth < 1:
+            return TokenTree()
+        with self.stats.phase("draft"):
+            return self.drafter.draft(
+                self.tokens, self.speculation, depth, self.sampler, self.history
+            )
+
+    def _verify(self, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        """Returns hidden states `[1 + N, D]` and logits `[1 + N, V]` of the root and the tree's nodes."""
+        ids = [self.tokens[-1], *tree.tokens]
+        parents = [-1, *(parent + 1 for parent in tree.parents)]
+        with self.stats.phase("verify"):
+            hidden = verify_rows(self.model, ids, self.cache, parents, self.technique)
+            return hidden, row_logits(self.model, hidden, self.technique)
+
+    def _accept(self, tree: TokenTree, logits: Tensor) -> Accepted:
+        with self.stats.phase("sample"):
+            position = len(self.tokens)
+            return accept_coupled(
+                tree, logits, self.sampler, self.history, position, self.is_last
+            )
+
+    def _commit(self, hidden: Tensor, rows: Sequence[int]) -> None:
+        """Keeps the cache slots of these rows and shows their hidden states to the drafter."""
+        self.cache.commit(rows)
+        if self.drafter is not None:
+            self.drafter.observe(hidden[list(rows)])
+
+    def _take(self, accepted: Accepted) -> list[Drawn]:
+        self.tokens += [drawn.token for drawn in accepted.drawn]
+        self.history = accepted.history
+        self.finished = accepted.stopped
+        return accepted.drawn

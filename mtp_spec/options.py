@@ -1,0 +1,278 @@
+"""What a caller may ask of generation: sampling parameters and the shape of speculation.
+
+Every value is checked here, once, with a message that names the option, what was given and what is allowed. Nothing
+is corrected silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from mtp_spec.errors import OptionError
+
+MAX_DEPTH = 8
+MAX_NODES = 64
+DEFAULT_DEPTH = 3
+ACCEPTANCE_RULES = ("coupled",)
+PLANNED_ACCEPTANCE_RULES = ("rejection", "block", "traversal", "typical", "relaxed")
+
+_SEED_LIMIT = 1 << 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn and when generation ends; checked on construction.
+
+    Args:
+        max_new_tokens: at most this many tokens are generated, 1 or more.
+        temperature: 0 is greedy; larger is more varied.
+        top_p: keep the smallest set of most probable tokens with at least this mass, in (0, 1]; 1 is off.
+        top_k: keep the k most probable tokens; 0 is off, a value beyond the vocabulary keeps all of it.
+        min_p: keep tokens at least this fraction as probable as the best one, in [0, 1]; 0 is off.
+        repetition_penalty: divides positive (multiplies negative) logits of tokens of the prompt and the text; 1 is off.
+        presence_penalty: subtracted from the logit of every token already generated; 0 is off.
+        frequency_penalty: subtracted once for each time the token was generated; 0 is off.
+        logit_bias: token id -> number added to its logit; -inf forbids the token.
+        seed: 0 .. 2**64 - 1; the same seed gives the same text with or without speculation.
+        stop: a string, or several; generation ends before the first one to appear.
+        logprobs: 0 is off; n reports each token's log-probability and the n best alternatives.
+
+    Raises:
+        OptionError: a value of the wrong kind or outside its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int = 0
+    stop: str | Sequence[str] | None = None
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("logprobs", 0)):
+            self._store(name, _integer(name, getattr(self, name), minimum, None, f"an integer, {minimum} or more"))
+        self._store("seed", _integer("seed", self.seed, 0, _SEED_LIMIT - 1, "an integer from 0 to 2**64 - 1"))
+        self._store("temperature", _real("temperature", self.temperature, "a number, 0 (greedy) or more", low=0.0))
+        self._store("top_p", _real("top_p", self.top_p, "a number above 0 and up to 1 (off)", above=0.0, high=1.0))
+        self._store("min_p", _real("min_p", self.min_p, "a number from 0 (off) to 1", low=0.0, high=1.0))
+        repetition = _real("repetition_penalty", self.repetition_penalty, "a number above 0; 1 is off", above=0.0)
+        self._store("repetition_penalty", repetition)
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._store(name, _real(name, getattr(self, name), "a finite number; 0 is off"))
+        self._store("logit_bias", _logit_bias(self.logit_bias))
+        self._store("stop", _stop_strings(self.stop))
+
+    def _store(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], also_allowed: Iterable[str] = ()) -> SamplingParams:
+        """The parameters named in ``options``.
+
+        Args:
+            options: keyword arguments as the caller gave them.
+            also_allowed: names handled elsewhere, mentioned in the message about an unknown one.
+
+        Raises:
+            OptionError: an unknown name, or a bad value.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise _unknown_option(name, [*names, *also_allowed])
+        return cls(**options)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple, empty when there are none."""
+        return tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        """Whether tokens are the best of their row, without noise."""
+        return self.temperature == 0.0
+
+    def validate(self, vocab_size: int) -> None:
+        """Check what depends on the model.
+
+        Raises:
+            OptionError: a token of ``logit_bias`` or the number of ``logprobs`` is beyond the vocabulary, or
+                ``logit_bias`` forbids all of it.
+        """
+        bias = self.logit_bias or {}
+        for token in bias:
+            if not 0 <= token < vocab_size:
+                raise _bad("logit_bias", dict(bias), f"token ids from 0 to {vocab_size - 1}; {token} is not one")
+        if sum(value == -math.inf for value in bias.values()) == vocab_size:
+            raise _bad("logit_bias", "-inf for every token", "at least one token left to choose")
+        if self.logprobs > vocab_size:
+            raise _bad("logprobs", self.logprobs, f"at most the size of the vocabulary, {vocab_size}")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Speculation:
+    """The shape of the tree that is drafted for each verify pass.
+
+    Args:
+        depth: how many tokens ahead are drafted, 1 to 8. Default: the length of ``branching``, else 3.
+        branching: children of every node, depth by depth; (1, 1, 1) is a chain, (3, 2, 1) a tree of 15 nodes. Missing
+            depths are 1.
+        budget: at most this many nodes are drafted, the most promising first; up to 64.
+        acceptance: the rule that accepts drafts; "coupled" keeps the text identical to plain decoding.
+        adaptive: choose the shape while running; not available yet.
+
+    Raises:
+        OptionError: a value of the wrong kind or outside its range, or a tree of more than 64 nodes.
+    """
+
+    depth: int
+    branching: tuple[int, ...]
+    budget: int | None
+    acceptance: str
+    adaptive: bool
+
+    def __init__(
+        self,
+        depth: int | None = None,
+        branching: Sequence[int] | None = None,
+        budget: int | None = None,
+        acceptance: str = "coupled",
+        adaptive: bool = False,
+    ) -> None:
+        widths = () if branching is None else _branching(branching)
+        if depth is None:
+            depth = len(widths) or DEFAULT_DEPTH
+        depth = _integer("depth", depth, 1, MAX_DEPTH, f"an integer from 1 to {MAX_DEPTH}; speculation=None is off")
+        if len(widths) > depth:
+            raise _bad("branching", branching, f"at most one number for each of the {depth} depths; raise depth")
+        if budget is not None:
+            budget = _integer("budget", budget, 1, MAX_NODES, f"an integer from 1 to {MAX_NODES}, or None")
+        _check_acceptance(acceptance)
+        if adaptive is not False:
+            raise _bad("adaptive", adaptive, "False; choosing the shape while running is not available yet")
+        values = (depth, widths + (1,) * (depth - len(widths)), budget, acceptance, adaptive)
+        for field, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
+        if self.nodes > MAX_NODES:
+            allowed = f"a tree of at most {MAX_NODES} nodes (this one has {self.nodes}); give budget={MAX_NODES} or less"
+            raise _bad("branching", self.branching, allowed)
+
+    @property
+    def nodes(self) -> int:
+        """The largest number of nodes that one step drafts."""
+        total, width = 0, 1
+        for children in self.branching:
+            width *= children
+            total += width
+        return total if self.budget is None else min(total, self.budget)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node has one child."""
+        return max(self.branching) == 1
+
+
+def resolve_speculation(value: object) -> Speculation | Literal["auto"] | None:
+    """What ``speculation=`` stands for: "auto", a :class:`Speculation`, or None (off).
+
+    An integer is the depth of a chain; 0 is off.
+
+    Raises:
+        OptionError: anything else.
+    """
+    if value is None or isinstance(value, Speculation):
+        return value
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    allowed = f'"auto", None (off), a chain depth from 0 to {MAX_DEPTH}, or mtp_spec.Speculation(...)'
+    depth = _integer("speculation", value, 0, MAX_DEPTH, allowed)
+    return Speculation(depth=depth) if depth else None
+
+
+def _bad(name: str, value: object, allowed: str) -> OptionError:
+    return OptionError(f"{name}={value!r} is not possible: allowed is {allowed}")
+
+
+def _unknown_option(name: str, known: Sequence[str]) -> OptionError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return OptionError(f"unknown option {name!r}: {hint}known options are {', '.join(known)}")
+
+
+def _integer(name: str, value: object, low: int, high: int | None, allowed: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise _bad(name, value, allowed)
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise _bad(name, value, allowed)
+    return number
+
+
+def _real(
+    name: str,
+    value: object,
+    allowed: str,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _bad(name, value, allowed)
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high or number <= above:
+        raise _bad(name, value, allowed)
+    return number
+
+
+def _logit_bias(value: object) -> dict[int, float] | None:
+    if value is None:
+        return None
+    allowed = "a dictionary of token id -> finite number (or -inf, which forbids the token)"
+    if not isinstance(value, Mapping):
+        raise _bad("logit_bias", value, allowed)
+    bias: dict[int, float] = {}
+    for token, amount in value.items():
+        if isinstance(amount, bool) or not isinstance(amount, Real) or not float(amount) < math.inf:
+            raise _bad("logit_bias", {token: amount}, allowed)
+        bias[_integer("logit_bias token", token, 0, None, "a token id, 0 or more")] = float(amount)
+    return bias
+
+
+def _stop_strings(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    strings = (value,) if isinstance(value, str) else value
+    allowed = "a string or a list of strings, none of them empty"
+    if not isinstance(strings, Sequence) or isinstance(strings, bytes):
+        raise _bad("stop", value, allowed)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise _bad("stop", value, allowed)
+    return tuple(strings)
+
+
+def _branching(value: object) -> tuple[int, ...]:
+    allowed = f"1 to {MAX_DEPTH} integers from 1 to {MAX_NODES}, such as (3, 2, 1)"
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not 1 <= len(value) <= MAX_DEPTH:
+        raise _bad("branching", value, allowed)
+    return tuple(_integer("branching entry", width, 1, MAX_NODES, allowed) for width in value)
+
+
+def _check_acceptance(value: object) -> None:
+    if value in ACCEPTANCE_RULES:
+        return
+    if value in PLANNED_ACCEPTANCE_RULES:
+        raise _bad("acceptance", value, '"coupled"; this rule is not available yet')
+    raise _bad("acceptance", value, '"coupled"')

@@ -1,0 +1,263 @@
+"""From a row of logits to a token, one row at a time.
+
+Plain decoding, verification and drafting all come through here, and a row's result depends on nothing but the row, its
+history and its absolute position. That makes speculative text equal plain text (coupled sampling: notes 5.7, 5.8).
+All arithmetic is float32 in NumPy on the CPU, which for one row of a vocabulary costs a fraction of the same
+operations in torch; a row on a GPU is copied first.
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.noise import GumbelNoise
+from mtp_spec.options import SamplingParams
+
+Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
+
+_NEGATIVE_INFINITY = np.float32(-np.inf)
+# a history keeps this many recent tokens as a tuple before it folds them into new count arrays
+_MAX_RECENT = 32
+# up to here repeated argmax is faster than a stable sort
+_MAX_ARGMAX_PASSES = 32
+
+
+class History:
+    """Which tokens a path has seen: the prompt's, and how often each was generated. Immutable.
+
+    ``child`` shares the counts of its parent, so a history can be kept for every node of a tree.
+    """
+
+    __slots__ = ("_counts", "_prompt", "_recent")
+
+    def __init__(self, prompt_ids: Sequence[int], vocab_size: int) -> None:
+        self._prompt: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
+        self._prompt[np.asarray(prompt_ids, dtype=np.int64)] = True
+        self._counts: Int64Array = np.zeros(vocab_size, dtype=np.int64)
+        self._recent: tuple[int, ...] = ()
+
+    def child(self, token: int) -> History:
+        """The history after one more generated token."""
+        return self.extend((token,))
+
+    def extend(self, tokens: Iterable[int]) -> History:
+        """The history after several more generated tokens."""
+        after = History.__new__(History)
+        after._prompt, after._counts = self._prompt, self._counts
+        after._recent = (*self._recent, *tokens)
+        if len(after._recent) > _MAX_RECENT:
+            after._counts, after._recent = after.counts(), ()
+        return after
+
+    def counts(self) -> Int64Array:
+        """[V] int64: how often each token was generated. Not to be written to."""
+        if not self._recent:
+            return self._counts
+        counts = self._counts.copy()
+        for token in self._recent:
+            counts[token] += 1
+        return counts
+
+    def generated(self) -> tuple[Int64Array, Int64Array]:
+        """Generated token ids in ascending order, and how often each was generated."""
+        counts = self.counts()
+        ids = np.flatnonzero(counts)
+        return ids, counts[ids]
+
+    def seen(self) -> Int64Array:
+        """Token ids of the prompt and of the generated text, in ascending order."""
+        seen: Int64Array = np.flatnonzero(self._prompt | (self.counts() > 0))
+        return seen
+
+
+class Sampler:
+    """Draws the tokens of one request.
+
+    Args:
+        params: sampling parameters.
+        vocab_size: V, the width of the logits.
+        noise: the noise of the request; made from ``params.seed`` by default.
+
+    Raises:
+        OptionError: a parameter that does not fit the vocabulary, or noise of another width.
+    """
+
+    __slots__ = ("_bias_ids", "_bias_values", "_log_min_p", "noise", "params", "vocab_size")
+
+    def __init__(self, params: SamplingParams, vocab_size: int, noise: GumbelNoise | None = None) -> None:
+        params.validate(vocab_size)
+        self.params = params
+        self.vocab_size = vocab_size
+        self.noise = GumbelNoise(params.seed, vocab_size) if noise is None else noise
+        if self.noise.vocab_size != vocab_size:
+            raise OptionError(f"noise has {self.noise.vocab_size} columns, the logits {vocab_size}: they must agree")
+        bias = params.logit_bias or {}
+        self._bias_ids: Int64Array = np.fromiter(bias.keys(), dtype=np.int64, count=len(bias))
+        self._bias_values: Float32Array = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
+        self._log_min_p = np.float32(math.log(params.min_p)) if params.min_p > 0 else None
+
+    def history(self, prompt_ids: Sequence[int]) -> History:
+        """The history at the end of the prompt."""
+        return History(prompt_ids, self.vocab_size)
+
+    def process(self, logits_row: torch.Tensor, history: History) -> torch.Tensor:
+        """The row that a token is drawn from: unnormalised log-probabilities, removed tokens at -inf.
+
+        Stages, in order, those switched off skipped: logit bias, repetition penalty, presence and frequency penalty,
+        temperature, top-k, top-p, min-p. At temperature 0 only bias and penalties apply; above it the best token is
+        shifted to 0, which loses no precision when the noise is added and changes no probability.
+
+        Args:
+            logits_row: [V], any float dtype; left untouched.
+            history: the path that leads to this row.
+
+        Returns:
+            [V] float32 on the CPU.
+        """
+        row = self._float_row(logits_row).copy()
+        if len(self._bias_ids):
+            row[self._bias_ids] += self._bias_values
+        self._penalise(row, history)
+        if self.params.greedy:
+            return torch.from_numpy(row)
+        self._scale(row)
+        if 0 < self.params.top_k < self.vocab_size:
+            _keep_top_k(row, self.params.top_k)
+        if self.params.top_p < 1.0:
+            _keep_top_p(row, self.params.top_p)
+        if self._log_min_p is not None:
+            # the best token is at 0
+            row[row < self._log_min_p] = _NEGATIVE_INFINITY
+        return torch.from_numpy(row)
+
+    def draw(self, processed: torch.Tensor, position: int) -> int:
+        """The token at an absolute position: argmax of the row plus the position's noise; lowest id among equals.
+
+        Raises:
+            MTPSpecError: the row holds NaN or +inf, or no token is left in it.
+        """
+        scores = self._scores(processed, position)
+        best = int(scores.argmax())
+        # argmax stops at the first NaN, so looking at the winner is enough
+        if not math.isfinite(scores[best]):
+            raise _no_token(scores[best], position)
+        return best
+
+    def top(self, processed: torch.Tensor, position: int, k: int) -> list[int]:
+        """The k best tokens of the row plus noise, best first: siblings of a draft tree.
+
+        The first is what ``draw`` returns. Fewer than k come back when fewer tokens are left in the row.
+
+        Raises:
+            MTPSpecError: the row holds NaN or +inf, or no token is left in it.
+        """
+        if k == 1:
+            return [self.draw(processed, position)]
+        scores = self._scores(processed, position)
+        best = [token for token in _best(scores, k) if scores[token] != _NEGATIVE_INFINITY]
+        if not best or not math.isfinite(scores[best[0]]):
+            raise _no_token(scores.max(), position)
+        return best
+
+    def logprobs(self, raw_row: torch.Tensor, token: int, k: int) -> tuple[float, list[tuple[int, float]]]:
+        """Log-probability of the token, and of the k most probable tokens, best first.
+
+        They are the model's own: the log-softmax, in float32, of the row as the model returned it, before bias,
+        penalties, temperature and truncation.
+        """
+        row = self._float_row(raw_row)
+        shifted = row - row.max()
+        values = shifted - np.log(np.exp(shifted).sum(dtype=np.float32))
+        return float(values[token]), [(best, float(values[best])) for best in _best(values, k)]
+
+    def _float_row(self, row: torch.Tensor) -> Float32Array:
+        """[V] float32 array, sharing storage where it can."""
+        if row.shape != (self.vocab_size,):
+            raise MTPSpecError(f"logits of shape {tuple(row.shape)} given, one row of shape ({self.vocab_size},) expected")
+        array: Float32Array = row.detach().to(device="cpu", dtype=torch.float32).numpy()
+        return array
+
+    def _penalise(self, row: Float32Array, history: History) -> None:
+        params = self.params
+        if params.repetition_penalty != 1.0:
+            ids = history.seen()
+            values = row[ids]
+            penalty = np.float32(params.repetition_penalty)
+            row[ids] = np.where(values > 0, values / penalty, values * penalty)
+        if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+            ids, counts = history.generated()
+            penalties = params.presence_penalty + params.frequency_penalty * counts
+            row[ids] -= penalties.astype(np.float32)
+
+    def _scale(self, row: Float32Array) -> None:
+        """(row - max) / temperature; a temperature too small for float32 leaves only the best tokens."""
+        best = row.max()
+        if not math.isfinite(best):
+            return
+        row -= best
+        # max(...) keeps 0 / temperature at 0 for temperatures that float32 rounds to 0
+        temperature = max(np.float32(self.params.temperature), np.finfo(np.float32).tiny)
+        if temperature != 1.0:
+            with np.errstate(over="ignore"):
+                row /= temperature
+
+    def _scores(self, processed: torch.Tensor, position: int) -> Float32Array:
+        row: Float32Array = processed.numpy()
+        return row if self.params.greedy else row + self.noise.row_array(position)
+
+
+def _keep_top_k(row: Float32Array, k: int) -> None:
+    """Remove all but the k largest in place; among equals at the edge the lowest ids stay."""
+    edge = np.partition(row, len(row) - k)[len(row) - k]
+    edge_ids = np.flatnonzero(row == edge)
+    spare = k - int(np.count_nonzero(row > edge))
+    row[row < edge] = _NEGATIVE_INFINITY
+    row[edge_ids[spare:]] = _NEGATIVE_INFINITY
+
+
+def _keep_top_p(row: Float32Array, top_p: float) -> None:
+    """Remove all but the smallest set of largest entries whose probability reaches top_p, in place.
+
+    Tokens below (1 - top_p) / V cannot belong to it: all of them together weigh less than 1 - top_p. Only the others,
+    few in a language model's row, are sorted; half that edge leaves room for rounding.
+    """
+    weights = np.exp(row - row.max())
+    total = float(weights.sum(dtype=np.float64))
+    candidates = np.flatnonzero(weights >= 0.5 * (1.0 - top_p) / len(row) * total)
+    order = candidates[np.argsort(-weights[candidates], kind="stable")]
+    mass = np.cumsum(weights[order], dtype=np.float64)
+    kept = order[: int(np.searchsorted(mass, top_p * total)) + 1]
+    values = row[kept]
+    row.fill(_NEGATIVE_INFINITY)
+    row[kept] = values
+
+
+def _best(values: Float32Array, k: int) -> list[int]:
+    """Indices of the k largest, best first, lowest index first among equals."""
+    if k > _MAX_ARGMAX_PASSES:
+        return [int(index) for index in np.argsort(-values, kind="stable")[:k]]
+    values = values.copy()
+    best: list[int] = []
+    for _ in range(min(k, len(values))):
+        index = int(values.argmax())
+        if values[index] == _NEGATIVE_INFINITY:
+            break
+        best.append(index)
+        values[index] = _NEGATIVE_INFINITY
+    return best
+
+
+def _no_token(score: float, position: int) -> MTPSpecError:
+    reason = "no token is left after logit_bias" if score == -math.inf else f"the logits contain {float(score)}"
+    return MTPSpecError(
+        f"no token can be drawn at position {position}: {reason}; check the weights and dtype, or allow more tokens"
+    )

@@ -1,0 +1,155 @@
+"""What a generation did and how long it took.
+
+Definitions (notes/engines.md): tokens_per_step = tokens committed by verify steps / verify steps; the first token
+comes from the prefill and belongs to no step. A plain decoding step is a verify step without drafts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+PHASES = ("prefill", "draft", "verify", "sample")
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerationStats:
+    """Counters of one generation, or of several merged.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        new_tokens: tokens generated, the first one included.
+        steps: verify steps.
+        drafted: draft tokens proposed (nodes of all trees).
+        accepted: draft tokens accepted.
+        step_tokens: tokens committed by verify steps.
+        histogram: accepted tokens of a step -> number of steps.
+        accepted_by_rank: sibling rank (0 = best) -> accepted tokens.
+        phase_seconds: phase -> seconds; see ``seconds``.
+        total_seconds: wall-clock seconds of the whole generation.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    step_tokens: int = 0
+    histogram: Counter[int] = field(default_factory=Counter)
+    accepted_by_rank: Counter[int] = field(default_factory=Counter)
+    phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    total_seconds: float = 0.0
+    # by depth d: steps that proposed d; those of them that accepted d - 1; those that accepted d
+    _proposed: Counter[int] = field(default_factory=Counter)
+    _reached: Counter[int] = field(default_factory=Counter)
+    _passed: Counter[int] = field(default_factory=Counter)
+
+    def record_prefill(self, prompt_tokens: int, committed: int = 1) -> None:
+        """Count a prompt and the tokens drawn from its last row."""
+        self.prompt_tokens += prompt_tokens
+        self.new_tokens += committed
+
+    def record_step(
+        self, proposed_depth: int, nodes: int, accepted_path_ranks: Sequence[int], committed: int
+    ) -> None:
+        """Count one verify step.
+
+        Args:
+            proposed_depth: depth of the drafted tree; 0 for plain decoding.
+            nodes: nodes of the tree.
+            accepted_path_ranks: sibling ranks along the accepted path, depth 1 first.
+            committed: tokens committed, fewer than accepted + 1 where a stop cut them.
+
+        Raises:
+            ValueError: more accepted than proposed, or more committed than accepted and one.
+        """
+        accepted = len(accepted_path_ranks)
+        if not accepted <= proposed_depth <= nodes:
+            raise ValueError(f"{accepted} accepted, depth {proposed_depth}, {nodes} nodes: none may exceed the next")
+        if not 1 <= committed <= accepted + 1:
+            raise ValueError(f"{committed} tokens committed: allowed is 1 to {accepted + 1} with {accepted} accepted")
+        self.steps += 1
+        self.drafted += nodes
+        self.accepted += accepted
+        self.step_tokens += committed
+        self.new_tokens += committed
+        self.histogram[accepted] += 1
+        self.accepted_by_rank.update(accepted_path_ranks)
+        self._proposed.update(range(1, proposed_depth + 1))
+        self._reached.update(range(1, min(accepted + 1, proposed_depth) + 1))
+        self._passed.update(range(1, accepted + 1))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside the block to a phase: prefill, draft, verify or sample."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phase_seconds[name] += time.perf_counter() - start
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens committed by verify steps over verify steps; 0 without steps."""
+        return self.step_tokens / self.steps if self.steps else 0.0
+
+    @property
+    def accepted_per_depth(self) -> dict[str, list[float]]:
+        """Acceptance rates, entry d - 1 for depth d.
+
+        "conditional": accepted d, among steps that proposed depth d and accepted d - 1 (0 if there were none).
+        "unconditional": accepted d, among steps that proposed depth d.
+        """
+        depths = range(1, max(self._proposed, default=0) + 1)
+        return {
+            "conditional": [_ratio(self._passed[depth], self._reached[depth]) for depth in depths],
+            "unconditional": [_ratio(self._passed[depth], self._proposed[depth]) for depth in depths],
+        }
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, the remainder as "other", and "total"."""
+        measured = sum(self.phase_seconds.values())
+        total = max(self.total_seconds, measured)
+        return {**self.phase_seconds, "other": total - measured, "total": total}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the total time, prefill included; 0 before any time was recorded."""
+        return _ratio(self.new_tokens, self.seconds["total"])
+
+    def merge(self, other: GenerationStats) -> GenerationStats:
+        """The sums of both; neither is changed."""
+        merged = GenerationStats()
+        for part in (self, other):
+            for name in ("prompt_tokens", "new_tokens", "steps", "drafted", "accepted", "step_tokens", "total_seconds"):
+                setattr(merged, name, getattr(merged, name) + getattr(part, name))
+            for name in ("histogram", "accepted_by_rank", "_proposed", "_reached", "_passed"):
+                getattr(merged, name).update(getattr(part, name))
+            for name, seconds in part.phase_seconds.items():
+                merged.phase_seconds[name] += seconds
+        return merged
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that ``json.dumps`` accepts."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "steps": self.steps,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "tokens_per_step": self.tokens_per_step,
+            "accepted_per_depth": self.accepted_per_depth,
+            "accepted_by_rank": {str(rank): self.accepted_by_rank[rank] for rank in sorted(self.accepted_by_rank)},
+            "histogram": {str(count): self.histogram[count] for count in sorted(self.histogram)},
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
