@@ -168,10 +168,12 @@ class MLA(nn.Module):
         k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
+        # flash attention wants one head size
+        v = F.pad(v, (0, q.shape[-1] - self.v_dim)) if q.shape[-1] > self.v_dim else v
         q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
+        )[..., : self.v_dim]
         return F.linear(out.transpose(-3, -2).flatten(-2), self.o_proj)
 
     def rows(self, x: Tensor, slots: Tensor, plan: RowPlan) -> Tensor:

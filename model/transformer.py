@@ -39,12 +39,14 @@ class Block(nn.Module):
             if dense
             else MoE(config, dtype, device)
         )
+        self.dropout = 0.0  # of both residual branches, while training
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
         """Whole sequences x `[B, T, D]`."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
-        flat = self.post_attention_layernorm(x).flatten(0, -2)
-        return x + self.mlp(flat).view_as(x)
+        branch = self.self_attn(self.input_layernorm(x), rope, mask)
+        x = x + F.dropout(branch, self.dropout, self.training)
+        branch = self.mlp(self.post_attention_layernorm(x).flatten(0, -2)).view_as(x)
+        return x + F.dropout(branch, self.dropout, self.training)
 
     def rows(self, x: Tensor, slots: Tensor, plan: RowPlan) -> Tensor:
         """Rows x `[M, D]` appended to the cache `slots`."""
@@ -124,6 +126,7 @@ class Transformer(nn.Module):
             MTPModule(config, dtype, device) for _ in range(config.num_nextn_predict_layers)
         )
         self._table = rope_table(config, 0, device)
+        self.eval()
 
     # whole sequences
 

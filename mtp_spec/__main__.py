@@ -1,0 +1,6 @@
+"""`python -m mtp_spec` is the command line."""
+
+from mtp_spec.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The command line: `mtp-spec generate` and `mtp-spec inspect`. Everything goes through the public API."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mtp_spec
+from mtp_spec.inspection import show_checkpoint
+
+EXAMPLES = """examples:
+  mtp-spec generate "Tell me a story about a fox"
+  mtp-spec generate "Tell me a story about a fox" --depth 5 --temperature 0
+  mtp-spec generate "List three fruits" --branching 3,2,1 --seed 7 --json
+  echo "Write a poem about rain" | mtp-spec generate -
+  mtp-spec generate --prompts prompts.jsonl --json > answers.jsonl
+  mtp-spec inspect /models/DeepSeek-V3
+"""
+SAMPLING: dict[str, tuple[type, str]] = {
+    "max_new_tokens": (int, "most tokens to generate (128)"),
+    "temperature": (float, "0 is greedy (0.8)"),
+    "top_p": (float, "keep the most probable tokens up to this mass (1: off)"),
+    "top_k": (int, "keep the k most probable tokens (0: off)"),
+    "min_p": (float, "keep tokens this fraction as probable as the best (0: off)"),
+    "repetition_penalty": (float, "above 1 discourages tokens already seen (1: off)"),
+    "presence_penalty": (float, "subtracted once from tokens already generated (0: off)"),
+    "frequency_penalty": (float, "subtracted for every earlier occurrence (0: off)"),
+    "seed": (int, "same seed, same text, whatever the speculation (0)"),
+    "logprobs": (int, "report log-probabilities and this many alternatives, with --json (0: off)"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mtp-spec",
+        description="Exact speculative decoding of DeepSeek-V3-style models with their own MTP modules.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=mtp_spec.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    inspect = commands.add_parser("inspect", help="what a checkpoint holds: shape, sizes, MTP modules, memory")
+    inspect.add_argument("path", nargs="?", type=Path, help="checkpoint folder (default: the bundled model)")
+    inspect.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="generate text, streamed, with a line of statistics",
+        description="Generates text. The text does not depend on the speculation, only its speed does.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    generate.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
+    generate.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='one {"prompt": ...} or string a line')
+    generate.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
+    generate.add_argument("--device", default="cpu", help="cpu or cuda")
+    generate.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the machine computes fast)")
+    generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
+    generate.add_argument("--json", action="store_true", help="print one JSON document a prompt instead of text")
+    drafting = generate.add_argument_group("speculation (never changes the text)")
+    drafting.add_argument("--no-speculation", action="store_true", help="plain decoding")
+    drafting.add_argument("--depth", type=int, metavar="K", help="draft a chain of K tokens, 1 to 8")
+    drafting.add_argument("--branching", metavar="N,N,...", help="draft a tree: children by depth, such as 3,2,1")
+    sampling = generate.add_argument_group("sampling")
+    for name, (kind, text) in SAMPLING.items():
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; errors of use end with one line on standard error and exit code 2."""
+    args = build_parser().parse_args(arguments)
+    try:
+        if args.command == "inspect":
+            show_checkpoint(args.path, as_json=args.json)
+        else:
+            _generate(args)
+    except (mtp_spec.MTPSpecError, mtp_spec.CheckpointError) as error:
+        print(f"mtp-spec: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(141) from None
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompts, options = _prompts(args), _options(args)
+    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty())
+    chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
+    for prompt in prompts:
+        question: Any = [{"role": "user", "content": prompt}] if chat else prompt
+        stream = lm.stream(question, **options)
+        for event in stream:
+            if not args.json:
+                print(event.text, end="", flush=True)
+        if args.json:
+            print(json.dumps(_document(prompt, stream.result), ensure_ascii=False), flush=True)
+        else:
+            print(flush=True)
+            print(statistics_line(stream.result.stats), file=sys.stderr)
+
+
+def _document(prompt: str, result: mtp_spec.Generation) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "logprobs": result.logprobs,
+        "stats": result.stats.to_json(),
+    }
+
+
+def statistics_line(stats: mtp_spec.GenerationStats) -> str:
+    """Returns speed, tokens per step and acceptance by depth in one line."""
+    parts = [f"{stats.new_tokens} tokens", f"{stats.tokens_per_second:.0f} tok/s"]
+    if stats.drafted:
+        rates = "/".join(f"{rate:.2f}" for rate in stats.accepted_per_depth["conditional"])
+        parts += [f"{stats.tokens_per_step:.2f} tokens per step", f"accepted by depth {rates}"]
+    else:
+        parts.append("no speculation")
+    return "[" + ", ".join(parts) + "]"
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if (args.prompt is None) == (args.prompts is None):
+        raise mtp_spec.OptionError("give one prompt (- for standard input) or --prompts FILE.jsonl")
+    if args.prompt is not None:
+        return [sys.stdin.read().strip() if args.prompt == "-" else args.prompt]
+    if not args.prompts.is_file():
+        raise mtp_spec.OptionError(f"--prompts {args.prompts}: there is no such file")
+    lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    return [_prompt(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _prompt(line: str, number: int) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise mtp_spec.OptionError(f"--prompts line {number} is not JSON: {error}") from error
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise mtp_spec.OptionError(f'--prompts line {number}: give a string or {{"prompt": string}}')
+    return prompt
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    options = {name: getattr(args, name) for name in (*SAMPLING, "stop") if getattr(args, name) is not None}
+    if args.no_speculation and (args.depth is not None or args.branching):
+        raise mtp_spec.OptionError("--no-speculation excludes --depth and --branching")
+    if args.no_speculation:
+        options["speculation"] = None
+    elif args.branching:
+        try:
+            widths = tuple(int(part) for part in args.branching.split(","))
+        except ValueError:
+            raise mtp_spec.OptionError(f"--branching {args.branching!r}: give numbers such as 3,2,1") from None
+        options["speculation"] = mtp_spec.Speculation(depth=args.depth, branching=widths)
+    elif args.depth is not None:
+        options["speculation"] = args.depth
+    # checked before the model is loaded
+    mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name != "speculation"})
+    return options

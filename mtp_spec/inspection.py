@@ -1,0 +1,55 @@
+"""What a checkpoint holds, from its config and file headers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary
+
+BF16_BYTES = 2
+
+
+def show_checkpoint(path: Path | None, as_json: bool = False, console: Console | None = None) -> None:
+    """Prints architecture, parameters, dtypes, MTP modules and memory of a folder."""
+    folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else path
+    summary = checkpoint_summary(folder)
+    if as_json:
+        print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary)}))
+        return
+    (console or Console()).print(_table(folder, summary))
+
+
+def cache_bytes(summary: CheckpointSummary) -> int:
+    """Returns bytes of latent cache a token, main model and MTP modules, in bfloat16."""
+    config = summary.config
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * BF16_BYTES
+
+
+def _table(folder: Path, summary: CheckpointSummary) -> Table:
+    config = summary.config
+    modules = config.num_nextn_predict_layers
+    weights = (summary.parameters + summary.mtp_parameters) * BF16_BYTES
+    query = "direct queries" if config.q_lora_rank is None else f"query LoRA {config.q_lora_rank}"
+    rows = {
+        "architecture": f"{config.model_type}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, {query}, latent {config.kv_lora_rank}+{config.qk_rope_head_dim}",
+        "experts": f"{config.n_routed_experts} routed, top {config.num_experts_per_tok}, {config.n_shared_experts} "
+        f"shared; {config.first_k_dense_replace} dense layers first",
+        "parameters": f"{summary.parameters / 1e6:,.1f} M, {summary.active / 1e6:,.1f} M active for a token",
+        "MTP modules": f"present: {modules} ({summary.mtp_parameters / 1e6:,.1f} M)" if modules else "absent",
+        "stored": f"{summary.tensors} tensors in {summary.files} files, {summary.bytes / 1e6:,.1f} MB; "
+        + ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary.dtypes.items())),
+        "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary):,} bytes of cache a token (bf16)",
+        "memory": f"{weights / 1e6:,.0f} MB of weights in bfloat16, twice that in float32, plus the cache",
+    }
+    table = Table(title=str(folder), show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,135 @@
+"""The contract: same seed, same text, with speculation off, chains, trees and any drafter; equal bits of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import mtp_spec
+from mtp_spec.draft import Drafter
+from mtp_spec.model.rows import choose_technique, row_logits, verify_rows
+from mtp_spec.tree import ROOT, TokenTree
+
+SHAPES = [
+    *range(1, 9),
+    mtp_spec.Speculation(branching=(3, 2, 1)),
+    mtp_spec.Speculation(depth=5, branching=(2, 2, 2, 1, 1)),
+    mtp_spec.Speculation(depth=4, branching=(4, 4, 2, 2), budget=9),
+]
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "plain": {"temperature": 0.8},
+    "truncated": {"temperature": 1.2, "top_p": 0.9, "min_p": 0.02, "top_k": 40},
+    "penalties": {
+        "temperature": 1.0,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "logit_bias": {5: 1.5, 7: float("-inf")},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["v3", "v3_two_modules", "v3_yarn"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("tiny") / "model", request.param, seed=1).folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sampling", list(SAMPLING))
+def test_same_text_whatever_the_tree(folder: Path, dtype: str, sampling: str) -> None:
+    lm = mtp_spec.load(folder, dtype=dtype)
+    # float32 computes rows one by one: exact by construction, slow
+    shapes = SHAPES if dtype == "bfloat16" else SHAPES[2:10:4]
+    for seed, prompt in enumerate(([3], list(range(60)))):
+        options = {"max_new_tokens": 12, "seed": seed, "logprobs": 2, **SAMPLING[sampling]}
+        plain = lm.generate(prompt, speculation=None, **options)
+        for shape in shapes:
+            drafted = lm.generate(prompt, speculation=shape, **options)
+            assert drafted.token_ids == plain.token_ids, f"{shape} changed the text"
+            assert drafted.logprobs == plain.logprobs, f"{shape} changed the log-probabilities"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_bitwise_those_of_plain_decoding(folder: Path, dtype: str) -> None:
+    lm = mtp_spec.load(folder, dtype=dtype)
+    model, technique = lm.model, choose_technique(lm.model)
+    with torch.inference_mode():
+        for context in (1, 30, 63, 64, 100):
+            ids = [(5 * i + 2) % 96 for i in range(context + 33)]
+            cache = model.new_cache(200)
+            model.rows(ids[:context], cache, range(-1, context - 1))
+            cache.commit(range(context))
+            alone = []
+            for token in ids[context:]:
+                alone.append(model.logits(model.rows([token], cache, [-1])))
+                cache.commit([0])
+            for rows in (*range(1, 10), 16, 32):
+                cache.rewind(context)
+                chain = ids[context : context + rows]
+                hidden = verify_rows(model, chain, cache, range(-1, rows - 1), technique)
+                assert torch.equal(row_logits(model, hidden, technique), torch.cat(alone[:rows]))
+            # the same chain as one branch of a tree whose other nodes are noise
+            cache.rewind(context)
+            tree_ids, parents, branch, last = [], [], [], -1
+            for token in ids[context : context + 8]:
+                tree_ids += [(token + 1) % 96, token]
+                parents += [last, last]
+                last = len(tree_ids) - 1
+                branch.append(last)
+            hidden = verify_rows(model, tree_ids, cache, parents, technique)
+            assert torch.equal(row_logits(model, hidden, technique)[branch], torch.cat(alone[:8]))
+
+
+def _oracle(tokens: list[int], wrong: int) -> Callable[..., TokenTree]:
+    """Drafts the true continuation, each token moved by `wrong`."""
+
+    def draft(self: Drafter, known: list[int], speculation: Any, depth: int, *_: Any) -> TokenTree:
+        self._extend(known)
+        tree, parent = TokenTree(), ROOT
+        for token in tokens[len(known) : len(known) + min(depth, speculation.depth)]:
+            parent = tree.add(parent, (token + wrong) % 96, 0)
+        return tree
+
+    return draft
+
+
+@pytest.mark.parametrize("wrong", [0, 1], ids=["always right", "always wrong"])
+def test_any_drafter(folder: Path, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = mtp_spec.load(folder, dtype="bfloat16")
+    prompt = [4, 2]
+    plain = lm.generate(prompt, max_new_tokens=25, speculation=None)
+    monkeypatch.setattr(Drafter, "draft", _oracle(prompt + plain.token_ids, wrong))
+    drafted = lm.generate(prompt, max_new_tokens=25, speculation=4)
+    assert drafted.token_ids == plain.token_ids
+    expected = [0.0] * 4 if wrong else [1.0] * 4
+    assert drafted.stats.accepted_per_depth["conditional"][:1] == expected[:1]
+    assert drafted.stats.tokens_per_step == (1.0 if wrong else pytest.approx(24 / 5))
+
+
+def test_caches_after_rollback_equal_a_fresh_run(folder: Path) -> None:
+    lm = mtp_spec.load(folder, dtype="bfloat16")
+    ids = lm.generate([1, 2, 3], max_new_tokens=40, speculation=None, temperature=1.0).token_ids
+    again = lm.generate([1, 2, 3], max_new_tokens=40, speculation=5, temperature=1.0).token_ids
+    assert ids == again
+    longer = lm.generate([1, 2, 3], max_new_tokens=60, speculation=2, temperature=1.0).token_ids
+    assert longer[:40] == ids
+
+
+def test_streams_and_lists_agree_with_generate(folder: Path) -> None:
+    lm = mtp_spec.load(folder)
+    options: dict[str, Any] = {"max_new_tokens": 12, "speculation": 3}
+    prompts = [[1, 2], [3, 4, 5], [6]]
+    together = lm.generate(prompts, **options)
+    assert [one.token_ids for one in together] == [lm.generate(p, **options).token_ids for p in prompts]
+    events = list(lm.stream(prompts[0], **options))
+    assert [event.token_id for event in events] == together[0].token_ids
+    assert events[0].step == 0
+    assert events[0].source == "target"
+    accepted = sum(event.source != "target" for event in events)
+    assert accepted == together[0].stats.accepted
