@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import MLP, empty_parameter, gated_silu
 
+# a multiple of every CPU's vector length in float32 values
+VECTOR = 64
+
 
 class Gate(nn.Module):
     """Chooses `num_experts_per_tok` experts a row and weighs them; float32 throughout."""
@@ -30,7 +33,9 @@ class Gate(nn.Module):
         # one product a row keeps float32 independent of the number of rows: see `model.rows`
         logits = row_products(x.float(), self.weight)
         if self.config.scoring_func == "sigmoid":
-            scores = logits.sigmoid()
+            # exp differs in its last bit between a vector lane and a loop's tail: give every row whole vectors
+            experts = logits.shape[-1]
+            scores = F.pad(logits, (0, -experts % VECTOR)).sigmoid()[..., :experts]
         else:
             scores = logits.softmax(-1)
         choice = scores

@@ -23,7 +23,7 @@ from mtp_spec.model.transformer import Transformer
 
 Technique = Literal["batched", "single"]
 PROBE_ROWS = (2, 3, 4, 5, 6, 7, 8, 9, 16, 33)
-PROBE_CONTEXT = 61  # the probed rows cross a context block
+PROBE_CONTEXTS = (1, 61)  # the second one's rows cross a context block
 
 
 def verify_rows(
@@ -72,22 +72,26 @@ def choose_technique(model: Transformer) -> Technique:
     """
     if model.dtype == torch.float32:
         return "single"
+    invariant = all(_is_invariant(model, context) for context in PROBE_CONTEXTS)
+    return "batched" if invariant else "single"
+
+
+def _is_invariant(model: Transformer, context: int) -> bool:
     vocab, most = model.config.vocab_size, max(PROBE_ROWS)
-    ids = [(7919 * i + 11) % vocab for i in range(PROBE_CONTEXT + most)]
+    ids = [(7919 * i + 11 * context) % vocab for i in range(context + most)]
     cache = model.new_cache(len(ids))
-    model.rows(ids[:PROBE_CONTEXT], cache, range(-1, PROBE_CONTEXT - 1))
-    cache.commit(range(PROBE_CONTEXT))
+    model.rows(ids[:context], cache, range(-1, context - 1))
+    cache.commit(range(context))
     alone = []
-    for token in ids[PROBE_CONTEXT:]:
+    for token in ids[context:]:
         alone.append(model.logits(model.rows([token], cache, [-1])))
         cache.commit([0])
     expected = torch.cat(alone)
     for rows in PROBE_ROWS:
-        cache.rewind(PROBE_CONTEXT)
-        chunk = ids[PROBE_CONTEXT : PROBE_CONTEXT + rows]
-        if not torch.equal(_probe(model, chunk, cache), expected[:rows]):
-            return "single"
-    return "batched"
+        cache.rewind(context)
+        if not torch.equal(_probe(model, ids[context : context + rows], cache), expected[:rows]):
+            return False
+    return True
 
 
 def _probe(model: Transformer, ids: Sequence[int], cache: LatentCache) -> Tensor:
