@@ -1,0 +1,157 @@
+"""One clear error for each thing that can be wrong with a checkpoint, a prompt or an option."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import mtp_spec
+from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("tiny") / "model").folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def lm(whole: Path) -> mtp_spec.LM:
+    return mtp_spec.load(whole, dtype="float32")
+
+
+def refuses(folder: Path, message: str) -> None:
+    with pytest.raises(mtp_spec.CheckpointError, match=message):
+        mtp_spec.load(folder)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def retensor(folder: Path, change: Any) -> None:
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    refuses(tmp_path / "nowhere", "does not exist")
+
+
+def test_no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    refuses(folder, r"no config\.json")
+
+
+def test_config_is_not_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    refuses(folder, "not readable JSON")
+
+
+def test_other_architecture(folder: Path) -> None:
+    edit(folder, model_type="llama")
+    refuses(folder, "'llama' is not supported")
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_experts_per_tok", "topk_group"])
+def test_impossible_number(folder: Path, name: str) -> None:
+    edit(folder, **{name: 0 if name == "hidden_size" else 99})
+    refuses(folder, name)
+
+
+def test_no_weights(folder: Path) -> None:
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*index.json")]:
+        file.unlink()
+    refuses(folder, r"no \*\.safetensors")
+
+
+def test_missing_shard(folder: Path) -> None:
+    (folder / "model-2.safetensors").unlink()
+    refuses(folder, r"lacks model-2\.safetensors")
+
+
+def test_truncated_shard(folder: Path) -> None:
+    file = folder / "model-1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refuses(folder, "truncated")
+
+
+def test_missing_tensor(folder: Path) -> None:
+    retensor(folder, lambda tensors: tensors.pop("model.layers.2.mlp.experts.5.up_proj.weight", None))
+    refuses(folder, r"1 missing: model\.layers\.2\.mlp\.experts\.5\.up_proj\.weight")
+
+
+def test_left_over_tensor(folder: Path) -> None:
+    retensor(folder, lambda tensors: tensors.update({"model.extra": torch.ones(1)}))
+    refuses(folder, r"1 left over: model\.extra")
+
+
+def test_misshaped_tensor(folder: Path) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+
+    retensor(folder, cut)
+    refuses(folder, r"model\.norm\.weight is \[47\] instead of \[48\]")
+
+
+def test_no_mtp_module(folder: Path) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.3.")]:
+            del tensors[name]
+
+    retensor(folder, drop)
+    lm = mtp_spec.load(folder)
+    with pytest.raises(mtp_spec.OptionError, match="multi-token-prediction"):
+        lm.generate([1, 2], speculation=2)
+    assert len(lm.generate([1, 2], max_new_tokens=3).token_ids) == 3
+
+
+@pytest.mark.parametrize("prompt", ["", [], [96], [-1], [1.5], [True]])
+def test_bad_prompts(lm: mtp_spec.LM, prompt: Any) -> None:
+    with pytest.raises(mtp_spec.MTPSpecError):
+        lm.generate(prompt)
+
+
+def test_prompt_longer_than_the_context(lm: mtp_spec.LM) -> None:
+    with pytest.raises(mtp_spec.PromptError, match="context is 256"):
+        lm.generate([1] * 256)
+    cut = lm.generate([1] * 250, max_new_tokens=50, speculation=3)
+    assert len(cut.token_ids) == 6
+    assert cut.finish_reason == "length"
+
+
+def test_unknown_keyword(lm: mtp_spec.LM) -> None:
+    with pytest.raises(mtp_spec.OptionError, match="temprature"):
+        lm.generate([1], temprature=1.0)
+
+
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"dtype": "int8"}, {"max_context": 1}, {"max_batch": 4}])
+def test_bad_load_options(whole: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(mtp_spec.OptionError, match=next(iter(options))):
+        mtp_spec.load(whole, **options)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
+def test_saved_checkpoints_load(whole: Path, tmp_path: Path, fp8: bool) -> None:
+    model = load_checkpoint(whole, dtype=torch.float32)
+    save_checkpoint(model, tmp_path / "saved", fp8=fp8, max_shard_bytes=50_000)
+    again = load_checkpoint(tmp_path / "saved", dtype=torch.float32)
+    for name, slot in model.checkpoint_slots().items():
+        other = again.checkpoint_slots()[name]
+        # e4m3 keeps 3 bits after the leading one; bfloat16 7
+        assert float((slot - other).abs().max()) <= (0.07 if fp8 else 0.0) * float(slot.abs().max())
