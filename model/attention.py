@@ -20,7 +20,6 @@ from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import LATENT_NORM_EPS, RMSNorm, empty_parameter
 from mtp_spec.model.rope import apply_rope, softmax_scale
 
-
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
 # a row's numbers alike, however many rows stand beside it.
 CONTEXT_BLOCK = 64

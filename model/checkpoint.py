@@ -29,7 +29,7 @@ from mtp_spec.model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"
-DTYPE_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4}
+DTYPE_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 LISTED = 10
 Report = Callable[[int, int], None]
 
@@ -82,7 +82,8 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                     part = reader.get_slice(name)
                     tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}): download it again") from error
+            message = f"{file} is truncated or not a safetensors file ({error}): download it again"
+            raise CheckpointError(message) from error
     return tensors
 
 
@@ -156,8 +157,8 @@ def _check(slots: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], confi
     lines = [f"{len(names)} {what}: {_listing(names)}" for what, names in problems.items() if names]
     if lines:
         raise CheckpointError(
-            f"{folder} does not match its config.json. " + "; ".join(lines) + ". Download the whole checkpoint again, or "
-            "correct config.json"
+            f"{folder} does not match its config.json. " + "; ".join(lines) + ". Download the whole checkpoint "
+            "again, or correct config.json"
         )
 
 
@@ -271,7 +272,8 @@ def save_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         shards = list(_shards(_stored(model, fp8), max_shard_bytes))
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

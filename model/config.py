@@ -99,10 +99,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-            "n_routed_experts num_experts_per_tok kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_group "
-            "topk_group max_position_embeddings"
-        ).split()
+            "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim",
+            "qk_rope_head_dim", "v_head_dim", "n_group", "topk_group", "max_position_embeddings",
+        )  # fmt: skip
         for name in positive:
             _require(self._is_int(name, 1), name, getattr(self, name), "an integer of at least 1")
         for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):

@@ -97,6 +97,7 @@ class MoE(nn.Module):
         self.gate_up = empty_parameter(experts, 2 * size, hidden, dtype=dtype, device=device)
         self.down = empty_parameter(experts, hidden, size, dtype=dtype, device=device)
         # rows seen by each expert since the trainer last looked: what its balancing bias follows
+        self.load: Tensor
         self.register_buffer("load", torch.zeros(experts, device=device), persistent=False)
         self.shared: MLP | None = None
         if config.n_shared_experts:

@@ -20,7 +20,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
     V2 checkpoints state `mscale_all_dim` too, and DeepSeek's own code applies it to both families.
     """
-    scale = config.qk_head_dim**-0.5
+    scale = float(config.qk_head_dim**-0.5)
     yarn = config.rope_scaling
     if yarn is not None and yarn.mscale_all_dim and config.model_type != "deepseek_v2":
         scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2

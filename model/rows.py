@@ -41,7 +41,7 @@ def verify_rows(
     for row, token in enumerate(ids):
         x = model.embed([token])
         one = _row_of(plan, row)
-        for layer, slots in zip(model.layers, cache.slots, strict=True):
+        for layer, slots in zip(model.blocks(), cache.slots, strict=True):
             x = layer.rows(x, slots, one)
         hidden.append(model.norm(x))
     return torch.cat(hidden)

@@ -10,6 +10,7 @@ which is why a row's logits do not depend on which of them computed it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +181,7 @@ class Transformer(nn.Module):
         """
         plan = plan_rows(self.table(cache.capacity), cache.length, parents)
         x = self.embed(ids)
-        for layer, slots in zip(self.layers, cache.slots, strict=True):
+        for layer, slots in zip(self.blocks(), cache.slots, strict=True):
             x = layer.rows(x, slots, plan)
         out: Tensor = self.norm(x)
         return out
@@ -203,6 +204,10 @@ class Transformer(nn.Module):
         if self._table.shape[0] < length:
             self._table = rope_table(self.config, padded(length) + 64, self.device)
         return self._table
+
+    def blocks(self) -> list[Block]:
+        """Returns the main model's layers."""
+        return cast("list[Block]", list(self.layers))
 
     def _module(self, module: int) -> MTPModule:
         mtp = self.mtp[module]

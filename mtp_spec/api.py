@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -168,7 +168,7 @@ class LM:
         The events are those of `generate`: same tokens, same text. `stream.result` is the `Generation`.
         """
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return self._open(self._text().chat_ids(prompt), options)  # type: ignore[arg-type]
+            return self._open(self._text().chat_ids(cast("Sequence[Message]", prompt)), options)
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt: call it once for each, or use generate")
         return self._open(self._prompts(prompt)[0], options)

@@ -72,7 +72,7 @@ def gumbel(seed: int, position: int, vocab_size: int) -> torch.Tensor:
     _check_range("seed", seed)
     _check_range("position", position)
     if vocab_size < 1:
-        raise OptionError(f"vocab_size={vocab_size!r} is not possible: give the number of rows of the output head (1 or more)")
+        raise OptionError(f"vocab_size={vocab_size!r}: give the number of rows of the output head (1 or more)")
     return torch.from_numpy(_gumbel_rows(seed, range(position, position + 1), vocab_size)[0])
 
 

@@ -34,7 +34,7 @@ class SamplingParams:
         top_p: keep the smallest set of most probable tokens with at least this mass, in (0, 1]; 1 is off.
         top_k: keep the k most probable tokens; 0 is off, a value beyond the vocabulary keeps all of it.
         min_p: keep tokens at least this fraction as probable as the best one, in [0, 1]; 0 is off.
-        repetition_penalty: divides positive (multiplies negative) logits of tokens of the prompt and the text; 1 is off.
+        repetition_penalty: divides positive (multiplies negative) logits of tokens of prompt and text; 1 is off.
         presence_penalty: subtracted from the logit of every token already generated; 0 is off.
         frequency_penalty: subtracted once for each time the token was generated; 0 is off.
         logit_bias: token id -> number added to its logit; -inf forbids the token.
@@ -165,7 +165,7 @@ class Speculation:
         for field, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
         if self.nodes > MAX_NODES:
-            allowed = f"a tree of at most {MAX_NODES} nodes (this one has {self.nodes}); give budget={MAX_NODES} or less"
+            allowed = f"at most {MAX_NODES} nodes (this tree has {self.nodes}); give budget={MAX_NODES} or less"
             raise _bad("branching", self.branching, allowed)
 
     @property

@@ -182,7 +182,7 @@ class Sampler:
     def _float_row(self, row: torch.Tensor) -> Float32Array:
         """[V] float32 array, sharing storage where it can."""
         if row.shape != (self.vocab_size,):
-            raise MTPSpecError(f"logits of shape {tuple(row.shape)} given, one row of shape ({self.vocab_size},) expected")
+            raise MTPSpecError(f"logits of shape {tuple(row.shape)} given, one row of ({self.vocab_size},) expected")
         array: Float32Array = row.detach().to(device="cpu", dtype=torch.float32).numpy()
         return array
 

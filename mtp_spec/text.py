@@ -78,7 +78,7 @@ class Tokenizer:
             MTPSpecError: the checkpoint has no chat template, or it cannot be applied.
         """
         if self.template is None:
-            raise MTPSpecError("this checkpoint has no chat_template in tokenizer_config.json: use generate with a text")
+            raise MTPSpecError("tokenizer_config.json has no chat_template: use generate with a text")
         if not messages:
             raise PromptError("no messages given: chat needs at least one")
         plain = [self._message(message) for message in messages]

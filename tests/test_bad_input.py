@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 import mtp_spec
+import tiny
 from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
 
 

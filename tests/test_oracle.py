@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import mtp_spec
+import tiny
 
 IDS = [(37 * i + 11) % 96 for i in range(40)]
 TOLERANCE = 1e-4  # of the largest logit

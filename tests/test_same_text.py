@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 import mtp_spec
+import tiny
 from mtp_spec.draft import Drafter
 from mtp_spec.model.rows import choose_technique, row_logits, verify_rows
 from mtp_spec.tree import ROOT, TokenTree
