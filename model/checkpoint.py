@@ -29,7 +29,7 @@ from mtp_spec.model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"
-DTYPE_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
+DTYPE_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
 LISTED = 10
 Report = Callable[[int, int], None]
 

@@ -209,7 +209,7 @@ class LM:
                 f"speculation={value!r} needs a multi-token-prediction module and this checkpoint has none "
                 "(num_nextn_predict_layers is 0 or its tensors are absent): use speculation=None"
             )
-        return speculation  # type: ignore[return-value]
+        return speculation
 
     def _stop_ids(self) -> frozenset[int]:
         ids = set(self.config.eos_token_ids)
