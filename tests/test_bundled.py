@@ -1,0 +1,38 @@
+"""The bundled model: loads, generates the same text with and without speculation, drafts usefully."""
+
+from __future__ import annotations
+
+import pytest
+
+import mtp_spec
+
+PROMPTS = ["Tell me a story about a fox.", "List three fruits.", "Explain how rain forms."]
+
+
+@pytest.fixture(scope="module")
+def lm() -> mtp_spec.LM:
+    return mtp_spec.load()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_same_text(lm: mtp_spec.LM, temperature: float) -> None:
+    for prompt in PROMPTS:
+        chat = [{"role": "user", "content": prompt}]
+        plain = lm.chat(chat, max_new_tokens=30, temperature=temperature, speculation=None)
+        for speculation in (3, mtp_spec.Speculation(branching=(2, 2, 1))):
+            drafted = lm.chat(chat, max_new_tokens=30, temperature=temperature, speculation=speculation)
+            assert drafted.token_ids == plain.token_ids
+            assert drafted.text == plain.text
+            assert drafted.stats.tokens_per_step > 1.2
+
+
+def test_stop_string_cuts_text_and_ids(lm: mtp_spec.LM) -> None:
+    chat = [{"role": "user", "content": PROMPTS[0]}]
+    whole = lm.chat(chat, max_new_tokens=30, temperature=0.0)
+    stop = whole.text[20:25]
+    cut = lm.chat(chat, max_new_tokens=30, temperature=0.0, stop=stop)
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    stream = lm.stream(chat, max_new_tokens=30, temperature=0.0, stop=stop)
+    assert "".join(event.text for event in stream) == cut.text
