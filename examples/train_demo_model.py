@@ -284,7 +284,7 @@ class Mtp(nn.Module):
 
 
 class DemoModel(nn.Module):
-    def __init__(self, s: Shape, dropout: float = 0.1) -> None:
+    def __init__(self, s: Shape, dropout: float = 0.0) -> None:
         super().__init__()
         self.s = s
         self.embed_tokens = nn.Embedding(s.vocab_size, s.hidden_size)
