@@ -127,7 +127,8 @@ class Sampler:
         if len(self._bias_ids):
             row[self._bias_ids] += self._bias_values
         self._penalise(row, history)
-        if self.params.greedy:
+        # a row without a finite best token is left as it is, for draw to report
+        if self.params.greedy or not math.isfinite(row.max()):
             return torch.from_numpy(row)
         self._scale(row)
         if 0 < self.params.top_k < self.vocab_size:
@@ -200,10 +201,7 @@ class Sampler:
 
     def _scale(self, row: Float32Array) -> None:
         """(row - max) / temperature; a temperature too small for float32 leaves only the best tokens."""
-        best = row.max()
-        if not math.isfinite(best):
-            return
-        row -= best
+        row -= row.max()
         # max(...) keeps 0 / temperature at 0 for temperatures that float32 rounds to 0
         temperature = max(np.float32(self.params.temperature), np.finfo(np.float32).tiny)
         if temperature != 1.0:
@@ -227,10 +225,10 @@ def _keep_top_k(row: Float32Array, k: int) -> None:
 def _keep_top_p(row: Float32Array, top_p: float) -> None:
     """Remove all but the smallest set of largest entries whose probability reaches top_p, in place.
 
-    Tokens below (1 - top_p) / V cannot belong to it: all of them together weigh less than 1 - top_p. Only the others,
-    few in a language model's row, are sorted; half that edge leaves room for rounding.
+    The largest entry is 0. Tokens below (1 - top_p) / V cannot belong to it: all of them together weigh less than
+    1 - top_p. Only the others, few in a language model's row, are sorted; half that edge leaves room for rounding.
     """
-    weights = np.exp(row - row.max())
+    weights = np.exp(row)
     total = float(weights.sum(dtype=np.float64))
     candidates = np.flatnonzero(weights >= 0.5 * (1.0 - top_p) / len(row) * total)
     order = candidates[np.argsort(-weights[candidates], kind="stable")]

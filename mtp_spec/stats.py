@@ -53,9 +53,7 @@ class GenerationStats:
         self.prompt_tokens += prompt_tokens
         self.new_tokens += committed
 
-    def record_step(
-        self, proposed_depth: int, nodes: int, accepted_path_ranks: Sequence[int], committed: int
-    ) -> None:
+    def record_step(self, proposed_depth: int, nodes: int, accepted_path_ranks: Sequence[int], committed: int) -> None:
         """Count one verify step.
 
         Args:
