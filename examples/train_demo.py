@@ -1,424 +1,319 @@
-"""Train the bundled demo model: a 45 M DeepSeek-V3 with one MTP module, on one GPU in two short runs.
+"""Trains the bundled model on one GPU, in two runs.
 
-    python examples/train_demo.py tokenizer --data shared/data              # once, on a CPU
-    python examples/train_demo.py main --minutes 7.5 --state /tmp/demo.pt   # main model, MTP at depth 1
-    python examples/train_demo.py mtp  --minutes 4 --state /tmp/demo.pt     # freeze to FP8, MTP on its own output
+    python examples/demo_data.py CHATS configs/demo packed.npz.xz
+    python examples/train_demo.py main packed.npz.xz RUN1 --minutes 9
+    python examples/train_demo.py mtp packed.npz.xz RUN2 --model RUN1 --minutes 6
 
-`main` ends its schedule with the time it is given. Both write an FP8 checkpoint in Hugging Face's V3 format.
+`main` trains the model with its MTP module: Muon, experts balanced without an auxiliary loss (2408.15664),
+cross-entropy of answers with the MTP term of the V3 report (2412.19437 eq. 24-25), dropout against repeated text.
+`mtp` freezes the main model as FP8 stores it, lets it write texts, and teaches the module the model's own
+distribution, recursively to DEPTH (FastMTP, 2509.18362), so that it drafts well at depths it is reused for.
+Each run ends its schedule with the time it is given and leaves an FP8 checkpoint in V3's format and a log.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
-import queue
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from train_demo_data import ASSISTANT, BOS, EOS, USER_WEIGHT, Documents, load_documents, train_tokenizer
-from train_demo_model import DemoModel, Shape, generate
+from demo_data import ASSISTANT, BOS, EOS, PAD, USER
+from demo_optim import Muon
+from demo_texts import Rows, write_texts
+from torch import Tensor
 
-START = time.time()
-DEPTH_WEIGHTS = (0.4, 0.25, 0.2, 0.15)
-LOG: list[dict[str, object]] = []
+from mtp_spec.kernels.fp8 import weight_dequant, weight_quant
+from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.moe import MoE
+from mtp_spec.model.transformer import Block, Transformer
+
+QUESTION_WEIGHT = 0.05  # of user turns in the loss
+DEPTH = 4
+DEPTH_WEIGHTS = (0.35, 0.27, 0.21, 0.17)
+BIAS_STEP = 1e-3
+CONFIG = ModelConfig(
+    vocab_size=8192,
+    hidden_size=384,
+    intermediate_size=1024,
+    moe_intermediate_size=256,
+    num_hidden_layers=10,
+    num_attention_heads=8,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=1.5,
+    first_k_dense_replace=1,
+    q_lora_rank=256,
+    kv_lora_rank=256,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=64,
+    v_head_dim=64,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=2048,
+    bos_token_id=BOS,
+    eos_token_ids=(EOS,),
+)
+Log = list[dict[str, object]]
 
 
-def say(**facts: object) -> None:
-    facts = {k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}
-    LOG.append({"t": round(time.time() - START, 1), **facts})
-    print(json.dumps(LOG[-1]), flush=True)
+def say(log: Log, **facts: object) -> None:
+    log.append({k: round(v, 5) if isinstance(v, float) else v for k, v in facts.items()})
+    print(json.dumps(log[-1]), flush=True)
 
 
-# --- optimiser -------------------------------------------------------------------------------------------------------
-def orthogonal(g: Tensor) -> Tensor:
-    """Newton-Schulz iteration of Muon on a batch of matrices [N, r, c]."""
-    x = g.bfloat16() if g.is_cuda else g
-    flip = x.shape[1] > x.shape[2]
-    x = x.mT if flip else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if flip else x
+# losses
 
 
-class Muon:
-    """Muon for matrices of the blocks (stacked by shape), AdamW for the rest."""
+def loss_weights(ids: Tensor) -> Tensor:
+    """Returns `[B, T]`: 1 for tokens of answers (their end included), QUESTION_WEIGHT for others, 0 for padding."""
+    turn = (ids == ASSISTANT).long() - (ids == USER).long() - (ids == BOS).long()
+    marks = torch.where(turn != 0, torch.arange(ids.shape[1], device=ids.device), 0).cummax(1).values
+    in_answer = turn.gather(1, marks) > 0
+    return torch.where(in_answer & (turn == 0), 1.0, QUESTION_WEIGHT) * (ids != PAD)
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], lr: float, decay: float, adam_lr: float) -> None:
-        self.lr, self.decay, self.adam_lr = lr, decay, adam_lr
-        self.groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        tables, rest = [], []
-        for name, p in named:
-            if "embed_tokens" in name or "lm_head" in name:
-                tables.append(p)
-            elif p.dim() < 2 or "gate.weight" in name:
-                rest.append(p)
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return (loss * weights.flatten()).sum() / weights.sum()
+
+
+def main_loss(model: Transformer, ids: Tensor, weights: Tensor, mtp_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the training loss (V3 report eq. 25), the main model's part and the module's; ids `[B, T + 1]`."""
+    hidden = model(ids[:, :-1])
+    own = cross_entropy(model.logits(hidden), ids[:, 1:], weights[:, 1:])
+    deeper = model.mtp_forward(0, ids[:, 1:-1], hidden[:, :-1], 1)
+    mtp = cross_entropy(model.logits(deeper), ids[:, 2:], weights[:, 2:])
+    return own + mtp_weight * mtp, own, mtp
+
+
+def drafts(model: Transformer, ids: Tensor, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yields (depth, the module's outputs `[B, T - DEPTH, D]`), the module reused on its own output as when drafting."""
+    rows, earlier = ids.shape[1] - DEPTH, list[Tensor]()
+    hidden = hidden[:, :rows]
+    for depth in range(1, DEPTH + 1):
+        hidden = model.mtp_forward(0, ids[:, depth : depth + rows], hidden, depth, earlier)
+        yield depth, hidden
+
+
+def distil_loss(model: Transformer, ids: Tensor, weights: Tensor, hidden: Tensor, target: Tensor) -> Tensor:
+    """Returns the weighted divergence of the module's guesses from the main model's own, KL plus total variation.
+
+    Total variation is what coupled and rejection sampling lose (1 - sum min(p, q)); KL has gradients everywhere.
+
+    Args:
+        weights: `[B, T]` of the token that row t is about.
+        hidden: `[B, T, D]` of the frozen main model.
+        target: `[B, T, V]` its log-probabilities; row t is about token t + 1.
+    """
+    total = hidden.new_zeros((), dtype=torch.float32)
+    rows = ids.shape[1] - DEPTH
+    for depth, deeper in drafts(model, ids, hidden):
+        log_q = model.logits(deeper).float().log_softmax(-1)
+        log_p, w = target[:, depth : depth + rows].float(), weights[:, depth : depth + rows]
+        p = log_p.exp()
+        far = (p * (log_p - log_q)).sum(-1) + 0.5 * (p - log_q.exp()).abs().sum(-1)
+        total = total + DEPTH_WEIGHTS[depth - 1] * (far * w).sum() / w.sum()
+    return total
+
+
+# model
+
+
+def initialise(model: Transformer) -> None:
+    with torch.no_grad():
+        for name, slot in model.checkpoint_slots().items():
+            if "norm" in name:
+                slot.fill_(1)
+            elif slot.dim() == 1:
+                slot.zero_()
+            elif "embed" in name:
+                slot.normal_(std=1.0)
+            elif name == "lm_head.weight" or name.endswith("mlp.gate.weight"):
+                slot.normal_(std=0.02)
             else:
-                self.groups.setdefault(tuple(p.shape), []).append(p)
-        self.state = {s: [torch.zeros_like(p) for p in ps] for s, ps in self.groups.items()}
-        parts = [{"params": tables, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-        fused = {"fused": True} if named[0][1].is_cuda else {}
-        self.adam = torch.optim.AdamW([p for p in parts if p["params"]], lr=adam_lr, betas=(0.9, 0.95), **fused)
-
-    @torch.no_grad()
-    def step(self, scale: float) -> None:
-        for group in self.adam.param_groups:
-            group["lr"] = self.adam_lr * scale
-        self.adam.step()
-        lr = self.lr * scale
-        for shape, params in self.groups.items():
-            grads, momentum = [p.grad for p in params], self.state[shape]
-            torch._foreach_lerp_(momentum, grads, 0.05)
-            stacked = torch.stack(torch._foreach_lerp(grads, momentum, 0.95)).view(-1, *shape[-2:])
-            update = orthogonal(stacked).view(len(params), *shape).to(params[0].dtype)
-            torch._foreach_mul_(params, 1 - lr * self.decay)
-            torch._foreach_add_(params, list(update.unbind()), alpha=-lr * max(1.0, shape[-2] / shape[-1]) ** 0.5)
-        self.zero()
-
-    def zero(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
-        for params in self.groups.values():
-            for p in params:
-                p.grad = None
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-def feeder(docs: Documents, rows: int, width: int, seed: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Batches from two background threads, on the device."""
-    ready: queue.Queue[dict[str, Tensor]] = queue.Queue(12)
-
-    def fill(n: int) -> None:
-        for batch in docs.batches(rows, width, seed + n):
-            ready.put({k: v.pin_memory() if device.type == "cuda" else v for k, v in batch.items()})
-
-    for n in range(2):
-        threading.Thread(target=fill, args=(n,), daemon=True).start()
-    while True:
-        yield {k: v.to(device, non_blocking=True) for k, v in ready.get().items()}
-
-
-def mask_of(batch: dict[str, Tensor]) -> Tensor:
-    doc = batch["doc"]
-    causal = torch.ones(doc.shape[1], doc.shape[1], dtype=torch.bool, device=doc.device).tril()
-    return ((doc[:, :, None] == doc[:, None, :]) & causal)[:, None]
-
-
-# --- FP8 and export --------------------------------------------------------------------------------------------------
-def is_fp8(name: str, p: Tensor) -> bool:
-    return p.dim() >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "gate.weight"))
-
-
-def to_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 weights and the f32 scales of their 128x128 blocks."""
-    r, c = w.shape
-    padded = F.pad(w.float(), (0, -c % 128, 0, -r % 128))
-    blocks = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 128, 128)
-    scale = blocks.abs().amax((1, 3)).clamp_min(1e-12) / 448
-    q = (blocks / scale[:, None, :, None]).view_as(padded)[:r, :c]
-    return q.to(torch.float8_e4m3fn).contiguous(), scale
-
-
-def from_fp8(q: Tensor, scale: Tensor) -> Tensor:
-    full = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: q.shape[0], : q.shape[1]]
-    return q.float() * full
+                slot.normal_(std=0.5 * slot.shape[1] ** -0.5)
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    slot.mul_(0.2)
 
 
 @torch.no_grad()
-def quantise(named: list[tuple[str, nn.Parameter]]) -> None:
-    """Round parameters in place to what the exported checkpoint will hold."""
-    for name, p in named:
-        if is_fp8(name, p):
-            for w in p if p.dim() == 3 else [p]:
-                w.copy_(from_fp8(*to_fp8(w)))
-        else:
-            p.copy_(p.to(torch.bfloat16))
+def balance(model: Transformer) -> float:
+    """Moves each gate's bias towards even load (2408.15664); returns the worst load over the mean."""
+    worst = 0.0
+    for moe in (m for m in model.modules() if isinstance(m, MoE)):
+        load, bias = moe.load, moe.gate.e_score_correction_bias
+        assert bias is not None
+        bias += BIAS_STEP * torch.sign(load.mean() - load)
+        worst = max(worst, float(load.max() / load.mean().clamp_min(1)))
+        load.zero_()
+    return worst
 
 
-def export(model: DemoModel, out: Path) -> None:
-    """Shards under 15 MB, their index and config.json."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    last = f"layers.{model.s.num_hidden_layers}"
-    for name, value in model.state_dict().items():
-        name = name.replace("mtp.block", last).replace("mtp.norm", f"{last}.shared_head.norm").replace("mtp", last)
-        name = name if name.startswith("lm_head") else f"model.{name}"
-        value = value.detach().cpu()
-        pairs = [(name, value)]
-        if value.dim() == 3:
-            stem, leaf = name.rsplit(".", 1)
-            flip = leaf == "down_proj"
-            pairs = [(f"{stem}.{e}.{leaf}.weight", w.T if flip else w) for e, w in enumerate(value)]
-        for key, w in pairs:
-            if is_fp8(key, w):
-                tensors[key], tensors[f"{key}_scale_inv"] = to_fp8(w)
-            else:
-                keep = "e_score_correction_bias" in key
-                tensors[key] = (w.float() if keep else w.to(torch.bfloat16)).contiguous()
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
-    for key, w in tensors.items():
-        if size + w.nbytes > 14.9e6:
-            shards.append({})
-            size = 0
-        shards[-1][key] = w
-        size, total = size + w.nbytes, total + w.nbytes
-    out.mkdir(parents=True, exist_ok=True)
-    where: dict[str, str] = {}
-    for n, shard in enumerate(shards):
-        file = f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, out / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    (out / "config.json").write_text(json.dumps(model.s.to_config(BOS, EOS), indent=2) + "\n")
-    say(exported_mb=total / 1e6, shards=len(shards), tensors=len(tensors))
-    (out / "loss.json").write_text("\n".join(json.dumps(line) for line in LOG) + "\n")
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def validate(model: DemoModel, docs: Documents, rows: int, limit: int, autocast: torch.autocast) -> dict[str, float]:
-    """Main loss per token of answers and of all text, MTP loss at depth 1."""
-    model.eval()
-    device = model.norm.weight.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for n, cpu in enumerate(docs.batches(rows, 1024, 0, once=True)):
-        if n == limit:
-            break
-        batch = {k: v.to(device) for k, v in cpu.items()}
-        with autocast:
-            h, _ = model(batch["ids"], batch["pos"], mask_of(batch))
-            logits = model.lm_head(h)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["ids"].roll(-1, 1).flatten(), reduction="none")
-        w = batch["w1"].flatten()
-        sums += torch.stack([(loss * (w == 1)).sum(), (w == 1).sum(), (loss * (w > 0)).sum(), (w > 0).sum()]).double()
-    model.train()
-    answers, everything = float(sums[0] / sums[1]), float(sums[2] / sums[3])
-    return {"val_answers": answers, "val_all": everything, "perplexity_answers": math.exp(answers)}
+def round_to_fp8(model: Transformer) -> None:
+    """Replaces every matrix that the checkpoint stores in FP8 by what will be read back."""
+    for name, slot in model.checkpoint_slots().items():
+        if slot.dim() == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")):
+            slot.copy_(weight_dequant(*weight_quant(slot), dtype=slot.dtype))
 
 
-def prompts_of(docs: list[list[int]], longest: int = 48) -> list[list[int]]:
-    cut = [d[: d.index(ASSISTANT) + 1] for d in docs]
-    return [p for p in cut if len(p) <= longest]
+def set_dropout(model: Transformer, rate: float) -> None:
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.dropout = rate
 
 
-def show(model: DemoModel, tokenizer: Path, prompts: list[list[int]], autocast: torch.autocast) -> None:
-    from tokenizers import Tokenizer
+def evaluate(model: Transformer, val: Rows, batch: int, most: int) -> dict[str, object]:
+    """Returns the loss of held-out answers a token, each chat read from position 0, and the module's agreement.
 
-    tok, device = Tokenizer.from_file(str(tokenizer)), model.norm.weight.device
-    model.eval()
-    noise = torch.Generator(device).manual_seed(1)
-    with autocast:
-        texts = generate(model, prompts, 130, torch.full((len(prompts),), 0.7, device=device), EOS, noise)
-    for text in texts:
-        say(sample=tok.decode(text, skip_special_tokens=False))
-    model.train()
+    Agreement is with the main model's best token along the true text, given that shallower depths agreed.
+    """
+    loss, count, hits, tries = 0.0, 0.0, [0.0] * DEPTH, [0.0] * DEPTH
+    was_training = model.training
+    model.train()  # the training path of the experts; dropout is off
+    for ids in val.chats(batch, most):
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+            first = (ids == BOS).cumsum(1) <= 1
+            answer = (loss_weights(ids) == 1.0) & first
+            hidden = model(ids)
+            logits = model.logits(hidden).float()
+            each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            loss += float((each * answer[:, 1:].flatten()).sum())
+            count += float(answer[:, 1:].sum())
+            best, rows = logits.argmax(-1), ids.shape[1] - DEPTH
+            alive = torch.ones_like(best[:, :rows], dtype=torch.bool)
+            for depth, deeper in drafts(model, ids, hidden):
+                alive = alive & answer[:, depth : depth + rows]
+                tries[depth - 1] += float(alive.sum())
+                alive = alive & (model.logits(deeper).argmax(-1) == best[:, depth : depth + rows])
+                hits[depth - 1] += float(alive.sum())
+    model.train(was_training)
+    rates = [round(h / max(t, 1), 4) for h, t in zip(hits, tries, strict=True)]
+    return {"val_loss": loss / count, "perplexity": math.exp(loss / count), "agreement": rates}
 
 
-# --- the two runs ----------------------------------------------------------------------------------------------------
-def train_main(model: DemoModel, docs: Documents, valid: Documents, args: argparse.Namespace) -> None:
-    device = model.norm.weight.device
-    cuda = device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
-    opt = Muon(list(model.named_parameters()), args.lr, 0.1, args.adam_lr)
-    bias = [g.e_score_correction_bias for g in model.gates()]
-    losses = torch.compile(model.losses) if cuda else model.losses
-    flash, begun, step, mean = cuda, time.time(), 0, torch.zeros(2, device=device)
-    end = START + 60 * args.minutes
-    mark = begun
-    for batch in feeder(docs, args.rows, args.width, 0, device):
-        if step == 3:
-            begun = mark = time.time()
-        done = (time.time() - begun) / (end - begun) if step >= 3 else 0.0
-        if done >= 1 or step == args.steps:
-            break
-        layout = batch["cuts"] if flash else mask_of(batch)
-        try:
-            with autocast:
-                total, main, mtp, loads = losses(batch["ids"], batch["pos"], layout, batch["w1"], batch["w2"], 0.3)
-            total.backward()
-        except RuntimeError as error:
-            if not flash or step:
-                raise
-            say(flash_failed=str(error)[:300])
-            flash = False
-            opt.zero()
-            continue
-        opt.step(min(1.0, (step + 1) / 150) * min(1.0, (1 - done) / 0.55))
-        with torch.no_grad():
-            drift = 0.001 * (loads.mean(1, keepdim=True) - loads).sign()
-            torch._foreach_add_(bias, list(drift.unbind()))
-            mean += torch.stack([main, mtp])
+# the two runs
+
+
+def clock(end: float, steps: int | None) -> Iterator[tuple[int, float]]:
+    """Yields (step, share of the time passed) until `end` or the steps are up; the first step compiles, share 0."""
+    start, step = time.time(), 0
+    while (now := time.time()) < end and step != steps:
+        start = now if step <= 1 else start
+        yield step, (now - start) / (end - start)
         step += 1
-        if step in (1, 3, 20) or step % 100 == 0:
-            since, tokens = (100 if step % 100 == 0 else step), args.rows * args.width
-            speed = tokens * (step - 3) / max(1e-9, time.time() - begun) if step > 3 else 0.0
-            values = (mean / since).tolist() if step % 100 == 0 else [main.item(), mtp.item()]
-            mean.zero_() if step % 100 == 0 else None
-            balance = (loads.amax(1) / loads.mean(1)).max().item()
-            epochs = step * tokens / len(docs.ids)
-            say(step=step, loss=values[0], mtp=values[1], tok_s=int(speed), epochs=epochs, peak_load=balance)
-        if time.time() - mark > 75:
-            say(step=step, **validate(model, valid, 32, 4, autocast))
-            mark = time.time()
-    say(step=step, done="main")
 
 
-def mtp_logits(model: DemoModel, batch: dict[str, Tensor], h: Tensor, depth: int) -> Iterator[Tensor]:
-    mask, past, g = mask_of(batch), [], h
-    for d in range(1, depth + 1):
-        g = model.mtp.step(g, model.embed_tokens(batch["ids"].roll(-d, 1)), batch["pos"] + d, mask, past)
-        yield model.lm_head(g)
-
-
-@torch.no_grad()
-def acceptance(model: DemoModel, docs: Documents, autocast: torch.autocast) -> dict[str, object]:
-    """Conditional agreement of drafts 1..5 with the main model's argmax, and of coupled-free overlap, along texts."""
-    device = model.norm.weight.device
-    alive_sum = torch.zeros(6, device=device)
-    model.eval()
-    for n, cpu in enumerate(docs.batches(16, 512, 0, once=True)):
-        if n == 12:
-            break
-        batch = {k: v.to(device) for k, v in cpu.items()}
-        with autocast:
-            h, _ = model(batch["ids"], batch["pos"], mask_of(batch))
-            best = model.lm_head(h).argmax(-1)
-            alive = (batch["w5"] == 1) & (batch["w1"] == 1)
-            alive_sum[0] += alive.sum()
-            # depth 5 predicts the token 6 ahead; judge by the main model's row 5 ahead
-            for d, logits in enumerate(mtp_logits(model, batch, h, 5), 1):
-                alive = alive & (logits.argmax(-1) == best.roll(-d, 1))
-                alive_sum[d] += alive.sum()
+def train_main(model: Transformer, rows: Rows, val: Rows, args: argparse.Namespace, log: Log) -> None:
+    optimiser = Muon(model.named_parameters(), args.lr, 0.1, args.adam_lr)
+    set_dropout(model, args.dropout)
     model.train()
-    a = alive_sum.tolist()
-    conditional = [round(a[d] / max(1.0, a[d - 1]), 4) for d in range(1, 6)]
-    chain = [round(1 + sum(a[1 : d + 1]) / max(1.0, a[0]), 3) for d in (1, 2, 3, 5)]
-    return {"conditional": conditional, "tokens_per_step_1_2_3_5": chain}
+    loss_of = torch.compile(main_loss, dynamic=False) if args.compile else main_loss
+    device, start, checked = rows.device, time.time(), time.time()
+    sums = torch.zeros(2, device=device)
+    for step, share in clock(args.end, args.steps):
+        ids = rows.batch(args.batch)
+        mtp_weight = torch.tensor(0.3 if share < 0.6 else 0.15, device=device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
+            loss, own, mtp = loss_of(model, ids, loss_weights(ids), mtp_weight)
+        loss.backward()
+        optimiser.step(min(1.0, (step + 1) / 150) * min(1.0, (1 - share) / 0.6 + 0.01))
+        sums += torch.stack((own.detach(), mtp.detach()))
+        worst = balance(model) if step % 8 == 0 else 0.0
+        if step == 0:
+            start = time.time()
+        if step in (1, 20) or step % 200 == 0:
+            since = 200 if step > 200 else max(1, step)
+            rate = step * args.batch * rows.context / (time.time() - start + 1e-9)
+            loss_now, mtp_now = (sums / since).tolist() if step % 200 == 0 else (own.item(), mtp.item())
+            sums.zero_()
+            passes = step * args.batch * rows.context / rows.total
+            say(log, step=step, seconds=time.time() - start, loss=loss_now, mtp=mtp_now, tokens_per_s=int(rate),
+                passes=passes, worst_load=worst)  # fmt: skip
+        if time.time() - checked > args.check_seconds:
+            set_dropout(model, 0.0)
+            with torch.compiler.set_stance("force_eager"):
+                say(log, step=step, **evaluate(model, val, 168, 384))
+            set_dropout(model, args.dropout)
+            checked = time.time()
+    set_dropout(model, 0.0)
+    say(log, after="main", **evaluate(model, val, 168, 384))
 
 
-def train_mtp(model: DemoModel, docs: Documents, raw_valid: list[list[int]], args: argparse.Namespace) -> None:
-    """Freeze the FP8 main model; teach the MTP module its own recursion on data and on the model's own texts."""
-    device = model.norm.weight.device
-    cuda = device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda)
-    main = [(n, p) for n, p in model.named_parameters() if not n.startswith("mtp")]
-    mtp = [(n, p) for n, p in model.named_parameters() if n.startswith("mtp")]
-    quantise(main)
-    for _, p in main:
-        p.requires_grad_(False)
-    model.mtp.block.dropout = 0.0
-    valid = Documents(raw_valid)
-    say(fp8=True, **validate(model, valid, 32, 10**6 if cuda else 1, autocast))
-
-    starts = [0, *docs.ends[:-1].tolist()]
-    noise = torch.Generator(device).manual_seed(0)
-    heats = torch.tensor([0.0, 0.8, 0.0, 0.8, 1.0], device=device)
-
-    def own(prompts: list[list[int]], heat: Tensor) -> list[list[int]]:
-        model.eval()
-        with autocast:
-            texts = generate(model, prompts, args.new, heat, EOS, noise)
-        model.train()
-        return texts
-
-    checks = prompts_of(raw_valid)[: args.prompts // 4]
-    held = {f"T{t}": Documents(own(checks, torch.full((len(checks),), t, device=device))) for t in (0.0, 0.8)}
-    for name, texts in held.items():
-        say(text=name, before=True, **acceptance(model, texts, autocast))
-    written: list[list[int]] = []
-    for r in range(args.rounds):
-        picks = range(r, len(starts), max(1, len(starts) // args.prompts))
-        prompts = prompts_of([docs.ids[starts[i] : docs.ends[i]].tolist() for i in picks])[: args.prompts]
-        written += own(prompts, heats[torch.arange(len(prompts), device=device) % 5])
-    mixed = Documents(written)
-    say(own_texts=len(written), own_tokens=len(mixed.ids))
-
-    opt = Muon(mtp, args.lr, 0.02, args.adam_lr)
-    feeds = [feeder(mixed, args.rows, 512, 5, device), feeder(docs, args.rows, 512, 9, device)]
-    begun, end, step = time.time(), START + 60 * args.minutes, 0
-    while (done := (time.time() - begun) / (end - begun)) < 1 and step != args.steps:
-        batch = next(feeds[step % 4 == 3])
-        with autocast:
+def train_mtp(model: Transformer, rows: Rows, val: Rows, args: argparse.Namespace, log: Log) -> None:
+    model.requires_grad_(False)
+    model.mtp.requires_grad_(True)
+    model.train()
+    say(log, before="mtp", **evaluate(model, val, 168, 384))
+    own, start = write_texts(model, rows, args.text_seconds, args.texts), time.time()
+    say(log, own_texts=len(own.starts), own_tokens=own.total, seconds=start - args.started)
+    optimiser = Muon(model.mtp.named_parameters(), 0.5 * args.lr, 0.02, 0.5 * args.adam_lr)
+    loss_of = torch.compile(distil_loss, dynamic=False) if args.compile else distil_loss
+    for step, share in clock(args.end, args.steps):
+        ids = (rows if step % 3 == 2 else own).batch(args.batch)
+        weights = F.pad(loss_weights(ids)[:, 1:], (0, 1))  # of the token each row is about
+        with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
             with torch.no_grad():
-                model.eval()
-                h, _ = model(batch["ids"], batch["pos"], mask_of(batch))
-                model.train()
-                target = model.lm_head(h).float().log_softmax(-1)
-            total, shown = torch.zeros((), device=device), []
-            for d, logits in enumerate(mtp_logits(model, batch, h, 4), 1):
-                want = target.roll(-d, 1)
-                got = logits.float().log_softmax(-1)
-                w = batch[f"w{d}"].clamp_min(0) * (batch[f"w{d}"] > USER_WEIGHT)
-                p = want.exp()
-                kl = (p * (want - got)).sum(-1)
-                far = 0.5 * (p - got.exp()).abs().sum(-1)
-                scale = w.sum().clamp_min(1)
-                total = total + DEPTH_WEIGHTS[d - 1] * ((kl + far) * w).sum() / scale
-                shown.append((far.detach() * w).sum() / scale)
-        total.backward()
-        opt.step(min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.7))
-        step += 1
-        if step in (1, 20) or step % 100 == 0:
-            say(mtp_step=step, loss=total.item(), tv=[round(x.item(), 4) for x in shown])
-    quantise(mtp)
-    for name, texts in held.items():
-        say(text=name, after=True, **acceptance(model, texts, autocast))
+                hidden = model(ids)
+                target = model.logits(hidden).float().log_softmax(-1)
+            loss = loss_of(model, ids, weights, hidden, target)
+        loss.backward()
+        optimiser.step(min(1.0, (step + 1) / 50) * min(1.0, (1 - share) / 0.7 + 0.01))
+        if step % 100 < 3:
+            say(log, mtp_step=step, seconds=time.time() - start, loss=loss.item(), own_text=step % 3 != 2)
+    round_to_fp8(model)
+    say(log, after="mtp", **evaluate(model, val, 168, 384))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=("tokenizer", "main", "mtp"))
-    parser.add_argument("--data", type=Path, default=Path("shared/data"))
-    parser.add_argument("--folder", type=Path, default=Path("configs/demo"), help="where tokenizer.json is")
-    parser.add_argument("--out", type=Path, default=Path("configs/demo"), help="where the checkpoint goes")
-    parser.add_argument("--state", type=Path, default=Path("/tmp/demo.pt"))
-    parser.add_argument("--minutes", type=float, default=7.5, help="time of the whole phase, packing included")
-    parser.add_argument("--steps", type=int, default=-1, help="stop after so many steps")
-    parser.add_argument("--rows", type=int, default=56)
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("run", choices=("main", "mtp"))
+    parser.add_argument("data", type=Path, help="what demo_data.py packed")
+    parser.add_argument("out", type=Path, help="folder for the checkpoint and log.json")
+    parser.add_argument("--model", type=Path, help="checkpoint of the run before")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole program")
+    parser.add_argument("--reserve", type=float, default=0.25, help="minutes kept for checking and saving")
+    parser.add_argument("--steps", type=int, help="stop earlier")
+    parser.add_argument("--batch", type=int, default=64, help="rows a step")
+    parser.add_argument("--context", type=int, default=1024, help="tokens a row")
     parser.add_argument("--lr", type=float, default=0.015)
-    parser.add_argument("--adam-lr", type=float, default=0.002)
-    parser.add_argument("--prompts", type=int, default=2048)
-    parser.add_argument("--new", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=0, help="chats a file (0 = all), for a smoke run")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape, for a smoke run on a CPU")
+    parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--text-seconds", type=float, default=45.0)
+    parser.add_argument("--texts", type=int, default=2048, help="texts written at a time")
+    parser.add_argument("--check-seconds", type=float, default=100.0)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
-    if args.phase == "tokenizer":
-        train_tokenizer(args.data, args.folder, 8192)
-        return
+    args.started, log = time.time(), Log()
+    args.end = args.started + 60 * (args.minutes - args.reserve)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    small = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 128, "moe_intermediate_size": 128}
-    model = DemoModel(Shape(**small) if args.tiny else Shape()).to(device)
-    docs, raw_valid = load_documents(args.data, args.folder / "tokenizer.json", args.limit)
-    say(parameters=sum(p.numel() for p in model.parameters()), device=str(device))
-    if args.phase == "main":
-        train_main(model, docs, Documents(raw_valid), args)
-        torch.save({"model": model.state_dict(), "log": LOG}, args.state)
-        export(model, args.out)
+    with lzma.open(args.data) as file:
+        data = dict(np.load(file))
+    rows = Rows(data["ids"], data["starts"], device, args.context, 1)
+    val = Rows(data["val_ids"], data["val_starts"], device, args.context, 7)
+    say(log, device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__,
+        options=vars(args) | {k: str(getattr(args, k)) for k in ("data", "out", "model")}, tokens=rows.total)  # fmt: skip
+    if args.run == "main":
+        model = Transformer(CONFIG, torch.float32, device)
+        initialise(model)
     else:
-        saved = torch.load(args.state, map_location=device)
-        model.load_state_dict(saved["model"])
-        LOG[:0] = saved["log"]
-        train_mtp(model, docs, raw_valid, args)
-        export(model, args.out)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    show(model, args.folder / "tokenizer.json", prompts_of(raw_valid)[:4], autocast)
-    (args.out / "loss.json").write_text("\n".join(json.dumps(line) for line in LOG) + "\n")
+        model = load_checkpoint(args.model, dtype=torch.float32, device=device)
+    model.table(args.context + 64)
+    (train_main if args.run == "main" else train_mtp)(model, rows, val, args, log)
+    model.eval()
+    save_checkpoint(model.cpu(), args.out, fp8=True, extra_files={f"{args.run}.json": json.dumps(log, indent=1)})
 
 
 if __name__ == "__main__":

@@ -159,9 +159,19 @@ class MLA(nn.Module):
         kv_b = self.kv_b_proj.view(self.heads, self.nope + self.v_dim, self.latent)
         return kv_b[:, : self.nope], kv_b[:, self.nope :]
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Expanded form over whole sequences x `[B, T, D]`, causal (or by mask); autograd-capable."""
+    def forward(self, x: Tensor, rope: Tensor, earlier: list[Tensor] | None = None) -> Tensor:
+        """Expanded form over whole sequences x `[B, T, D]`, causal; autograd-capable.
+
+        Args:
+            earlier: latent rows `[B, T, W]` of the shallower depths of a module that drafts on its own output, to
+                which this depth's are appended. Row t sees the first depth's rows up to t, as the tokens committed
+                before a draft, and of every later depth only row t, its own ancestor.
+        """
         q_nope, q_rope, row = self._project(x, rope)
+        mask = None
+        if earlier is not None:
+            earlier.append(row)
+            row, mask = torch.cat(earlier, dim=-2), _draft_mask(x.shape[-2], len(earlier), x.device)
         latent, k_rope = row.split((self.latent, self.rope_dim), dim=-1)
         kv = F.linear(latent, self.kv_b_proj).unflatten(-1, (self.heads, -1))
         k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
@@ -200,6 +210,15 @@ class MLA(nn.Module):
             slots[f"{prefix}.q_a_layernorm.weight"] = self.q_a_layernorm.weight
             slots[f"{prefix}.q_b_proj.weight"] = self.q_b_proj
         return slots
+
+
+def _draft_mask(rows: int, depths: int, device: torch.device) -> Tensor | None:
+    """Returns `[T, depths * T]`: causal over the first depth, the diagonal over the others; None if plainly causal."""
+    if depths == 1:
+        return None
+    own = torch.eye(rows, dtype=torch.bool, device=device)
+    causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    return torch.cat([causal] + [own] * (depths - 1), dim=1)
 
 
 def attend(q: Tensor, slots: Tensor, plan: RowPlan, latent: int, scale: float) -> Tensor:

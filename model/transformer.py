@@ -42,9 +42,9 @@ class Block(nn.Module):
         )
         self.dropout = 0.0  # of both residual branches, while training
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Whole sequences x `[B, T, D]`."""
-        branch = self.self_attn(self.input_layernorm(x), rope, mask)
+    def forward(self, x: Tensor, rope: Tensor, earlier: list[Tensor] | None = None) -> Tensor:
+        """Whole sequences x `[B, T, D]`; `earlier` as for `MLA.forward`."""
+        branch = self.self_attn(self.input_layernorm(x), rope, earlier)
         x = x + F.dropout(branch, self.dropout, self.training)
         branch = self.mlp(self.post_attention_layernorm(x).flatten(0, -2)).view_as(x)
         return x + F.dropout(branch, self.dropout, self.training)
@@ -140,17 +140,21 @@ class Transformer(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    def mtp_forward(self, module: int, ids: Tensor, hidden: Tensor, offset: int) -> Tensor:
+    def mtp_forward(
+        self, module: int, ids: Tensor, hidden: Tensor, offset: int, earlier: list[Tensor] | None = None
+    ) -> Tensor:
         """Returns the module's normed output `[B, T, D]`.
 
         Args:
             ids: `[B, T]` the token that follows each hidden state at this depth.
             hidden: `[B, T, D]` the main model's normed hidden states, or the previous depth's output.
             offset: position of ids[:, 0].
+            earlier: an empty list at the first depth of a module that is reused on its own output; it carries the
+                module's latents from depth to depth, as its cache does when drafting.
         """
         mtp = self._module(module)
         rope = self.table(offset + ids.shape[1])[offset : offset + ids.shape[1], None]
-        x = mtp.block(mtp.mix(F.embedding(ids, self.embed_tokens), hidden), rope)
+        x = mtp.block(mtp.mix(F.embedding(ids, self.embed_tokens), hidden), rope, earlier)
         out: Tensor = mtp.norm(x)
         return out
 

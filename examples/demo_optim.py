@@ -1,0 +1,64 @@
+"""Optimiser of the demonstration model: Muon (Jordan et al., 2024) for matrices, AdamW for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+    """Returns about the nearest semi-orthogonal matrices of g `[N, R, C]`, by a quintic iteration in bfloat16."""
+    x = g.bfloat16() if g.is_cuda else g
+    wide = x.shape[-2] > x.shape[-1]
+    x = x.mT if wide else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.mT if wide else x).to(g.dtype)
+
+
+class Muon:
+    """One optimiser step for a whole model; matrices of equal shape go through the iteration together.
+
+    Args:
+        named: the parameters to train, with their names.
+        lr: of the matrices; decay: their decoupled weight decay, in units of lr.
+        adam_lr: of embedding, head, gates and norms.
+    """
+
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], lr: float, decay: float, adam_lr: float
+    ) -> None:
+        self.lr, self.decay, self.adam_lr, self.momentum = lr, decay, adam_lr, 0.95
+        self.groups: dict[torch.Size, list[nn.Parameter]] = {}
+        others: list[nn.Parameter] = []
+        for name, p in named:
+            if p.dim() < 2 or any(part in name for part in ("embed_tokens", "lm_head", "gate.weight")):
+                others.append(p)
+            else:
+                self.groups.setdefault(p.shape, []).append(p)
+        self.state = {shape: [torch.zeros_like(p) for p in params] for shape, params in self.groups.items()}
+        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.01)
+
+    @torch.no_grad()
+    def step(self, scale: float) -> None:
+        """Updates with learning rates times `scale`, and clears the gradients."""
+        for group in self.adam.param_groups:
+            group["lr"] = self.adam_lr * scale
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        lr = self.lr * scale
+        for shape, params in self.groups.items():
+            grads = [p.grad for p in params if p.grad is not None]
+            momentum = self.state[shape]
+            torch._foreach_lerp_(momentum, grads, 1 - self.momentum)
+            ahead = torch.stack(torch._foreach_lerp(grads, momentum, self.momentum))  # Nesterov
+            update = newton_schulz(ahead.flatten(0, -3)).view(len(params), *shape)
+            torch._foreach_mul_(params, 1 - lr * self.decay)
+            rate = lr * max(1.0, shape[-2] / shape[-1]) ** 0.5
+            torch._foreach_add_(params, list(update.unbind()), alpha=-rate)
+            for p in params:
+                p.grad = None
