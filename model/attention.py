@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import LATENT_NORM_EPS, RMSNorm, empty_parameter
+from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from mtp_spec.model.rope import apply_rope, softmax_scale
 
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
@@ -131,32 +131,37 @@ class MLA(nn.Module):
         # [q_a (or the whole q without query LoRA); kv_a]: one product reads both
         self.a_rows = q_rows if self.q_rank is None else self.q_rank
         kv_rows = self.latent + self.rope_dim
-        self.a_proj = empty_parameter(self.a_rows + kv_rows, hidden, dtype=dtype, device=device)
+        self.a_proj = Linear(self.a_rows + kv_rows, hidden, dtype, device)
         self.q_a_layernorm: RMSNorm | None = None
         if self.q_rank is not None:
             self.q_a_layernorm = RMSNorm(self.q_rank, LATENT_NORM_EPS, dtype, device)
-            self.q_b_proj = empty_parameter(q_rows, self.q_rank, dtype=dtype, device=device)
+            self.q_b_proj = Linear(q_rows, self.q_rank, dtype, device)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS, dtype, device)
         kv_b_rows = heads * (self.nope + self.v_dim)
-        self.kv_b_proj = empty_parameter(kv_b_rows, self.latent, dtype=dtype, device=device)
-        self.o_proj = empty_parameter(hidden, heads * self.v_dim, dtype=dtype, device=device)
+        self.kv_b_proj = Linear(kv_b_rows, self.latent, dtype, device)
+        self.o_proj = Linear(hidden, heads * self.v_dim, dtype, device)
+        self._absorbed: tuple[Tensor, Tensor] | None = None
+
+    def pack(self) -> None:
+        """Prepares for inference: the two halves of kv_b_proj side by side as the absorbed form multiplies them."""
+        w_uk, w_uv = self._up()
+        self._absorbed = w_uk.detach().contiguous(), w_uv.detach().transpose(1, 2).contiguous()
 
     def _project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns q_nope `[..., H, N]`, q_rope `[..., H, R]`, latent row `[..., W]` of rows x `[..., D]`."""
-        down = F.linear(x, self.a_proj)
+        down = self.a_proj(x)
         q, latent, k_rope = down.split((self.a_rows, self.latent, self.rope_dim), dim=-1)
         if self.q_a_layernorm is not None:
-            q = F.linear(self.q_a_layernorm(q), self.q_b_proj)
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (self.heads, -1))
-        interleaved = self.config.rope_interleave
-        q_rope = apply_rope(q[..., self.nope :], rope, interleaved)
-        k_rope = apply_rope(k_rope.unsqueeze(-2), rope, interleaved).squeeze(-2)
-        row = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)
-        return q[..., : self.nope], q_rope, row
+        q_nope, q_rope = q.split((self.nope, self.rope_dim), dim=-1)
+        turned = apply_rope(torch.cat((q_rope, k_rope.unsqueeze(-2)), dim=-2), rope, self.config.rope_interleave)
+        row = torch.cat((self.kv_a_layernorm(latent), turned[..., self.heads, :]), dim=-1)
+        return q_nope, turned[..., : self.heads, :], row
 
     def _up(self) -> tuple[Tensor, Tensor]:
         """Returns W_UK `[H, N, C]` and W_UV `[H, V, C]`, views of kv_b_proj."""
-        kv_b = self.kv_b_proj.view(self.heads, self.nope + self.v_dim, self.latent)
+        kv_b = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.latent)
         return kv_b[:, : self.nope], kv_b[:, self.nope :]
 
     def forward(self, x: Tensor, rope: Tensor, earlier: list[Tensor] | None = None) -> Tensor:
@@ -173,7 +178,7 @@ class MLA(nn.Module):
             earlier.append(row)
             row, mask = torch.cat(earlier, dim=-2), _draft_mask(x.shape[-2], len(earlier), x.device)
         latent, k_rope = row.split((self.latent, self.rope_dim), dim=-1)
-        kv = F.linear(latent, self.kv_b_proj).unflatten(-1, (self.heads, -1))
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
         k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
@@ -183,32 +188,38 @@ class MLA(nn.Module):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )[..., : self.v_dim]
-        return F.linear(out.transpose(-3, -2).flatten(-2), self.o_proj)
+        result: Tensor = self.o_proj(out.transpose(-3, -2).flatten(-2))
+        return result
 
     def rows(self, x: Tensor, slots: Tensor, plan: RowPlan) -> Tensor:
         """Absorbed form: appends the rows x `[M, D]` to the cache `slots` and returns their outputs."""
         q_nope, q_rope, row = self._project(x, plan.rope)
         end = plan.start + x.shape[0]
         slots[plan.start : end] = row
-        w_uk, w_uv = self._up()
+        if self._absorbed is None:
+            w_uk, w_uv = self._up()
+            w_vu = w_uv.transpose(1, 2)
+        else:
+            w_uk, w_vu = self._absorbed
         q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # [M, H, C]
         q = torch.cat((q_latent, q_rope), dim=-1)  # [M, H, W]
         context = attend(q, slots, plan, self.latent, self.scale)  # [M, H, C]
-        out = torch.bmm(context.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
-        return F.linear(out.flatten(-2), self.o_proj)
+        out = torch.bmm(context.transpose(0, 1), w_vu).transpose(0, 1)
+        result: Tensor = self.o_proj(out.flatten(-2))
+        return result
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         a = "q_proj" if self.q_rank is None else "q_a_proj"
         slots: dict[str, Tensor] = {
-            f"{prefix}.{a}.weight": self.a_proj[: self.a_rows],
-            f"{prefix}.kv_a_proj_with_mqa.weight": self.a_proj[self.a_rows :],
+            f"{prefix}.{a}.weight": self.a_proj.weight[: self.a_rows],
+            f"{prefix}.kv_a_proj_with_mqa.weight": self.a_proj.weight[self.a_rows :],
             f"{prefix}.kv_a_layernorm.weight": self.kv_a_layernorm.weight,
-            f"{prefix}.kv_b_proj.weight": self.kv_b_proj,
-            f"{prefix}.o_proj.weight": self.o_proj,
+            f"{prefix}.kv_b_proj.weight": self.kv_b_proj.weight,
+            f"{prefix}.o_proj.weight": self.o_proj.weight,
         }
         if self.q_a_layernorm is not None:
             slots[f"{prefix}.q_a_layernorm.weight"] = self.q_a_layernorm.weight
-            slots[f"{prefix}.q_b_proj.weight"] = self.q_b_proj
+            slots[f"{prefix}.q_b_proj.weight"] = self.q_b_proj.weight
         return slots
 
 
@@ -224,21 +235,17 @@ def _draft_mask(rows: int, depths: int, device: torch.device) -> Tensor | None:
 def attend(q: Tensor, slots: Tensor, plan: RowPlan, latent: int, scale: float) -> Tensor:
     """Returns the attention-weighted latents `[M, H, C]` of queries q `[M, H, W]` over cached slots.
 
-    A row of a tree sees its own ancestors only. They are gathered in position order, so that the sum over the
-    context adds the same numbers in the same order as plain decoding does; a chain's slots are in that order.
+    Every row is a batch of its own: its heads share the latents, and its arithmetic is that of a row alone. A row of
+    a tree sees its own ancestors only. They are gathered in position order, so that the sum over the context adds
+    the same numbers in the same order as plain decoding does; a chain's slots are in that order.
     """
-    if plan.gather is None:
-        return _attend(q, slots[: plan.mask.shape[-1]], plan.mask, latent, scale)
-    rows = [
-        _attend(q[m : m + 1], slots[index], plan.mask[m : m + 1], latent, scale)
-        for m, index in enumerate(plan.gather.unbind(0))
-    ]
-    return torch.cat(rows)
-
-
-def _attend(q: Tensor, keys: Tensor, mask: Tensor, latent: int, scale: float) -> Tensor:
-    """Attention of q `[M, H, W]` over keys `[P, W]`; softmax in float32."""
     rows, heads, width = q.shape
-    scores = (q.reshape(rows * heads, width) @ keys.T).view(rows, heads, -1).float()
-    weights = torch.softmax(scores * scale + mask, dim=-1).to(q.dtype)
-    return (weights.view(rows * heads, -1) @ keys[:, :latent]).view(rows, heads, latent)
+    size = plan.mask.shape[-1]
+    if plan.gather is None:
+        keys = slots[:size].expand(rows, 1, size, width)
+    else:
+        keys = slots[plan.gather].unsqueeze(1)
+    mask = plan.mask.unsqueeze(1).expand(rows, 1, heads, size)
+    # latents are keys and values at once; the rope part of the values is cut off
+    out = F.scaled_dot_product_attention(q.unsqueeze(1), keys, keys, attn_mask=mask.to(q.dtype), scale=scale)
+    return out[:, 0, :, :latent]

@@ -1,4 +1,4 @@
-"""Building blocks without state: RMSNorm, linear and the gated MLP.
+"""Building blocks: RMSNorm, linear and the gated MLP.
 
 Legend: `M` rows (tokens), `D` hidden size, `I` intermediate size.
 """
@@ -18,6 +18,43 @@ def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device | str)
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
 
 
+def packed(weight: Tensor) -> Tensor | None:
+    """Returns a copy of a matrix `[N, K]` in oneDNN's own layout, or None where it has none.
+
+    A product otherwise brings the matrix into that layout every time, which for a few rows costs as much as the
+    product. Results are the same to the last bit.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+    except (AttributeError, RuntimeError, NotImplementedError):  # another build of torch, or no bfloat16 here
+        return None
+
+
+def product(x: Tensor, weight: Tensor, layout: Tensor | None = None) -> Tensor:
+    """Returns x @ weight.T; `layout` is the weight as `packed` left it."""
+    if layout is None:
+        return F.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, layout, None, "none", [], "")
+
+
+class Linear(nn.Module):
+    """`x @ weight.T`, weight `[N, K]`."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = empty_parameter(rows, columns, dtype=dtype, device=device)
+        self.layout: Tensor | None = None
+
+    def pack(self) -> None:
+        """Prepares for inference; later changes of the weight are not seen."""
+        self.layout = packed(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.layout)
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32, returned in the input's dtype."""
 
@@ -28,8 +65,18 @@ class RMSNorm(nn.Module):
         self.weight = empty_parameter(size, dtype=dtype, device=device)
         self.eps = eps
         self.shape = (size,)
+        self._mirrored: Tensor | None = None
+
+    def pack(self) -> None:
+        """Prepares for inference in bfloat16 on a CPU, where one fused operation beats eight."""
+        if self.weight.device.type == "cpu" and self.weight.dtype == torch.bfloat16:
+            self._mirrored = torch.cat((self.weight, self.weight)).detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._mirrored is not None:
+            # layer norm of [x, -x] has mean 0 and variance mean(x^2): it is RMSNorm, and it is fused
+            both = torch.cat((x, x.neg()), dim=-1)
+            return F.layer_norm(both, self._mirrored.shape, self._mirrored, None, self.eps)[..., : self.shape[0]]
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.shape, self.weight, self.eps)
         wide = x.float()
@@ -49,17 +96,18 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.intermediate = intermediate
-        self.gate_up = empty_parameter(2 * intermediate, hidden, dtype=dtype, device=device)
-        self.down = empty_parameter(hidden, intermediate, dtype=dtype, device=device)
+        self.gate_up = Linear(2 * intermediate, hidden, dtype, device)
+        self.down = Linear(hidden, intermediate, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(gated_silu(F.linear(x, self.gate_up)), self.down)
+        out: Tensor = self.down(gated_silu(self.gate_up(x)))
+        return out
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         return {
-            f"{prefix}.gate_proj.weight": self.gate_up[: self.intermediate],
-            f"{prefix}.up_proj.weight": self.gate_up[self.intermediate :],
-            f"{prefix}.down_proj.weight": self.down,
+            f"{prefix}.gate_proj.weight": self.gate_up.weight[: self.intermediate],
+            f"{prefix}.up_proj.weight": self.gate_up.weight[self.intermediate :],
+            f"{prefix}.down_proj.weight": self.down.weight,
         }
 
 

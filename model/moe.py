@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import MLP, empty_parameter, gated_silu
+from mtp_spec.model.layers import MLP, empty_parameter, gated_silu, packed, product
 
 # a multiple of every CPU's vector length in float32 values
 VECTOR = 64
@@ -96,6 +96,7 @@ class MoE(nn.Module):
         self.gate = Gate(config, device)
         self.gate_up = empty_parameter(experts, 2 * size, hidden, dtype=dtype, device=device)
         self.down = empty_parameter(experts, hidden, size, dtype=dtype, device=device)
+        self.layouts: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * experts
         # rows seen by each expert since the trainer last looked: what its balancing bias follows
         self.load: Tensor
         self.register_buffer("load", torch.zeros(experts, device=device), persistent=False)
@@ -113,8 +114,13 @@ class MoE(nn.Module):
             routed = self._one_row(x, weights[0], indices[0].tolist())
         return routed if self.shared is None else routed + self.shared(x)
 
+    def pack(self) -> None:
+        """Prepares the experts for inference, see `layers.packed`."""
+        self.layouts = [(packed(up), packed(down)) for up, down in zip(self.gate_up, self.down, strict=True)]
+
     def _expert(self, x: Tensor, expert: int) -> Tensor:
-        return F.linear(gated_silu(F.linear(x, self.gate_up[expert])), self.down[expert])
+        up, down = self.layouts[expert]
+        return product(gated_silu(product(x, self.gate_up[expert], up)), self.down[expert], down)
 
     def _all_experts(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """The training path: every expert on every row as two large products, unchosen ones weighed zero.

@@ -57,7 +57,10 @@ def _table_scale(yarn: YarnConfig | None) -> float:
 
 
 def rope_table(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> Tensor:
-    """Returns `[length, 2, qk_rope_head_dim / 2]` float32: cosines, then sines, of each position."""
+    """Returns `[length, 2, R]` float32: for each position what a vector and its swapped copy are multiplied with.
+
+    R is qk_rope_head_dim. See `apply_rope`.
+    """
     dim = config.qk_rope_head_dim
     if config.rope_scaling is None:
         steps = torch.arange(0, dim, 2, dtype=torch.float32) / dim
@@ -65,22 +68,28 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str = "c
     else:
         frequencies = _yarn_frequencies(config.rope_theta, dim, config.rope_scaling)
     angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
-    table = torch.stack((angles.cos(), angles.sin()), dim=1) * _table_scale(config.rope_scaling)
-    return table.to(device)
+    scale = _table_scale(config.rope_scaling)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    if config.rope_interleave:
+        own, other = torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
+    else:
+        own, other = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return torch.stack((own, other), dim=1).to(device)
 
 
 def apply_rope(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
     """Returns x rotated by its rows' angles, in x's dtype; the arithmetic is float32.
 
+    `(a, b)` becomes `(a cos - b sin, b cos + a sin)`: x times the table's first row plus x with each pair swapped
+    times its second.
+
     Args:
-        x: `[..., R]`, pairs (0, 1), (2, 3), ... when `interleaved`, else halves.
-        table: `[..., 2, R / 2]` rows of `rope_table`, broadcast against x.
-    The result has the rotated first components in its first half; a score is a sum over all of them,
-    so the order does not matter as long as queries and keys share it.
+        x: `[..., R]`, pairs (0, 1), (2, 3), ... when `interleaved`, else (0, R / 2), (1, R / 2 + 1), ...
+        table: `[..., 2, R]` rows of `rope_table`, broadcast against x.
     """
     wide = x.float()
-    first, second = (
-        (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    swapped = (
+        wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else wide.roll(wide.shape[-1] // 2, -1)
     )
-    cos, sin = table[..., 0, :], table[..., 1, :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    own, other = table.unbind(-2)
+    return (wide * own + swapped * other).to(x.dtype)

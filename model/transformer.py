@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mtp_spec.model.attention import MLA, RowPlan, padded, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import MLP, RMSNorm, empty_parameter
+from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter, packed, product
 from mtp_spec.model.moe import MoE
 from mtp_spec.model.rope import rope_table
 
@@ -78,18 +78,19 @@ class MTPModule(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden, eps, dtype, device)
         self.hnorm = RMSNorm(hidden, eps, dtype, device)
-        self.eh_proj = empty_parameter(hidden, 2 * hidden, dtype=dtype, device=device)
+        self.eh_proj = Linear(hidden, 2 * hidden, dtype, device)
         self.block = Block(config, False, dtype, device)
         self.norm = RMSNorm(hidden, eps, dtype, device)
 
     def mix(self, embedding: Tensor, hidden: Tensor) -> Tensor:
-        return F.linear(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1), self.eh_proj)
+        mixed: Tensor = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
+        return mixed
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         return {
             f"{prefix}.enorm.weight": self.enorm.weight,
             f"{prefix}.hnorm.weight": self.hnorm.weight,
-            f"{prefix}.eh_proj.weight": self.eh_proj,
+            f"{prefix}.eh_proj.weight": self.eh_proj.weight,
             **self.block.checkpoint_slots(prefix),
             f"{prefix}.shared_head.norm.weight": self.norm.weight,
         }
@@ -126,8 +127,16 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(
             MTPModule(config, dtype, device) for _ in range(config.num_nextn_predict_layers)
         )
+        self._head_layout: Tensor | None = None
         self._table = rope_table(config, 0, device)
         self.eval()
+
+    def pack(self) -> None:
+        """Prepares the matrices for inference; costs their memory again, see `layers.packed`."""
+        for module in self.modules():
+            if isinstance(module, Linear | MoE | MLA | RMSNorm):
+                module.pack()
+        self._head_layout = packed(self.lm_head)
 
     # whole sequences
 
@@ -160,7 +169,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[..., V]` logits of normed hidden states `[..., D]`, in the model's dtype."""
-        return F.linear(hidden, self.lm_head)
+        return product(hidden, self.lm_head, self._head_layout)
 
     # rows over a cache
 

@@ -30,6 +30,8 @@ from mtp_spec.text import Tokenizer
 Message = Mapping[str, str]
 Ids = Sequence[int]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# larger models are not given a second copy in the processor's own layout
+PACK_BYTES = 2**31
 # what "auto" drafts until it is planned from measurements
 AUTO = Speculation(depth=3)
 
@@ -291,6 +293,8 @@ def load(
         limit = max_context
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     model.requires_grad_(False)
+    if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
+        model.pack()
     return LM(model, tokenizer, choose_technique(model), limit)
 
 
