@@ -241,10 +241,7 @@ def attend(q: Tensor, slots: Tensor, plan: RowPlan, latent: int, scale: float) -
     """
     rows, heads, width = q.shape
     size = plan.mask.shape[-1]
-    if plan.gather is None:
-        keys = slots[:size].expand(rows, 1, size, width)
-    else:
-        keys = slots[plan.gather].unsqueeze(1)
+    keys = slots[:size].expand(rows, 1, size, width) if plan.gather is None else slots[plan.gather].unsqueeze(1)
     mask = plan.mask.unsqueeze(1).expand(rows, 1, heads, size)
     # latents are keys and values at once; the rope part of the values is cut off
     out = F.scaled_dot_product_attention(q.unsqueeze(1), keys, keys, attn_mask=mask.to(q.dtype), scale=scale)

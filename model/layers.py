@@ -34,8 +34,11 @@ def packed(weight: Tensor) -> Tensor | None:
 
 def product(x: Tensor, weight: Tensor, layout: Tensor | None = None) -> Tensor:
     """Returns x @ weight.T; `layout` is the weight as `packed` left it."""
-    if layout is None:
-        return F.linear(x, weight)
+    return F.linear(x, weight) if layout is None else packed_product(x, layout)
+
+
+def packed_product(x: Tensor, layout: Tensor) -> Tensor:
+    """Returns x @ weight.T of the weight that `packed` brought into `layout`."""
     return torch.ops.mkldnn._linear_pointwise(x, layout, None, "none", [], "")
 
 

@@ -5,12 +5,17 @@ V3 report (2412.19437) eq. 12-16: scores s choose with a correction bias, weigh 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import MLP, empty_parameter, gated_silu, packed, product
+from mtp_spec.model.layers import MLP, empty_parameter, gated_silu, packed, packed_product
 
 # a multiple of every CPU's vector length in float32 values
 VECTOR = 64
@@ -48,6 +53,37 @@ class Gate(nn.Module):
         if self.config.norm_topk_prob and self.config.model_type != "deepseek_v2":
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.config.routed_scaling_factor, indices
+
+    def choose(self, x: Tensor) -> tuple[list[list[float]], list[list[int]]]:
+        """The same choice in plain Python: for a decode step's few numbers that is faster than torch's dispatch."""
+        logits: npt.NDArray[np.float32] = row_products(x.float(), self.weight).detach().cpu().numpy()
+        if self.config.scoring_func == "sigmoid":
+            scores = 1 / (1 + np.exp(-logits))
+        else:
+            scores = np.exp(logits - logits.max(-1, keepdims=True))
+            scores /= scores.sum(-1, keepdims=True)
+        bias = self.e_score_correction_bias
+        choice = scores if bias is None else scores + bias.cpu().numpy()
+        rows = [self._choose_row(*row) for row in zip(scores.tolist(), choice.tolist(), strict=True)]
+        return [weights for weights, _ in rows], [indices for _, indices in rows]
+
+    def _choose_row(self, scores: list[float], choice: list[float]) -> tuple[list[float], list[int]]:
+        config = self.config
+        allowed: Iterable[int] = range(len(choice))
+        if config.topk_method != "greedy" and config.n_group != config.topk_group:
+            size = len(choice) // config.n_group
+            groups = [range(first, first + size) for first in range(0, len(choice), size)]
+            best_of = 2 if config.topk_method == "noaux_tc" else 1
+            worth = [sum(sorted(choice[e] for e in group)[-best_of:]) for group in groups]
+            # sorting is stable: among equals the lowest index wins, as in topk
+            best = sorted(range(len(groups)), key=lambda g: -worth[g])[: config.topk_group]
+            allowed = sorted(e for g in best for e in groups[g])
+        indices = sorted(sorted(allowed, key=lambda e: -choice[e])[: config.num_experts_per_tok])
+        weights = [scores[e] for e in indices]
+        scale = config.routed_scaling_factor
+        if config.norm_topk_prob and config.model_type != "deepseek_v2":
+            scale /= sum(weights) + 1e-20
+        return [w * scale for w in weights], indices
 
     def _limit_groups(self, choice: Tensor) -> Tensor:
         """Masks the experts outside each row's best `topk_group` groups."""
@@ -105,13 +141,8 @@ class MoE(nn.Module):
             self.shared = MLP(hidden, size * config.n_shared_experts, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, indices = self.gate(x)
-        if self.training:
-            routed = self._all_experts(x, weights, indices)
-        elif x.shape[0] > 1:
-            routed = self._many_rows(x, weights, indices)
-        else:
-            routed = self._one_row(x, weights[0], indices[0].tolist())
+        learns = self.training or (torch.is_grad_enabled() and x.requires_grad)
+        routed = self._all_experts(x, *self.gate(x)) if learns else self._routed(x, *self.gate.choose(x))
         return routed if self.shared is None else routed + self.shared(x)
 
     def pack(self) -> None:
@@ -120,10 +151,12 @@ class MoE(nn.Module):
 
     def _expert(self, x: Tensor, expert: int) -> Tensor:
         up, down = self.layouts[expert]
-        return product(gated_silu(product(x, self.gate_up[expert], up)), self.down[expert], down)
+        if up is None or down is None:
+            return F.linear(gated_silu(F.linear(x, self.gate_up[expert])), self.down[expert])
+        return packed_product(gated_silu(packed_product(x, up)), down)
 
     def _all_experts(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """The training path: every expert on every row as two large products, unchosen ones weighed zero.
+        """The path with gradients: every expert on every row as two large products, unchosen ones weighed zero.
 
         At the few small experts of a trainable model this beats sorting rows, and it compiles to dense code.
         """
@@ -135,22 +168,21 @@ class MoE(nn.Module):
         inner = inner * dense.unsqueeze(-1).to(inner.dtype)
         return F.linear(inner.flatten(1), self.down.transpose(0, 1).flatten(1))
 
-    def _one_row(self, x: Tensor, weights: Tensor, chosen: list[int]) -> Tensor:
-        """The decode path: `_many_rows` without its index arithmetic, same sums in the same order."""
-        out = torch.cat([self._expert(x, expert) for expert in chosen])
-        return weighted_sum(out.unsqueeze(0), weights.unsqueeze(0))
-
-    def _many_rows(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    def _routed(self, x: Tensor, weights: list[list[float]], indices: list[list[int]]) -> Tensor:
         """Each hit expert runs once over its rows; outputs return to [row, slot] before the sum."""
-        rows, slots = indices.shape
-        order = indices.flatten().argsort(stable=True)  # pairs grouped by expert
-        counts = torch.bincount(indices.flatten(), minlength=self.experts).tolist()
-        parts = x[order // slots].split(counts)
-        outs = [self._expert(part, e) for e, part in enumerate(parts) if counts[e]]
-        pairs = torch.cat(outs)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        return weighted_sum(pairs[back].view(rows, slots, -1), weights)
+        rows, slots = len(indices), len(indices[0])
+        if rows == 1:
+            out = torch.cat([self._expert(x, expert) for expert in indices[0]])
+        else:
+            flat = [expert for row in indices for expert in row]
+            order = sorted(range(len(flat)), key=flat.__getitem__)  # pairs grouped by expert
+            counts = Counter(flat)
+            hit = sorted(counts)
+            parts = x[torch.tensor([pair // slots for pair in order])].split([counts[e] for e in hit])
+            pairs = torch.cat([self._expert(part, e) for part, e in zip(parts, hit, strict=True)])
+            back = sorted(range(len(flat)), key=order.__getitem__)
+            out = pairs[torch.tensor(back)]
+        return weighted_sum(out.view(rows, slots, -1), torch.tensor(weights, device=x.device))
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         slots = self.gate.checkpoint_slots(f"{prefix}.gate")
@@ -165,8 +197,11 @@ class MoE(nn.Module):
 
 
 def weighted_sum(out: Tensor, weights: Tensor) -> Tensor:
-    """Returns `sum_k weights[m, k] * out[m, k]` `[M, D]`, float32, k ascending, in out's dtype."""
-    total = out[:, 0].float() * weights[:, :1]
-    for k in range(1, out.shape[1]):
-        total = total + out[:, k].float() * weights[:, k : k + 1]
+    """Returns `sum_k weights[m, k] * out[m, k]` `[M, D]`, summed in float32 in the order of k, in out's dtype."""
+    weighted = out.float() * weights.unsqueeze(-1)
+    if weighted.shape[1] <= 2:
+        return weighted.sum(1).to(out.dtype)
+    total = weighted[:, 0]
+    for k in range(1, weighted.shape[1]):
+        total = total + weighted[:, k]
     return total.to(out.dtype)
