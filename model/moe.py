@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import MLP, empty_parameter, gated_silu, packed, packed_product
+from mtp_spec.model.layers import MLP, empty_parameter, gated_silu, packed, product
 
 # a multiple of every CPU's vector length in float32 values
 VECTOR = 64
@@ -141,19 +141,14 @@ class MoE(nn.Module):
             self.shared = MLP(hidden, size * config.n_shared_experts, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        learns = self.training or (torch.is_grad_enabled() and x.requires_grad)
-        routed = self._all_experts(x, *self.gate(x)) if learns else self._routed(x, *self.gate.choose(x))
-        return routed if self.shared is None else routed + self.shared(x)
+        if self.training or (torch.is_grad_enabled() and x.requires_grad):
+            routed = self._all_experts(x, *self.gate(x))
+            return routed if self.shared is None else routed + self.shared(x)
+        return self._hit_experts(x, *self.gate.choose(x))
 
     def pack(self) -> None:
         """Prepares the experts for inference, see `layers.packed`."""
         self.layouts = [(packed(up), packed(down)) for up, down in zip(self.gate_up, self.down, strict=True)]
-
-    def _expert(self, x: Tensor, expert: int) -> Tensor:
-        up, down = self.layouts[expert]
-        if up is None or down is None:
-            return F.linear(gated_silu(F.linear(x, self.gate_up[expert])), self.down[expert])
-        return packed_product(gated_silu(packed_product(x, up)), down)
 
     def _all_experts(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """The path with gradients: every expert on every row as two large products, unchosen ones weighed zero.
@@ -168,21 +163,32 @@ class MoE(nn.Module):
         inner = inner * dense.unsqueeze(-1).to(inner.dtype)
         return F.linear(inner.flatten(1), self.down.transpose(0, 1).flatten(1))
 
-    def _routed(self, x: Tensor, weights: list[list[float]], indices: list[list[int]]) -> Tensor:
+    def _hit_experts(self, x: Tensor, weights: list[list[float]], indices: list[list[int]]) -> Tensor:
         """Each hit expert runs once over its rows; outputs return to [row, slot] before the sum."""
         rows, slots = len(indices), len(indices[0])
-        if rows == 1:
-            out = torch.cat([self._expert(x, expert) for expert in indices[0]])
-        else:
-            flat = [expert for row in indices for expert in row]
+        flat = [expert for row in indices for expert in row]
+        hit = sorted(set(flat))
+        parts, back = [x] * len(hit), None
+        if rows > 1:
             order = sorted(range(len(flat)), key=flat.__getitem__)  # pairs grouped by expert
             counts = Counter(flat)
-            hit = sorted(counts)
-            parts = x[torch.tensor([pair // slots for pair in order])].split([counts[e] for e in hit])
-            pairs = torch.cat([self._expert(part, e) for part, e in zip(parts, hit, strict=True)])
-            back = sorted(range(len(flat)), key=order.__getitem__)
-            out = pairs[torch.tensor(back)]
-        return weighted_sum(out.view(rows, slots, -1), torch.tensor(weights, device=x.device))
+            parts = list(x[torch.tensor([pair // slots for pair in order])].split([counts[e] for e in hit]))
+            back = torch.tensor(sorted(range(len(flat)), key=order.__getitem__))
+        ups = [product(part, self.gate_up[e], self.layouts[e][0]) for part, e in zip(parts, hit, strict=True)]
+        if self.shared is not None:
+            ups.append(self.shared.gate_up(x))
+        # one activation for all of them: a decode step has more operations than arithmetic
+        inner = self._activated(ups)
+        pairs = torch.cat([product(h, self.down[e], self.layouts[e][1]) for h, e in zip(inner, hit, strict=False)])
+        out = (pairs if back is None else pairs[back]).view(rows, slots, -1)
+        routed = weighted_sum(out, torch.tensor(weights, device=x.device))
+        return routed if self.shared is None else routed + self.shared.down(inner[-1])
+
+    def _activated(self, ups: list[Tensor]) -> list[Tensor]:
+        """Returns silu(gate) * up of each expert's `[rows, 2 I]`; the shared expert may have another I."""
+        if any(up.shape[-1] != ups[0].shape[-1] for up in ups):
+            return [gated_silu(up) for up in ups]
+        return list(gated_silu(torch.cat(ups)).split([up.shape[0] for up in ups]))
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         slots = self.gate.checkpoint_slots(f"{prefix}.gate")

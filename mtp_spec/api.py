@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # larger models are not given a second copy in the processor's own layout
 PACK_BYTES = 2**31
 # what "auto" drafts until it is planned from measurements
-AUTO = Speculation(depth=3)
+AUTO = Speculation(depth=8, adaptive=True)
 
 
 @dataclass(frozen=True, slots=True)

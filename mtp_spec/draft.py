@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtp_spec.confidence import Confidence
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
@@ -24,6 +25,9 @@ from mtp_spec.tree import ROOT, TokenTree
 
 # rows of a prompt that pass through a module at once
 CHUNK = 256
+# An adaptive tree goes deeper only below nodes that are accepted at least this often: one more level costs about a
+# third of a plain step (its draft, and one more row to verify), a committed token is worth a little over half of one.
+WORTH_EXTENDING = 0.5
 
 
 @dataclass(slots=True)
@@ -35,6 +39,7 @@ class Leaf:
     history: History
     slots: tuple[int, ...]
     score: float
+    chance: float  # that this node is accepted
 
 
 class Drafter:
@@ -50,10 +55,19 @@ class Drafter:
         self.caches = [model.new_mtp_cache(tokens) for _ in model.mtp]
         # per module: inputs not yet in its cache, hidden states of consecutive positions
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
+        self._confidence = Confidence()
+        self._leads: dict[int, float] = {}
 
     def observe(self, hidden: Tensor) -> None:
         """Takes the main model's normed hidden states `[k, D]` of newly committed positions, in order."""
         self._pending[0].append(hidden)
+
+    def judge(self, tree: TokenTree, accepted: Sequence[int]) -> None:
+        """Learns from a verified tree which drafts are worth their cost."""
+        path = {ROOT, *accepted}
+        for node, lead in self._leads.items():
+            if tree.parents[node] in path:
+                self._confidence.observe(lead, node in path)
 
     def draft(
         self,
@@ -73,11 +87,14 @@ class Drafter:
         root = len(tokens) - 1
         hidden = self._extend(tokens)
         tree = TokenTree()
-        leaves = [Leaf(ROOT, hidden, history, (), 0.0)]
+        leaves = [Leaf(ROOT, hidden, history, (), 0.0, 1.0)]
+        self._leads.clear()
         for level in range(1, min(depth, speculation.depth) + 1):
             if level > 1:
                 self._advance(tree, leaves, level, root)
             leaves = self._grow(tree, leaves, level, root + level, speculation, sampler)
+            if speculation.adaptive:
+                leaves = [leaf for leaf in leaves if leaf.chance >= WORTH_EXTENDING]
             if not leaves:
                 break
         return tree
@@ -140,9 +157,12 @@ class Drafter:
         logits = self.model.logits(torch.cat([leaf.hidden for leaf in leaves]))
         width, budget = speculation.branching[level - 1], speculation.budget
         children: list[tuple[float, int, int, Leaf]] = []
+        leads: dict[int, float] = {}
         for row, parent in zip(logits, leaves, strict=True):
             processed = sampler.process(row, parent.history)
             top = sampler.top(processed, position, width)
+            if speculation.adaptive:
+                leads[parent.node] = sampler.lead(processed, position, top[0])
             scores = [parent.score] * len(top)
             if budget is not None:
                 logprobs = processed.log_softmax(-1)
@@ -153,13 +173,19 @@ class Drafter:
             left = budget - len(tree)
             room = min(left, max(1, left - (speculation.depth - level)))
             children = sorted(children, key=lambda child: -child[0])[:room]
-        return [
-            Leaf(
-                tree.add(parent.node, token, rank),
-                parent.hidden,
-                parent.history.child(token),
-                parent.slots,
-                score,
-            )
-            for score, rank, token, parent in children
-        ]
+        grown = []
+        for score, rank, token, parent in children:
+            node = tree.add(parent.node, token, rank)
+            chance = self._chance(parent, node, rank, leads.get(parent.node))
+            grown.append(Leaf(node, parent.hidden, parent.history.child(token), parent.slots, score, chance))
+        return grown
+
+    def _chance(self, parent: Leaf, node: int, rank: int, lead: float | None) -> float:
+        if lead is None:
+            return 1.0
+        best = self._confidence.chance(lead)
+        if rank == 0:
+            self._leads[node] = lead
+            return parent.chance * best
+        # what the best sibling leaves, halved from one to the next
+        return parent.chance * (1 - best) * 0.5**rank

@@ -77,6 +77,8 @@ class Decoder:
         hidden, logits = self._verify(tree)
         accepted = self._accept(tree, logits)
         self._commit(hidden, [0, *(node + 1 for node in accepted.nodes)])
+        if self.drafter is not None and not accepted.stopped:
+            self.drafter.judge(tree, accepted.nodes)
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
         return self._take(accepted)

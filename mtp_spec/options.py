@@ -130,7 +130,7 @@ class Speculation:
             depths are 1.
         budget: at most this many nodes are drafted, the most promising first; up to 64.
         acceptance: the rule that accepts drafts; "coupled" keeps the text identical to plain decoding.
-        adaptive: choose the shape while running; not available yet.
+        adaptive: draft deeper only where acceptance is likely; depth and branching are then the most there may be.
 
     Raises:
         OptionError: a value of the wrong kind or outside its range, or a tree of more than 64 nodes.
@@ -159,8 +159,8 @@ class Speculation:
         if budget is not None:
             budget = _integer("budget", budget, 1, MAX_NODES, f"an integer from 1 to {MAX_NODES}, or None")
         _check_acceptance(acceptance)
-        if adaptive is not False:
-            raise _bad("adaptive", adaptive, "False; choosing the shape while running is not available yet")
+        if not isinstance(adaptive, bool):
+            raise _bad("adaptive", adaptive, "True or False")
         values = (depth, widths + (1,) * (depth - len(widths)), budget, acceptance, adaptive)
         for field, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)

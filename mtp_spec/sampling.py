@@ -169,6 +169,13 @@ class Sampler:
             raise _no_token(scores.max(), position)
         return best
 
+    def lead(self, processed: torch.Tensor, position: int, best: int) -> float:
+        """By how much the best token's score (row plus noise) exceeds the next one's; inf if it is the only one."""
+        scores = self._scores(processed, position).copy()
+        score = scores[best]
+        scores[best] = _NEGATIVE_INFINITY
+        return float(score - scores.max())
+
     def logprobs(self, raw_row: torch.Tensor, token: int, k: int) -> tuple[float, list[tuple[int, float]]]:
         """Log-probability of the token, and of the k most probable tokens, best first.
 
