@@ -8,21 +8,36 @@ import torch
 from scipy.stats import chisquare
 
 from mtp_spec import OptionError, SamplingParams, Speculation
-from mtp_spec.noise import GumbelNoise, gumbel, philox4x32
+from mtp_spec.noise import GumbelNoise, gumbel, random_bits
 from mtp_spec.options import resolve_speculation
 from mtp_spec.sampling import Sampler
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ],
-)
-def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
-    words = philox4x32(np.array(counter, dtype=np.uint64)[:, None], key)
-    assert tuple(int(word) for word in np.asarray(words).reshape(-1)) == expected
+def philox4x64(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x64-10 as the paper writes it."""
+    for _ in range(10):
+        first, third = 0xD2E7470EE14C6C93 * counter[0], 0xCA5A826395121157 * counter[2]
+        counter = [
+            (third >> 64) ^ counter[1] ^ key[0],
+            third & (2**64 - 1),
+            (first >> 64) ^ counter[3] ^ key[1],
+            first & (2**64 - 1),
+        ]
+        key = [(key[0] + 0x9E3779B97F4A7C15) % 2**64, (key[1] + 0xBB67AE8584CAA73B) % 2**64]
+    return counter
+
+
+def test_philox_reference_gives_the_published_answers() -> None:
+    known = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
+    assert philox4x64([0] * 4, [0] * 2) == known
+
+
+@pytest.mark.parametrize(("seed", "position"), [(0, 0), (7, 1), (2**64 - 1, 2**40 + 3)])
+def test_noise_is_the_documented_function_of_seed_position_and_token(seed: int, position: int) -> None:
+    bits = random_bits(seed, position, 21)
+    for token in range(21):
+        word = philox4x64([1 + token // 8, position, 0, 0], [seed, 0])[token % 8 // 2]
+        assert int(bits[token]) == (word >> (32 * (token % 2))) & 0xFFFFFFFF
 
 
 def test_noise_is_a_function_of_seed_position_and_token() -> None:
