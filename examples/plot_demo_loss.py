@@ -1,4 +1,7 @@
-"""Draws the demonstration model's loss curves from its two training logs: `python examples/plot_demo_loss.py configs/demo`."""
+"""Draws the demonstration model's loss curves from its training logs.
+
+    python examples/plot_demo_loss.py configs/demo
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from mtp_spec.model.rope import apply_rope, softmax_scale
 
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
-# a row's numbers alike, however many rows stand beside it.
+# a row's numbers alike, however many rows stand beside it. The number of blocks is part of the arithmetic too, so a
+# row always reads as many as it would alone.
 CONTEXT_BLOCK = 64
 
 
@@ -35,12 +36,14 @@ class RowPlan:
         mask: `[M, 1, P]` float32, 0 for visible slots and -inf for the others; P a multiple of the block.
         gather: None when slots are in position order (a chain). For a tree: `[M, P]` the slots of each row's
             ancestors in position order (padded with slot 0), and `mask` refers to these.
+        sizes: slots that each row reads, whole blocks; None if all read P.
     """
 
     start: int
     rope: Tensor
     mask: Tensor
     gather: Tensor | None = None
+    sizes: tuple[int, ...] | None = None
 
 
 def padded(length: int) -> int:
@@ -63,9 +66,10 @@ def plan_rows(table: Tensor, start: int, parents: Sequence[int], offset: int = 0
     for row, parent in enumerate(parents):
         depth[row] = 0 if parent < 0 else depth[parent] + 1
     rope = table[torch.tensor(depth, device=device) + (start + offset)].unsqueeze(1)
+    sizes = tuple(padded(start + d + 1) for d in depth)
     if list(parents) == list(range(-1, count - 1)):
-        return RowPlan(start, rope, _causal_mask(start, count, device))
-    return RowPlan(start, rope, *_ancestor_slots(start, parents, depth, device))
+        return RowPlan(start, rope, _causal_mask(start, count, device), None, sizes)
+    return RowPlan(start, rope, *_ancestor_slots(start, parents, depth, device), sizes)
 
 
 def plan_drafts(
@@ -239,10 +243,20 @@ def attend(q: Tensor, slots: Tensor, plan: RowPlan, latent: int, scale: float) -
     a tree sees its own ancestors only. They are gathered in position order, so that the sum over the context adds
     the same numbers in the same order as plain decoding does; a chain's slots are in that order.
     """
+    if plan.sizes is None or min(plan.sizes) == plan.mask.shape[-1]:
+        return _attend(q, slots, plan.mask, plan.gather, scale)[..., :latent]
+    out = q.new_empty(*q.shape[:2], latent)
+    for size in set(plan.sizes):
+        rows = [row for row, own in enumerate(plan.sizes) if own == size]
+        gather = None if plan.gather is None else plan.gather[rows, :size]
+        out[rows] = _attend(q[rows], slots, plan.mask[rows, :, :size], gather, scale)[..., :latent]
+    return out
+
+
+def _attend(q: Tensor, slots: Tensor, mask: Tensor, gather: Tensor | None, scale: float) -> Tensor:
+    """Returns `[M, H, W]`: latents are keys and values at once, the rope part of the values is of no use."""
     rows, heads, width = q.shape
-    size = plan.mask.shape[-1]
-    keys = slots[:size].expand(rows, 1, size, width) if plan.gather is None else slots[plan.gather].unsqueeze(1)
-    mask = plan.mask.unsqueeze(1).expand(rows, 1, heads, size)
-    # latents are keys and values at once; the rope part of the values is cut off
-    out = F.scaled_dot_product_attention(q.unsqueeze(1), keys, keys, attn_mask=mask.to(q.dtype), scale=scale)
-    return out[:, 0, :, :latent]
+    size = mask.shape[-1]
+    keys = slots[:size].expand(rows, 1, size, width) if gather is None else slots[gather].unsqueeze(1)
+    wide = mask.to(q.dtype).unsqueeze(1).expand(rows, 1, heads, size)
+    return F.scaled_dot_product_attention(q.unsqueeze(1), keys, keys, attn_mask=wide, scale=scale)[:, 0]

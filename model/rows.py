@@ -23,7 +23,7 @@ from mtp_spec.model.transformer import Transformer
 
 Technique = Literal["batched", "single"]
 PROBE_ROWS = (2, 3, 4, 5, 6, 7, 8, 9, 16, 33)
-PROBE_CONTEXTS = (1, 61)  # the second one's rows cross a context block
+PROBE_CONTEXTS = (1, 250)  # the second one's rows cross a context block
 
 
 def verify_rows(
@@ -48,13 +48,11 @@ def verify_rows(
 
 
 def _row_of(plan: RowPlan, row: int) -> RowPlan:
-    """Returns the plan of one row, padded as plain decoding pads it."""
-    mask = plan.mask[row : row + 1]
-    length = int((mask[0, 0] == 0).sum())
-    size = -(-length // 64) * 64
+    """Returns the plan of one row, as plain decoding has it."""
+    assert plan.sizes is not None
+    size = plan.sizes[row]
     gather = None if plan.gather is None else plan.gather[row : row + 1, :size]
-    rope = plan.rope[row : row + 1]
-    return RowPlan(plan.start + row, rope, mask[..., :size], gather)
+    return RowPlan(plan.start + row, plan.rope[row : row + 1], plan.mask[row : row + 1, :, :size], gather, (size,))
 
 
 def row_logits(model: Transformer, hidden: Tensor, technique: Technique) -> Tensor:

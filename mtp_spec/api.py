@@ -194,7 +194,7 @@ class LM:
         limit = min(params.max_new_tokens, room)
         if params.stop_strings:
             self._text()
-        finisher = Finisher(self.tokenizer, self._stop_ids(), params.stop_strings, limit)
+        finisher = Finisher(self.tokenizer, self.stop_ids(), params.stop_strings, limit)
         decoder = Decoder(
             self.model, self.technique, ids, sampler, speculation, limit, finisher.push
         )
@@ -213,7 +213,8 @@ class LM:
             )
         return speculation
 
-    def _stop_ids(self) -> frozenset[int]:
+    def stop_ids(self) -> frozenset[int]:
+        """Returns the tokens that end a text."""
         ids = set(self.config.eos_token_ids)
         if self.tokenizer is not None:
             ids |= set(self.tokenizer.eos_ids)

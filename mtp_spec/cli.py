@@ -1,4 +1,4 @@
-"""The command line: `mtp-spec generate` and `mtp-spec inspect`. Everything goes through the public API."""
+"""The command line: `mtp-spec generate`, `inspect` and `bench`. Everything goes through the public API."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mtp_spec
+from mtp_spec.bench.cli import add_bench, run_bench
 from mtp_spec.inspection import show_checkpoint
 
 EXAMPLES = """examples:
@@ -19,6 +20,7 @@ EXAMPLES = """examples:
   echo "Write a poem about rain" | mtp-spec generate -
   mtp-spec generate --prompts prompts.jsonl --json > answers.jsonl
   mtp-spec inspect /models/DeepSeek-V3
+  mtp-spec bench speed --json speed.json
 """
 SAMPLING: dict[str, tuple[type, str]] = {
     "max_new_tokens": (int, "most tokens to generate (128)"),
@@ -47,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a checkpoint holds: shape, sizes, MTP modules, memory")
     inspect.add_argument("path", nargs="?", type=Path, help="checkpoint folder (default: the bundled model)")
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
+    add_bench(commands)
     return parser
 
 
@@ -81,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if args.command == "inspect":
             show_checkpoint(args.path, as_json=args.json)
+        elif args.command == "bench":
+            run_bench(args)
         else:
             _generate(args)
     except (mtp_spec.MTPSpecError, mtp_spec.CheckpointError) as error:

@@ -1,0 +1,70 @@
+"""The options of `mtp-spec bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import mtp_spec
+from mtp_spec.bench.acceptance import acceptance
+from mtp_spec.bench.common import publish
+from mtp_spec.bench.exactness import rows, same_text
+from mtp_spec.bench.speed import speed
+from mtp_spec.options import MAX_DEPTH
+
+
+def add_bench(commands: Any) -> None:
+    """Adds the verb `bench` with one subcommand for each benchmark."""
+    bench = commands.add_parser("bench", help="measure: same text, bitwise rows, acceptance, speed")
+    kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="NAME")
+    one = _add(kinds, "same-text", same_text, "texts equal to plain decoding, any shape and sampling", 200, 40)
+    one.add_argument("--shapes", type=int, default=3, help="shapes tried a prompt (3)")
+    one.add_argument("--all", action="store_true", help="every shape for every prompt")
+    two = _add(kinds, "rows", rows, "bitwise equality of verified and decoded rows", None, None)
+    two.add_argument("--threads", type=_integers, default=[1, 2, 3], metavar="N,N,...", help="numbers of threads")
+    three = _add(kinds, "acceptance", acceptance, "tokens per step on held-out chats", 60, 128)
+    four = _add(kinds, "speed", speed, "wall-clock against plain decoding, and against transformers", 12, 96)
+    four.add_argument("--transformers", action="store_true", help="also time transformers' plain generate")
+    for kind, depths in ((three, [1, 2, 3, 4, 5]), (four, [2, 3, 4, 5])):
+        kind.add_argument("--depths", type=_depths, default=depths, metavar="K,K,...", help="chains to measure")
+        kind.add_argument("--temperatures", type=_numbers, default=[0.0, 0.8], metavar="T,T,...")
+
+
+def _add(
+    kinds: Any, name: str, run: Any, text: str, prompts: int | None, tokens: int | None
+) -> argparse.ArgumentParser:
+    kind: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=run.__doc__)
+    kind.set_defaults(run=run)
+    kind.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
+    kind.add_argument("--device", default="cpu", help="cpu or cuda")
+    kind.add_argument("--dtype", help="float32, bfloat16 or float16")
+    kind.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
+    if prompts is not None:
+        kind.add_argument("--prompts", type=int, default=prompts, help=f"held-out prompts ({prompts})")
+        kind.add_argument("--max-new-tokens", type=int, default=tokens, help=f"tokens a text ({tokens})")
+    return kind
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    """Loads the model, runs the benchmark, prints and writes its report."""
+    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype)
+    publish(args.run(lm, args), lm, args)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _integers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of 1 or more")
+    return values
+
+
+def _depths(text: str) -> list[int]:
+    values = _integers(text)
+    if max(values) > MAX_DEPTH:
+        raise argparse.ArgumentTypeError(f"{text!r}: a chain has at most {MAX_DEPTH} drafts")
+    return values

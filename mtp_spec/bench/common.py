@@ -1,0 +1,154 @@
+"""What every benchmark needs: prompts, a description of the machine, a table, one JSON document."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import mtp_spec
+from mtp_spec.api import LM
+from mtp_spec.errors import OptionError
+
+Row = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Report:
+    """Outcome of a benchmark.
+
+    Attributes:
+        title: above the table.
+        rows: one dictionary a line of the table; all have the same keys.
+        facts: anything else worth keeping, for the document only.
+        failed: whether the claim that the benchmark checks does not hold; the program then exits with 1.
+    """
+
+    title: str
+    rows: list[Row]
+    facts: dict[str, Any] = field(default_factory=dict)
+    failed: bool = False
+
+
+def bundled_prompts(count: int, seed: int = 0) -> list[Row]:
+    """Returns `count` held-out prompts {"category", "prompt", "seed"} in random order.
+
+    Past the end of the list they come again with another generation seed.
+    """
+    if count < 1:
+        raise OptionError(f"--prompts {count}: give 1 or more")
+    lines = (files("mtp_spec.configs") / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts: list[Row] = [json.loads(line) for line in lines]
+    random.Random(seed).shuffle(prompts)
+    return [{**prompts[i % len(prompts)], "seed": seed + i // len(prompts)} for i in range(count)]
+
+
+def question(lm: LM, prompt: str) -> list[int]:
+    """Returns the ids of a prompt as a chat, or as plain text for a model without chat template."""
+    if lm.tokenizer is None:
+        # a checkpoint without tokenizer: any ids do
+        return [(31 * i + len(prompt)) % lm.config.vocab_size for i in range(8)]
+    if lm.tokenizer.template is None:
+        return lm.encode(prompt)
+    return lm.tokenizer.chat_ids([{"role": "user", "content": prompt}])
+
+
+def machine(lm: LM) -> Row:
+    """Returns what a number depends on besides the command."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "mtp_spec": mtp_spec.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "model": {
+            "digest": _digest(lm),
+            "dtype": str(lm.model.dtype).removeprefix("torch."),
+            "rows": lm.technique,
+            "parameters": sum(p.numel() for p in lm.model.parameters()),
+        },
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _digest(lm: LM) -> str:
+    """Returns a short digest of the weights: of their names and sums."""
+    slots = lm.model.checkpoint_slots()
+    text = "".join(f"{name}{float(slot.detach().double().sum())!r}" for name, slot in slots.items())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def interval(values: Sequence[float], weights: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
+    """Returns the bootstrap 95 % interval of sum(values) / sum(weights), resampling prompts."""
+    chosen = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
+    ratios = np.asarray(values)[chosen].sum(1) / np.asarray(weights)[chosen].sum(1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the median and the quartiles."""
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return float(middle), float(low), float(high)
+
+
+def average(values: Sequence[float]) -> float:
+    return mean(values) if values else 0.0
+
+
+def publish(report: Report, lm: LM, args: argparse.Namespace) -> None:
+    """Prints the table, writes the document (to a temporary file first), exits with 1 if the report failed."""
+    console = Console()
+    table = Table(title=report.title, title_justify="left")
+    for name in report.rows[0]:
+        table.add_column(name)
+    for row in report.rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+    command = shlex.join(["mtp-spec", *sys.argv[1:]]) if len(sys.argv) > 1 else "mtp-spec bench"
+    document = {
+        "benchmark": args.benchmark,
+        "command": command,
+        **machine(lm),
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "run"},
+        "rows": report.rows,
+        **report.facts,
+    }
+    if args.json is not None:
+        part = args.json.with_name(args.json.name + ".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(document, indent=1) + "\n")
+        part.replace(args.json)
+        console.print(f"written to {args.json}")
+    if report.failed:
+        raise SystemExit(1)
