@@ -82,6 +82,8 @@ class Tokenizer:
         if not messages:
             raise PromptError("no messages given: chat needs at least one")
         plain = [self._message(message) for message in messages]
+        if not plain[-1]["content"]:
+            raise PromptError("the last message is empty: give it some text")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
             text = environment.from_string(self.template).render(

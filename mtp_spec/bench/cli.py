@@ -26,6 +26,7 @@ def add_bench(commands: Any) -> None:
     three = _add(kinds, "acceptance", acceptance, "tokens per step on held-out chats", 60, 128)
     four = _add(kinds, "speed", speed, "wall-clock against plain decoding, and against transformers", 12, 96)
     four.add_argument("--transformers", action="store_true", help="also time transformers' plain generate")
+    four.add_argument("--loads", type=_count, default=3, help="fresh processes that load the model (3)")
     for kind, depths in ((three, [1, 2, 3, 4, 5]), (four, [2, 3, 4, 5])):
         kind.add_argument("--depths", type=_depths, default=depths, metavar="K,K,...", help="chains to measure")
         kind.add_argument("--temperatures", type=_numbers, default=[0.0, 0.8], metavar="T,T,...")
@@ -54,6 +55,10 @@ def run_bench(args: argparse.Namespace) -> None:
 
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
+
+
+def _count(text: str) -> int:
+    return _integers(text)[0]
 
 
 def _integers(text: str) -> list[int]:

@@ -123,10 +123,10 @@ def _transformers(lm: LM, folder: Path) -> Generate:
 
 
 def _load(args: argparse.Namespace) -> dict[str, float]:
-    """Returns medians over three fresh processes: seconds to import and to load, and peak memory after a text."""
+    """Returns medians over fresh processes: seconds to import and to load, and peak memory after a text."""
     model = [] if args.model is None else [str(args.model)]
     runs = []
-    for _ in range(3):
+    for _ in range(args.loads):
         done = subprocess.run([sys.executable, "-c", LOAD, *model], capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     return {key: spread([run[key] for run in runs])[0] for key in runs[0]}

@@ -1,0 +1,78 @@
+"""Every benchmark runs, says what it ran on, and finds nothing that it exists to find."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_spec.bench.common import bundled_prompts, interval
+from mtp_spec.bench.exactness import SAMPLING, SHAPES
+from mtp_spec.cli import main
+
+TINY = ["--prompts", "2", "--max-new-tokens", "6"]
+
+
+def run(arguments: list[str], folder: Path) -> dict[str, Any]:
+    file = folder / "deeper" / "report.json"
+    main(["bench", *arguments, "--json", str(file)])
+    assert [f.name for f in file.parent.iterdir()] == ["report.json"]
+    document: dict[str, Any] = json.loads(file.read_text())
+    assert {"command", "date", "torch", "python", "processor", "threads", "model", "rows", "options"} <= set(document)
+    return document
+
+
+def test_same_text(tmp_path: Path) -> None:
+    document = run(["same-text", *TINY, "--all"], tmp_path)
+    assert document["rows"][-1] == {"shape": "all", "equal": 2 * len(SHAPES), "texts": 2 * len(SHAPES)}
+    assert set(document["by_sampling"]) == set(SAMPLING)
+
+
+def test_a_wrong_text_is_counted_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # speculation that draws with another seed
+    from mtp_spec.api import LM
+
+    honest = LM.generate
+
+    def careless(self: LM, prompt: Any, **options: Any) -> Any:
+        return honest(self, prompt, **{**options, "seed": 1 if options["speculation"] else 0, "temperature": 2.0})
+
+    monkeypatch.setattr(LM, "generate", careless)
+    with pytest.raises(SystemExit) as stopped:
+        run(["same-text", *TINY], tmp_path)
+    assert stopped.value.code == 1
+    assert json.loads((tmp_path / "deeper" / "report.json").read_text())["wrong"]
+
+
+def test_rows(tmp_path: Path) -> None:
+    document = run(["rows", "--threads", "1"], tmp_path)
+    assert all(row["chains equal"] == row["of"] and row["trees equal"] == 3 for row in document["rows"])
+
+
+def test_acceptance(tmp_path: Path) -> None:
+    document = run(["acceptance", *TINY, "--depths", "2", "--temperatures", "0"], tmp_path)
+    first = document["details"]["chain 2 at 0.0"]
+    assert first["tokens_per_step"] == document["rows"][0]["tokens/step"]
+    assert sum(first["histogram"].values()) == first["steps"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are a Unix module")
+def test_speed_beside_transformers(tmp_path: Path) -> None:
+    document = run(["speed", *TINY, "--depths", "2", "--temperatures", "0", "--transformers", "--loads", "1"], tmp_path)
+    assert [row["way"] for row in document["rows"]] == ["plain", "chain 2", "auto", "transformers plain"]
+    assert document["rows"][0]["times plain"] == 1.0
+    assert document["load"]["peak_mb"] > 50
+
+
+def test_prompts_come_again_with_another_seed() -> None:
+    prompts = bundled_prompts(400)
+    assert len(prompts) == 400
+    assert len({(item["prompt"], item["seed"]) for item in prompts}) == 400
+
+
+def test_interval_covers_the_ratio() -> None:
+    low, high = interval([2.0, 3.0, 4.0] * 20, [1.0] * 60)
+    assert low < 3.0 < high < 3.5

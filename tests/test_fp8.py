@@ -1,0 +1,57 @@
+"""Block-scaled FP8: quantisation, its inverse, and the product, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtp_spec.kernels.fp8 import act_quant, fp8_gemm, weight_dequant, weight_quant
+
+SHAPES = [(1, 128), (63, 576), (129, 300), (128, 128), (200, 1), (5, 10944)]
+# e4m3 has three bits of mantissa: half a step is 1/16 of a value
+HALF_STEP = 1 / 16
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_weights_come_back_within_half_a_step(shape: tuple[int, int], scale: float) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * scale
+    quantised, scales = weight_quant(weight)
+    assert quantised.dtype == torch.float8_e4m3fn
+    assert scales.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
+    back = weight_dequant(quantised, scales, dtype=torch.float32)
+    steps = scales.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
+    # below the smallest normal number steps are equal: 2^-9 of the scale
+    assert ((back - weight).abs() <= HALF_STEP * weight.abs() + steps * 2**-10).all()
+
+
+def test_quantising_what_was_quantised_changes_nothing() -> None:
+    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    quantised, scales = weight_quant(weight)
+    back = weight_dequant(quantised, scales, dtype=torch.float32)
+    again, _ = weight_quant(back)
+    assert torch.equal(weight_dequant(*weight_quant(back), dtype=torch.float32), back)
+    assert torch.equal(again.float(), quantised.float())
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    weight = torch.zeros(256, 256)
+    weight[128:, 128:] = 1
+    back = weight_dequant(*weight_quant(weight), dtype=torch.float32)
+    assert torch.equal(back, weight)
+    quantised, scales = act_quant(torch.zeros(3, 256))
+    assert torch.isfinite(scales).all()
+    assert not quantised.float().any()
+
+
+@pytest.mark.parametrize("rows", [1, 63, 129])
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (576, 300), (130, 1408)])
+def test_the_product_is_that_of_the_quantised_numbers(rows: int, n: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    a, a_scales = act_quant(torch.randn(rows, k, generator=generator))
+    b, b_scales = weight_quant(torch.randn(n, k, generator=generator))
+    wide = a_scales.repeat_interleave(128, 1)[:, :k].double() * a.double()
+    expected = wide @ weight_dequant(b, b_scales, dtype=torch.float32).double().T
+    got = fp8_gemm(a, a_scales, b, b_scales).double()
+    assert got.shape == (rows, n)
+    assert (got - expected).abs().max() <= 2**-7 * expected.abs().max()

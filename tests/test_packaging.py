@@ -1,0 +1,53 @@
+"""The house: what the wheel holds, which way imports point, and that the README's code runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {"kernels": {"mtp_spec.kernels"}, "model": {"mtp_spec.kernels", "mtp_spec.model"}}
+
+
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_imports_point_one_way(folder: str) -> None:
+    for file in (ROOT / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.split(".")[0] == "mtp_spec":
+                    assert any(name.startswith(allowed) for allowed in ALLOWED[folder]), f"{file.name} imports {name}"
+
+
+def test_files_are_short() -> None:
+    for folder in ("mtp_spec", "model", "kernels", "examples", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert len(file.read_text().splitlines()) <= 400, file
+
+
+def test_wheel_holds_library_model_and_weights(tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for needed in ("model/transformer.py", "kernels/fp8.py", "bench/speed.py", "py.typed", "configs/prompts.jsonl",
+                   "configs/demo/tokenizer.json", "configs/demo/model-00001-of-00004.safetensors"):  # fmt: skip
+        assert f"mtp_spec/{needed}" in names
+    assert not any("test" in name.lower() for name in names)
+
+
+def test_python_in_the_readme_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)
