@@ -13,6 +13,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
+BLOCK = 128
 
 
 def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
@@ -24,16 +25,22 @@ def _scale(amax: Tensor) -> Tensor:
     return torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
 
 
-def act_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Returns x `[..., K]` as e4m3 and scales `[..., ceil(K / block)]` float32."""
+def act_quant(x: Tensor, block_size: int = BLOCK, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns x `[..., K]` as e4m3 and scales `[..., ceil(K / block)]` float32.
+
+    Args:
+        power_of_two: round scales up to powers of two, DeepSeek-V3.1's "ue8m0".
+    """
     columns = x.shape[-1]
     blocks = -(-columns // block_size)
     wide = F.pad(x.float(), (0, blocks * block_size - columns)).unflatten(-1, (blocks, block_size))
     scale = _scale(wide.abs().amax(-1))
+    if power_of_two:
+        scale = scale.log2().ceil().exp2()
     return _to_e4m3(wide, scale.unsqueeze(-1)).flatten(-2)[..., :columns].contiguous(), scale
 
 
-def weight_quant(w: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
+def weight_quant(w: Tensor, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Returns w `[N, K]` as e4m3 and scales `[ceil(N / block), ceil(K / block)]` float32."""
     rows, columns = w.shape
     row_blocks, column_blocks = -(-rows // block_size), -(-columns // block_size)
@@ -47,7 +54,7 @@ def weight_quant(w: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def weight_dequant(
-    w: Tensor, scale: Tensor, block_size: int = 128, dtype: torch.dtype = torch.bfloat16
+    w: Tensor, scale: Tensor, block_size: int = BLOCK, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     """Returns w `[N, K]` times its block scales, in `dtype`.
 
@@ -62,7 +69,7 @@ def weight_dequant(
     return (w.float() * full[:rows, :columns]).to(dtype)
 
 
-def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size: int = 128) -> Tensor:
+def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size: int = BLOCK) -> Tensor:
     """Returns a `[M, K]` @ b `[N, K]`.T in float32, scaled block by block of K as the kernels do."""
     columns = b_scale.repeat_interleave(block_size, 0)[: b.shape[0]]
     out = torch.zeros(a.shape[0], b.shape[0], device=a.device)

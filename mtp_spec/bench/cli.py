@@ -10,6 +10,7 @@ import mtp_spec
 from mtp_spec.bench.acceptance import acceptance
 from mtp_spec.bench.common import publish
 from mtp_spec.bench.exactness import rows, same_text
+from mtp_spec.bench.kernels import kernels
 from mtp_spec.bench.speed import speed
 from mtp_spec.options import MAX_DEPTH
 
@@ -27,6 +28,11 @@ def add_bench(commands: Any) -> None:
     four = _add(kinds, "speed", speed, "wall-clock against plain decoding, and against transformers", 12, 96)
     four.add_argument("--transformers", action="store_true", help="also time transformers' plain generate")
     four.add_argument("--loads", type=_count, default=3, help="fresh processes that load the model (3)")
+    five = kinds.add_parser("kernels", help="FP8 products on a GPU, against the copy rate", description=kernels.__doc__)
+    five.set_defaults(run=kernels)
+    five.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
+    five.add_argument("--rows", type=_integers, default=[1, 4, 8, 16, 64], metavar="M,M,...", help="rows to measure")
+    five.add_argument("--tune", action="store_true", help="try launch configurations, about two minutes")
     for kind, depths in ((three, [1, 2, 3, 4, 5]), (four, [2, 3, 4, 5])):
         kind.add_argument("--depths", type=_depths, default=depths, metavar="K,K,...", help="chains to measure")
         kind.add_argument("--temperatures", type=_numbers, default=[0.0, 0.8], metavar="T,T,...")
@@ -48,7 +54,9 @@ def _add(
 
 
 def run_bench(args: argparse.Namespace) -> None:
-    """Loads the model, runs the benchmark, prints and writes its report."""
+    """Loads the model if there is one, runs the benchmark, prints and writes its report."""
+    if args.run is kernels:
+        return publish(kernels(args), None, args)
     lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype)
     publish(args.run(lm, args), lm, args)
 

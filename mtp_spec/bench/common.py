@@ -70,7 +70,7 @@ def question(lm: LM, prompt: str) -> list[int]:
     return lm.tokenizer.chat_ids([{"role": "user", "content": prompt}])
 
 
-def machine(lm: LM) -> Row:
+def machine(lm: LM | None) -> Row:
     """Returns what a number depends on besides the command."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -83,12 +83,16 @@ def machine(lm: LM) -> Row:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "model": {
-            "digest": _digest(lm),
-            "dtype": str(lm.model.dtype).removeprefix("torch."),
-            "rows": lm.technique,
-            "parameters": sum(p.numel() for p in lm.model.parameters()),
-        },
+        "model": None if lm is None else _model(lm),
+    }
+
+
+def _model(lm: LM) -> Row:
+    return {
+        "digest": _digest(lm),
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "rows": lm.technique,
+        "parameters": sum(p.numel() for p in lm.model.parameters()),
     }
 
 
@@ -126,7 +130,7 @@ def average(values: Sequence[float]) -> float:
     return mean(values) if values else 0.0
 
 
-def publish(report: Report, lm: LM, args: argparse.Namespace) -> None:
+def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
     """Prints the table, writes the document (to a temporary file first), exits with 1 if the report failed."""
     console = Console()
     table = Table(title=report.title, title_justify="left")

@@ -1,0 +1,167 @@
+"""Fused steps before an FP8 product: norm, activation and residual in one pass with the 1x128 quantisation.
+
+Each has its plain-torch reference beside it. One program works on one row (or one stretch of it), so a row's bits do
+not depend on its neighbours. Scales as in `fp8.act_quant`; with `power_of_two` they are rounded up to a power of two,
+as DeepSeek-V3.1's "ue8m0" format wants them.
+
+Legend: `M` rows, `D` channels, `B` = ceil(D / 128) blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the references remain
+    triton = None
+
+STRETCH = 1024  # channels a program of the elementwise kernels
+
+
+def rms_norm_quant(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns e4m3 `[M, D]` and scales `[M, B]` of RMSNorm(x + residual), and the sum x + residual `[M, D]`.
+
+    Args:
+        x: `[M, D]`.  residual: `[M, D]` or None.  weight: `[D]`.
+    """
+    rows, channels = x.shape
+    if weight.shape != (channels,) or (residual is not None and residual.shape != x.shape):
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}: sizes differ")
+    if not _runs_triton(x):
+        total = x if residual is None else x + residual
+        wide = total.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return *act_quant(weight * normed.to(x.dtype), power_of_two=power_of_two), total
+    quantised, scales = _outputs(x, rows, channels)
+    total = torch.empty_like(x)
+    _rms_norm_quant_kernel[(rows,)](
+        x,
+        x if residual is None else residual,
+        weight,
+        quantised,
+        scales,
+        total,
+        channels,
+        scales.shape[1],
+        eps,
+        SIZE=triton.next_power_of_2(max(channels, BLOCK)),
+        ADD=residual is not None,
+        POWER=power_of_two,
+        LARGEST=E4M3_MAX,
+        num_warps=8 if channels > STRETCH else 4,
+    )
+    return quantised, scales, total
+
+
+def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns e4m3 `[M, D]` and scales `[M, B]` of silu(gate) * up for gate_up `[M, 2 D]`."""
+    rows, channels = gate_up.shape[0], gate_up.shape[1] // 2
+    if not _runs_triton(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return act_quant(F.silu(gate.float()) * up.float(), power_of_two=power_of_two)
+    quantised, scales = _outputs(gate_up, rows, channels)
+    _silu_mul_quant_kernel[(rows, -(-channels // STRETCH))](
+        gate_up, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX
+    )
+    return quantised, scales
+
+
+def quant(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns e4m3 `[M, D]` and scales `[M, B]` of x `[M, D]`; `fp8.act_quant` as a kernel."""
+    rows, channels = x.shape
+    if not _runs_triton(x):
+        return act_quant(x, power_of_two=power_of_two)
+    quantised, scales = _outputs(x, rows, channels)
+    _quant_kernel[(rows, -(-channels // STRETCH))](
+        x, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX
+    )
+    return quantised, scales
+
+
+def _outputs(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor]:
+    if not x.is_contiguous():
+        raise ValueError("the input must be contiguous")
+    quantised = torch.empty(rows, channels, dtype=E4M3, device=x.device)
+    return quantised, torch.empty(rows, -(-channels // BLOCK), device=x.device)
+
+
+def _runs_triton(x: Tensor) -> bool:
+    return triton is not None and (x.is_cuda or bool(triton.knobs.runtime.interpret))
+
+
+if triton is not None:
+
+    @triton.jit
+    def _store_quantised(
+        values, row, first, quantised, scales, channels, blocks,
+        SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr,
+    ):  # fmt: skip
+        """Quantises values [SIZE] float32, channels `first` and on of a row, by blocks of 128."""
+        grouped = tl.reshape(values, (SIZE // 128, 128))
+        scale = tl.max(tl.abs(grouped), axis=1) / LARGEST
+        if POWER:
+            scale = tl.exp2(tl.ceil(tl.log2(scale)))
+        scale = tl.where(scale > 0, scale, 1.0)
+        # the quotient can exceed the largest value by a rounding
+        scaled = tl.minimum(tl.maximum(grouped / scale[:, None], -LARGEST), LARGEST)
+        block = first // 128 + tl.arange(0, SIZE // 128)
+        tl.store(scales + row * blocks + block, scale, mask=block < blocks)
+        places = first + tl.arange(0, SIZE)
+        flat = tl.reshape(scaled, (SIZE,)).to(quantised.dtype.element_ty)
+        tl.store(quantised + row.to(tl.int64) * channels + places, flat, mask=places < channels)
+
+    @triton.jit
+    def _quant_kernel(
+        x, quantised, scales, channels, blocks,
+        SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr,
+    ):  # fmt: skip
+        row, first = tl.program_id(0), tl.program_id(1) * SIZE
+        places = first + tl.arange(0, SIZE)
+        values = tl.load(x + row.to(tl.int64) * channels + places, mask=places < channels, other=0.0)
+        _store_quantised(
+            values.to(tl.float32), row, first, quantised, scales, channels, blocks, SIZE, POWER, LARGEST
+        )
+
+    @triton.jit
+    def _silu_mul_quant_kernel(
+        gate_up, quantised, scales, channels, blocks,
+        SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr,
+    ):  # fmt: skip
+        row, first = tl.program_id(0), tl.program_id(1) * SIZE
+        places = first + tl.arange(0, SIZE)
+        inside = places < channels
+        source = gate_up + row.to(tl.int64) * (2 * channels) + places
+        gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(source + channels, mask=inside, other=0.0).to(tl.float32)
+        values = gate / (1 + tl.exp(-gate)) * up
+        _store_quantised(values, row, first, quantised, scales, channels, blocks, SIZE, POWER, LARGEST)
+
+    @triton.jit
+    def _rms_norm_quant_kernel(
+        x, residual, weight, quantised, scales, total, channels, blocks, eps,
+        SIZE: tl.constexpr, ADD: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        places = tl.arange(0, SIZE)
+        inside = places < channels
+        offset = row.to(tl.int64) * channels
+        summed = tl.load(x + offset + places, mask=inside, other=0.0)
+        if ADD:
+            other = tl.load(residual + offset + places, mask=inside, other=0.0)
+            summed = (summed.to(tl.float32) + other.to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(total + offset + places, summed, mask=inside)
+        wide = summed.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide) / channels + eps)
+        # rounded to the model's type before and after the weight, as the reference does
+        normed = (wide * scale).to(x.dtype.element_ty).to(tl.float32)
+        w = tl.load(weight + places, mask=inside, other=0.0).to(tl.float32)
+        values = (normed * w).to(x.dtype.element_ty).to(tl.float32)
+        _store_quantised(values, row, 0, quantised, scales, channels, blocks, SIZE, POWER, LARGEST)

@@ -1,0 +1,173 @@
+"""`bench kernels`: FP8 products of DeepSeek-V3's shapes against the copy rate and torch's own block-scaled product.
+
+Everything is replayed from a CUDA graph that walks through enough copies of the weights that none is read from the
+cache; the median of several replays, divided by the products in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_spec.bench.common import Report, Row
+from mtp_spec.errors import OptionError
+from mtp_spec.kernels import fp8, gemm, quant
+
+SHAPES = ((2112, 7168), (24576, 1536), (7168, 16384), (36864, 7168), (7168, 18432), (4096, 7168), (7168, 2048),
+          (129280, 7168))  # fmt: skip
+CACHE_BYTES = 256 * 2**20  # several times the second-level cache
+REPLAYS = 15
+Product = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def kernels(args: argparse.Namespace) -> Report:
+    """Times FP8 products of few rows; with `--tune` tries launch configurations and reports the best of each shape."""
+    if not torch.cuda.is_available():
+        raise OptionError("bench kernels needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
+    rate = copy_rate()
+    rows: list[Row] = []
+    facts: dict[str, Any] = {"copy_TB_per_s": rate, "tried": {}, "errors": {}}
+    for n, k in SHAPES:
+        weights, scales = _weights(n, k)
+        launch = gemm.default_launch(n, k)
+        if args.tune:
+            launch, facts["tried"][f"{n}x{k}"] = _tune(weights, scales, facts["errors"])
+        exact = _row_invariant(weights[0], scales[0], launch)
+        for m in args.rows:
+            a, a_scale = quant.quant(torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
+            ours = partial(gemm.few_rows, launch=launch)
+            out = ours(a, a_scale, weights[0], scales[0]).float()
+            expected = fp8.fp8_gemm(a, a_scale, weights[0], scales[0])
+            micro = _microseconds(ours, a, a_scale, weights, scales)
+            least = weights[0].numel() + scales[0].nbytes + a.numel() + out.numel() * 2
+            rows.append({
+                "N": n, "K": k, "M": m, "us": micro, "TB/s": least / micro / 1e6, "of copy": least / micro / 1e6 / rate,
+                "torch us": _attempt(_torch_product, a, a_scale, weights, scales, facts["errors"]),
+                "bf16 us": _bf16(n, k, m),
+                "error": float((out - expected).norm() / expected.norm()),
+                "rows exact": exact,
+                "launch": "/".join(str(v) for v in asdict(launch).values()),
+            })  # fmt: skip
+    failed = not all(row["rows exact"] and row["error"] < 5e-3 for row in rows)
+    return Report(f"FP8 products of few rows; device copy {rate:.2f} TB/s", rows, facts, failed)
+
+
+def copy_rate() -> float:
+    """Returns TB/s of a device-to-device copy of 2 GiB, bytes read and written."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _graph_time(lambda: target.copy_(source)) / 1e6
+
+
+def _weights(n: int, k: int) -> tuple[list[Tensor], list[Tensor]]:
+    copies = max(2, -(-CACHE_BYTES // (n * k)))
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16).to(fp8.E4M3) for _ in range(copies)]
+    scales = [torch.rand(-(-n // 128), -(-k // 128), device="cuda") + 0.5 for _ in range(copies)]
+    return weights, scales
+
+
+def _graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
+    """Returns the median microseconds of one replay."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def _microseconds(product: Product, a: Tensor, a_scale: Tensor, weights: list[Tensor], scales: list[Tensor]) -> float:
+    """Returns microseconds of one product; the graph passes over all copies at least once."""
+    rounds = max(1, 24 // len(weights))
+
+    def work() -> None:
+        for _ in range(rounds):
+            for w, s in zip(weights, scales, strict=True):
+                product(a, a_scale, w, s)
+
+    return _graph_time(work) / (rounds * len(weights))
+
+
+def _tune(weights: list[Tensor], scales: list[Tensor], errors: dict[str, str]) -> tuple[gemm.Launch, dict[str, float]]:
+    """Returns the fastest launch for one and eight rows together, and all that was tried."""
+    n, k = weights[0].shape
+    tried: dict[str, float] = {}
+    best, launch = float("inf"), gemm.default_launch(n, k)
+    for tile in (64, 128):
+        for splits in (1, 2, 4, 8):
+            tiles = -(-n // tile)
+            if tiles * splits > 1500 and splits > 1 or -(-k // 128) < 3 * splits or tiles * splits < 60:
+                continue
+            for stages, warps in ((4, 4), (6, 4), (3, 4)):
+                candidate = gemm.Launch(tile, splits, stages, warps)
+                micro = 0.0
+                for m in (1, 8):
+                    a, a_scale = quant.quant(torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
+                    product = partial(gemm.few_rows, launch=candidate)
+                    micro += _attempt(product, a, a_scale, weights, scales, errors)
+                tried["/".join(str(v) for v in asdict(candidate).values())] = micro / 2
+                if micro < best:
+                    best, launch = micro, candidate
+    return launch, tried
+
+
+def _attempt(
+    product: Product, a: Tensor, a_scale: Tensor, weights: list[Tensor], scales: list[Tensor], errors: dict[str, str]
+) -> float:
+    """Returns microseconds, or infinity for what does not run here; the reason is kept."""
+    try:
+        product(a, a_scale, weights[0], scales[0])
+        return _microseconds(product, a, a_scale, weights, scales)
+    except Exception as error:  # whatever a peer or a configuration raises is a result
+        errors[f"{product} {tuple(weights[0].shape)}"] = repr(error)[:300]
+        torch.cuda.synchronize()
+        return float("inf")
+
+
+def _torch_product(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+    """torch's block-scaled product (cuBLASLt), with its own layout of scales."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    rows = -(-a.shape[0] // 4) * 4
+    padded = a if rows == a.shape[0] else torch.cat((a, a.new_zeros(rows - a.shape[0], a.shape[1])))
+    outer = torch.ones(a_scale.shape[1], rows, device=a.device).T
+    outer[: a.shape[0]] = a_scale
+    inner = torch.nn.functional.pad(w_scale, (0, -w_scale.shape[1] % 4)).T
+    return scaled_mm(padded, w.T, outer, ScalingType.BlockWise1x128, inner, ScalingType.BlockWise128x128,
+                     output_dtype=torch.bfloat16)  # fmt: skip
+
+
+def _bf16(n: int, k: int, m: int) -> float:
+    """Returns microseconds of cuBLAS on bfloat16 weights: twice the bytes, the bar that must fall."""
+    copies = max(2, -(-CACHE_BYTES // (2 * n * k)))
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    nothing = [x] * copies
+    return _microseconds(lambda a, _, w, __: a @ w.T, x, x, weights, nothing)
+
+
+def _row_invariant(w: Tensor, w_scale: Tensor, launch: gemm.Launch) -> bool:
+    a, a_scale = quant.quant(torch.randn(64, w.shape[1], device="cuda", dtype=torch.bfloat16))
+    whole = gemm.few_rows(a, a_scale, w, w_scale, launch=launch)
+    for rows in (1, 2, 3, 5, 8, 16, 17, 32, 33, 63):
+        part = a[-rows:].contiguous(), a_scale[-rows:].contiguous()
+        if not torch.equal(gemm.few_rows(*part, w, w_scale, launch=launch), whole[-rows:]):
+            return False
+    return True

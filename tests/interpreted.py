@@ -1,0 +1,96 @@
+"""Kernels on a CPU: run as a program, with Triton's interpreter and its casts corrected. See test_kernels.py.
+
+The interpreter truncates float32 to bfloat16 and rounds float32 to e4m3 wrongly (triton issue 8322), so both casts go
+through torch here. What remains is the kernels' own logic: indices, masks, order of sums.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+from mtp_spec.kernels import fp8, gemm, quant
+
+WRONG = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
+original = interpreter._convert_float
+
+
+def _convert(value: Any, source: Any, target: Any, rounding: Any) -> Any:
+    if source.scalar == tl.float32 and target.scalar in WRONG:
+        wide = torch.from_numpy(np.ascontiguousarray(value)).view(torch.float32)
+        kind = WRONG[target.scalar]
+        narrow = wide.clamp(-448, 448).to(kind) if kind == torch.float8_e4m3fn else wide.to(kind)
+        return narrow.view(torch.uint8 if kind == torch.float8_e4m3fn else torch.uint16).numpy()
+    return original(value, source, target, rounding)
+
+
+interpreter._convert_float = _convert
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    error = (got.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30)
+    assert error <= tolerance, float(error)  # a NaN fails
+
+
+def products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    launches = (gemm.Launch(), gemm.Launch(splits=2), gemm.Launch(tile=128, splits=4))
+    for n, k in ((128, 256), (576, 512), (130, 304), (200, 1408)):
+        w, w_scale = fp8.weight_quant(torch.randn(n, k, generator=generator))
+        w[:128, :128] = 0
+        a, a_scale = fp8.act_quant(torch.randn(64, k, generator=generator))
+        for launch in launches:
+            whole = gemm.few_rows(a, a_scale, w, w_scale, dtype=torch.float32, launch=launch)
+            close(whole, fp8.fp8_gemm(a, a_scale, w, w_scale), 1e-5)
+            for first, rows in ((0, 1), (5, 2), (7, 17), (1, 63)):
+                part = slice(first, first + rows)
+                out = torch.full((rows, n), float("nan"))
+                gemm._spaces.clear()  # room for partial sums that holds anything
+                gemm._workspace(a.device, 1 << 18, 64)[0].fill_(float("nan"))
+                gemm.few_rows(a[part], a_scale[part], w, w_scale, out=out, launch=launch)
+                assert torch.equal(out, whole[part]), "rows depend on their neighbours"
+                assert not gemm._spaces[a.device][1].any(), "arrival counts must return to zero"
+
+
+def quantisers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, channels in ((1, 128), (3, 576), (63, 300), (2, 2048)):
+        for power in (False, True):
+            x = torch.randn(rows, channels, generator=generator) * 3
+            x[0, :128] = 0
+            other = torch.randn(rows, channels, generator=generator)
+            weight = torch.rand(channels, generator=generator) + 0.5
+            both = torch.cat((x, other), dim=1)
+            gated = torch.nn.functional.silu(x) * other
+            for kernel, expected in (
+                (quant.quant(x, power), fp8.act_quant(x, power_of_two=power)),
+                (quant.silu_mul_quant(both, power), fp8.act_quant(gated, power_of_two=power)),
+            ):
+                close(kernel[1], expected[1], 1e-6)
+                close(fp8_values(*kernel), fp8_values(*expected), 1e-6 if power else 0.07)
+            got, scales, total = quant.rms_norm_quant(x, weight, 1e-6, other, power)
+            assert torch.equal(total, x + other)
+            wide = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-6) * weight
+            expected = fp8.act_quant(wide, power_of_two=power)
+            close(scales, expected[1], 1e-5)
+            close(fp8_values(got, scales), fp8_values(*expected), 0.07)
+            alone = quant.rms_norm_quant(x[-1:], weight, 1e-6, other[-1:], power)
+            assert torch.equal(alone[0].view(torch.uint8), got[-1:].view(torch.uint8))
+
+
+def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return quantised.float() * scales.repeat_interleave(128, 1)[:, : quantised.shape[1]]
+
+
+if __name__ == "__main__":
+    {"products": products, "quantisers": quantisers}[sys.argv[1]]()
+    print("passed")
