@@ -113,7 +113,7 @@ def _tune(weights: list[Tensor], scales: list[Tensor], errors: dict[str, str]) -
     for tile in (64, 128):
         for splits in (1, 2, 4, 8):
             tiles = -(-n // tile)
-            if tiles * splits > 1500 and splits > 1 or -(-k // 128) < 3 * splits or tiles * splits < 60:
+            if (tiles * splits > 1500 and splits > 1) or -(-k // 128) < 3 * splits or tiles * splits < 60:
                 continue
             for stages, warps in ((4, 4), (6, 4), (3, 4)):
                 candidate = gemm.Launch(tile, splits, stages, warps)
