@@ -13,7 +13,7 @@ from torch import Tensor
 from mtp_spec.model.attention import MLA
 from mtp_spec.model.transformer import Transformer
 
-OVERLAP = 96  # tokens that neighbouring rows may share, so that few are left out where rows begin with a chat
+OVERLAP = 0.09  # share of a row that its neighbour may repeat, so that few tokens are left out: rows begin with a chat
 TEXT_TOKENS = 320
 TEMPERATURES = (0.0, 0.8, 0.0, 0.7, 1.0)
 
@@ -26,6 +26,8 @@ class Rows:
     """
 
     def __init__(self, ids: np.ndarray, starts: np.ndarray, device: str, context: int, seed: int) -> None:
+        if len(ids) <= context + 1:
+            raise SystemExit(f"{len(ids)} tokens of text are fewer than a row of {context + 1}: give more chats")
         self.ids = torch.from_numpy(ids.astype(np.int32)).to(device)
         self.starts = torch.from_numpy(starts).to(device)
         self.device, self.context, self.total = device, context, len(ids)
@@ -40,7 +42,7 @@ class Rows:
         begins = lengths.cumsum(0) - lengths
         moved = torch.repeat_interleave(self.starts[order] - begins, lengths)
         self.stream = self.ids[moved + torch.arange(self.total, device=self.device)]
-        grid = torch.arange(0, self.total - self.context, self.context - OVERLAP, device=self.device)
+        grid = torch.arange(0, self.total - self.context, int(self.context * (1 - OVERLAP)), device=self.device)
         rows = begins[torch.searchsorted(begins, grid).clamp(max=len(begins) - 1)]
         self.rows, self.next = rows[rows < self.total - self.context], 0
 
@@ -123,4 +125,5 @@ def _attend(mla: MLA, x: Tensor, rope: Tensor, slots: Tensor, at: int) -> Tensor
     keys = slots[:, : at + 1]
     weights = (torch.bmm(q, keys.mT).float() * mla.scale).softmax(-1).to(slots.dtype)
     context = torch.bmm(weights, keys[..., : mla.latent])
-    return torch.nn.functional.linear(torch.einsum("bhc,hvc->bhv", context, w_uv).flatten(1), mla.o_proj)
+    out: Tensor = mla.o_proj(torch.einsum("bhc,hvc->bhv", context, w_uv).flatten(1))
+    return out

@@ -15,8 +15,10 @@ Legend: `M` rows, `N` outputs, `K` inputs.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +58,14 @@ class Launch:
 
 @lru_cache
 def default_launch(outputs: int, inputs: int) -> Launch:
-    """Returns splits that give every multiprocessor about three programs of at least four blocks of K each."""
+    """Returns what `mtp-spec bench kernels --tune` found for a shape, else a launch by rule.
+
+    The rule splits K until there are two programs a multiprocessor, as long as each has four blocks of K.
+    """
+    tuned: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "tuned" / "gemm.json").read_text())
+    found = tuned.get(f"{outputs}x{inputs}")
+    if found is not None:
+        return Launch(**found)
     tiles, blocks = -(-outputs // 64), -(-inputs // BLOCK)
     splits = 1
     while tiles * splits < 2 * MULTIPROCESSORS and blocks // (2 * splits) >= 4:
