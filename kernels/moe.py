@@ -1,0 +1,260 @@
+"""Mixture of experts in FP8 for 1 to 64 rows (decode, draft, verify) and for any number (prefill).
+
+`moe` is the whole layer in five launches: router with quantisation, choice with grouping (`moe_route`), gate and up
+with activation and quantisation, down, weighted sum. No launch waits for the host, so a step fits one CUDA graph.
+Weights are read once for each expert hit. A row's result is the same bits whatever rows are beside it; launch
+configurations come from tuned/moe.json by (D, I) and never change with the rows, but for `tokens`, the width of the
+tensor core's narrow side, which does not enter a column's sum.
+
+Legend: `M` rows, `D` channels, `I` expert width, `E` experts including the shared ones, `K` experts a row including
+the shared ones, `P` = M K pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, fp8_gemm
+from mtp_spec.kernels.moe_route import (
+    MOST_ROWS,
+    Groups,
+    Routing,
+    gate,
+    gate_reference,
+    group,
+    most_slots,
+    route,
+    runs_triton,
+)
+
+__all__ = ["Experts", "Launch", "Routing", "default_launch", "experts", "experts_reference", "gate", "gate_reference",
+           "moe", "moe_reference"]  # fmt: skip
+
+COMBINE_STRETCH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The weights of one layer's experts; shared experts are the last ones.
+
+    Attributes:
+        gate_up: `[E, 2 I, D]` e4m3, gate rows first.
+        gate_up_scale: `[E, 2 ceil(I / 128), ceil(D / 128)]` float32: gate and up are quantised on their own.
+        down: `[E, D, I]` e4m3.  down_scale: `[E, ceil(D / 128), ceil(I / 128)]` float32.
+    """
+
+    gate_up: Tensor
+    gate_up_scale: Tensor
+    down: Tensor
+    down_scale: Tensor
+
+    def __post_init__(self) -> None:
+        count, twice, channels = self.gate_up.shape
+        inner = twice // 2
+        if tuple(self.down.shape) != (count, channels, inner):
+            raise ValueError(f"gate_up {tuple(self.gate_up.shape)} and down {tuple(self.down.shape)} do not fit")
+        channel_blocks, blocks = -(-channels // BLOCK), -(-inner // BLOCK)
+        expected = ((count, 2 * blocks, channel_blocks), (count, channel_blocks, blocks))
+        given = (tuple(self.gate_up_scale.shape), tuple(self.down_scale.shape))
+        if given != expected:
+            raise ValueError(f"scales {given[0]} and {given[1]}: expected {expected[0]} and {expected[1]}")
+        if channels % 16 or inner % 16:
+            raise ValueError(f"D={channels}, I={inner}: rows must be whole multiples of 16 bytes")
+        if not all(t.is_contiguous() for t in (self.gate_up, self.gate_up_scale, self.down, self.down_scale)):
+            raise ValueError("weights and scales must be contiguous")
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return self.gate_up.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """D."""
+        return self.gate_up.shape[2]
+
+    @property
+    def inner(self) -> int:
+        """I."""
+        return self.down.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How the experts' products run.
+
+    Attributes:
+        up_tile: columns of gate, and of up, a program: 64 or 128.  down_tile: outputs a program, 64 or 128.
+        up_stages, down_stages: tiles in flight.  up_warps, down_warps: a program.
+        tokens: pairs a program for up to 64 rows, 16, 32 or 64.  prefill_tokens: for more.
+        pdl: programmatic dependent launch, which hides launch gaps.
+    """
+
+    up_tile: int = 64
+    up_stages: int = 4
+    up_warps: int = 4
+    down_tile: int = 64
+    down_stages: int = 4
+    down_warps: int = 4
+    tokens: int = 16
+    prefill_tokens: int = 64
+    pdl: bool = False
+
+
+@lru_cache
+def default_launch(channels: int, inner: int) -> Launch:
+    """Returns what was measured for a shape, else the defaults."""
+    path = Path(__file__).parent / "tuned" / "moe.json"
+    tuned: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    return Launch(**tuned.get(f"{channels}x{inner}", {}))
+
+
+def moe(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor | None,
+    routing: Routing,
+    weights: Experts,
+    residual: Tensor | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Returns shared(x) + sum over chosen experts of weight * expert(x) (+ residual), `[M, D]` in x's dtype.
+
+    Args:
+        x: `[M, D]` bfloat16 or float32.  router: `[E - shared, D]`.  bias: `[E - shared]` float32 or None.
+        residual: `[M, D]`, added last.
+    """
+    if weights.count != routing.experts + routing.shared:
+        raise ValueError(f"{weights.count} experts given, the gate has {routing.experts} + {routing.shared} shared")
+    if not runs_triton(x):
+        return moe_reference(x, router, bias, routing, weights, residual)
+    launch = launch or default_launch(weights.channels, weights.inner)
+    routed = route(x, router, bias, routing, tokens=_tokens(x.shape[0], launch))
+    assert routed.quantised is not None and routed.scales is not None and routed.groups is not None
+    return _run(routed.quantised, routed.scales, routed.groups, routed.weights, weights, launch, x.dtype, residual)
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor,
+    pair_weights: Tensor,
+    weights: Experts,
+    residual: Tensor | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Returns sum over j of pair_weights[m, j] * expert indices[m, j] (x[m]) (+ residual), `[M, D]` in x's dtype.
+
+    Args:
+        indices: `[M, K]` int32, shared experts included.  pair_weights: `[M, K]` float32.
+    """
+    rows = x.shape[0]
+    if x.shape != (rows, weights.channels) or indices.shape != pair_weights.shape or indices.shape[0] != rows:
+        given = f"x {tuple(x.shape)}, indices {tuple(indices.shape)}, weights {tuple(pair_weights.shape)}"
+        raise ValueError(f"{given}: [M, {weights.channels}] and twice [M, K] expected")
+    if not runs_triton(x):
+        return experts_reference(x, indices, pair_weights, weights, residual)
+    from mtp_spec.kernels.quant import quant
+
+    launch = launch or default_launch(weights.channels, weights.inner)
+    quantised, scales = quant(x)
+    groups = group(indices.contiguous(), weights.count, _tokens(rows, launch))
+    return _run(quantised, scales, groups, pair_weights.contiguous(), weights, launch, x.dtype, residual)
+
+
+def experts_reference(
+    x: Tensor, indices: Tensor, pair_weights: Tensor, weights: Experts, residual: Tensor | None = None
+) -> Tensor:
+    """`experts` in plain torch, one pair at a time."""
+    quantised, scales = act_quant(x)
+    blocks = weights.down_scale.shape[2]
+    out = torch.zeros(x.shape[0], weights.channels, device=x.device)
+    for row in range(x.shape[0]):
+        one, one_scale = quantised[row : row + 1], scales[row : row + 1]
+        for slot in range(indices.shape[1]):
+            expert = int(indices[row, slot])
+            halves = weights.gate_up[expert].split(weights.inner), weights.gate_up_scale[expert].split(blocks)
+            gate_part, up = (fp8_gemm(one, one_scale, w, scale) for w, scale in zip(*halves, strict=True))
+            hidden = act_quant(F.silu(gate_part) * up)
+            part = fp8_gemm(*hidden, weights.down[expert], weights.down_scale[expert])
+            out[row] += pair_weights[row, slot] * part[0]
+    return (out if residual is None else out + residual.float()).to(x.dtype)
+
+
+def moe_reference(
+    x: Tensor, router: Tensor, bias: Tensor | None, routing: Routing, weights: Experts, residual: Tensor | None = None
+) -> Tensor:
+    """`moe` in plain torch."""
+    return experts_reference(x, *gate_reference(x, router, bias, routing), weights, residual)
+
+
+def _tokens(rows: int, launch: Launch) -> int:
+    return launch.tokens if rows <= MOST_ROWS else launch.prefill_tokens
+
+
+def _run(
+    x: Tensor, x_scale: Tensor, groups: Groups, pair_weights: Tensor, weights: Experts, launch: Launch,
+    dtype: torch.dtype, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The three launches after routing: x `[M, D]` e4m3 with its scales to `[M, D]` in `dtype`."""
+    from mtp_spec.kernels import moe_kernels as kernels
+
+    rows, channels = x.shape
+    per_row, inner, device = pair_weights.shape[1], weights.inner, x.device
+    pairs, slots = rows * per_row, groups.count.shape[0]
+    tokens = _tokens(rows, launch)
+    assert slots == most_slots(pairs, weights.count, tokens)
+    blocks, inner_blocks = x_scale.shape[1], -(-inner // BLOCK)
+    slot_table = (groups.order, groups.expert, groups.first, groups.count)
+    late: dict[str, Any] = {"PDL": launch.pdl} | ({"launch_pdl": True} if launch.pdl else {})
+    hidden = torch.empty(pairs, inner, dtype=E4M3, device=device)
+    hidden_scale = torch.empty(pairs, inner_blocks, device=device)
+    halves = launch.up_tile < BLOCK
+    kernels._gate_up_kernel[(slots * -(-inner // launch.up_tile),)](
+        _described(weights.gate_up, launch.up_tile), weights.gate_up_scale, x, x_scale, *slot_table,
+        hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, device=device),
+        _arrivals(device, slots * inner_blocks), inner, channels, blocks, per_row,
+        TILE=launch.up_tile, TOKENS=tokens, STAGES=launch.up_stages, EVEN=channels % BLOCK == 0, LARGEST=E4M3_MAX,
+        num_warps=launch.up_warps, **late,
+    )  # fmt: skip
+    parts = torch.empty(pairs, channels, dtype=torch.float32 if rows <= MOST_ROWS else dtype, device=device)
+    kernels._down_kernel[(slots * -(-channels // launch.down_tile),)](
+        _described(weights.down, launch.down_tile), weights.down_scale, hidden, hidden_scale, *slot_table,
+        parts, inner, channels, inner_blocks,
+        TILE=launch.down_tile, TOKENS=tokens, STAGES=launch.down_stages, EVEN=inner % BLOCK == 0,
+        num_warps=launch.down_warps, **late,
+    )  # fmt: skip
+    out = torch.empty(rows, channels, dtype=dtype, device=device)
+    kernels._combine_kernel[(rows, -(-channels // COMBINE_STRETCH))](
+        parts, pair_weights, out if residual is None else residual, out, channels,
+        PER_ROW=per_row, STRETCH=COMBINE_STRETCH, RESIDUAL=residual is not None, **late,
+    )  # fmt: skip
+    return out
+
+
+def _described(weight: Tensor, rows: int) -> Any:
+    """Returns the TMA descriptor of `[E, N, K]` weights as one `[E N, K]` matrix in tiles of `rows` by 128."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    flat = weight.view(-1, weight.shape[-1])
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, BLOCK])
+
+
+_counters: dict[torch.device, Tensor] = {}
+_outgrown: list[Tensor] = []  # captured graphs may still write there
+
+
+def _arrivals(device: torch.device, count: int) -> Tensor:
+    """Returns `count` int32 or more, zero before and after every launch, kept for later calls."""
+    held = _counters.get(device)
+    if held is None or held.numel() < count:
+        _outgrown.extend([] if held is None else [held])
+        held = _counters[device] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
+    return held

@@ -1,0 +1,199 @@
+"""The experts' FP8 products as Triton kernels; imported by `moe` where Triton is there.
+
+One program handles one slot (an expert with up to TOKENS of its pairs) and one stretch of the expert's outputs, so
+every expert's weights are read once. Operands are swapped as in `gemm`: wgmma's 64 rows are weights, tokens are the
+narrow side. Sums leave the tensor core every 128 of K and go on in float32. A pair's arithmetic knows nothing of its
+neighbours: lanes without a pair repeat the slot's first and are not stored.
+
+Legend: `M` rows, `P` pairs, `D` channels, `I` expert width, `K` experts a row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _slot_pairs(order, slot_first, slot, count, TOKENS: tl.constexpr):
+    """Returns the slot's pairs [TOKENS] and which lanes are real."""
+    lane = tl.arange(0, TOKENS)
+    real = lane < count
+    return tl.load(order + tl.load(slot_first + slot) + tl.where(real, lane, 0)).to(tl.int64), real
+
+
+@triton.jit
+def _quantise(values, LARGEST: tl.constexpr):
+    """Returns values [TOKENS, 128] scaled into e4m3's range, and the scales [TOKENS]."""
+    scale = tl.max(tl.abs(values), axis=1) / LARGEST
+    scale = tl.where(scale > 0, scale, 1.0)
+    # the quotient can exceed the largest value by a rounding
+    return tl.minimum(tl.maximum(values / scale[:, None], -LARGEST), LARGEST), scale
+
+
+@triton.jit
+def _gate_up_kernel(
+    w_desc,  # [E * 2I, D] e4m3, tiles [TILE, 128]
+    w_scale,  # [E, 2 * ceil(I / 128), blocks] float32
+    x,  # [M, D] e4m3
+    x_scale,  # [M, blocks] float32
+    order,
+    slot_expert,
+    slot_first,
+    slot_count,
+    hidden,  # [P, I] e4m3
+    hidden_scale,  # [P, ceil(I / 128)] float32
+    wide,  # [P, I] float32, used with tiles of 64
+    arrivals,  # [slots * ceil(I / 128)] int32, zero before and after
+    inner,
+    channels,
+    blocks,
+    per_row,
+    TILE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """hidden = quantised silu(gate) * up; a program has the same TILE columns of gate and of up."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tiles = tl.cdiv(inner, TILE)
+    slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    count = tl.load(slot_count + slot)
+    if count == 0:
+        return
+    expert = tl.load(slot_expert + slot)
+    pair, real = _slot_pairs(order, slot_first, slot, count, TOKENS)
+    token = pair // per_row
+    inner_blocks = tl.cdiv(inner, 128)
+    gate_scale = w_scale + (expert.to(tl.int64) * 2 * inner_blocks + tile * TILE // 128) * blocks
+    up_scale = gate_scale + inner_blocks.to(tl.int64) * blocks
+    gate_row = expert * 2 * inner + tile * TILE
+    places = tl.arange(0, 128)
+    rows = x + token[:, None] * channels + places[None, :]
+    gate = tl.zeros((TILE, TOKENS), dtype=tl.float32)
+    up = tl.zeros((TILE, TOKENS), dtype=tl.float32)
+    for block in tl.range(0, blocks, num_stages=STAGES):
+        w_gate = w_desc.load([gate_row, block * 128])
+        w_up = w_desc.load([gate_row + inner, block * 128])
+        if EVEN:
+            a = tl.load(rows + block * 128)
+        else:
+            a = tl.load(rows + block * 128, mask=(block * 128 + places < channels)[None, :], other=0.0)
+        scale = tl.load(x_scale + token * blocks + block)
+        gate += tl.dot(w_gate, a.T) * (scale * tl.load(gate_scale + block))[None, :]
+        up += tl.dot(w_up, a.T) * (scale * tl.load(up_scale + block))[None, :]
+    values = tl.trans(gate / (1 + tl.exp(-gate)) * up)  # [TOKENS, TILE]
+    if TILE == 128:
+        column = tile * 128 + places
+        _store_hidden(values, column, hidden, hidden_scale, pair, real, inner, inner_blocks, tile, LARGEST)
+    else:
+        # two programs share a block of 128: the last to arrive quantises it
+        column = tile * TILE + tl.arange(0, TILE)
+        kept = real[:, None] & (column < inner)[None, :]
+        tl.store(wide + pair[:, None] * inner + column[None, :], values, mask=kept)
+        tl.debug_barrier()  # all threads' stores come before the one thread's arrival
+        half = tile // 2
+        others = tl.minimum(tiles - half * 2, 2) - 1
+        counter = arrivals + slot * inner_blocks + half
+        if tl.atomic_add(counter, 1, sem="acq_rel") == others:
+            tl.debug_barrier()
+            whole = half * 128 + places
+            there = real[:, None] & (whole < inner)[None, :]
+            both = tl.load(wide + pair[:, None] * inner + whole[None, :], mask=there, other=0.0, volatile=True)
+            _store_hidden(both, whole, hidden, hidden_scale, pair, real, inner, inner_blocks, half, LARGEST)
+            tl.store(counter, 0)
+
+
+@triton.jit
+def _store_hidden(
+    values, column, hidden, hidden_scale, pair, real, inner, inner_blocks, block, LARGEST: tl.constexpr
+):  # fmt: skip
+    """Quantises values [TOKENS, 128], one block of each pair."""
+    values = tl.where((column < inner)[None, :], values, 0.0)
+    quantised, scale = _quantise(values, LARGEST)
+    kept = real[:, None] & (column < inner)[None, :]
+    tl.store(hidden + pair[:, None] * inner + column[None, :], quantised.to(hidden.dtype.element_ty), mask=kept)
+    tl.store(hidden_scale + pair * inner_blocks + block, scale, mask=real)
+
+
+@triton.jit
+def _down_kernel(
+    w_desc,  # [E * D, I] e4m3, tiles [TILE, 128]
+    w_scale,  # [E, ceil(D / 128), blocks] float32
+    hidden,  # [P, I] e4m3
+    hidden_scale,  # [P, blocks] float32
+    order,
+    slot_expert,
+    slot_first,
+    slot_count,
+    out,  # [P, D]
+    inner,
+    channels,
+    blocks,
+    TILE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[pair] = down of the pair's expert @ hidden[pair]."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tiles = tl.cdiv(channels, TILE)
+    slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    count = tl.load(slot_count + slot)
+    if count == 0:
+        return
+    expert = tl.load(slot_expert + slot)
+    pair, real = _slot_pairs(order, slot_first, slot, count, TOKENS)
+    scale_row = w_scale + (expert.to(tl.int64) * tl.cdiv(channels, 128) + tile * TILE // 128) * blocks
+    first_row = expert * channels + tile * TILE
+    places = tl.arange(0, 128)
+    rows = hidden + pair[:, None] * inner + places[None, :]
+    total = tl.zeros((TILE, TOKENS), dtype=tl.float32)
+    for block in tl.range(0, blocks, num_stages=STAGES):
+        w = w_desc.load([first_row, block * 128])
+        if EVEN:
+            a = tl.load(rows + block * 128)
+        else:
+            a = tl.load(rows + block * 128, mask=(block * 128 + places < inner)[None, :], other=0.0)
+        scale = tl.load(hidden_scale + pair * blocks + block) * tl.load(scale_row + block)
+        total += tl.dot(w, a.T) * scale[None, :]
+    column = tile * TILE + tl.arange(0, TILE)
+    kept = real[:, None] & (column < channels)[None, :]
+    places_out = out + pair[:, None] * channels + column[None, :]
+    tl.store(places_out, tl.trans(total).to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _combine_kernel(
+    parts,  # [P, D]
+    weights,  # [M, K] float32
+    residual,  # [M, D], unused without RESIDUAL
+    out,  # [M, D]
+    channels,
+    PER_ROW: tl.constexpr,
+    STRETCH: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[m] = sum over j in order of weights[m, j] * parts[m K + j], plus the residual last, rounded once."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
+    inside = column < channels
+    total = tl.zeros((STRETCH,), dtype=tl.float32)
+    for one in tl.static_range(PER_ROW):
+        part = tl.load(parts + (row * PER_ROW + one) * channels + column, mask=inside, other=0.0)
+        total += tl.load(weights + row * PER_ROW + one) * part.to(tl.float32)
+    if RESIDUAL:
+        total += tl.load(residual + row * channels + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * channels + column, total.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,408 @@
+"""Which experts a row goes to, and which rows an expert gets: two launches, no host sync.
+
+The gate is that of `mtp_spec.model.moe.Gate` (V3 report, 2412.19437, eq. 12-16): scores choose with a correction bias
+and weigh without it; groups of experts compete by their best two (V3) or their best one (V2); the lowest index wins
+among equals; chosen experts come in ascending order. The shared expert is an expert that every row chooses with weight
+1: `shared` more indices, from `experts` on, end each row. Then it needs no launch of its own.
+
+1. router: every program multiplies a few experts with a stretch of D for all rows, and quantises its share of the rows.
+2. select: one program a row adds the stretches in order and chooses; the last to arrive groups the pairs by expert.
+
+A row's bits depend on its own numbers only: stretches are chosen by D, never by the rows.
+
+Legend: `M` rows, `D` channels, `E` routed experts, `K` chosen plus shared experts a row, `P` = M K pairs, pair m K + j
+is row m with its j-th expert. A slot is one expert with up to `tokens` of its pairs: what one GEMM program handles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the references remain
+    triton = None
+
+MOST_ROWS = 64
+STRETCH = 512  # channels a router program; part of the arithmetic
+ROUTER_EXPERTS = 8
+LOWEST = -1e38  # below every score, above the -inf of what is not there; twice it is finite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How a gate chooses.
+
+    Attributes:
+        experts: E.  chosen: experts a row, without the shared.  shared: experts that every row gets, weight 1.
+        groups: equal groups of neighbouring experts.  kept_groups: groups a row may choose from.
+        best: a group is worth the sum of its best 1 (V2) or 2 (V3) experts.
+        scoring: "sigmoid" or "softmax".  normalise: weights of a row sum to `scale`.  scale: factor on all weights.
+    """
+
+    experts: int
+    chosen: int
+    groups: int = 1
+    kept_groups: int = 1
+    best: int = 2
+    scoring: str = "sigmoid"
+    normalise: bool = True
+    scale: float = 1.0
+    shared: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scoring not in ("sigmoid", "softmax"):
+            raise ValueError(f"scoring={self.scoring!r}: sigmoid or softmax")
+        if self.best not in (1, 2):
+            raise ValueError(f"best={self.best}: 1 or 2")
+        if self.experts % self.groups or not 1 <= self.kept_groups <= self.groups:
+            raise ValueError(f"{self.experts} experts, {self.groups} groups, {self.kept_groups} kept: do not fit")
+        if not 1 <= self.chosen <= self.experts // self.groups * self.kept_groups:
+            raise ValueError(f"{self.chosen} experts cannot be chosen from {self.kept_groups} of {self.groups} groups")
+
+    @property
+    def per_row(self) -> int:
+        """K."""
+        return self.chosen + self.shared
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Pairs grouped by expert.
+
+    Attributes:
+        order: `[P]` int32, pairs sorted by expert, then by number.
+        expert: `[slots]` int32.  first: `[slots]` int32, where the slot's pairs start in `order`.
+        count: `[slots]` int32, how many they are; 0 in slots left over.
+    """
+
+    order: Tensor
+    expert: Tensor
+    first: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Result of the gate: indices `[M, K]` int32 ascending, weights `[M, K]` float32, x in FP8, pairs by expert."""
+
+    indices: Tensor
+    weights: Tensor
+    quantised: Tensor | None = None  # [M, D] e4m3
+    scales: Tensor | None = None  # [M, ceil(D / 128)] float32
+    groups: Groups | None = None
+
+
+def gate(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Returns indices `[M, K]` int32 and weights `[M, K]` float32 of rows x `[M, D]`, any M.
+
+    Args:
+        weight: router `[E, D]`, float32 or bfloat16.  bias: `[E]` float32, for choosing only, or None.
+    """
+    routed = route(x, weight, bias, routing, quantise=False, tokens=None)
+    return routed.indices, routed.weights
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, quantise: bool = True, tokens: int | None = 16
+) -> Routed:
+    """Returns what the experts need, in two launches; CPU tensors take the reference unless Triton interprets.
+
+    Args:
+        quantise: also quantise x, 1x128.
+        tokens: also group the pairs, up to this many a slot; None for not. Beyond 64 rows grouping costs a sort.
+    """
+    _check(x, weight, bias, routing)
+    if not runs_triton(x):
+        indices, weights = gate_reference(x, weight, bias, routing)
+        quantised, scales = act_quant(x) if quantise else (None, None)
+        return Routed(indices, weights, quantised, scales)
+    rows, channels = x.shape
+    device, per_row = x.device, routing.per_row
+    stretches = -(-channels // STRETCH)
+    parts = torch.empty(rows, stretches, routing.experts, device=device)
+    quantised = torch.empty(rows if quantise else 0, channels, dtype=E4M3, device=device)
+    scales = torch.empty(rows if quantise else 0, -(-channels // BLOCK), device=device)
+    row_parts = -(-rows // MOST_ROWS)
+    _router_kernel[(-(-routing.experts // ROUTER_EXPERTS), stretches, row_parts)](
+        x, weight, parts, quantised, scales, rows, channels, routing.experts, scales.shape[1],
+        EXPERTS=ROUTER_EXPERTS, STRETCH=STRETCH, ROWS=MOST_ROWS, QUANTISE=quantise, LARGEST=E4M3_MAX,
+    )  # fmt: skip
+    indices = torch.empty(rows, per_row, dtype=torch.int32, device=device)
+    weights = torch.empty(rows, per_row, device=device)
+    in_kernel = tokens is not None and rows <= MOST_ROWS
+    groups = _empty_groups(indices, routing.experts + routing.shared, tokens if in_kernel else None)
+    size = routing.experts // routing.groups
+    _select_kernel[(rows,)](
+        parts, weight if bias is None else bias, indices, weights, _arrivals(device),
+        groups.order, groups.expert, groups.first, groups.count,
+        rows, routing.experts, stretches, routing.scale, groups.count.shape[0],
+        STRETCHES=triton.next_power_of_2(stretches), GROUPS=routing.groups, KEPT=routing.kept_groups, SIZE=size,
+        WIDE_GROUPS=triton.next_power_of_2(routing.groups), WIDE_SIZE=triton.next_power_of_2(size),
+        CHOSEN=routing.chosen, SHARED=routing.shared, SIGMOID=routing.scoring == "sigmoid", BEST=routing.best,
+        NORMALISE=routing.normalise, BIAS=bias is not None, GROUP=in_kernel, LOWEST=LOWEST, **_group_sizes(indices, routing, tokens),
+    )  # fmt: skip
+    if tokens is not None and not in_kernel:
+        groups = sorted_groups(indices, routing.experts + routing.shared, tokens)
+    return Routed(indices, weights, quantised, scales, groups if tokens is not None else None)
+
+
+def group(indices: Tensor, experts: int, tokens: int) -> Groups:
+    """Returns the pairs of indices `[M, K]` int32 grouped by expert; `experts` counts the shared ones."""
+    if indices.shape[0] > MOST_ROWS or not runs_triton(indices):
+        return sorted_groups(indices, experts, tokens)
+    groups = _empty_groups(indices, experts, tokens)
+    _group_kernel[(1,)](
+        indices, groups.order, groups.expert, groups.first, groups.count, indices.numel(), groups.count.shape[0],
+        PAIRS=max(32, triton.next_power_of_2(indices.numel())), TOKENS=tokens,
+        WIDE_EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(groups.count.shape[0]),
+    )  # fmt: skip
+    return groups
+
+
+def sorted_groups(indices: Tensor, experts: int, tokens: int) -> Groups:
+    """The same groups for any number of rows, by torch operations that do not wait for the device."""
+    flat = indices.flatten().long()
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
+    counts.index_add_(0, flat, torch.ones_like(flat))
+    chunks = -(-counts // tokens)
+    ends = chunks.cumsum(0)
+    slots = torch.arange(most_slots(flat.numel(), experts, tokens), device=flat.device)
+    expert = torch.searchsorted(ends, slots, right=True).clamp(max=experts - 1)
+    within = (slots - (ends - chunks)[expert]) * tokens
+    first = (counts.cumsum(0) - counts)[expert] + within
+    count = (counts[expert] - within).clamp(0, tokens).where(slots < ends[-1], 0)
+    first = first.where(count > 0, 0)
+    return Groups(order.int(), expert.int(), first.int(), count.int())
+
+
+def most_slots(pairs: int, experts: int, tokens: int) -> int:
+    """Returns how many slots any routing can need."""
+    return min(pairs, experts + pairs // tokens)
+
+
+def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """`gate` in plain torch."""
+    logits = x.float() @ weight.float().T
+    scores = logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias
+    if routing.kept_groups < routing.groups:
+        grouped = choice.unflatten(-1, (routing.groups, -1))
+        worth = grouped.topk(min(routing.best, grouped.shape[-1]), dim=-1).values.sum(-1)
+        # a stable sort: among equals the lowest index wins
+        best = worth.argsort(dim=-1, descending=True, stable=True)[:, : routing.kept_groups]
+        keep = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
+        choice = grouped.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
+    chosen = choice.argsort(dim=-1, descending=True, stable=True)[:, : routing.chosen]
+    indices = chosen.sort(dim=-1).values
+    weights = scores.gather(-1, indices)
+    if routing.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    rows = x.shape[0]
+    shared = torch.arange(routing.experts, routing.experts + routing.shared, device=x.device).expand(rows, -1)
+    ones = torch.ones(rows, routing.shared, device=x.device)
+    return torch.cat((indices, shared), -1).int(), torch.cat((weights * routing.scale, ones), -1)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether a kernel runs on this tensor: on CUDA, or anywhere while Triton interprets."""
+    return triton is not None and (x.is_cuda or bool(triton.knobs.runtime.interpret))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> None:
+    if x.ndim != 2 or weight.shape != (routing.experts, x.shape[1]):
+        raise ValueError(f"x {tuple(x.shape)}, router {tuple(weight.shape)}: [M, D] and [{routing.experts}, D] expected")
+    if bias is not None and bias.shape != (routing.experts,):
+        raise ValueError(f"bias {tuple(bias.shape)}: ({routing.experts},) expected")
+    if not all(t.is_contiguous() for t in (x, weight)):
+        raise ValueError("x and router must be contiguous")
+
+
+def _empty_groups(indices: Tensor, experts: int, tokens: int | None) -> Groups:
+    slots = 1 if tokens is None else most_slots(indices.numel(), experts, tokens)
+    space = torch.empty(indices.numel() + 3 * slots, dtype=torch.int32, device=indices.device)
+    return Groups(*space.split((indices.numel(), slots, slots, slots)))
+
+
+def _group_sizes(indices: Tensor, routing: Routing, tokens: int | None) -> dict[str, int]:
+    if tokens is None or indices.shape[0] > MOST_ROWS:
+        return {"PAIRS": 32, "TOKENS": 16, "WIDE_EXPERTS": 1, "SLOTS": 1}
+    experts = routing.experts + routing.shared
+    slots = most_slots(indices.numel(), experts, tokens)
+    sizes = (max(32, triton.next_power_of_2(indices.numel())), tokens, triton.next_power_of_2(experts))
+    return dict(zip(("PAIRS", "TOKENS", "WIDE_EXPERTS"), sizes, strict=True), SLOTS=triton.next_power_of_2(slots))
+
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def _arrivals(device: torch.device) -> Tensor:
+    """Returns `[1]` int32, zero before and after every launch; kept, because captured graphs write there."""
+    if device not in _counters:
+        _counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[device]
+
+
+if triton is not None:
+
+    @triton.jit
+    def _router_kernel(
+        x,  # [M, D]
+        weight,  # [E, D]
+        parts,  # [M, stretches, E] float32
+        quantised,  # [M, D] e4m3
+        scales,  # [M, blocks] float32
+        m,
+        channels,
+        experts,
+        blocks,
+        EXPERTS: tl.constexpr,
+        STRETCH: tl.constexpr,
+        ROWS: tl.constexpr,
+        QUANTISE: tl.constexpr,
+        LARGEST: tl.constexpr,
+    ):
+        lane, stretch = tl.program_id(0), tl.program_id(1)
+        expert = lane * EXPERTS + tl.arange(0, EXPERTS)
+        place = stretch * STRETCH + tl.arange(0, STRETCH)
+        inside = place < channels
+        both = (expert < experts)[:, None] & inside[None, :]
+        w = tl.load(weight + expert[:, None] * channels + place[None, :], mask=both, other=0.0).to(tl.float32)
+        first_row = tl.program_id(2) * ROWS
+        for row in range(first_row, tl.minimum(first_row + ROWS, m)):
+            offset = tl.cast(row, tl.int64) * channels
+            values = tl.load(x + offset + place, mask=inside, other=0.0).to(tl.float32)
+            out = parts + (row * tl.num_programs(1) + stretch) * experts + expert
+            tl.store(out, tl.sum(w * values[None, :], axis=1), mask=expert < experts)
+            if QUANTISE:
+                if row % tl.num_programs(0) == lane:
+                    grouped = tl.reshape(values, (STRETCH // 128, 128))
+                    scale = tl.max(tl.abs(grouped), axis=1) / LARGEST
+                    scale = tl.where(scale > 0, scale, 1.0)
+                    # the quotient can exceed the largest value by a rounding
+                    scaled = tl.minimum(tl.maximum(grouped / scale[:, None], -LARGEST), LARGEST)
+                    flat = tl.reshape(scaled, (STRETCH,)).to(quantised.dtype.element_ty)
+                    tl.store(quantised + offset + place, flat, mask=inside)
+                    block = stretch * (STRETCH // 128) + tl.arange(0, STRETCH // 128)
+                    tl.store(scales + row * blocks + block, scale, mask=block < blocks)
+
+    @triton.jit
+    def _select_kernel(
+        parts, bias, indices, weights, arrivals, order, slot_expert, slot_first, slot_count,
+        m, experts, stretches, factor, slots,
+        STRETCHES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr,
+        WIDE_GROUPS: tl.constexpr, WIDE_SIZE: tl.constexpr, CHOSEN: tl.constexpr, SHARED: tl.constexpr,
+        SIGMOID: tl.constexpr, BEST: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr,
+        LOWEST: tl.constexpr,
+        PAIRS: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        place = tl.arange(0, WIDE_GROUPS * WIDE_SIZE)  # groups padded to a power of two: order of experts is kept
+        expert = place // WIDE_SIZE * SIZE + place % WIDE_SIZE
+        real = (place // WIDE_SIZE < GROUPS) & (place % WIDE_SIZE < SIZE)
+        stretch = tl.arange(0, STRETCHES)[:, None]
+        source = parts + (row * stretches + stretch) * experts + expert[None, :]
+        logits = tl.sum(tl.load(source, mask=(stretch < stretches) & real[None, :], other=0.0), axis=0)
+        if SIGMOID:
+            scores = 1 / (1 + tl.exp(-logits))
+        else:
+            logits = tl.where(real, logits, float("-inf"))
+            powers = tl.exp(logits - tl.max(logits, axis=0))
+            scores = powers / tl.sum(powers, axis=0)
+        choice = scores
+        if BIAS:
+            choice += tl.load(bias + expert, mask=real, other=0.0)
+        # NaN ranks lowest: whatever the input, distinct experts that exist are chosen, and no address goes astray
+        choice = tl.where(choice > LOWEST, choice, LOWEST)
+        choice = tl.where(real, choice, float("-inf"))
+        if KEPT < GROUPS:
+            choice = _limit_groups(choice, GROUPS, KEPT, SIZE, WIDE_GROUPS, WIDE_SIZE, BEST)
+            choice = tl.where(real, tl.maximum(choice, LOWEST), float("-inf"))
+        chosen = place < 0
+        for _ in tl.static_range(CHOSEN):
+            best = tl.argmax(tl.where(chosen, float("-inf"), choice), axis=0)
+            chosen = chosen | (place == best)
+        weight = tl.where(chosen, scores, 0.0)
+        if NORMALISE:
+            weight = weight / (tl.sum(weight, axis=0) + 1e-20)
+        target = row * (CHOSEN + SHARED) + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        tl.store(indices + target, expert, mask=chosen)
+        tl.store(weights + target, weight * factor, mask=chosen)
+        for one in tl.static_range(SHARED):
+            tl.store(indices + row * (CHOSEN + SHARED) + CHOSEN + one, experts + one)
+            tl.store(weights + row * (CHOSEN + SHARED) + CHOSEN + one, 1.0)
+        if GROUP:
+            tl.debug_barrier()  # all threads' stores come before the one thread's arrival
+            if tl.atomic_add(arrivals, 1, sem="acq_rel") == m - 1:
+                tl.debug_barrier()
+                _group(
+                    indices, order, slot_expert, slot_first, slot_count, m * (CHOSEN + SHARED), slots,
+                    PAIRS, TOKENS, WIDE_EXPERTS, SLOTS,
+                )  # fmt: skip
+                tl.store(arrivals, 0)
+
+    @triton.jit
+    def _limit_groups(
+        choice, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr,
+        WIDE_GROUPS: tl.constexpr, WIDE_SIZE: tl.constexpr, BEST: tl.constexpr,
+    ):  # fmt: skip
+        """Puts experts outside the best KEPT groups at -inf."""
+        grouped = tl.reshape(choice, (WIDE_GROUPS, WIDE_SIZE))
+        worth = tl.max(grouped, axis=1)
+        if BEST == 2 and SIZE > 1:
+            first = tl.argmax(grouped, axis=1)
+            others = tl.where(tl.arange(0, WIDE_SIZE)[None, :] == first[:, None], float("-inf"), grouped)
+            worth += tl.max(others, axis=1)
+        number = tl.arange(0, WIDE_GROUPS)
+        kept = number < 0
+        for _ in tl.static_range(KEPT):
+            best = tl.argmax(tl.where(kept | (number >= GROUPS), float("-inf"), worth), axis=0)
+            kept = kept | (number == best)
+        return tl.reshape(tl.where(kept[:, None], grouped, float("-inf")), (WIDE_GROUPS * WIDE_SIZE,))
+
+    @triton.jit
+    def _group(
+        indices, order, slot_expert, slot_first, slot_count, pairs, slots,
+        PAIRS: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+    ):  # fmt: skip
+        """Counting sort of a few pairs by one program. Loads are volatile: other programs wrote the indices."""
+        every = tl.arange(0, PAIRS)
+        # a key is unique: expert first, then number of the pair
+        keys = tl.load(indices + every, mask=every < pairs, other=1 << 20, volatile=True) * PAIRS + every
+        expert = tl.arange(0, WIDE_EXPERTS)
+        count = tl.zeros((WIDE_EXPERTS,), dtype=tl.int32)
+        for first in range(0, PAIRS, 32):
+            pair = first + tl.arange(0, 32)
+            its = tl.load(indices + pair, mask=pair < pairs, other=1 << 20, volatile=True)
+            rank = tl.sum((keys[None, :] < (its * PAIRS + pair)[:, None]).to(tl.int32), axis=1)
+            tl.store(order + rank, pair, mask=pair < pairs)
+            count += tl.sum((its[None, :] == expert[:, None]).to(tl.int32), axis=1)
+        chunks = (count + TOKENS - 1) // TOKENS
+        first_slot = tl.cumsum(chunks, axis=0) - chunks
+        first_pair = tl.cumsum(count, axis=0) - count
+        for chunk in range(0, tl.max(chunks, axis=0)):
+            used = chunk < chunks
+            tl.store(slot_expert + first_slot + chunk, expert, mask=used)
+            tl.store(slot_first + first_slot + chunk, first_pair + chunk * TOKENS, mask=used)
+            tl.store(slot_count + first_slot + chunk, tl.minimum(count - chunk * TOKENS, TOKENS), mask=used)
+        slot = tl.arange(0, SLOTS)
+        unused = (slot >= tl.sum(chunks, axis=0)) & (slot < slots)
+        tl.store(slot_expert + slot, 0, mask=unused)
+        tl.store(slot_first + slot, 0, mask=unused)
+        tl.store(slot_count + slot, 0, mask=unused)
+
+    @triton.jit
+    def _group_kernel(
+        indices, order, slot_expert, slot_first, slot_count, pairs, slots,
+        PAIRS: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+    ):  # fmt: skip
+        _group(
+            indices, order, slot_expert, slot_first, slot_count, pairs, slots, PAIRS, TOKENS, WIDE_EXPERTS, SLOTS
+        )
