@@ -35,7 +35,7 @@ class RowPlan:
     Attributes:
         start: committed slots; row m is written to slot start + m.
         rope: `[M, 1, 2, R / 2]` angles of the rows' positions.
-        mask: `[M, 1, P]` float32, 0 for visible slots and -inf for the others; P a multiple of the block.
+        mask: `[M, 1, 1, P]` float32, 0 for visible slots and -inf for the others; P a multiple of the block.
         gather: None when slots are in position order (a chain). For a tree: `[M, P]` the slots of each row's
             ancestors in position order (padded with slot 0), and `mask` refers to these.
         sizes: slots that each row reads, whole blocks; None if all read P.
@@ -67,10 +67,12 @@ def plan_rows(table: Tensor, start: int, parents: Sequence[int], offset: int = 0
     depth = [0] * count
     for row, parent in enumerate(parents):
         depth[row] = 0 if parent < 0 else depth[parent] + 1
-    rope = table[torch.tensor(depth, device=device) + (start + offset)].unsqueeze(1)
     sizes = tuple(padded(start + d + 1) for d in depth)
     if list(parents) == list(range(-1, count - 1)):
+        first = start + offset
+        rope = table[first : first + count].unsqueeze(1)
         return RowPlan(start, rope, _causal_mask(start, count, device), None, sizes)
+    rope = table[torch.tensor(depth, device=device) + (start + offset)].unsqueeze(1)
     return RowPlan(start, rope, *_ancestor_slots(start, parents, depth, device), sizes)
 
 
@@ -95,14 +97,12 @@ def plan_drafts(
 
 def _additive(visible: Tensor) -> Tensor:
     mask = torch.zeros(visible.shape, dtype=torch.float32)
-    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+    return mask.masked_fill_(~visible, float("-inf"))[:, None, None]
 
 
 def _causal_mask(start: int, count: int, device: torch.device) -> Tensor:
-    slots = torch.arange(padded(start + count), device=device)
-    last = torch.arange(start, start + count, device=device)
-    mask = torch.zeros(count, slots.numel(), dtype=torch.float32, device=device)
-    return mask.masked_fill_(slots > last[:, None], float("-inf")).unsqueeze(1)
+    mask = torch.full((count, padded(start + count)), float("-inf"), device=device)
+    return mask.triu_(start + 1)[:, None, None]
 
 
 def _ancestor_slots(
@@ -261,14 +261,15 @@ def attend(q: Tensor, slots: Tensor, plan: RowPlan, latent: int, scale: float) -
     for size in set(plan.sizes):
         rows = [row for row, own in enumerate(plan.sizes) if own == size]
         gather = None if plan.gather is None else plan.gather[rows, :size]
-        out[rows] = _attend(q[rows], slots, plan.mask[rows, :, :size], gather, scale)[..., :latent]
+        out[rows] = _attend(q[rows], slots, plan.mask[rows, ..., :size], gather, scale)[..., :latent]
     return out
 
 
 def _attend(q: Tensor, slots: Tensor, mask: Tensor, gather: Tensor | None, scale: float) -> Tensor:
     """Returns `[M, H, W]`: latents are keys and values at once, the rope part of the values is of no use."""
-    rows, heads, width = q.shape
+    rows, _, width = q.shape
     size = mask.shape[-1]
     keys = slots[:size].expand(rows, 1, size, width) if gather is None else slots[gather].unsqueeze(1)
-    wide = mask.to(q.dtype).unsqueeze(1).expand(rows, 1, heads, size)
-    return F.scaled_dot_product_attention(q.unsqueeze(1), keys, keys, attn_mask=wide, scale=scale)[:, 0]
+    if q.device.type != "cpu":  # where the mask has the queries' type
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q.unsqueeze(1), keys, keys, attn_mask=mask, scale=scale)[:, 0]

@@ -52,7 +52,7 @@ def _row_of(plan: RowPlan, row: int) -> RowPlan:
     assert plan.sizes is not None
     size = plan.sizes[row]
     gather = None if plan.gather is None else plan.gather[row : row + 1, :size]
-    return RowPlan(plan.start + row, plan.rope[row : row + 1], plan.mask[row : row + 1, :, :size], gather, (size,))
+    return RowPlan(plan.start + row, plan.rope[row : row + 1], plan.mask[row : row + 1, ..., :size], gather, (size,))
 
 
 def row_logits(model: Transformer, hidden: Tensor, technique: Technique) -> Tensor:
