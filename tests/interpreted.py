@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
-from mtp_spec.kernels import fp8, gemm, quant
+from mtp_spec.kernels import fp8, gemm, moe, quant
 
 WRONG = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
 original = interpreter._convert_float
@@ -87,10 +87,36 @@ def quantisers() -> None:
             assert torch.equal(alone[0].view(torch.uint8), got[-1:].view(torch.uint8))
 
 
+def experts() -> None:
+    """The whole layer against its reference, and every row alone."""
+    generator = torch.Generator().manual_seed(0)
+    routing = moe.Routing(experts=8, chosen=2, groups=4, kept_groups=2, shared=1, scale=1.5)
+    channels, inner = 256, 128
+    quantised = [
+        [fp8.weight_quant(torch.randn(*shape, generator=generator) / 16) for _ in range(9)]
+        for shape in ((inner, channels), (inner, channels), (channels, inner))
+    ]
+    gate, up, down = ([w for w, _ in part] for part in quantised)
+    gate_scale, up_scale, down_scale = ([s for _, s in part] for part in quantised)
+    weights = moe.Experts(
+        torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)]),
+        torch.stack([torch.cat(pair) for pair in zip(gate_scale, up_scale, strict=True)]),
+        torch.stack(down),
+        torch.stack(down_scale),
+    )
+    router, bias = torch.randn(8, channels, generator=generator), torch.randn(8, generator=generator) * 0.1
+    x = torch.randn(17, channels, generator=generator)
+    whole = moe.moe(x, router, bias, routing, weights)
+    close(whole, moe.moe_reference(x, router, bias, routing, weights), 0.05)
+    for first, rows in ((0, 1), (3, 2), (1, 16)):
+        part = x[first : first + rows].contiguous()
+        assert torch.equal(moe.moe(part, router, bias, routing, weights), whole[first : first + rows])
+
+
 def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return quantised.float() * scales.repeat_interleave(128, 1)[:, : quantised.shape[1]]
 
 
 if __name__ == "__main__":
-    {"products": products, "quantisers": quantisers}[sys.argv[1]]()
+    {"products": products, "quantisers": quantisers, "experts": experts}[sys.argv[1]]()
     print("passed")
