@@ -1,0 +1,275 @@
+"""Sampling on the device: logits to tokens without waiting for the host, so that a step fits one CUDA graph.
+
+The rules are those of `mtp_spec.sampling.Sampler`: logit bias, repetition, presence and frequency penalty, temperature,
+top-k, top-p, min-p, then argmax of the scaled row plus Gumbel noise, which is `mtp_spec.noise.gumbel`: a function of
+seed, position and token. At temperature 0 the noise and the truncation are absent. The lowest index wins among equals.
+
+Settings lie in tensors, so a captured step reads those of the moment; which stages exist at all (`Stages`) is fixed
+when it is captured. Top-k and top-p search their threshold four bits at a time over the bits of the logits: eight
+short launches each, all stretches of the vocabulary at once, sums in float64 and in a fixed order.
+
+Legend: `M` rows, `V` vocabulary, `R` requests, `B` best tokens wanted a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels.moe_route import runs_triton
+
+try:
+    import triton
+except ImportError:  # no Triton for this platform: the references remain
+    triton = None
+
+COLUMNS = 8
+IN_PROMPT = 1 << 30
+WAYS = 16
+SHIFTS = range(28, -1, -4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """Stages that exist in a captured step; a request may still leave them unused."""
+
+    bias: bool = False
+    penalty: bool = False
+    noise: bool = True
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Sampling parameters of R requests on the device.
+
+    Attributes:
+        values: `[R, 8]` float64: temperature, top_k, top_p, log(min_p), repetition, presence, frequency penalty, 0.
+        seed: `[R]` int64, bits of a number from 0 to 2**64 - 1.
+        bias: `[R, V]` float32, or None.
+        seen: `[R, V]` int32: how often a token was generated, plus `IN_PROMPT` if the prompt has it; or None.
+    """
+
+    values: Tensor
+    seed: Tensor
+    bias: Tensor | None = None
+    seen: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Tokens `[M, B]` int32 best first, their scores `[M, B]` float32, and `[M]` int32: 1 where none can be drawn.
+
+    A row with fewer than B tokens left repeats its best with a score of -inf; a failed row has token 0.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    failed: Tensor
+
+
+def settings_row(
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+) -> list[float]:
+    """Returns one row of `Settings.values`."""
+    log_min_p = math.log(min_p) if min_p > 0 else -math.inf
+    return [temperature, top_k, top_p, log_min_p, repetition_penalty, presence_penalty, frequency_penalty, 0.0]
+
+
+def seed_bits(seed: int) -> int:
+    """Returns a seed of 0 .. 2**64 - 1 as the int64 of the same bits."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def sample(
+    logits: Tensor,
+    request: Tensor,
+    position: Tensor,
+    settings: Settings,
+    stages: Stages,
+    best: int = 1,
+    path: Tensor | None = None,
+) -> Sampled:
+    """Returns the `best` tokens of every row; CPU tensors take the reference unless Triton interprets.
+
+    Args:
+        logits: `[M, V]` float32 or bfloat16.  request: `[M]` int32, whose settings.
+        position: `[M]` int64, absolute position of the token to be drawn.
+        path: `[M, depth]` int32, tokens drafted since `settings.seen` was brought up to date; -1 for none.
+    """
+    _check(logits, request, position, settings, stages, path)
+    if not runs_triton(logits):
+        return sample_reference(logits, request, position, settings, stages, best, path)
+    from mtp_spec.kernels import sampler_kernels as kernels
+
+    rows, vocabulary = logits.shape
+    device, stretch = logits.device, stretch_of(vocabulary)
+    stretches = -(-vocabulary // stretch)
+    wide = triton.next_power_of_2(stretches)
+    work = torch.empty(rows, vocabulary, device=device)
+    highest = torch.empty(rows, stretches, device=device)
+    depth = 0 if path is None else path.shape[1]
+    grid = (rows, stretches)
+    kernels._penalise_kernel[grid](
+        logits, request, settings.values, _or(settings.bias, work), _or(settings.seen, request), _or(path, request),
+        work, highest, vocabulary, STRETCH=stretch, BIAS=stages.bias, PENALTY=stages.penalty, DEPTH=depth,
+    )  # fmt: skip
+    edge, ties = _search(work, highest, request, settings, stages, stretch)
+    best_value = torch.empty(rows, stretches, best, device=device)
+    best_token = torch.empty(rows, stretches, best, dtype=torch.int32, device=device)
+    kernels._draw_kernel[grid](
+        work, highest, request, settings.values, settings.seed, position, edge, ties, best_value, best_token,
+        vocabulary, stretches, STRETCH=stretch, STRETCHES=wide, BEST=best,
+        SEARCHED=stages.top_k or stages.top_p, MIN_P=stages.min_p, NOISE=stages.noise, num_warps=8,
+    )  # fmt: skip
+    tokens = torch.empty(rows, best, dtype=torch.int32, device=device)
+    scores = torch.empty(rows, best, device=device)
+    failed = torch.empty(rows, dtype=torch.int32, device=device)
+    kernels._pick_kernel[(rows,)](
+        best_value, best_token, highest, tokens, scores, failed, stretches,
+        STRETCHES=wide, BEST=best, WIDE=triton.next_power_of_2(stretches * best),
+    )  # fmt: skip
+    return Sampled(tokens, scores, failed)
+
+
+def gumbel(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
+    """Returns noise `[M, V]` float32 for seeds and positions `[M]` int64."""
+    if not runs_triton(seed):
+        return torch.stack([
+            gumbel_reference(int(s), int(p), vocabulary) for s, p in zip(seed, position, strict=True)
+        ])  # fmt: skip
+    from mtp_spec.kernels import sampler_kernels as kernels
+
+    stretch = stretch_of(vocabulary)
+    out = torch.empty(seed.shape[0], vocabulary, device=seed.device)
+    kernels._gumbel_kernel[(seed.shape[0], -(-vocabulary // stretch))](seed, position, out, vocabulary, STRETCH=stretch)
+    return out
+
+
+def gumbel_reference(seed: int, position: int, vocabulary: int) -> Tensor:
+    """`mtp_spec.noise.gumbel` once more: kernels know nothing of the library above them. Tests compare the two."""
+    mask = (1 << 64) - 1
+    counter = np.array([0, position & mask, 0, 0], dtype=np.uint64)
+    generator = np.random.Philox(key=np.array([seed & mask, 0], dtype=np.uint64), counter=counter)
+    words = generator.random_raw(-(-vocabulary // 2)).astype("<u8").view("<u4")[:vocabulary]
+    uniform = np.minimum((words.astype(np.float64) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
+    return torch.from_numpy((-np.log(-np.log(1.0 - uniform))).astype(np.float32))
+
+
+def sample_reference(
+    logits: Tensor, request: Tensor, position: Tensor, settings: Settings, stages: Stages, best: int = 1,
+    path: Tensor | None = None,
+) -> Sampled:  # fmt: skip
+    """`sample` in plain torch, one row at a time."""
+    rows = []
+    for row in range(logits.shape[0]):
+        of = int(request[row])
+        drafted = None if path is None else path[row]
+        scores = _reference_row(logits[row].float(), of, int(position[row]), settings, stages, drafted)
+        failed = not bool(torch.isfinite(scores.max()))  # the maximum of a row with NaN is NaN
+        value, token = scores.sort(descending=True, stable=True)
+        value, token = value[:best], token[:best]
+        token = torch.where(value > -math.inf, token, token[0])
+        rows.append((torch.zeros_like(token) if failed else token, value, failed))
+    tokens, values, bad = zip(*rows, strict=True)
+    flags = torch.tensor(bad, dtype=torch.int32, device=logits.device)
+    return Sampled(torch.stack(tokens).int(), torch.stack(values), flags)
+
+
+def _reference_row(
+    row: Tensor, of: int, position: int, settings: Settings, stages: Stages, path: Tensor | None
+) -> Tensor:
+    temperature, top_k, top_p, log_min_p, repetition, presence, frequency, _ = settings.values[of].tolist()
+    if stages.bias and settings.bias is not None:
+        row = row + settings.bias[of]
+    if stages.penalty and settings.seen is not None:
+        known = settings.seen[of].clone()
+        for token in [] if path is None else path[path >= 0].tolist():
+            known[token] += 1
+        count = known & (IN_PROMPT - 1)
+        row = torch.where((known > 0) & (repetition != 1.0), torch.where(row > 0, row / repetition, row * repetition), row)
+        row = torch.where(count > 0, row - (presence + frequency * count.double()).float(), row)
+    if not stages.noise or temperature == 0 or not torch.isfinite(row.max()):
+        return row
+    row = (row - row.max()) / max(np.float32(temperature), np.finfo(np.float32).tiny)
+    if stages.top_k and 0 < top_k < len(row):
+        dropped = row.argsort(descending=True, stable=True)[int(top_k) :]
+        row = row.index_fill(0, dropped, -math.inf)
+    if stages.top_p and top_p < 1:
+        order = row.argsort(descending=True, stable=True)
+        mass = row[order].exp().double().cumsum(0)
+        keep = int(torch.searchsorted(mass, top_p * mass[-1])) + 1
+        row = row.index_fill(0, order[keep:], -math.inf)
+    if stages.min_p:
+        row = row.masked_fill(row < np.float32(log_min_p), -math.inf)
+    return row + gumbel_reference(int(settings.seed[of]), position, len(row)).to(row.device)
+
+
+def stretch_of(vocabulary: int) -> int:
+    """Returns tokens a program; part of the arithmetic of top-p, so chosen by the vocabulary alone."""
+    return 1024 if vocabulary <= 1 << 15 else 4096
+
+
+def _search(
+    work: Tensor, highest: Tensor, request: Tensor, settings: Settings, stages: Stages, stretch: int
+) -> tuple[Tensor, Tensor]:
+    """Returns where rows are cut, `[M, 2]` int64, and elements exactly there before each stretch, `[M, S]` int32."""
+    from mtp_spec.kernels import sampler_kernels as kernels
+
+    (rows, vocabulary), stretches = work.shape, highest.shape[1]
+    device, wide = work.device, triton.next_power_of_2(highest.shape[1])
+    edge = torch.empty(rows, 2, dtype=torch.int64, device=device)
+    ties = torch.empty(rows, stretches, dtype=torch.int32, device=device)
+    for mass in (False, True):
+        if not (stages.top_p if mass else stages.top_k):
+            continue
+        cut = mass and stages.top_k
+        sums = torch.empty(2, rows, stretches, WAYS, dtype=torch.float64, device=device)
+        counts = torch.empty(2, rows, stretches, WAYS, dtype=torch.int32, device=device)
+        state = torch.empty(2, rows, 3, dtype=torch.float64, device=device)
+        for step, shift in enumerate(SHIFTS):
+            old, new = (step + 1) % 2, step % 2
+            kernels._search_kernel[(rows, stretches)](
+                work, highest, request, settings.values, sums[old], counts[old], state[old],
+                sums[new], counts[new], state[new], edge, vocabulary, stretches,
+                STRETCH=stretch, CHUNK=256, STRETCHES=wide, SHIFT=shift, MASS=mass, CUT=cut,
+            )  # fmt: skip
+        kernels._edge_kernel[(rows,)](
+            sums[new], counts[new], state[new], request, settings.values, edge, ties, vocabulary, stretches,
+            STRETCHES=wide, MASS=mass, CUT=cut,
+        )  # fmt: skip
+    return edge, ties
+
+
+def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
+    return unused if tensor is None else tensor
+
+
+def _check(
+    logits: Tensor, request: Tensor, position: Tensor, settings: Settings, stages: Stages, path: Tensor | None
+) -> None:
+    rows, vocabulary = logits.shape
+    if request.shape != (rows,) or position.shape != (rows,) or (path is not None and path.shape[0] != rows):
+        raise ValueError(f"{rows} rows of logits, request {tuple(request.shape)}, position {tuple(position.shape)}")
+    if request.dtype != torch.int32 or position.dtype != torch.int64:
+        raise ValueError(f"request {request.dtype} and position {position.dtype}: int32 and int64 expected")
+    if settings.values.shape[1:] != (COLUMNS,) or settings.values.dtype != torch.float64:
+        raise ValueError(f"settings {tuple(settings.values.shape)} {settings.values.dtype}: [R, {COLUMNS}] float64")
+    for name, wanted, table in (("bias", stages.bias, settings.bias), ("seen", stages.penalty, settings.seen)):
+        expected = (settings.values.shape[0], vocabulary)
+        if wanted and (table is None or tuple(table.shape) != expected):
+            raise ValueError(f"{name} of shape {expected} expected")
+    if not logits.is_contiguous():
+        raise ValueError("logits must be contiguous")
