@@ -97,7 +97,7 @@ def main_loss(model: Transformer, ids: Tensor, weights: Tensor, mtp_weight: Tens
 
 
 def drafts(model: Transformer, ids: Tensor, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yields (depth, the module's outputs `[B, T - DEPTH, D]`), the module reused on its own output as when drafting."""
+    """Yields (depth, the module's outputs `[B, T - DEPTH, D]`), the module reused on its own output as in drafting."""
     rows, earlier = ids.shape[1] - DEPTH, list[Tensor]()
     hidden = hidden[:, :rows]
     for depth in range(1, DEPTH + 1):
@@ -303,8 +303,9 @@ def main() -> None:
         data = dict(np.load(file))
     rows = Rows(data["ids"], data["starts"], device, args.context, 1)
     val = Rows(data["val_ids"], data["val_starts"], device, args.context, 7)
-    say(log, device=torch.cuda.get_device_name() if device == "cuda" else "cpu", torch=torch.__version__,
-        options=vars(args) | {k: str(getattr(args, k)) for k in ("data", "out", "model")}, tokens=rows.total)  # fmt: skip
+    options = vars(args) | {k: str(getattr(args, k)) for k in ("data", "out", "model")}
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    say(log, device=name, torch=torch.__version__, options=options, tokens=rows.total)
     if args.run == "main":
         model = Transformer(CONFIG, torch.float32, device)
         initialise(model)
@@ -313,7 +314,8 @@ def main() -> None:
     model.table(args.context + 64)
     (train_main if args.run == "main" else train_mtp)(model, rows, val, args, log)
     model.eval()
-    save_checkpoint(model.cpu(), args.out, fp8=True, extra_files={f"{args.run}.json": json.dumps(log, indent=1)})
+    files = {f"{args.run}.json": json.dumps(log, indent=1)}
+    save_checkpoint(model.cpu(), args.out, fp8=True, extra_files=files)
 
 
 if __name__ == "__main__":

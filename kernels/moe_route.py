@@ -282,7 +282,7 @@ if triton is not None:
             values = tl.load(x + offset + place, mask=inside, other=0.0).to(tl.float32)
             out = parts + (row * tl.num_programs(1) + stretch) * experts + expert
             tl.store(out, tl.sum(w * values[None, :], axis=1), mask=expert < experts)
-            if QUANTISE:  # noqa: SIM102 - a constant: nothing is compiled without it
+            if QUANTISE:
                 if row % tl.num_programs(0) == lane:
                     grouped = tl.reshape(values, (STRETCH // 128, 128))
                     scale = tl.max(tl.abs(grouped), axis=1) / LARGEST

@@ -199,7 +199,8 @@ def _reference_row(
         for token in [] if path is None else path[path >= 0].tolist():
             known[token] += 1
         count = known & (IN_PROMPT - 1)
-        row = torch.where((known > 0) & (repetition != 1.0), torch.where(row > 0, row / repetition, row * repetition), row)
+        repeated = torch.where(row > 0, row / repetition, row * repetition)
+        row = torch.where((known > 0) & (repetition != 1.0), repeated, row)
         row = torch.where(count > 0, row - (presence + frequency * count.double()).float(), row)
     if not stages.noise or temperature == 0 or not torch.isfinite(row.max()):
         return row

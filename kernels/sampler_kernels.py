@@ -215,7 +215,8 @@ def _edge_kernel(
     tl.store(edge + row * 2, tl.where(active, at, INFINITE), mask=change)
     tl.store(edge + row * 2 + 1, tl.where(active, stay, vocabulary), mask=change)
     lane = tl.arange(0, STRETCHES)
-    tl.store(ties + row * stretches + lane, tl.cumsum(there, axis=0) - there, mask=lane < tl.where(change, stretches, 0))
+    before = tl.cumsum(there, axis=0) - there
+    tl.store(ties + row * stretches + lane, before, mask=lane < tl.where(change, stretches, 0))
 
 
 @triton.jit
