@@ -17,7 +17,8 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
-from mtp_spec.kernels import fp8, gemm, moe, quant
+from mtp_spec import noise as library_noise
+from mtp_spec.kernels import fp8, gemm, moe, quant, sampler
 
 WRONG = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
 original = interpreter._convert_float
@@ -113,10 +114,21 @@ def experts() -> None:
         assert torch.equal(moe.moe(part, router, bias, routing, weights), whole[first : first + rows])
 
 
+def noise() -> None:
+    """The device's noise is the library's, to the last bit or the one before."""
+    seeds, positions = [0, 7, 2**64 - 1, 2**63], [0, 5, 40_000, 2**33]
+    got = sampler.gumbel(torch.tensor([sampler.seed_bits(s) for s in seeds]), torch.tensor(positions), 300)
+    for row, seed, position in zip(got, seeds, positions, strict=True):
+        expected = library_noise.gumbel(seed, position, 300)
+        assert torch.equal(sampler.gumbel_reference(seed, position, 300), expected)
+        apart = row.view(torch.int32).long() - expected.view(torch.int32).long()
+        assert int(apart.abs().max()) <= 1
+
+
 def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return quantised.float() * scales.repeat_interleave(128, 1)[:, : quantised.shape[1]]
 
 
 if __name__ == "__main__":
-    {"products": products, "quantisers": quantisers, "experts": experts}[sys.argv[1]]()
+    {"products": products, "quantisers": quantisers, "experts": experts, "noise": noise}[sys.argv[1]]()
     print("passed")
