@@ -19,6 +19,8 @@ import triton.runtime.interpreter as interpreter
 
 from mtp_spec import noise as library_noise
 from mtp_spec.kernels import fp8, gemm, moe, quant, sampler
+from mtp_spec.options import SamplingParams
+from mtp_spec.sampling import Sampler
 
 WRONG = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
 original = interpreter._convert_float
@@ -125,10 +127,48 @@ def noise() -> None:
         assert int(apart.abs().max()) <= 1
 
 
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.9},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.1, "frequency_penalty": 0.2},
+    {"temperature": 1e-30, "top_p": 0.5},
+]
+
+
+def sampling() -> None:
+    """The device draws the library's tokens and siblings, every row by its own settings, ties included."""
+    vocabulary, ways = 1000, len(WAYS)
+    prompt, generated, drafted = [1, 2, 3, 9], [5, 5, 7, 2], [11, 12]
+    logits = torch.randn(ways, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
+    seen = torch.zeros(ways, vocabulary, dtype=torch.int32)
+    seen[:, prompt] = sampler.IN_PROMPT
+    for token in generated:
+        seen[:, token] += 1
+    values = torch.tensor([sampler.settings_row(**way) for way in WAYS], dtype=torch.float64)
+    bias = torch.zeros(ways, vocabulary)
+    settings = sampler.Settings(values, torch.full((ways,), 7), bias, seen)
+    stages = sampler.Stages(bias=True, penalty=True, top_k=True, top_p=True, min_p=True)
+    request, position = torch.arange(ways, dtype=torch.int32), torch.arange(ways) + 100
+    path = torch.tensor([[11, -1, 12]] * ways, dtype=torch.int32)
+    for rows in (logits, logits.round()):
+        got = sampler.sample(rows, request, position, settings, stages, 4, path)
+        for row, way in enumerate(WAYS):
+            library = Sampler(SamplingParams(seed=7, **way), vocabulary)
+            history = library.history(prompt).extend(generated + drafted)
+            expected = library.top(library.process(rows[row], history), 100 + row, 4)
+            assert got.tokens[row].tolist()[: len(expected)] == expected, way
+
+
 def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return quantised.float() * scales.repeat_interleave(128, 1)[:, : quantised.shape[1]]
 
 
 if __name__ == "__main__":
-    {"products": products, "quantisers": quantisers, "experts": experts, "noise": noise}[sys.argv[1]]()
+    for what in (products, quantisers, experts, noise, sampling):
+        if what.__name__ == sys.argv[1]:
+            what()
     print("passed")
