@@ -1,4 +1,4 @@
-"""Block-scaled FP8 matrix product for few rows: y = a @ w.T, activations 1x128, weights 128x128.
+"""Matrix products y = a @ w.T, made for few rows: block-scaled FP8 (1x128 by 128x128) and bfloat16.
 
 Reference: `fp8.fp8_gemm` (DeepSeek-V3 report, 2412.19437, section 3.3). Decode, draft and verify multiply 1 to 64 rows
 with matrices that are read once, so that time is bytes of weights over bandwidth:
@@ -8,7 +8,8 @@ with matrices that are read once, so that time is bytes of weights over bandwidt
   program to arrive adds the parts in ascending order, so the sum does not depend on which one that was.
 - Sums leave the tensor core every 128 of K, where the scales change, and go on in float32.
 
-A row's bits depend on its own numbers only: tiles, splits and order are chosen by (N, K), never by the rows.
+A row's bits depend on its own numbers only: tiles, splits and order are chosen by (N, K), never by the rows. Prefill
+takes the same kernel: more rows are more tiles, neighbours of one another so that they share weights in the cache.
 
 Legend: `M` rows, `N` outputs, `K` inputs.
 """
@@ -34,7 +35,6 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-MOST_ROWS = 64
 ROW_TILES = (16, 32, 64)
 MULTIPROCESSORS = 132  # of an H100 or H200; a number of splits is part of the arithmetic, so it is fixed
 
@@ -57,13 +57,13 @@ class Launch:
 
 
 @lru_cache
-def default_launch(outputs: int, inputs: int) -> Launch:
-    """Returns what `mtp-spec bench kernels --tune` found for a shape, else a launch by rule.
+def default_launch(outputs: int, inputs: int, kind: str = "fp8") -> Launch:
+    """Returns what `mtp-spec bench kernels --tune` found for a shape ("fp8" or "bf16"), else a launch by rule.
 
     The rule splits K until there are two programs a multiprocessor, as long as each has four blocks of K.
     """
     tuned: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "tuned" / "gemm.json").read_text())
-    found = tuned.get(f"{outputs}x{inputs}")
+    found = tuned.get(f"{outputs}x{inputs}" + ("" if kind == "fp8" else f" {kind}"))
     if found is not None:
         return Launch(**found)
     tiles, blocks = -(-outputs // 64), -(-inputs // BLOCK)
@@ -76,14 +76,14 @@ def default_launch(outputs: int, inputs: int) -> Launch:
 if triton is not None:
 
     @triton.jit
-    def _few_rows_kernel(
-        w_desc,  # [N, K] e4m3, tiles [TILE, 128]
-        a_desc,  # [M, K] e4m3, tiles [ROWS, 128]
-        w_scale,  # [ceil(N / 128), ceil(K / 128)] float32
-        a_scale,  # [M, ceil(K / 128)] float32
+    def _gemm_kernel(
+        w_desc,  # [N, K] e4m3 or bf16, tiles [TILE, 128]
+        a_desc,  # [M, K] e4m3 or bf16, tiles [ROWS, 128]
+        w_scale,  # [ceil(N / 128), ceil(K / 128)] float32, used with SCALED
+        a_scale,  # [M, ceil(K / 128)] float32, used with SCALED
         out,  # [M, N]
-        parts,  # [SPLITS, ceil(N / TILE), TILE, ROWS] float32, unused without splits
-        arrivals,  # [ceil(N / TILE)] int32, zero before and after
+        parts,  # [SPLITS, tiles, TILE, ROWS] float32, unused without splits
+        arrivals,  # [tiles] int32, zero before and after
         m,
         n,
         k_blocks,
@@ -91,41 +91,52 @@ if triton is not None:
         ROWS: tl.constexpr,
         SPLITS: tl.constexpr,
         STAGES: tl.constexpr,
+        SCALED: tl.constexpr,
+        WIDE: tl.constexpr,
     ):
-        tile, split = tl.program_id(0), tl.program_id(1)
+        row_tiles = tl.cdiv(m, ROWS)
+        place, split = tl.program_id(0), tl.program_id(1)
+        tile, row_tile = place // row_tiles, place % row_tiles
         each = tl.cdiv(k_blocks, SPLITS)
         first = split * each
         last = tl.minimum(first + each, k_blocks)
-        rows = tl.arange(0, ROWS)
+        lane = tl.arange(0, ROWS)
+        rows = row_tile * ROWS + lane
         columns = tile * TILE + tl.arange(0, TILE)
         w_scale_row = w_scale + (tile * TILE // 128) * k_blocks
-        a_scale_rows = a_scale + rows * k_blocks
+        a_scale_rows = a_scale + rows.to(tl.int64) * k_blocks
         total = tl.zeros((TILE, ROWS), dtype=tl.float32)
         for block in tl.range(first, last, num_stages=STAGES):
             w = w_desc.load([tile * TILE, block * 128])
-            a = a_desc.load([0, block * 128])
-            scale = tl.load(a_scale_rows + block, mask=rows < m, other=0.0) * tl.load(w_scale_row + block)
-            total += tl.dot(w, a.T) * scale[None, :]
+            a = a_desc.load([row_tile * ROWS, block * 128])
+            if WIDE:  # the interpreter cannot multiply bfloat16
+                w = w.to(tl.float32)
+                a = a.to(tl.float32)
+            if SCALED:
+                scale = tl.load(a_scale_rows + block, mask=rows < m, other=0.0) * tl.load(w_scale_row + block)
+                total += tl.dot(w, a.T) * scale[None, :]
+            else:
+                total = tl.dot(w, a.T, total)
         kept = (rows < m)[None, :] & (columns < n)[:, None]
         places = out + rows[None, :].to(tl.int64) * n + columns[:, None]
         if SPLITS == 1:
             tl.store(places, total.to(out.dtype.element_ty), mask=kept)
         else:
-            inside = tl.arange(0, TILE)[:, None] * ROWS + rows[None, :]
-            part = parts + (split * tl.num_programs(0) + tile) * (TILE * ROWS)
+            inside = tl.arange(0, TILE)[:, None] * ROWS + lane[None, :]
+            part = parts + (split * tl.num_programs(0) + place).to(tl.int64) * (TILE * ROWS)
             tl.store(part + inside, total)
             tl.debug_barrier()  # all threads' stores come before the one thread's arrival
-            if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1:
+            if tl.atomic_add(arrivals + place, 1, sem="acq_rel") == SPLITS - 1:
                 tl.debug_barrier()
                 summed = tl.zeros((TILE, ROWS), dtype=tl.float32)
                 for other in range(SPLITS):
-                    part = parts + (other * tl.num_programs(0) + tile) * (TILE * ROWS)
+                    part = parts + (other * tl.num_programs(0) + place).to(tl.int64) * (TILE * ROWS)
                     summed += tl.load(part + inside, volatile=True)
                 tl.store(places, summed.to(out.dtype.element_ty), mask=kept)
-                tl.store(arrivals + tile, 0)
+                tl.store(arrivals + place, 0)
 
 
-def few_rows(
+def fp8_gemm(
     a: Tensor,
     a_scale: Tensor,
     w: Tensor,
@@ -134,7 +145,7 @@ def few_rows(
     dtype: torch.dtype = torch.bfloat16,
     launch: Launch | None = None,
 ) -> Tensor:
-    """Returns a @ w.T `[M, N]` for 1 to 64 rows; CPU tensors take the reference unless Triton interprets.
+    """Returns a @ w.T `[M, N]`; CPU tensors take the reference unless Triton interprets.
 
     Args:
         a: `[M, K]` e4m3 with scales `[M, ceil(K / 128)]` float32.
@@ -144,50 +155,77 @@ def few_rows(
     Raises:
         ValueError: shapes that do not fit.
     """
-    rows, outputs = _check(a, a_scale, w, w_scale)
+    rows, outputs = _check(a, w)
+    blocks = -(-w.shape[1] // BLOCK)
+    expected = ((rows, blocks), (-(-outputs // BLOCK), blocks))
+    if (tuple(a_scale.shape), tuple(w_scale.shape)) != expected:
+        raise ValueError(f"scales {tuple(a_scale.shape)} and {tuple(w_scale.shape)}: expected {expected}")
+    if not (a_scale.is_contiguous() and w_scale.is_contiguous()):
+        raise ValueError("scales must be contiguous")
     if out is None:
         out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     if not _runs_triton(a):
         return out.copy_(reference(a, a_scale, w, w_scale))
-    launch = launch or default_launch(outputs, w.shape[1])
-    row_tile = next(size for size in ROW_TILES if rows <= size)
-    tiles = -(-outputs // launch.tile)
+    return _launch(a, w, a_scale, w_scale, out, launch or default_launch(outputs, w.shape[1]))
+
+
+def bf16_gemm(
+    a: Tensor, w: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, launch: Launch | None = None
+) -> Tensor:
+    """Returns a @ w.T `[M, N]` of bfloat16 a `[M, K]` and w `[N, K]`, K a multiple of 8; sums in float32.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    rows, outputs = _check(a, w)
+    if out is None:
+        out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
+    if not _runs_triton(a):
+        return out.copy_(a.float() @ w.float().T)
+    return _launch(a, w, None, None, out, launch or default_launch(outputs, w.shape[1], "bf16"))
+
+
+def _launch(
+    a: Tensor, w: Tensor, a_scale: Tensor | None, w_scale: Tensor | None, out: Tensor, launch: Launch
+) -> Tensor:
+    (rows, inputs), outputs = a.shape, w.shape[0]
+    row_tile = next((size for size in ROW_TILES if rows <= size), ROW_TILES[-1])
+    tiles = -(-outputs // launch.tile) * -(-rows // row_tile)
     parts, arrivals = _workspace(a.device, launch.splits * tiles * launch.tile * row_tile, tiles)
-    _few_rows_kernel[(tiles, launch.splits)](
+    _gemm_kernel[(tiles, launch.splits)](
         _described(w, launch.tile),
         _described(a, row_tile),
-        w_scale,
-        a_scale,
+        w if w_scale is None else w_scale,
+        a if a_scale is None else a_scale,
         out,
         parts,
         arrivals,
         rows,
         outputs,
-        w_scale.shape[1],
+        -(-inputs // BLOCK),
         TILE=launch.tile,
         ROWS=row_tile,
         SPLITS=launch.splits,
         STAGES=launch.stages,
+        SCALED=w_scale is not None,
+        WIDE=w_scale is None and bool(triton.knobs.runtime.interpret),
         num_warps=launch.warps,
     )
     return out
 
 
-def _check(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor) -> tuple[int, int]:
-    rows, inputs = a.shape
-    outputs, blocks = w.shape[0], -(-inputs // BLOCK)
-    if not 1 <= rows <= MOST_ROWS:
-        raise ValueError(f"{rows} rows: this product takes 1 to {MOST_ROWS}")
-    if w.shape[1] != inputs:
+def _check(a: Tensor, w: Tensor) -> tuple[int, int]:
+    if a.ndim != 2 or w.ndim != 2 or a.shape[1] != w.shape[1]:
         raise ValueError(f"a {tuple(a.shape)} and w {tuple(w.shape)} differ in their inner size")
-    if inputs % 16:
-        raise ValueError(f"inner size {inputs}: rows must be whole multiples of 16 bytes")
-    expected = ((rows, blocks), (-(-outputs // BLOCK), blocks))
-    if (tuple(a_scale.shape), tuple(w_scale.shape)) != expected:
-        raise ValueError(f"scales {tuple(a_scale.shape)} and {tuple(w_scale.shape)}: expected {expected}")
-    if not all(t.is_contiguous() for t in (a, a_scale, w, w_scale)):
+    if a.dtype != w.dtype:
+        raise ValueError(f"a is {a.dtype} and w is {w.dtype}: both e4m3 or both bfloat16 expected")
+    if a.shape[0] < 1:
+        raise ValueError("no rows given")
+    if a.shape[1] * a.element_size() % 16:
+        raise ValueError(f"inner size {a.shape[1]}: rows must be whole multiples of 16 bytes")
+    if not (a.is_contiguous() and w.is_contiguous()):
         raise ValueError("all operands must be contiguous")
-    return rows, outputs
+    return a.shape[0], w.shape[0]
 
 
 def _runs_triton(x: Tensor) -> bool:

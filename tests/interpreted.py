@@ -18,7 +18,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 from mtp_spec import noise as library_noise
-from mtp_spec.kernels import fp8, gemm, moe, quant, sampler
+from mtp_spec.kernels import fp8, gemm, mla, moe, quant, sampler
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
 
@@ -52,16 +52,24 @@ def products() -> None:
         w[:128, :128] = 0
         a, a_scale = fp8.act_quant(torch.randn(64, k, generator=generator))
         for launch in launches:
-            whole = gemm.few_rows(a, a_scale, w, w_scale, dtype=torch.float32, launch=launch)
+            whole = gemm.fp8_gemm(a, a_scale, w, w_scale, dtype=torch.float32, launch=launch)
             close(whole, fp8.fp8_gemm(a, a_scale, w, w_scale), 1e-5)
             for first, rows in ((0, 1), (5, 2), (7, 17), (1, 63)):
                 part = slice(first, first + rows)
                 out = torch.full((rows, n), float("nan"))
                 gemm._spaces.clear()  # room for partial sums that holds anything
                 gemm._workspace(a.device, 1 << 18, 64)[0].fill_(float("nan"))
-                gemm.few_rows(a[part], a_scale[part], w, w_scale, out=out, launch=launch)
+                gemm.fp8_gemm(a[part], a_scale[part], w, w_scale, out=out, launch=launch)
                 assert torch.equal(out, whole[part]), "rows depend on their neighbours"
                 assert not gemm._spaces[a.device][1].any(), "arrival counts must return to zero"
+
+
+    # whole numbers: NumPy, which multiplies here, may sum in any order
+    w, x = (torch.randint(-8, 9, (n, 264), generator=generator).bfloat16() for n in (130, 70))
+    for launch in launches:
+        whole = gemm.bf16_gemm(x, w, dtype=torch.float32, launch=launch)
+        close(whole, x.float() @ w.float().T, 1e-5)
+        assert torch.equal(gemm.bf16_gemm(x[5:6], w, dtype=torch.float32, launch=launch), whole[5:6])
 
 
 def quantisers() -> None:
@@ -116,6 +124,52 @@ def experts() -> None:
         assert torch.equal(moe.moe(part, router, bias, routing, weights), whole[first : first + rows])
 
 
+def attention() -> None:
+    """Every step against its reference; every row of a tree bitwise as if decoded alone after its ancestors."""
+    generator = torch.Generator().manual_seed(0)
+    # two siblings under the root, three tokens below the second, one more below the first
+    table = torch.tensor([[0, -1, -1, -1], [0, 1, -1, -1], [0, 2, -1, -1], [0, 2, 3, -1], [0, 2, 3, 4], [0, 1, 5, -1]])
+    depths = (table >= 0).sum(1) - 1
+    for heads, value, packed, contexts in ((4, 32, True, (0, 62, 130)), (3, 128, True, (1, 1022)), (33, 32, False, (64,))):
+        head = mla.Head(heads, 32, 16, 64, value, 0.1, interleaved=packed)
+        rows = heads * (32 + value)
+        kv_b, kv_b_scale = torch.randn(rows, 64, generator=generator).bfloat16(), None
+        if packed:
+            kv_b, kv_b_scale = fp8.weight_quant(kv_b)
+        angles = torch.randn(1200, 2, 16, generator=generator)
+        for context in contexts:
+            length = torch.tensor([context], dtype=torch.int32)
+            plan = mla.Plan(length, depths.int(), torch.arange(6, dtype=torch.int32), table.int(), 3, offset=1)
+            cache = torch.full((1100, head.width), float("nan"), dtype=torch.bfloat16)
+            cache[:context] = torch.randn(context, head.width, generator=generator).bfloat16()
+            down = torch.randn(6, 96 + head.width, generator=generator).bfloat16()
+            norms = torch.rand(96, generator=generator) + 0.5, torch.rand(64, generator=generator) + 0.5
+            other = cache.clone()
+            got = mla.prepare(down, *norms, angles, cache, plan, head, 1e-6)
+            expected = mla.prepare_reference(down, *norms, angles, other, plan, head, 1e-6)
+            close(fp8_values(*got), fp8_values(*expected), 0.08)
+            close(cache[: context + 6], other[: context + 6], 0.01)
+            assert cache[context + 6 :].isnan().all()
+            q = torch.randn(6, heads * 48, generator=generator).bfloat16()
+            latent_q = mla.absorb(q, kv_b, kv_b_scale, angles, plan, head)
+            close(latent_q, mla.absorb_reference(q, kv_b, kv_b_scale, angles, plan, head), 0.01)
+            mla._rooms.clear()
+            for room in mla._room(cache.device, mla.split_of(1099) + 1, head, 6)[:2]:
+                room.fill_(float("nan"))
+            seen = mla.attend(latent_q, cache, plan, head)
+            close(seen, mla.attend_reference(latent_q, cache, plan, head), 0.02)
+            for row, depth in enumerate(depths.tolist()):
+                alone = torch.full_like(cache, float("nan"))
+                alone[:context] = cache[:context]
+                alone[context : context + depth + 1] = cache[context + table[row, : depth + 1]]
+                one = mla.chain(length + depth, 1, offset=1)
+                assert torch.equal(mla.attend(latent_q[row : row + 1], alone, one, head), seen[row : row + 1])
+            line = mla.chain(length, 6)
+            close(mla.attend(latent_q, cache, line, head), mla.attend_reference(latent_q, cache, line, head), 0.02)
+            values = mla.up(seen, kv_b, kv_b_scale, head)
+            close(fp8_values(*values), fp8_values(*mla.up_reference(seen, kv_b, kv_b_scale, head)), 0.08)
+
+
 def noise() -> None:
     """The device's noise is the library's, to the last bit or the one before."""
     seeds, positions = [0, 7, 2**64 - 1, 2**63], [0, 5, 40_000, 2**33]
@@ -168,7 +222,7 @@ def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    for what in (products, quantisers, experts, noise, sampling):
+    for what in (products, quantisers, experts, attention, noise, sampling):
         if what.__name__ == sys.argv[1]:
             what()
     print("passed")

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 V3_SHAPES = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (576, 7168), (2048, 10944)]
 
 
-@pytest.mark.parametrize("what", ["products", "quantisers", "experts", "noise", "sampling"])
+@pytest.mark.parametrize("what", ["products", "quantisers", "experts", "noise", "sampling", "attention"])
 def test_interpreted(what: str) -> None:
     # Triton decides at import, so the interpreter has a process of its own
     program = [sys.executable, str(Path(__file__).parent / "interpreted.py"), what]
@@ -43,9 +43,9 @@ def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int)
         "n": "i32",
         "k_blocks": "i32",
     }
-    constants = {"TILE": tile, "ROWS": rows, "SPLITS": splits, "STAGES": 4}
+    constants = {"TILE": tile, "ROWS": rows, "SPLITS": splits, "STAGES": 4, "SCALED": True, "WIDE": False}
     source = ASTSource(
-        gemm._few_rows_kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
+        gemm._gemm_kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     ptx = compiled.asm["ptx"]
@@ -58,13 +58,14 @@ def test_wrong_shapes_are_refused() -> None:
     a, a_scale = fp8.act_quant(torch.randn(2, 256))
     w, w_scale = fp8.weight_quant(torch.randn(128, 256))
     for bad, words in (
-        ((a.repeat(40, 1), a_scale.repeat(40, 1), w, w_scale), "rows"),
+        ((a[:0], a_scale[:0], w, w_scale), "no rows"),
+        ((a.bfloat16(), a_scale, w, w_scale), "both e4m3"),
         ((a[:, :128].contiguous(), a_scale, w, w_scale), "inner size"),
         ((a, a_scale[:, :1].contiguous(), w, w_scale), "scales"),
         ((a, a_scale, w.T.contiguous().T, w_scale), "contiguous"),
     ):
         with pytest.raises(ValueError, match=words):
-            gemm.few_rows(*bad)
+            gemm.fp8_gemm(*bad)
 
 
 @pytest.mark.gpu
@@ -72,12 +73,12 @@ def test_wrong_shapes_are_refused() -> None:
 def test_product_on_the_gpu(n: int, k: int) -> None:
     w, w_scale = (t.cuda() for t in fp8.weight_quant(torch.randn(n, k)))
     a, a_scale = quant.quant(torch.randn(64, k, device="cuda", dtype=torch.bfloat16))
-    whole = gemm.few_rows(a, a_scale, w, w_scale)
+    whole = gemm.fp8_gemm(a, a_scale, w, w_scale)
     expected = fp8.fp8_gemm(a, a_scale, w, w_scale)
     assert (whole.float() - expected).norm() / expected.norm() < 5e-3
     for rows in (1, 2, 3, 8, 16, 17, 33, 63):
         out = torch.full((rows, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-        gemm.few_rows(a[-rows:].contiguous(), a_scale[-rows:].contiguous(), w, w_scale, out=out)
+        gemm.fp8_gemm(a[-rows:].contiguous(), a_scale[-rows:].contiguous(), w, w_scale, out=out)
         assert torch.equal(out, whole[-rows:])
 
 

@@ -41,7 +41,7 @@ def kernels(args: argparse.Namespace) -> Report:
         exact = _row_invariant(weights[0], scales[0], launch)
         for m in args.rows:
             a, a_scale = quant.quant(torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
-            ours = partial(gemm.few_rows, launch=launch)
+            ours = partial(gemm.fp8_gemm, launch=launch)
             out = ours(a, a_scale, weights[0], scales[0]).float()
             expected = fp8.fp8_gemm(a, a_scale, weights[0], scales[0])
             micro = _microseconds(ours, a, a_scale, weights, scales)
@@ -120,7 +120,7 @@ def _tune(weights: list[Tensor], scales: list[Tensor], errors: dict[str, str]) -
                 micro = 0.0
                 for m in (1, 8):
                     a, a_scale = quant.quant(torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
-                    product = partial(gemm.few_rows, launch=candidate)
+                    product = partial(gemm.fp8_gemm, launch=candidate)
                     micro += _attempt(product, a, a_scale, weights, scales, errors)
                 tried["/".join(str(v) for v in asdict(candidate).values())] = micro / 2
                 if micro < best:
@@ -165,9 +165,9 @@ def _bf16(n: int, k: int, m: int) -> float:
 
 def _row_invariant(w: Tensor, w_scale: Tensor, launch: gemm.Launch) -> bool:
     a, a_scale = quant.quant(torch.randn(64, w.shape[1], device="cuda", dtype=torch.bfloat16))
-    whole = gemm.few_rows(a, a_scale, w, w_scale, launch=launch)
+    whole = gemm.fp8_gemm(a, a_scale, w, w_scale, launch=launch)
     for rows in (1, 2, 3, 5, 8, 16, 17, 32, 33, 63):
         part = a[-rows:].contiguous(), a_scale[-rows:].contiguous()
-        if not torch.equal(gemm.few_rows(*part, w, w_scale, launch=launch), whole[-rows:]):
+        if not torch.equal(gemm.fp8_gemm(*part, w, w_scale, launch=launch), whole[-rows:]):
             return False
     return True

@@ -1,0 +1,356 @@
+"""Multi-head latent attention over a cache, for the rows of a decode, draft, verify or prefill pass.
+
+DeepSeek-V2 (2405.04434, section 2.1) in the absorbed form: queries and values live in the latent space, so a token is
+C + R cached numbers however many heads there are. One pass over the cache serves every node of a tree: rows are
+(node, head) pairs, the context is split over the multiprocessors, and a node sees the committed slots and its own
+ancestors. Five launches: prepare (norms, rotation, cache write), absorb, attend, combine, up.
+
+How a context is cut depends on positions alone (`mla_kernels.split_of`), so a row's bits are those of plain decoding.
+
+Legend: `M` rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C` kv_lora_rank, `W` = C + R, `V` v_head_dim,
+`A` columns of the ancestor table, `S` splits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, weight_dequant
+from mtp_spec.kernels.moe_route import runs_triton
+
+try:
+    import triton
+except ImportError:  # no Triton for this platform: the references remain
+    triton = None
+
+KEYS = 64  # keys a block; sizes of splits are multiples of it
+TILE = 64  # node-head pairs a program, wgmma's rows
+PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
+COMBINED = 16  # splits read at once when they are added
+ROW_TILE = 16  # rows of the small products of a head
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Sizes of the attention: see the legend."""
+
+    heads: int
+    nope: int
+    rope: int
+    latent: int
+    value: int
+    scale: float  # of the scores
+    interleaved: bool = True
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.latent + self.rope
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where the rows of one pass stand; on the device, so that a captured pass follows the text.
+
+    Attributes:
+        length: `[1]` int32, committed slots L.
+        depths: `[M]` int32: row m has position offset + L + depths[m].
+        slots: `[M]` int32: row m is written to slot L + slots[m].
+        ancestors: `[M, A]` int32: column d holds the number (as in `slots`) of row m's ancestor at depth d, column
+            depths[m] its own. None for a chain: depths and slots are first, first + 1, ...
+        deepest: the largest depth.
+        first: a chain's first depth.
+        offset: position of slot 0.
+    """
+
+    length: Tensor
+    depths: Tensor
+    slots: Tensor
+    ancestors: Tensor | None
+    deepest: int
+    first: int = 0
+    offset: int = 0
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return self.depths.shape[0]
+
+    def part(self, begin: int, end: int) -> Plan:
+        """Returns the plan of rows begin .. end - 1."""
+        if self.ancestors is not None:
+            return Plan(self.length, self.depths[begin:end], self.slots[begin:end], self.ancestors[begin:end],
+                        self.deepest, 0, self.offset)  # fmt: skip
+        first, last = self.first + begin, self.first + end - 1
+        return Plan(self.length, self.depths[begin:end], self.slots[begin:end], None, last, first, self.offset)
+
+
+def chain(length: Tensor, rows: int, offset: int = 0) -> Plan:
+    """Returns the plan of rows that follow the committed slots and each other."""
+    order = torch.arange(rows, dtype=torch.int32, device=length.device)
+    return Plan(length, order, order, None, rows - 1, 0, offset)
+
+
+def prepare(
+    down: Tensor,
+    q_norm: Tensor | None,
+    kv_norm: Tensor,
+    table: Tensor,
+    cache: Tensor,
+    plan: Plan,
+    head: Head,
+    eps: float,
+) -> tuple[Tensor, Tensor] | None:
+    """Writes the rows' latents to the cache; returns the query's latent as e4m3 `[M, Q]` with scales, if it has one.
+
+    Args:
+        down: `[M, Q + W]` bf16, output of the fused down-projection; without query LoRA Q = H (N + R).
+        q_norm: `[Q]`, or None without query LoRA.  kv_norm: `[C]`.
+        table: `[L, 2, R]` float32, `model.rope.rope_table`.
+        cache: `[capacity, W]` bf16.
+    """
+    rows, columns = down.shape
+    q_rank = columns - head.width
+    if not runs_triton(down):
+        return prepare_reference(down, q_norm, kv_norm, table, cache, plan, head, eps)
+    from mtp_spec.kernels import mla_kernels as kernels
+
+    lora = q_norm is not None
+    quantised = torch.empty(rows if lora else 0, q_rank, dtype=E4M3, device=down.device)
+    scales = torch.empty(rows if lora else 0, -(-q_rank // BLOCK), device=down.device)
+    kernels._prepare_kernel[(rows, 2 if lora else 1)](
+        down, kv_norm if q_norm is None else q_norm, kv_norm, table, plan.length, plan.depths, plan.slots, quantised,
+        scales, cache, plan.offset, eps, A_ROWS=q_rank, C=head.latent, R=head.rope,
+        WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=triton.next_power_of_2(head.latent),
+        WIDE_R=triton.next_power_of_2(head.rope), LORA=lora, INTERLEAVED=head.interleaved, LARGEST=E4M3_MAX,
+    )  # fmt: skip
+    return (quantised, scales) if lora else None
+
+
+def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, plan: Plan, head: Head) -> Tensor:
+    """Returns queries in the latent space `[M, H, W]` bf16: q_nope @ W_UK beside the rotated q_rope.
+
+    Args:
+        q: `[M, H (N + R)]` bf16, columns contiguous.
+        kv_b: `[H (N + V), C]` bf16, or e4m3 with scales `[ceil(H (N + V) / 128), ceil(C / 128)]`.
+    """
+    if not runs_triton(q):
+        return absorb_reference(q, kv_b, kv_b_scale, table, plan, head)
+    from mtp_spec.kernels import mla_kernels as kernels
+
+    rows = q.shape[0]
+    out = torch.empty(rows, head.heads, head.width, dtype=torch.bfloat16, device=q.device)
+    kernels._absorb_kernel[(head.heads, -(-head.latent // BLOCK) + 1)](
+        q, kv_b, kv_b if kv_b_scale is None else kv_b_scale, table, plan.length, plan.depths, out, rows, q.stride(0),
+        plan.offset, head.heads, N=head.nope, V=head.value, C=head.latent, R=head.rope,
+        WIDE_N=max(16, triton.next_power_of_2(head.nope)), WIDE_R=triton.next_power_of_2(head.rope), ROWS=ROW_TILE,
+        PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=_interpreted(),
+    )  # fmt: skip
+    return out
+
+
+def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
+    """Returns the heads' values `[M, H V]` as e4m3 with scales `[M, ceil(H V / 128)]`: context @ W_UV.T.
+
+    Args:
+        context: `[M, H, C]` bf16.
+    """
+    if not runs_triton(context):
+        return up_reference(context, kv_b, kv_b_scale, head)
+    from mtp_spec.kernels import mla_kernels as kernels
+    from mtp_spec.kernels.quant import quant
+
+    rows, columns = context.shape[0], head.heads * head.value
+    whole = head.value % BLOCK == 0
+    out = torch.empty(rows, columns, dtype=E4M3 if whole else torch.bfloat16, device=context.device)
+    scales = torch.empty(rows, -(-columns // BLOCK), device=context.device)
+    kernels._up_kernel[(head.heads, -(-head.value // BLOCK))](
+        context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads,
+        N=head.nope, V=head.value, C=head.latent, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
+        ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, LARGEST=E4M3_MAX, WIDE=_interpreted(),
+    )  # fmt: skip
+    return (out, scales) if whole else quant(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How `attend` runs: tiles in flight, warps a program, loads by TMA; none of them changes the arithmetic."""
+
+    stages: int = 2
+    warps: int = 8
+    tma: bool = True
+
+
+def attend(q: Tensor, cache: Tensor, plan: Plan, head: Head, launch: Launch | None = None) -> Tensor:
+    """Returns the attention-weighted latents `[M, H, C]` bf16.
+
+    Args:
+        q: `[M, H, W]` bf16.  cache: `[capacity, W]` bf16; the rows' own latents are in it.
+
+    Raises:
+        ValueError: shapes, or sizes that are no power of two.
+    """
+    _check(q, cache, plan, head)
+    if not runs_triton(q):
+        return attend_reference(q, cache, plan, head)
+    out = torch.empty(*q.shape[:2], head.latent, dtype=torch.bfloat16, device=q.device)
+    splits = split_of(cache.shape[0] - 1) + 1
+    parts, numbers, at_once = _room(q.device, splits, head, plan.rows)
+    for begin in range(0, plan.rows, at_once):
+        end = min(begin + at_once, plan.rows)
+        _attend(q[begin:end], cache, plan.part(begin, end), head, launch or Launch(), parts, numbers, splits,
+                out[begin:end])  # fmt: skip
+    return out
+
+
+def split_of(position: int) -> int:
+    """`mla_kernels.split_of` on the host."""
+    if position < 1024:
+        return position // 64
+    if position < 8192:
+        return 16 + (position - 1024) // 256
+    return 44 + (position - 8192) // 512 if position < 32768 else 92 + (position - 32768) // 2048
+
+
+def room_bytes(capacity: int, head: Head, rows: int) -> int:
+    """Returns bytes that `attend` keeps for passes of up to `rows` rows over a cache of `capacity` slots."""
+    splits = split_of(capacity - 1) + 1
+    return splits * head.heads * min(rows, _at_once(splits, head)) * (2 * head.latent + 8)
+
+
+def _attend(
+    q: Tensor, cache: Tensor, plan: Plan, head: Head, launch: Launch, parts: Tensor, numbers: Tensor, splits: int,
+    out: Tensor,
+) -> None:  # fmt: skip
+    from mtp_spec.kernels import mla_kernels as kernels
+
+    pairs = plan.rows * head.heads
+    heads = min(TILE, max(1, triton.next_power_of_2(head.heads)))
+    tiles = -(-plan.rows // (TILE // heads)) * -(-head.heads // heads)
+    peaks, totals = numbers[: 2 * splits * pairs].split(splits * pairs)
+    tma = launch.tma and cache.shape[0] >= KEYS
+    kernels._attend_kernel[(min(tiles * splits, _multiprocessors(q.device)),)](
+        q, cache, _described(cache, head.latent) if tma else cache, _described(cache, head.rope) if tma else cache,
+        plan.length, plan.depths, plan.depths if plan.ancestors is None else plan.ancestors, parts, peaks, totals,
+        plan.rows, head.heads, 1 if plan.ancestors is None else plan.ancestors.stride(0), plan.first, plan.deepest,
+        head.scale * math.log2(math.e), C=head.latent, R=head.rope, ROWS=TILE, HEADS=heads, BLOCK=KEYS,
+        STAGES=launch.stages, CHAIN=plan.ancestors is None, TMA=tma, WIDE=_interpreted(), num_warps=launch.warps,
+    )  # fmt: skip
+    kernels._combine_kernel[(pairs,)](
+        parts, peaks, totals, plan.length, plan.depths, out, head.heads, C=head.latent, CHUNK=COMBINED,
+    )  # fmt: skip
+
+
+def prepare_reference(
+    down: Tensor, q_norm: Tensor | None, kv_norm: Tensor, table: Tensor, cache: Tensor, plan: Plan, head: Head,
+    eps: float,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """`prepare` in plain torch."""
+    q, latent, rope = down.split((down.shape[1] - head.width, head.latent, head.rope), dim=-1)
+    turned = _rotate(rope, table[_positions(plan)], head.interleaved)
+    cache[plan.length.long() + plan.slots.long()] = torch.cat((_norm(latent, kv_norm, eps), turned), -1).to(cache.dtype)
+    return None if q_norm is None else act_quant(_norm(q, q_norm, eps))
+
+
+def absorb_reference(
+    q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, plan: Plan, head: Head
+) -> Tensor:
+    """`absorb` in plain torch."""
+    nope, rope = q.unflatten(-1, (head.heads, -1)).split((head.nope, head.rope), dim=-1)
+    w_uk = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, : head.nope]
+    latent = torch.einsum("mhn,hnc->mhc", nope.float(), w_uk)
+    turned = _rotate(rope, table[_positions(plan)].unsqueeze(1), head.interleaved)
+    return torch.cat((latent.to(q.dtype), turned.to(q.dtype)), -1)
+
+
+def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
+    """`up` in plain torch."""
+    w_uv = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, head.nope :]
+    return act_quant(torch.einsum("mhc,hvc->mhv", context.float(), w_uv).to(context.dtype).flatten(1))
+
+
+def attend_reference(q: Tensor, cache: Tensor, plan: Plan, head: Head) -> Tensor:
+    """`attend` in plain torch, one row at a time."""
+    length, out = int(plan.length), []
+    for row, depth in enumerate(plan.depths.tolist()):
+        slots = list(range(length))
+        drafted = range(depth + 1) if plan.ancestors is None else plan.ancestors[row, : depth + 1].tolist()
+        keys = cache[slots + [length + slot for slot in drafted]].float()
+        weights = (q[row].float() @ keys.T * head.scale).softmax(-1)
+        out.append(weights @ keys[:, : head.latent])
+    return torch.stack(out).to(q.dtype)
+
+
+def _positions(plan: Plan) -> Tensor:
+    return plan.length.long() + plan.depths.long() + plan.offset
+
+
+def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    wide = x.float()
+    half = wide.shape[-1] // 2
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else wide.roll(half, -1)
+    own, other = table.unbind(-2)
+    return wide * own + swapped * other
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _wide(w: Tensor, scale: Tensor | None) -> Tensor:
+    return w.float() if scale is None else weight_dequant(w, scale).float()
+
+
+def _check(q: Tensor, cache: Tensor, plan: Plan, head: Head) -> None:
+    if q.shape != (plan.rows, head.heads, head.width) or cache.shape[1:] != (head.width,):
+        raise ValueError(f"q {tuple(q.shape)}, cache {tuple(cache.shape)}: [{plan.rows}, {head.heads}, {head.width}] "
+                         f"and [capacity, {head.width}] expected")  # fmt: skip
+    if not (q.is_contiguous() and cache.is_contiguous()):
+        raise ValueError("q and cache must be contiguous")
+    sizes = (head.latent, head.rope)
+    if any(size < 16 or size & (size - 1) for size in sizes):
+        raise ValueError(f"kv_lora_rank {head.latent}, qk_rope_head_dim {head.rope}: powers of two from 16 expected")
+
+
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _described(cache: Tensor, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(cache, list(cache.shape), list(cache.stride()), [KEYS, columns])
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _at_once(splits: int, head: Head) -> int:
+    """Returns rows whose partial results fit."""
+    return max(1, PARTS_BYTES // (splits * head.heads * head.latent * 2))
+
+
+_rooms: dict[torch.device, tuple[Tensor, Tensor]] = {}
+_outgrown: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write there
+
+
+def _room(device: torch.device, splits: int, head: Head, rows: int) -> tuple[Tensor, Tensor, int]:
+    """Returns room for partial results `[.]` bf16 and their peaks and sums `[.]` float32, and the rows that fit."""
+    at_once = min(rows, _at_once(splits, head))
+    pairs = splits * head.heads * at_once
+    held = _rooms.get(device)
+    if held is None or held[0].numel() < pairs * head.latent or held[1].numel() < 2 * pairs:
+        _outgrown.extend([] if held is None else [held])
+        sizes = (pairs * head.latent, 2 * pairs)
+        if held is not None:
+            sizes = max(sizes[0], held[0].numel()), max(sizes[1], held[1].numel())
+        held = torch.empty(sizes[0], dtype=torch.bfloat16, device=device), torch.empty(sizes[1], device=device)
+        _rooms[device] = held
+    return *held, at_once
