@@ -29,9 +29,11 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 KEYS = 64  # keys a block; sizes of splits are multiples of it
+TAIL = 2 * KEYS  # room for the last keys of a node: what committed slots leave of a block, and its ancestors
 TILE = 64  # node-head pairs a program, wgmma's rows
 PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
 COMBINED = 16  # splits read at once when they are added
+GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
 
 
@@ -51,6 +53,42 @@ class Head:
     def width(self) -> int:
         """W."""
         return self.latent + self.rope
+
+    @property
+    def padded(self) -> int:
+        """Heads a row of queries has: tiles of node-head pairs then begin and end with a head."""
+        power = 1 << (self.heads - 1).bit_length()
+        return power if power <= TILE else -(-self.heads // TILE) * TILE
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The latents of one layer inside the store of all layers.
+
+    Rows that no token was written to must hold finite numbers: reads come in whole blocks, masked afterwards.
+
+    Attributes:
+        store: `[rows, W]` bf16.
+        base: the layer's first row.  capacity: its rows, a multiple of 64.
+        spare: first of the rows, `TAIL` a node, where a tree's last keys are brought into order; all layers share them.
+    """
+
+    store: Tensor
+    base: int
+    capacity: int
+    spare: int
+
+    @property
+    def slots(self) -> Tensor:
+        """The layer's rows `[capacity, W]`."""
+        return self.store[self.base : self.base + self.capacity]
+
+
+def new_caches(layers: int, capacity: int, nodes: int, width: int, device: torch.device | str) -> list[Cache]:
+    """Returns empty caches of some layers with room for `capacity` tokens and trees of up to `nodes` rows."""
+    capacity = -(-capacity // KEYS) * KEYS
+    store = torch.zeros(layers * capacity + nodes * TAIL, width, dtype=torch.bfloat16, device=device)
+    return [Cache(store, layer * capacity, capacity, layers * capacity) for layer in range(layers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +139,7 @@ def prepare(
     q_norm: Tensor | None,
     kv_norm: Tensor,
     table: Tensor,
-    cache: Tensor,
+    cache: Cache,
     plan: Plan,
     head: Head,
     eps: float,
@@ -112,7 +150,6 @@ def prepare(
         down: `[M, Q + W]` bf16, output of the fused down-projection; without query LoRA Q = H (N + R).
         q_norm: `[Q]`, or None without query LoRA.  kv_norm: `[C]`.
         table: `[L, 2, R]` float32, `model.rope.rope_table`.
-        cache: `[capacity, W]` bf16.
     """
     rows, columns = down.shape
     q_rank = columns - head.width
@@ -125,7 +162,7 @@ def prepare(
     scales = torch.empty(rows if lora else 0, -(-q_rank // BLOCK), device=down.device)
     kernels._prepare_kernel[(rows, 2 if lora else 1)](
         down, kv_norm if q_norm is None else q_norm, kv_norm, table, plan.length, plan.depths, plan.slots, quantised,
-        scales, cache, plan.offset, eps, A_ROWS=q_rank, C=head.latent, R=head.rope,
+        scales, cache.slots, plan.offset, eps, A_ROWS=q_rank, C=head.latent, R=head.rope,
         WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=triton.next_power_of_2(head.latent),
         WIDE_R=triton.next_power_of_2(head.rope), LORA=lora, INTERLEAVED=head.interleaved, LARGEST=E4M3_MAX,
     )  # fmt: skip
@@ -133,7 +170,9 @@ def prepare(
 
 
 def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, plan: Plan, head: Head) -> Tensor:
-    """Returns queries in the latent space `[M, H, W]` bf16: q_nope @ W_UK beside the rotated q_rope.
+    """Returns queries in the latent space `[M, head.padded, W]` bf16: q_nope @ W_UK beside the rotated q_rope.
+
+    Heads past H are there for `attend`'s tiles and hold anything.
 
     Args:
         q: `[M, H (N + R)]` bf16, columns contiguous.
@@ -144,10 +183,10 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
     from mtp_spec.kernels import mla_kernels as kernels
 
     rows = q.shape[0]
-    out = torch.empty(rows, head.heads, head.width, dtype=torch.bfloat16, device=q.device)
+    out = torch.empty(rows, head.padded, head.width, dtype=torch.bfloat16, device=q.device)
     kernels._absorb_kernel[(head.heads, -(-head.latent // BLOCK) + 1)](
         q, kv_b, kv_b if kv_b_scale is None else kv_b_scale, table, plan.length, plan.depths, out, rows, q.stride(0),
-        plan.offset, head.heads, N=head.nope, V=head.value, C=head.latent, R=head.rope,
+        plan.offset, head.padded, N=head.nope, V=head.value, C=head.latent, R=head.rope,
         WIDE_N=max(16, triton.next_power_of_2(head.nope)), WIDE_R=triton.next_power_of_2(head.rope), ROWS=ROW_TILE,
         PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=_interpreted(),
     )  # fmt: skip
@@ -179,18 +218,17 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How `attend` runs: tiles in flight, warps a program, loads by TMA; none of them changes the arithmetic."""
+    """How `attend` runs: tiles in flight and warps a program; neither changes the arithmetic."""
 
     stages: int = 2
     warps: int = 8
-    tma: bool = True
 
 
-def attend(q: Tensor, cache: Tensor, plan: Plan, head: Head, launch: Launch | None = None) -> Tensor:
+def attend(q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch | None = None) -> Tensor:
     """Returns the attention-weighted latents `[M, H, C]` bf16.
 
     Args:
-        q: `[M, H, W]` bf16.  cache: `[capacity, W]` bf16; the rows' own latents are in it.
+        q: `[M, head.padded, W]` bf16, from `absorb`.  cache: with the rows' own latents in it.
 
     Raises:
         ValueError: shapes, or sizes that are no power of two.
@@ -198,8 +236,8 @@ def attend(q: Tensor, cache: Tensor, plan: Plan, head: Head, launch: Launch | No
     _check(q, cache, plan, head)
     if not runs_triton(q):
         return attend_reference(q, cache, plan, head)
-    out = torch.empty(*q.shape[:2], head.latent, dtype=torch.bfloat16, device=q.device)
-    splits = split_of(cache.shape[0] - 1) + 1
+    out = torch.empty(plan.rows, head.heads, head.latent, dtype=torch.bfloat16, device=q.device)
+    splits = split_of(cache.capacity - 1) + 1
     parts, numbers, at_once = _room(q.device, splits, head, plan.rows)
     for begin in range(0, plan.rows, at_once):
         end = min(begin + at_once, plan.rows)
@@ -220,40 +258,45 @@ def split_of(position: int) -> int:
 def room_bytes(capacity: int, head: Head, rows: int) -> int:
     """Returns bytes that `attend` keeps for passes of up to `rows` rows over a cache of `capacity` slots."""
     splits = split_of(capacity - 1) + 1
-    return splits * head.heads * min(rows, _at_once(splits, head)) * (2 * head.latent + 8)
+    return splits * _pairs(min(rows, _at_once(splits, head)), head) * (2 * head.latent + 8)
 
 
 def _attend(
-    q: Tensor, cache: Tensor, plan: Plan, head: Head, launch: Launch, parts: Tensor, numbers: Tensor, splits: int,
+    q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch, parts: Tensor, numbers: Tensor, splits: int,
     out: Tensor,
 ) -> None:  # fmt: skip
     from mtp_spec.kernels import mla_kernels as kernels
 
-    pairs = plan.rows * head.heads
-    heads = min(TILE, max(1, triton.next_power_of_2(head.heads)))
-    tiles = -(-plan.rows // (TILE // heads)) * -(-head.heads // heads)
-    peaks, totals = numbers[: 2 * splits * pairs].split(splits * pairs)
-    tma = launch.tma and cache.shape[0] >= KEYS
-    kernels._attend_kernel[(min(tiles * splits, _multiprocessors(q.device)),)](
-        q, cache, _described(cache, head.latent) if tma else cache, _described(cache, head.rope) if tma else cache,
-        plan.length, plan.depths, plan.depths if plan.ancestors is None else plan.ancestors, parts, peaks, totals,
-        plan.rows, head.heads, 1 if plan.ancestors is None else plan.ancestors.stride(0), plan.first, plan.deepest,
-        head.scale * math.log2(math.e), C=head.latent, R=head.rope, ROWS=TILE, HEADS=heads, BLOCK=KEYS,
-        STAGES=launch.stages, CHAIN=plan.ancestors is None, TMA=tma, WIDE=_interpreted(), num_warps=launch.warps,
+    padded = _pairs(plan.rows, head)
+    peaks, totals = numbers[: 2 * splits * padded].split(splits * padded)
+    if plan.ancestors is not None:
+        kernels._gather_kernel[(plan.rows, TAIL // GATHERED)](
+            cache.store, plan.length, plan.depths, plan.ancestors, cache.base, cache.spare, plan.ancestors.stride(0),
+            BLOCK=KEYS, W=head.width, TAIL=TAIL, CHUNK=GATHERED, WIDE_W=triton.next_power_of_2(head.width),
+        )  # fmt: skip
+    flat = q.view(-1, head.width)
+    kernels._attend_kernel[(padded // TILE * splits,)](
+        _described(flat, TILE, head.latent), _described(flat, TILE, head.rope),
+        _described(cache.store, KEYS, head.latent), _described(cache.store, KEYS, head.rope),
+        _described(parts[: splits * padded * head.latent].view(-1, head.latent), TILE, head.latent),
+        plan.length, plan.depths, peaks, totals, cache.base, cache.spare, plan.rows, padded, plan.deepest,
+        head.scale * math.log2(math.e), HEADS=head.padded, C=head.latent, ROWS=TILE, BLOCK=KEYS, TAIL=TAIL,
+        STAGES=launch.stages, CHAIN=plan.ancestors is None, WIDE=_interpreted(), num_warps=launch.warps,
     )  # fmt: skip
-    kernels._combine_kernel[(pairs,)](
-        parts, peaks, totals, plan.length, plan.depths, out, head.heads, C=head.latent, CHUNK=COMBINED,
+    kernels._combine_kernel[(plan.rows, head.heads)](
+        parts, peaks, totals, plan.length, plan.depths, out, padded, HEADS=head.padded, C=head.latent, CHUNK=COMBINED,
     )  # fmt: skip
 
 
 def prepare_reference(
-    down: Tensor, q_norm: Tensor | None, kv_norm: Tensor, table: Tensor, cache: Tensor, plan: Plan, head: Head,
+    down: Tensor, q_norm: Tensor | None, kv_norm: Tensor, table: Tensor, cache: Cache, plan: Plan, head: Head,
     eps: float,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """`prepare` in plain torch."""
     q, latent, rope = down.split((down.shape[1] - head.width, head.latent, head.rope), dim=-1)
     turned = _rotate(rope, table[_positions(plan)], head.interleaved)
-    cache[plan.length.long() + plan.slots.long()] = torch.cat((_norm(latent, kv_norm, eps), turned), -1).to(cache.dtype)
+    row = torch.cat((_norm(latent, kv_norm, eps), turned), -1)
+    cache.slots[plan.length.long() + plan.slots.long()] = row.to(cache.store.dtype)
     return None if q_norm is None else act_quant(_norm(q, q_norm, eps))
 
 
@@ -265,7 +308,8 @@ def absorb_reference(
     w_uk = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, : head.nope]
     latent = torch.einsum("mhn,hnc->mhc", nope.float(), w_uk)
     turned = _rotate(rope, table[_positions(plan)].unsqueeze(1), head.interleaved)
-    return torch.cat((latent.to(q.dtype), turned.to(q.dtype)), -1)
+    absorbed = torch.cat((latent.to(q.dtype), turned.to(q.dtype)), -1)
+    return torch.nn.functional.pad(absorbed, (0, 0, 0, head.padded - head.heads))
 
 
 def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
@@ -274,14 +318,14 @@ def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head:
     return act_quant(torch.einsum("mhc,hvc->mhv", context.float(), w_uv).to(context.dtype).flatten(1))
 
 
-def attend_reference(q: Tensor, cache: Tensor, plan: Plan, head: Head) -> Tensor:
+def attend_reference(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     """`attend` in plain torch, one row at a time."""
     length, out = int(plan.length), []
     for row, depth in enumerate(plan.depths.tolist()):
         slots = list(range(length))
         drafted = range(depth + 1) if plan.ancestors is None else plan.ancestors[row, : depth + 1].tolist()
-        keys = cache[slots + [length + slot for slot in drafted]].float()
-        weights = (q[row].float() @ keys.T * head.scale).softmax(-1)
+        keys = cache.slots[slots + [length + slot for slot in drafted]].float()
+        weights = (q[row, : head.heads].float() @ keys.T * head.scale).softmax(-1)
         out.append(weights @ keys[:, : head.latent])
     return torch.stack(out).to(q.dtype)
 
@@ -307,12 +351,19 @@ def _wide(w: Tensor, scale: Tensor | None) -> Tensor:
     return w.float() if scale is None else weight_dequant(w, scale).float()
 
 
-def _check(q: Tensor, cache: Tensor, plan: Plan, head: Head) -> None:
-    if q.shape != (plan.rows, head.heads, head.width) or cache.shape[1:] != (head.width,):
-        raise ValueError(f"q {tuple(q.shape)}, cache {tuple(cache.shape)}: [{plan.rows}, {head.heads}, {head.width}] "
-                         f"and [capacity, {head.width}] expected")  # fmt: skip
-    if not (q.is_contiguous() and cache.is_contiguous()):
+def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
+    if q.shape != (plan.rows, head.padded, head.width) or cache.store.shape[1] != head.width:
+        raise ValueError(f"q {tuple(q.shape)}, cache {tuple(cache.store.shape)}: "
+                         f"[{plan.rows}, {head.padded}, {head.width}] and [rows, {head.width}] expected")  # fmt: skip
+    if not (q.is_contiguous() and cache.store.is_contiguous()):
         raise ValueError("q and cache must be contiguous")
+    if cache.capacity % KEYS or cache.base + cache.capacity > cache.spare:
+        raise ValueError(f"capacity {cache.capacity}: a multiple of {KEYS} expected, with room for tails behind it")
+    if plan.ancestors is not None:
+        if plan.deepest > KEYS:
+            raise ValueError(f"a tree of depth {plan.deepest}: at most {KEYS}")
+        if cache.spare + plan.rows * TAIL > cache.store.shape[0]:
+            raise ValueError(f"{plan.rows} rows: the cache has room for {(cache.store.shape[0] - cache.spare) // TAIL}")
     sizes = (head.latent, head.rope)
     if any(size < 16 or size & (size - 1) for size in sizes):
         raise ValueError(f"kv_lora_rank {head.latent}, qk_rope_head_dim {head.rope}: powers of two from 16 expected")
@@ -322,19 +373,20 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _described(cache: Tensor, columns: int) -> Any:
+def _described(x: Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(cache, list(cache.shape), list(cache.stride()), [KEYS, columns])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+def _pairs(rows: int, head: Head) -> int:
+    """Returns node-head pairs in whole tiles."""
+    return -(-rows * head.padded // TILE) * TILE
 
 
 def _at_once(splits: int, head: Head) -> int:
     """Returns rows whose partial results fit."""
-    return max(1, PARTS_BYTES // (splits * head.heads * head.latent * 2))
+    return max(1, PARTS_BYTES // (splits * head.padded * head.latent * 2))
 
 
 _rooms: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -344,7 +396,7 @@ _outgrown: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write t
 def _room(device: torch.device, splits: int, head: Head, rows: int) -> tuple[Tensor, Tensor, int]:
     """Returns room for partial results `[.]` bf16 and their peaks and sums `[.]` float32, and the rows that fit."""
     at_once = min(rows, _at_once(splits, head))
-    pairs = splits * head.heads * at_once
+    pairs = splits * _pairs(at_once, head)
     held = _rooms.get(device)
     if held is None or held[0].numel() < pairs * head.latent or held[1].numel() < 2 * pairs:
         _outgrown.extend([] if held is None else [held])

@@ -136,11 +136,11 @@ def _absorb_kernel(
     table,  # [L, 2, R] float32
     length,
     depths,
-    out,  # [M, H, W] bf16
+    out,  # [M, padded H, W] bf16
     rows,
     stride,
     offset,
-    heads,
+    heads,  # of the output, padded
     N: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -233,20 +233,15 @@ def _up_kernel(
 
 @triton.jit
 def _absorb_block(
-    q_latent, q_rope, latent, rope, seen, peak, total, acc, scale, MASK: tl.constexpr, WIDE: tl.constexpr
+    q_latent, q_rope, latent, rope, seen, peak, total, acc, scale, WIDE: tl.constexpr
 ):
-    """One step of the online softmax: keys [BLOCK, C] and [BLOCK, R] for queries [ROWS, C] and [ROWS, R].
-
-    The mask is applied to bare products, so that whole blocks and masked ones share every later operation.
-    """
+    """One step of the online softmax: keys [BLOCK, C] and [BLOCK, R] for queries [ROWS, C] and [ROWS, R]."""
     if WIDE:  # the interpreter cannot multiply bfloat16
         latent = latent.to(tl.float32)
         rope = rope.to(tl.float32)
     scores = tl.dot(q_latent, latent.T)
     scores = tl.dot(q_rope, rope.T, scores)
-    if MASK:
-        scores = tl.where(seen, scores, float("-inf"))
-    scores = scores * scale
+    scores = tl.where(seen, scores * scale, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher)
     kept = tl.exp2(peak - safe)
@@ -260,122 +255,134 @@ def _absorb_block(
 
 
 @triton.jit
-def _attend_kernel(
-    q,  # [M, H, W] bf16
-    cache,  # [capacity, W] bf16
-    latent_desc,  # the cache in tiles [BLOCK, C]; used with TMA
-    rope_desc,  # the cache in tiles [BLOCK, R]; used with TMA
+def _gather_kernel(
+    store,  # [rows of all layers, W] bf16
     length,  # [1] int32
     depths,  # [M] int32
-    ancestors,  # [M, A] int32; unused for a chain
-    parts,  # [S, M H, C]
-    peaks,  # [S, M H] float32
-    totals,  # [S, M H] float32
-    nodes,
-    heads,
+    ancestors,  # [M, A] int32
+    base,  # first row of the layer
+    spare,  # first row of the room for tails
     columns,  # A
-    first_depth,  # of a chain's first row
+    BLOCK: tl.constexpr,
+    W: tl.constexpr,
+    TAIL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDE_W: tl.constexpr,
+):
+    """Copies a node's last keys in position order: from the last whole block of committed slots to its own."""
+    node, start = tl.program_id(0), tl.load(length)
+    whole = start // BLOCK * BLOCK
+    at = whole + tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    lane = tl.arange(0, WIDE_W)
+    held = at <= start + tl.load(depths + node)
+    drafted = held & (at >= start)
+    slot = tl.where(drafted, start + tl.load(ancestors + node * columns + at - start, mask=drafted, other=0), at)
+    mask = held[:, None] & (lane < W)[None, :]
+    # what lies beyond is masked later, but a NaN would survive a weight of zero
+    keys = tl.load(store + (base + slot).to(tl.int64)[:, None] * W + lane[None, :], mask=mask, other=0.0)
+    target = store + (spare + node * TAIL + at - whole).to(tl.int64)[:, None] * W + lane[None, :]
+    tl.store(target, keys, mask=(lane < W)[None, :])
+
+
+@triton.jit
+def _attend_kernel(
+    q_latent_desc,  # [M H, W] in tiles [ROWS, C]
+    q_rope_desc,  # [M H, W] in tiles [ROWS, R]
+    latent_desc,  # the store in tiles [BLOCK, C]
+    rope_desc,  # the store in tiles [BLOCK, R]
+    parts_desc,  # [S * padded, C] in tiles [ROWS, C]
+    length,  # [1] int32
+    depths,  # [M] int32
+    peaks,  # [S, padded] float32
+    totals,  # [S, padded] float32
+    base,  # first row of the layer
+    spare,  # first row of the nodes' tails; unused for a chain
+    nodes,
+    padded,  # M H in whole tiles
     deepest,  # largest depth
     scale,
+    HEADS: tl.constexpr,
     C: tl.constexpr,
-    R: tl.constexpr,
     ROWS: tl.constexpr,
-    HEADS: tl.constexpr,  # of ROWS; the others are further nodes
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
-    TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Partial attention of every (split, tile of ROWS node-head pairs); programs take several in turn."""
-    GROUP: tl.constexpr = ROWS // HEADS
-    W: tl.constexpr = C + R
+    """Partial attention of a tile of ROWS node-head pairs over one split.
+
+    All tiles read the blocks of committed slots. Then a chain's tile goes on in the cache, whose slots are its
+    positions; a tree's goes through the tails of its nodes one by one. A node without keys in a split leaves numbers
+    there that nothing reads.
+    """
+    GROUP: tl.constexpr = (ROWS + HEADS - 1) // HEADS  # nodes a tile
     start = tl.load(length)
-    head_tiles = tl.cdiv(heads, HEADS)
-    tiles = tl.cdiv(nodes, GROUP) * head_tiles
     splits = split_of(start + deepest) + 1
-    in_latent, in_rope, in_block = tl.arange(0, C), tl.arange(0, R), tl.arange(0, BLOCK)
-    lane = tl.arange(0, ROWS)
-    # blocks of committed slots alone: every row sees all of them
+    in_block, lane = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     whole = start // BLOCK * BLOCK
-    for item in range(tl.program_id(0), splits * tiles, tl.num_programs(0)):
-        tile = item % tiles  # neighbours read the same keys
-        split = splits - 1 - item // tiles  # the long ones first
-        first, end = _split_start(split), _split_start(split + 1)
-        node = tile // head_tiles * GROUP + lane // HEADS
-        head = tile % head_tiles * HEADS + lane % HEADS
-        real = (node < nodes) & (head < heads)
-        position = start + tl.load(depths + node, mask=node < nodes, other=0)
-        row = node * heads + head
-        place = q + row.to(tl.int64)[:, None] * W
-        q_latent = tl.load(place + in_latent[None, :], mask=real[:, None], other=0.0)
-        q_rope = tl.load(place + C + in_rope[None, :], mask=real[:, None], other=0.0)
-        if WIDE:
-            q_latent = q_latent.to(tl.float32)
-            q_rope = q_rope.to(tl.float32)
-        peak = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((ROWS,), dtype=tl.float32)
-        acc = tl.zeros((ROWS, C), dtype=tl.float32)
-        for at0 in tl.range(first, tl.minimum(end, whole), BLOCK, num_stages=STAGES):
-            if TMA:
-                latent = latent_desc.load([at0, 0])
-                rope = rope_desc.load([at0, C])
-            else:
-                keys = cache + (at0 + in_block).to(tl.int64)[:, None] * W
-                latent = tl.load(keys + in_latent[None, :])
-                rope = tl.load(keys + C + in_rope[None, :])
-            peak, total, acc = _absorb_block(
-                q_latent, q_rope, latent, rope, real, peak, total, acc, scale, False, WIDE
-            )
-        # blocks that hold positions of this pass: a chain's slots are its positions, a tree's node gathers its own
+    tiles = padded // ROWS
+    # the long splits come first; programs past the last split have nothing to do
+    tile, split = tl.program_id(0) % tiles, splits - 1 - tl.program_id(0) // tiles
+    if split < 0:
+        return
+    first, end = _split_start(split), _split_start(split + 1)
+    node = (tile * ROWS + lane) // HEADS
+    position = start + tl.load(depths + node, mask=node < nodes, other=0)
+    q_latent = q_latent_desc.load([tile * ROWS, 0])
+    q_rope = q_rope_desc.load([tile * ROWS, C])
+    if WIDE:
+        q_latent = q_latent.to(tl.float32)
+        q_rope = q_rope.to(tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    acc = tl.zeros((ROWS, C), dtype=tl.float32)
+    # positions of the pass's deepest node bound the last block
+    last = tl.minimum(end, start + deepest + 1)
+    shared = tl.maximum(tl.cdiv(last - first, BLOCK), 0)
+    own, blocks, tail, node0 = 1, shared, 0, tile * ROWS // HEADS
+    if not CHAIN:
         tail = tl.maximum(first, whole)
-        PASSES: tl.constexpr = 1 if CHAIN else GROUP
-        for member in range(PASSES):
-            if CHAIN:
-                deep = first_depth + tl.minimum(tile // head_tiles * GROUP + GROUP, nodes) - 1
-                mine = real
-            else:
-                one = tile // head_tiles * GROUP + member
-                deep = tl.load(depths + one, mask=one < nodes, other=-start - 1)
-                mine = real & (lane // HEADS == member)
-                line = ancestors + one * columns
-            for at0 in tl.range(tail, tl.minimum(end, start + deep + 1), BLOCK, num_stages=1):
-                at = at0 + in_block
-                held = at <= start + deep
-                slot = at
-                if not CHAIN:
-                    drafted = held & (at >= start)
-                    slot = tl.where(drafted, start + tl.load(line + at - start, mask=drafted, other=0), at)
-                keys = cache + slot.to(tl.int64)[:, None] * W
-                latent = tl.load(keys + in_latent[None, :], mask=held[:, None], other=0.0)
-                rope = tl.load(keys + C + in_rope[None, :], mask=held[:, None], other=0.0)
-                seen = mine[:, None] & (at[None, :] <= position[:, None])
-                peak, total, acc = _absorb_block(
-                    q_latent, q_rope, latent, rope, seen, peak, total, acc, scale, True, WIDE
-                )
-        kept = real & (position >= first)
-        out = split.to(tl.int64) * (nodes * heads) + row
-        tl.store(peaks + out, peak, mask=kept)
-        tl.store(totals + out, total, mask=kept)
-        tl.store(parts + out[:, None] * C + in_latent[None, :], acc.to(parts.dtype.element_ty), mask=kept[:, None])
+        shared = tl.maximum(tl.minimum(end, whole) - first, 0) // BLOCK
+        own = tl.maximum(tl.cdiv(last - tail, BLOCK), 0)
+        blocks = shared + own * tl.minimum(GROUP, nodes - node0)
+    for block in tl.range(0, blocks, num_stages=STAGES):
+        at0 = first + block * BLOCK
+        key0 = base + at0
+        if not CHAIN:
+            late = tl.maximum(block - shared, 0)
+            member = late // tl.maximum(own, 1)
+            at0 = tl.where(block < shared, at0, tail + (late - member * own) * BLOCK)
+            key0 = tl.where(block < shared, base + at0, spare + (node0 + member) * TAIL + at0 - whole)
+        latent = latent_desc.load([key0, 0])
+        rope = rope_desc.load([key0, C])
+        seen = (at0 + in_block)[None, :] <= position[:, None]
+        if not CHAIN and GROUP > 1:
+            seen = seen & ((block < shared) | (node == node0 + member))[:, None]
+        peak, total, acc = _absorb_block(q_latent, q_rope, latent, rope, seen, peak, total, acc, scale, WIDE)
+    row = split * padded + tile * ROWS
+    tl.store(peaks + row + lane, peak)
+    tl.store(totals + row + lane, total)
+    parts_desc.store([row, 0], acc.to(parts_desc.dtype))
 
 
 @triton.jit
 def _combine_kernel(
-    parts,  # [S, M H, C]
-    peaks,  # [S, M H] float32
-    totals,  # [S, M H] float32
+    parts,  # [S, padded, C]
+    peaks,  # [S, padded] float32
+    totals,  # [S, padded] float32
     length,
     depths,  # [M] int32
-    out,  # [M H, C] bf16
-    heads,
+    out,  # [M, H, C] bf16
+    count,  # padded
+    HEADS: tl.constexpr,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Adds a row's splits, CHUNK at a time in ascending order."""
-    row = tl.program_id(0)
-    count = tl.num_programs(0)
-    splits = split_of(tl.load(length) + tl.load(depths + row // heads)) + 1
+    node, head = tl.program_id(0), tl.program_id(1)
+    row = node * HEADS + head
+    splits = split_of(tl.load(length) + tl.load(depths + node)) + 1
     chunk, column = tl.arange(0, CHUNK), tl.arange(0, C)
     peak = float("-inf")
     for first in range(0, splits, CHUNK):
@@ -394,4 +401,4 @@ def _combine_kernel(
         part = tl.load(parts + at[:, None] * C + column[None, :], mask=held[:, None], other=0.0).to(tl.float32)
         acc += tl.sum(kept[:, None] * part, 0)
     acc = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out + row.to(tl.int64) * C + column, acc.to(tl.bfloat16))
+    tl.store(out + (node * tl.num_programs(1) + head).to(tl.int64) * C + column, acc.to(tl.bfloat16))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -140,28 +141,31 @@ def attention() -> None:
         for context in contexts:
             length = torch.tensor([context], dtype=torch.int32)
             plan = mla.Plan(length, depths.int(), torch.arange(6, dtype=torch.int32), table.int(), 3, offset=1)
-            cache = torch.full((1100, head.width), float("nan"), dtype=torch.bfloat16)
-            cache[:context] = torch.randn(context, head.width, generator=generator).bfloat16()
+            # a second layer's rows and those of the other tokens hold numbers that would show
+            cache = mla.new_caches(2, 1100, 6, head.width, "cpu")[1]
+            cache.store.fill_(1e4)
+            cache.slots[:context] = torch.randn(context, head.width, generator=generator).bfloat16()
             down = torch.randn(6, 96 + head.width, generator=generator).bfloat16()
             norms = torch.rand(96, generator=generator) + 0.5, torch.rand(64, generator=generator) + 0.5
-            other = cache.clone()
+            other = replace(cache, store=cache.store.clone())
             got = mla.prepare(down, *norms, angles, cache, plan, head, 1e-6)
             expected = mla.prepare_reference(down, *norms, angles, other, plan, head, 1e-6)
             close(fp8_values(*got), fp8_values(*expected), 0.08)
-            close(cache[: context + 6], other[: context + 6], 0.01)
-            assert cache[context + 6 :].isnan().all()
+            close(cache.slots[: context + 6], other.slots[: context + 6], 0.01)
+            assert (cache.slots[context + 6 :] == cache.store[0]).all()
             q = torch.randn(6, heads * 48, generator=generator).bfloat16()
             latent_q = mla.absorb(q, kv_b, kv_b_scale, angles, plan, head)
-            close(latent_q, mla.absorb_reference(q, kv_b, kv_b_scale, angles, plan, head), 0.01)
+            absorbed = mla.absorb_reference(q, kv_b, kv_b_scale, angles, plan, head)
+            close(latent_q[:, :heads], absorbed[:, :heads], 0.01)
             mla._rooms.clear()
-            for room in mla._room(cache.device, mla.split_of(1099) + 1, head, 6)[:2]:
+            for room in mla._room(q.device, mla.split_of(cache.capacity - 1) + 1, head, 6)[:2]:
                 room.fill_(float("nan"))
             seen = mla.attend(latent_q, cache, plan, head)
             close(seen, mla.attend_reference(latent_q, cache, plan, head), 0.02)
             for row, depth in enumerate(depths.tolist()):
-                alone = torch.full_like(cache, float("nan"))
-                alone[:context] = cache[:context]
-                alone[context : context + depth + 1] = cache[context + table[row, : depth + 1]]
+                alone = replace(cache, store=torch.full_like(cache.store, -1e4))
+                alone.slots[:context] = cache.slots[:context]
+                alone.slots[context : context + depth + 1] = cache.slots[context + table[row, : depth + 1]]
                 one = mla.chain(length + depth, 1, offset=1)
                 assert torch.equal(mla.attend(latent_q[row : row + 1], alone, one, head), seen[row : row + 1])
             line = mla.chain(length, 6)
