@@ -75,7 +75,7 @@ def default_launch(outputs: int, inputs: int, kind: str = "fp8") -> Launch:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["m"])
     def _gemm_kernel(
         w_desc,  # [N, K] e4m3 or bf16, tiles [TILE, 128]
         a_desc,  # [M, K] e4m3 or bf16, tiles [ROWS, 128]

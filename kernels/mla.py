@@ -28,11 +28,15 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-KEYS = 64  # keys a block; sizes of splits are multiples of it
+KEYS = 64  # keys a block
+# Positions a split, and where larger ones begin: short ones fill the machine at short contexts, long ones keep the
+# parts few at long contexts. Part of the arithmetic.
+SPLIT_SIZES = (128, 512, 512, 2048)
+SPLIT_ENDS = (1024, 8192, 32768)
 TAIL = 2 * KEYS  # room for the last keys of a node: what committed slots leave of a block, and its ancestors
 TILE = 64  # node-head pairs a program, wgmma's rows
 PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
-COMBINED = 16  # splits read at once when they are added
+COMBINED, COLUMNS = 8, 256  # splits read at once when they are added, and columns a program
 GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
 
@@ -247,12 +251,13 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch | Non
 
 
 def split_of(position: int) -> int:
-    """`mla_kernels.split_of` on the host."""
-    if position < 1024:
-        return position // 64
-    if position < 8192:
-        return 16 + (position - 1024) // 256
-    return 44 + (position - 8192) // 512 if position < 32768 else 92 + (position - 32768) // 2048
+    """Returns the split that a position belongs to; `mla_kernels.split_of` on the device."""
+    split = begin = 0
+    for end, size in zip(SPLIT_ENDS, SPLIT_SIZES, strict=False):
+        if position < end:
+            return split + (position - begin) // size
+        split, begin = split + (end - begin) // size, end
+    return split + (position - begin) // SPLIT_SIZES[-1]
 
 
 def room_bytes(capacity: int, head: Head, rows: int) -> int:
@@ -283,8 +288,10 @@ def _attend(
         head.scale * math.log2(math.e), HEADS=head.padded, C=head.latent, ROWS=TILE, BLOCK=KEYS, TAIL=TAIL,
         STAGES=launch.stages, CHAIN=plan.ancestors is None, WIDE=_interpreted(), num_warps=launch.warps,
     )  # fmt: skip
-    kernels._combine_kernel[(plan.rows, head.heads)](
-        parts, peaks, totals, plan.length, plan.depths, out, padded, HEADS=head.padded, C=head.latent, CHUNK=COMBINED,
+    columns = min(head.latent, COLUMNS)
+    kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
+        parts, peaks, totals, plan.length, plan.depths, out, padded, HEADS=head.padded, C=head.latent,
+        COLUMNS=columns, CHUNK=COMBINED, num_warps=1,
     )  # fmt: skip
 
 

@@ -13,20 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mtp_spec.kernels.mla import SPLIT_ENDS, SPLIT_SIZES
+from mtp_spec.kernels.mla import split_of as split_of_position
 from mtp_spec.kernels.quant import _store_quantised
 
-# where splits of one size end and larger ones begin: short ones fill the machine at short contexts, long ones keep
-# the parts few at long contexts
-END0: tl.constexpr = tl.constexpr(1024)
-END1: tl.constexpr = tl.constexpr(8192)
-END2: tl.constexpr = tl.constexpr(32768)
-SIZE0: tl.constexpr = tl.constexpr(64)
-SIZE1: tl.constexpr = tl.constexpr(256)
-SIZE2: tl.constexpr = tl.constexpr(512)
-SIZE3: tl.constexpr = tl.constexpr(2048)
-FIRST1: tl.constexpr = tl.constexpr(1024 // 64)
-FIRST2: tl.constexpr = tl.constexpr(1024 // 64 + (8192 - 1024) // 256)
-FIRST3: tl.constexpr = tl.constexpr(1024 // 64 + (8192 - 1024) // 256 + (32768 - 8192) // 512)
+END0, END1, END2 = (tl.constexpr(end) for end in SPLIT_ENDS)
+SIZE0, SIZE1, SIZE2, SIZE3 = (tl.constexpr(size) for size in SPLIT_SIZES)
+FIRST1, FIRST2, FIRST3 = (tl.constexpr(split_of_position(end)) for end in SPLIT_ENDS)
 
 
 @triton.jit
@@ -128,7 +121,7 @@ def _up_weight(kv_b, kv_b_scale, row, row_mask, column, C: tl.constexpr, PACKED:
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _absorb_kernel(
     q,  # [M, H, N + R] bf16, rows `stride` apart
     kv_b,  # [H (N + V), C]
@@ -180,7 +173,7 @@ def _absorb_kernel(
             tl.store(target, tl.dot(x, w).to(tl.bfloat16), mask=(row < rows)[:, None] & (column < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _up_kernel(
     context,  # [M, H, C] bf16
     kv_b,
@@ -284,7 +277,7 @@ def _gather_kernel(
     tl.store(target, keys, mask=(lane < W)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nodes", "deepest"])
 def _attend_kernel(
     q_latent_desc,  # [M H, W] in tiles [ROWS, C]
     q_rope_desc,  # [M H, W] in tiles [ROWS, R]
@@ -377,13 +370,14 @@ def _combine_kernel(
     count,  # padded
     HEADS: tl.constexpr,
     C: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Adds a row's splits, CHUNK at a time in ascending order."""
+    """Adds a row's splits, CHUNK at a time in ascending order; one warp, so that a column is summed by one thread."""
     node, head = tl.program_id(0), tl.program_id(1)
     row = node * HEADS + head
     splits = split_of(tl.load(length) + tl.load(depths + node)) + 1
-    chunk, column = tl.arange(0, CHUNK), tl.arange(0, C)
+    chunk, column = tl.arange(0, CHUNK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     peak = float("-inf")
     for first in range(0, splits, CHUNK):
         split = first + chunk
@@ -391,7 +385,7 @@ def _combine_kernel(
         peak = tl.maximum(peak, tl.max(own, 0))
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = 0.0
-    acc = tl.zeros((C,), dtype=tl.float32)
+    acc = tl.zeros((COLUMNS,), dtype=tl.float32)
     for first in range(0, splits, CHUNK):
         split = first + chunk
         held = split < splits

@@ -56,9 +56,29 @@ def rms_norm_quant(
         ADD=residual is not None,
         POWER=power_of_two,
         LARGEST=E4M3_MAX,
+        QUANTISE=True,
         num_warps=8 if channels > STRETCH else 4,
     )
     return quantised, scales, total
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns RMSNorm(x + residual) in x's dtype and the sum x + residual, `[M, D]` both."""
+    rows, channels = x.shape
+    if weight.shape != (channels,) or (residual is not None and residual.shape != x.shape):
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}: sizes differ")
+    if not _runs_triton(x):
+        total = x if residual is None else x + residual
+        wide = total.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight * normed.to(x.dtype), total
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    _rms_norm_quant_kernel[(rows,)](
+        x, x if residual is None else residual, weight, out, out, total, channels, -(-channels // BLOCK), eps,
+        SIZE=triton.next_power_of_2(max(channels, BLOCK)), ADD=residual is not None, POWER=False, LARGEST=E4M3_MAX,
+        QUANTISE=False, num_warps=8 if channels > STRETCH else 4,
+    )  # fmt: skip
+    return out, total
 
 
 def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -147,7 +167,7 @@ if triton is not None:
     @triton.jit
     def _rms_norm_quant_kernel(
         x, residual, weight, quantised, scales, total, channels, blocks, eps,
-        SIZE: tl.constexpr, ADD: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr,
+        SIZE: tl.constexpr, ADD: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr, QUANTISE: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
         places = tl.arange(0, SIZE)
@@ -163,5 +183,9 @@ if triton is not None:
         # rounded to the model's type before and after the weight, as the reference does
         normed = (wide * scale).to(x.dtype.element_ty).to(tl.float32)
         w = tl.load(weight + places, mask=inside, other=0.0).to(tl.float32)
-        values = (normed * w).to(x.dtype.element_ty).to(tl.float32)
-        _store_quantised(values, row, 0, quantised, scales, channels, blocks, SIZE, POWER, LARGEST)
+        rounded = (normed * w).to(x.dtype.element_ty)
+        if QUANTISE:
+            wide = rounded.to(tl.float32)
+            _store_quantised(wide, row, 0, quantised, scales, channels, blocks, SIZE, POWER, LARGEST)
+        else:
+            tl.store(quantised + offset + places, rounded, mask=inside)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import E4M3, weight_dequant, weight_quant
 from mtp_spec.model.config import CheckpointError, ModelConfig, load_config
+from mtp_spec.model.device import DeviceModel, why_not
 from mtp_spec.model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
@@ -188,38 +189,117 @@ def load_checkpoint(
     Raises:
         CheckpointError: anything missing, left over, mis-shaped, truncated or unsupported.
     """
-    config = load_config(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
-    tensors = read_headers(folder)
-    config = _with_found_modules(config, tensors)
-    with torch.device("meta"):
-        expected = Transformer(config, dtype, "meta").checkpoint_slots()
-    _check(expected, tensors, config, folder)
+    config, tensors = _open(folder)
+    _check(_expected(config), tensors, config, folder)
     model = Transformer(config, dtype, device)
     slots, block = model.checkpoint_slots(), config.fp8_block or (128, 128)
     if block[0] != block[1]:
         raise CheckpointError(f"weight_block_size {list(block)}: only square blocks are supported")
-    total, done = sum(info.bytes for info in tensors.values()), 0
-    with torch.no_grad(), ExitStack() as stack:
-        readers = {f: stack.enter_context(safe_open(f, framework="pt")) for f in {i.file for i in tensors.values()}}
-        for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[0])):
+    with _Reader(tensors, progress) as reader:
+        for name in reader:
             if name in slots:
-                scale = tensors.get(name + SCALE)
-                value = readers[info.file].get_tensor(name)
-                if scale is not None:
-                    factor = readers[scale.file].get_tensor(name + SCALE)
-                    value = weight_dequant(value, factor.float(), block[0], slots[name].dtype)
-                slots[name].copy_(value)
+                slots[name].copy_(reader.wide(name, block[0], slots[name].dtype))
+        reader.compare_copies(config, slots)
+    return model
+
+
+def fp8_obstacle(folder: Path) -> str | None:
+    """Returns why a checkpoint cannot run on the FP8 kernels, or None; see `device.why_not`.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, before weights are read.
+    """
+    config, tensors = _open(folder)
+    _check(_expected(config), tensors, config, folder)
+    reason = why_not(config)
+    if reason is not None:
+        return reason
+    wide = _wide(tensors)
+    packed = DeviceModel(config, "meta", wide).checkpoint_slots()
+    other = [n for n in sorted(wide) if n + SCALE in packed]
+    return f"{_listing(other)} {'is' if len(other) == 1 else 'are'} not stored in FP8" if other else None
+
+
+def load_device_model(folder: Path, device: torch.device | str, progress: Report | None = None) -> DeviceModel:
+    """Returns the model with its FP8 weights as they are stored; `fp8_obstacle(folder)` is None."""
+    config, tensors = _open(folder)
+    model = DeviceModel(config, device, _wide(tensors))
+    slots = model.checkpoint_slots()
+    with _Reader(tensors, progress) as reader:
+        for name in reader:
+            if name + SCALE in slots:
+                value = reader.raw(name)
+                slots[name].copy_(value.reshape(slots[name].shape))
+                scale = reader.raw(name + SCALE)
+                slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
+            elif name in slots and not name.endswith(SCALE):
+                slots[name].copy_(reader.wide(name, 128, torch.float32))
+        reader.compare_copies(config, slots)
+    return model
+
+
+def _open(folder: Path) -> tuple[ModelConfig, dict[str, TensorInfo]]:
+    config = load_config(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
+    tensors = read_headers(folder)
+    return _with_found_modules(config, tensors), tensors
+
+
+def _expected(config: ModelConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return Transformer(config, torch.bfloat16, "meta").checkpoint_slots()
+
+
+def _wide(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """Returns the names of matrices that are not stored in FP8."""
+    return frozenset(n for n, info in tensors.items() if len(info.shape) == 2 and info.dtype != "F8_E4M3"
+                     and not n.endswith(SCALE))  # fmt: skip
+
+
+class _Reader:
+    """Iterates over a checkpoint's tensors file by file and reads those that are wanted."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], progress: Report | None) -> None:
+        self._tensors, self._progress = tensors, progress
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Reader:
+        self._stack.enter_context(torch.no_grad())
+        files = {info.file for info in self._tensors.values()}
+        self._files = {file: self._stack.enter_context(safe_open(file, framework="pt")) for file in files}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[str]:
+        total, done = sum(info.bytes for info in self._tensors.values()), 0
+        for name, info in sorted(self._tensors.items(), key=lambda item: (item[1].file, item[0])):
+            yield name
             done += info.bytes
-            if progress is not None:
-                progress(done, total)
+            if self._progress is not None:
+                self._progress(done, total)
+
+    def raw(self, name: str) -> Tensor:
+        """Returns a tensor as stored."""
+        value: Tensor = self._files[self._tensors[name].file].get_tensor(name)
+        return value
+
+    def wide(self, name: str, block: int, dtype: torch.dtype) -> Tensor:
+        """Returns a tensor, dequantised to `dtype` if it is FP8."""
+        value = self.raw(name)
+        if name + SCALE in self._tensors:
+            value = weight_dequant(value, self.raw(name + SCALE).float(), block, dtype)
+        return value
+
+    def compare_copies(self, config: ModelConfig, slots: Mapping[str, Tensor]) -> None:
+        """Refuses copies of embedding and head that differ from the originals."""
         for copy, original in _shared_copies(config).items():
-            if copy in tensors:
-                value = readers[tensors[copy].file].get_tensor(copy)
+            if copy in self._tensors:
+                value = self.raw(copy)
                 if not torch.equal(value.to(slots[original]), slots[original]):
                     raise CheckpointError(f"{copy} differs from {original}: in DeepSeek models the two are shared")
-    return model
 
 
 def checkpoint_summary(folder: Path) -> CheckpointSummary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 
 from mtp_spec.accept import Drawn, TokenLogprob
+from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
 from mtp_spec.engine import Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.finish import Finisher
-from mtp_spec.model.checkpoint import load_checkpoint
+from mtp_spec.kernels.moe_route import runs_triton
+from mtp_spec.model.checkpoint import fp8_obstacle, load_checkpoint, load_device_model
 from mtp_spec.model.config import CheckpointError, ModelConfig
+from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.rows import Technique, choose_technique
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_NODES, SamplingParams, Speculation, resolve_speculation
@@ -29,11 +33,16 @@ from mtp_spec.text import Tokenizer
 
 Message = Mapping[str, str]
 Ids = Sequence[int]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}  # fmt: skip
 # larger models are not given a second copy in the processor's own layout
 PACK_BYTES = 2**31
+FP8_CAPABILITY = (8, 9)
 # what "auto" drafts until it is planned from measurements
 AUTO = Speculation(depth=8, adaptive=True)
+AUTO_DEVICE = Speculation(depth=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +84,7 @@ class Generation:
 class TokenStream(Iterator[TokenEvent]):
     """Iterates over the tokens of one generation as they are committed; `result` is whole at the end."""
 
-    def __init__(self, decoder: Decoder, finisher: Finisher) -> None:
+    def __init__(self, decoder: Decoder | DeviceDecoder, finisher: Finisher) -> None:
         self.result = Generation(stats=decoder.stats)
         if decoder.sampler.params.logprobs:
             self.result.logprobs = []
@@ -87,7 +96,7 @@ class TokenStream(Iterator[TokenEvent]):
     def __next__(self) -> TokenEvent:
         return next(self._events)
 
-    def _run(self, decoder: Decoder, finisher: Finisher) -> Iterator[TokenEvent]:
+    def _run(self, decoder: Decoder | DeviceDecoder, finisher: Finisher) -> Iterator[TokenEvent]:
         start = perf_counter()
         waiting: deque[tuple[Drawn, int]] = deque()
         step, spent = 0, 0.0
@@ -115,13 +124,14 @@ class LM:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | DeviceModel,
         tokenizer: Tokenizer | None,
         technique: Technique,
         max_context: int,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.technique, self.max_context = technique, max_context
+        self.runtime = DeviceRuntime(model, max_context) if isinstance(model, DeviceModel) else None
 
     @property
     def config(self) -> ModelConfig:
@@ -195,17 +205,23 @@ class LM:
         if params.stop_strings:
             self._text()
         finisher = Finisher(self.tokenizer, self.stop_ids(), params.stop_strings, limit)
-        decoder = Decoder(
-            self.model, self.technique, ids, sampler, speculation, limit, finisher.push
-        )
-        return TokenStream(decoder, finisher)
+        return TokenStream(self._decoder(ids, sampler, speculation, limit, finisher), finisher)
+
+    def _decoder(
+        self, ids: list[int], sampler: Sampler, speculation: Speculation | None, limit: int, finisher: Finisher
+    ) -> Decoder | DeviceDecoder:
+        if self.runtime is not None:
+            return DeviceDecoder(self.runtime, ids, sampler, speculation, finisher.push)
+        assert isinstance(self.model, Transformer)
+        return Decoder(self.model, self.technique, ids, sampler, speculation, limit, finisher.push)
 
     def _speculation(self, value: object) -> Speculation | None:
         speculation = resolve_speculation(value)
         modules = len(self.model.mtp)
         if speculation == "auto":
             # where rows must run one by one, verifying costs as much as it saves
-            return AUTO if modules and self.technique == "batched" else None
+            automatic = AUTO if self.runtime is None else AUTO_DEVICE
+            return automatic if modules and self.technique == "batched" else None
         if speculation is not None and not modules:
             raise OptionError(
                 f"speculation={value!r} needs a multi-token-prediction module and this checkpoint has none "
@@ -270,8 +286,9 @@ def load(
     Args:
         path: a Hugging Face folder; None is the bundled model.
         device: "cpu" or "cuda".
-        dtype: "float32", "bfloat16", "float16" or the torch dtype; None chooses bfloat16 where the machine computes
-            it in hardware and float32 elsewhere. FP8 weights are dequantised to it.
+        dtype: "float32", "bfloat16", "float16", "float8_e4m3fn" or the torch dtype. None chooses: on a GPU FP8
+            checkpoints stay FP8 and run on this library's kernels; elsewhere it is bfloat16 where the machine computes
+            it in hardware, else float32. FP8 weights are dequantised to these.
         max_context: most tokens of prompt and text together; None is the model's own limit.
         max_batch: sequences of a list are generated one after another, so only 1 is allowed yet.
         progress: show a bar over the bytes read.
@@ -284,19 +301,46 @@ def load(
     _check_device(device)
     if max_batch != 1:
         raise OptionError(f"max_batch={max_batch!r}: only 1 is available; lists of prompts run one after another")
-    chosen = _dtype(dtype, device)
     with _progress(progress) as report:
-        model = load_checkpoint(folder, dtype=chosen, device=device, progress=report)
+        model = _load_model(folder, _dtype(dtype), str(device), report)
     limit = model.config.max_position_embeddings
     if max_context is not None:
         if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 < max_context <= limit:
             raise OptionError(f"max_context={max_context!r}: an integer from 2 to {limit}, the model's own limit")
         limit = max_context
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    if isinstance(model, DeviceModel):
+        return LM(model, tokenizer, "batched", limit)
     model.requires_grad_(False)
     if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
         model.pack()
     return LM(model, tokenizer, choose_technique(model), limit)
+
+
+def _load_model(folder: Path, dtype: torch.dtype | None, device: str, report: Any) -> Transformer | DeviceModel:
+    """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
+    if dtype in (None, torch.float8_e4m3fn):
+        obstacle = _no_fp8_here(device) or fp8_obstacle(folder)
+        if obstacle is None:
+            return load_device_model(folder, device, report)
+        if dtype is not None:
+            raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")
+        if device != "cpu":
+            warnings.warn(
+                f"{folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}. Text is the same with and "
+                "without speculation, but nothing is fast", stacklevel=3,
+            )  # fmt: skip
+        dtype = torch.bfloat16 if device != "cpu" or _cpu_has_bfloat16() else torch.float32
+    return load_checkpoint(folder, dtype=dtype, device=device, progress=report)
+
+
+def _no_fp8_here(device: str) -> str | None:
+    if device.split(":")[0] != "cuda":
+        return "FP8 kernels need an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < FP8_CAPABILITY:
+        return f"this GPU has compute capability {major}.{minor}, FP8 begins with 8.9"
+    return None if runs_triton(torch.empty(0, device=device)) else "Triton is not installed"
 
 
 def _progress(show: bool) -> Any:
@@ -316,9 +360,9 @@ def _check_device(device: str) -> None:
         )
 
 
-def _dtype(dtype: str | torch.dtype | None, device: str) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None:
-        return torch.bfloat16 if device != "cpu" or _cpu_has_bfloat16() else torch.float32
+        return None
     chosen = DTYPES.get(str(dtype).removeprefix("torch."))
     if chosen is None:
         raise OptionError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}, or None to choose")

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels import mla
+from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.transformer import Transformer
+
+# rows of a text that pass through the model at once
+CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +31,10 @@ class Scores:
     mtp_logits: Tensor
 
 
-def score_ids(model: Transformer, ids: Sequence[int]) -> Scores:
+def score_ids(model: Transformer | DeviceModel, ids: Sequence[int]) -> Scores:
     """Returns the scores of token ids."""
+    if isinstance(model, DeviceModel):
+        return _score_rows(model, ids)
     tokens = torch.tensor([list(ids)], device=model.device)
     count, vocab = tokens.shape[1], model.config.vocab_size
     hidden = model(tokens)
@@ -40,3 +47,25 @@ def score_ids(model: Transformer, ids: Sequence[int]) -> Scores:
         deeper = model.mtp_forward(module, tokens[:, depth:], deeper[:, : count - depth], depth)
         mtp_logits[module, : count - depth] = model.logits(deeper)[0].float().cpu()
     return Scores(model.logits(hidden)[0].float().cpu(), mtp_logits)
+
+
+def _score_rows(model: DeviceModel, ids: Sequence[int]) -> Scores:
+    """The same through the cache, a chunk of rows at a time."""
+    tokens, count = torch.tensor(list(ids)).to(model.device), len(ids)
+    depth = model.config.num_nextn_predict_layers
+    caches = model.new_caches(count, 0)
+    length = torch.zeros(1, dtype=torch.int32, device=model.device)
+    logits, mtp_logits = [], [torch.full((depth, 0, model.config.vocab_size), float("nan"))]
+    for first in range(0, count, CHUNK):
+        length.fill_(first)
+        chunk = tokens[first : first + CHUNK]
+        hidden = model.rows(chunk, caches[: len(model.layers)], mla.chain(length, len(chunk)))
+        logits.append(model.logits(hidden).cpu())
+        following = tokens[first + 1 : first + 1 + len(chunk)]
+        if depth and len(following):
+            plan = mla.chain(length, len(following), offset=1)
+            out = model.mtp_rows(following, hidden[: len(following)], caches[-1], plan)
+            mtp_logits.append(model.logits(out).cpu()[None])
+    if depth:
+        mtp_logits.append(torch.full((depth, 1, model.config.vocab_size), float("nan")))
+    return Scores(torch.cat(logits), torch.cat(mtp_logits, 1) if depth else mtp_logits[0].new_empty(0, count, model.config.vocab_size))

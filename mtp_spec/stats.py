@@ -83,12 +83,14 @@ class GenerationStats:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside the block to a phase: prefill, draft, verify or sample."""
+        """Add the time spent inside the block to a phase: prefill, draft, verify or sample; or step, all but the first
+        in one, as a CUDA graph runs them."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.phase_seconds[name] += time.perf_counter() - start
+            spent = self.phase_seconds.get(name, 0.0) + time.perf_counter() - start
+            self.phase_seconds[name] = spent
 
     @property
     def tokens_per_step(self) -> float:
@@ -129,7 +131,7 @@ class GenerationStats:
             for name in ("histogram", "accepted_by_rank", "_proposed", "_reached", "_passed"):
                 getattr(merged, name).update(getattr(part, name))
             for name, seconds in part.phase_seconds.items():
-                merged.phase_seconds[name] += seconds
+                merged.phase_seconds[name] = merged.phase_seconds.get(name, 0.0) + seconds
         return merged
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""From the target's draws to the next step's state, without the host: walk the tree, move the cache, count tokens.
+
+The walk is coupled acceptance (2408.07978): a draft is accepted where it is the token that the target drew at its
+parent. The walk's result stays on the device for the next step; a record of it is what the host reads.
+
+Legend: `M` rows of the pass (the root is row 0), `A` = depth of the tree + 1: the most tokens a step can commit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels.mla import Cache
+from mtp_spec.kernels.moe_route import runs_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton for this platform: the references remain
+    triton = None
+
+COUNT, FAILED, HEADER = 0, 1, 2  # places of a record
+COLUMNS = 64
+
+
+def record_size(most: int) -> int:
+    """Returns numbers of a record: tokens committed, 1 if a row had no token to draw, `most` tokens, `most` rows."""
+    return HEADER + 2 * most
+
+
+def accept(
+    drawn: Tensor, failed: Tensor, ids: Tensor, parents: Tensor, path: Tensor, tokens: Tensor, record: Tensor,
+    seen: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Walks from the root along the drafts that the target drew.
+
+    Args:
+        drawn: `[M]` int32, the target's token at each row.  failed: `[M]` int32, 1 where none could be drawn.
+        ids: `[M]` int64, the tokens of the pass.  parents: `[M]` int32, row 0 has -1.
+        path: `[A]` int64, receives the rows whose draws were committed, the last one repeated.
+        tokens: `[A]` int64, receives these draws, the last one repeated.
+        record: `[2 + 2 A]` int32, receives count, failure, tokens and path.
+        seen: `[V]` int32, has each committed token counted, if given.
+    """
+    rows, most = ids.shape[0], path.shape[0]
+    if record.shape != (record_size(most),) or tokens.shape != path.shape:
+        raise ValueError(f"record {tuple(record.shape)}, tokens {tuple(tokens.shape)}: do not fit a path of {most}")
+    if not runs_triton(ids):
+        return _accept_reference(drawn, failed, ids, parents, path, tokens, record, seen)
+    _accept_kernel[(1,)](
+        drawn, failed, ids, parents, path, tokens, record, record if seen is None else seen, rows,
+        MOST=most, WIDE=triton.next_power_of_2(rows), COUNTED=seen is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor) -> None:
+    """Moves the committed rows' latents to the slots behind `length` `[1]`, in all layers at once."""
+    store, most = caches[0].store, path.shape[0]
+    if not runs_triton(store):
+        start, count = int(length), int(record[COUNT])
+        for cache in caches:
+            cache.slots[start : start + count] = cache.slots[start + path[:count]].clone()
+        return
+    width = store.shape[1]
+    _commit_kernel[(len(caches), -(-width // COLUMNS))](
+        store, length, path, record, caches[0].capacity, caches[0].base, width,
+        MOST=triton.next_power_of_2(most), ROWS=most, COLUMNS=COLUMNS,
+    )  # fmt: skip
+
+
+def _accept_reference(
+    drawn: Tensor, failed: Tensor, ids: Tensor, parents: Tensor, path: Tensor, tokens: Tensor, record: Tensor,
+    seen: Tensor | None,
+) -> None:  # fmt: skip
+    row, rows, bad = 0, [0], 0
+    while True:
+        bad |= int(failed[row])
+        children = ((parents == row) & (ids == drawn[row].long())).nonzero().flatten().tolist()
+        if not children:
+            break
+        row = children[0]
+        rows.append(row)
+    count = len(rows)
+    rows += [rows[-1]] * (path.shape[0] - count)
+    path.copy_(torch.tensor(rows))
+    tokens.copy_(drawn[path])
+    record.copy_(torch.cat((torch.tensor([count, bad]), tokens, path)))
+    if seen is not None:
+        for token in tokens[:count].tolist():
+            seen[token] += 1
+
+
+if triton is not None:
+
+    @triton.jit
+    def _accept_kernel(
+        drawn, failed, ids, parents, path, tokens, record, seen, rows,
+        MOST: tl.constexpr, WIDE: tl.constexpr, COUNTED: tl.constexpr,
+    ):  # fmt: skip
+        lane = tl.arange(0, WIDE)
+        its_parent = tl.load(parents + lane, mask=lane < rows, other=-2)
+        its_token = tl.load(ids + lane, mask=lane < rows, other=-1)
+        row, count, bad, alive = 0, 0, 0, 1
+        for step in tl.static_range(MOST):
+            token = tl.load(drawn + row)
+            bad = bad | tl.load(failed + row)
+            tl.store(path + step, row)
+            tl.store(tokens + step, token)
+            tl.store(record + 2 + step, token)
+            tl.store(record + 2 + MOST + step, row)
+            if COUNTED:
+                tl.atomic_add(seen + token, alive)
+            count += alive
+            child = tl.min(tl.where((its_parent == row) & (its_token == token), lane, WIDE), axis=0)
+            alive = tl.where(child < WIDE, alive, 0)
+            row = tl.where(alive > 0, child, row)
+        tl.store(record, count)
+        tl.store(record + 1, bad)
+
+    @triton.jit
+    def _commit_kernel(
+        store, length, path, record, capacity, base, width,
+        MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        lane = tl.arange(0, MOST)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        row = tl.load(path + lane, mask=lane < ROWS, other=0)
+        moves = (lane < tl.load(record)) & (row != lane)
+        first = store + (base + tl.program_id(0) * capacity + tl.load(length)).to(tl.int64) * width
+        mask = moves[:, None] & (column < width)[None, :]
+        values = tl.load(first + row[:, None] * width + column[None, :], mask=mask, other=0.0)
+        tl.debug_barrier()  # a slot may be read and written
+        tl.store(first + lane[:, None] * width + column[None, :], values, mask=mask)

@@ -1,0 +1,326 @@
+"""The model on a GPU: FP8 weights as stored, and passes made of the kernels in `mtp_spec.kernels`.
+
+One function, `rows`, is prefill, decode, draft and verify, and all it needs lies on the device, so that a pass can be
+captured in a CUDA graph. Arithmetic follows DeepSeek-V3 (2412.19437, section 3.3): activations quantised 1x128 before
+every FP8 product, bfloat16 between, float32 in norms, softmax and gates. It runs on a CPU too, by the kernels'
+references, which is how it is tested without a GPU.
+
+Legend: `M` rows, `D` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_spec.kernels import fp8, gemm, mla, moe, quant
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.layers import LATENT_NORM_EPS
+from mtp_spec.model.rope import rope_table, softmax_scale
+
+BLOCK = fp8.BLOCK
+SCALE = "_scale_inv"
+Slots = dict[str, Tensor]
+
+
+def why_not(config: ModelConfig) -> str | None:
+    """Returns what keeps a model from running on these kernels, or None."""
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "kv_lora_rank": config.kv_lora_rank,
+        "q_lora_rank": config.q_lora_rank or 16,
+    }
+    for name, size in sizes.items():
+        if size % 16:
+            return f"{name} {size} is no multiple of 16"
+    for name in ("kv_lora_rank", "qk_rope_head_dim"):
+        size = getattr(config, name)
+        if size < 16 or size & (size - 1):
+            return f"{name} {size} is no power of two from 16"
+    if config.fp8_block != (BLOCK, BLOCK):
+        return "its weights are not FP8 with 128x128 scales"
+    if config.num_nextn_predict_layers > 1:
+        return f"it has {config.num_nextn_predict_layers} MTP modules; one is supported on these kernels"
+    if config.moe_intermediate_size % BLOCK and config.n_shared_experts > 1:
+        return f"moe_intermediate_size {config.moe_intermediate_size} with {config.n_shared_experts} shared experts"
+    return None
+
+
+@dataclass(slots=True)
+class Matrix:
+    """A weight `[N, K]`: e4m3 with 128x128 scales, or bfloat16 without."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, device: torch.device, packed: bool = True) -> Matrix:
+        if not packed:
+            return cls(torch.empty(rows, columns, dtype=torch.bfloat16, device=device))
+        weight = torch.empty(rows, columns, dtype=fp8.E4M3, device=device)
+        return cls(weight, torch.empty(_blocks(rows), _blocks(columns), device=device))
+
+    def __call__(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Returns x @ weight.T in bfloat16; x `[M, K]` bfloat16, or e4m3 with scales for an FP8 weight."""
+        if self.scale is None:
+            assert isinstance(x, Tensor)
+            return gemm.bf16_gemm(x, self.weight)
+        return gemm.fp8_gemm(*(quant.quant(x) if isinstance(x, Tensor) else x), self.weight, self.scale)
+
+    def slots(self, name: str, first: int = 0, rows: int | None = None) -> Slots:
+        """Returns the places of a checkpoint tensor, and of its scales, that fill some of the rows."""
+        end = self.weight.shape[0] if rows is None else first + rows
+        out = {name: self.weight[first:end]}
+        if self.scale is not None:
+            out[name + SCALE] = self.scale[first // BLOCK : _blocks(end)]
+        return out
+
+
+class Attention:
+    """One MLA layer."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.head = mla.Head(
+            config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank,
+            config.v_head_dim, softmax_scale(config), config.rope_interleave,
+        )  # fmt: skip
+        hidden, q_rows = config.hidden_size, config.num_attention_heads * config.qk_head_dim
+        self.q_rank = config.q_lora_rank
+        self.a_rows = q_rows if self.q_rank is None else self.q_rank
+        # one product reads both down-projections, where the scales of the first end with its rows
+        self.fused = self.a_rows % BLOCK == 0
+        if self.fused:
+            self.a = Matrix.empty(self.a_rows + self.head.width, hidden, device)
+        else:
+            self.a = Matrix.empty(self.a_rows, hidden, device)
+            self.kv_a = Matrix.empty(self.head.width, hidden, device)
+        self.q_norm: Tensor | None = None
+        if self.q_rank is not None:
+            self.q_norm = torch.empty(self.q_rank, dtype=torch.bfloat16, device=device)
+            self.q_b = Matrix.empty(q_rows, self.q_rank, device)
+        self.kv_norm = torch.empty(self.head.latent, dtype=torch.bfloat16, device=device)
+        self.kv_b = Matrix.empty(self.head.heads * (self.head.nope + self.head.value), self.head.latent, device)
+        self.o = Matrix.empty(hidden, self.head.heads * self.head.value, device)
+
+    def __call__(self, x: tuple[Tensor, Tensor], table: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
+        """Returns the outputs `[M, D]` of rows x (e4m3 with scales), which join the cache."""
+        down = self.a(x) if self.fused else torch.cat((self.a(x), self.kv_a(x)), -1)
+        latent = mla.prepare(down, self.q_norm, self.kv_norm, table, cache, plan, self.head, LATENT_NORM_EPS)
+        q = down[:, : self.a_rows] if latent is None else self.q_b(latent)
+        q = mla.absorb(q, self.kv_b.weight, self.kv_b.scale, table, plan, self.head)
+        context = mla.attend(q, cache, plan, self.head)
+        return self.o(mla.up(context, self.kv_b.weight, self.kv_b.scale, self.head))
+
+    def slots(self, prefix: str) -> Slots:
+        first, kv = f"{prefix}.{'q_proj' if self.q_rank is None else 'q_a_proj'}.weight", "kv_a_proj_with_mqa.weight"
+        out = self.a.slots(first, 0, self.a_rows)
+        second, row = (self.a, self.a_rows) if self.fused else (self.kv_a, 0)
+        out |= second.slots(f"{prefix}.{kv}", row, self.head.width)
+        if self.q_norm is not None:
+            out[f"{prefix}.q_a_layernorm.weight"] = self.q_norm
+            out |= self.q_b.slots(f"{prefix}.q_b_proj.weight")
+        out[f"{prefix}.kv_a_layernorm.weight"] = self.kv_norm
+        return out | self.kv_b.slots(f"{prefix}.kv_b_proj.weight") | self.o.slots(f"{prefix}.o_proj.weight")
+
+
+class Dense:
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden: int, inner: int, device: torch.device) -> None:
+        # gate and up are quantised on their own: their scales meet where the rows do only at whole blocks
+        self.inner, self.fused = inner, inner % BLOCK == 0
+        shapes = (2 * inner,) if self.fused else (inner, inner)
+        self.parts = [Matrix.empty(rows, hidden, device) for rows in shapes]
+        self.down = Matrix.empty(hidden, inner, device)
+
+    def __call__(self, x: tuple[Tensor, Tensor]) -> Tensor:
+        both = [part(x) for part in self.parts]
+        return self.down(quant.silu_mul_quant(both[0] if self.fused else torch.cat(both, -1)))
+
+    def slots(self, prefix: str) -> Slots:
+        up, row = (self.parts[0], self.inner) if self.fused else (self.parts[1], 0)
+        return (
+            self.parts[0].slots(f"{prefix}.gate_proj.weight", 0, self.inner)
+            | up.slots(f"{prefix}.up_proj.weight", row, self.inner)
+            | self.down.slots(f"{prefix}.down_proj.weight")
+        )
+
+
+class Mixture:
+    """Routed experts; the shared expert's parts are further experts that every row chooses."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        hidden, self.inner, shared = config.hidden_size, config.moe_intermediate_size, config.n_shared_experts
+        self.routed, self.shared = config.n_routed_experts, shared
+        limited = config.topk_method != "greedy" and config.topk_group < config.n_group
+        self.routing = moe.Routing(
+            experts=self.routed, chosen=config.num_experts_per_tok, shared=shared,
+            groups=config.n_group if limited else 1, kept_groups=config.topk_group if limited else 1,
+            best=2 if config.topk_method == "noaux_tc" else 1, scoring=config.scoring_func,
+            normalise=config.norm_topk_prob and config.model_type != "deepseek_v2",
+            scale=config.routed_scaling_factor,
+        )  # fmt: skip
+        self.router = torch.empty(self.routed, hidden, device=device)
+        self.bias = torch.empty(self.routed, device=device) if config.has_gate_bias else None
+        count, wide, narrow = self.routed + shared, _blocks(hidden), _blocks(self.inner)
+        self.experts = moe.Experts(
+            torch.empty(count, 2 * self.inner, hidden, dtype=fp8.E4M3, device=device),
+            torch.empty(count, 2 * narrow, wide, device=device),
+            torch.empty(count, hidden, self.inner, dtype=fp8.E4M3, device=device),
+            torch.empty(count, wide, narrow, device=device),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return moe.moe(x, self.router, self.bias, self.routing, self.experts)
+
+    def slots(self, prefix: str) -> Slots:
+        out = {f"{prefix}.gate.weight": self.router}
+        if self.bias is not None:
+            out[f"{prefix}.gate.e_score_correction_bias"] = self.bias
+        ex, narrow = self.experts, _blocks(self.inner)
+        for e in range(self.routed):
+            name = f"{prefix}.experts.{e}"
+            for part, rows, blocks in (("gate_proj", slice(0, self.inner), slice(0, narrow)),
+                                       ("up_proj", slice(self.inner, None), slice(narrow, None))):  # fmt: skip
+                out[f"{name}.{part}.weight"] = ex.gate_up[e, rows]
+                out[f"{name}.{part}.weight{SCALE}"] = ex.gate_up_scale[e, blocks]
+            out[f"{name}.down_proj.weight"] = ex.down[e]
+            out[f"{name}.down_proj.weight{SCALE}"] = ex.down_scale[e]
+        if self.shared:
+            # one MLP of width shared * I in the checkpoint, `shared` experts of width I here
+            s, name = slice(self.routed, None), f"{prefix}.shared_experts"
+            for part, rows, blocks in (("gate_proj", slice(0, self.inner), slice(0, narrow)),
+                                       ("up_proj", slice(self.inner, None), slice(narrow, None))):  # fmt: skip
+                out[f"{name}.{part}.weight"] = ex.gate_up[s, rows]
+                out[f"{name}.{part}.weight{SCALE}"] = ex.gate_up_scale[s, blocks]
+            # [shared, D, I] seen as [D, shared, I]: the rows of the checkpoint's matrix
+            out[f"{name}.down_proj.weight"] = ex.down[s].transpose(0, 1)
+            out[f"{name}.down_proj.weight{SCALE}"] = ex.down_scale[s].transpose(0, 1)
+        return out
+
+
+class Layer:
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the second sum is left to whoever reads it."""
+
+    def __init__(self, config: ModelConfig, dense: bool, device: torch.device) -> None:
+        hidden, self.eps = config.hidden_size, config.rms_norm_eps
+        self.norms = torch.empty(2, hidden, dtype=torch.bfloat16, device=device)
+        self.attention = Attention(config, device)
+        self.mlp: Dense | Mixture = (
+            Dense(hidden, config.intermediate_size, device) if dense else Mixture(config, device)
+        )
+
+    def __call__(
+        self, x: Tensor, branch: Tensor | None, table: Tensor, cache: mla.Cache, plan: mla.Plan
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the stream and the branch still to be added to it, `[M, D]` each, of such a pair."""
+        quantised, scales, x = quant.rms_norm_quant(x, self.norms[0], self.eps, branch)
+        branch = self.attention((quantised, scales), table, cache, plan)
+        if isinstance(self.mlp, Mixture):
+            normed, x = quant.rms_norm(x, self.norms[1], self.eps, branch)
+            return x, self.mlp(normed)
+        quantised, scales, x = quant.rms_norm_quant(x, self.norms[1], self.eps, branch)
+        return x, self.mlp((quantised, scales))
+
+    def slots(self, prefix: str) -> Slots:
+        norms = (f"{prefix}.input_layernorm.weight", f"{prefix}.post_attention_layernorm.weight")
+        return (
+            dict(zip(norms, self.norms, strict=True))
+            | self.attention.slots(f"{prefix}.self_attn")
+            | self.mlp.slots(f"{prefix}.mlp")
+        )
+
+
+class Module:
+    """One multi-token-prediction module (2412.19437, eq. 21-23), see `transformer.MTPModule`."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, packed: bool) -> None:
+        hidden, self.eps = config.hidden_size, config.rms_norm_eps
+        self.norms = torch.empty(3, hidden, dtype=torch.bfloat16, device=device)  # enorm, hnorm, last
+        self.eh = Matrix.empty(hidden, 2 * hidden, device, packed)
+        self.layer = Layer(config, False, device)
+
+    def __call__(self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
+        parts = quant.rms_norm(embedding, self.norms[0], self.eps)[0], quant.rms_norm(hidden, self.norms[1], self.eps)[0]
+        x, branch = self.layer(self.eh(torch.cat(parts, -1)), None, table, cache, plan)
+        return quant.rms_norm(x, self.norms[2], self.eps, branch)[0]
+
+    def slots(self, prefix: str) -> Slots:
+        names = ("enorm", "hnorm", "shared_head.norm")
+        norms = {f"{prefix}.{name}.weight": norm for name, norm in zip(names, self.norms, strict=True)}
+        return norms | self.eh.slots(f"{prefix}.eh_proj.weight") | self.layer.slots(prefix)
+
+
+class DeviceModel:
+    """The verifier and its MTP module in FP8.
+
+    Args:
+        config: `why_not(config)` is None.
+        wide: names of checkpoint tensors stored in bfloat16 where FP8 is the rule; only eh_proj may be among them.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device | str, wide: frozenset[str] = frozenset()) -> None:
+        self.config, self.device, self.dtype = config, torch.device(device), fp8.E4M3
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        self.layers = [Layer(config, i < config.first_k_dense_replace, self.device)
+                       for i in range(config.num_hidden_layers)]  # fmt: skip
+        self.norm = torch.empty(config.hidden_size, dtype=torch.bfloat16, device=self.device)
+        tied = config.tie_word_embeddings
+        self.lm_head = self.embed_tokens if tied else torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        eh_packed = not any(name.endswith("eh_proj.weight") for name in wide)
+        self.mtp = [Module(config, self.device, eh_packed) for _ in range(config.num_nextn_predict_layers)]
+        self._table = torch.empty(0, 2, config.qk_rope_head_dim)
+
+    def rows(self, ids: Tensor, caches: list[mla.Cache], plan: mla.Plan) -> Tensor:
+        """Returns the normed hidden states `[M, D]` of tokens ids `[M]` int64, which join the caches."""
+        x, branch = F.embedding(ids, self.embed_tokens), None
+        table = self.table(caches[0].capacity)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, branch = layer(x, branch, table, cache, plan)
+        return quant.rms_norm(x, self.norm, self.config.rms_norm_eps, branch)[0]
+
+    def mtp_rows(self, ids: Tensor, hidden: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
+        """Returns the MTP module's normed outputs `[M, D]` for tokens ids `[M]` after hidden states `[M, D]`."""
+        embedding = F.embedding(ids, self.embed_tokens)
+        return self.mtp[0](embedding, hidden, self.table(cache.capacity), cache, plan)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns `[M, V]` float32 logits of normed hidden states."""
+        return gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32)
+
+    def table(self, length: int) -> Tensor:
+        """Returns a rope table of more than `length` positions; grown between passes, never inside a captured one."""
+        if self._table.shape[0] < length + 1 or self._table.device != self.device:
+            self._table = rope_table(self.config, length + 64, self.device)
+        return self._table
+
+    def new_caches(self, tokens: int, nodes: int) -> list[mla.Cache]:
+        """Returns caches of all layers and, last, of the MTP module if there is one."""
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return mla.new_caches(len(self.layers) + len(self.mtp), tokens, nodes, width, self.device)
+
+    def parameters(self) -> list[Tensor]:
+        """Returns the tensors that hold weights, scales included."""
+        return list(self.checkpoint_slots().values())
+
+    def checkpoint_slots(self) -> Slots:
+        """Returns every checkpoint tensor, scales included, with a view of its place.
+
+        The shared expert's places have its experts as a dimension of their own; reshaped, its tensors fit.
+        """
+        out: Slots = {"model.embed_tokens.weight": self.embed_tokens}
+        for i, layer in enumerate([*self.layers, *self.mtp]):
+            out |= layer.slots(f"model.layers.{i}")
+        out["model.norm.weight"] = self.norm
+        if not self.config.tie_word_embeddings:
+            out["lm_head.weight"] = self.lm_head
+        return out
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)

@@ -1,0 +1,187 @@
+"""The generation loop of one sequence on a GPU: prefill, then captured steps, read one step behind.
+
+Same interface and same contract as `engine.Decoder`; the difference is where things happen. A step is launched before
+the tokens of the one before it are looked at, so that the GPU never waits for text, stop strings or a terminal.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_spec.accept import Drawn
+from mtp_spec.device_step import MOST, Shape, State, Step, stages_of
+from mtp_spec.errors import MTPSpecError
+from mtp_spec.kernels import commit as commits
+from mtp_spec.kernels import mla
+from mtp_spec.kernels.sampler import Stages, sample
+from mtp_spec.model.device import DeviceModel
+from mtp_spec.options import Speculation
+from mtp_spec.sampling import Sampler
+from mtp_spec.stats import GenerationStats
+
+# prompt tokens that pass through the model at once
+PREFILL_CHUNK = 256
+KEPT_STEPS = 8
+
+
+class DeviceRuntime:
+    """The states and captured steps of a loaded model, kept from text to text.
+
+    Args:
+        max_context: most tokens of prompt and text.
+    """
+
+    def __init__(self, model: DeviceModel, max_context: int) -> None:
+        self.model, self.max_context = model, max_context
+        self._states: list[State] = []
+        self._steps: dict[tuple[int, Shape, Stages, int], Step] = {}
+
+    def acquire(self) -> State:
+        """Returns a state that no other text uses; one is made where all are in use."""
+        state = next((state for state in self._states if not state.busy), None)
+        if state is None:
+            state = State(self.model, self.max_context)
+            self._states.append(state)
+        state.busy = True
+        return state
+
+    def step(self, state: State, shape: Shape, stages: Stages, extend: int) -> Step:
+        """Returns the step of a tree, captured where there is a GPU. The state must not hold a text yet."""
+        key = (self._states.index(state), shape, stages, extend)
+        step = self._steps.pop(key, None)
+        if step is None:
+            step = Step(self.model, state, shape, stages, extend)
+            if self.model.device.type == "cuda":
+                step.capture()
+            while len(self._steps) >= KEPT_STEPS:
+                self._steps.pop(next(iter(self._steps)))
+        self._steps[key] = step  # the most recent last
+        return step
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step on its way."""
+
+    record: Tensor
+    ready: torch.cuda.Event | None
+
+
+class DeviceDecoder:
+    """One sequence being generated; arguments as for `engine.Decoder`, with the runtime for the model."""
+
+    def __init__(
+        self,
+        runtime: DeviceRuntime,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        speculation: Speculation | None,
+        is_last: Callable[[int], bool],
+    ) -> None:
+        self.model, self.sampler, self.is_last = runtime.model, sampler, is_last
+        self.tokens, self.prompt_tokens = list(prompt), len(prompt)
+        self.shape, self.stages = Shape.of(speculation), stages_of(sampler.params)
+        self.stats = GenerationStats()
+        self.finished = False
+        self.state = runtime.acquire()
+        self._release = weakref.finalize(self, _free, self.state)
+        extend = 0 if speculation is None else self.shape.depth + 1
+        with torch.inference_mode():
+            self.one_step = runtime.step(self.state, self.shape, self.stages, extend)
+        self._launched: deque[_Launched] = deque()
+        cuda = self.model.device.type == "cuda"
+        self._hosts = [torch.empty(commits.record_size(MOST), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
+
+    @torch.inference_mode()
+    def prefill(self) -> list[Drawn]:
+        """Fills the caches with the prompt and returns the first token."""
+        state, prompt, model = self.state, self.tokens, self.model
+        with self.stats.phase("prefill"):
+            state.reset(self.sampler.params, prompt)
+            ids = torch.tensor(prompt, dtype=torch.int64).to(model.device)
+            last = None
+            for first in range(0, len(prompt), PREFILL_CHUNK):
+                chunk = ids[first : first + PREFILL_CHUNK]
+                state.length.fill_(first)
+                hidden = model.rows(chunk, state.caches, mla.chain(state.length, len(chunk)))
+                following = ids[first + 1 : first + 1 + len(chunk)]
+                if self.shape.parents and len(following):
+                    plan = mla.chain(state.length, len(following), offset=1)
+                    model.mtp_rows(following, hidden[: len(following)], state.mtp_cache[0], plan)
+                last = hidden[-1:]
+            assert last is not None
+            logits = model.logits(last)
+            position = torch.full((1,), len(prompt), dtype=torch.int64, device=model.device)
+            request = torch.zeros(1, dtype=torch.int32, device=model.device)
+            drawn = sample(logits, request, position, state.settings, self.stages)
+            token, failed = int(drawn.tokens[0, 0]), bool(drawn.failed[0])
+            state.start(token, last, len(prompt), self.stages.penalty)
+        if failed:
+            self._fail(logits[0])
+        self.stats.record_prefill(len(prompt))
+        return self._take([token], [0], logits)
+
+    @torch.inference_mode()
+    def step(self) -> list[Drawn]:
+        """Returns the tokens of the next step; the step after it is already on its way."""
+        with self.stats.phase("step"):
+            wanted = self.sampler.params.logprobs
+            while len(self._launched) < (1 if wanted else 2):
+                self._launch()
+            launched = self._launched.popleft()
+            if launched.ready is not None:
+                launched.ready.synchronize()
+            count, failed, *numbers = launched.record.tolist()
+        tokens, path = numbers[:count], numbers[MOST : MOST + count]
+        if failed:
+            self._fail(self.one_step.logits[path[-1]] if wanted else None)
+        before = len(self.tokens)
+        drawn = self._take(tokens, path, self.one_step.logits)
+        accepted = path[1 : len(self.tokens) - before + 1]
+        ranks = [self.shape.ranks[row - 1] for row in accepted]
+        self.stats.record_step(self.shape.depth, len(self.shape.parents), ranks, len(drawn))
+        return drawn
+
+    def _launch(self) -> None:
+        self.one_step()
+        host = self._hosts[0]
+        self._hosts.reverse()
+        host.copy_(self.state.record, non_blocking=True)
+        ready = None
+        if self.model.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        self._launched.append(_Launched(host, ready))
+
+    def _take(self, tokens: list[int], path: list[int], logits: Tensor) -> list[Drawn]:
+        """Commits tokens one by one until the text ends; row path[j] of the logits drew token j."""
+        wanted, drawn = self.sampler.params.logprobs, []
+        for j, token in enumerate(tokens):
+            logprob = self.sampler.logprobs(logits[path[j]], token, wanted) if wanted else None
+            drawn.append(Drawn(token, j + 1 if j + 1 < len(tokens) else 0, logprob))
+            self.tokens.append(token)
+            if self.is_last(token):
+                self.finished = True
+                self._release()
+                break
+        return drawn
+
+    def _fail(self, row: Tensor | None) -> None:
+        self._release()
+        reason = "no token is left after logit_bias, or the logits hold NaN or infinity"
+        if row is not None and not bool(row.isfinite().any()):
+            reason = "the logits hold no finite number"
+        position = len(self.tokens)
+        raise MTPSpecError(
+            f"no token can be drawn at position {position} or after: {reason}; check the weights, or allow more tokens"
+        )
+
+
+def _free(state: State) -> None:
+    state.busy = False
