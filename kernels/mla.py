@@ -31,7 +31,7 @@ except ImportError:  # no Triton for this platform: the references remain
 KEYS = 64  # keys a block
 # Positions a split, and where larger ones begin: short ones fill the machine at short contexts, long ones keep the
 # parts few at long contexts. Part of the arithmetic.
-SPLIT_SIZES = (128, 512, 512, 2048)
+SPLIT_SIZES = (64, 256, 512, 2048)
 SPLIT_ENDS = (1024, 8192, 32768)
 TAIL = 2 * KEYS  # room for the last keys of a node: what committed slots leave of a block, and its ancestors
 TILE = 64  # node-head pairs a program, wgmma's rows

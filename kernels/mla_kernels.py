@@ -85,38 +85,44 @@ def _prepare_kernel(
     source = down + row.to(tl.int64) * (A_ROWS + C + R)
     if tl.program_id(1) == 0:
         start = tl.load(length)
-        lane = tl.arange(0, WIDE_C)
-        x = tl.load(source + A_ROWS + lane, mask=lane < C, other=0.0).to(tl.float32)
-        normed = (x * tl.rsqrt(tl.sum(x * x, 0) / C + eps)).to(tl.bfloat16)
-        weight = tl.load(kv_norm + lane, mask=lane < C, other=0.0).to(tl.float32)
         target = cache + (start + tl.load(slots + row)).to(tl.int64) * (C + R)
-        tl.store(target + lane, (weight * normed.to(tl.float32)).to(tl.bfloat16), mask=lane < C)
+        lane = tl.arange(0, WIDE_C)
+        normed = _normed(source + A_ROWS, kv_norm, eps, C, WIDE_C)
+        tl.store(target + lane, normed, mask=lane < C)
         position = start + offset + tl.load(depths + row) + tl.zeros((1, 1), dtype=tl.int32)
         turned = _rotated(source + A_ROWS + C, table, position, position >= 0, R, WIDE_R, INTERLEAVED)
         lane_r = tl.arange(0, WIDE_R)[None, :]
         tl.store(target + C + lane_r, turned.to(tl.bfloat16), mask=lane_r < R)
-    else:
-        if LORA:
-            lane = tl.arange(0, WIDE_A)
-            x = tl.load(source + lane, mask=lane < A_ROWS, other=0.0).to(tl.float32)
-            normed = (x * tl.rsqrt(tl.sum(x * x, 0) / A_ROWS + eps)).to(tl.bfloat16)
-            weight = tl.load(q_norm + lane, mask=lane < A_ROWS, other=0.0).to(tl.float32)
-            values = (weight * normed.to(tl.float32)).to(tl.bfloat16).to(tl.float32)
-            blocks: tl.constexpr = (A_ROWS + 127) // 128
-            _store_quantised(values, row, 0, quantised, scales, A_ROWS, blocks, WIDE_A, False, LARGEST)
+    elif LORA:
+        values = _normed(source, q_norm, eps, A_ROWS, WIDE_A).to(tl.float32)
+        blocks: tl.constexpr = (A_ROWS + 127) // 128
+        _store_quantised(values, row, 0, quantised, scales, A_ROWS, blocks, WIDE_A, False, LARGEST)
 
 
 @triton.jit
-def _up_weight(kv_b, kv_b_scale, row, row_mask, column, C: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr):
-    """Returns kv_b [rows, columns] in bf16 (float32 for the interpreter), dequantised if it is e4m3."""
+def _normed(source, weight, eps, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Returns the RMS norm of SIZE numbers in bf16, rounded before and after the weight, as the model does."""
+    lane = tl.arange(0, WIDE)
+    x = tl.load(source + lane, mask=lane < SIZE, other=0.0).to(tl.float32)
+    normed = (x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)).to(tl.bfloat16).to(tl.float32)
+    return (tl.load(weight + lane, mask=lane < SIZE, other=0.0).to(tl.float32) * normed).to(tl.bfloat16)
+
+
+@triton.jit
+def _up_weight(
+    kv_b, kv_b_scale, row, row_mask, first, SIZE: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Returns SIZE columns of kv_b's rows, inside one block of 128, in bf16, dequantised if they are e4m3."""
+    column = first + tl.arange(0, SIZE)
     mask = row_mask[:, None] & (column < C)[None, :]
     w = tl.load(kv_b + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
     if PACKED:
         blocks: tl.constexpr = (C + 127) // 128
-        at = kv_b_scale + (row // 128)[:, None] * blocks + (column // 128)[None, :]
-        w = w.to(tl.float32) * tl.load(at, mask=mask, other=0.0)
+        scale = tl.load(kv_b_scale + row // 128 * blocks + first // 128, mask=row_mask, other=0.0)
+        w = w.to(tl.float32) * scale[:, None]
     w = w.to(tl.bfloat16)
-    if WIDE:
+    if WIDE:  # the interpreter cannot multiply bfloat16
         w = w.to(tl.float32)
     return w
 
@@ -162,7 +168,7 @@ def _absorb_kernel(
     else:
         inner = tl.arange(0, WIDE_N)
         column = part * 128 + tl.arange(0, 128)
-        w = _up_weight(kv_b, kv_b_scale, head * (N + V) + inner, inner < N, column, C, PACKED, WIDE)
+        w = _up_weight(kv_b, kv_b_scale, head * (N + V) + inner, inner < N, part * 128, 128, C, PACKED, WIDE)
         for first in range(0, rows, ROWS):
             row = first + lane
             source = q + row.to(tl.int64)[:, None] * stride + head * (N + R) + inner[None, :]
@@ -199,24 +205,24 @@ def _up_kernel(
     for first in range(0, rows, ROWS):
         row = first + lane
         real = row < rows
-        total = tl.zeros((ROWS, 128), dtype=tl.float32)
-        for chunk in tl.range(0, C, CHUNK, num_stages=2):
+        total = tl.zeros((128, ROWS), dtype=tl.float32)
+        for chunk in tl.range(0, C, CHUNK):
+            w = _up_weight(kv_b, kv_b_scale, head * (N + V) + N + value, value < V, chunk, CHUNK, C, PACKED, WIDE)
             column = chunk + tl.arange(0, CHUNK)
-            w = _up_weight(kv_b, kv_b_scale, head * (N + V) + N + value, value < V, column, C, PACKED, WIDE)
-            source = context + (row.to(tl.int64) * heads + head)[:, None] * C + column[None, :]
-            x = tl.load(source, mask=real[:, None] & (column < C)[None, :], other=0.0)
+            source = context + (row.to(tl.int64) * heads + head)[None, :] * C + column[:, None]
+            x = tl.load(source, mask=real[None, :] & (column < C)[:, None], other=0.0)
             if WIDE:
                 x = x.to(tl.float32)
-            total = tl.dot(x, w.T, total)
-        kept = real[:, None] & (value < V)[None, :]
-        target = out + row.to(tl.int64)[:, None] * (heads * V) + head * V + value[None, :]
+            total = tl.dot(w, x, total)
+        kept = real[None, :] & (value < V)[:, None]
+        target = out + row.to(tl.int64)[None, :] * (heads * V) + head * V + value[:, None]
         values = total.to(tl.bfloat16)
         if QUANTISE:
             wide = values.to(tl.float32)
-            scale = tl.max(tl.abs(wide), axis=1) / LARGEST
+            scale = tl.max(tl.abs(wide), axis=0) / LARGEST
             scale = tl.where(scale > 0, scale, 1.0)
             # the quotient can exceed the largest value by a rounding
-            scaled = tl.minimum(tl.maximum(wide / scale[:, None], -LARGEST), LARGEST)
+            scaled = tl.minimum(tl.maximum(wide / scale[None, :], -LARGEST), LARGEST)
             tl.store(target, scaled.to(out.dtype.element_ty), mask=kept)
             block = (head * V) // 128 + tl.program_id(1)
             tl.store(scales + row * (heads * V // 128) + block, scale, mask=real)

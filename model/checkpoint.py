@@ -214,16 +214,15 @@ def fp8_obstacle(folder: Path) -> str | None:
     reason = why_not(config)
     if reason is not None:
         return reason
-    wide = _wide(tensors)
-    packed = DeviceModel(config, "meta", wide).checkpoint_slots()
-    other = [n for n in sorted(wide) if n + SCALE in packed]
+    packed = _device_model(config, tensors, "meta").checkpoint_slots()
+    other = [n for n in sorted(tensors) if n + SCALE in packed and tensors[n].dtype != "F8_E4M3"]
     return f"{_listing(other)} {'is' if len(other) == 1 else 'are'} not stored in FP8" if other else None
 
 
 def load_device_model(folder: Path, device: torch.device | str, progress: Report | None = None) -> DeviceModel:
     """Returns the model with its FP8 weights as they are stored; `fp8_obstacle(folder)` is None."""
     config, tensors = _open(folder)
-    model = DeviceModel(config, device, _wide(tensors))
+    model = _device_model(config, tensors, device)
     slots = model.checkpoint_slots()
     with _Reader(tensors, progress) as reader:
         for name in reader:
@@ -251,10 +250,10 @@ def _expected(config: ModelConfig) -> dict[str, Tensor]:
         return Transformer(config, torch.bfloat16, "meta").checkpoint_slots()
 
 
-def _wide(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
-    """Returns the names of matrices that are not stored in FP8."""
-    return frozenset(n for n, info in tensors.items() if len(info.shape) == 2 and info.dtype != "F8_E4M3"
-                     and not n.endswith(SCALE))  # fmt: skip
+def _device_model(config: ModelConfig, tensors: Mapping[str, TensorInfo], device: torch.device | str) -> DeviceModel:
+    stored = {name.split(".", 3)[-1]: info.dtype for name, info in tensors.items()}
+    router = torch.float32 if stored.get("mlp.gate.weight") == "F32" else torch.bfloat16
+    return DeviceModel(config, device, stored.get("eh_proj.weight") == "F8_E4M3", router)
 
 
 class _Reader:

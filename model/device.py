@@ -153,7 +153,7 @@ class Dense:
 class Mixture:
     """Routed experts; the shared expert's parts are further experts that every row chooses."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, router: torch.dtype) -> None:
         hidden, self.inner, shared = config.hidden_size, config.moe_intermediate_size, config.n_shared_experts
         self.routed, self.shared = config.n_routed_experts, shared
         limited = config.topk_method != "greedy" and config.topk_group < config.n_group
@@ -164,7 +164,7 @@ class Mixture:
             normalise=config.norm_topk_prob and config.model_type != "deepseek_v2",
             scale=config.routed_scaling_factor,
         )  # fmt: skip
-        self.router = torch.empty(self.routed, hidden, device=device)
+        self.router = torch.empty(self.routed, hidden, dtype=router, device=device)
         self.bias = torch.empty(self.routed, device=device) if config.has_gate_bias else None
         count, wide, narrow = self.routed + shared, _blocks(hidden), _blocks(self.inner)
         self.experts = moe.Experts(
@@ -206,12 +206,12 @@ class Mixture:
 class Layer:
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the second sum is left to whoever reads it."""
 
-    def __init__(self, config: ModelConfig, dense: bool, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dense: bool, device: torch.device, router: torch.dtype) -> None:
         hidden, self.eps = config.hidden_size, config.rms_norm_eps
         self.norms = torch.empty(2, hidden, dtype=torch.bfloat16, device=device)
         self.attention = Attention(config, device)
         self.mlp: Dense | Mixture = (
-            Dense(hidden, config.intermediate_size, device) if dense else Mixture(config, device)
+            Dense(hidden, config.intermediate_size, device) if dense else Mixture(config, device, router)
         )
 
     def __call__(
@@ -238,11 +238,11 @@ class Layer:
 class Module:
     """One multi-token-prediction module (2412.19437, eq. 21-23), see `transformer.MTPModule`."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, packed: bool) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, packed: bool, router: torch.dtype) -> None:
         hidden, self.eps = config.hidden_size, config.rms_norm_eps
         self.norms = torch.empty(3, hidden, dtype=torch.bfloat16, device=device)  # enorm, hnorm, last
         self.eh = Matrix.empty(hidden, 2 * hidden, device, packed)
-        self.layer = Layer(config, False, device)
+        self.layer = Layer(config, False, device, router)
 
     def __call__(self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
         parts = quant.rms_norm(embedding, self.norms[0], self.eps)[0], quant.rms_norm(hidden, self.norms[1], self.eps)[0]
@@ -260,21 +260,27 @@ class DeviceModel:
 
     Args:
         config: `why_not(config)` is None.
-        wide: names of checkpoint tensors stored in bfloat16 where FP8 is the rule; only eh_proj may be among them.
+        eh_packed: whether the module's eh_proj is stored in FP8 like the other matrices; DeepSeek's is in bfloat16.
+        router: dtype in which the gates are stored.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device | str, wide: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device | str,
+        eh_packed: bool = False,
+        router: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.config, self.device, self.dtype = config, torch.device(device), fp8.E4M3
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        self.layers = [Layer(config, i < config.first_k_dense_replace, self.device)
+        self.layers = [Layer(config, i < config.first_k_dense_replace, self.device, router)
                        for i in range(config.num_hidden_layers)]  # fmt: skip
         self.norm = torch.empty(config.hidden_size, dtype=torch.bfloat16, device=self.device)
         tied = config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        eh_packed = not any(name.endswith("eh_proj.weight") for name in wide)
-        self.mtp = [Module(config, self.device, eh_packed) for _ in range(config.num_nextn_predict_layers)]
-        self._table = torch.empty(0, 2, config.qk_rope_head_dim)
+        self.mtp = [Module(config, self.device, eh_packed, router) for _ in range(config.num_nextn_predict_layers)]
+        self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=self.device)
 
     def rows(self, ids: Tensor, caches: list[mla.Cache], plan: mla.Plan) -> Tensor:
         """Returns the normed hidden states `[M, D]` of tokens ids `[M]` int64, which join the caches."""
@@ -295,7 +301,7 @@ class DeviceModel:
 
     def table(self, length: int) -> Tensor:
         """Returns a rope table of more than `length` positions; grown between passes, never inside a captured one."""
-        if self._table.shape[0] < length + 1 or self._table.device != self.device:
+        if self._table.shape[0] <= length:
             self._table = rope_table(self.config, length + 64, self.device)
         return self._table
 

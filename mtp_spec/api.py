@@ -21,7 +21,8 @@ from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.finish import Finisher
 from mtp_spec.kernels.moe_route import runs_triton
 from mtp_spec.model.checkpoint import fp8_obstacle, load_checkpoint, load_device_model
-from mtp_spec.model.config import CheckpointError, ModelConfig
+from mtp_spec.memory import check_memory
+from mtp_spec.model.config import CheckpointError, ModelConfig, load_config
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.rows import Technique, choose_technique
 from mtp_spec.model.transformer import Transformer
@@ -301,13 +302,9 @@ def load(
     _check_device(device)
     if max_batch != 1:
         raise OptionError(f"max_batch={max_batch!r}: only 1 is available; lists of prompts run one after another")
+    limit = _context_limit(folder, max_context)
     with _progress(progress) as report:
-        model = _load_model(folder, _dtype(dtype), str(device), report)
-    limit = model.config.max_position_embeddings
-    if max_context is not None:
-        if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 < max_context <= limit:
-            raise OptionError(f"max_context={max_context!r}: an integer from 2 to {limit}, the model's own limit")
-        limit = max_context
+        model = _load_model(folder, _dtype(dtype), str(device), limit, report)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
         return LM(model, tokenizer, "batched", limit)
@@ -317,11 +314,23 @@ def load(
     return LM(model, tokenizer, choose_technique(model), limit)
 
 
-def _load_model(folder: Path, dtype: torch.dtype | None, device: str, report: Any) -> Transformer | DeviceModel:
+def _context_limit(folder: Path, max_context: int | None) -> int:
+    limit = load_config(folder).max_position_embeddings
+    if max_context is None:
+        return limit
+    if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 < max_context <= limit:
+        raise OptionError(f"max_context={max_context!r}: an integer from 2 to {limit}, the model's own limit")
+    return max_context
+
+
+def _load_model(
+    folder: Path, dtype: torch.dtype | None, device: str, limit: int, report: Any
+) -> Transformer | DeviceModel:
     """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
     if dtype in (None, torch.float8_e4m3fn):
         obstacle = _no_fp8_here(device) or fp8_obstacle(folder)
         if obstacle is None:
+            check_memory(load_config(folder), limit, device)
             return load_device_model(folder, device, report)
         if dtype is not None:
             raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")

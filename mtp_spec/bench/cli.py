@@ -12,6 +12,7 @@ from mtp_spec.bench.common import publish
 from mtp_spec.bench.exactness import rows, same_text
 from mtp_spec.bench.kernels import kernels
 from mtp_spec.bench.speed import speed
+from mtp_spec.bench.step import step
 from mtp_spec.options import MAX_DEPTH
 
 
@@ -33,6 +34,13 @@ def add_bench(commands: Any) -> None:
     five.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
     five.add_argument("--rows", type=_integers, default=[1, 4, 8, 16, 64], metavar="M,M,...", help="rows to measure")
     five.add_argument("--tune", action="store_true", help="try launch configurations, about two minutes")
+    six = kinds.add_parser("step", help="decode, verify and draft passes of a full-width DeepSeek-V3 slice on a GPU",
+                           description=step.__doc__)  # fmt: skip
+    six.set_defaults(run=step)
+    six.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
+    six.add_argument("--rows", type=_integers, default=[1, 2, 4, 8, 16], metavar="M,M,...", help="rows to measure")
+    six.add_argument("--context", type=_count, default=1024, help="committed tokens (1024)")
+    six.add_argument("--layers", type=_count, help="MoE layers (default: as many as fit)")
     for kind, depths in ((three, [1, 2, 3, 4, 5]), (four, [2, 3, 4, 5])):
         kind.add_argument("--depths", type=_depths, default=depths, metavar="K,K,...", help="chains to measure")
         kind.add_argument("--temperatures", type=_numbers, default=[0.0, 0.8], metavar="T,T,...")
@@ -55,8 +63,8 @@ def _add(
 
 def run_bench(args: argparse.Namespace) -> None:
     """Loads the model if there is one, runs the benchmark, prints and writes its report."""
-    if args.run is kernels:
-        return publish(kernels(args), None, args)
+    if args.run in (kernels, step):
+        return publish(args.run(args), None, args)
     lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype)
     publish(args.run(lm, args), lm, args)
 

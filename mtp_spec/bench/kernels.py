@@ -62,7 +62,7 @@ def copy_rate() -> float:
     """Returns TB/s of a device-to-device copy of 2 GiB, bytes read and written."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / _graph_time(lambda: target.copy_(source)) / 1e6
+    return 2 * source.numel() / graph_time(lambda: target.copy_(source)) / 1e6
 
 
 def _weights(n: int, k: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -72,7 +72,7 @@ def _weights(n: int, k: int) -> tuple[list[Tensor], list[Tensor]]:
     return weights, scales
 
 
-def _graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
+def graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
     """Returns the median microseconds of one replay."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -102,7 +102,7 @@ def _microseconds(product: Product, a: Tensor, a_scale: Tensor, weights: list[Te
             for w, s in zip(weights, scales, strict=True):
                 product(a, a_scale, w, s)
 
-    return _graph_time(work) / (rounds * len(weights))
+    return graph_time(work) / (rounds * len(weights))
 
 
 def _tune(weights: list[Tensor], scales: list[Tensor], errors: dict[str, str]) -> tuple[gemm.Launch, dict[str, float]]:

@@ -1,0 +1,217 @@
+"""`bench step`: a slice of DeepSeek-V3 at full width, against the bytes that a pass must read.
+
+Three dense layers, as many MoE layers as the card holds, embedding, head and the MTP module, random FP8 weights. A
+pass is timed as a CUDA graph. Its floor is the bytes of the weights it reads (of the distinct experts its rows were
+routed to, counted), of the cache and of the scales, over the copy rate measured in the same run. Random routing is the
+worst case: neighbouring tokens of a text share experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_spec.api import LM
+from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.kernels import copy_rate, graph_time
+from mtp_spec.errors import OptionError
+from mtp_spec.kernels import mla, moe
+from mtp_spec.kernels.sampler import Stages, sample
+from mtp_spec.memory import plan_memory
+from mtp_spec.model.config import ModelConfig, load_config
+from mtp_spec.model.device import DeviceModel, Dense, Layer, Mixture
+from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.device_step import ROWS, State
+
+CHUNK = 2**28
+FINITE = 0xBF  # clears e4m3's highest exponent bit: no NaN, magnitudes below 2
+
+
+def step(args: argparse.Namespace) -> Report:
+    """Times decode, verify and draft passes of a full-width slice of DeepSeek-V3 against the bytes they must read."""
+    if not torch.cuda.is_available():
+        raise OptionError("bench step needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
+    rate = copy_rate()
+    torch.cuda.empty_cache()
+    full = load_config(Path(str(files("mtp_spec.configs") / "config_671B.json")))
+    full = replace(full, num_nextn_predict_layers=1, fp8_block=(128, 128))
+    config = _slice(full, args.context, args.layers)
+    planned = plan_memory(config, args.context + ROWS)
+    before = torch.cuda.memory_allocated()
+    model = DeviceModel(config, "cuda")
+    torch.manual_seed(0)
+    _fill(model)
+    state = State(model, args.context + ROWS)
+    state.store.normal_()
+    rows: list[Row] = []
+    state.reset(SamplingParams(temperature=0.8), [0])
+    state.store.normal_()
+    for m in args.rows:
+        rows.append(_pass(f"decode and verify, {m} rows", _verify(model, state, args.context, m), rate))
+    rows += _parts(model, state, args.context, args.rows, rate)
+    rows.append(_pass("draft, 1 row", _draft(model, state, args.context), rate))
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    facts = {
+        "copy_TB_per_s": rate, "context": args.context, "dense layers": config.first_k_dense_replace,
+        "moe layers": config.num_hidden_layers - config.first_k_dense_replace, "memory planned": planned.total,
+        "memory at the peak": peak, "memory ratio": peak / planned.total,
+        "extrapolated": _extrapolated(rows, full, args.rows), "same text": _same_text(model, args.context),
+    }  # fmt: skip
+    title = (f"DeepSeek-V3 at full width, {facts['dense layers']} dense and {facts['moe layers']} MoE layers, context "
+             f"{args.context}; device copy {rate:.2f} TB/s")  # fmt: skip
+    return Report(title, rows, facts, failed=not all(facts["same text"].values()))
+
+
+def _slice(full: ModelConfig, context: int, layers: int | None) -> ModelConfig:
+    """Returns the largest slice that fits, or one with `layers` MoE layers."""
+    free = torch.cuda.mem_get_info()[0]
+    most = full.num_hidden_layers - full.first_k_dense_replace
+    for count in range(layers or most, 0, -1):
+        config = replace(full, num_hidden_layers=full.first_k_dense_replace + count)
+        if plan_memory(config, context + ROWS).total < free:
+            return config
+    raise OptionError(f"bench step needs room for one MoE layer of DeepSeek-V3: {free / 1e9:.1f} GB are free")
+
+
+def _fill(model: DeviceModel) -> None:
+    """Random weights that keep activations of order one."""
+    for name, slot in model.checkpoint_slots().items():
+        if name.endswith("_scale_inv"):
+            slot.fill_(0.02)  # e4m3 numbers below 2 have a root mean square of about 0.6
+        elif slot.dtype == torch.float8_e4m3fn:
+            flat = slot.view(torch.uint8)
+            flat.random_(0, 256)
+            flat &= FINITE
+        elif "norm" in name:
+            slot.fill_(1.0)
+        else:
+            slot.normal_(0.0, slot.shape[-1] ** -0.5)
+
+
+def _plan(model: DeviceModel, state: State, context: int, m: int, offset: int = 0) -> mla.Plan:
+    state.length.fill_(context)
+    return mla.chain(state.length, m, offset)
+
+
+def _verify(model: DeviceModel, state: State, context: int, m: int) -> tuple[Callable[[], Any], list[Any], int]:
+    """Returns a pass of m rows, what it reads besides routed experts, and their number."""
+    ids = torch.randint(0, model.config.vocab_size, (m,), device="cuda")
+    plan = _plan(model, state, context, m)
+
+    def run() -> Tensor:
+        return model.logits(model.rows(ids, state.caches, plan))
+
+    reads = [*model.layers, model.lm_head]
+    return run, reads, len(model.layers) * (context + m) * state.store.shape[1] * 2
+
+
+def _draft(model: DeviceModel, state: State, context: int) -> tuple[Callable[[], Any], list[Any], int]:
+    ids = torch.randint(0, model.config.vocab_size, (1,), device="cuda")
+    hidden = torch.randn(1, model.config.hidden_size, device="cuda").bfloat16()
+    request, position = torch.zeros(1, dtype=torch.int32, device="cuda"), torch.full((1,), context, device="cuda")
+    plan = _plan(model, state, context, 1, 1)
+
+    def run() -> Tensor:
+        out = model.logits(model.mtp_rows(ids, hidden, state.mtp_cache[0], plan))
+        return sample(out, request, position, state.settings, Stages()).tokens
+
+    module = model.mtp[0]
+    return run, [module.eh.weight, module.layer, model.lm_head], (context + 1) * state.store.shape[1] * 2
+
+
+def _parts(model: DeviceModel, state: State, context: int, counts: list[int], rate: float) -> list[Row]:
+    """Times layers of either kind and the head on their own; every layer once, so that none is read from the cache."""
+    rows = []
+    table = model.table(state.caches[0].capacity)
+    for m in counts:
+        x = torch.randn(m, model.config.hidden_size, device="cuda").bfloat16()
+        plan = _plan(model, state, context, m)
+        for name, kind in (("dense layer", Dense), ("MoE layer", Mixture)):
+            layers = [(layer, cache) for layer, cache in zip(model.layers, state.caches, strict=True)
+                      if isinstance(layer.mlp, kind)]  # fmt: skip
+
+            def run(layers: list[Any] = layers, x: Tensor = x, plan: mla.Plan = plan) -> None:
+                for layer, cache in layers:
+                    layer(x, None, table, cache, plan)
+
+            kv = len(layers) * (context + m) * state.store.shape[1] * 2
+            row = _pass(f"{name}, {m} rows", (run, [layer for layer, _ in layers], kv), rate)
+            for key in ("us", "floor us", "GB"):
+                row[key] /= len(layers)
+            rows.append(row)
+        rows.append(_pass(f"head, {m} rows", (lambda x=x: model.logits(x), [model.lm_head], 0), rate))
+    return rows
+
+
+def _pass(name: str, work: tuple[Callable[[], Any], list[Any], int], rate: float) -> Row:
+    run, reads, cached = work
+    with _routes() as routed:
+        run()
+        per_layer = [int(indices.unique().numel()) for indices in routed]
+    micro = graph_time(run)
+    experts = iter(per_layer)
+    size = cached + sum(_bytes(part, experts) for part in reads)
+    floor = size / rate / 1e6
+    hit = sum(per_layer) / len(per_layer) if per_layer else 0.0
+    return {"pass": name, "us": micro, "floor us": floor, "x floor": micro / floor, "GB": size / 1e9, "experts": hit}
+
+
+@contextmanager
+def _routes() -> Iterator[list[Tensor]]:
+    """Collects the expert indices of every gate that runs inside."""
+    found: list[Tensor] = []
+    original = moe.route
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        routed = original(*args, **kwargs)
+        found.append(routed.indices)
+        return routed
+
+    moe.route = watched
+    try:
+        yield found
+    finally:
+        moe.route = original
+
+
+def _bytes(part: Tensor | Layer, experts: Iterator[int]) -> int:
+    """Returns the bytes that a pass reads of a tensor or layer."""
+    if isinstance(part, Tensor):
+        return part.nbytes
+    size = sum(t.nbytes for t in part.attention.slots("").values()) + part.norms.nbytes
+    if isinstance(part.mlp, Dense):
+        return size + sum(t.nbytes for t in part.mlp.slots("").values())
+    held = part.mlp.experts
+    whole = sum(t.nbytes for t in (held.gate_up, held.gate_up_scale, held.down, held.down_scale))
+    return size + part.mlp.router.nbytes + whole * next(experts) // held.count
+
+
+def _extrapolated(rows: list[Row], full: ModelConfig, counts: list[int]) -> Row:
+    """Returns milliseconds of the whole model, from its layers: an extrapolation, the model fits no single card."""
+    by_name = {row["pass"]: row["us"] for row in rows}
+    dense, every = full.first_k_dense_replace, full.num_hidden_layers
+    out = {}
+    for m in counts:
+        layers = dense * by_name[f"dense layer, {m} rows"] + (every - dense) * by_name[f"MoE layer, {m} rows"]
+        out[f"ms of {every} layers, {m} rows"] = (layers + by_name[f"head, {m} rows"]) / 1e3
+    return out
+
+
+def _same_text(model: DeviceModel, context: int) -> dict[str, bool]:
+    """Whether speculation leaves the text as it is, at these shapes."""
+    lm = LM(model, None, "batched", context)
+    prompt = [(31 * i) % model.config.vocab_size for i in range(70)]
+    texts = {}
+    for name, speculation in (("plain", None), ("chain of 3", 3), ("tree", Speculation(branching=(3, 2, 1)))):
+        out = lm.generate(prompt, max_new_tokens=24, temperature=0.8, seed=1, speculation=speculation)
+        texts[name] = out.token_ids
+    return {name: ids == texts["plain"] for name, ids in texts.items()}

@@ -1,0 +1,121 @@
+"""Compiles every kernel of a captured step for sm_90 without a GPU: run as a program. See test_kernels.py.
+
+Tensors live on the meta device and launches are replaced by compilation, so that what is compiled is what a step at
+these sizes launches. Prints one JSON line a kernel: tensor core shapes, shared memory, registers spilled.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.backends.nvidia
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mtp_spec.device_step import Shape, State, Step, stages_of
+from mtp_spec.kernels import commit, mla, moe, moe_route, quant, sampler
+from mtp_spec.kernels import gemm as gemm
+from mtp_spec.model.config import load_config
+from mtp_spec.model.device import DeviceModel
+from mtp_spec.options import SamplingParams, Speculation
+
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "grid", "warmup")
+TYPES = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.float8_e4m3fn: "fp8e4nv",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+done: set[str] = set()
+
+
+def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
+    passed = {name: value for name, value in options.items() if name not in OPTIONS}
+    bound = inspect.signature(kernel.fn).bind(*args, **passed).arguments
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = bound[parameter.name]
+        if parameter.is_constexpr:
+            constants[parameter.name] = value
+            signature[parameter.name] = "constexpr"
+        elif isinstance(value, TensorDescriptor):
+            shape = ",".join(str(size) for size in value.block_shape)
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{shape}]>"
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    name = f"{kernel.fn.__name__} {signature} {constants}"
+    if name in done:
+        return
+    done.add(name)
+    source = ASTSource(kernel, signature, constexprs=constants)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options.get("num_warps", 4)}
+    )
+    ptx = compiled.asm["ptx"]
+    print(json.dumps({
+        "kernel": kernel.fn.__name__, "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+\S*)", ptx))),
+        "tma": "cp.async.bulk.tensor" in ptx, "shared": compiled.metadata.shared, "spilled": _spilled(ptx),
+        "constants": {k: v for k, v in constants.items() if isinstance(v, int)},
+    }), flush=True)  # fmt: skip
+
+
+def _spilled(ptx: str) -> int | None:
+    """Returns bytes of spill stores, or None where no assembler is at hand."""
+    folder = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "kernel.ptx"
+        for assembler in sorted(folder.glob("ptxas*")):
+            version = re.search(r"release (\d+)\.(\d+)", subprocess.run(
+                [assembler, "--version"], capture_output=True, text=True, check=False).stdout)  # fmt: skip
+            if version is None:
+                continue
+            # CUDA 12.x reads PTX 8.x, 13.x reads 9.x
+            wanted = f"{int(version[1]) - 4}.{version[2]}"
+            file.write_text(re.sub(r"\.version [\d.]+", f".version {wanted}", ptx))
+            command = [assembler, "-v", "--gpu-name=sm_90a", file, "-o", os.devnull]
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            found = re.search(r"(\d+) bytes spill stores", ran.stderr)
+            if ran.returncode == 0 and found:
+                return int(found[1])
+    return None
+
+
+def main(name: str) -> None:
+    JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)  # type: ignore[method-assign]
+    for module in (commit, mla, moe, moe_route, sampler):
+        module.runs_triton = lambda _: True
+    quant._runs_triton = gemm._runs_triton = lambda _: True
+    folder = files("mtp_spec.configs")
+    if name == "demo":
+        config = load_config(Path(str(folder / "demo")))
+        config = replace(config, num_hidden_layers=2)
+    else:
+        config = load_config(Path(str(folder / "config_671B.json")))
+        config = replace(config, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1)
+    model = DeviceModel(config, "meta")
+    state = State(model, 1000)
+    params = SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, logit_bias={1: 1.0})
+    for speculation in (None, Speculation(depth=2), Speculation(branching=(2, 2))):
+        shape = Shape.of(speculation)
+        Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0)._run()
+
+
+if __name__ == "__main__":
+    assert tl
+    main(sys.argv[1])
+    print("passed")
