@@ -75,5 +75,10 @@ def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size:
     out = torch.zeros(a.shape[0], b.shape[0], device=a.device)
     for block in range(a_scale.shape[-1]):
         k = slice(block * block_size, (block + 1) * block_size)
-        out += (a[:, k].float() @ b[:, k].float().T) * a_scale[:, block, None] * columns[:, block]
+        out += row_products(a[:, k].float(), b[:, k].float()) * a_scale[:, block, None] * columns[:, block]
     return out
+
+
+def row_products(x: Tensor, w: Tensor) -> Tensor:
+    """Returns x `[M, K]` @ w `[N, K]`.T one row at a time: a library's product of several rows may sum otherwise."""
+    return torch.stack([w @ row for row in x]) if x.device.type == "cpu" else x @ w.T

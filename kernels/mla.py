@@ -313,7 +313,7 @@ def absorb_reference(
     """`absorb` in plain torch."""
     nope, rope = q.unflatten(-1, (head.heads, -1)).split((head.nope, head.rope), dim=-1)
     w_uk = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, : head.nope]
-    latent = torch.einsum("mhn,hnc->mhc", nope.float(), w_uk)
+    latent = torch.stack([torch.einsum("hn,hnc->hc", row, w_uk) for row in nope.float()])
     turned = _rotate(rope, table[_positions(plan)].unsqueeze(1), head.interleaved)
     absorbed = torch.cat((latent.to(q.dtype), turned.to(q.dtype)), -1)
     return torch.nn.functional.pad(absorbed, (0, 0, 0, head.padded - head.heads))
@@ -322,7 +322,8 @@ def absorb_reference(
 def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """`up` in plain torch."""
     w_uv = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, head.nope :]
-    return act_quant(torch.einsum("mhc,hvc->mhv", context.float(), w_uv).to(context.dtype).flatten(1))
+    values = torch.stack([torch.einsum("hc,hvc->hv", row, w_uv) for row in context.float()])
+    return act_quant(values.to(context.dtype).flatten(1))
 
 
 def attend_reference(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:

@@ -20,8 +20,8 @@ from mtp_spec.engine import Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.finish import Finisher
 from mtp_spec.kernels.moe_route import runs_triton
-from mtp_spec.model.checkpoint import fp8_obstacle, load_checkpoint, load_device_model
 from mtp_spec.memory import check_memory
+from mtp_spec.model.checkpoint import fp8_obstacle, load_checkpoint, load_device_model
 from mtp_spec.model.config import CheckpointError, ModelConfig, load_config
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.rows import Technique, choose_technique

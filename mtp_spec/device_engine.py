@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from mtp_spec.accept import Drawn
-from mtp_spec.device_step import MOST, Shape, State, Step, stages_of
+from mtp_spec.device_step import MOST, Prefill, Shape, State, Step, stages_of
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import commit as commits
-from mtp_spec.kernels import mla
 from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import Speculation
 from mtp_spec.sampling import Sampler
 from mtp_spec.stats import GenerationStats
 
-# prompt tokens that pass through the model at once
-PREFILL_CHUNK = 256
+# prompt tokens that pass through the model at once; the last chunk takes the smallest that holds it
+PREFILL_ROWS = (16, 64, 256)
 KEPT_STEPS = 8
 
 
@@ -41,6 +40,7 @@ class DeviceRuntime:
         self.model, self.max_context = model, max_context
         self._states: list[State] = []
         self._steps: dict[tuple[int, Shape, Stages, int], Step] = {}
+        self._prefills: dict[tuple[int, int, bool], Prefill] = {}
 
     def acquire(self) -> State:
         """Returns a state that no other text uses; one is made where all are in use."""
@@ -65,6 +65,19 @@ class DeviceRuntime:
         return step
 
 
+    def prefill(self, state: State, tokens: int, first: int, draft: bool) -> Prefill:
+        """Returns the pass for a prompt's next chunk, captured where there is a GPU and room for its padding."""
+        left = tokens - first
+        rows = next((size for size in PREFILL_ROWS if left <= size), PREFILL_ROWS[-1])
+        if self.model.device.type != "cuda" or first + rows > state.caches[0].capacity:
+            return Prefill(self.model, state, min(left, rows), draft)
+        key = (self._states.index(state), rows, draft)
+        if key not in self._prefills:
+            self._prefills[key] = Prefill(self.model, state, rows, draft)
+            self._prefills[key].capture()
+        return self._prefills[key]
+
+
 @dataclass(slots=True)
 class _Launched:
     """A step on its way."""
@@ -84,7 +97,7 @@ class DeviceDecoder:
         speculation: Speculation | None,
         is_last: Callable[[int], bool],
     ) -> None:
-        self.model, self.sampler, self.is_last = runtime.model, sampler, is_last
+        self.runtime, self.model, self.sampler, self.is_last = runtime, runtime.model, sampler, is_last
         self.tokens, self.prompt_tokens = list(prompt), len(prompt)
         self.shape, self.stages = Shape.of(speculation), stages_of(sampler.params)
         self.stats = GenerationStats()
@@ -105,17 +118,12 @@ class DeviceDecoder:
         with self.stats.phase("prefill"):
             state.reset(self.sampler.params, prompt)
             ids = torch.tensor(prompt, dtype=torch.int64).to(model.device)
-            last = None
-            for first in range(0, len(prompt), PREFILL_CHUNK):
-                chunk = ids[first : first + PREFILL_CHUNK]
-                state.length.fill_(first)
-                hidden = model.rows(chunk, state.caches, mla.chain(state.length, len(chunk)))
-                following = ids[first + 1 : first + 1 + len(chunk)]
-                if self.shape.parents and len(following):
-                    plan = mla.chain(state.length, len(following), offset=1)
-                    model.mtp_rows(following, hidden[: len(following)], state.mtp_cache[0], plan)
-                last = hidden[-1:]
-            assert last is not None
+            first, hidden = 0, None
+            while first < len(prompt):
+                hidden = self.runtime.prefill(state, len(prompt), first, bool(self.shape.parents))(ids, first)
+                first += len(hidden)
+            assert hidden is not None
+            last = hidden[-1:]
             logits = model.logits(last)
             position = torch.full((1,), len(prompt), dtype=torch.int64, device=model.device)
             request = torch.zeros(1, dtype=torch.int32, device=model.device)

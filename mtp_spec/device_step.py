@@ -12,7 +12,7 @@ Legend: `M` rows of the verify pass (root and nodes), `A` = most tokens a step c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -172,19 +172,11 @@ class Step:
             self._graph()
 
     def capture(self) -> None:
-        """Runs once to compile what is missing, then captures; the state must not be in use."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.state.record.zero_()
-            self.state.record[commits.COUNT] = 1
-            self.state.length.fill_(1)
-            self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run()
-        self._graph = graph.replay
+        """Makes later calls replay a graph; the state must not hold a text."""
+        self.state.record.zero_()
+        self.state.record[commits.COUNT] = 1
+        self.state.length.fill_(1)
+        self._graph = captured(self._run)
 
     def _run(self) -> None:
         state, shape = self.state, self.shape
@@ -271,6 +263,62 @@ class Step:
         """Returns `[M, A]` int32, each row a path padded with -1."""
         most = max(len(path) for path in paths)
         return self._constant([path + [-1] * (most - len(path)) for path in paths], torch.int32)
+
+
+@dataclass(slots=True)
+class Prefill:
+    """A pass of `rows` prompt tokens through the model and, with `draft`, its MTP module; captured like a step.
+
+    A shorter chunk is padded with its last token, whose slots the next pass overwrites.
+    """
+
+    model: DeviceModel
+    state: State
+    rows: int
+    draft: bool
+    hidden: Tensor = field(init=False)  # [rows, D]
+    _ids: Tensor = field(init=False)  # one more than rows: the MTP module reads the token that follows
+    _order: Tensor = field(init=False)
+    _graph: Callable[[], None] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._ids = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.model.device)
+        self._order = torch.arange(self.rows, dtype=torch.int32, device=self.model.device)
+
+    def __call__(self, ids: Tensor, first: int) -> Tensor:
+        """Returns the hidden states `[chunk, D]` of the prompt `ids` from token `first` on; they join the caches."""
+        chunk = ids[first : first + self.rows + 1]
+        self._ids.copy_(torch.cat((chunk, chunk[-1:].expand(self.rows + 1 - len(chunk)))))
+        self.state.length.fill_(first)
+        if self._graph is None:
+            self._run()
+        else:
+            self._graph()
+        return self.hidden[: min(self.rows, len(ids) - first)]
+
+    def capture(self) -> None:
+        self.state.length.zero_()
+        self._graph = captured(self._run)
+
+    def _run(self) -> None:
+        state, last = self.state, self.rows - 1
+        plan = mla.Plan(state.length, self._order, self._order, None, last)
+        self.hidden = self.model.rows(self._ids[:-1], state.caches, plan)
+        if self.draft:
+            self.model.mtp_rows(self._ids[1:], self.hidden, state.mtp_cache[0], replace(plan, offset=1))
+
+
+def captured(work: Callable[[], None]) -> Callable[[], None]:
+    """Runs work once, which compiles what is missing, then returns its replay from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def _drafted(ids: Tensor, table: Tensor) -> Tensor:

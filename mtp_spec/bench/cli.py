@@ -10,7 +10,7 @@ import mtp_spec
 from mtp_spec.bench.acceptance import acceptance
 from mtp_spec.bench.common import publish
 from mtp_spec.bench.exactness import rows, same_text
-from mtp_spec.bench.kernels import kernels
+from mtp_spec.bench.kernels import WHAT, kernels
 from mtp_spec.bench.speed import speed
 from mtp_spec.bench.step import step
 from mtp_spec.options import MAX_DEPTH
@@ -33,6 +33,7 @@ def add_bench(commands: Any) -> None:
     five.set_defaults(run=kernels)
     five.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
     five.add_argument("--rows", type=_integers, default=[1, 4, 8, 16, 64], metavar="M,M,...", help="rows to measure")
+    five.add_argument("--what", type=_kernels, default=list(WHAT), metavar="NAME,...", help=", ".join(WHAT))
     five.add_argument("--tune", action="store_true", help="try launch configurations, about two minutes")
     six = kinds.add_parser("step", help="decode, verify and draft passes of a full-width DeepSeek-V3 slice on a GPU",
                            description=step.__doc__)  # fmt: skip
@@ -71,6 +72,14 @@ def run_bench(args: argparse.Namespace) -> None:
 
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
+
+
+def _kernels(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in WHAT:
+            raise argparse.ArgumentTypeError(f"{name!r}: allowed are {', '.join(WHAT)}")
+    return names
 
 
 def _count(text: str) -> int:

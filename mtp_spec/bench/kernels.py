@@ -1,4 +1,6 @@
-"""`bench kernels`: FP8 products of DeepSeek-V3's shapes against the copy rate and torch's own block-scaled product.
+"""`bench kernels`: products, experts and attention of DeepSeek-V3's shapes against the copy rate measured beside them.
+
+Products are compared with torch's own block-scaled product and with cuBLAS in bfloat16 as well.
 
 Everything is replayed from a CUDA graph that walks through enough copies of the weights that none is read from the
 cache; the median of several replays, divided by the products in one.
@@ -16,24 +18,30 @@ import torch
 from torch import Tensor
 
 from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.layers import attention, experts
+from mtp_spec.bench.timing import CACHE_BYTES, copy_rate, graph_time
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import fp8, gemm, quant
 
 SHAPES = ((2112, 7168), (24576, 1536), (7168, 16384), (36864, 7168), (7168, 18432), (4096, 7168), (7168, 2048),
           (129280, 7168))  # fmt: skip
-CACHE_BYTES = 256 * 2**20  # several times the second-level cache
-REPLAYS = 15
+WHAT = ("products", "experts", "attention")
+TOLERANCE = 2e-2  # relative to the reference, whose activations round elsewhere
 Product = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def kernels(args: argparse.Namespace) -> Report:
-    """Times FP8 products of few rows; with `--tune` tries launch configurations and reports the best of each shape."""
+    """Times FP8 products, experts and attention; `--tune` tries launches of the products, reports the best of each."""
     if not torch.cuda.is_available():
         raise OptionError("bench kernels needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
     rate = copy_rate()
     rows: list[Row] = []
     facts: dict[str, Any] = {"copy_TB_per_s": rate, "tried": {}, "errors": {}}
-    for n, k in SHAPES:
+    if "experts" in args.what:
+        rows += experts(args.rows, rate)
+    if "attention" in args.what:
+        rows += attention(args.rows, rate)
+    for n, k in SHAPES if "products" in args.what else ():
         weights, scales = _weights(n, k)
         launch = gemm.default_launch(n, k)
         if args.tune:
@@ -47,22 +55,15 @@ def kernels(args: argparse.Namespace) -> Report:
             micro = _microseconds(ours, a, a_scale, weights, scales)
             least = weights[0].numel() + scales[0].nbytes + a.numel() + out.numel() * 2
             rows.append({
-                "N": n, "K": k, "M": m, "us": micro, "TB/s": least / micro / 1e6, "of copy": least / micro / 1e6 / rate,
+                "kernel": "product", "shape": f"{n}x{k}", "M": m, "us": micro, "TB/s": least / micro / 1e6, "of copy": least / micro / 1e6 / rate,
                 "torch us": _attempt(_torch_product, a, a_scale, weights, scales, facts["errors"]),
                 "bf16 us": _bf16(n, k, m),
                 "error": float((out - expected).norm() / expected.norm()),
                 "rows exact": exact,
                 "launch": "/".join(str(v) for v in asdict(launch).values()),
             })  # fmt: skip
-    failed = not all(row["rows exact"] and row["error"] < 5e-3 for row in rows)
-    return Report(f"FP8 products of few rows; device copy {rate:.2f} TB/s", rows, facts, failed)
-
-
-def copy_rate() -> float:
-    """Returns TB/s of a device-to-device copy of 2 GiB, bytes read and written."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() / graph_time(lambda: target.copy_(source)) / 1e6
+    failed = not all(row["rows exact"] and row["error"] < TOLERANCE for row in rows)
+    return Report(f"FP8 kernels, few rows; device copy {rate:.2f} TB/s", rows, facts, failed)
 
 
 def _weights(n: int, k: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -70,27 +71,6 @@ def _weights(n: int, k: int) -> tuple[list[Tensor], list[Tensor]]:
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16).to(fp8.E4M3) for _ in range(copies)]
     scales = [torch.rand(-(-n // 128), -(-k // 128), device="cuda") + 0.5 for _ in range(copies)]
     return weights, scales
-
-
-def graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
-    """Returns the median microseconds of one replay."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[len(times) // 2]
 
 
 def _microseconds(product: Product, a: Tensor, a_scale: Tensor, weights: list[Tensor], scales: list[Tensor]) -> float:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from rich.progress import track
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, average, bundled_prompts, question, spread
 from mtp_spec.errors import OptionError
-from mtp_spec.model.checkpoint import save_checkpoint
+from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
+from mtp_spec.model.device import DeviceModel
 
 Generate = Callable[[list[int], dict[str, Any]], tuple[list[int], float, dict[str, float]]]
 LOAD = """
@@ -41,7 +43,7 @@ def speed(lm: LM, args: argparse.Namespace) -> Report:
     ways["auto"] = _ours(lm, "auto")
     with tempfile.TemporaryDirectory() as folder:
         if args.transformers:
-            ways["transformers plain"] = _transformers(lm, Path(folder))
+            ways |= _transformers(lm, Path(folder), args)
         rows, facts = [], dict[str, Any]()
         for temperature in args.temperatures:
             part, facts[f"seconds per token at {temperature}"] = _compare(lm, ways, temperature, args)
@@ -58,7 +60,10 @@ def _compare(
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     agree: list[float] = []
-    greedy = {n: w for n, w in ways.items() if temperature == 0 or n != "transformers plain"}
+    greedy = {n: w for n, w in ways.items() if temperature == 0 or not n.startswith("transformers")}
+    warm = {"temperature": temperature, "seed": 0, "max_new_tokens": 8}
+    for way in greedy.values():  # compilation and capture are no part of a text's time
+        way(question(lm, prompts[0]["prompt"]), warm)
     for number, item in enumerate(track(prompts, f"temperature {temperature}", transient=True)):
         ids = question(lm, item["prompt"])
         options = {"temperature": temperature, "seed": item["seed"], "max_new_tokens": args.max_new_tokens}
@@ -99,27 +104,41 @@ def _ours(lm: LM, speculation: Any) -> Generate:
     return generate
 
 
-def _transformers(lm: LM, folder: Path) -> Generate:
-    """transformers' own DeepSeek-V3, on a copy of the same weights in the same dtype."""
+def _transformers(lm: LM, folder: Path, args: argparse.Namespace) -> dict[str, Generate]:
+    """transformers' own DeepSeek-V3, plain and with `use_mtp`, on a copy of the same weights."""
     try:
         import transformers
     except ImportError:
         raise OptionError("--transformers needs the library: pip install transformers") from None
-    save_checkpoint(lm.model, folder / "copy", fp8=False)
+    ours = lm.model
+    if isinstance(ours, DeviceModel):  # FP8 there needs kernels from a hub: bfloat16 it is
+        source = Path(str(files("mtp_spec.configs") / "demo")) if args.model is None else args.model
+        ours = load_checkpoint(source, dtype=torch.bfloat16)
+    save_checkpoint(ours, folder / "copy", fp8=False)
     transformers.utils.logging.set_verbosity_error()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype=lm.model.dtype)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype=ours.dtype)
     model = model.to(lm.model.device).eval()
     stops = sorted(lm.stop_ids())
 
-    def generate(ids: list[int], options: dict[str, Any]) -> tuple[list[int], float, dict[str, float]]:
-        tokens = torch.tensor([ids], device=model.device)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, eos_token_id=stops,
-                                 pad_token_id=stops[0], max_new_tokens=options["max_new_tokens"])  # fmt: skip
-        return out[0, len(ids) :].tolist(), time.perf_counter() - start, {}
+    def way(**more: Any) -> Generate:
+        def generate(ids: list[int], options: dict[str, Any]) -> tuple[list[int], float, dict[str, float]]:
+            tokens = torch.tensor([ids], device=model.device)
+            start = time.perf_counter()
+            with torch.inference_mode():
+                out = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
+                                     eos_token_id=stops, pad_token_id=stops[0],
+                                     max_new_tokens=options["max_new_tokens"], **more)  # fmt: skip
+            return out[0, len(ids) :].tolist(), time.perf_counter() - start, {}
 
-    return generate
+        return generate
+
+    ways = {"transformers plain": way()}
+    try:
+        way(use_mtp=True)([0, 2, 400], {"max_new_tokens": 4})
+        ways["transformers use_mtp"] = way(use_mtp=True)
+    except Exception as error:  # whatever it raises: the version may lack it, or want another layout
+        print(f"transformers use_mtp does not run here: {error!r}"[:300], file=sys.stderr)
+    return ways
 
 
 def _load(args: argparse.Namespace) -> dict[str, float]:

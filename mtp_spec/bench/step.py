@@ -21,15 +21,15 @@ from torch import Tensor
 
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row
-from mtp_spec.bench.kernels import copy_rate, graph_time
+from mtp_spec.bench.timing import copy_rate, graph_time
+from mtp_spec.device_step import ROWS, State
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla, moe
 from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.memory import plan_memory
 from mtp_spec.model.config import ModelConfig, load_config
-from mtp_spec.model.device import DeviceModel, Dense, Layer, Mixture
+from mtp_spec.model.device import Dense, DeviceModel, Layer, Mixture
 from mtp_spec.options import SamplingParams, Speculation
-from mtp_spec.device_step import ROWS, State
 
 CHUNK = 2**28
 FINITE = 0xBF  # clears e4m3's highest exponent bit: no NaN, magnitudes below 2

@@ -1,0 +1,305 @@
+"""The FP8 model and its captured steps: on a CPU by the kernels' references, on a GPU (`pytest -m gpu`) as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mtp_spec
+from mtp_spec.api import LM
+from mtp_spec.device_step import Shape, State
+from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.kernels import commit, mla, moe
+from mtp_spec.memory import check_memory, plan_memory
+from mtp_spec.model.checkpoint import fp8_obstacle, load_checkpoint, load_device_model, save_checkpoint
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.device import Mixture
+from mtp_spec.model.moe import Gate
+from mtp_spec.model.transformer import Transformer
+from mtp_spec.options import Speculation
+from mtp_spec.scoring import score_ids
+from mtp_spec.text import Tokenizer
+from mtp_spec.tree import ROOT, TokenTree
+
+DEMO = Path(str(files("mtp_spec.configs") / "demo"))
+SIZES: dict[str, Any] = {
+    "vocab_size": 160, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "n_shared_experts": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5, "kv_lora_rank": 32,
+    "q_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1, "max_position_embeddings": 512, "fp8_block": (128, 128),
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "v3": {},
+    "no query LoRA": {"q_lora_rank": None},
+    "ragged": {"hidden_size": 208, "intermediate_size": 176, "q_lora_rank": 48, "moe_intermediate_size": 80},
+    "two shared experts": {"n_shared_experts": 2},
+    "no shared expert, three heads": {"n_shared_experts": 0, "num_attention_heads": 3},
+    "halves": {"rope_interleave": False},
+    "v2": {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "scoring_func": "softmax",
+           "num_nextn_predict_layers": 0, "norm_topk_prob": False},
+    "v2 greedy": {"model_type": "deepseek_v2", "topk_method": "greedy", "scoring_func": "softmax", "q_lora_rank": None,
+                  "num_nextn_predict_layers": 0, "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+}  # fmt: skip
+SHAPES = (None, 1, 4, Speculation(branching=(3, 2, 1)), Speculation(branching=(2, 2, 2), budget=9))
+SAMPLING: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.9, "top_p": 0.9, "top_k": 50},
+    {"temperature": 1.1, "min_p": 0.05, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1,
+     "logit_bias": {7: 2.0, 9: -float("inf")}},
+)  # fmt: skip
+
+
+def checkpoint(folder: Path, kind: str, **changes: Any) -> Path:
+    """Writes a random FP8 checkpoint."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**SIZES, **KINDS[kind], **changes}), torch.float32)
+    with torch.no_grad():
+        for name, slot in model.checkpoint_slots().items():
+            slot.normal_(1.0, 0.1) if "norm" in name else slot.normal_(0.0, slot.shape[-1] ** -0.5)
+    save_checkpoint(model, folder / "model", fp8=True)
+    return folder / "model"
+
+
+def device_lm(folder: Path = DEMO, device: str = "cpu", context: int = 300) -> LM:
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    return LM(load_device_model(folder, device), tokenizer, "batched", context)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_logits_as_the_dequantised_model(tmp_path: Path, kind: str) -> None:
+    # apart only by the rounding of activations to FP8 and bfloat16; a wrong scale or order is far off. All experts are
+    # chosen, because a random gate's near ties would flip: the choice has a test of its own
+    folder = checkpoint(tmp_path, kind, num_experts_per_tok=8, topk_group=KINDS[kind].get("n_group", 4))
+    assert fp8_obstacle(folder) is None
+    ids = [(37 * i) % 160 for i in range(80)]
+    wide = score_ids(load_checkpoint(folder, dtype=torch.float32), ids)
+    got = score_ids(load_device_model(folder, "cpu"), ids)
+    assert (got.logits - wide.logits).norm() / wide.logits.norm() < 0.12
+    assert got.mtp_logits.shape == wide.mtp_logits.shape
+    if wide.mtp_logits.numel():
+        assert got.mtp_logits[0, -1].isnan().all()
+        difference = got.mtp_logits[:, :-1] - wide.mtp_logits[:, :-1]
+        assert difference.norm() / wide.mtp_logits[:, :-1].norm() < 0.15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_experts_as_the_gate(kind: str) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(**{**SIZES, **KINDS[kind]})
+    gate, mixture = Gate(config, "cpu"), Mixture(config, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        gate.weight.normal_()
+        mixture.router.copy_(gate.weight)
+        if gate.e_score_correction_bias is not None and mixture.bias is not None:
+            gate.e_score_correction_bias.normal_(0, 0.2)
+            mixture.bias.copy_(gate.e_score_correction_bias)
+        x = torch.randn(50, config.hidden_size) * 0.1
+        weights, indices = gate(x)
+    got, got_weights = moe.gate(x, mixture.router, mixture.bias, mixture.routing)
+    chosen = config.num_experts_per_tok
+    assert torch.equal(got[:, :chosen].long(), indices)
+    torch.testing.assert_close(got_weights[:, :chosen], weights)
+    assert (got_weights[:, chosen:] == 1).all()
+    assert got.shape[1] == chosen + config.n_shared_experts
+
+
+def test_every_place_is_filled(tmp_path: Path) -> None:
+    model = load_device_model(checkpoint(tmp_path, "two shared experts"), "cpu")
+    clean = load_device_model(tmp_path / "model", "cpu")
+    for name, slot in model.checkpoint_slots().items():
+        raw = slot.view(torch.uint8) if slot.dtype == torch.float8_e4m3fn else slot
+        raw.zero_()
+        assert clean.checkpoint_slots()[name].float().abs().max() > 0, name
+    experts = [layer.mlp for layer in model.layers[1:]]
+    assert all(not t.float().any() for mlp in experts for t in (mlp.experts.gate_up, mlp.experts.down))
+
+
+@pytest.mark.parametrize("sampling", SAMPLING, ids=lambda s: str(s)[:40])
+def test_same_text_whatever_is_drafted(sampling: dict[str, Any]) -> None:
+    lm = device_lm()
+    prompt = lm.encode("One day a fox")
+    plain = lm.generate(prompt, max_new_tokens=14, seed=3, speculation=None, **sampling)
+    for shape in SHAPES[1:]:
+        out = lm.generate(prompt, max_new_tokens=14, seed=3, speculation=shape, **sampling)
+        assert (out.token_ids, out.text) == (plain.token_ids, plain.text)
+        assert out.stats.new_tokens == 14
+        assert out.stats.accepted <= out.stats.drafted
+
+
+def test_drafts_are_accepted_and_counted() -> None:
+    lm = device_lm()
+    out = lm.chat([{"role": "user", "content": "Tell me a story about a fox"}], temperature=0, max_new_tokens=24,
+                  speculation=3)  # fmt: skip
+    assert out.stats.tokens_per_step > 2
+    assert out.stats.steps * 3 == out.stats.drafted
+
+
+def test_stops_logprobs_and_streams_agree() -> None:
+    lm = device_lm()
+    whole = lm.generate("One day a fox", temperature=0, max_new_tokens=16, logprobs=2, speculation=None)
+    assert whole.logprobs is not None
+    assert [best[0][0] for _, best in whole.logprobs] == whole.token_ids
+    word = whole.text.split()[3]
+    for speculation in (None, 3):
+        options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 16, "speculation": speculation}
+        logged = lm.generate("One day a fox", logprobs=2, **options)
+        assert logged.logprobs == whole.logprobs
+        cut = lm.generate("One day a fox", stop=word, **options)
+        assert cut.finish_reason == "stop"
+        assert whole.text.startswith(cut.text)
+        assert word not in cut.text
+        first, second = lm.stream("One day a fox", **options), lm.stream("The king", **options)
+        texts = ["", ""]  # two texts at once have a state each
+        for a, b in zip(first, second, strict=True):
+            texts = [texts[0] + a.text, texts[1] + b.text]
+        assert texts == [whole.text, lm.generate("The king", **options).text]
+
+
+def test_one_token_and_the_end_of_the_context() -> None:
+    lm = device_lm(context=40)
+    for prompt in ([5], list(range(10, 49)), list(range(10, 30))):
+        plain = lm.generate(prompt, temperature=0, speculation=None)
+        assert lm.generate(prompt, temperature=0, speculation=8).token_ids == plain.token_ids
+        assert len(prompt) + len(plain.token_ids) <= 40
+
+
+def test_no_token_left_is_an_error() -> None:
+    lm = device_lm()
+    norm = lm.model.norm.clone()
+    lm.model.norm.fill_(float("nan"))
+    for speculation in (None, 2):
+        with pytest.raises(MTPSpecError, match="no token can be drawn"):
+            lm.generate("fox", max_new_tokens=2, speculation=speculation)
+    lm.model.norm.copy_(norm)
+    assert lm.generate("fox", max_new_tokens=2).token_ids == device_lm().generate("fox", max_new_tokens=2).token_ids
+
+
+def test_shape_numbers_nodes_like_the_tree() -> None:
+    shape = Shape.of(Speculation(branching=(3, 2, 1)))
+    tree = TokenTree()
+    for node, (parent, rank) in enumerate(zip(shape.parents, shape.ranks, strict=True)):
+        assert tree.add(parent, 100 * (parent + 1) + rank, rank) == node
+    assert (tree.depths, len(tree), shape.depth) == (list(shape.depths), 15, 3)
+    assert [shape.path(n) for n in range(15)] == [tree.path(n) for n in range(15)]
+    small = Shape.of(Speculation(branching=(4, 3, 2), budget=7))
+    assert len(small.parents) == 7
+    assert small.depth == 3
+    assert small.ranks[0] == 0
+    assert small.parents[0] == ROOT
+
+
+def test_accept_walks_to_the_deepest_match() -> None:
+    #        root -> 1: 7, 2: 8;  2 -> 3: 5;  3 -> 4: 6
+    ids, parents = torch.tensor([1, 7, 8, 5, 6]), torch.tensor([-1, 0, 0, 2, 3], dtype=torch.int32)
+    for drawn, path in (([8, 0, 5, 9, 0], [0, 2, 3]), ([9, 1, 1, 1, 1], [0]), ([8, 0, 5, 6, 4], [0, 2, 3, 4])):
+        places, tokens = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+        record, seen = torch.zeros(commit.record_size(5), dtype=torch.int32), torch.zeros(10, dtype=torch.int32)
+        own = torch.tensor(drawn, dtype=torch.int32)
+        commit.accept(own, torch.zeros(5, dtype=torch.int32), ids, parents, places, tokens, record, seen)
+        count = len(path)
+        assert record[:2].tolist() == [count, 0]
+        assert places.tolist() == path + path[-1:] * (5 - count)
+        assert tokens[:count].tolist() == [drawn[row] for row in path]
+        assert int(seen.sum()) == count
+
+
+def test_memory_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_device_model(DEMO, "cpu")
+    planned = plan_memory(model.config, 300, eh_packed=True)
+    assert planned.weights == sum(t.nbytes for t in model.parameters())
+    state = State(model, 300)
+    assert planned.caches == state.store.nbytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (planned.weights + 300 * 2**20, 0))
+    assert check_memory(model.config, 300, "cuda", eh_packed=True) == planned
+    with pytest.raises(MTPSpecError, match="max_context="):
+        check_memory(model.config, 200_000, "cuda", eh_packed=True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 0))
+    with pytest.raises(MTPSpecError, match="weights alone"):
+        check_memory(model.config, 300, "cuda", eh_packed=True)
+
+
+def test_what_cannot_run_says_why(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "v3")
+    config = json.loads((folder / "config.json").read_text())
+    config["kv_lora_rank"] = 48
+    (tmp_path / "other").mkdir()
+    torch.manual_seed(0)
+    for changes, words in (({"kv_lora_rank": 48}, "power of two"), ({"num_nextn_predict_layers": 2}, "MTP modules")):
+        model = Transformer(ModelConfig(**{**SIZES, **changes}), torch.float32)
+        with torch.no_grad():
+            for slot in model.checkpoint_slots().values():
+                slot.normal_()
+        save_checkpoint(model, tmp_path / words, fp8=True)
+        assert words in str(fp8_obstacle(tmp_path / words))
+    with pytest.raises(OptionError, match="need an NVIDIA GPU"):
+        mtp_spec.load(folder, dtype="float8_e4m3fn")
+
+
+@pytest.mark.parametrize("name", ["demo", "v3"])
+def test_every_kernel_of_a_step_compiles_for_hopper(name: str) -> None:
+    pytest.importorskip("triton")
+    program = [sys.executable, str(Path(__file__).parent / "compiled.py"), name]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ})
+    assert done.stdout.strip().endswith("passed"), done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for kernel in kernels:
+        by_name.setdefault(kernel["kernel"], []).append(kernel)
+        assert kernel["shared"] <= 227 * 1024
+    for main in ("_gemm_kernel", "_gate_up_kernel", "_down_kernel", "_attend_kernel"):
+        assert all(kernel["wgmma"] and kernel["tma"] for kernel in by_name[main]), main
+        assert all((kernel["spilled"] or 0) <= (128 if main == "_attend_kernel" else 0) for kernel in by_name[main])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_checkpoints_on_the_gpu(tmp_path: Path, kind: str) -> None:
+    folder = checkpoint(tmp_path, kind)
+    ids = [(37 * i) % 160 for i in range(80)]
+    expected, got = (score_ids(load_device_model(folder, device), ids) for device in ("cpu", "cuda"))
+    assert (got.logits - expected.logits).norm() / expected.logits.norm() < 0.05
+    lm = mtp_spec.load(folder, device="cuda")
+    shapes = SHAPES if lm.config.num_nextn_predict_layers else (None,)
+    texts = [lm.generate(ids[:9], max_new_tokens=40, seed=1, speculation=shape).token_ids for shape in shapes]
+    assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", SAMPLING, ids=lambda s: str(s)[:40])
+def test_same_text_on_the_gpu(sampling: dict[str, Any]) -> None:
+    lm = mtp_spec.load(device="cuda")
+    for seed, prompt in enumerate(("One day a fox", "List five animals", "The king said", "Rain")):
+        texts = [lm.generate(prompt, max_new_tokens=96, seed=seed, speculation=s, **sampling).text for s in SHAPES]
+        assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.gpu
+def test_rows_are_bitwise_equal_on_the_gpu() -> None:
+    lm = mtp_spec.load(device="cuda")
+    model = lm.model
+    ids = torch.randint(0, model.config.vocab_size, (1200,), device="cuda")
+    caches = model.new_caches(1300, 0)[: model.config.num_hidden_layers]
+    length = torch.zeros(1, dtype=torch.int32, device="cuda")
+    for context in (0, 1, 63, 129, 1000):
+        length.fill_(0)
+        if context:
+            model.rows(ids[:context], caches, mla.chain(length, context))
+        length.fill_(context)
+        whole = model.logits(model.rows(ids[context : context + 64], caches, mla.chain(length, 64)))
+        for rows in (1, 2, 3, 5, 8, 16, 17, 33):
+            length.fill_(context)
+            part = model.logits(model.rows(ids[context : context + rows], caches, mla.chain(length, rows)))
+            assert torch.equal(part, whole[:rows])
+        for row in range(8):
+            length.fill_(context + row)
+            one = model.logits(model.rows(ids[context + row :][:1], caches, mla.chain(length, 1)))
+            assert torch.equal(one, whole[row : row + 1])
