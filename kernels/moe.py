@@ -36,7 +36,7 @@ from mtp_spec.kernels.moe_route import (
 )
 
 __all__ = ["Experts", "Launch", "Routing", "default_launch", "experts", "experts_reference", "gate", "gate_reference",
-           "moe", "moe_reference"]  # fmt: skip
+           "moe", "moe_reference", "route"]  # fmt: skip
 
 COMBINE_STRETCH = 512
 

@@ -234,6 +234,7 @@ def load_device_model(folder: Path, device: torch.device | str, progress: Report
             elif name in slots and not name.endswith(SCALE):
                 slots[name].copy_(reader.wide(name, 128, torch.float32))
         reader.compare_copies(config, slots)
+    model.finish()
     return model
 
 

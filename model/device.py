@@ -23,6 +23,7 @@ from mtp_spec.model.rope import rope_table, softmax_scale
 
 BLOCK = fp8.BLOCK
 SCALE = "_scale_inv"
+HEAD_ROWS = 64 * BLOCK  # rows of the head quantised at once
 Slots = dict[str, Tensor]
 
 
@@ -245,8 +246,9 @@ class Module:
         self.layer = Layer(config, False, device, router)
 
     def __call__(self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
-        parts = quant.rms_norm(embedding, self.norms[0], self.eps)[0], quant.rms_norm(hidden, self.norms[1], self.eps)[0]
-        x, branch = self.layer(self.eh(torch.cat(parts, -1)), None, table, cache, plan)
+        first, _ = quant.rms_norm(embedding, self.norms[0], self.eps)
+        second, _ = quant.rms_norm(hidden, self.norms[1], self.eps)
+        x, branch = self.layer(self.eh(torch.cat((first, second), -1)), None, table, cache, plan)
         return quant.rms_norm(x, self.norms[2], self.eps, branch)[0]
 
     def slots(self, prefix: str) -> Slots:
@@ -279,6 +281,9 @@ class DeviceModel:
         self.norm = torch.empty(config.hidden_size, dtype=torch.bfloat16, device=self.device)
         tied = config.tie_word_embeddings
         self.lm_head = self.embed_tokens if tied else torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        # drafts read the head in FP8: half the bytes, and a draft cannot change the text
+        drafts = config.num_nextn_predict_layers > 0
+        self.draft_head = Matrix.empty(*shape, self.device) if drafts else None
         self.mtp = [Module(config, self.device, eh_packed, router) for _ in range(config.num_nextn_predict_layers)]
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=self.device)
 
@@ -299,6 +304,23 @@ class DeviceModel:
         """Returns `[M, V]` float32 logits of normed hidden states."""
         return gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32)
 
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8."""
+        head = self.draft_head
+        assert head is not None
+        assert head.scale is not None
+        return gemm.fp8_gemm(*quant.quant(hidden), head.weight, head.scale, dtype=torch.float32)
+
+    def finish(self) -> None:
+        """Derives what the checkpoint does not hold; to be called once its tensors are in place."""
+        if self.draft_head is None or self.draft_head.scale is None:
+            return
+        for first in range(0, self.lm_head.shape[0], HEAD_ROWS):
+            rows = slice(first, first + HEAD_ROWS)
+            weight, scale = fp8.weight_quant(self.lm_head[rows])
+            self.draft_head.weight[rows] = weight
+            self.draft_head.scale[first // BLOCK : first // BLOCK + scale.shape[0]] = scale
+
     def table(self, length: int) -> Tensor:
         """Returns a rope table of more than `length` positions; grown between passes, never inside a captured one."""
         if self._table.shape[0] <= length:
@@ -312,7 +334,9 @@ class DeviceModel:
 
     def parameters(self) -> list[Tensor]:
         """Returns the tensors that hold weights, scales included."""
-        return list(self.checkpoint_slots().values())
+        head = self.draft_head
+        extra = [] if head is None or head.scale is None else [head.weight, head.scale]
+        return [*self.checkpoint_slots().values(), *extra]
 
     def checkpoint_slots(self) -> Slots:
         """Returns every checkpoint tensor, scales included, with a view of its place.
@@ -320,7 +344,8 @@ class DeviceModel:
         The shared expert's places have its experts as a dimension of their own; reshaped, its tensors fit.
         """
         out: Slots = {"model.embed_tokens.weight": self.embed_tokens}
-        for i, layer in enumerate([*self.layers, *self.mtp]):
+        blocks: list[Layer | Module] = [*self.layers, *self.mtp]
+        for i, layer in enumerate(blocks):
             out |= layer.slots(f"model.layers.{i}")
         out["model.norm.weight"] = self.norm
         if not self.config.tie_word_embeddings:

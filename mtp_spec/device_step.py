@@ -227,7 +227,7 @@ class Step:
             children = shape.level(depth)
             width = max(shape.ranks[node] for node in children) + 1
             position = (state.length + depth).long().expand(len(feeding)).contiguous()
-            drawn = sample(self.model.logits(hidden), self._requests(len(feeding)), position, state.settings,
+            drawn = sample(self.model.draft_logits(hidden), self._requests(len(feeding)), position, state.settings,
                            self.stages, width, path)  # fmt: skip
             places = [feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children]
             tokens[children[0] : children[-1] + 1] = drawn.tokens.flatten().index_select(0, self._places(places))

@@ -10,7 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary
+from mtp_spec.memory import plan_memory
+from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary, fp8_obstacle
+from mtp_spec.model.config import ModelConfig
 
 BF16_BYTES = 2
 
@@ -32,6 +34,17 @@ def cache_bytes(summary: CheckpointSummary) -> int:
     return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * BF16_BYTES
 
 
+def _gpu(folder: Path, config: ModelConfig) -> str:
+    """Returns the memory plan for the model's whole context, or why the FP8 kernels do not run it."""
+    obstacle = fp8_obstacle(folder)
+    if obstacle is not None:
+        return f"bfloat16 by torch, not on the FP8 kernels: {obstacle}"
+    plan = plan_memory(config, config.max_position_embeddings)
+    parts = {"weights": plan.weights, "caches": plan.caches, "passes": plan.passes}
+    listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
+    return f"{plan.total / 1e6:,.0f} MB in FP8 for {config.max_position_embeddings} tokens: {listed}"
+
+
 def _table(folder: Path, summary: CheckpointSummary) -> Table:
     config = summary.config
     modules = config.num_nextn_predict_layers
@@ -48,6 +61,7 @@ def _table(folder: Path, summary: CheckpointSummary) -> Table:
         + ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary.dtypes.items())),
         "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary):,} bytes of cache a token (bf16)",
         "memory": f"{weights / 1e6:,.0f} MB of weights in bfloat16, twice that in float32, plus the cache",
+        "on a GPU": _gpu(folder, config),
     }
     table = Table(title=str(folder), show_header=False)
     for name, value in rows.items():

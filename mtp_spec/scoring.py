@@ -68,4 +68,5 @@ def _score_rows(model: DeviceModel, ids: Sequence[int]) -> Scores:
             mtp_logits.append(model.logits(out).cpu()[None])
     if depth:
         mtp_logits.append(torch.full((depth, 1, model.config.vocab_size), float("nan")))
-    return Scores(torch.cat(logits), torch.cat(mtp_logits, 1) if depth else mtp_logits[0].new_empty(0, count, model.config.vocab_size))
+    deeper = torch.cat(mtp_logits, 1) if depth else torch.empty(0, count, model.config.vocab_size)
+    return Scores(torch.cat(logits), deeper)

@@ -11,15 +11,17 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
+ON = os.environ.get("KERNELS_ON", "cpu")  # on a GPU the kernels run as they are
+if ON == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
 import triton.language as tl
-import triton.runtime.interpreter as interpreter
+from triton.runtime import interpreter
 
 from mtp_spec import noise as library_noise
-from mtp_spec.kernels import fp8, gemm, mla, moe, quant, sampler
+from mtp_spec.kernels import commit, fp8, gemm, mla, moe, quant, sampler
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
 
@@ -36,7 +38,8 @@ def _convert(value: Any, source: Any, target: Any, rounding: Any) -> Any:
     return original(value, source, target, rounding)
 
 
-interpreter._convert_float = _convert
+if ON == "cpu":
+    interpreter._convert_float = _convert
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -111,13 +114,13 @@ def experts() -> None:
     gate, up, down = ([w for w, _ in part] for part in quantised)
     gate_scale, up_scale, down_scale = ([s for _, s in part] for part in quantised)
     weights = moe.Experts(
-        torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)]),
-        torch.stack([torch.cat(pair) for pair in zip(gate_scale, up_scale, strict=True)]),
-        torch.stack(down),
-        torch.stack(down_scale),
+        torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)]).to(ON),
+        torch.stack([torch.cat(pair) for pair in zip(gate_scale, up_scale, strict=True)]).to(ON),
+        torch.stack(down).to(ON),
+        torch.stack(down_scale).to(ON),
     )
     router, bias = torch.randn(8, channels, generator=generator), torch.randn(8, generator=generator) * 0.1
-    x = torch.randn(17, channels, generator=generator)
+    x, router, bias = (t.to(ON) for t in (torch.randn(17, channels, generator=generator), router, bias))
     whole = moe.moe(x, router, bias, routing, weights)
     close(whole, moe.moe_reference(x, router, bias, routing, weights), 0.05)
     for first, rows in ((0, 1), (3, 2), (1, 16)):
@@ -131,7 +134,8 @@ def attention() -> None:
     # two siblings under the root, three tokens below the second, one more below the first
     table = torch.tensor([[0, -1, -1, -1], [0, 1, -1, -1], [0, 2, -1, -1], [0, 2, 3, -1], [0, 2, 3, 4], [0, 1, 5, -1]])
     depths = (table >= 0).sum(1) - 1
-    for heads, value, packed, contexts in ((4, 32, True, (0, 62, 130)), (3, 128, True, (1, 1022)), (33, 32, False, (64,))):
+    sizes = ((4, 32, True, (0, 62, 130)), (3, 128, True, (1, 1022)), (33, 32, False, (64,)))
+    for heads, value, packed, contexts in sizes:
         head = mla.Head(heads, 32, 16, 64, value, 0.1, interleaved=packed)
         rows = heads * (32 + value)
         kv_b, kv_b_scale = torch.randn(rows, 64, generator=generator).bfloat16(), None
@@ -177,7 +181,8 @@ def attention() -> None:
 def noise() -> None:
     """The device's noise is the library's, to the last bit or the one before."""
     seeds, positions = [0, 7, 2**64 - 1, 2**63], [0, 5, 40_000, 2**33]
-    got = sampler.gumbel(torch.tensor([sampler.seed_bits(s) for s in seeds]), torch.tensor(positions), 300)
+    bits = torch.tensor([sampler.seed_bits(s) for s in seeds])
+    got = sampler.gumbel(bits.to(ON), torch.tensor(positions).to(ON), 300).cpu()
     for row, seed, position in zip(got, seeds, positions, strict=True):
         expected = library_noise.gumbel(seed, position, 300)
         assert torch.equal(sampler.gumbel_reference(seed, position, 300), expected)
@@ -208,12 +213,12 @@ def sampling() -> None:
         seen[:, token] += 1
     values = torch.tensor([sampler.settings_row(**way) for way in WAYS], dtype=torch.float64)
     bias = torch.zeros(ways, vocabulary)
-    settings = sampler.Settings(values, torch.full((ways,), 7), bias, seen)
+    settings = sampler.Settings(*(t.to(ON) for t in (values, torch.full((ways,), 7), bias, seen)))
     stages = sampler.Stages(bias=True, penalty=True, top_k=True, top_p=True, min_p=True)
-    request, position = torch.arange(ways, dtype=torch.int32), torch.arange(ways) + 100
-    path = torch.tensor([[11, -1, 12]] * ways, dtype=torch.int32)
+    request, position = torch.arange(ways, dtype=torch.int32).to(ON), torch.arange(ways).to(ON) + 100
+    path = torch.tensor([[11, -1, 12]] * ways, dtype=torch.int32).to(ON)
     for rows in (logits, logits.round()):
-        got = sampler.sample(rows, request, position, settings, stages, 4, path)
+        got = sampler.sample(rows.to(ON), request, position, settings, stages, 4, path)
         for row, way in enumerate(WAYS):
             library = Sampler(SamplingParams(seed=7, **way), vocabulary)
             history = library.history(prompt).extend(generated + drafted)
@@ -221,12 +226,52 @@ def sampling() -> None:
             assert got.tokens[row].tolist()[: len(expected)] == expected, way
 
 
+def commits() -> None:
+    """The walk and the moves of the cache, against the plain form, on random trees and draws from few tokens."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 2, 5, 16, 33):
+        for _ in range(8):
+            parents = torch.tensor([-1] + [int(torch.randint(0, row, (), generator=generator)) for row in range(1, rows)])
+            ids = torch.randint(0, 3, (rows,), generator=generator)
+            drawn = torch.randint(0, 3, (rows,), generator=generator).int()
+            failed = (torch.rand(rows, generator=generator) < 0.1).int()
+            got: list[list[torch.Tensor]] = []
+            for kernel in (True, False):
+                place = ON if kernel else "cpu"
+                path, tokens = (torch.full((9,), -7, dtype=torch.int64, device=place) for _ in range(2))
+                record = torch.full((commit.record_size(9),), -7, dtype=torch.int32, device=place)
+                seen = torch.zeros(3, dtype=torch.int32, device=place)
+                inputs = [t.to(place) for t in (drawn, failed, ids, parents.int())]
+                walk = commit.accept if kernel else commit._accept_reference
+                if _depth(parents) < 9:
+                    walk(*inputs, path, tokens, record, seen)
+                caches = mla.new_caches(3, 100, 0, 80, place)
+                caches[0].store.copy_(torch.arange(caches[0].store.numel()).view(-1, 80) % 251)
+                length = torch.tensor([40], dtype=torch.int32, device=place)
+                chosen = torch.tensor([0, 2, 3, 7, 8, 8, 8, 8, 8], device=place)
+                record[commit.COUNT] = 5
+                if kernel:
+                    commit.commit(caches, length, chosen, record)
+                else:
+                    for cache in caches:
+                        cache.slots[40:45] = cache.slots[40 + chosen[:5]].clone()
+                got.append([t.cpu() for t in (path, tokens, record, seen, caches[0].store)])
+            assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+
+
+def _depth(parents: torch.Tensor) -> int:
+    depths: list[int] = []
+    for parent in parents.tolist():
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    return max(depths)
+
+
 def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return quantised.float() * scales.repeat_interleave(128, 1)[:, : quantised.shape[1]]
 
 
 if __name__ == "__main__":
-    for what in (products, quantisers, experts, attention, noise, sampling):
+    for what in (products, quantisers, experts, attention, commits, noise, sampling):
         if what.__name__ == sys.argv[1]:
             what()
     print("passed")

@@ -55,3 +55,19 @@ def test_the_product_is_that_of_the_quantised_numbers(rows: int, n: int, k: int)
     got = fp8_gemm(a, a_scales, b, b_scales).double()
     assert got.shape == (rows, n)
     assert (got - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+def test_deepseeks_call_forms() -> None:
+    from mtp_spec import kernels
+
+    x, w = torch.randn(2, 3, 256), torch.randn(130, 256)
+    a, a_s = kernels.act_quant(x)
+    assert (a.shape, a_s.shape) == (x.shape, (2, 3, 2))
+    b, b_s = weight_quant(w)
+    out = kernels.fp8_gemm(a, a_s, b, b_s)
+    assert (out.shape, out.dtype) == ((2, 3, 130), torch.get_default_dtype())
+    wide = kernels.weight_dequant(b, b_s, dtype=torch.float32)
+    expected = (a.float().unflatten(-1, (2, 128)) * a_s.unsqueeze(-1)).flatten(-2) @ wide.T
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    powers = kernels.act_quant(x, scale_fmt="ue8m0")[1].log2()
+    assert torch.equal(powers, powers.round())

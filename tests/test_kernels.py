@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 V3_SHAPES = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (576, 7168), (2048, 10944)]
 
 
-@pytest.mark.parametrize("what", ["products", "quantisers", "experts", "noise", "sampling", "attention"])
+@pytest.mark.parametrize("what", ["products", "quantisers", "experts", "noise", "sampling", "attention", "commits"])
 def test_interpreted(what: str) -> None:
     # Triton decides at import, so the interpreter has a process of its own
     program = [sys.executable, str(Path(__file__).parent / "interpreted.py"), what]
@@ -98,3 +98,13 @@ def test_quantisers_on_the_gpu(channels: int, power: bool) -> None:
     ):
         torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-2, atol=0)
         assert (got[0].float().cpu() - expected[0].float()).norm() / expected[0].float().norm() < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["experts", "noise", "sampling", "commits"])
+def test_as_interpreted_on_the_gpu(what: str) -> None:
+    """The programs that the interpreter runs, on the device."""
+    program = [sys.executable, str(Path(__file__).parent / "interpreted.py"), what]
+    environment = {**os.environ, "KERNELS_ON": "cuda"}
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.strip().endswith("passed"), done.stderr[-3000:]

@@ -9,8 +9,9 @@ from typing import Any
 import mtp_spec
 from mtp_spec.bench.acceptance import acceptance
 from mtp_spec.bench.common import publish
-from mtp_spec.bench.exactness import rows, same_text
+from mtp_spec.bench.exactness import same_text
 from mtp_spec.bench.kernels import WHAT, kernels
+from mtp_spec.bench.rows import rows
 from mtp_spec.bench.speed import speed
 from mtp_spec.bench.step import step
 from mtp_spec.options import MAX_DEPTH

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
 from rich.progress import track
 
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
-from mtp_spec.model.cache import LatentCache
-from mtp_spec.model.rows import row_logits, verify_rows
 from mtp_spec.options import MAX_DEPTH, Speculation
 
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -62,58 +59,3 @@ def same_text(lm: LM, args: argparse.Namespace) -> Report:
     facts = {"by_sampling": {w: {"equal": a, "texts": b} for w, (a, b) in by_way.items()}, "wrong": wrong}
     title = f"Texts equal to plain decoding: {sums[0]} of {sums[1]} over {args.prompts} prompts"
     return Report(title, rows, facts, failed=bool(wrong))
-
-
-@torch.inference_mode()
-def rows(lm: LM, args: argparse.Namespace) -> Report:
-    """Compares, bit by bit, logits of rows verified together with those of the same rows decoded one by one."""
-    counts = (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 32)
-    contexts, threads_before = (1, 60, 250, 700), torch.get_num_threads()
-    table: list[Row] = []
-    try:
-        for threads in args.threads:
-            torch.set_num_threads(threads)
-            for context in contexts:
-                chains = sum(_chain_is_equal(lm, context, count) for count in counts)
-                trees = sum(_tree_is_equal(lm, context, children) for children in (2, 3, 5))
-                table.append({"threads": threads, "context": context, "chains equal": chains, "of": len(counts),
-                              "trees equal": trees, "of trees": 3})  # fmt: skip
-    finally:
-        torch.set_num_threads(threads_before)
-    failed = any(row["chains equal"] < row["of"] or row["trees equal"] < row["of trees"] for row in table)
-    return Report(f"Rows bitwise equal to plain decoding, 1 to {counts[-1]} rows", table, failed=failed)
-
-
-def _prefix(lm: LM, context: int, room: int) -> tuple[LatentCache, list[int]]:
-    ids = [(7919 * i + 13 * context) % lm.config.vocab_size for i in range(context + room)]
-    cache = lm.model.new_cache(len(ids) + room)
-    lm.model.rows(ids[:context], cache, range(-1, context - 1))
-    cache.commit(range(context))
-    return cache, ids[context:]
-
-
-def _chain_is_equal(lm: LM, context: int, count: int) -> bool:
-    cache, ids = _prefix(lm, context, count)
-    alone = []
-    for token in ids:
-        alone.append(lm.model.logits(lm.model.rows([token], cache, [-1])))
-        cache.commit([0])
-    cache.rewind(context)
-    hidden = verify_rows(lm.model, ids, cache, range(-1, count - 1), lm.technique)
-    return torch.equal(row_logits(lm.model, hidden, lm.technique), torch.cat(alone))
-
-
-def _tree_is_equal(lm: LM, context: int, children: int) -> bool:
-    """A root, its children, and one grandchild each, against every path decoded alone."""
-    cache, ids = _prefix(lm, context, 1 + 2 * children)
-    parents = [-1, *[0] * children, *range(1, children + 1)]
-    hidden = verify_rows(lm.model, ids, cache, parents, lm.technique)
-    together = row_logits(lm.model, hidden, lm.technique)
-    for child in range(1, children + 1):
-        for node in (0, child, child + children):
-            alone = lm.model.logits(lm.model.rows([ids[node]], cache, [-1]))
-            cache.commit([0])
-            if not torch.equal(alone[0], together[node]):
-                return False
-        cache.rewind(context)
-    return True

@@ -55,7 +55,8 @@ def kernels(args: argparse.Namespace) -> Report:
             micro = _microseconds(ours, a, a_scale, weights, scales)
             least = weights[0].numel() + scales[0].nbytes + a.numel() + out.numel() * 2
             rows.append({
-                "kernel": "product", "shape": f"{n}x{k}", "M": m, "us": micro, "TB/s": least / micro / 1e6, "of copy": least / micro / 1e6 / rate,
+                "kernel": "product", "shape": f"{n}x{k}", "M": m, "us": micro, "TB/s": least / micro / 1e6,
+                "of copy": least / micro / 1e6 / rate,
                 "torch us": _attempt(_torch_product, a, a_scale, weights, scales, facts["errors"]),
                 "bf16 us": _bf16(n, k, m),
                 "error": float((out - expected).norm() / expected.norm()),

@@ -45,7 +45,8 @@ def experts(counts: list[int], rate: float) -> list[Row]:
         hit = sum(moe.gate(x, router, bias, routing)[0].unique().numel() for x in parts) / ROUTINGS
         size = hit * 3 * INNER * CHANNELS + router.nbytes
         exact = torch.equal(moe.moe(parts[0], router, bias, routing, weights), whole[-m:])
-        rows.append(_row("experts", f"{EXPERTS} of {CHANNELS}x{INNER}, top {CHOSEN}", m, micro, size, rate, error, exact))
+        name = f"{EXPERTS} of {CHANNELS}x{INNER}, top {CHOSEN}"
+        rows.append(_row("experts", name, m, micro, size, rate, error, exact))
     return rows
 
 
@@ -109,5 +110,7 @@ def _row(
     kernel: str, shape: str, m: int, micro: float, size: float, rate: float, error: float, exact: bool
 ) -> Row:
     speed = size / micro / 1e6
-    return {"kernel": kernel, "shape": shape, "M": m, "us": micro, "TB/s": speed, "of copy": speed / rate,
-            "torch us": float("nan"), "bf16 us": float("nan"), "error": error, "rows exact": exact, "launch": ""}  # fmt: skip
+    return {
+        "kernel": kernel, "shape": shape, "M": m, "us": micro, "TB/s": speed, "of copy": speed / rate,
+        "torch us": float("nan"), "bf16 us": float("nan"), "error": error, "rows exact": exact, "launch": "",
+    }  # fmt: skip

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def _fill(model: DeviceModel) -> None:
             slot.fill_(1.0)
         else:
             slot.normal_(0.0, slot.shape[-1] ** -0.5)
+    model.finish()
 
 
 def _plan(model: DeviceModel, state: State, context: int, m: int, offset: int = 0) -> mla.Plan:
@@ -121,11 +123,12 @@ def _draft(model: DeviceModel, state: State, context: int) -> tuple[Callable[[],
     plan = _plan(model, state, context, 1, 1)
 
     def run() -> Tensor:
-        out = model.logits(model.mtp_rows(ids, hidden, state.mtp_cache[0], plan))
+        out = model.draft_logits(model.mtp_rows(ids, hidden, state.mtp_cache[0], plan))
         return sample(out, request, position, state.settings, Stages()).tokens
 
-    module = model.mtp[0]
-    return run, [module.eh.weight, module.layer, model.lm_head], (context + 1) * state.store.shape[1] * 2
+    module, head = model.mtp[0], model.draft_head
+    assert head is not None
+    return run, [module.eh.weight, module.layer, head.weight], (context + 1) * state.store.shape[1] * 2
 
 
 def _parts(model: DeviceModel, state: State, context: int, counts: list[int], rate: float) -> list[Row]:
@@ -148,7 +151,7 @@ def _parts(model: DeviceModel, state: State, context: int, counts: list[int], ra
             for key in ("us", "floor us", "GB"):
                 row[key] /= len(layers)
             rows.append(row)
-        rows.append(_pass(f"head, {m} rows", (lambda x=x: model.logits(x), [model.lm_head], 0), rate))
+        rows.append(_pass(f"head, {m} rows", (partial(model.logits, x), [model.lm_head], 0), rate))
     return rows
 
 
