@@ -11,9 +11,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-ON = os.environ.get("KERNELS_ON", "cpu")  # on a GPU the kernels run as they are
-if ON == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "0" if "KERNELS_ON" in os.environ else "1"
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from mtp_spec.kernels import commit, fp8, gemm, mla, moe, quant, sampler
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
 
+ON = os.environ.get("KERNELS_ON", "cpu")  # on a GPU the kernels run as they are
 WRONG = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
 original = interpreter._convert_float
 
@@ -231,7 +230,8 @@ def commits() -> None:
     generator = torch.Generator().manual_seed(0)
     for rows in (1, 2, 5, 16, 33):
         for _ in range(8):
-            parents = torch.tensor([-1] + [int(torch.randint(0, row, (), generator=generator)) for row in range(1, rows)])
+            earlier = [int(torch.randint(0, row, (), generator=generator)) for row in range(1, rows)]
+            parents = torch.tensor([-1, *earlier])
             ids = torch.randint(0, 3, (rows,), generator=generator)
             drawn = torch.randint(0, 3, (rows,), generator=generator).int()
             failed = (torch.rand(rows, generator=generator) < 0.1).int()
