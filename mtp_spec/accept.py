@@ -1,4 +1,6 @@
-"""Which drafted tokens are accepted: coupled sampling (Gumbel coupling, Daliri et al. 2408.07978).
+"""Which drafted tokens are accepted, and what of them becomes text.
+
+The default is coupled sampling (Gumbel coupling, Daliri et al. 2408.07978); other rules are in `mtp_spec.rules`.
 
 Every row of the target decides for itself: its token is the argmax of its processed logits plus noise that depends
 on seed, position and token alone. A draft is accepted when it is that token. The text is therefore what plain
@@ -8,11 +10,13 @@ and the same walk is greedy verification.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from mtp_spec.rules import Choices, Rule
+from mtp_spec.rules.base import Law
 from mtp_spec.sampling import History, Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -83,3 +87,40 @@ def accept_coupled(
         if stopped or child is None:
             return Accepted(nodes, drawn, history, stopped)
         node = child
+
+
+def accept_by_rule(
+    rule: Rule,
+    choices: Choices,
+    tree: TokenTree,
+    laws: Sequence[Law],
+    logits: Tensor,
+    sampler: Sampler,
+    history: History,
+    position: int,
+    is_last: Callable[[int], bool],
+) -> Accepted:
+    """Returns what a rule accepts; arguments as for `accept_coupled`.
+
+    Args:
+        choices: where the rule's randomness comes from.
+        laws: for each node the law it was drawn from.
+    """
+
+    def target(node: int) -> Law:
+        own = history.extend(tree.path_tokens(node))
+        depth = 0 if node == ROOT else tree.depths[node]
+        return sampler.law(sampler.process(logits[node + 1], own), position + depth)
+
+    verdict = rule.judge(tree, laws, target, choices)
+    tokens = [*(tree.tokens[node] for node in verdict.nodes), verdict.token]
+    rows = [ROOT, *verdict.nodes]
+    wanted, drawn, stopped = sampler.params.logprobs, list[Drawn](), False
+    for number, (row, token) in enumerate(zip(rows, tokens, strict=True), start=1):
+        logprob = sampler.logprobs(logits[row + 1], token, wanted) if wanted else None
+        drawn.append(Drawn(token, number if number < len(tokens) else 0, logprob))
+        stopped = is_last(token)
+        if stopped:
+            break
+    history = history.extend(one.token for one in drawn)
+    return Accepted(verdict.nodes[: len(drawn)], drawn, history, stopped)

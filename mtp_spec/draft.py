@@ -20,6 +20,8 @@ from mtp_spec.confidence import Confidence
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
+from mtp_spec.rules import Choices, Rule
+from mtp_spec.rules.base import Law
 from mtp_spec.sampling import History, Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -48,10 +50,17 @@ class Drafter:
     Args:
         model: with at least one MTP module.
         tokens: capacity of the caches in tokens.
+        rule: draws the drafts; None for the coupled rule, whose drafts follow the noise.
+        choices: the rule's randomness.
+    Attributes:
+        laws: for each node of the last tree the law it was drawn from, where a rule drew it.
     """
 
-    def __init__(self, model: Transformer, tokens: int) -> None:
-        self.model = model
+    def __init__(
+        self, model: Transformer, tokens: int, rule: Rule | None = None, choices: Choices | None = None
+    ) -> None:
+        self.model, self.rule, self.choices = model, rule, choices
+        self.laws: list[Law] = []
         self.caches = [model.new_mtp_cache(tokens) for _ in model.mtp]
         # per module: inputs not yet in its cache, hidden states of consecutive positions
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
@@ -89,6 +98,7 @@ class Drafter:
         tree = TokenTree()
         leaves = [Leaf(ROOT, hidden, history, (), 0.0, 1.0)]
         self._leads.clear()
+        self.laws.clear()
         for level in range(1, min(depth, speculation.depth) + 1):
             if level > 1:
                 self._advance(tree, leaves, level, root)
@@ -156,29 +166,42 @@ class Drafter:
         """Adds this level's children, the most probable first where the budget is short; returns the new leaves."""
         logits = self.model.logits(torch.cat([leaf.hidden for leaf in leaves]))
         width, budget = speculation.branching[level - 1], speculation.budget
-        children: list[tuple[float, int, int, Leaf]] = []
+        children: list[tuple[float, int, int, Leaf, Law | None]] = []
         leads: dict[int, float] = {}
         for row, parent in zip(logits, leaves, strict=True):
             processed = sampler.process(row, parent.history)
-            top = sampler.top(processed, position, width)
+            top, laws = self._propose(processed, position, width, sampler)
             if speculation.adaptive:
                 leads[parent.node] = sampler.lead(processed, position, top[0])
             scores = [parent.score] * len(top)
             if budget is not None:
                 logprobs = processed.log_softmax(-1)
                 scores = [parent.score + float(logprobs[token]) for token in top]
-            children += [(scores[rank], rank, token, parent) for rank, token in enumerate(top)]
+            children += [(scores[rank], rank, token, parent, laws[rank]) for rank, token in enumerate(top)]
         if budget is not None:
             # every deeper level keeps room for one node, if there is any
             left = budget - len(tree)
             room = min(left, max(1, left - (speculation.depth - level)))
             children = sorted(children, key=lambda child: -child[0])[:room]
         grown = []
-        for score, rank, token, parent in children:
+        for score, rank, token, parent, law in children:
             node = tree.add(parent.node, token, rank)
+            if law is not None:
+                self.laws.append(law)
             chance = self._chance(parent, node, rank, leads.get(parent.node))
             grown.append(Leaf(node, parent.hidden, parent.history.child(token), parent.slots, score, chance))
         return grown
+
+    def _propose(
+        self, processed: Tensor, position: int, width: int, sampler: Sampler
+    ) -> tuple[list[int], list[Law | None]]:
+        """Returns the children's tokens, best first, and the laws they were drawn from."""
+        if self.rule is None or self.choices is None:
+            top = sampler.top(processed, position, width)
+            return top, [None] * len(top)
+        law = sampler.law(processed, position)
+        proposals = self.rule.propose(law, processed.numpy(), width, self.choices)
+        return [proposal.token for proposal in proposals], [proposal.law for proposal in proposals]
 
     def _chance(self, parent: Leaf, node: int, rank: int, lead: float | None) -> float:
         if lead is None:

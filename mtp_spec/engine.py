@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mtp_spec.accept import Accepted, Drawn, accept_coupled
+from mtp_spec.accept import Accepted, Drawn, accept_by_rule, accept_coupled
 from mtp_spec.draft import Drafter
 from mtp_spec.model.rows import Technique, row_logits, verify_rows
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
+from mtp_spec.rules import RULES
+from mtp_spec.rules.base import SeededChoices
 from mtp_spec.sampling import Sampler
 from mtp_spec.stats import GenerationStats
 from mtp_spec.tree import TokenTree
@@ -53,7 +55,9 @@ class Decoder:
         self.history = sampler.history(prompt)
         room = self.end + (0 if speculation is None else speculation.nodes)
         self.cache = model.new_cache(room + 1)
-        self.drafter = None if speculation is None else Drafter(model, room + 1)
+        self.rule = None if speculation is None else RULES.get(speculation.acceptance)
+        self.choices = SeededChoices(sampler.params.seed)
+        self.drafter = None if speculation is None else Drafter(model, room + 1, self.rule, self.choices)
         self.stats = GenerationStats()
         self.finished = False
 
@@ -104,9 +108,10 @@ class Decoder:
     def _accept(self, tree: TokenTree, logits: Tensor) -> Accepted:
         with self.stats.phase("sample"):
             position = len(self.tokens)
-            return accept_coupled(
-                tree, logits, self.sampler, self.history, position, self.is_last
-            )
+            common = (logits, self.sampler, self.history, position, self.is_last)
+            if self.rule is None or self.drafter is None or not len(tree):
+                return accept_coupled(tree, *common)
+            return accept_by_rule(self.rule, self.choices, tree, self.drafter.laws, *common)
 
     def _commit(self, hidden: Tensor, rows: Sequence[int]) -> None:
         """Keeps the cache slots of these rows and shows their hidden states to the drafter."""

@@ -14,12 +14,12 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from mtp_spec.errors import OptionError
+from mtp_spec.rules import RULES
 
 MAX_DEPTH = 8
 MAX_NODES = 64
 DEFAULT_DEPTH = 3
-ACCEPTANCE_RULES = ("coupled",)
-PLANNED_ACCEPTANCE_RULES = ("rejection", "block", "traversal", "typical", "relaxed")
+ACCEPTANCE_RULES = ("coupled", *RULES)
 
 _SEED_LIMIT = 1 << 64
 
@@ -129,7 +129,8 @@ class Speculation:
         branching: children of every node, depth by depth; (1, 1, 1) is a chain, (3, 2, 1) a tree of 15 nodes. Missing
             depths are 1.
         budget: at most this many nodes are drafted, the most promising first; up to 64.
-        acceptance: the rule that accepts drafts; "coupled" keeps the text identical to plain decoding.
+        acceptance: the rule that accepts drafts. "coupled" keeps the text identical to plain decoding; "rejection",
+            "hybrid", "block" (chains) and "traversal" keep its distribution; "typical" and "relaxed" change it.
         adaptive: draft deeper only where acceptance is likely; depth and branching are then the most there may be.
 
     Raises:
@@ -158,9 +159,9 @@ class Speculation:
             raise _bad("branching", branching, f"at most one number for each of the {depth} depths; raise depth")
         if budget is not None:
             budget = _integer("budget", budget, 1, MAX_NODES, f"an integer from 1 to {MAX_NODES}, or None")
-        _check_acceptance(acceptance)
         if not isinstance(adaptive, bool):
             raise _bad("adaptive", adaptive, "True or False")
+        _check_acceptance(acceptance, widths, budget, adaptive)
         values = (depth, widths + (1,) * (depth - len(widths)), budget, acceptance, adaptive)
         for field, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
@@ -270,9 +271,14 @@ def _branching(value: object) -> tuple[int, ...]:
     return tuple(_integer("branching entry", width, 1, MAX_NODES, allowed) for width in value)
 
 
-def _check_acceptance(value: object) -> None:
-    if value in ACCEPTANCE_RULES:
+def _check_acceptance(name: object, widths: Sequence[int], budget: int | None, adaptive: bool) -> None:
+    if name not in ACCEPTANCE_RULES:
+        raise _bad("acceptance", name, "one of " + ", ".join(f'"{rule}"' for rule in ACCEPTANCE_RULES))
+    rule = RULES.get(str(name))
+    if rule is None:
         return
-    if value in PLANNED_ACCEPTANCE_RULES:
-        raise _bad("acceptance", value, '"coupled"; this rule is not available yet')
-    raise _bad("acceptance", value, '"coupled"')
+    if rule.chains_only and max(widths, default=1) > 1:
+        raise _bad("branching", tuple(widths), f'1 at every depth: acceptance="{name}" judges chains; "traversal" trees')
+    if rule.samples and (budget is not None or adaptive):
+        given = ("budget", budget) if budget is not None else ("adaptive", adaptive)
+        raise _bad(*given, f'not with acceptance="{name}", which allows no pruning by what was drawn')

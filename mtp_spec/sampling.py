@@ -176,6 +176,23 @@ class Sampler:
         scores[best] = _NEGATIVE_INFINITY
         return float(score - scores.max())
 
+    def law(self, processed: torch.Tensor, position: int) -> npt.NDArray[np.float64]:
+        """The distribution `[V]` that tokens are drawn from without coupling; at temperature 0 the best token alone.
+
+        Raises:
+            MTPSpecError: the row holds NaN or +inf, or no token is left in it.
+        """
+        row: Float32Array = processed.numpy()
+        best = int(row.argmax())
+        if not math.isfinite(row[best]):
+            raise _no_token(row[best], position)
+        if self.params.greedy:
+            certain = np.zeros(len(row))
+            certain[best] = 1.0
+            return certain
+        weights: npt.NDArray[np.float64] = np.exp(row.astype(np.float64) - float(row[best]))
+        return weights / weights.sum()
+
     def logprobs(self, raw_row: torch.Tensor, token: int, k: int) -> tuple[float, list[tuple[int, float]]]:
         """Log-probability of the token, and of the k most probable tokens, best first.
 

@@ -138,4 +138,4 @@ def test_speculation_shapes() -> None:
     with pytest.raises(OptionError, match="64"):
         Speculation(branching=(8, 8, 8))
     with pytest.raises(OptionError, match="acceptance"):
-        Speculation(acceptance="rejection")
+        Speculation(acceptance="majority")

@@ -10,9 +10,11 @@ from rich.progress import track
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, interval, question
 from mtp_spec.options import MAX_DEPTH, Speculation
+from mtp_spec.rules import RULES
 from mtp_spec.stats import GenerationStats
 
 TREES = ((2, 1, 1), (3, 2, 1), (2, 2, 2, 1))
+RULE_SHAPES = ((1,), (1, 1, 1), (2,), (2, 2, 1))
 
 
 def shapes(depths: list[int]) -> dict[str, Speculation]:
@@ -22,13 +24,23 @@ def shapes(depths: list[int]) -> dict[str, Speculation]:
     return {**chains, **trees, f"adaptive {MAX_DEPTH}": Speculation(depth=MAX_DEPTH, adaptive=True)}
 
 
+def rule_shapes(names: list[str]) -> dict[str, Speculation]:
+    """Returns the shapes on which rules are compared, for each rule those that it judges."""
+    out = {}
+    for branching in RULE_SHAPES:
+        for name in names:
+            if max(branching) == 1 or name not in RULES or not RULES[name].chains_only:
+                out[f"{name} {','.join(map(str, branching))}"] = Speculation(branching=branching, acceptance=name)
+    return out
+
+
 def acceptance(lm: LM, args: argparse.Namespace) -> Report:
     """Reports committed tokens per verify step, with the 95 % interval over prompts, and acceptance by depth."""
     prompts = bundled_prompts(args.prompts)
     rows: list[Row] = []
     details: dict[str, Any] = {}
     for temperature in args.temperatures:
-        for name, speculation in shapes(args.depths).items():
+        for name, speculation in (rule_shapes(args.rules) if args.rules else shapes(args.depths)).items():
             each: list[GenerationStats] = []
             for item in track(prompts, f"{name} at {temperature}", transient=True):
                 out = lm.generate(question(lm, item["prompt"]), temperature=temperature, seed=item["seed"],

@@ -14,7 +14,7 @@ from mtp_spec.bench.kernels import WHAT, kernels
 from mtp_spec.bench.rows import rows
 from mtp_spec.bench.speed import speed
 from mtp_spec.bench.step import step
-from mtp_spec.options import MAX_DEPTH
+from mtp_spec.options import ACCEPTANCE_RULES, MAX_DEPTH
 
 
 def add_bench(commands: Any) -> None:
@@ -27,6 +27,8 @@ def add_bench(commands: Any) -> None:
     two = _add(kinds, "rows", rows, "bitwise equality of verified and decoded rows", None, None)
     two.add_argument("--threads", type=_integers, default=[1, 2, 3], metavar="N,N,...", help="numbers of threads")
     three = _add(kinds, "acceptance", acceptance, "tokens per step on held-out chats", 60, 128)
+    three.add_argument("--rules", type=_rules, metavar="RULE,...", help="compare acceptance rules: all, or some of "
+                       + ", ".join(ACCEPTANCE_RULES))  # fmt: skip
     four = _add(kinds, "speed", speed, "wall-clock against plain decoding, and against transformers", 12, 96)
     four.add_argument("--transformers", action="store_true", help="also time transformers' plain generate")
     four.add_argument("--loads", type=_count, default=3, help="fresh processes that load the model (3)")
@@ -80,6 +82,14 @@ def _kernels(text: str) -> list[str]:
     for name in names:
         if name not in WHAT:
             raise argparse.ArgumentTypeError(f"{name!r}: allowed are {', '.join(WHAT)}")
+    return names
+
+
+def _rules(text: str) -> list[str]:
+    names = list(ACCEPTANCE_RULES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in ACCEPTANCE_RULES:
+            raise argparse.ArgumentTypeError(f"{name!r}: allowed are all, {', '.join(ACCEPTANCE_RULES)}")
     return names
 
 

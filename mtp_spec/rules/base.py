@@ -1,0 +1,138 @@
+"""What an acceptance rule is: how it draws drafts from a law, and how it judges them against the target's.
+
+All randomness passes through `Choices`, so that a test can put an enumerator in its place and add up the exact law of
+the output.
+
+Legend: `p` the target's law and `q` the draft's, both after temperature, truncation, penalties and bias; `V`
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mtp_spec.tree import TokenTree
+
+Law = npt.NDArray[np.float64]  # [V], sums to 1
+
+
+class Choices(Protocol):
+    """A source of random choices."""
+
+    def pick(self, law: Law) -> int:
+        """Returns a token drawn from a law."""
+        ...
+
+    def happens(self, chance: float) -> bool:
+        """Returns true with this probability."""
+        ...
+
+
+class SeededChoices:
+    """Choices of one request: the same seed and the same questions give the same answers."""
+
+    def __init__(self, seed: int) -> None:
+        # the noise of coupled sampling has the key (seed, 0)
+        self._generator = np.random.Generator(np.random.Philox(key=np.array([seed, 1], dtype=np.uint64)))
+
+    def pick(self, law: Law) -> int:
+        mass = np.cumsum(law)
+        token = int(np.searchsorted(mass, self._generator.random() * mass[-1], side="right"))
+        # a number of almost the whole mass can round past the last token that has any
+        return min(token, int(np.flatnonzero(law)[-1]))
+
+    def happens(self, chance: float) -> bool:
+        return bool(self._generator.random() < chance)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A drafted child.
+
+    Attributes:
+        token: its id.
+        law: the law that it was drawn from; a point mass if it was not drawn.
+    """
+
+    token: int
+    law: Law
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Accepted nodes, depth 1 first, and the token that follows them."""
+
+    nodes: list[int]
+    token: int
+
+
+class Rule(Protocol):
+    """An acceptance rule.
+
+    Attributes:
+        lossless: the output has the target's law.
+        chains_only: it judges chains, not trees.
+        samples: drafts are drawn from q. Whether one is verified must then not depend on which token it turned out to
+            be (DSpark, 2607.05147, appendix A), so trees may not be pruned by what was drawn.
+    """
+
+    lossless: bool
+    chains_only: bool
+    samples: bool
+
+    def propose(self, q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
+        """Returns up to `width` children with distinct tokens, in the order of their ranks.
+
+        Args:
+            scores: `[V]` what q was computed from; ranks tokens that q gives no mass.
+        """
+        ...
+
+    def judge(
+        self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices
+    ) -> Verdict:
+        """Returns what is accepted.
+
+        Args:
+            laws: for each node the law it was drawn from.
+            target: p after a node, -1 for the root; asked only where it matters, because each costs a pass over V.
+        """
+        ...
+
+
+def positive_part(weights: Law) -> tuple[Law, float]:
+    """Returns the positive part of weights and its sum."""
+    part = np.maximum(weights, 0.0)
+    return part, float(part.sum())
+
+
+def drawn_without_replacement(q: Law, width: int, choices: Choices) -> list[Proposal]:
+    """Returns draws from q, each from what the ones before it left; fewer where its support is exhausted."""
+    law, drawn = q, list[Proposal]()
+    while len(drawn) < width:
+        token = choices.pick(law)
+        drawn.append(Proposal(token, law))
+        rest = law.copy()
+        rest[token] = 0.0
+        mass = float(rest.sum())
+        if mass <= 0.0:
+            break
+        law = rest / mass
+    return drawn
+
+
+def best(scores: npt.NDArray[np.float32], width: int) -> list[Proposal]:
+    """Returns the tokens with the best scores as certain proposals, the lowest index first among equals."""
+    proposals = []
+    for token in np.argsort(-scores, kind="stable")[:width]:
+        if scores[token] == -np.inf:
+            break
+        law = np.zeros(len(scores))
+        law[token] = 1.0
+        proposals.append(Proposal(int(token), law))
+    return proposals
