@@ -27,6 +27,7 @@ from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.rows import Technique, choose_technique
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_NODES, SamplingParams, Speculation, resolve_speculation
+from mtp_spec.pace import Pace
 from mtp_spec.sampling import Sampler
 from mtp_spec.scoring import Scores, score_ids
 from mtp_spec.stats import GenerationStats
@@ -132,6 +133,7 @@ class LM:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.technique, self.max_context = technique, max_context
+        self.pace = Pace()
         self.runtime = DeviceRuntime(model, max_context) if isinstance(model, DeviceModel) else None
 
     @property
@@ -214,7 +216,7 @@ class LM:
         if self.runtime is not None:
             return DeviceDecoder(self.runtime, ids, sampler, speculation, finisher.push)
         assert isinstance(self.model, Transformer)
-        return Decoder(self.model, self.technique, ids, sampler, speculation, limit, finisher.push)
+        return Decoder(self.model, self.technique, ids, sampler, speculation, limit, finisher.push, self.pace)
 
     def _speculation(self, value: object) -> Speculation | None:
         speculation = resolve_speculation(value)

@@ -12,6 +12,7 @@ from typing import Any
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, run_bench
 from mtp_spec.inspection import show_checkpoint
+from mtp_spec.options import ACCEPTANCE_RULES
 
 EXAMPLES = """examples:
   mtp-spec generate "Tell me a story about a fox"
@@ -68,10 +69,12 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the machine computes fast)")
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
     generate.add_argument("--json", action="store_true", help="print one JSON document a prompt instead of text")
-    drafting = generate.add_argument_group("speculation (never changes the text)")
+    drafting = generate.add_argument_group("speculation (never changes the text, but for --acceptance)")
     drafting.add_argument("--no-speculation", action="store_true", help="plain decoding")
     drafting.add_argument("--depth", type=int, metavar="K", help="draft a chain of K tokens, 1 to 8")
     drafting.add_argument("--branching", metavar="N,N,...", help="draft a tree: children by depth, such as 3,2,1")
+    drafting.add_argument("--acceptance", choices=ACCEPTANCE_RULES, metavar="RULE", help=", ".join(ACCEPTANCE_RULES)
+                          + " (coupled: same text; typical and relaxed change its distribution)")  # fmt: skip
     sampling = generate.add_argument_group("sampling")
     for name, (kind, text) in SAMPLING.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
@@ -161,8 +164,9 @@ def _prompt(line: str, number: int) -> str:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in (*SAMPLING, "stop") if getattr(args, name) is not None}
-    if args.no_speculation and (args.depth is not None or args.branching):
-        raise mtp_spec.OptionError("--no-speculation excludes --depth and --branching")
+    if args.no_speculation and (args.depth is not None or args.branching or args.acceptance):
+        raise mtp_spec.OptionError("--no-speculation excludes --depth, --branching and --acceptance")
+    rule = args.acceptance or "coupled"
     if args.no_speculation:
         options["speculation"] = None
     elif args.branching:
@@ -170,9 +174,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             widths = tuple(int(part) for part in args.branching.split(","))
         except ValueError:
             raise mtp_spec.OptionError(f"--branching {args.branching!r}: give numbers such as 3,2,1") from None
-        options["speculation"] = mtp_spec.Speculation(depth=args.depth, branching=widths)
-    elif args.depth is not None:
-        options["speculation"] = args.depth
+        options["speculation"] = mtp_spec.Speculation(depth=args.depth, branching=widths, acceptance=rule)
+    elif args.depth is not None or args.acceptance:
+        options["speculation"] = mtp_spec.Speculation(depth=args.depth, acceptance=rule) if args.depth != 0 else None
     # checked before the model is loaded
     mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name != "speculation"})
     return options

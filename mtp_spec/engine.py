@@ -6,6 +6,7 @@ Plain decoding is the same loop with an empty tree; it runs the same rows and ne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from mtp_spec.draft import Drafter
 from mtp_spec.model.rows import Technique, row_logits, verify_rows
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
+from mtp_spec.pace import Pace, TextPace
 from mtp_spec.rules import RULES
 from mtp_spec.rules.base import SeededChoices
 from mtp_spec.sampling import Sampler
@@ -36,6 +38,7 @@ class Decoder:
         speculation: shape of the trees, or None for plain decoding.
         limit: most tokens that will be drawn.
         is_last: told each token as it is drawn; true ends the text there.
+        pace: where given, adaptive speculation pauses while it does not pay.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Decoder:
         speculation: Speculation | None,
         limit: int,
         is_last: Callable[[int], bool],
+        pace: Pace | None = None,
     ) -> None:
         self.model, self.technique, self.sampler = model, technique, sampler
         self.speculation, self.is_last = speculation, is_last
@@ -60,6 +64,8 @@ class Decoder:
         self.drafter = None if speculation is None else Drafter(model, room + 1, self.rule, self.choices)
         self.stats = GenerationStats()
         self.finished = False
+        adaptive = speculation is not None and speculation.adaptive
+        self.pace = TextPace(pace) if pace is not None and adaptive else None
 
     @torch.inference_mode()
     def prefill(self) -> list[Drawn]:
@@ -77,12 +83,16 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> list[Drawn]:
         """Drafts a tree, verifies it in one pass, accepts a path, commits it; returns the new tokens."""
-        tree = self._draft()
+        start = perf_counter()
+        wanted = self.pace is None or self.pace.drafts()
+        tree = self._draft() if wanted else TokenTree()
         hidden, logits = self._verify(tree)
         accepted = self._accept(tree, logits)
         self._commit(hidden, [0, *(node + 1 for node in accepted.nodes)])
-        if self.drafter is not None and not accepted.stopped:
+        if self.drafter is not None and len(tree) and not accepted.stopped:
             self.drafter.judge(tree, accepted.nodes)
+        if self.pace is not None and not accepted.stopped:
+            self.pace.record(len(tree) > 0, perf_counter() - start, len(accepted.drawn))
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
         return self._take(accepted)

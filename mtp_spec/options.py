@@ -278,7 +278,7 @@ def _check_acceptance(name: object, widths: Sequence[int], budget: int | None, a
     if rule is None:
         return
     if rule.chains_only and max(widths, default=1) > 1:
-        raise _bad("branching", tuple(widths), f'1 at every depth: acceptance="{name}" judges chains; "traversal" trees')
+        raise _bad("branching", tuple(widths), f'1 at every depth: "{name}" judges chains, "traversal" trees')
     if rule.samples and (budget is not None or adaptive):
         given = ("budget", budget) if budget is not None else ("adaptive", adaptive)
         raise _bad(*given, f'not with acceptance="{name}", which allows no pruning by what was drawn')
