@@ -45,14 +45,14 @@ class Hybrid:
             # law is a point mass, and `(p - q')+` then differs from p on that token alone.
             drawn = children[-1]
             token, law = tree.tokens[drawn], laws[drawn]
-            if choices.happens(min(1.0, float(p[token] / law[token]))):
-                accepted: int | None = drawn
-            else:
+            child = drawn
+            if not choices.happens(min(1.0, float(p[token] / law[token]))):
                 # off H the residual; on H, where the law has no mass, p itself: one formula for both
                 rest, mass = positive_part(p - law)
                 token = choices.pick(rest / mass if mass > 0.0 else p)
-                accepted = tree.child(node, token)
-                if accepted is None:
+                certain = tree.child(node, token)
+                if certain is None:
                     return Verdict(nodes, token)
-            nodes.append(accepted)
-            node = accepted
+                child = certain
+            nodes.append(child)
+            node = child
