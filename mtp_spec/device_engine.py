@@ -27,6 +27,7 @@ from mtp_spec.stats import GenerationStats
 # prompt tokens that pass through the model at once; the last chunk takes the smallest that holds it
 PREFILL_ROWS = (16, 64, 256)
 KEPT_STEPS = 8
+ADAPTIVE_DEPTH = 4
 
 
 class DeviceRuntime:
@@ -99,6 +100,10 @@ class DeviceDecoder:
     ) -> None:
         self.runtime, self.model, self.sampler, self.is_last = runtime, runtime.model, sampler, is_last
         self.tokens, self.prompt_tokens = list(prompt), len(prompt)
+        if speculation is not None and speculation.adaptive:
+            # a captured step has one shape: the depth that pays on most texts, where deeper is allowed
+            depth = min(speculation.depth, ADAPTIVE_DEPTH)
+            speculation = Speculation(depth, speculation.branching[:depth], speculation.budget)
         self.shape, self.stages = Shape.of(speculation), stages_of(sampler.params)
         self.stats = GenerationStats()
         self.finished = False

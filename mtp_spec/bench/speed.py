@@ -65,7 +65,7 @@ def _compare(
     for way in greedy.values():  # compilation and capture are no part of a text's time
         way(question(lm, prompts[0]["prompt"]), warm)
     for number, item in enumerate(track(prompts, f"temperature {temperature}", transient=True)):
-        ids = question(lm, item["prompt"])
+        ids = _noise(lm, number) if args.adversarial else question(lm, item["prompt"])
         options = {"temperature": temperature, "seed": item["seed"], "max_new_tokens": args.max_new_tokens}
         texts: dict[str, list[int]] = {}
         names = list(greedy)
@@ -86,6 +86,11 @@ def _compare(
     if agree:
         kept["tokens on which transformers agrees, mean"] = average(agree)
     return rows, kept
+
+
+def _noise(lm: LM, number: int) -> list[int]:
+    """Returns a prompt of random tokens, of which no draft can make sense."""
+    return torch.randint(lm.config.vocab_size, (24,), generator=torch.Generator().manual_seed(number)).tolist()
 
 
 def _shares(phases: list[dict[str, float]]) -> Row:
