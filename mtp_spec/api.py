@@ -18,6 +18,7 @@ from mtp_spec.accept import Drawn, TokenLogprob
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
 from mtp_spec.engine import Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
+from mtp_spec.explain import Explanation, explain
 from mtp_spec.finish import Finisher
 from mtp_spec.kernels.moe_route import runs_triton
 from mtp_spec.memory import check_memory
@@ -87,7 +88,7 @@ class TokenStream(Iterator[TokenEvent]):
     """Iterates over the tokens of one generation as they are committed; `result` is whole at the end."""
 
     def __init__(self, decoder: Decoder | DeviceDecoder, finisher: Finisher) -> None:
-        self.result = Generation(stats=decoder.stats)
+        self.result, self.decoder = Generation(stats=decoder.stats), decoder
         if decoder.sampler.params.logprobs:
             self.result.logprobs = []
         self._events = self._run(decoder, finisher)
@@ -187,6 +188,24 @@ class LM:
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt: call it once for each, or use generate")
         return self._open(self._prompts(prompt)[0], options)
+
+    def explain(self, prompt: str | Ids | Sequence[Message], steps: int = 3, **options: Any) -> Explanation:
+        """Returns what the first verify steps drafted, what both models thought of it and what was accepted.
+
+        Args:
+            prompt: as for `stream`.  steps: how many.  options: as `generate`; the text is cut after these steps.
+
+        Raises:
+            OptionError: also for a model on a GPU, whose steps keep their drafts to themselves.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise OptionError(f"steps={steps!r}: an integer of 1 or more")
+        if self.runtime is not None:
+            raise OptionError('explain runs on the CPU: load(..., device="cpu")')
+        stream = self.stream(prompt, **options)
+        decoder = stream.decoder
+        assert isinstance(decoder, Decoder)
+        return explain(decoder, steps, lambda ids: self.decode(ids) if self.tokenizer else str(ids))
 
     @torch.inference_mode()
     def score(self, token_ids: Ids) -> Scores:

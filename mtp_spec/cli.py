@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, run_bench
 from mtp_spec.inspection import show_checkpoint
@@ -72,6 +74,7 @@ def _add_generate(commands: Any) -> None:
     drafting = generate.add_argument_group("speculation (never changes the text, but for --acceptance)")
     drafting.add_argument("--no-speculation", action="store_true", help="plain decoding")
     drafting.add_argument("--depth", type=int, metavar="K", help="draft a chain of K tokens, 1 to 8")
+    drafting.add_argument("--trace", type=int, metavar="N", help="show N steps as trees instead of the text")
     drafting.add_argument("--branching", metavar="N,N,...", help="draft a tree: children by depth, such as 3,2,1")
     drafting.add_argument("--acceptance", choices=ACCEPTANCE_RULES, metavar="RULE", help=", ".join(ACCEPTANCE_RULES)
                           + " (coupled: same text; typical and relaxed change its distribution)")  # fmt: skip
@@ -107,6 +110,9 @@ def _generate(args: argparse.Namespace) -> None:
     chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
     for prompt in prompts:
         question: Any = [{"role": "user", "content": prompt}] if chat else prompt
+        if args.trace is not None:
+            Console().print(lm.explain(question, steps=args.trace, **options))
+            continue
         stream = lm.stream(question, **options)
         for event in stream:
             if not args.json:

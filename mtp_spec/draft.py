@@ -54,6 +54,7 @@ class Drafter:
         choices: the rule's randomness.
     Attributes:
         laws: for each node of the last tree the law it was drawn from, where a rule drew it.
+        chances: for each node its probability under the draft, where `explaining` asks for it.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Drafter:
     ) -> None:
         self.model, self.rule, self.choices = model, rule, choices
         self.laws: list[Law] = []
+        self.explaining, self.chances = False, list[float]()
         self.caches = [model.new_mtp_cache(tokens) for _ in model.mtp]
         # per module: inputs not yet in its cache, hidden states of consecutive positions
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
@@ -99,6 +101,7 @@ class Drafter:
         leaves = [Leaf(ROOT, hidden, history, (), 0.0, 1.0)]
         self._leads.clear()
         self.laws.clear()
+        self.chances.clear()
         for level in range(1, min(depth, speculation.depth) + 1):
             if level > 1:
                 self._advance(tree, leaves, level, root)
@@ -168,9 +171,13 @@ class Drafter:
         width, budget = speculation.branching[level - 1], speculation.budget
         children: list[tuple[float, int, int, Leaf, Law | None]] = []
         leads: dict[int, float] = {}
+        shares: dict[int, dict[int, float]] = {}
         for row, parent in zip(logits, leaves, strict=True):
             processed = sampler.process(row, parent.history)
             top, laws = self._propose(processed, position, width, sampler)
+            if self.explaining:
+                whole = processed.double().softmax(-1)
+                shares[parent.node] = {token: float(whole[token]) for token in top}
             if speculation.adaptive:
                 leads[parent.node] = sampler.lead(processed, position, top[0])
             scores = [parent.score] * len(top)
@@ -186,6 +193,8 @@ class Drafter:
         grown = []
         for score, rank, token, parent, law in children:
             node = tree.add(parent.node, token, rank)
+            if self.explaining:
+                self.chances.append(shares[parent.node][token])
             if law is not None:
                 self.laws.append(law)
             chance = self._chance(parent, node, rank, leads.get(parent.node))

@@ -19,7 +19,7 @@ from mtp_spec.options import Speculation
 from mtp_spec.pace import Pace, TextPace
 from mtp_spec.rules import RULES
 from mtp_spec.rules.base import SeededChoices
-from mtp_spec.sampling import Sampler
+from mtp_spec.sampling import History, Sampler
 from mtp_spec.stats import GenerationStats
 from mtp_spec.tree import TokenTree
 
@@ -66,6 +66,8 @@ class Decoder:
         self.finished = False
         adaptive = speculation is not None and speculation.adaptive
         self.pace = TextPace(pace) if pace is not None and adaptive else None
+        # shown every verified tree, with the target's rows and what was accepted: see `mtp_spec.explain`
+        self.watch: Callable[[TokenTree, Tensor, History, Accepted], None] | None = None
 
     @torch.inference_mode()
     def prefill(self) -> list[Drawn]:
@@ -87,7 +89,10 @@ class Decoder:
         wanted = self.pace is None or self.pace.drafts()
         tree = self._draft() if wanted else TokenTree()
         hidden, logits = self._verify(tree)
+        before = self.history
         accepted = self._accept(tree, logits)
+        if self.watch is not None:
+            self.watch(tree, logits, before, accepted)
         self._commit(hidden, [0, *(node + 1 for node in accepted.nodes)])
         if self.drafter is not None and len(tree) and not accepted.stopped:
             self.drafter.judge(tree, accepted.nodes)

@@ -120,11 +120,14 @@ def experts() -> None:
     )
     router, bias = torch.randn(8, channels, generator=generator), torch.randn(8, generator=generator) * 0.1
     x, router, bias = (t.to(ON) for t in (torch.randn(17, channels, generator=generator), router, bias))
-    whole = moe.moe(x, router, bias, routing, weights)
-    close(whole, moe.moe_reference(x, router, bias, routing, weights), 0.05)
-    for first, rows in ((0, 1), (3, 2), (1, 16)):
-        part = x[first : first + rows].contiguous()
-        assert torch.equal(moe.moe(part, router, bias, routing, weights), whole[first : first + rows])
+    expected = moe.moe_reference(x, router, bias, routing, weights)
+    for launch in (moe.Launch(), moe.Launch(up_tile=128, down_tile=128), moe.Launch(tokens=32)):
+        whole = moe.moe(x, router, bias, routing, weights, launch=launch)
+        close(whole, expected, 0.05)
+        for first, rows in ((0, 1), (3, 2), (1, 16)):
+            chosen = slice(first, first + rows)
+            alone = moe.moe(x[chosen].contiguous(), router, bias, routing, weights, launch=launch)
+            assert torch.equal(alone, whole[chosen])
 
 
 def attention() -> None:
