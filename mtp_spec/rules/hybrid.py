@@ -17,7 +17,7 @@ from mtp_spec.tree import ROOT, TokenTree
 
 
 class Hybrid:
-    """See the module. The drawn child is the last of its siblings; where q has nothing left there is none."""
+    """See the module. The drawn child is the last of its siblings; where q has nothing left all are certain."""
 
     lossless = True
     chains_only = False
@@ -28,8 +28,8 @@ class Hybrid:
         rest = q.copy()
         rest[[proposal.token for proposal in certain]] = 0.0
         mass = float(rest.sum())
-        if mass <= 0.0:
-            return certain
+        if mass <= 0.0:  # as at temperature 0
+            return best(scores, width)
         law = rest / mass
         return [*certain, Proposal(choices.pick(law), law)]
 
