@@ -39,6 +39,7 @@ class DeviceRuntime:
 
     def __init__(self, model: DeviceModel, max_context: int) -> None:
         self.model, self.max_context = model, max_context
+        self.captures = model.device.type == "cuda"
         self._states: list[State] = []
         self._steps: dict[tuple[int, Shape, Stages, int], Step] = {}
         self._prefills: dict[tuple[int, int, bool], Prefill] = {}
@@ -58,24 +59,22 @@ class DeviceRuntime:
         step = self._steps.pop(key, None)
         if step is None:
             step = Step(self.model, state, shape, stages, extend)
-            if self.model.device.type == "cuda":
+            if self.captures:
                 step.capture()
             while len(self._steps) >= KEPT_STEPS:
                 self._steps.pop(next(iter(self._steps)))
         self._steps[key] = step  # the most recent last
         return step
 
-
     def prefill(self, state: State, tokens: int, first: int, draft: bool) -> Prefill:
         """Returns the pass for a prompt's next chunk, captured where there is a GPU and room for its padding."""
         left = tokens - first
         rows = next((size for size in PREFILL_ROWS if left <= size), PREFILL_ROWS[-1])
-        if self.model.device.type != "cuda" or first + rows > state.caches[0].capacity:
+        if not self.captures or first + rows > state.caches[0].capacity:
             return Prefill(self.model, state, min(left, rows), draft)
         key = (self._states.index(state), rows, draft)
         if key not in self._prefills:
-            self._prefills[key] = Prefill(self.model, state, rows, draft)
-            self._prefills[key].capture()
+            self._prefills[key] = Prefill(self.model, state, rows, draft, capture=True)
         return self._prefills[key]
 
 

@@ -270,12 +270,17 @@ class Prefill:
     """A pass of `rows` prompt tokens through the model and, with `draft`, its MTP module; captured like a step.
 
     A shorter chunk is padded with its last token, whose slots the next pass overwrites.
+
+    Args:
+        capture: replay a graph from the second call on. The first call itself compiles and captures, so that nothing
+            but the chunk's own slots is ever written.
     """
 
     model: DeviceModel
     state: State
     rows: int
     draft: bool
+    capture: bool = False
     hidden: Tensor = field(init=False)  # [rows, D]
     _ids: Tensor = field(init=False)  # one more than rows: the MTP module reads the token that follows
     _order: Tensor = field(init=False)
@@ -290,15 +295,14 @@ class Prefill:
         chunk = ids[first : first + self.rows + 1]
         self._ids.copy_(torch.cat((chunk, chunk[-1:].expand(self.rows + 1 - len(chunk)))))
         self.state.length.fill_(first)
-        if self._graph is None:
-            self._run()
-        else:
+        if self._graph is not None:
             self._graph()
+        elif self.capture:
+            self._graph = captured(self._run)
+            self._graph()
+        else:
+            self._run()
         return self.hidden[: min(self.rows, len(ids) - first)]
-
-    def capture(self) -> None:
-        self.state.length.zero_()
-        self._graph = captured(self._run)
 
     def _run(self) -> None:
         state, last = self.state, self.rows - 1

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import mtp_spec
+from mtp_spec import device_step
 from mtp_spec.api import LM
 from mtp_spec.device_step import Shape, State
 from mtp_spec.errors import MTPSpecError, OptionError
@@ -162,6 +164,26 @@ def test_stops_logprobs_and_streams_agree() -> None:
         for a, b in zip(first, second, strict=True):
             texts = [texts[0] + a.text, texts[1] + b.text]
         assert texts == [whole.text, lm.generate("The king", **options).text]
+
+
+def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt's second chunk is captured when the first one is already in the cache."""
+
+    def once(work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        return work
+
+    folder = checkpoint(tmp_path, "v3")
+    prompt = [(37 * i + i // 7) % 160 for i in range(300)]
+    plain = device_lm(folder, context=400).generate(prompt, max_new_tokens=6, seed=2, speculation=None)
+    monkeypatch.setattr(device_step, "captured", once)
+    for speculation in (None, 3):
+        lm = device_lm(folder, context=400)
+        assert lm.runtime is not None
+        lm.runtime.captures = True
+        for _ in range(2):
+            out = lm.generate(prompt, max_new_tokens=6, seed=2, speculation=speculation)
+            assert out.token_ids == plain.token_ids
 
 
 def test_one_token_and_the_end_of_the_context() -> None:
