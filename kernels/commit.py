@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels.launching import runs_triton
 from mtp_spec.kernels.mla import Cache
-from mtp_spec.kernels.moe_route import runs_triton
 
 try:
     import triton

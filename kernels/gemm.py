@@ -20,18 +20,17 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, row_products
 from mtp_spec.kernels.fp8 import fp8_gemm as reference
+from mtp_spec.kernels.launching import described, interpreted, runs_triton
 
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -164,7 +163,7 @@ def fp8_gemm(
         raise ValueError("scales must be contiguous")
     if out is None:
         out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
-    if not _runs_triton(a):
+    if not runs_triton(a):
         return out.copy_(reference(a, a_scale, w, w_scale))
     return _launch(a, w, a_scale, w_scale, out, launch or default_launch(outputs, w.shape[1]))
 
@@ -180,7 +179,7 @@ def bf16_gemm(
     rows, outputs = _check(a, w)
     if out is None:
         out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
-    if not _runs_triton(a):
+    if not runs_triton(a):
         return out.copy_(row_products(a.float(), w.float()))
     return _launch(a, w, None, None, out, launch or default_launch(outputs, w.shape[1], "bf16"))
 
@@ -193,8 +192,8 @@ def _launch(
     tiles = -(-outputs // launch.tile) * -(-rows // row_tile)
     parts, arrivals = _workspace(a.device, launch.splits * tiles * launch.tile * row_tile, tiles)
     _gemm_kernel[(tiles, launch.splits)](
-        _described(w, launch.tile),
-        _described(a, row_tile),
+        described(w, launch.tile, BLOCK),
+        described(a, row_tile, BLOCK),
         w if w_scale is None else w_scale,
         a if a_scale is None else a_scale,
         out,
@@ -208,7 +207,7 @@ def _launch(
         SPLITS=launch.splits,
         STAGES=launch.stages,
         SCALED=w_scale is not None,
-        WIDE=w_scale is None and bool(triton.knobs.runtime.interpret),
+        WIDE=w_scale is None and interpreted(),
         num_warps=launch.warps,
     )
     return out
@@ -226,16 +225,6 @@ def _check(a: Tensor, w: Tensor) -> tuple[int, int]:
     if not (a.is_contiguous() and w.is_contiguous()):
         raise ValueError("all operands must be contiguous")
     return a.shape[0], w.shape[0]
-
-
-def _runs_triton(x: Tensor) -> bool:
-    if triton is None:
-        return False
-    return x.is_cuda or bool(triton.knobs.runtime.interpret)
-
-
-def _described(x: Tensor, rows: int) -> Any:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, BLOCK])
 
 
 _spaces: dict[torch.device, tuple[Tensor, Tensor]] = {}

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, weight_dequant
-from mtp_spec.kernels.moe_route import runs_triton
+from mtp_spec.kernels.launching import described, interpreted, runs_triton
+from mtp_spec.kernels.quant import normed, quant
 
 try:
     import triton
@@ -104,9 +104,8 @@ class Plan:
         depths: `[M]` int32: row m has position offset + L + depths[m].
         slots: `[M]` int32: row m is written to slot L + slots[m].
         ancestors: `[M, A]` int32: column d holds the number (as in `slots`) of row m's ancestor at depth d, column
-            depths[m] its own. None for a chain: depths and slots are first, first + 1, ...
+            depths[m] its own. None for a chain: depths and slots rise by one from row to row.
         deepest: the largest depth.
-        first: a chain's first depth.
         offset: position of slot 0.
     """
 
@@ -115,7 +114,6 @@ class Plan:
     slots: Tensor
     ancestors: Tensor | None
     deepest: int
-    first: int = 0
     offset: int = 0
 
     @property
@@ -125,17 +123,18 @@ class Plan:
 
     def part(self, begin: int, end: int) -> Plan:
         """Returns the plan of rows begin .. end - 1."""
-        if self.ancestors is not None:
-            return Plan(self.length, self.depths[begin:end], self.slots[begin:end], self.ancestors[begin:end],
-                        self.deepest, 0, self.offset)  # fmt: skip
-        first, last = self.first + begin, self.first + end - 1
-        return Plan(self.length, self.depths[begin:end], self.slots[begin:end], None, last, first, self.offset)
+        ancestors, deepest = self.ancestors, self.deepest
+        if ancestors is None:
+            deepest -= self.rows - end
+        else:
+            ancestors = ancestors[begin:end]
+        return Plan(self.length, self.depths[begin:end], self.slots[begin:end], ancestors, deepest, self.offset)
 
 
 def chain(length: Tensor, rows: int, offset: int = 0) -> Plan:
     """Returns the plan of rows that follow the committed slots and each other."""
     order = torch.arange(rows, dtype=torch.int32, device=length.device)
-    return Plan(length, order, order, None, rows - 1, 0, offset)
+    return Plan(length, order, order, None, rows - 1, offset)
 
 
 def prepare(
@@ -192,7 +191,7 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
         q, kv_b, kv_b if kv_b_scale is None else kv_b_scale, table, plan.length, plan.depths, out, rows, q.stride(0),
         plan.offset, head.padded, N=head.nope, V=head.value, C=head.latent, R=head.rope,
         WIDE_N=max(16, triton.next_power_of_2(head.nope)), WIDE_R=triton.next_power_of_2(head.rope), ROWS=ROW_TILE,
-        PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=_interpreted(),
+        PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=interpreted(),
     )  # fmt: skip
     return out
 
@@ -206,7 +205,6 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
     if not runs_triton(context):
         return up_reference(context, kv_b, kv_b_scale, head)
     from mtp_spec.kernels import mla_kernels as kernels
-    from mtp_spec.kernels.quant import quant
 
     rows, columns = context.shape[0], head.heads * head.value
     whole = head.value % BLOCK == 0
@@ -215,7 +213,7 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
     kernels._up_kernel[(head.heads, -(-head.value // BLOCK))](
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads,
         N=head.nope, V=head.value, C=head.latent, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
-        ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, LARGEST=E4M3_MAX, WIDE=_interpreted(),
+        ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, LARGEST=E4M3_MAX, WIDE=interpreted(),
     )  # fmt: skip
     return (out, scales) if whole else quant(out)
 
@@ -281,12 +279,12 @@ def _attend(
         )  # fmt: skip
     flat = q.view(-1, head.width)
     kernels._attend_kernel[(padded // TILE * splits,)](
-        _described(flat, TILE, head.latent), _described(flat, TILE, head.rope),
-        _described(cache.store, KEYS, head.latent), _described(cache.store, KEYS, head.rope),
-        _described(parts[: splits * padded * head.latent].view(-1, head.latent), TILE, head.latent),
+        described(flat, TILE, head.latent), described(flat, TILE, head.rope),
+        described(cache.store, KEYS, head.latent), described(cache.store, KEYS, head.rope),
+        described(parts[: splits * padded * head.latent].view(-1, head.latent), TILE, head.latent),
         plan.length, plan.depths, peaks, totals, cache.base, cache.spare, plan.rows, padded, plan.deepest,
         head.scale * math.log2(math.e), HEADS=head.padded, C=head.latent, ROWS=TILE, BLOCK=KEYS, TAIL=TAIL,
-        STAGES=launch.stages, CHAIN=plan.ancestors is None, WIDE=_interpreted(), num_warps=launch.warps,
+        STAGES=launch.stages, CHAIN=plan.ancestors is None, WIDE=interpreted(), num_warps=launch.warps,
     )  # fmt: skip
     columns = min(head.latent, COLUMNS)
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
@@ -302,9 +300,9 @@ def prepare_reference(
     """`prepare` in plain torch."""
     q, latent, rope = down.split((down.shape[1] - head.width, head.latent, head.rope), dim=-1)
     turned = _rotate(rope, table[_positions(plan)], head.interleaved)
-    row = torch.cat((_norm(latent, kv_norm, eps), turned), -1)
+    row = torch.cat((normed(latent, kv_norm, eps), turned), -1)
     cache.slots[plan.length.long() + plan.slots.long()] = row.to(cache.store.dtype)
-    return None if q_norm is None else act_quant(_norm(q, q_norm, eps))
+    return None if q_norm is None else act_quant(normed(q, q_norm, eps))
 
 
 def absorb_reference(
@@ -350,11 +348,6 @@ def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
     return wide * own + swapped * other
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
 def _wide(w: Tensor, scale: Tensor | None) -> Tensor:
     return w.float() if scale is None else weight_dequant(w, scale).float()
 
@@ -375,16 +368,6 @@ def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
     sizes = (head.latent, head.rope)
     if any(size < 16 or size & (size - 1) for size in sizes):
         raise ValueError(f"kv_lora_rank {head.latent}, qk_rope_head_dim {head.rope}: powers of two from 16 expected")
-
-
-def _interpreted() -> bool:
-    return bool(triton.knobs.runtime.interpret)
-
-
-def _described(x: Tensor, rows: int, columns: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def _pairs(rows: int, head: Head) -> int:

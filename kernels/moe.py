@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, fp8_gemm
+from mtp_spec.kernels.launching import described, runs_triton
 from mtp_spec.kernels.moe_route import (
     MOST_ROWS,
     Groups,
@@ -32,7 +33,6 @@ from mtp_spec.kernels.moe_route import (
     group,
     most_slots,
     route,
-    runs_triton,
 )
 
 __all__ = ["Experts", "Launch", "Routing", "default_launch", "experts", "experts_reference", "gate", "gate_reference",
@@ -243,10 +243,7 @@ def _run(
 
 def _described(weight: Tensor, rows: int) -> Any:
     """Returns the TMA descriptor of `[E, N, K]` weights as one `[E N, K]` matrix in tiles of `rows` by 128."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    flat = weight.view(-1, weight.shape[-1])
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, BLOCK])
+    return described(weight.view(-1, weight.shape[-1]), rows, BLOCK)
 
 
 _counters: dict[torch.device, Tensor] = {}

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, row_products
+from mtp_spec.kernels.launching import runs_triton
 
 try:
     import triton
@@ -210,11 +211,6 @@ def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Rout
     shared = torch.arange(routing.experts, routing.experts + routing.shared, device=x.device).expand(rows, -1)
     ones = torch.ones(rows, routing.shared, device=x.device)
     return torch.cat((indices, shared), -1).int(), torch.cat((weights * routing.scale, ones), -1)
-
-
-def runs_triton(x: Tensor) -> bool:
-    """Whether a kernel runs on this tensor: on CUDA, or anywhere while Triton interprets."""
-    return triton is not None and (x.is_cuda or bool(triton.knobs.runtime.interpret))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> None:

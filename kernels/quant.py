@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
+from mtp_spec.kernels.launching import runs_triton
 
 try:
     import triton
@@ -32,59 +33,54 @@ def rms_norm_quant(
     Args:
         x: `[M, D]`.  residual: `[M, D]` or None.  weight: `[D]`.
     """
-    rows, channels = x.shape
-    if weight.shape != (channels,) or (residual is not None and residual.shape != x.shape):
-        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}: sizes differ")
-    if not _runs_triton(x):
+    _check_norm(x, weight, residual)
+    if not runs_triton(x):
         total = x if residual is None else x + residual
-        wide = total.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return *act_quant(weight * normed.to(x.dtype), power_of_two=power_of_two), total
-    quantised, scales = _outputs(x, rows, channels)
-    total = torch.empty_like(x)
-    _rms_norm_quant_kernel[(rows,)](
-        x,
-        x if residual is None else residual,
-        weight,
-        quantised,
-        scales,
-        total,
-        channels,
-        scales.shape[1],
-        eps,
-        SIZE=triton.next_power_of_2(max(channels, BLOCK)),
-        ADD=residual is not None,
-        POWER=power_of_two,
-        LARGEST=E4M3_MAX,
-        QUANTISE=True,
-        num_warps=8 if channels > STRETCH else 4,
-    )
-    return quantised, scales, total
+        return *act_quant(normed(total, weight, eps), power_of_two=power_of_two), total
+    quantised, scales = _outputs(x, *x.shape)
+    return quantised, scales, _launch_norm(x, weight, eps, residual, quantised, scales, power_of_two)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns RMSNorm(x + residual) in x's dtype and the sum x + residual, `[M, D]` both."""
-    rows, channels = x.shape
-    if weight.shape != (channels,) or (residual is not None and residual.shape != x.shape):
-        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}: sizes differ")
-    if not _runs_triton(x):
+    _check_norm(x, weight, residual)
+    if not runs_triton(x):
         total = x if residual is None else x + residual
-        wide = total.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return weight * normed.to(x.dtype), total
-    out, total = torch.empty_like(x), torch.empty_like(x)
+        return normed(total, weight, eps), total
+    out = torch.empty_like(x)
+    return out, _launch_norm(x, weight, eps, residual, out, None)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in plain torch: float32 inside, rounded to x's dtype before and after the weight."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    if weight.shape != x.shape[1:] or (residual is not None and residual.shape != x.shape):
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}: sizes differ")
+
+
+def _launch_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor, scales: Tensor | None,
+    power_of_two: bool = False,
+) -> Tensor:  # fmt: skip
+    """Writes the norm to `out`, quantised if there are scales; returns the sum."""
+    rows, channels = x.shape
+    total = torch.empty_like(x)
     _rms_norm_quant_kernel[(rows,)](
-        x, x if residual is None else residual, weight, out, out, total, channels, -(-channels // BLOCK), eps,
-        SIZE=triton.next_power_of_2(max(channels, BLOCK)), ADD=residual is not None, POWER=False, LARGEST=E4M3_MAX,
-        QUANTISE=False, num_warps=8 if channels > STRETCH else 4,
+        x, x if residual is None else residual, weight, out, out if scales is None else scales, total, channels,
+        -(-channels // BLOCK), eps, SIZE=triton.next_power_of_2(max(channels, BLOCK)), ADD=residual is not None,
+        POWER=power_of_two, LARGEST=E4M3_MAX, QUANTISE=scales is not None, num_warps=8 if channels > STRETCH else 4,
     )  # fmt: skip
-    return out, total
+    return total
 
 
 def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Returns e4m3 `[M, D]` and scales `[M, B]` of silu(gate) * up for gate_up `[M, 2 D]`."""
     rows, channels = gate_up.shape[0], gate_up.shape[1] // 2
-    if not _runs_triton(gate_up):
+    if not runs_triton(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return act_quant(F.silu(gate.float()) * up.float(), power_of_two=power_of_two)
     quantised, scales = _outputs(gate_up, rows, channels)
@@ -97,7 +93,7 @@ def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor,
 def quant(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Returns e4m3 `[M, D]` and scales `[M, B]` of x `[M, D]`; `fp8.act_quant` as a kernel."""
     rows, channels = x.shape
-    if not _runs_triton(x):
+    if not runs_triton(x):
         return act_quant(x, power_of_two=power_of_two)
     quantised, scales = _outputs(x, rows, channels)
     _quant_kernel[(rows, -(-channels // STRETCH))](
@@ -111,10 +107,6 @@ def _outputs(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor]:
         raise ValueError("the input must be contiguous")
     quantised = torch.empty(rows, channels, dtype=E4M3, device=x.device)
     return quantised, torch.empty(rows, -(-channels // BLOCK), device=x.device)
-
-
-def _runs_triton(x: Tensor) -> bool:
-    return triton is not None and (x.is_cuda or bool(triton.knobs.runtime.interpret))
 
 
 if triton is not None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels.moe_route import runs_triton
+from mtp_spec.kernels.launching import runs_triton
 
 try:
     import triton

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels import mla
-from mtp_spec.kernels.sampler import Settings, Stages, sample, seed_bits, settings_row
+from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Settings, Stages, sample, seed_bits, settings_row
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import MAX_DEPTH, MAX_NODES, SamplingParams, Speculation
+from mtp_spec.tree import path_to
 
 ROWS = MAX_NODES + 1
 MOST = MAX_DEPTH + 1
@@ -46,10 +47,7 @@ class Shape:
             worth = {node: 0 if node < 0 else nodes[node][3] for node in level}
             children = [(worth[node] + rank, node, rank) for node in level for rank in range(width)]
             if speculation is not None and speculation.budget is not None:
-                # every deeper level keeps room for one node, if there is any
-                left = speculation.budget - len(nodes)
-                room = min(left, max(1, left - (speculation.depth - depth)))
-                children = sorted(sorted(children)[:room], key=lambda child: child[1:])
+                children = sorted(sorted(children)[: speculation.room(depth, len(nodes))], key=lambda child: child[1:])
             level = list(range(len(nodes), len(nodes) + len(children)))
             nodes += [(node, depth, rank, total) for total, node, rank in children]
         columns = list(zip(*nodes, strict=True)) or [(), (), (), ()]
@@ -65,11 +63,7 @@ class Shape:
 
     def path(self, node: int) -> list[int]:
         """Returns the nodes from depth 1 to the node itself."""
-        nodes: list[int] = []
-        while node >= 0:
-            nodes.append(node)
-            node = self.parents[node]
-        return nodes[::-1]
+        return path_to(node, self.parents)
 
     def level(self, depth: int) -> list[int]:
         """Returns the nodes of one depth."""
@@ -100,9 +94,11 @@ class State:
         self.record = torch.zeros(commits.record_size(MOST), dtype=torch.int32, device=device)
         vocabulary = config.vocab_size
         self.settings = Settings(
-            torch.zeros(1, 8, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.int64, device=device),
-            torch.zeros(1, vocabulary, device=device), torch.zeros(1, vocabulary, dtype=torch.int32, device=device),
-        )  # fmt: skip
+            values=torch.zeros(1, COLUMNS, dtype=torch.float64, device=device),
+            seed=torch.zeros(1, dtype=torch.int64, device=device),
+            bias=torch.zeros(1, vocabulary, device=device),
+            seen=torch.zeros(1, vocabulary, dtype=torch.int32, device=device),
+        )
         self.busy = False
 
     def reset(self, params: SamplingParams, prompt: list[int]) -> None:
@@ -118,10 +114,11 @@ class State:
         assert settings.bias is not None
         assert settings.seen is not None
         settings.bias.zero_()
-        for token, bias in (params.logit_bias or {}).items():
-            settings.bias[0, token] = bias
+        if params.logit_bias:
+            ids, amounts = zip(*params.logit_bias.items(), strict=True)
+            settings.bias[0, torch.tensor(ids, device=device)] = torch.tensor(amounts, device=device)
         settings.seen.zero_()
-        settings.seen[0, torch.tensor(sorted(set(prompt)), device=device)] = 1 << 30
+        settings.seen[0, torch.tensor(sorted(set(prompt)), device=device)] = IN_PROMPT
 
     def start(self, token: int, hidden: Tensor, length: int, seen: bool) -> None:
         """Takes the first token, drawn from the prompt's last hidden state `[1, D]`."""
@@ -153,7 +150,6 @@ class Step:
         extend: tokens that the step before may have committed, which the MTP module has not seen; 0 without drafting.
     Attributes:
         logits: `[M, V]` float32 of the last call, root first.
-        drafted: `[M]` int64, the tokens of the last pass.
     """
 
     model: DeviceModel
@@ -238,7 +234,7 @@ class Step:
         state, shape = self.state, self.shape
         depths = self._integers([depth - 1] * len(feeding))
         table = None if shape.is_chain else self._table([shape.path(node) for node in feeding])
-        plan = mla.Plan(state.length, depths, self._integers(feeding), table, depth - 1, depth - 1, offset=1)
+        plan = mla.Plan(state.length, depths, self._integers(feeding), table, depth - 1, offset=1)
         ids = tokens.index_select(0, self._places(feeding))
         return self.model.mtp_rows(ids, hidden, state.mtp_cache[0], plan)
 

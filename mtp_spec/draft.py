@@ -186,10 +186,7 @@ class Drafter:
                 scores = [parent.score + float(logprobs[token]) for token in top]
             children += [(scores[rank], rank, token, parent, laws[rank]) for rank, token in enumerate(top)]
         if budget is not None:
-            # every deeper level keeps room for one node, if there is any
-            left = budget - len(tree)
-            room = min(left, max(1, left - (speculation.depth - level)))
-            children = sorted(children, key=lambda child: -child[0])[:room]
+            children = sorted(children, key=lambda child: -child[0])[: speculation.room(level, len(tree))]
         grown = []
         for score, rank, token, parent, law in children:
             node = tree.add(parent.node, token, rank)

@@ -92,9 +92,7 @@ def _step(
         text, parent, depth = decode([token]), tree.parents[node], tree.depths[node]
         nodes.append(Node(token, text, parent, depth, draft[node], chance, node in kept))
     last = accepted.drawn[-1].token
-    row = accepted.nodes[-1] if accepted.nodes and len(accepted.drawn) > len(accepted.nodes) else ROOT
-    if accepted.nodes and len(accepted.drawn) == len(accepted.nodes):  # the text ended on a draft
-        row = tree.parents[accepted.nodes[-1]]
+    row = [ROOT, *accepted.nodes][len(accepted.drawn) - 1]
     return Step(decode([decoder.tokens[-1]]), nodes, decode([last]), target(row, last))
 
 

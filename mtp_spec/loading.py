@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mtp_spec.errors import OptionError
-from mtp_spec.kernels.moe_route import runs_triton
+from mtp_spec.kernels.launching import runs_triton
 from mtp_spec.memory import check_memory
 from mtp_spec.model.checkpoint import fp8_obstacle, load_checkpoint, load_device_model
 from mtp_spec.model.config import load_config

@@ -178,6 +178,11 @@ class Speculation:
             total += width
         return total if self.budget is None else min(total, self.budget)
 
+    def room(self, depth: int, drafted: int) -> int:
+        """How many nodes a depth may add to those drafted: every deeper one keeps room for one, if there is any."""
+        left = (self.nodes if self.budget is None else self.budget) - drafted
+        return min(left, max(1, left - (self.depth - depth)))
+
     @property
     def is_chain(self) -> bool:
         """Whether every node has one child."""

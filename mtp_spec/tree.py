@@ -8,9 +8,21 @@ Legend: N nodes, D depth of the tree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 ROOT = -1
+
+
+def path_to(node: int, parents: Sequence[int]) -> list[int]:
+    """Nodes from depth 1 down to the node itself; empty for the root."""
+    nodes = []
+    while node != ROOT:
+        nodes.append(node)
+        node = parents[node]
+    nodes.reverse()
+    return nodes
 
 
 class TokenTree:
@@ -64,12 +76,7 @@ class TokenTree:
 
     def path(self, node: int) -> list[int]:
         """Nodes from depth 1 down to the node itself; empty for the root."""
-        nodes = []
-        while node != ROOT:
-            nodes.append(node)
-            node = self.parents[node]
-        nodes.reverse()
-        return nodes
+        return path_to(node, self.parents)
 
     def path_tokens(self, node: int) -> list[int]:
         """Tokens along ``path(node)``."""

@@ -28,8 +28,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtp_spec.device_step import Shape, State, Step, stages_of
-from mtp_spec.kernels import commit, mla, moe, moe_route, quant, sampler
-from mtp_spec.kernels import gemm as gemm
+from mtp_spec.kernels import commit, gemm, mla, moe, moe_route, quant, sampler
 from mtp_spec.model.config import load_config
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import SamplingParams, Speculation
@@ -97,9 +96,8 @@ def _spilled(ptx: str) -> int | None:
 
 def main(name: str) -> None:
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)  # type: ignore[method-assign]
-    for module in (commit, mla, moe, moe_route, sampler):
+    for module in (commit, gemm, mla, moe, moe_route, quant, sampler):
         module.runs_triton = lambda _: True
-    quant._runs_triton = gemm._runs_triton = lambda _: True
     folder = files("mtp_spec.configs")
     if name == "demo":
         config = load_config(Path(str(folder / "demo")))

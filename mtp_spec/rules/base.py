@@ -111,19 +111,26 @@ def positive_part(weights: Law) -> tuple[Law, float]:
     return part, float(part.sum())
 
 
-def drawn_without_replacement(q: Law, width: int, choices: Choices) -> list[Proposal]:
-    """Returns draws from q, each from what the ones before it left; fewer where its support is exhausted."""
-    law, drawn = q, list[Proposal]()
-    while len(drawn) < width:
-        token = choices.pick(law)
-        drawn.append(Proposal(token, law))
-        rest = law.copy()
-        rest[token] = 0.0
-        mass = float(rest.sum())
-        if mass <= 0.0:
-            break
-        law = rest / mass
-    return drawn
+class WithoutReplacement:
+    """A lossless rule's drafts: siblings drawn from q, each from what the ones before it left."""
+
+    lossless = True
+    chains_only = False
+    samples = True
+
+    def propose(self, q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
+        """Returns `width` draws; fewer where the support of q is exhausted."""
+        law, drawn = q, list[Proposal]()
+        while len(drawn) < width:
+            token = choices.pick(law)
+            drawn.append(Proposal(token, law))
+            rest = law.copy()
+            rest[token] = 0.0
+            mass = float(rest.sum())
+            if mass <= 0.0:
+                break
+            law = rest / mass
+        return drawn
 
 
 def best(scores: npt.NDArray[np.float32], width: int) -> list[Proposal]:

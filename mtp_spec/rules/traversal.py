@@ -11,22 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
-from mtp_spec.rules.base import Choices, Law, Proposal, Verdict, drawn_without_replacement, positive_part
+from mtp_spec.rules.base import Choices, Law, Verdict, WithoutReplacement, positive_part
 from mtp_spec.tree import ROOT, TokenTree
 
 
-class Traversal:
+class Traversal(WithoutReplacement):
     """See the module."""
-
-    lossless = True
-    chains_only = False
-    samples = True
-
-    def propose(self, q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
-        return drawn_without_replacement(q, width, choices)
 
     def judge(
         self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices
