@@ -172,6 +172,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in (*SAMPLING, "stop") if getattr(args, name) is not None}
     if args.no_speculation and (args.depth is not None or args.branching or args.acceptance):
         raise mtp_spec.OptionError("--no-speculation excludes --depth, --branching and --acceptance")
+    if args.depth == 0 and (args.branching or args.acceptance):
+        raise mtp_spec.OptionError("--depth 0 is plain decoding: it excludes --branching and --acceptance")
+    if args.trace is not None and args.json:
+        raise mtp_spec.OptionError("--trace excludes --json: it shows trees instead of the text")
     rule = args.acceptance or "coupled"
     if args.no_speculation:
         options["speculation"] = None
@@ -182,7 +186,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             raise mtp_spec.OptionError(f"--branching {args.branching!r}: give numbers such as 3,2,1") from None
         options["speculation"] = mtp_spec.Speculation(depth=args.depth, branching=widths, acceptance=rule)
     elif args.depth is not None or args.acceptance:
-        options["speculation"] = mtp_spec.Speculation(depth=args.depth, acceptance=rule) if args.depth != 0 else None
+        options["speculation"] = mtp_spec.Speculation(args.depth, acceptance=rule) if args.depth != 0 else None
     # checked before the model is loaded
     mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name != "speculation"})
     return options

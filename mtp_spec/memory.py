@@ -38,7 +38,11 @@ class MemoryPlan:
 def plan_memory(config: ModelConfig, max_context: int, eh_packed: bool = False) -> MemoryPlan:
     """Returns what a model in FP8 needs for one sequence of up to `max_context` tokens."""
     model = DeviceModel(config, "meta", eh_packed)
-    weights = sum(t.nbytes for t in model.parameters())
+    return _plan(model, sum(t.nbytes for t in model.parameters()), max_context)
+
+
+def _plan(model: DeviceModel, weights: int, max_context: int) -> MemoryPlan:
+    config = model.config
     capacity = -(-(max_context + SLACK) // mla.KEYS) * mla.KEYS
     width = config.kv_lora_rank + config.qk_rope_head_dim
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
@@ -62,8 +66,8 @@ def check_memory(config: ModelConfig, max_context: int, device: str, eh_packed: 
     head = f"{needed / 1e9:.1f} GB of GPU memory are needed ({_listed(plan)}) and {free / 1e9:.1f} GB are free"
     if plan.weights + OVERHEAD_BYTES > free:
         raise MTPSpecError(f"{head}: the weights alone do not fit; use a GPU with more memory, or several")
-    fits = max_context
-    while fits > 1 and plan_memory(config, fits, eh_packed).total + OVERHEAD_BYTES > free:
+    fits, model = max_context, DeviceModel(config, "meta", eh_packed)
+    while fits > 1 and _plan(model, plan.weights, fits).total + OVERHEAD_BYTES > free:
         fits = fits * 7 // 8
     raise MTPSpecError(f"{head}: load with max_context={fits} or less, or free memory")
 

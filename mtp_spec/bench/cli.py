@@ -27,8 +27,9 @@ def add_bench(commands: Any) -> None:
     two = _add(kinds, "rows", rows, "bitwise equality of verified and decoded rows", None, None)
     two.add_argument("--threads", type=_integers, default=[1, 2, 3], metavar="N,N,...", help="numbers of threads")
     three = _add(kinds, "acceptance", acceptance, "tokens per step on held-out chats", 60, 128)
-    three.add_argument("--rules", type=_rules, metavar="RULE,...", help="compare acceptance rules: all, or some of "
-                       + ", ".join(ACCEPTANCE_RULES))  # fmt: skip
+    either = three.add_mutually_exclusive_group()
+    either.add_argument("--rules", type=_rules, metavar="RULE,...", help="compare acceptance rules on fixed shapes: all, "
+                        "or some of " + ", ".join(ACCEPTANCE_RULES))  # fmt: skip
     four = _add(kinds, "speed", speed, "wall-clock against plain decoding, and against transformers", 12, 96)
     four.add_argument("--transformers", action="store_true", help="also time transformers' plain generate")
     four.add_argument("--loads", type=_count, default=3, help="fresh processes that load the model (3)")
@@ -46,8 +47,8 @@ def add_bench(commands: Any) -> None:
     six.add_argument("--rows", type=_integers, default=[1, 2, 4, 8, 16], metavar="M,M,...", help="rows to measure")
     six.add_argument("--context", type=_count, default=1024, help="committed tokens (1024)")
     six.add_argument("--layers", type=_count, help="MoE layers (default: as many as fit)")
-    for kind, depths in ((three, [1, 2, 3, 4, 5]), (four, [2, 3, 4, 5])):
-        kind.add_argument("--depths", type=_depths, default=depths, metavar="K,K,...", help="chains to measure")
+    for kind, holder, depths in ((three, either, [1, 2, 3, 4, 5]), (four, four, [2, 3, 4, 5])):
+        holder.add_argument("--depths", type=_depths, default=depths, metavar="K,K,...", help="chains to measure")
         kind.add_argument("--temperatures", type=_numbers, default=[0.0, 0.8], metavar="T,T,...")
 
 

@@ -34,6 +34,8 @@ def kernels(args: argparse.Namespace) -> Report:
     """Times FP8 products, experts and attention; `--tune` tries launches of the products, reports the best of each."""
     if not torch.cuda.is_available():
         raise OptionError("bench kernels needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
+    if args.tune and "products" not in args.what:
+        raise OptionError("--tune is for products: add them to --what")
     rate = copy_rate()
     rows: list[Row] = []
     facts: dict[str, Any] = {"copy_TB_per_s": rate, "tried": {}, "errors": {}}
