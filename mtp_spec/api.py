@@ -125,9 +125,20 @@ class LM:
         max_context: int,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.technique, self.max_context = technique, max_context
+        self.max_context = max_context
+        self._techniques = {torch.get_num_threads(): technique}
         self.pace = Pace()
         self.runtime = DeviceRuntime(model, max_context) if isinstance(model, DeviceModel) else None
+
+    @property
+    def technique(self) -> Technique:
+        """How rows are computed here ("batched" or "single"); tested again if torch's number of threads changes."""
+        if isinstance(self.model, DeviceModel):
+            return "batched"
+        threads = torch.get_num_threads()
+        if threads not in self._techniques:
+            self._techniques[threads] = choose_technique(self.model)
+        return self._techniques[threads]
 
     @property
     def config(self) -> ModelConfig:

@@ -147,3 +147,18 @@ def test_products_by_head_do_not_depend_on_the_number_of_rows(sizes: tuple[int, 
         alone = torch.cat([by_head(row[..., : sizes[0]], weight) for row in x.split(1)])
         for rows in (2, 4, 9):
             assert torch.equal(by_head(x[:rows, :, : sizes[0]], weight), alone[:rows])
+
+
+def test_rows_follow_the_number_of_threads() -> None:
+    """Products may divide their work otherwise among other numbers of threads: the technique is tested for each."""
+    from mtp_spec.bench.rows import _chain_is_equal
+
+    lm, before = mtp_spec.load(), torch.get_num_threads()
+    try:
+        for threads in (before + 2, before):
+            torch.set_num_threads(threads)
+            assert lm.technique == choose_technique(lm.model)
+            with torch.inference_mode():
+                assert all(_chain_is_equal(lm, 250, rows) for rows in (4, 7))
+    finally:
+        torch.set_num_threads(before)

@@ -28,8 +28,8 @@ def add_bench(commands: Any) -> None:
     two.add_argument("--threads", type=_integers, default=[1, 2, 3], metavar="N,N,...", help="numbers of threads")
     three = _add(kinds, "acceptance", acceptance, "tokens per step on held-out chats", 60, 128)
     either = three.add_mutually_exclusive_group()
-    either.add_argument("--rules", type=_rules, metavar="RULE,...", help="compare acceptance rules on fixed shapes: all, "
-                        "or some of " + ", ".join(ACCEPTANCE_RULES))  # fmt: skip
+    either.add_argument("--rules", type=_rules, metavar="RULE,...", help="compare acceptance rules on fixed shapes: "
+                        "all, or some of " + ", ".join(ACCEPTANCE_RULES))  # fmt: skip
     four = _add(kinds, "speed", speed, "wall-clock against plain decoding, and against transformers", 12, 96)
     four.add_argument("--transformers", action="store_true", help="also time transformers' plain generate")
     four.add_argument("--loads", type=_count, default=3, help="fresh processes that load the model (3)")
