@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ except ImportError:  # no Triton for this platform: the references remain
 KEYS = 64  # keys a block
 # Positions a split, and where larger ones begin: short ones fill the machine at short contexts, long ones keep the
 # parts few at long contexts. Part of the arithmetic.
-SPLIT_SIZES = (64, 256, 512, 2048)
+SPLIT_SIZES = (128, 512, 1024, 4096)
 SPLIT_ENDS = (1024, 8192, 32768)
 TAIL = 2 * KEYS  # room for the last keys of a node: what committed slots leave of a block, and its ancestors
 TILE = 64  # node-head pairs a program, wgmma's rows
@@ -39,6 +41,7 @@ PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attend
 COMBINED, COLUMNS = 8, 256  # splits read at once when they are added, and columns a program
 GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
+HOPPER = 9  # major compute capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,20 +280,42 @@ def _attend(
             cache.store, plan.length, plan.depths, plan.ancestors, cache.base, cache.spare, plan.ancestors.stride(0),
             BLOCK=KEYS, W=head.width, TAIL=TAIL, CHUNK=GATHERED, WIDE_W=triton.next_power_of_2(head.width),
         )  # fmt: skip
-    flat = q.view(-1, head.width)
-    kernels._attend_kernel[(padded // TILE * splits,)](
-        described(flat, TILE, head.latent), described(flat, TILE, head.rope),
-        described(cache.store, KEYS, head.latent), described(cache.store, KEYS, head.rope),
-        described(parts[: splits * padded * head.latent].view(-1, head.latent), TILE, head.latent),
-        plan.length, plan.depths, peaks, totals, cache.base, cache.spare, plan.rows, padded, plan.deepest,
-        head.scale * math.log2(math.e), HEADS=head.padded, C=head.latent, ROWS=TILE, BLOCK=KEYS, TAIL=TAIL,
-        STAGES=launch.stages, CHAIN=plan.ancestors is None, WIDE=interpreted(), num_warps=launch.warps,
-    )  # fmt: skip
+    flat, sums = q.view(-1, head.width), parts[: splits * padded * head.latent].view(-1, head.latent)
+    given = (plan.length, plan.depths, peaks, totals, cache.base, cache.spare, plan.rows, padded, plan.deepest,
+             head.scale * math.log2(math.e))  # fmt: skip
+    sizes = {"HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
+             "CHAIN": plan.ancestors is None}  # fmt: skip
+    grid = (padded // TILE * splits,)
+    hopper = _hopper() if on_hopper(q.device) else None
+    if hopper is not None and hopper.fits(head.latent, head.rope):
+        hopper.attend_kernel[grid](*hopper.descriptors(flat, cache.store, sums, head), *given, R=head.rope, **sizes)
+    else:
+        kernels._attend_kernel[grid](
+            described(flat, TILE, head.latent), described(flat, TILE, head.rope),
+            described(cache.store, KEYS, head.latent), described(cache.store, KEYS, head.rope),
+            described(sums, TILE, head.latent), *given, STAGES=launch.stages, WIDE=interpreted(),
+            num_warps=launch.warps, **sizes,
+        )  # fmt: skip
     columns = min(head.latent, COLUMNS)
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
         parts, peaks, totals, plan.length, plan.depths, out, padded, HEADS=head.padded, C=head.latent,
         COLUMNS=columns, CHUNK=COMBINED, num_warps=1,
     )  # fmt: skip
+
+
+def on_hopper(device: torch.device) -> bool:
+    """Whether the device is a GPU with Hopper's warpgroups."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
+@lru_cache
+def _hopper() -> Any:
+    """Returns the Gluon kernel's module, or None where this Triton has no Gluon for Hopper."""
+    try:
+        from mtp_spec.kernels import mla_hopper
+    except ImportError:
+        return None
+    return mla_hopper
 
 
 def prepare_reference(

@@ -1,0 +1,312 @@
+"""Attention over the latent cache for Hopper, in Gluon: two warpgroups that take turns, fed by a third.
+
+The tile's sums, 64 rows by C, fill the registers of two warpgroups, each holding half of the columns. The scores of a
+block of keys would be needed by both; instead each warpgroup computes those of every other block and hands its weights
+over through shared memory, so that no product is done twice and one computes softmax while the other multiplies
+(FlashMLA's "seesaw"; DeepSeek, FlashMLA deep dive of April 2025). Peaks and sums of the online softmax travel with the
+weights, from block to block: the arithmetic is that of `mla_kernels._attend_kernel`, block after block in ascending
+order, whichever warpgroup owns a block.
+
+Warpgroup 0 owns even blocks and columns 0 .. C/2 - 1, warpgroup 1 odd blocks and the other columns. A block lives in
+the key buffer of its owner until both have multiplied with it.
+
+Legend: as in `mla`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mtp_spec.kernels.mla import KEYS, TILE, Head
+from mtp_spec.kernels.mla_kernels import _split_start as _split_start_of
+from mtp_spec.kernels.mla_kernels import split_of as _split_of
+
+# Triton 3.6's names, and the later ones
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_split_start = gluon.jit(_split_start_of.fn)
+split_of = gluon.jit(_split_of.fn)
+
+
+def descriptors(q: Tensor, store: Tensor, sums: Tensor, head: Head) -> tuple[TensorDescriptor, ...]:
+    """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`, sums `[S * padded, C]`."""
+    half = head.latent // 2
+    return (_described(q, TILE, half), _described(q, TILE, head.rope), _described(store, KEYS, half),
+            _described(store, KEYS, head.rope), _described(sums, TILE, half))  # fmt: skip
+
+
+def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+
+
+@gluon.jit
+def _block_at(
+    block, first, shared, own, tail, whole, base, spare, node0, BLOCK: gl.constexpr, TAIL: gl.constexpr,
+    CHAIN: gl.constexpr,
+):  # fmt: skip
+    """Returns a block's first position, its first row in the store, and whose tail it is (shared blocks: anyone's)."""
+    at = first + block * BLOCK
+    if CHAIN:
+        return at, base + at, 0
+    late = gl.maximum(block - shared, 0)
+    member = late // gl.maximum(own, 1)
+    at_tail = tail + (late - member * own) * BLOCK
+    at = gl.where(block < shared, at, at_tail)
+    row = gl.where(block < shared, base + at, spare + (node0 + member) * TAIL + at - whole)
+    return at, row, member
+
+
+@gluon.jit
+def _copy_in(
+    q_half, q_rope, k_half, k_rope, sm, bars, q_row, walk, pairs,
+    C: gl.constexpr, R: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, CHAIN: gl.constexpr,
+):  # fmt: skip
+    """The third warpgroup: queries once, then every block as soon as its buffer is free."""
+    queries, ropes, keys, key_ropes = sm
+    q_bar, full, free = bars
+    half: gl.constexpr = C // 2
+    mbarrier.expect(q_bar, BLOCK * (C + R) * 2)
+    load_tile(q_half, [q_row, 0], q_bar, queries.index(0))
+    load_tile(q_half, [q_row, half], q_bar, queries.index(1))
+    load_tile(q_rope, [q_row, C], q_bar, ropes.index(1))
+    for pair in range(pairs):
+        for slot in gl.static_range(2):
+            _, row, _ = _block_at(2 * pair + slot, *walk, BLOCK, TAIL, CHAIN)
+            mbarrier.wait(free.index(slot), (pair & 1) ^ 1)
+            bar = full.index(slot)
+            mbarrier.expect(bar, BLOCK * (C + R) * 2)
+            load_tile(k_half, [row, 0], bar, keys.index(2 * slot))
+            load_tile(k_half, [row, half], bar, keys.index(2 * slot + 1))
+            load_tile(k_rope, [row, C], bar, key_ropes.index(slot))
+
+
+@gluon.jit
+def _scores(queries, q_rope, keys, key_ropes, zero, OWN: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+            layout: gl.constexpr):  # fmt: skip
+    """Returns queries [ROWS, W] @ keys [BLOCK, W].T of the warpgroup's own block."""
+    scores = gl.zeros([ROWS, BLOCK], gl.float32, layout)
+    for part in gl.static_range(2):
+        latent = keys.index(zero + 2 * OWN + part).permute((1, 0))
+        scores = warpgroup_mma(queries.index(zero + part), latent, scores, use_acc=part > 0, is_async=True)
+    scores = warpgroup_mma(q_rope, key_ropes.index(OWN).permute((1, 0)), scores, is_async=True)
+    return warpgroup_mma_wait(0, deps=[scores])
+
+
+@gluon.jit
+def _weighed(scores, position, node, before, walk, pair, peak, total, scale, OWN: gl.constexpr, BLOCK: gl.constexpr,
+             TAIL: gl.constexpr, CHAIN: gl.constexpr, GROUP: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """One step of the online softmax: returns weights, the peak they refer to, and the sum so far."""
+    block = 2 * pair + OWN
+    at, _, member = _block_at(block, *walk, BLOCK, TAIL, CHAIN)
+    keys = at + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    seen = gl.expand_dims(keys, 0) <= gl.expand_dims(position, 1)
+    if not CHAIN:
+        # past the last tail there is nobody: the second block of a pair may not exist
+        mine = (block < before) | (node == member)
+        seen = seen & gl.expand_dims(mine, 1)
+    scores = gl.where(seen, scores * scale, float("-inf"))
+    higher = gl.maximum(peak, gl.max(scores, 1))
+    safe = gl.where(higher == float("-inf"), 0.0, higher)
+    weights = gl.exp2(scores - gl.expand_dims(safe, 1))
+    total = total * gl.exp2(peak - safe) + gl.sum(weights, 1)
+    return weights.to(gl.bfloat16), higher, total
+
+
+@gluon.jit
+def _shrunk(acc, before, after, layout: gl.constexpr):
+    """Returns sums that referred to the peak `before`, referring to the peak `after`."""
+    kept = gl.exp2(before - gl.where(after == float("-inf"), 0.0, after))
+    return acc * gl.expand_dims(gl.convert_layout(kept, gl.SliceLayout(1, layout)), 1)
+
+
+@gluon.jit
+def _hand_over(weights, peak, total, handed, stats, bar, SLOT: gl.constexpr):
+    """Shows weights and the state of the softmax to the other warpgroup."""
+    handed.index(SLOT).store(weights)
+    stats.index(2 * SLOT).store(peak)
+    stats.index(2 * SLOT + 1).store(total)
+    fence_async_shared()
+    mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def _multiply(
+    common,
+    OWN: gl.constexpr, C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
+    CHAIN: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup of products: scores of its own blocks, sums of its own columns."""
+    parts, peaks, totals, sm, bars, shared, walk, row, pairs, position_of, scale = common
+    queries, handed, keys, key_ropes, stats = sm
+    q_bar, full, free, shown, taken, done = bars
+    half: gl.constexpr = C // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    start, depths, nodes, tile_row, member0 = position_of
+    node = (tile_row + gl.arange(0, ROWS, layout=row_layout)) // HEADS
+    position = start + gl.load(depths + node, mask=node < nodes, other=0)
+    member = node - member0
+    peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+    total = gl.zeros([ROWS], gl.float32, row_layout)
+    acc = gl.zeros([ROWS, half], gl.float32, o_layout)
+    mbarrier.wait(q_bar, 0)
+    # read once: its place is one of the two through which weights are handed over
+    q_rope = handed.index(1).load(gl.DotOperandLayout(0, s_layout, 2))
+    for pair in range(pairs):
+        phase = pair & 1
+        zero = pair >> 30  # unknown to the compiler, which else keeps fifty addresses in registers and spills
+        mbarrier.wait(full.index(OWN), phase)
+        scores = _scores(queries, q_rope, keys, key_ropes, zero, OWN, ROWS, BLOCK, s_layout)
+        if OWN == 0:
+            before = peak
+            weights, peak, total = _weighed(scores, position, member, shared, walk, pair, peak, total, scale, OWN,
+                                            BLOCK, TAIL, CHAIN, GROUP, s_layout)  # fmt: skip
+            mbarrier.wait(taken.index(0), phase ^ 1)
+            _hand_over(weights, peak, total, handed, stats, shown.index(0), 0)
+            acc = _shrunk(acc, before, peak, o_layout)
+            acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero + 0), acc, is_async=True)
+            mbarrier.wait(full.index(1), phase)
+            mbarrier.wait(shown.index(1), phase)
+            after = stats.index(2).load(row_layout)
+            total = stats.index(3).load(row_layout)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(free.index(0), count=1)
+            acc = _shrunk(acc, peak, after, o_layout)
+            acc = warpgroup_mma(handed.index(1), keys.index(zero + 2), acc, is_async=True)
+            peak = after
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(taken.index(1), count=1)
+            mbarrier.arrive(free.index(1), count=1)
+        else:
+            mbarrier.wait(full.index(0), phase)
+            mbarrier.wait(shown.index(0), phase)
+            before = stats.index(0).load(row_layout)
+            total = stats.index(1).load(row_layout)
+            acc = _shrunk(acc, peak, before, o_layout)
+            acc = warpgroup_mma(handed.index(0), keys.index(zero + 1), acc, is_async=True)
+            weights, peak, total = _weighed(scores, position, member, shared, walk, pair, before, total, scale, OWN,
+                                            BLOCK, TAIL, CHAIN, GROUP, s_layout)  # fmt: skip
+            mbarrier.wait(taken.index(1), phase ^ 1)
+            _hand_over(weights, peak, total, handed, stats, shown.index(1), 1)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(taken.index(0), count=1)
+            mbarrier.arrive(free.index(0), count=1)
+            acc = _shrunk(acc, before, peak, o_layout)
+            acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero + 3), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(free.index(1), count=1)
+    if OWN == 0:
+        lane = gl.arange(0, ROWS, layout=row_layout)
+        gl.store(peaks + row + lane, peak)
+        gl.store(totals + row + lane, total)
+    # the queries' room becomes the results' once both have read it for the last time
+    mbarrier.arrive(done, count=1)
+    mbarrier.wait(done, 0)
+    queries.index(OWN).store(acc.to(gl.bfloat16))
+    fence_async_shared()
+    store_tile(parts, [row, OWN * half], queries.index(OWN))
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["nodes", "deepest"])
+def attend_kernel(
+    q_half,  # [M H, W] in tiles [ROWS, C / 2]
+    q_rope,  # [M H, W] in tiles [ROWS, R]
+    k_half,  # the store in tiles [BLOCK, C / 2]
+    k_rope,  # the store in tiles [BLOCK, R]
+    parts,  # [S * padded, C] in tiles [ROWS, C / 2]
+    length,  # [1] int32
+    depths,  # [M] int32
+    peaks,  # [S, padded] float32
+    totals,  # [S, padded] float32
+    base,  # first row of the layer
+    spare,  # first row of the nodes' tails; unused for a chain
+    nodes,
+    padded,  # M H in whole tiles
+    deepest,  # largest depth
+    scale,
+    HEADS: gl.constexpr,
+    C: gl.constexpr,
+    R: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK: gl.constexpr,
+    TAIL: gl.constexpr,
+    CHAIN: gl.constexpr,
+):
+    """`mla_kernels._attend_kernel`: partial attention of a tile of ROWS node-head pairs over one split."""
+    GROUP: gl.constexpr = (ROWS + HEADS - 1) // HEADS  # nodes a tile
+    start = gl.load(length)
+    splits = split_of(start + deepest) + 1
+    whole = start // BLOCK * BLOCK
+    tiles = padded // ROWS
+    # the long splits come first; programs past the last split have nothing to do
+    tile, split = gl.program_id(0) % tiles, splits - 1 - gl.program_id(0) // tiles
+    if split >= 0:
+        first, end = _split_start(split), _split_start(split + 1)
+        last = gl.minimum(end, start + deepest + 1)
+        shared = gl.maximum(gl.cdiv(last - first, BLOCK), 0)
+        own, blocks, tail, node0 = 1, shared, first, tile * ROWS // HEADS
+        if not CHAIN:
+            tail = gl.maximum(first, whole)
+            shared = gl.maximum(gl.minimum(end, whole) - first, 0) // BLOCK
+            own = gl.maximum(gl.cdiv(last - tail, BLOCK), 0)
+            blocks = shared + own * gl.minimum(GROUP, nodes - node0)
+        walk = (first, shared, own, tail, whole, base, spare, node0)
+        pairs = gl.cdiv(blocks, 2)
+        row = split * padded + tile * ROWS
+
+        queries = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, C // 2], q_half.layout)
+        keys = gl.allocate_shared_memory(gl.bfloat16, [4, BLOCK, C // 2], k_half.layout)
+        key_ropes = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, R], k_rope.layout)
+        handed = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, BLOCK], q_rope.layout)
+        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        stats = gl.allocate_shared_memory(gl.float32, [4, ROWS], flat)
+        one: gl.constexpr = mbarrier.MBarrierLayout()
+        q_bar = gl.allocate_shared_memory(gl.int64, [1], one)
+        done = gl.allocate_shared_memory(gl.int64, [1], one)
+        full = gl.allocate_shared_memory(gl.int64, [2, 1], one)
+        free = gl.allocate_shared_memory(gl.int64, [2, 1], one)
+        shown = gl.allocate_shared_memory(gl.int64, [2, 1], one)
+        taken = gl.allocate_shared_memory(gl.int64, [2, 1], one)
+        mbarrier.init(q_bar, count=1)
+        mbarrier.init(done, count=2)
+        for slot in gl.static_range(2):
+            mbarrier.init(full.index(slot), count=1)
+            mbarrier.init(free.index(slot), count=2)
+            mbarrier.init(shown.index(slot), count=1)
+            mbarrier.init(taken.index(slot), count=1)
+        fence_async_shared()
+
+        sm = (queries, handed, keys, key_ropes, stats)
+        bars = (q_bar, full, free, shown, taken, done)
+        position_of = (start, depths, nodes, tile * ROWS, node0)
+        common = (parts, peaks, totals, sm, bars, shared, walk, row, pairs, position_of, scale)
+        gl.warp_specialize(
+            [
+                (_copy_in, (q_half, q_rope, k_half, k_rope, (queries, handed, keys, key_ropes), (q_bar, full, free),
+                            tile * ROWS, walk, pairs, C, R, BLOCK, TAIL, CHAIN)),
+                (_multiply, (common, 0, C, R, ROWS, BLOCK, TAIL, CHAIN, HEADS, GROUP)),
+                (_multiply, (common, 1, C, R, ROWS, BLOCK, TAIL, CHAIN, HEADS, GROUP)),
+            ],
+            [4, 4],
+            [240, 240],
+        )  # fmt: skip
+
+
+def fits(latent: int, rope: int) -> bool:
+    """Whether the kernel takes these sizes: half of the latent is the tensor core's width, and the rope part of the
+    queries has the shape of a block's weights, whose room it shares."""
+    return latent in (128, 256, 512) and rope == KEYS
