@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels.launching import runs_triton
+from mtp_spec.kernels.launching import late, runs_triton
 from mtp_spec.kernels.mla import Cache
 
 try:
     import triton
     import triton.language as tl
+
+    from mtp_spec.kernels.launching import follow
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -51,6 +53,7 @@ def accept(
     _accept_kernel[(1,)](
         drawn, failed, ids, parents, path, tokens, record, record if seen is None else seen, rows,
         MOST=most, WIDE=triton.next_power_of_2(rows), COUNTED=seen is not None, num_warps=1,
+        **late(ids),
     )  # fmt: skip
 
 
@@ -65,7 +68,7 @@ def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor) ->
     width = store.shape[1]
     _commit_kernel[(len(caches), -(-width // COLUMNS))](
         store, length, path, record, caches[0].capacity, caches[0].base, width,
-        MOST=triton.next_power_of_2(most), ROWS=most, COLUMNS=COLUMNS,
+        MOST=triton.next_power_of_2(most), ROWS=most, COLUMNS=COLUMNS, **late(store),
     )  # fmt: skip
 
 
@@ -96,8 +99,9 @@ if triton is not None:
     @triton.jit
     def _accept_kernel(
         drawn, failed, ids, parents, path, tokens, record, seen, rows,
-        MOST: tl.constexpr, WIDE: tl.constexpr, COUNTED: tl.constexpr,
+        MOST: tl.constexpr, WIDE: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        follow(PDL)
         lane = tl.arange(0, WIDE)
         its_parent = tl.load(parents + lane, mask=lane < rows, other=-2)
         its_token = tl.load(ids + lane, mask=lane < rows, other=-1)
@@ -121,8 +125,9 @@ if triton is not None:
     @triton.jit
     def _commit_kernel(
         store, length, path, record, capacity, base, width,
-        MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        follow(PDL)
         lane = tl.arange(0, MOST)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         row = tl.load(path + lane, mask=lane < ROWS, other=0)

@@ -26,11 +26,14 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, row_products
 from mtp_spec.kernels.fp8 import fp8_gemm as reference
-from mtp_spec.kernels.launching import described, interpreted, runs_triton
+from mtp_spec.kernels.launching import described, interpreted, late, runs_triton
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    from mtp_spec.kernels.launching import prefetch
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -45,14 +48,18 @@ class Launch:
     Attributes:
         tile: outputs a program, 64 or 128.
         splits: parts of K. Part of the arithmetic.
-        stages: tiles in flight.
+        stages: steps of K in flight.
         warps: a program.
+        unroll: blocks of 128 of K a step.
+        ahead: blocks of K that a program pulls into the cache while the kernel before it still runs, an even number.
     """
 
     tile: int = 64
     splits: int = 1
     stages: int = 4
     warps: int = 4
+    unroll: int = 1
+    ahead: int = 8
 
 
 @lru_cache
@@ -77,6 +84,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["m"])
     def _gemm_kernel(
         w_desc,  # [N, K] e4m3 or bf16, tiles [TILE, 128]
+        w,  # the same, to be pulled into the cache
         a_desc,  # [M, K] e4m3 or bf16, tiles [ROWS, 128]
         w_scale,  # [ceil(N / 128), ceil(K / 128)] float32, used with SCALED
         a_scale,  # [M, ceil(K / 128)] float32, used with SCALED
@@ -85,37 +93,46 @@ if triton is not None:
         arrivals,  # [tiles] int32, zero before and after
         m,
         n,
-        k_blocks,
+        k,
         TILE: tl.constexpr,
         ROWS: tl.constexpr,
         SPLITS: tl.constexpr,
         STAGES: tl.constexpr,
+        UNROLL: tl.constexpr,
+        AHEAD: tl.constexpr,
         SCALED: tl.constexpr,
         WIDE: tl.constexpr,
+        PDL: tl.constexpr,
     ):
         row_tiles = tl.cdiv(m, ROWS)
         place, split = tl.program_id(0), tl.program_id(1)
         tile, row_tile = place // row_tiles, place % row_tiles
+        k_blocks = tl.cdiv(k, 128)
         each = tl.cdiv(k_blocks, SPLITS)
         first = split * each
         last = tl.minimum(first + each, k_blocks)
+        w_scale_row = w_scale + (tile * TILE // 128) * k_blocks
+        if PDL:
+            gdc_launch_dependents()
+            if AHEAD > 0:
+                _pull(w, w_scale_row + first, tile * TILE, first * 128, n, k, TILE, AHEAD, SCALED)
+            gdc_wait()  # before anything is read, and before `out`, `parts` and `arrivals` are written
         lane = tl.arange(0, ROWS)
         rows = row_tile * ROWS + lane
         columns = tile * TILE + tl.arange(0, TILE)
-        w_scale_row = w_scale + (tile * TILE // 128) * k_blocks
         a_scale_rows = a_scale + rows.to(tl.int64) * k_blocks
         total = tl.zeros((TILE, ROWS), dtype=tl.float32)
-        for block in tl.range(first, last, num_stages=STAGES):
-            w = w_desc.load([tile * TILE, block * 128])
+        for block in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
+            weights = w_desc.load([tile * TILE, block * 128])
             a = a_desc.load([row_tile * ROWS, block * 128])
             if WIDE:  # the interpreter cannot multiply bfloat16
-                w = w.to(tl.float32)
+                weights = weights.to(tl.float32)
                 a = a.to(tl.float32)
             if SCALED:
                 scale = tl.load(a_scale_rows + block, mask=rows < m, other=0.0) * tl.load(w_scale_row + block)
-                total += tl.dot(w, a.T) * scale[None, :]
+                total += tl.dot(weights, a.T) * scale[None, :]
             else:
-                total = tl.dot(w, a.T, total)
+                total = tl.dot(weights, a.T, total)
         kept = (rows < m)[None, :] & (columns < n)[:, None]
         places = out + rows[None, :].to(tl.int64) * n + columns[:, None]
         if SPLITS == 1:
@@ -133,6 +150,21 @@ if triton is not None:
                     summed += tl.load(part + inside, volatile=True)
                 tl.store(places, summed.to(out.dtype.element_ty), mask=kept)
                 tl.store(arrivals + place, 0)
+
+    @triton.jit
+    def _pull(
+        w, scales, first_row, first, n, k, TILE: tl.constexpr, AHEAD: tl.constexpr, SCALED: tl.constexpr
+    ):  # fmt: skip
+        """Pulls AHEAD blocks of K of TILE rows into the cache, half a row's a thread, and the scales' line."""
+        lane = tl.arange(0, 2 * TILE)
+        row = tl.minimum(first_row + lane // 2, n - 1).to(tl.int64)
+        size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+        start = tl.minimum(first + lane % 2 * (AHEAD * 64), k - 16)
+        prefetch(w + row * k + start, tl.minimum(k - start, AHEAD * 64) * size)
+        if SCALED:
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [scales], dtype=tl.int32, is_pure=False, pack=1
+            )
 
 
 def fp8_gemm(
@@ -193,6 +225,7 @@ def _launch(
     parts, arrivals = _workspace(a.device, launch.splits * tiles * launch.tile * row_tile, tiles)
     _gemm_kernel[(tiles, launch.splits)](
         described(w, launch.tile, BLOCK),
+        w,
         described(a, row_tile, BLOCK),
         w if w_scale is None else w_scale,
         a if a_scale is None else a_scale,
@@ -201,14 +234,17 @@ def _launch(
         arrivals,
         rows,
         outputs,
-        -(-inputs // BLOCK),
+        inputs,
         TILE=launch.tile,
         ROWS=row_tile,
         SPLITS=launch.splits,
         STAGES=launch.stages,
+        UNROLL=launch.unroll,
+        AHEAD=launch.ahead,
         SCALED=w_scale is not None,
         WIDE=w_scale is None and interpreted(),
         num_warps=launch.warps,
+        **late(a),
     )
     return out
 

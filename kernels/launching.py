@@ -1,16 +1,32 @@
-"""What every kernel's wrapper asks before it launches."""
+"""What every kernel's wrapper asks before it launches, and how a kernel starts while the one before still runs.
+
+Programmatic dependent launch: a kernel launched with `late` is resident and has pulled its first weights towards the
+cache by the time the kernel before it ends. Three rules keep the order of a stream as it was:
+
+- Such a kernel calls `follow` (or `gdc_wait`) before it reads anything that an earlier kernel wrote and before it
+  writes anything at all: buffers, workspaces and arrival counts are used again by the next kernel.
+- `gdc_wait` returns when the kernel before has ended and its writes are visible. As every kernel of a chain waits,
+  that one ended after all earlier ones had. A kernel launched without the attribute waits by itself.
+- Only a prefetch may come first: it changes no value, so it does not matter who wrote the bytes, or when.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
     import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
+
+HOPPER = (9, 0)  # the first cards that launch a kernel before its predecessor has ended
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -26,3 +42,32 @@ def interpreted() -> bool:
 def described(x: Tensor, rows: int, columns: int) -> Any:
     """Returns the TMA descriptor of a matrix in tiles of `rows` by `columns`."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def late(x: Tensor) -> dict[str, bool]:
+    """Returns launch options of a kernel with a constexpr PDL that may start while the one before it still runs."""
+    return {"PDL": True, "launch_pdl": True} if overlaps(x.device) else {"PDL": False}
+
+
+@lru_cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels on this device overlap: from compute capability 9.0, and not in the interpreter."""
+    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= HOPPER
+
+
+if triton is not None:
+
+    @triton.jit
+    def follow(PDL: tl.constexpr):
+        """Lets the next kernel become resident, then waits for the one before; first statement of a late kernel."""
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
+
+    @triton.jit
+    def prefetch(addresses, sizes):
+        """Starts pulling `sizes` bytes at `addresses`, multiples of 16 both, into the second-level cache."""
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [addresses, sizes],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

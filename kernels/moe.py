@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, fp8_gemm
-from mtp_spec.kernels.launching import described, runs_triton
+from mtp_spec.kernels.launching import described, late, runs_triton
 from mtp_spec.kernels.moe_route import (
     MOST_ROWS,
     Groups,
@@ -93,20 +93,21 @@ class Launch:
 
     Attributes:
         up_tile: columns of gate, and of up, a program: 64 or 128.  down_tile: outputs a program, 64 or 128.
-        up_stages, down_stages: tiles in flight.  up_warps, down_warps: a program.
+        up_stages, down_stages: steps of K in flight.  up_warps, down_warps: a program.
+        up_unroll, down_unroll: blocks of 128 of K a step.
         tokens: pairs a program for up to 64 rows, 16, 32 or 64.  prefill_tokens: for more.
-        pdl: programmatic dependent launch, which hides launch gaps.
     """
 
     up_tile: int = 64
     up_stages: int = 4
     up_warps: int = 4
+    up_unroll: int = 1
     down_tile: int = 64
     down_stages: int = 4
     down_warps: int = 4
+    down_unroll: int = 1
     tokens: int = 16
     prefill_tokens: int = 64
-    pdl: bool = False
 
 
 @lru_cache
@@ -206,39 +207,62 @@ def _run(
     dtype: torch.dtype, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The three launches after routing: x `[M, D]` e4m3 with its scales to `[M, D]` in `dtype`."""
-    from mtp_spec.kernels import moe_kernels as kernels
+    from mtp_spec.kernels.moe_kernels import _combine_kernel
 
-    rows, channels = x.shape
-    per_row, inner, device = pair_weights.shape[1], weights.inner, x.device
-    pairs, slots = rows * per_row, groups.count.shape[0]
-    tokens = _tokens(rows, launch)
-    assert slots == most_slots(pairs, weights.count, tokens)
-    blocks, inner_blocks = x_scale.shape[1], -(-inner // BLOCK)
-    slot_table = (groups.order, groups.expert, groups.first, groups.count)
-    late: dict[str, Any] = {"PDL": launch.pdl} | ({"launch_pdl": True} if launch.pdl else {})
-    hidden = torch.empty(pairs, inner, dtype=E4M3, device=device)
-    hidden_scale = torch.empty(pairs, inner_blocks, device=device)
-    halves = launch.up_tile < BLOCK
-    kernels._gate_up_kernel[(slots * -(-inner // launch.up_tile),)](
-        _described(weights.gate_up, launch.up_tile), weights.gate_up_scale, x, x_scale, *slot_table,
-        hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, device=device),
-        _arrivals(device, slots * inner_blocks), inner, channels, blocks, per_row,
-        TILE=launch.up_tile, TOKENS=tokens, STAGES=launch.up_stages, EVEN=channels % BLOCK == 0, LARGEST=E4M3_MAX,
-        num_warps=launch.up_warps, **late,
-    )  # fmt: skip
-    parts = torch.empty(pairs, channels, dtype=torch.float32 if rows <= MOST_ROWS else dtype, device=device)
-    kernels._down_kernel[(slots * -(-channels // launch.down_tile),)](
-        _described(weights.down, launch.down_tile), weights.down_scale, hidden, hidden_scale, *slot_table,
-        parts, inner, channels, inner_blocks,
-        TILE=launch.down_tile, TOKENS=tokens, STAGES=launch.down_stages, EVEN=inner % BLOCK == 0,
-        num_warps=launch.down_warps, **late,
-    )  # fmt: skip
-    out = torch.empty(rows, channels, dtype=dtype, device=device)
-    kernels._combine_kernel[(rows, -(-channels // COMBINE_STRETCH))](
+    (rows, channels), per_row = x.shape, pair_weights.shape[1]
+    hidden = gate_up(x, x_scale, groups, per_row, weights, launch)
+    parts = down(*hidden, groups, per_row, weights, launch, dtype)
+    out = torch.empty(rows, channels, dtype=dtype, device=x.device)
+    _combine_kernel[(rows, -(-channels // COMBINE_STRETCH))](
         parts, pair_weights, out if residual is None else residual, out, channels,
-        PER_ROW=per_row, STRETCH=COMBINE_STRETCH, RESIDUAL=residual is not None, **late,
+        PER_ROW=per_row, STRETCH=COMBINE_STRETCH, RESIDUAL=residual is not None, **late(x),
     )  # fmt: skip
     return out
+
+
+def gate_up(
+    x: Tensor, x_scale: Tensor, groups: Groups, per_row: int, weights: Experts, launch: Launch
+) -> tuple[Tensor, Tensor]:
+    """Launches silu(gate) * up of every pair: x `[M, D]` e4m3 with scales to `[P, I]` e4m3 with scales."""
+    from mtp_spec.kernels.moe_kernels import _gate_up_kernel
+
+    (rows, channels), inner, device = x.shape, weights.inner, x.device
+    pairs, slots, tokens = rows * per_row, groups.count.shape[0], _tokens(rows, launch)
+    assert slots == most_slots(pairs, weights.count, tokens)
+    inner_blocks, halves = -(-inner // BLOCK), launch.up_tile < BLOCK
+    hidden = torch.empty(pairs, inner, dtype=E4M3, device=device)
+    hidden_scale = torch.empty(pairs, inner_blocks, device=device)
+    _gate_up_kernel[(slots * -(-inner // launch.up_tile),)](
+        _described(weights.gate_up, launch.up_tile), weights.gate_up_scale, x, x_scale,
+        groups.order, groups.expert, groups.first, groups.count,
+        hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, device=device),
+        _arrivals(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row,
+        TILE=launch.up_tile, TOKENS=tokens, STAGES=launch.up_stages, UNROLL=launch.up_unroll,
+        EVEN=channels % BLOCK == 0, LARGEST=E4M3_MAX, num_warps=launch.up_warps, **late(x),
+    )  # fmt: skip
+    return hidden, hidden_scale
+
+
+def down(
+    hidden: Tensor, hidden_scale: Tensor, groups: Groups, per_row: int, weights: Experts, launch: Launch,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Launches the second product of every pair: `[P, I]` e4m3 with scales to `[P, D]` float32, `dtype` in prefill."""
+    from mtp_spec.kernels.moe_kernels import _down_kernel
+
+    (pairs, inner), channels, slots = hidden.shape, weights.channels, groups.count.shape[0]
+    rows = pairs // per_row
+    parts = torch.empty(
+        pairs, channels, dtype=torch.float32 if rows <= MOST_ROWS else dtype, device=hidden.device
+    )
+    _down_kernel[(slots * -(-channels // launch.down_tile),)](
+        _described(weights.down, launch.down_tile), weights.down_scale, hidden, hidden_scale,
+        groups.order, groups.expert, groups.first, groups.count,
+        parts, inner, channels, hidden_scale.shape[1],
+        TILE=launch.down_tile, TOKENS=_tokens(rows, launch), STAGES=launch.down_stages, UNROLL=launch.down_unroll,
+        EVEN=inner % BLOCK == 0, num_warps=launch.down_warps, **late(hidden),
+    )  # fmt: skip
+    return parts
 
 
 def _described(weight: Tensor, rows: int) -> Any:

@@ -3,7 +3,7 @@
 One program handles one slot (an expert with up to TOKENS of its pairs) and one stretch of the expert's outputs, so
 every expert's weights are read once. Operands are swapped as in `gemm`: wgmma's 64 rows are weights, tokens are the
 narrow side. Sums leave the tensor core every 128 of K and go on in float32. A pair's arithmetic knows nothing of its
-neighbours: lanes without a pair repeat the slot's first and are not stored.
+neighbours: lanes without a pair are zero, read nothing and are not stored.
 
 Legend: `M` rows, `P` pairs, `D` channels, `I` expert width, `K` experts a row.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mtp_spec.kernels.launching import follow
 
 
 @triton.jit
@@ -53,14 +54,13 @@ def _gate_up_kernel(
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
     """hidden = quantised silu(gate) * up; a program has the same TILE columns of gate and of up."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    follow(PDL)
     tiles = tl.cdiv(inner, TILE)
     slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     count = tl.load(slot_count + slot)
@@ -77,14 +77,15 @@ def _gate_up_kernel(
     rows = x + token[:, None] * channels + places[None, :]
     gate = tl.zeros((TILE, TOKENS), dtype=tl.float32)
     up = tl.zeros((TILE, TOKENS), dtype=tl.float32)
-    for block in tl.range(0, blocks, num_stages=STAGES):
+    for block in tl.range(0, blocks, num_stages=STAGES, loop_unroll_factor=UNROLL):
         w_gate = w_desc.load([gate_row, block * 128])
         w_up = w_desc.load([gate_row + inner, block * 128])
         if EVEN:
-            a = tl.load(rows + block * 128)
+            a = tl.load(rows + block * 128, mask=real[:, None], other=0.0)
         else:
-            a = tl.load(rows + block * 128, mask=(block * 128 + places < channels)[None, :], other=0.0)
-        scale = tl.load(x_scale + token * blocks + block)
+            inside = real[:, None] & (block * 128 + places < channels)[None, :]
+            a = tl.load(rows + block * 128, mask=inside, other=0.0)
+        scale = tl.load(x_scale + token * blocks + block, mask=real, other=0.0)
         gate += tl.dot(w_gate, a.T) * (scale * tl.load(gate_scale + block))[None, :]
         up += tl.dot(w_up, a.T) * (scale * tl.load(up_scale + block))[None, :]
     values = tl.trans(gate / (1 + tl.exp(-gate)) * up)  # [TOKENS, TILE]
@@ -138,13 +139,12 @@ def _down_kernel(
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[pair] = down of the pair's expert @ hidden[pair]."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    follow(PDL)
     tiles = tl.cdiv(channels, TILE)
     slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     count = tl.load(slot_count + slot)
@@ -157,13 +157,14 @@ def _down_kernel(
     places = tl.arange(0, 128)
     rows = hidden + pair[:, None] * inner + places[None, :]
     total = tl.zeros((TILE, TOKENS), dtype=tl.float32)
-    for block in tl.range(0, blocks, num_stages=STAGES):
+    for block in tl.range(0, blocks, num_stages=STAGES, loop_unroll_factor=UNROLL):
         w = w_desc.load([first_row, block * 128])
         if EVEN:
-            a = tl.load(rows + block * 128)
+            a = tl.load(rows + block * 128, mask=real[:, None], other=0.0)
         else:
-            a = tl.load(rows + block * 128, mask=(block * 128 + places < inner)[None, :], other=0.0)
-        scale = tl.load(hidden_scale + pair * blocks + block) * tl.load(scale_row + block)
+            inside = real[:, None] & (block * 128 + places < inner)[None, :]
+            a = tl.load(rows + block * 128, mask=inside, other=0.0)
+        scale = tl.load(hidden_scale + pair * blocks + block, mask=real, other=0.0) * tl.load(scale_row + block)
         total += tl.dot(w, a.T) * scale[None, :]
     column = tile * TILE + tl.arange(0, TILE)
     kept = real[:, None] & (column < channels)[None, :]
@@ -184,9 +185,7 @@ def _combine_kernel(
     PDL: tl.constexpr,
 ):
     """out[m] = sum over j in order of weights[m, j] * parts[m K + j], plus the residual last, rounded once."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
     inside = column < channels

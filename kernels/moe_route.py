@@ -22,11 +22,14 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, row_products
-from mtp_spec.kernels.launching import runs_triton
+from mtp_spec.kernels.launching import late, runs_triton
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    from mtp_spec.kernels.launching import follow, prefetch
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -134,6 +137,7 @@ def route(
     _router_kernel[(-(-routing.experts // ROUTER_EXPERTS), stretches, row_parts)](
         x, weight, parts, quantised, scales, rows, channels, routing.experts, scales.shape[1],
         EXPERTS=ROUTER_EXPERTS, STRETCH=STRETCH, ROWS=MOST_ROWS, QUANTISE=quantise, LARGEST=E4M3_MAX,
+        **late(x),
     )  # fmt: skip
     indices = torch.empty(rows, per_row, dtype=torch.int32, device=device)
     weights = torch.empty(rows, per_row, device=device)
@@ -148,7 +152,7 @@ def route(
         WIDE_GROUPS=triton.next_power_of_2(routing.groups), WIDE_SIZE=triton.next_power_of_2(size),
         CHOSEN=routing.chosen, SHARED=routing.shared, SIGMOID=routing.scoring == "sigmoid", BEST=routing.best,
         NORMALISE=routing.normalise, BIAS=bias is not None, GROUP=in_kernel, LOWEST=LOWEST,
-        **_group_sizes(indices, routing, tokens),
+        **_group_sizes(indices, routing, tokens), **late(x),
     )  # fmt: skip
     if tokens is not None and not in_kernel:
         groups = sorted_groups(indices, routing.experts + routing.shared, tokens)
@@ -164,6 +168,7 @@ def group(indices: Tensor, experts: int, tokens: int) -> Groups:
         indices, groups.order, groups.expert, groups.first, groups.count, indices.numel(), groups.count.shape[0],
         PAIRS=max(32, triton.next_power_of_2(indices.numel())), TOKENS=tokens,
         WIDE_EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(groups.count.shape[0]),
+        **late(indices),
     )  # fmt: skip
     return groups
 
@@ -265,8 +270,17 @@ if triton is not None:
         ROWS: tl.constexpr,
         QUANTISE: tl.constexpr,
         LARGEST: tl.constexpr,
+        PDL: tl.constexpr,
     ):
         lane, stretch = tl.program_id(0), tl.program_id(1)
+        if PDL:
+            gdc_launch_dependents()
+            thread = tl.arange(0, 16 * EXPERTS)
+            its = tl.minimum(lane * EXPERTS + thread // 16, experts - 1)
+            start = tl.minimum(stretch * STRETCH + thread % 16 * (STRETCH // 16), channels - 16)
+            size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+            prefetch(weight + its * channels + start, tl.minimum(channels - start, STRETCH // 16) * size)
+            gdc_wait()
         expert = lane * EXPERTS + tl.arange(0, EXPERTS)
         place = stretch * STRETCH + tl.arange(0, STRETCH)
         inside = place < channels
@@ -299,7 +313,9 @@ if triton is not None:
         SIGMOID: tl.constexpr, BEST: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr,
         LOWEST: tl.constexpr,
         PAIRS: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
+        follow(PDL)
         row = tl.program_id(0)
         place = tl.arange(0, WIDE_GROUPS * WIDE_SIZE)  # groups padded to a power of two: order of experts is kept
         expert = place // WIDE_SIZE * SIZE + place % WIDE_SIZE
@@ -399,7 +415,9 @@ if triton is not None:
     def _group_kernel(
         indices, order, slot_expert, slot_first, slot_count, pairs, slots,
         PAIRS: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
+        follow(PDL)
         _group(
             indices, order, slot_expert, slot_first, slot_count, pairs, slots, PAIRS, TOKENS, WIDE_EXPERTS, SLOTS
         )

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
-from mtp_spec.kernels.launching import runs_triton
+from mtp_spec.kernels.launching import late, runs_triton
 
 try:
     import triton
     import triton.language as tl
+
+    from mtp_spec.kernels.launching import follow
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -73,6 +75,7 @@ def _launch_norm(
         x, x if residual is None else residual, weight, out, out if scales is None else scales, total, channels,
         -(-channels // BLOCK), eps, SIZE=triton.next_power_of_2(max(channels, BLOCK)), ADD=residual is not None,
         POWER=power_of_two, LARGEST=E4M3_MAX, QUANTISE=scales is not None, num_warps=8 if channels > STRETCH else 4,
+        **late(x),
     )  # fmt: skip
     return total
 
@@ -85,8 +88,9 @@ def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor,
         return act_quant(F.silu(gate.float()) * up.float(), power_of_two=power_of_two)
     quantised, scales = _outputs(gate_up, rows, channels)
     _silu_mul_quant_kernel[(rows, -(-channels // STRETCH))](
-        gate_up, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX
-    )
+        gate_up, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX,
+        **late(gate_up),
+    )  # fmt: skip
     return quantised, scales
 
 
@@ -97,8 +101,9 @@ def quant(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
         return act_quant(x, power_of_two=power_of_two)
     quantised, scales = _outputs(x, rows, channels)
     _quant_kernel[(rows, -(-channels // STRETCH))](
-        x, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX
-    )
+        x, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX,
+        **late(x),
+    )  # fmt: skip
     return quantised, scales
 
 
@@ -133,8 +138,9 @@ if triton is not None:
     @triton.jit
     def _quant_kernel(
         x, quantised, scales, channels, blocks,
-        SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr,
+        SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        follow(PDL)
         row, first = tl.program_id(0), tl.program_id(1) * SIZE
         places = first + tl.arange(0, SIZE)
         values = tl.load(x + row.to(tl.int64) * channels + places, mask=places < channels, other=0.0)
@@ -145,8 +151,9 @@ if triton is not None:
     @triton.jit
     def _silu_mul_quant_kernel(
         gate_up, quantised, scales, channels, blocks,
-        SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr,
+        SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        follow(PDL)
         row, first = tl.program_id(0), tl.program_id(1) * SIZE
         places = first + tl.arange(0, SIZE)
         inside = places < channels
@@ -160,7 +167,9 @@ if triton is not None:
     def _rms_norm_quant_kernel(
         x, residual, weight, quantised, scales, total, channels, blocks, eps,
         SIZE: tl.constexpr, ADD: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr, QUANTISE: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
+        follow(PDL)
         row = tl.program_id(0)
         places = tl.arange(0, SIZE)
         inside = places < channels

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels.launching import runs_triton
+from mtp_spec.kernels.launching import late, runs_triton
 
 try:
     import triton
@@ -125,6 +125,7 @@ def sample(
     kernels._penalise_kernel[grid](
         logits, request, settings.values, _or(settings.bias, work), _or(settings.seen, request), _or(path, request),
         work, highest, vocabulary, STRETCH=stretch, BIAS=stages.bias, PENALTY=stages.penalty, DEPTH=depth,
+        **late(work),
     )  # fmt: skip
     edge, ties = _search(work, highest, request, settings, stages, stretch)
     best_value = torch.empty(rows, stretches, best, device=device)
@@ -133,6 +134,7 @@ def sample(
         work, highest, request, settings.values, settings.seed, position, edge, ties, best_value, best_token,
         vocabulary, stretches, STRETCH=stretch, STRETCHES=wide, BEST=best,
         SEARCHED=stages.top_k or stages.top_p, MIN_P=stages.min_p, NOISE=stages.noise, num_warps=8,
+        **late(work),
     )  # fmt: skip
     tokens = torch.empty(rows, best, dtype=torch.int32, device=device)
     scores = torch.empty(rows, best, device=device)
@@ -140,6 +142,7 @@ def sample(
     kernels._pick_kernel[(rows,)](
         best_value, best_token, highest, tokens, scores, failed, stretches,
         STRETCHES=wide, BEST=best, WIDE=triton.next_power_of_2(stretches * best),
+        **late(work),
     )  # fmt: skip
     return Sampled(tokens, scores, failed)
 
@@ -154,7 +157,9 @@ def gumbel(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
 
     stretch = stretch_of(vocabulary)
     out = torch.empty(seed.shape[0], vocabulary, device=seed.device)
-    kernels._gumbel_kernel[(seed.shape[0], -(-vocabulary // stretch))](seed, position, out, vocabulary, STRETCH=stretch)
+    kernels._gumbel_kernel[(seed.shape[0], -(-vocabulary // stretch))](
+        seed, position, out, vocabulary, STRETCH=stretch, **late(out)
+    )
     return out
 
 
@@ -245,11 +250,11 @@ def _search(
             kernels._search_kernel[(rows, stretches)](
                 work, highest, request, settings.values, sums[old], counts[old], state[old],
                 sums[new], counts[new], state[new], edge, vocabulary, stretches,
-                STRETCH=stretch, CHUNK=256, STRETCHES=wide, SHIFT=shift, MASS=mass, CUT=cut,
+                STRETCH=stretch, CHUNK=256, STRETCHES=wide, SHIFT=shift, MASS=mass, CUT=cut, **late(work),
             )  # fmt: skip
         kernels._edge_kernel[(rows,)](
             sums[new], counts[new], state[new], request, settings.values, edge, ties, vocabulary, stretches,
-            STRETCHES=wide, MASS=mass, CUT=cut,
+            STRETCHES=wide, MASS=mass, CUT=cut, **late(work),
         )  # fmt: skip
     return edge, ties
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mtp_spec.kernels.launching import follow
+
 # columns of the settings, [R, 8] float64
 TEMPERATURE: tl.constexpr = tl.constexpr(0)
 TOP_K: tl.constexpr = tl.constexpr(1)
@@ -46,8 +48,10 @@ def _penalise_kernel(
     BIAS: tl.constexpr,
     PENALTY: tl.constexpr,
     DEPTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """work = logits + bias, penalised; highest = the largest of each stretch, +inf where one is NaN."""
+    follow(PDL)
     row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     of = tl.load(request + row).to(tl.int64)
     token = stretch * STRETCH + tl.arange(0, STRETCH)
@@ -129,9 +133,10 @@ def _search_kernel(
     edge,  # [M, 2] int64: top-k's magnitude and how many exactly there stay; used with MASS and CUT
     vocabulary, stretches,
     STRETCH: tl.constexpr, CHUNK: tl.constexpr, STRETCHES: tl.constexpr,
-    SHIFT: tl.constexpr, MASS: tl.constexpr, CUT: tl.constexpr,
+    SHIFT: tl.constexpr, MASS: tl.constexpr, CUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One step of four bits: sums over elements up to each of WAYS thresholds, of counts (top-k) or masses (top-p)."""
+    follow(PDL)
     row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     of = tl.load(request + row).to(tl.int64)
     if SHIFT == 28:
@@ -189,9 +194,10 @@ def _edge_kernel(
     edge,  # [M, 2] int64: the last magnitude that stays, and how many exactly there; holds top-k's with CUT
     ties,  # [M, S] int32: elements exactly there in earlier stretches
     vocabulary, stretches,
-    STRETCHES: tl.constexpr, MASS: tl.constexpr, CUT: tl.constexpr,
+    STRETCHES: tl.constexpr, MASS: tl.constexpr, CUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Ends a search. Rows that do not truncate keep everything."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     of = tl.load(request + row).to(tl.int64)
     at, below, target, there = _choose(sums, counts, state, row, stretches, STRETCHES, 0, 0)
@@ -252,7 +258,8 @@ def gumbel(seed, position, first, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _gumbel_kernel(seed, position, out, vocabulary, STRETCH: tl.constexpr):
+def _gumbel_kernel(seed, position, out, vocabulary, STRETCH: tl.constexpr, PDL: tl.constexpr):
+    follow(PDL)
     row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = stretch * STRETCH + tl.arange(0, STRETCH)
     noise = gumbel(tl.load(seed + row), tl.load(position + row), stretch * STRETCH, STRETCH)
@@ -269,9 +276,10 @@ def _draw_kernel(
     best_token,  # [M, S, B] int32
     vocabulary, stretches,
     STRETCH: tl.constexpr, STRETCHES: tl.constexpr, BEST: tl.constexpr, SEARCHED: tl.constexpr, MIN_P: tl.constexpr,
-    NOISE: tl.constexpr,
+    NOISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best tokens of a stretch: largest scaled logit plus noise, lowest index among equals."""
+    follow(PDL)
     row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     of = tl.load(request + row).to(tl.int64)
     token = stretch * STRETCH + tl.arange(0, STRETCH)
@@ -309,9 +317,10 @@ def _pick_kernel(
     scores,  # [M, B] float32
     failed,  # [M] int32: 1 where no token can be drawn
     stretches,
-    STRETCHES: tl.constexpr, BEST: tl.constexpr, WIDE: tl.constexpr,
+    STRETCHES: tl.constexpr, BEST: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best of all stretches. Where fewer than B tokens are left, the best comes again: harmless in a tree."""
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WIDE)
     inside = lane < stretches * BEST

@@ -26,13 +26,16 @@ def test_interpreted(what: str) -> None:
     assert done.stdout.strip().endswith("passed"), done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("tile", "rows", "splits"), [(64, 16, 1), (64, 64, 4), (128, 16, 2)])
-def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int) -> None:
+@pytest.mark.parametrize(
+    ("tile", "rows", "splits", "unroll"), [(64, 16, 1, 1), (64, 64, 4, 1), (128, 16, 2, 2), (64, 16, 1, 2)]
+)
+def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int, unroll: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {
         "w_desc": f"tensordesc<fp8e4nv[{tile},128]>",
+        "w": "*fp8e4nv",
         "a_desc": f"tensordesc<fp8e4nv[{rows},128]>",
         "w_scale": "*fp32",
         "a_scale": "*fp32",
@@ -41,9 +44,10 @@ def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int)
         "arrivals": "*i32",
         "m": "i32",
         "n": "i32",
-        "k_blocks": "i32",
+        "k": "i32",
     }
-    constants = {"TILE": tile, "ROWS": rows, "SPLITS": splits, "STAGES": 4, "SCALED": True, "WIDE": False}
+    constants = {"TILE": tile, "ROWS": rows, "SPLITS": splits, "STAGES": 4, "UNROLL": unroll, "AHEAD": 8,
+                 "SCALED": True, "WIDE": False, "PDL": True}  # fmt: skip
     source = ASTSource(
         gemm._gemm_kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
     )
@@ -51,6 +55,11 @@ def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int)
     ptx = compiled.asm["ptx"]
     assert f"m64n{rows}k32.f32.e4m3.e4m3" in ptx
     assert "cp.async.bulk.tensor" in ptx
+    # weights are pulled before the wait for the kernel before, nothing is read
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    assert "cp.async.bulk.prefetch.L2" in before
+    assert "griddepcontrol.launch_dependents" in before
+    assert not re.search(r"\b(ld\.global|st\.global|atom|cp\.async\.bulk\.tensor)", before)
     assert not re.search(r"\.local\b", ptx), "registers spill"
 
 
