@@ -109,6 +109,10 @@ class Launch:
     tokens: int = 16
     prefill_tokens: int = 64
 
+    def slot(self, rows: int) -> int:
+        """Returns pairs a program for a number of rows."""
+        return self.tokens if rows <= MOST_ROWS else self.prefill_tokens
+
 
 @lru_cache
 def default_launch(channels: int, inner: int) -> Launch:
@@ -138,7 +142,7 @@ def moe(
     if not runs_triton(x):
         return moe_reference(x, router, bias, routing, weights, residual)
     launch = launch or default_launch(weights.channels, weights.inner)
-    routed = route(x, router, bias, routing, tokens=_tokens(x.shape[0], launch))
+    routed = route(x, router, bias, routing, tokens=launch.slot(x.shape[0]))
     assert routed.quantised is not None
     assert routed.scales is not None
     assert routed.groups is not None
@@ -168,7 +172,7 @@ def experts(
 
     launch = launch or default_launch(weights.channels, weights.inner)
     quantised, scales = quant(x)
-    groups = group(indices.contiguous(), weights.count, _tokens(rows, launch))
+    groups = group(indices.contiguous(), weights.count, launch.slot(rows))
     return _run(quantised, scales, groups, pair_weights.contiguous(), weights, launch, x.dtype, residual)
 
 
@@ -198,10 +202,6 @@ def moe_reference(
     return experts_reference(x, *gate_reference(x, router, bias, routing), weights, residual)
 
 
-def _tokens(rows: int, launch: Launch) -> int:
-    return launch.tokens if rows <= MOST_ROWS else launch.prefill_tokens
-
-
 def _run(
     x: Tensor, x_scale: Tensor, groups: Groups, pair_weights: Tensor, weights: Experts, launch: Launch,
     dtype: torch.dtype, residual: Tensor | None,
@@ -227,7 +227,7 @@ def gate_up(
     from mtp_spec.kernels.moe_kernels import _gate_up_kernel
 
     (rows, channels), inner, device = x.shape, weights.inner, x.device
-    pairs, slots, tokens = rows * per_row, groups.count.shape[0], _tokens(rows, launch)
+    pairs, slots, tokens = rows * per_row, groups.count.shape[0], launch.slot(rows)
     assert slots == most_slots(pairs, weights.count, tokens)
     inner_blocks, halves = -(-inner // BLOCK), launch.up_tile < BLOCK
     hidden = torch.empty(pairs, inner, dtype=E4M3, device=device)
@@ -259,7 +259,7 @@ def down(
         _described(weights.down, launch.down_tile), weights.down_scale, hidden, hidden_scale,
         groups.order, groups.expert, groups.first, groups.count,
         parts, inner, channels, hidden_scale.shape[1],
-        TILE=launch.down_tile, TOKENS=_tokens(rows, launch), STAGES=launch.down_stages, UNROLL=launch.down_unroll,
+        TILE=launch.down_tile, TOKENS=launch.slot(rows), STAGES=launch.down_stages, UNROLL=launch.down_unroll,
         EVEN=inner % BLOCK == 0, num_warps=launch.down_warps, **late(hidden),
     )  # fmt: skip
     return parts

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from mtp_spec.bench import tuning
 from mtp_spec.bench.common import bundled_prompts, interval
 from mtp_spec.bench.exactness import SAMPLING, SHAPES
 from mtp_spec.cli import main
+from mtp_spec.kernels import gemm
 
 TINY = ["--prompts", "2", "--max-new-tokens", "6"]
 
@@ -76,3 +78,21 @@ def test_prompts_come_again_with_another_seed() -> None:
 def test_interval_covers_the_ratio() -> None:
     low, high = interval([2.0, 3.0, 4.0] * 20, [1.0] * 60)
     assert low < 3.0 < high < 3.5
+
+
+def test_a_search_keeps_the_fastest_launch_and_what_failed(tmp_path: Path) -> None:
+    tried: dict[str, Any] = {}
+
+    def time(launch: gemm.Launch) -> float:
+        if launch.stages == 8:
+            raise ValueError("out of shared memory")
+        return 100.0 / launch.tile + abs(launch.splits - 2) + abs(launch.ahead - 16)
+
+    found = tuning.search(gemm.Launch(), tuning.product_rounds(7168, 2048), time, time, tried)
+    assert (found.tile, found.splits, found.ahead) == (128, 2, 16)
+    assert any("shared memory" in str(result) for result in tried.values())
+    (tmp_path / "gemm.json").write_text(json.dumps({"1x1": {"tile": 64}}))
+    tuning.write(tmp_path, {"gemm.json": {"7168x2048": found}})
+    written = json.loads((tmp_path / "gemm.json").read_text())
+    assert gemm.Launch(**written["7168x2048"]) == found
+    assert written["1x1"] == {"tile": 64}

@@ -39,7 +39,9 @@ def add_bench(commands: Any) -> None:
     five.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
     five.add_argument("--rows", type=_integers, default=[1, 4, 8, 16, 64], metavar="M,M,...", help="rows to measure")
     five.add_argument("--what", type=_kernels, default=list(WHAT), metavar="NAME,...", help=", ".join(WHAT))
-    five.add_argument("--tune", action="store_true", help="try launch configurations, about two minutes")
+    five.add_argument("--quick", action="store_true", help="without torch's and cuBLAS's products beside")
+    five.add_argument("--tune", action="store_true", help="search for launches of products and experts first")
+    five.add_argument("--write", type=Path, metavar="FOLDER", help="put what --tune found there: kernels/tuned")
     six = kinds.add_parser("step", help="decode, verify and draft passes of a full-width DeepSeek-V3 slice on a GPU",
                            description=step.__doc__)  # fmt: skip
     six.set_defaults(run=step)

@@ -1,7 +1,6 @@
-"""`bench kernels --what experts,attention`: the two layers beside the products.
+"""`bench kernels --what attention`: one pass over the latent cache for a chain or a tree.
 
-Experts: V3's sizes with 64 experts, top 8, random routing; bytes are those of the experts hit. Attention: one pass over
-the latent cache for a chain or a tree, its floor the larger of the cache's bytes and the arithmetic.
+Its floor is the larger of the cache's bytes and the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,43 +10,9 @@ from torch import Tensor
 
 from mtp_spec.bench.common import Row
 from mtp_spec.bench.timing import CACHE_BYTES, graph_time
-from mtp_spec.kernels import fp8, mla, moe
+from mtp_spec.kernels import mla
 
-EXPERTS, CHOSEN, CHANNELS, INNER = 64, 8, 7168, 2048
-ROUTINGS = 4
 HEADS, CONTEXTS = (128, 16), (1024, 8192, 32768)
-CHECKED = 4
-
-
-def experts(counts: list[int], rate: float) -> list[Row]:
-    """Times a whole MoE layer: gate, choice, experts, weighted sum."""
-    blocks, inner_blocks = CHANNELS // fp8.BLOCK, INNER // fp8.BLOCK
-    gate_up, down = ((EXPERTS, 2 * INNER, CHANNELS), (EXPERTS, CHANNELS, INNER))
-    weights = moe.Experts(
-        _random(gate_up), torch.rand(EXPERTS, 2 * inner_blocks, blocks, device="cuda") * 0.02,
-        _random(down), torch.rand(EXPERTS, blocks, inner_blocks, device="cuda") * 0.02,
-    )  # fmt: skip
-    router, bias = torch.randn(EXPERTS, CHANNELS, device="cuda"), torch.zeros(EXPERTS, device="cuda")
-    routing = moe.Routing(experts=EXPERTS, chosen=CHOSEN, groups=8, kept_groups=4, scale=2.5)
-    inputs = torch.randn(ROUTINGS, max(counts), CHANNELS, device="cuda").bfloat16()
-    whole = moe.moe(inputs[0], router, bias, routing, weights)
-    expected = moe.moe_reference(inputs[0, :CHECKED], router, bias, routing, weights).float()
-    error = float((whole[:CHECKED].float() - expected).norm() / expected.norm())
-    rows = []
-    for m in counts:
-        parts = [x[-m:].contiguous() for x in inputs]
-
-        def run(parts: list[Tensor] = parts) -> None:
-            for x in parts:
-                moe.moe(x, router, bias, routing, weights)
-
-        micro = graph_time(run) / ROUTINGS
-        hit = sum(moe.gate(x, router, bias, routing)[0].unique().numel() for x in parts) / ROUTINGS
-        size = hit * 3 * INNER * CHANNELS + router.nbytes
-        exact = torch.equal(moe.moe(parts[0], router, bias, routing, weights), whole[-m:])
-        name = f"{EXPERTS} of {CHANNELS}x{INNER}, top {CHOSEN}"
-        rows.append(_row("experts", name, m, micro, size, rate, error, exact))
-    return rows
 
 
 def attention(counts: list[int], rate: float) -> list[Row]:
@@ -100,10 +65,6 @@ def _alone(q: Tensor, cache: mla.Cache, plan: mla.Plan, head: mla.Head) -> bool:
         path = plan.ancestors[-1, : depth + 1].long()
         cache.slots[start : start + depth + 1] = cache.slots[start + path].clone()
     return torch.equal(mla.attend(q[-1:], cache, mla.chain(plan.length + depth, 1), head), together)
-
-
-def _random(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(fp8.E4M3)
 
 
 def _row(

@@ -1,0 +1,100 @@
+"""`bench kernels --tune`: finds the launches of products and experts on the machine they are for.
+
+Candidates of a round are compiled side by side, then timed one after another; the fastest is where the next round
+starts. A candidate that does not compile or fit is a result too: its error is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mtp_spec.kernels import fp8, gemm, moe
+
+Chosen = TypeVar("Chosen", gemm.Launch, moe.Launch)
+Changes = list[dict[str, int]]
+COMPILERS = 12
+
+# tile, steps of K in flight, blocks of K a step, warps
+PRODUCT_SHAPES = ((64, 3, 1, 4), (64, 4, 1, 4), (64, 6, 1, 4), (64, 8, 1, 4), (64, 3, 2, 4), (64, 5, 2, 4),
+                  (128, 3, 1, 4), (128, 4, 1, 4), (128, 6, 1, 4), (128, 4, 1, 8), (128, 6, 1, 8),
+                  (128, 3, 2, 4))  # fmt: skip
+UP_SHAPES = ((64, 3, 1, 4), (64, 4, 1, 4), (64, 5, 1, 4), (64, 6, 1, 4), (64, 3, 2, 4), (128, 2, 1, 4), (128, 3, 1, 4),
+             (128, 3, 1, 8), (128, 4, 1, 8), (128, 5, 1, 8), (128, 2, 2, 8))  # fmt: skip
+DOWN_SHAPES = PRODUCT_SHAPES
+AHEAD = (0, 2, 4, 8, 16, 32)
+SPLITS = (1, 2, 4, 8)
+PROGRAMS = (100, 1500)  # fewer leave multiprocessors idle, splits that make more only add work
+
+
+def product_rounds(n: int, k: int) -> list[Changes]:
+    """Returns what is tried for a product: shapes and splits together, then how much is pulled ahead."""
+    first: Changes = []
+    for tile, stages, unroll, warps in PRODUCT_SHAPES:
+        for splits in SPLITS:
+            programs = -(-n // tile) * splits
+            blocks = -(-k // fp8.BLOCK) // splits
+            if splits > 1 and (programs > PROGRAMS[1] or blocks < 3 * unroll):
+                continue
+            if programs >= PROGRAMS[0] or splits == SPLITS[-1]:
+                first.append({"tile": tile, "splits": splits, "stages": stages, "unroll": unroll, "warps": warps})
+    return [first, [{"ahead": ahead} for ahead in AHEAD]]
+
+
+def expert_rounds(which: str) -> list[Changes]:
+    """Returns what is tried for the experts' "up" or "down" product."""
+    shapes = UP_SHAPES if which == "up" else DOWN_SHAPES
+    names = tuple(f"{which}_{field}" for field in ("tile", "stages", "unroll", "warps"))
+    return [[dict(zip(names, shape, strict=True)) for shape in shapes]]
+
+
+def search(
+    start: Chosen, rounds: Iterable[Changes], run: Callable[[Chosen], Any], time: Callable[[Chosen], float],
+    tried: dict[str, Any],
+) -> Chosen:  # fmt: skip
+    """Returns the launch with the least time.
+
+    Args:
+        rounds: the changes tried together on what was best before.
+        run: launches once, which compiles.  time: returns microseconds.
+        tried: receives microseconds, or the error, of every candidate by its fields.
+    """
+    best, least = start, _attempt(start, time, tried)
+    for changes in rounds:
+        candidates = [replace(best, **change) for change in changes]
+        with ThreadPoolExecutor(COMPILERS) as pool:
+            list(pool.map(lambda candidate: _attempt(candidate, run, {}), candidates))
+        for candidate in candidates:
+            micro = _attempt(candidate, time, tried)
+            if micro < least:
+                best, least = candidate, micro
+    return best
+
+
+def label(launch: gemm.Launch | moe.Launch) -> str:
+    """Returns a launch in one line."""
+    return "/".join(str(value) for value in asdict(launch).values())
+
+
+def write(folder: Path, found: dict[str, dict[str, gemm.Launch | moe.Launch]]) -> None:
+    """Writes tables of launches, by file and shape, over those in `folder`; other shapes stay."""
+    for name, launches in found.items():
+        path = folder / name
+        table = json.loads(path.read_text()) if path.exists() else {}
+        table |= {shape: asdict(launch) for shape, launch in launches.items()}
+        lines = (f' "{shape}": {json.dumps(fields)}' for shape, fields in table.items())
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _attempt(launch: Chosen, work: Callable[[Chosen], Any], tried: dict[str, Any]) -> float:
+    try:
+        micro = work(launch)
+    except Exception as error:  # whatever a configuration raises is a result
+        tried[label(launch)] = repr(error)[:300]
+        return float("inf")
+    tried[label(launch)] = micro
+    return float(micro) if isinstance(micro, float) else 0.0
