@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, weight_dequant
-from mtp_spec.kernels.launching import described, interpreted, runs_triton
+from mtp_spec.kernels.launching import described, interpreted, late, runs_triton
 from mtp_spec.kernels.quant import normed, quant
 
 try:
@@ -38,10 +38,11 @@ SPLIT_ENDS = (1024, 8192, 32768)
 TAIL = 2 * KEYS  # room for the last keys of a node: what committed slots leave of a block, and its ancestors
 TILE = 64  # node-head pairs a program, wgmma's rows
 PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
-COMBINED, COLUMNS = 8, 256  # splits read at once when they are added, and columns a program
+COMBINED, COLUMNS = 32, 128  # splits read at once when they are added, and columns a program
 GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
 HOPPER = 9  # major compute capability
+MULTIPROCESSORS = 132  # of an H100 or H200: programs that run at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,7 @@ def prepare(
         scales, cache.slots, plan.offset, eps, A_ROWS=q_rank, C=head.latent, R=head.rope,
         WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=triton.next_power_of_2(head.latent),
         WIDE_R=triton.next_power_of_2(head.rope), LORA=lora, INTERLEAVED=head.interleaved, LARGEST=E4M3_MAX,
+        **late(down),
     )  # fmt: skip
     return (quantised, scales) if lora else None
 
@@ -194,7 +196,7 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
         q, kv_b, kv_b if kv_b_scale is None else kv_b_scale, table, plan.length, plan.depths, out, rows, q.stride(0),
         plan.offset, head.padded, N=head.nope, V=head.value, C=head.latent, R=head.rope,
         WIDE_N=max(16, triton.next_power_of_2(head.nope)), WIDE_R=triton.next_power_of_2(head.rope), ROWS=ROW_TILE,
-        PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=interpreted(),
+        PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=interpreted(), **late(q),
     )  # fmt: skip
     return out
 
@@ -217,6 +219,7 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads,
         N=head.nope, V=head.value, C=head.latent, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
         ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, LARGEST=E4M3_MAX, WIDE=interpreted(),
+        **late(context),
     )  # fmt: skip
     return (out, scales) if whole else quant(out)
 
@@ -279,18 +282,23 @@ def _attend(
         kernels._gather_kernel[(plan.rows, TAIL // GATHERED)](
             cache.store, plan.length, plan.depths, plan.ancestors, cache.base, cache.spare, plan.ancestors.stride(0),
             BLOCK=KEYS, W=head.width, TAIL=TAIL, CHUNK=GATHERED, WIDE_W=triton.next_power_of_2(head.width),
+            **late(q),
         )  # fmt: skip
-    flat, sums = q.view(-1, head.width), parts[: splits * padded * head.latent].view(-1, head.latent)
+    flat = q.view(-1, head.width)
     given = (plan.length, plan.depths, peaks, totals, cache.base, cache.spare, plan.rows, padded, plan.deepest,
              head.scale * math.log2(math.e))  # fmt: skip
     sizes = {"HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
-             "CHAIN": plan.ancestors is None}  # fmt: skip
-    grid = (padded // TILE * splits,)
+             "CHAIN": plan.ancestors is None} | late(q)  # fmt: skip
+    tiles = padded // TILE
     hopper = _hopper() if on_hopper(q.device) else None
     if hopper is not None and hopper.fits(head.latent, head.rope):
-        hopper.attend_kernel[grid](*hopper.descriptors(flat, cache.store, sums, head), *given, R=head.rope, **sizes)
+        each = min(splits, max(1, MULTIPROCESSORS // tiles))
+        hopper.attend_kernel[(tiles * each,)](
+            *hopper.descriptors(flat, cache.store, head), parts, *given, each, R=head.rope, UNIT=SPLIT_SIZES[0], **sizes
+        )
     else:
-        kernels._attend_kernel[grid](
+        sums = parts[: splits * padded * head.latent].view(-1, head.latent)
+        kernels._attend_kernel[(tiles * splits,)](
             described(flat, TILE, head.latent), described(flat, TILE, head.rope),
             described(cache.store, KEYS, head.latent), described(cache.store, KEYS, head.rope),
             described(sums, TILE, head.latent), *given, STAGES=launch.stages, WIDE=interpreted(),
@@ -299,7 +307,7 @@ def _attend(
     columns = min(head.latent, COLUMNS)
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
         parts, peaks, totals, plan.length, plan.depths, out, padded, HEADS=head.padded, C=head.latent,
-        COLUMNS=columns, CHUNK=COMBINED, num_warps=1,
+        COLUMNS=columns, CHUNK=COMBINED, num_warps=1, **late(q),
     )  # fmt: skip
 
 

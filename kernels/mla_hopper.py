@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mtp_spec.kernels.mla import KEYS, TILE, Head
 from mtp_spec.kernels.mla_kernels import _split_start as _split_start_of
@@ -38,11 +39,11 @@ _split_start = gluon.jit(_split_start_of.fn)
 split_of = gluon.jit(_split_of.fn)
 
 
-def descriptors(q: Tensor, store: Tensor, sums: Tensor, head: Head) -> tuple[TensorDescriptor, ...]:
-    """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`, sums `[S * padded, C]`."""
+def descriptors(q: Tensor, store: Tensor, head: Head) -> tuple[TensorDescriptor, ...]:
+    """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`."""
     half = head.latent // 2
     return (_described(q, TILE, half), _described(q, TILE, head.rope), _described(store, KEYS, half),
-            _described(store, KEYS, head.rope), _described(sums, TILE, half))  # fmt: skip
+            _described(store, KEYS, head.rope))  # fmt: skip
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -51,44 +52,64 @@ def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @gluon.jit
-def _block_at(
-    block, first, shared, own, tail, whole, base, spare, node0, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    CHAIN: gl.constexpr,
-):  # fmt: skip
+def _walk(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.constexpr, CHAIN: gl.constexpr):
+    """Returns how a tile walks one split, as `_block_at` wants it, and how many pairs of blocks that are."""
+    start, deepest, nodes, tile, base, spare = place
+    first, end = _split_start(split), _split_start(split + 1)
+    last = gl.minimum(end, start + deepest + 1)
+    whole = start // BLOCK * BLOCK
+    shared = gl.maximum(gl.cdiv(last - first, BLOCK), 0)
+    own, blocks, tail, node0 = 1, shared, first, tile * ROWS // HEADS
+    if not CHAIN:
+        tail = gl.maximum(first, whole)
+        shared = gl.maximum(gl.minimum(end, whole) - first, 0) // BLOCK
+        own = gl.maximum(gl.cdiv(last - tail, BLOCK), 0)
+        blocks = shared + own * gl.minimum((ROWS + HEADS - 1) // HEADS, nodes - node0)
+    return (first, shared, own, tail, whole, base, spare, node0), gl.cdiv(blocks, 2)
+
+
+@gluon.jit
+def _block_at(block, walk, BLOCK: gl.constexpr, TAIL: gl.constexpr, CHAIN: gl.constexpr):
     """Returns a block's first position, its first row in the store, and whose tail it is (shared blocks: anyone's)."""
+    first, shared, own, tail, whole, base, spare, node0 = walk
     at = first + block * BLOCK
     if CHAIN:
         return at, base + at, 0
     late = gl.maximum(block - shared, 0)
     member = late // gl.maximum(own, 1)
-    at_tail = tail + (late - member * own) * BLOCK
-    at = gl.where(block < shared, at, at_tail)
+    at = gl.where(block < shared, at, tail + (late - member * own) * BLOCK)
     row = gl.where(block < shared, base + at, spare + (node0 + member) * TAIL + at - whole)
     return at, row, member
 
 
 @gluon.jit
 def _copy_in(
-    q_half, q_rope, k_half, k_rope, sm, bars, q_row, walk, pairs,
-    C: gl.constexpr, R: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr, CHAIN: gl.constexpr,
+    q_half, q_rope, k_half, k_rope, sm, bars, place, splits,
+    C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr,
 ):  # fmt: skip
-    """The third warpgroup: queries once, then every block as soon as its buffer is free."""
-    queries, ropes, keys, key_ropes = sm
+    """The warpgroup of copies: queries once, then every block as soon as its buffer is free."""
+    queries, handed, keys, key_ropes = sm
     q_bar, full, free = bars
     half: gl.constexpr = C // 2
-    mbarrier.expect(q_bar, BLOCK * (C + R) * 2)
+    q_row = place[3] * ROWS
+    mbarrier.expect(q_bar, ROWS * (C + R) * 2)
     load_tile(q_half, [q_row, 0], q_bar, queries.index(0))
     load_tile(q_half, [q_row, half], q_bar, queries.index(1))
-    load_tile(q_rope, [q_row, C], q_bar, ropes.index(1))
-    for pair in range(pairs):
-        for slot in gl.static_range(2):
-            _, row, _ = _block_at(2 * pair + slot, *walk, BLOCK, TAIL, CHAIN)
-            mbarrier.wait(free.index(slot), (pair & 1) ^ 1)
-            bar = full.index(slot)
-            mbarrier.expect(bar, BLOCK * (C + R) * 2)
-            load_tile(k_half, [row, 0], bar, keys.index(2 * slot))
-            load_tile(k_half, [row, half], bar, keys.index(2 * slot + 1))
-            load_tile(k_rope, [row, C], bar, key_ropes.index(slot))
+    load_tile(q_rope, [q_row, C], q_bar, handed.index(1))
+    turn = 0
+    for split in range(splits[0], splits[1]):
+        walk, pairs = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
+        for pair in range(pairs):
+            for slot in gl.static_range(2):
+                _, row, _ = _block_at(2 * pair + slot, walk, BLOCK, TAIL, CHAIN)
+                mbarrier.wait(free.index(slot), (turn & 1) ^ 1)
+                bar = full.index(slot)
+                mbarrier.expect(bar, BLOCK * (C + R) * 2)
+                load_tile(k_half, [row, 0], bar, keys.index(2 * slot))
+                load_tile(k_half, [row, half], bar, keys.index(2 * slot + 1))
+                load_tile(k_rope, [row, C], bar, key_ropes.index(slot))
+            turn += 1
 
 
 @gluon.jit
@@ -104,17 +125,15 @@ def _scores(queries, q_rope, keys, key_ropes, zero, OWN: gl.constexpr, ROWS: gl.
 
 
 @gluon.jit
-def _weighed(scores, position, node, before, walk, pair, peak, total, scale, OWN: gl.constexpr, BLOCK: gl.constexpr,
-             TAIL: gl.constexpr, CHAIN: gl.constexpr, GROUP: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def _weighed(scores, position, member, walk, block, peak, total, scale, BLOCK: gl.constexpr, TAIL: gl.constexpr,
+             CHAIN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """One step of the online softmax: returns weights, the peak they refer to, and the sum so far."""
-    block = 2 * pair + OWN
-    at, _, member = _block_at(block, *walk, BLOCK, TAIL, CHAIN)
+    at, _, whose = _block_at(block, walk, BLOCK, TAIL, CHAIN)
     keys = at + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
     seen = gl.expand_dims(keys, 0) <= gl.expand_dims(position, 1)
     if not CHAIN:
         # past the last tail there is nobody: the second block of a pair may not exist
-        mine = (block < before) | (node == member)
-        seen = seen & gl.expand_dims(mine, 1)
+        seen = seen & gl.expand_dims((block < walk[1]) | (member == whose), 1)
     scores = gl.where(seen, scores * scale, float("-inf"))
     higher = gl.maximum(peak, gl.max(scores, 1))
     safe = gl.where(higher == float("-inf"), 0.0, higher)
@@ -142,92 +161,94 @@ def _hand_over(weights, peak, total, handed, stats, bar, SLOT: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    common,
-    OWN: gl.constexpr, C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    CHAIN: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr,
+    parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
+    OWN: gl.constexpr, C: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of products: scores of its own blocks, sums of its own columns."""
-    parts, peaks, totals, sm, bars, shared, walk, row, pairs, position_of, scale = common
     queries, handed, keys, key_ropes, stats = sm
-    q_bar, full, free, shown, taken, done = bars
+    q_bar, full, free, shown, taken = bars
     half: gl.constexpr = C // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    start, depths, nodes, tile_row, member0 = position_of
-    node = (tile_row + gl.arange(0, ROWS, layout=row_layout)) // HEADS
-    position = start + gl.load(depths + node, mask=node < nodes, other=0)
-    member = node - member0
-    peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-    total = gl.zeros([ROWS], gl.float32, row_layout)
-    acc = gl.zeros([ROWS, half], gl.float32, o_layout)
+    tile_row = place[3] * ROWS
+    lane = gl.arange(0, ROWS, layout=row_layout)
+    node = (tile_row + lane) // HEADS
+    position = place[0] + gl.load(depths + node, mask=node < place[2], other=0)
+    member = node - tile_row // HEADS
     mbarrier.wait(q_bar, 0)
     # read once: its place is one of the two through which weights are handed over
     q_rope = handed.index(1).load(gl.DotOperandLayout(0, s_layout, 2))
-    for pair in range(pairs):
-        phase = pair & 1
-        zero = pair >> 30  # unknown to the compiler, which else keeps fifty addresses in registers and spills
-        mbarrier.wait(full.index(OWN), phase)
-        scores = _scores(queries, q_rope, keys, key_ropes, zero, OWN, ROWS, BLOCK, s_layout)
+    turn = 0
+    for split in range(splits[0], splits[1]):
+        walk, pairs = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
+        peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+        total = gl.zeros([ROWS], gl.float32, row_layout)
+        acc = gl.zeros([ROWS, half], gl.float32, o_layout)
+        for pair in range(pairs):
+            phase = turn & 1
+            zero = turn >> 30  # unknown to the compiler, which else keeps fifty addresses in registers and spills
+            turn += 1
+            mbarrier.wait(full.index(OWN), phase)
+            scores = _scores(queries, q_rope, keys, key_ropes, zero, OWN, ROWS, BLOCK, s_layout)
+            if OWN == 0:
+                before = peak
+                weights, peak, total = _weighed(scores, position, member, walk, 2 * pair, peak, total, scale, BLOCK,
+                                                TAIL, CHAIN, s_layout)  # fmt: skip
+                mbarrier.wait(taken.index(0), phase ^ 1)
+                _hand_over(weights, peak, total, handed, stats, shown.index(0), 0)
+                acc = _shrunk(acc, before, peak, o_layout)
+                acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero), acc, is_async=True)
+                mbarrier.wait(full.index(1), phase)
+                mbarrier.wait(shown.index(1), phase)
+                after = stats.index(2).load(row_layout)
+                total = stats.index(3).load(row_layout)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(free.index(0), count=1)
+                acc = _shrunk(acc, peak, after, o_layout)
+                acc = warpgroup_mma(handed.index(1), keys.index(zero + 2), acc, is_async=True)
+                peak = after
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(taken.index(1), count=1)
+                mbarrier.arrive(free.index(1), count=1)
+            else:
+                mbarrier.wait(full.index(0), phase)
+                mbarrier.wait(shown.index(0), phase)
+                before = stats.index(0).load(row_layout)
+                total = stats.index(1).load(row_layout)
+                acc = _shrunk(acc, peak, before, o_layout)
+                acc = warpgroup_mma(handed.index(0), keys.index(zero + 1), acc, is_async=True)
+                weights, peak, total = _weighed(scores, position, member, walk, 2 * pair + 1, before, total, scale,
+                                                BLOCK, TAIL, CHAIN, s_layout)  # fmt: skip
+                mbarrier.wait(taken.index(1), phase ^ 1)
+                _hand_over(weights, peak, total, handed, stats, shown.index(1), 1)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(taken.index(0), count=1)
+                mbarrier.arrive(free.index(0), count=1)
+                acc = _shrunk(acc, before, peak, o_layout)
+                acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero + 3), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(free.index(1), count=1)
+        row = split * padded + tile_row
         if OWN == 0:
-            before = peak
-            weights, peak, total = _weighed(scores, position, member, shared, walk, pair, peak, total, scale, OWN,
-                                            BLOCK, TAIL, CHAIN, GROUP, s_layout)  # fmt: skip
-            mbarrier.wait(taken.index(0), phase ^ 1)
-            _hand_over(weights, peak, total, handed, stats, shown.index(0), 0)
-            acc = _shrunk(acc, before, peak, o_layout)
-            acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero + 0), acc, is_async=True)
-            mbarrier.wait(full.index(1), phase)
-            mbarrier.wait(shown.index(1), phase)
-            after = stats.index(2).load(row_layout)
-            total = stats.index(3).load(row_layout)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(free.index(0), count=1)
-            acc = _shrunk(acc, peak, after, o_layout)
-            acc = warpgroup_mma(handed.index(1), keys.index(zero + 2), acc, is_async=True)
-            peak = after
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(taken.index(1), count=1)
-            mbarrier.arrive(free.index(1), count=1)
-        else:
-            mbarrier.wait(full.index(0), phase)
-            mbarrier.wait(shown.index(0), phase)
-            before = stats.index(0).load(row_layout)
-            total = stats.index(1).load(row_layout)
-            acc = _shrunk(acc, peak, before, o_layout)
-            acc = warpgroup_mma(handed.index(0), keys.index(zero + 1), acc, is_async=True)
-            weights, peak, total = _weighed(scores, position, member, shared, walk, pair, before, total, scale, OWN,
-                                            BLOCK, TAIL, CHAIN, GROUP, s_layout)  # fmt: skip
-            mbarrier.wait(taken.index(1), phase ^ 1)
-            _hand_over(weights, peak, total, handed, stats, shown.index(1), 1)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(taken.index(0), count=1)
-            mbarrier.arrive(free.index(0), count=1)
-            acc = _shrunk(acc, before, peak, o_layout)
-            acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero + 3), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(free.index(1), count=1)
-    if OWN == 0:
-        lane = gl.arange(0, ROWS, layout=row_layout)
-        gl.store(peaks + row + lane, peak)
-        gl.store(totals + row + lane, total)
-    # the queries' room becomes the results' once both have read it for the last time
-    mbarrier.arrive(done, count=1)
-    mbarrier.wait(done, 0)
-    queries.index(OWN).store(acc.to(gl.bfloat16))
-    fence_async_shared()
-    store_tile(parts, [row, OWN * half], queries.index(OWN))
-    tma.store_wait(0)
+            gl.store(peaks + row + lane, peak)
+            gl.store(totals + row + lane, total)
+        target = parts + row.to(gl.int64) * C + OWN * half
+        place_of = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout)), 1) * C + gl.expand_dims(
+            gl.arange(0, half, layout=gl.SliceLayout(0, o_layout)), 0
+        )
+        gl.store(target + place_of, acc.to(gl.bfloat16))
 
 
-@gluon.jit(do_not_specialize=["nodes", "deepest"])
+@gluon.jit(do_not_specialize=["nodes", "deepest", "each"])
 def attend_kernel(
     q_half,  # [M H, W] in tiles [ROWS, C / 2]
     q_rope,  # [M H, W] in tiles [ROWS, R]
     k_half,  # the store in tiles [BLOCK, C / 2]
     k_rope,  # the store in tiles [BLOCK, R]
-    parts,  # [S * padded, C] in tiles [ROWS, C / 2]
+    parts,  # [S * padded, C] bf16
     length,  # [1] int32
     depths,  # [M] int32
     peaks,  # [S, padded] float32
@@ -238,6 +259,7 @@ def attend_kernel(
     padded,  # M H in whole tiles
     deepest,  # largest depth
     scale,
+    each,  # programs a tile
     HEADS: gl.constexpr,
     C: gl.constexpr,
     R: gl.constexpr,
@@ -245,44 +267,37 @@ def attend_kernel(
     BLOCK: gl.constexpr,
     TAIL: gl.constexpr,
     CHAIN: gl.constexpr,
+    UNIT: gl.constexpr,
+    PDL: gl.constexpr,
 ):
-    """`mla_kernels._attend_kernel`: partial attention of a tile of ROWS node-head pairs over one split."""
-    GROUP: gl.constexpr = (ROWS + HEADS - 1) // HEADS  # nodes a tile
-    start = gl.load(length)
-    splits = split_of(start + deepest) + 1
-    whole = start // BLOCK * BLOCK
-    tiles = padded // ROWS
-    # the long splits come first; programs past the last split have nothing to do
-    tile, split = gl.program_id(0) % tiles, splits - 1 - gl.program_id(0) // tiles
-    if split >= 0:
-        first, end = _split_start(split), _split_start(split + 1)
-        last = gl.minimum(end, start + deepest + 1)
-        shared = gl.maximum(gl.cdiv(last - first, BLOCK), 0)
-        own, blocks, tail, node0 = 1, shared, first, tile * ROWS // HEADS
-        if not CHAIN:
-            tail = gl.maximum(first, whole)
-            shared = gl.maximum(gl.minimum(end, whole) - first, 0) // BLOCK
-            own = gl.maximum(gl.cdiv(last - tail, BLOCK), 0)
-            blocks = shared + own * gl.minimum(GROUP, nodes - node0)
-        walk = (first, shared, own, tail, whole, base, spare, node0)
-        pairs = gl.cdiv(blocks, 2)
-        row = split * padded + tile * ROWS
+    """Partial attention, as `mla_kernels._attend_kernel`'s, of a tile of ROWS node-head pairs over some splits.
 
+    A tile's splits are shared out to `each` programs in runs, so that a program reads its queries once and goes from
+    split to split without a pause. Which program computes a split does not enter its result.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    start = gl.load(length)
+    seen = start + deepest + 1
+    tiles = padded // ROWS
+    tile, turn = gl.program_id(0) % tiles, gl.program_id(0) // tiles
+    units = gl.cdiv(seen, UNIT)
+    low = split_of(UNIT * (turn * units // each))
+    high = gl.where(turn + 1 == each, split_of(seen - 1) + 1, split_of(UNIT * ((turn + 1) * units // each)))
+    if low < high:
         queries = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, C // 2], q_half.layout)
         keys = gl.allocate_shared_memory(gl.bfloat16, [4, BLOCK, C // 2], k_half.layout)
         key_ropes = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, R], k_rope.layout)
         handed = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, BLOCK], q_rope.layout)
-        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        stats = gl.allocate_shared_memory(gl.float32, [4, ROWS], flat)
+        stats = gl.allocate_shared_memory(gl.float32, [4, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         one: gl.constexpr = mbarrier.MBarrierLayout()
         q_bar = gl.allocate_shared_memory(gl.int64, [1], one)
-        done = gl.allocate_shared_memory(gl.int64, [1], one)
         full = gl.allocate_shared_memory(gl.int64, [2, 1], one)
         free = gl.allocate_shared_memory(gl.int64, [2, 1], one)
         shown = gl.allocate_shared_memory(gl.int64, [2, 1], one)
         taken = gl.allocate_shared_memory(gl.int64, [2, 1], one)
         mbarrier.init(q_bar, count=1)
-        mbarrier.init(done, count=2)
         for slot in gl.static_range(2):
             mbarrier.init(full.index(slot), count=1)
             mbarrier.init(free.index(slot), count=2)
@@ -290,16 +305,18 @@ def attend_kernel(
             mbarrier.init(taken.index(slot), count=1)
         fence_async_shared()
 
+        place = (start, deepest, nodes, tile, base, spare)
+        splits = (low, high)
         sm = (queries, handed, keys, key_ropes, stats)
-        bars = (q_bar, full, free, shown, taken, done)
-        position_of = (start, depths, nodes, tile * ROWS, node0)
-        common = (parts, peaks, totals, sm, bars, shared, walk, row, pairs, position_of, scale)
+        bars = (q_bar, full, free, shown, taken)
         gl.warp_specialize(
             [
                 (_copy_in, (q_half, q_rope, k_half, k_rope, (queries, handed, keys, key_ropes), (q_bar, full, free),
-                            tile * ROWS, walk, pairs, C, R, BLOCK, TAIL, CHAIN)),
-                (_multiply, (common, 0, C, R, ROWS, BLOCK, TAIL, CHAIN, HEADS, GROUP)),
-                (_multiply, (common, 1, C, R, ROWS, BLOCK, TAIL, CHAIN, HEADS, GROUP)),
+                            place, splits, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN)),
+                (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
+                             0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN)),
+                (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
+                             1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN)),
             ],
             [4, 4],
             [240, 240],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mtp_spec.kernels.launching import follow
 from mtp_spec.kernels.mla import SPLIT_ENDS, SPLIT_SIZES
 from mtp_spec.kernels.mla import split_of as split_of_position
 from mtp_spec.kernels.quant import _store_quantised
@@ -79,8 +80,10 @@ def _prepare_kernel(
     LORA: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     LARGEST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Norms both latents: the query's is quantised, the key's goes to the cache with its rotated part."""
+    follow(PDL)
     row = tl.program_id(0)
     source = down + row.to(tl.int64) * (A_ROWS + C + R)
     if tl.program_id(1) == 0:
@@ -150,8 +153,10 @@ def _absorb_kernel(
     PACKED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """q_latent = q_nope @ W_UK for 128 columns of one head; one more program a head turns q_rope."""
+    follow(PDL)
     head, part = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, ROWS)
     if part == tl.num_programs(1) - 1:
@@ -197,8 +202,10 @@ def _up_kernel(
     QUANTISE: tl.constexpr,
     LARGEST: tl.constexpr,
     WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out = context @ W_UV.T for 128 values of one head, quantised where they are a whole block of the next product."""
+    follow(PDL)
     head = tl.program_id(0)
     value = tl.program_id(1) * 128 + tl.arange(0, 128)
     lane = tl.arange(0, ROWS)
@@ -267,8 +274,10 @@ def _gather_kernel(
     TAIL: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDE_W: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Copies a node's last keys in position order: from the last whole block of committed slots to its own."""
+    follow(PDL)
     node, start = tl.program_id(0), tl.load(length)
     whole = start // BLOCK * BLOCK
     at = whole + tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -308,6 +317,7 @@ def _attend_kernel(
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
     WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Partial attention of a tile of ROWS node-head pairs over one split.
 
@@ -315,6 +325,7 @@ def _attend_kernel(
     positions; a tree's goes through the tails of its nodes one by one. A node without keys in a split leaves numbers
     there that nothing reads.
     """
+    follow(PDL)
     GROUP: tl.constexpr = (ROWS + HEADS - 1) // HEADS  # nodes a tile
     start = tl.load(length)
     splits = split_of(start + deepest) + 1
@@ -378,27 +389,29 @@ def _combine_kernel(
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Adds a row's splits, CHUNK at a time in ascending order; one warp, so that a column is summed by one thread."""
+    follow(PDL)
     node, head = tl.program_id(0), tl.program_id(1)
     row = node * HEADS + head
     splits = split_of(tl.load(length) + tl.load(depths + node)) + 1
     chunk, column = tl.arange(0, CHUNK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    peak = float("-inf")
-    for first in range(0, splits, CHUNK):
-        split = first + chunk
-        own = tl.load(peaks + split.to(tl.int64) * count + row, mask=split < splits, other=float("-inf"))
-        peak = tl.maximum(peak, tl.max(own, 0))
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = 0.0
+    peak, total = float("-inf"), 0.0
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)
+    # most contexts have one chunk: all its loads are on their way before the first number is needed
     for first in range(0, splits, CHUNK):
         split = first + chunk
         held = split < splits
         at = split.to(tl.int64) * count + row
-        kept = tl.exp2(tl.load(peaks + at, mask=held, other=float("-inf")) - peak)
-        total += tl.sum(kept * tl.load(totals + at, mask=held, other=0.0), 0)
-        part = tl.load(parts + at[:, None] * C + column[None, :], mask=held[:, None], other=0.0).to(tl.float32)
-        acc += tl.sum(kept[:, None] * part, 0)
+        part = tl.load(parts + at[:, None] * C + column[None, :], mask=held[:, None], other=0.0)
+        own = tl.load(peaks + at, mask=held, other=float("-inf"))
+        its = tl.load(totals + at, mask=held, other=0.0)
+        higher = tl.maximum(peak, tl.max(own, 0))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        kept, weight = tl.exp2(peak - safe), tl.exp2(own - safe)
+        total = total * kept + tl.sum(weight * its, 0)
+        acc = acc * kept + tl.sum(weight[:, None] * part.to(tl.float32), 0)
+        peak = higher
     acc = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + (node * tl.num_programs(1) + head).to(tl.int64) * C + column, acc.to(tl.bfloat16))

@@ -24,6 +24,7 @@ import triton.backends.nvidia
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -50,6 +51,9 @@ def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
         if parameter.is_constexpr:
             constants[parameter.name] = value
             signature[parameter.name] = "constexpr"
+        elif type(value).__module__.startswith("triton.experimental.gluon"):
+            shape = ",".join(str(size) for size in value.block_shape)
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{shape}],{value.layout!r}>"
         elif isinstance(value, TensorDescriptor):
             shape = ",".join(str(size) for size in value.block_shape)
             signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{shape}]>"
@@ -61,7 +65,9 @@ def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
     if name in done:
         return
     done.add(name)
-    source = ASTSource(kernel, signature, constexprs=constants)
+    # as at a launch: addresses are multiples of 16 bytes
+    aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(bound.values()) if isinstance(value, torch.Tensor)}
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options.get("num_warps", 4)}
     )
@@ -104,7 +110,7 @@ def _spilled(ptx: str) -> int | None:
 
 def main(name: str) -> None:
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)  # type: ignore[method-assign]
-    launching.overlaps = lambda _: True
+    launching.overlaps = mla.on_hopper = lambda _: True
     for module in (commit, gemm, mla, moe, moe_route, quant, sampler):
         module.runs_triton = lambda _: True
     folder = files("mtp_spec.configs")
