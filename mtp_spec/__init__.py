@@ -9,6 +9,7 @@ from mtp_spec.api import LM, Generation, Scores, TokenEvent, TokenStream, load
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.model.config import CheckpointError
 from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.processors import LogitsProcessor
 from mtp_spec.stats import GenerationStats
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "Generation",
     "GenerationStats",
+    "LogitsProcessor",
     "MTPSpecError",
     "OptionError",
     "PromptError",

@@ -24,7 +24,7 @@ from mtp_spec.model.config import CheckpointError, ModelConfig
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.rows import Technique, choose_technique
 from mtp_spec.model.transformer import Transformer
-from mtp_spec.options import MAX_NODES, SamplingParams, Speculation, resolve_speculation
+from mtp_spec.options import MAX_NODES, SamplingParams, Speculation, resolve_speculation, sample_seeds
 from mtp_spec.pace import Pace
 from mtp_spec.sampling import Sampler
 from mtp_spec.scoring import Scores, score_ids
@@ -153,33 +153,44 @@ class LM:
         return self._text().decode(list(ids))
 
     @overload
-    def generate(self, prompt: str, **options: Any) -> Generation: ...
-    @overload
-    def generate(self, prompt: Sequence[int], **options: Any) -> Generation: ...
+    def generate(self, prompt: str | Ids, *, n: int, **options: Any) -> list[Generation]: ...
     @overload
     def generate(
-        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any
-    ) -> list[Generation]: ...
-    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
+        self, prompt: Sequence[str] | Sequence[Ids], *, n: int, **options: Any
+    ) -> list[list[Generation]]: ...
+    @overload
+    def generate(self, prompt: str | Ids, **options: Any) -> Generation: ...
+    @overload
+    def generate(self, prompt: Sequence[str] | Sequence[Ids], **options: Any) -> list[Generation]: ...
+    def generate(self, prompt: Any, *, n: int | None = None, **options: Any) -> Any:
         """Returns the continuation of a prompt, or a list of them in order for a list of prompts.
 
         Args:
             prompt: text, token ids, or a list of either.
+            n: return a list of n continuations in place of each one; number i is the one of `seed + i`.
             **options: `SamplingParams` (max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
-                presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs) and `speculation`: "auto",
-                None (off), a chain depth, or a `Speculation`.
+                presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, logits_processor) and
+                `speculation`: "auto", None (off), a chain depth, or a `Speculation`.
 
         Raises:
             OptionError: an unknown option or a value outside its range.
             PromptError: an empty prompt, an id outside the vocabulary, or a prompt longer than the context.
         """
-        streams = [self._open(ids, options) for ids in self._prompts(prompt)]
-        results = [_drain(stream) for stream in streams]
+        results = [self._samples(ids, n, options) for ids in self._prompts(prompt)]
         return results if _is_batch(prompt) else results[0]
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+    @overload
+    def chat(self, messages: Sequence[Message], *, n: int, **options: Any) -> list[Generation]: ...
+    @overload
+    def chat(self, messages: Sequence[Message], **options: Any) -> Generation: ...
+    def chat(self, messages: Sequence[Message], *, n: int | None = None, **options: Any) -> Any:
         """Returns the assistant's answer to `[{"role": ..., "content": ...}, ...]`; options as `generate`."""
-        return _drain(self.stream(messages, **options))
+        return self._samples(self._text().chat_ids(messages), n, options)
+
+    def _samples(self, ids: list[int], n: int | None, options: Mapping[str, Any]) -> Generation | list[Generation]:
+        if n is None:
+            return _drain(self._open(ids, options))
+        return [_drain(self._open(ids, {**options, "seed": seed})) for seed in sample_seeds(n, options.get("seed", 0))]
 
     def stream(self, prompt: str | Ids | Sequence[Message], **options: Any) -> TokenStream:
         """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `generate`.
@@ -217,9 +228,11 @@ class LM:
 
     def _open(self, ids: list[int], options: Mapping[str, Any]) -> TokenStream:
         given = dict(options)
+        if "n" in given:
+            raise OptionError(f"n={given['n']!r}: generate and chat take it; stream one text for each of the seeds")
         speculation = self._speculation(given.pop("speculation", "auto"))
         params = SamplingParams.from_options(given, also_allowed=("speculation",))
-        sampler = Sampler(params, self.config.vocab_size)
+        sampler = Sampler(params, self.config.vocab_size, stop_ids=self.stop_ids())
         room = self.max_context - len(ids)
         if room < 1:
             raise PromptError(
@@ -236,6 +249,8 @@ class LM:
         self, ids: list[int], sampler: Sampler, speculation: Speculation | None, limit: int, finisher: Finisher
     ) -> Decoder | DeviceDecoder:
         if self.runtime is not None:
+            if sampler.processors:
+                raise OptionError('logits_processor runs on the CPU only yet: load(..., device="cpu")')
             return DeviceDecoder(self.runtime, ids, sampler, speculation, finisher.push)
         assert isinstance(self.model, Transformer)
         return Decoder(self.model, self.technique, ids, sampler, speculation, limit, finisher.push, self.pace)

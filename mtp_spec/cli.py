@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, run_bench
 from mtp_spec.inspection import show_checkpoint
-from mtp_spec.options import ACCEPTANCE_RULES
+from mtp_spec.options import ACCEPTANCE_RULES, sample_seeds
 
 EXAMPLES = """examples:
   mtp-spec generate "Tell me a story about a fox"
@@ -70,7 +71,8 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--device", default="cpu", help="cpu or cuda")
     generate.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the machine computes fast)")
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
-    generate.add_argument("--json", action="store_true", help="print one JSON document a prompt instead of text")
+    generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt: of seed, seed + 1, ... (1)")
+    generate.add_argument("--json", action="store_true", help="print one JSON document a text instead of the text")
     drafting = generate.add_argument_group("speculation (never changes the text, but for --acceptance)")
     drafting.add_argument("--no-speculation", action="store_true", help="plain decoding")
     drafting.add_argument("--depth", type=int, metavar="K", help="draft a chain of K tokens, 1 to 8")
@@ -106,9 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     prompts, options = _prompts(args), _options(args)
+    seeds = sample_seeds(args.n, options.get("seed", 0))
     lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty())
     chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
-    for prompt in prompts:
+    for prompt, seed in product(prompts, seeds):
+        options["seed"] = seed
         question: Any = [{"role": "user", "content": prompt}] if chat else prompt
         if args.trace is not None:
             Console().print(lm.explain(question, steps=args.trace, **options))
@@ -118,15 +122,16 @@ def _generate(args: argparse.Namespace) -> None:
             if not args.json:
                 print(event.text, end="", flush=True)
         if args.json:
-            print(json.dumps(_document(prompt, stream.result), ensure_ascii=False), flush=True)
+            print(json.dumps(_document(prompt, seed, stream.result), ensure_ascii=False), flush=True)
         else:
             print(flush=True)
             print(statistics_line(stream.result.stats), file=sys.stderr)
 
 
-def _document(prompt: str, result: mtp_spec.Generation) -> dict[str, Any]:
+def _document(prompt: str, seed: int, result: mtp_spec.Generation) -> dict[str, Any]:
     return {
         "prompt": prompt,
+        "seed": seed,
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,

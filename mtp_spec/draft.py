@@ -174,6 +174,8 @@ class Drafter:
         shares: dict[int, dict[int, float]] = {}
         for row, parent in zip(logits, leaves, strict=True):
             processed = sampler.process(row, parent.history)
+            if sampler.leaves_nothing(processed):
+                continue
             top, laws = self._propose(processed, position, width, sampler)
             if self.explaining:
                 whole = processed.double().softmax(-1)

@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from mtp_spec.errors import OptionError
+from mtp_spec.processors import LogitsProcessor, Processor, resolve_processors
 from mtp_spec.rules import RULES
 
 MAX_DEPTH = 8
@@ -41,6 +42,8 @@ class SamplingParams:
         seed: 0 .. 2**64 - 1; the same seed gives the same text with or without speculation.
         stop: a string, or several; generation ends before the first one to appear.
         logprobs: 0 is off; n reports each token's log-probability and the n best alternatives.
+        logits_processor: a function of (ids so far, logits `[V]`) that returns logits, a `LogitsProcessor` with a
+            state of its own, or a list of these; called for every row, also of drafts.
 
     Raises:
         OptionError: a value of the wrong kind or outside its range.
@@ -58,6 +61,7 @@ class SamplingParams:
     seed: int = 0
     stop: str | Sequence[str] | None = None
     logprobs: int = 0
+    logits_processor: Processor | Sequence[Processor] | None = None
 
     def __post_init__(self) -> None:
         for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("logprobs", 0)):
@@ -72,6 +76,7 @@ class SamplingParams:
             self._store(name, _real(name, getattr(self, name), "a finite number; 0 is off"))
         self._store("logit_bias", _logit_bias(self.logit_bias))
         self._store("stop", _stop_strings(self.stop))
+        resolve_processors(self.logits_processor)
 
     def _store(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -97,6 +102,11 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple, empty when there are none."""
         return tuple(self.stop or ())
+
+    @property
+    def processors(self) -> list[LogitsProcessor[Any]]:
+        """The logits processors, in order."""
+        return resolve_processors(self.logits_processor)
 
     @property
     def greedy(self) -> bool:
@@ -204,6 +214,18 @@ def resolve_speculation(value: object) -> Speculation | Literal["auto"] | None:
     allowed = f'"auto", None (off), a chain depth from 0 to {MAX_DEPTH}, or mtp_spec.Speculation(...)'
     depth = _integer("speculation", value, 0, MAX_DEPTH, allowed)
     return Speculation(depth=depth) if depth else None
+
+
+def sample_seeds(n: object, seed: object) -> range:
+    """The seeds of `n` samples: `seed`, `seed + 1`, ...
+
+    Raises:
+        OptionError: n is not a positive integer, or a seed lies outside its range.
+    """
+    count = _integer("n", n, 1, None, "an integer, 1 or more")
+    allowed = f"an integer from 0 to 2**64 - {count}, as n={count} takes that many seeds"
+    first = _integer("seed", seed, 0, _SEED_LIMIT - count, allowed)
+    return range(first, first + count)
 
 
 def _bad(name: str, value: object, allowed: str) -> OptionError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import torch
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.noise import GumbelNoise
 from mtp_spec.options import SamplingParams
+from mtp_spec.processors import LogitsProcessor, Trail
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -35,11 +37,15 @@ class History:
     """Which tokens a path has seen: the prompt's, and how often each was generated. Immutable.
 
     ``child`` shares the counts of its parent, so a history can be kept for every node of a tree.
+
+    Args:
+        trail: where the path's logits processor stands; None where there is none.
     """
 
-    __slots__ = ("_counts", "_prompt", "_recent")
+    __slots__ = ("_counts", "_prompt", "_recent", "trail")
 
-    def __init__(self, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, prompt_ids: Sequence[int], vocab_size: int, trail: Trail | None = None) -> None:
+        self.trail = trail
         self._prompt: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
         self._prompt[np.asarray(prompt_ids, dtype=np.int64)] = True
         self._counts: Int64Array = np.zeros(vocab_size, dtype=np.int64)
@@ -51,8 +57,11 @@ class History:
 
     def extend(self, tokens: Iterable[int]) -> History:
         """The history after several more generated tokens."""
+        tokens = tuple(tokens)
         after = History.__new__(History)
-        after._prompt, after._counts = self._prompt, self._counts
+        after._prompt, after._counts, after.trail = self._prompt, self._counts, self.trail
+        for token in tokens:
+            after.trail = None if after.trail is None else after.trail.after(token)
         after._recent = (*self._recent, *tokens)
         if len(after._recent) > _MAX_RECENT:
             after._counts, after._recent = after.counts(), ()
@@ -86,14 +95,23 @@ class Sampler:
         params: sampling parameters.
         vocab_size: V, the width of the logits.
         noise: the noise of the request; made from ``params.seed`` by default.
+        processors: further processors, applied before those of ``params``.
+        stop_ids: tokens that end the text; no processor is asked about what would follow them.
 
     Raises:
         OptionError: a parameter that does not fit the vocabulary, or noise of another width.
     """
 
-    __slots__ = ("_bias_ids", "_bias_values", "_log_min_p", "noise", "params", "vocab_size")
+    __slots__ = ("_bias_ids", "_bias_values", "_log_min_p", "_stop_ids", "noise", "params", "processors", "vocab_size")
 
-    def __init__(self, params: SamplingParams, vocab_size: int, noise: GumbelNoise | None = None) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        noise: GumbelNoise | None = None,
+        processors: Sequence[LogitsProcessor[Any]] = (),
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> None:
         params.validate(vocab_size)
         self.params = params
         self.vocab_size = vocab_size
@@ -104,17 +122,20 @@ class Sampler:
         self._bias_ids: Int64Array = np.fromiter(bias.keys(), dtype=np.int64, count=len(bias))
         self._bias_values: Float32Array = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
         self._log_min_p = np.float32(math.log(params.min_p)) if params.min_p > 0 else None
+        self.processors = (*processors, *params.processors)
+        self._stop_ids = stop_ids
 
     def history(self, prompt_ids: Sequence[int]) -> History:
         """The history at the end of the prompt."""
-        return History(prompt_ids, self.vocab_size)
+        return History(prompt_ids, self.vocab_size, Trail.begin(self.processors, prompt_ids, self._stop_ids))
 
     def process(self, logits_row: torch.Tensor, history: History) -> torch.Tensor:
         """The row that a token is drawn from: unnormalised log-probabilities, removed tokens at -inf.
 
         Stages, in order, those switched off skipped: logit bias, repetition penalty, presence and frequency penalty,
-        temperature, top-k, top-p, min-p. At temperature 0 only bias and penalties apply; above it the best token is
-        shifted to 0, which loses no precision when the noise is added and changes no probability.
+        logits processors (where transformers has them), temperature, top-k, top-p, min-p. At temperature 0 those from
+        temperature on do not apply; above it the best token is shifted to 0, which loses no precision when the noise is
+        added and changes no probability.
 
         Args:
             logits_row: [V], any float dtype; left untouched.
@@ -127,6 +148,8 @@ class Sampler:
         if len(self._bias_ids):
             row[self._bias_ids] += self._bias_values
         self._penalise(row, history)
+        if history.trail is not None:
+            row = history.trail.apply(row)
         # a row without a finite best token is left as it is, for draw to report
         if self.params.greedy or not math.isfinite(row.max()):
             return torch.from_numpy(row)
@@ -139,6 +162,10 @@ class Sampler:
             # the best token is at 0
             row[row < self._log_min_p] = _NEGATIVE_INFINITY
         return torch.from_numpy(row)
+
+    def leaves_nothing(self, processed: torch.Tensor) -> bool:
+        """Whether a logits processor has removed every token: an error in a text, the end of a draft."""
+        return bool(self.processors) and float(processed.max()) == -math.inf
 
     def draw(self, processed: torch.Tensor, position: int) -> int:
         """The token at an absolute position: argmax of the row plus the position's noise; lowest id among equals.
@@ -279,7 +306,8 @@ def _best(values: Float32Array, k: int) -> list[int]:
 
 
 def _no_token(score: float, position: int) -> MTPSpecError:
-    reason = "no token is left after logit_bias" if score == -math.inf else f"the logits contain {float(score)}"
+    left = "no token is left after logit_bias and logits_processor"
+    reason = left if score == -math.inf else f"the logits contain {float(score)}"
     return MTPSpecError(
         f"no token can be drawn at position {position}: {reason}; check the weights and dtype, or allow more tokens"
     )

@@ -29,6 +29,14 @@ def test_no_speculation_and_trees_print_the_same_text(capsys: pytest.CaptureFixt
     assert texts[0]["stats"]["drafted"] == 0 < texts[1]["stats"]["drafted"]
 
 
+def test_n_prints_one_text_a_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["generate", "List three fruits", "--json", "--n", "2", "--seed", "4", *SHORT])
+    both = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["seed"] for one in both] == [4, 5]
+    main(["generate", "List three fruits", "--json", "--seed", "5", *SHORT])
+    assert json.loads(capsys.readouterr().out)["token_ids"] == both[1]["token_ids"]
+
+
 def test_prompts_from_a_file_and_from_standard_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +65,7 @@ def test_inspect_describes_the_bundled_model(capsys: pytest.CaptureFixture[str])
         (["generate", "x", "--top-p", "0"], "top_p"),
         (["generate", "x", "--max-new-tokens", "0"], "max_new_tokens"),
         (["generate", "x", "--depth", "9"], "depth"),
+        (["generate", "x", "--n", "0"], "n=0"),
         (["generate", "x", "--branching", "9,9,9"], "64"),
         (["generate", "x", "--branching", "a"], "branching"),
         (["generate", "x", "--device", "tpu"], "device"),

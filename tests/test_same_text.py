@@ -162,3 +162,20 @@ def test_rows_follow_the_number_of_threads() -> None:
                 assert all(_chain_is_equal(lm, 250, rows) for rows in (4, 7))
     finally:
         torch.set_num_threads(before)
+
+
+def test_samples_are_the_texts_of_the_seeds_that_follow(folder: Path) -> None:
+    lm = mtp_spec.load(folder, dtype="bfloat16")
+    options: dict[str, Any] = {"max_new_tokens": 10, "temperature": 1.0}
+    plain = [lm.generate([4, 2], seed=7 + i, speculation=None, **options).token_ids for i in range(3)]
+    assert len(set(map(tuple, plain))) == 3
+    assert [one.token_ids for one in lm.generate([4, 2], n=3, seed=7, speculation=3, **options)] == plain
+    lists = lm.generate([[4, 2], [5]], n=2, seed=7, speculation=3, **options)
+    assert [len(samples) for samples in lists] == [2, 2]
+    assert [one.token_ids for one in lists[0]] == plain[:2]
+    assert len(lm.generate([4, 2], n=1, **options)) == 1
+    for wrong in ({"n": 0}, {"n": 1.5}, {"n": 2, "seed": 2**64 - 1}):
+        with pytest.raises(mtp_spec.OptionError, match="=" + str(wrong["n"])):
+            lm.generate([4, 2], **wrong)
+    with pytest.raises(mtp_spec.OptionError, match="n=2"):
+        lm.stream([4, 2], n=2)
