@@ -39,11 +39,11 @@ _split_start = gluon.jit(_split_start_of.fn)
 split_of = gluon.jit(_split_of.fn)
 
 
-def descriptors(q: Tensor, store: Tensor, head: Head) -> tuple[TensorDescriptor, ...]:
-    """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`."""
+def descriptors(q: Tensor, store: Tensor, sums: Tensor, head: Head) -> tuple[TensorDescriptor, ...]:
+    """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`, sums `[S * padded, C]`."""
     half = head.latent // 2
     return (_described(q, TILE, half), _described(q, TILE, head.rope), _described(store, KEYS, half),
-            _described(store, KEYS, head.rope))  # fmt: skip
+            _described(store, KEYS, head.rope), _described(sums, TILE, half))  # fmt: skip
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -188,6 +188,7 @@ def _multiply(
         total = gl.zeros([ROWS], gl.float32, row_layout)
         acc = gl.zeros([ROWS, half], gl.float32, o_layout)
         for pair in range(pairs):
+            goes_on = pair + 1 < pairs
             phase = turn & 1
             zero = turn >> 30  # unknown to the compiler, which else keeps fifty addresses in registers and spills
             turn += 1
@@ -206,7 +207,7 @@ def _multiply(
                 after = stats.index(2).load(row_layout)
                 total = stats.index(3).load(row_layout)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(free.index(0), count=1)
+                mbarrier.arrive(free.index(0), count=1, pred=goes_on)
                 acc = _shrunk(acc, peak, after, o_layout)
                 acc = warpgroup_mma(handed.index(1), keys.index(zero + 2), acc, is_async=True)
                 peak = after
@@ -230,16 +231,17 @@ def _multiply(
                 acc = _shrunk(acc, before, peak, o_layout)
                 acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero + 3), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(free.index(1), count=1)
+                mbarrier.arrive(free.index(1), count=1, pred=goes_on)
         row = split * padded + tile_row
         if OWN == 0:
             gl.store(peaks + row + lane, peak)
             gl.store(totals + row + lane, total)
-        target = parts + row.to(gl.int64) * C + OWN * half
-        place_of = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout)), 1) * C + gl.expand_dims(
-            gl.arange(0, half, layout=gl.SliceLayout(0, o_layout)), 0
-        )
-        gl.store(target + place_of, acc.to(gl.bfloat16))
+        # the own part of the own keys, which nobody else reads, is where the sums wait for their copy
+        keys.index(3 * OWN).store(acc.to(gl.bfloat16))
+        fence_async_shared()
+        store_tile(parts, [row, OWN * half], keys.index(3 * OWN))
+        tma.store_wait(0)
+        mbarrier.arrive(free.index(OWN), count=1, pred=pairs > 0)
 
 
 @gluon.jit(do_not_specialize=["nodes", "deepest", "each"])
@@ -248,7 +250,7 @@ def attend_kernel(
     q_rope,  # [M H, W] in tiles [ROWS, R]
     k_half,  # the store in tiles [BLOCK, C / 2]
     k_rope,  # the store in tiles [BLOCK, R]
-    parts,  # [S * padded, C] bf16
+    parts,  # [S * padded, C] in tiles [ROWS, C / 2]
     length,  # [1] int32
     depths,  # [M] int32
     peaks,  # [S, padded] float32

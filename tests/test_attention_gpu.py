@@ -1,0 +1,53 @@
+"""Attention at DeepSeek-V3's sizes on a GPU: against plain torch, and each row against itself decoded alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtp_spec.kernels import mla
+
+CONTEXTS = (1, 2, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 1500, 8191, 8193, 32760)
+TOLERANCE = 0.01  # weights are multiplied in bf16
+
+
+def _tree(length: torch.Tensor, rows: int) -> mla.Plan:
+    """Returns a tree: the root, then pairs of siblings of which the first has children."""
+    paths = [[0]]
+    for row in range(1, rows):
+        paths.append([*paths[max(0, (row - 1) // 2 * 2 - 1)], row])
+    most = max(len(path) for path in paths)
+    table = torch.tensor([path + [-1] * (most - len(path)) for path in paths], dtype=torch.int32, device="cuda")
+    depths = torch.tensor([len(path) - 1 for path in paths], dtype=torch.int32, device="cuda")
+    return mla.Plan(length, depths, torch.arange(rows, dtype=torch.int32, device="cuda"), table, most - 1)
+
+
+def _alone(q: torch.Tensor, cache: mla.Cache, plan: mla.Plan, head: mla.Head) -> torch.Tensor:
+    """Returns the last row decoded alone after its ancestors, which take their places in the cache."""
+    start, depth = int(plan.length), int(plan.depths[-1])
+    if plan.ancestors is not None:
+        path = plan.ancestors[-1, : depth + 1].long()
+        cache.slots[start : start + depth + 1] = cache.slots[start + path].clone()
+    return mla.attend(q[-1:], cache, mla.chain(plan.length + depth, 1), head)[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("latent", [512, 256, 64])
+@pytest.mark.parametrize("heads", [128, 20, 16, 8])
+def test_attention_of_chains_and_trees(heads: int, latent: int) -> None:
+    torch.manual_seed(heads)
+    head = mla.Head(heads, 128, 64, latent, 128, 192**-0.5)
+    for context in CONTEXTS if heads == 128 and latent == 512 else CONTEXTS[:-3]:
+        cache = mla.new_caches(2, context + 70, 66, head.width, "cuda")[1]
+        length = torch.tensor([context - 1], dtype=torch.int32, device="cuda")
+        for rows in (1, 3, 8, 64 if context < 1500 else 16):
+            for plan in (mla.chain(length, rows), _tree(length, rows)):
+                cache.store.normal_()
+                q = torch.randn(rows, head.padded, head.width, device="cuda").bfloat16()
+                for room in mla._rooms.values():
+                    for numbers in room:
+                        numbers.fill_(float("nan"))
+                got = mla.attend(q, cache, plan, head)
+                expected = mla.attend_reference(q, cache, plan, head).float()
+                assert (got.float() - expected).norm() < TOLERANCE * expected.norm(), (context, rows)
+                assert torch.equal(_alone(q, cache, plan, head), got[-1]), (context, rows)
