@@ -19,6 +19,7 @@ from mtp_spec.engine import Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.explain import Explanation, explain
 from mtp_spec.finish import Finisher
+from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.loading import check_device, context_limit, dtype_of, load_model
 from mtp_spec.model.config import CheckpointError, ModelConfig
 from mtp_spec.model.device import DeviceModel
@@ -128,6 +129,7 @@ class LM:
         self.max_context = max_context
         self._techniques = {torch.get_num_threads(): technique}
         self.pace = Pace()
+        self._grammars: Grammars | None = None
         self.runtime = DeviceRuntime(model, max_context) if isinstance(model, DeviceModel) else None
 
     @property
@@ -169,8 +171,8 @@ class LM:
             prompt: text, token ids, or a list of either.
             n: return a list of n continuations in place of each one; number i is the one of `seed + i`.
             **options: `SamplingParams` (max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
-                presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, logits_processor) and
-                `speculation`: "auto", None (off), a chain depth, or a `Speculation`.
+                presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, logits_processor,
+                response_format) and `speculation`: "auto", None (off), a chain depth, or a `Speculation`.
 
         Raises:
             OptionError: an unknown option or a value outside its range.
@@ -232,7 +234,8 @@ class LM:
             raise OptionError(f"n={given['n']!r}: generate and chat take it; stream one text for each of the seeds")
         speculation = self._speculation(given.pop("speculation", "auto"))
         params = SamplingParams.from_options(given, also_allowed=("speculation",))
-        sampler = Sampler(params, self.config.vocab_size, stop_ids=self.stop_ids())
+        processors = () if params.response_format is None else (self._grammar(params.response_format),)
+        sampler = Sampler(params, self.config.vocab_size, None, processors, self.stop_ids())
         room = self.max_context - len(ids)
         if room < 1:
             raise PromptError(
@@ -250,7 +253,7 @@ class LM:
     ) -> Decoder | DeviceDecoder:
         if self.runtime is not None:
             if sampler.processors:
-                raise OptionError('logits_processor runs on the CPU only yet: load(..., device="cpu")')
+                raise OptionError('logits_processor and response_format run on the CPU yet: load(..., device="cpu")')
             return DeviceDecoder(self.runtime, ids, sampler, speculation, finisher.push)
         assert isinstance(self.model, Transformer)
         return Decoder(self.model, self.technique, ids, sampler, speculation, limit, finisher.push, self.pace)
@@ -273,6 +276,11 @@ class LM:
                 "(num_nextn_predict_layers is 0 or its tensors are absent): use speculation=None"
             )
         return speculation
+
+    def _grammar(self, response_format: Mapping[str, Any]) -> GrammarProcessor:
+        if self._grammars is None:
+            self._grammars = Grammars(self._text(), self.config.vocab_size, self.stop_ids())
+        return self._grammars.processor(response_format)
 
     def stop_ids(self) -> frozenset[int]:
         """Returns the tokens that end a text."""

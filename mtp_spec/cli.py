@@ -84,6 +84,10 @@ def _add_generate(commands: Any) -> None:
     for name, (kind, text) in SAMPLING.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    formats = sampling.add_mutually_exclusive_group()
+    formats.add_argument("--json-object", action="store_true", help="write a JSON object (needs mtp-spec[grammar])")
+    formats.add_argument("--json-schema", type=Path, metavar="FILE", help="write JSON that follows this schema")
+    formats.add_argument("--regex", metavar="REGEX", help="write what matches this regular expression")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -175,6 +179,8 @@ def _prompt(line: str, number: int) -> str:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in (*SAMPLING, "stop") if getattr(args, name) is not None}
+    if (response_format := _response_format(args)) is not None:
+        options["response_format"] = response_format
     if args.no_speculation and (args.depth is not None or args.branching or args.acceptance):
         raise mtp_spec.OptionError("--no-speculation excludes --depth, --branching and --acceptance")
     if args.depth == 0 and (args.branching or args.acceptance):
@@ -195,3 +201,16 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     # checked before the model is loaded
     mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name != "speculation"})
     return options
+
+
+def _response_format(args: argparse.Namespace) -> dict[str, Any] | None:
+    if args.json_object:
+        return {"type": "json_object"}
+    if args.regex is not None:
+        return {"type": "regex", "regex": args.regex}
+    if args.json_schema is None:
+        return None
+    try:
+        return {"type": "json_schema", "schema": json.loads(args.json_schema.read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as error:
+        raise mtp_spec.OptionError(f"--json-schema {args.json_schema} is not a readable JSON file: {error}") from error

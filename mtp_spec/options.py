@@ -22,6 +22,9 @@ MAX_NODES = 64
 DEFAULT_DEPTH = 3
 ACCEPTANCE_RULES = ("coupled", *RULES)
 
+# formats of a text, and what each needs to be told
+RESPONSE_FORMATS = {"json_object": None, "json_schema": "schema", "regex": "regex", "lark": "lark"}
+
 _SEED_LIMIT = 1 << 64
 
 
@@ -44,6 +47,8 @@ class SamplingParams:
         logprobs: 0 is off; n reports each token's log-probability and the n best alternatives.
         logits_processor: a function of (ids so far, logits `[V]`) that returns logits, a `LogitsProcessor` with a
             state of its own, or a list of these; called for every row, also of drafts.
+        response_format: the grammar that the text follows: {"type": "json_object"}, {"type": "json_schema", "schema":
+            {...}}, {"type": "regex", "regex": "..."} or {"type": "lark", "lark": "..."}; needs mtp-spec[grammar].
 
     Raises:
         OptionError: a value of the wrong kind or outside its range.
@@ -62,6 +67,7 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     logprobs: int = 0
     logits_processor: Processor | Sequence[Processor] | None = None
+    response_format: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("logprobs", 0)):
@@ -77,6 +83,7 @@ class SamplingParams:
         self._store("logit_bias", _logit_bias(self.logit_bias))
         self._store("stop", _stop_strings(self.stop))
         resolve_processors(self.logits_processor)
+        _check_response_format(self.response_format)
 
     def _store(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -289,6 +296,19 @@ def _stop_strings(value: object) -> tuple[str, ...] | None:
         if not isinstance(string, str) or not string:
             raise _bad("stop", value, allowed)
     return tuple(strings)
+
+
+def _check_response_format(value: object) -> None:
+    if value is None:
+        return
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or kind not in RESPONSE_FORMATS:
+        raise _bad("response_format", value, '{"type": one of ' + ", ".join(RESPONSE_FORMATS) + ", ...}")
+    key = RESPONSE_FORMATS[kind]
+    kinds = Mapping | bool if key == "schema" else str
+    if set(value) != {"type", key} - {None} or (key is not None and not isinstance(value[key], kinds)):
+        allowed = f'{{"type": "{kind}"' + ("}" if key is None else f', "{key}": ...}}')
+        raise _bad("response_format", value, allowed)
 
 
 def _branching(value: object) -> tuple[int, ...]:
