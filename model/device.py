@@ -44,8 +44,6 @@ def why_not(config: ModelConfig) -> str | None:
             return f"{name} {size} is no power of two from 16"
     if config.fp8_block != (BLOCK, BLOCK):
         return "its weights are not FP8 with 128x128 scales"
-    if config.num_nextn_predict_layers > 1:
-        return f"it has {config.num_nextn_predict_layers} MTP modules; one is supported on these kernels"
     if config.moe_intermediate_size % BLOCK and config.n_shared_experts > 1:
         return f"moe_intermediate_size {config.moe_intermediate_size} with {config.n_shared_experts} shared experts"
     return None
@@ -258,7 +256,7 @@ class Module:
 
 
 class DeviceModel:
-    """The verifier and its MTP module in FP8.
+    """The verifier and its MTP modules in FP8.
 
     Args:
         config: `why_not(config)` is None.
@@ -295,10 +293,10 @@ class DeviceModel:
             x, branch = layer(x, branch, table, cache, plan)
         return quant.rms_norm(x, self.norm, self.config.rms_norm_eps, branch)[0]
 
-    def mtp_rows(self, ids: Tensor, hidden: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
-        """Returns the MTP module's normed outputs `[M, D]` for tokens ids `[M]` after hidden states `[M, D]`."""
+    def mtp_rows(self, module: int, ids: Tensor, hidden: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
+        """Returns a module's normed outputs `[M, D]` for tokens ids `[M]` after hidden states `[M, D]`."""
         embedding = F.embedding(ids, self.embed_tokens)
-        return self.mtp[0](embedding, hidden, self.table(cache.capacity), cache, plan)
+        return self.mtp[module](embedding, hidden, self.table(cache.capacity), cache, plan)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[M, V]` float32 logits of normed hidden states."""
@@ -328,7 +326,7 @@ class DeviceModel:
         return self._table
 
     def new_caches(self, tokens: int, nodes: int) -> list[mla.Cache]:
-        """Returns caches of all layers and, last, of the MTP module if there is one."""
+        """Returns caches of all layers and, last, of the MTP modules."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         return mla.new_caches(len(self.layers) + len(self.mtp), tokens, nodes, width, self.device)
 

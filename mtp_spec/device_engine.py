@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from mtp_spec.accept import Drawn
-from mtp_spec.device_step import MOST, Prefill, Shape, State, Step, stages_of
+from mtp_spec.device_shape import Shape
+from mtp_spec.device_state import MOST, State, stages_of
+from mtp_spec.device_step import Prefill, Step
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages, sample

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mtp_spec.device_step import ROWS, SLACK
+from mtp_spec.device_state import ROWS, SLACK
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
 from mtp_spec.model.config import ModelConfig
@@ -22,7 +22,7 @@ class MemoryPlan:
 
     Attributes:
         weights: as stored, FP8 with scales.
-        caches: latents of all layers and of the MTP module, and a tree's last keys.
+        caches: latents of all layers and of the MTP modules, and a tree's last keys.
         passes: what the largest pass keeps: partial attention, logits, hidden states.
     """
 

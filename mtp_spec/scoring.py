@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,23 +50,29 @@ def score_ids(model: Transformer | DeviceModel, ids: Sequence[int]) -> Scores:
 
 
 def _score_rows(model: DeviceModel, ids: Sequence[int]) -> Scores:
-    """The same through the cache, a chunk of rows at a time."""
+    """The same through the caches, a chunk of rows at a time."""
     tokens, count = torch.tensor(list(ids)).to(model.device), len(ids)
-    depth = model.config.num_nextn_predict_layers
     caches = model.new_caches(count, 0)
+    own = caches[: len(model.layers)]
     length = torch.zeros(1, dtype=torch.int32, device=model.device)
-    logits, mtp_logits = [], [torch.full((depth, 0, model.config.vocab_size), float("nan"))]
-    for first in range(0, count, CHUNK):
-        length.fill_(first)
-        chunk = tokens[first : first + CHUNK]
-        hidden = model.rows(chunk, caches[: len(model.layers)], mla.chain(length, len(chunk)))
-        logits.append(model.logits(hidden).cpu())
-        following = tokens[first + 1 : first + 1 + len(chunk)]
-        if depth and len(following):
-            plan = mla.chain(length, len(following), offset=1)
-            out = model.mtp_rows(following, hidden[: len(following)], caches[-1], plan)
-            mtp_logits.append(model.logits(out).cpu()[None])
-    if depth:
-        mtp_logits.append(torch.full((depth, 1, model.config.vocab_size), float("nan")))
-    deeper = torch.cat(mtp_logits, 1) if depth else torch.empty(0, count, model.config.vocab_size)
-    return Scores(torch.cat(logits), deeper)
+
+    def chunks(rows: Tensor, offset: int) -> Iterator[tuple[slice, mla.Plan]]:
+        for first in range(0, len(rows), CHUNK):
+            length.fill_(first)
+            part = slice(first, min(first + CHUNK, len(rows)))
+            yield part, mla.chain(length, part.stop - first, offset)
+
+    hidden = torch.cat([model.rows(tokens[part], own, plan) for part, plan in chunks(tokens, 0)])
+    logits = torch.cat([model.logits(rows).cpu() for rows in hidden.split(CHUNK)])
+    mtp_logits = torch.full((len(model.mtp), count, model.config.vocab_size), float("nan"))
+    for module, cache in enumerate(caches[len(model.layers) :]):
+        following = tokens[module + 1 :]
+        if not len(following):
+            break
+        hidden = torch.cat([
+            model.mtp_rows(module, following[part], hidden[part], cache, plan)
+            for part, plan in chunks(following, module + 1)
+        ])  # fmt: skip
+        for place, rows in zip(mtp_logits[module, : len(hidden)].split(CHUNK), hidden.split(CHUNK), strict=True):
+            place.copy_(model.logits(rows))
+    return Scores(logits, mtp_logits)

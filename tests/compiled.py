@@ -28,7 +28,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mtp_spec.device_step import Shape, State, Step, stages_of
+from mtp_spec.device_shape import Shape
+from mtp_spec.device_state import State, stages_of
+from mtp_spec.device_step import Step
 from mtp_spec.kernels import commit, gemm, launching, mla, moe, moe_route, quant, sampler
 from mtp_spec.model.config import load_config
 from mtp_spec.model.device import DeviceModel
@@ -116,7 +118,7 @@ def main(name: str) -> None:
     folder = files("mtp_spec.configs")
     if name == "demo":
         config = load_config(Path(str(folder / "demo")))
-        config = replace(config, num_hidden_layers=2)
+        config = replace(config, num_hidden_layers=2, num_nextn_predict_layers=2)
     else:
         config = load_config(Path(str(folder / "config_671B.json")))
         config = replace(config, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1)

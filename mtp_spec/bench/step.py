@@ -23,7 +23,7 @@ from torch import Tensor
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.timing import copy_rate, graph_time
-from mtp_spec.device_step import ROWS, State
+from mtp_spec.device_state import ROWS, State
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla, moe
 from mtp_spec.kernels.sampler import Stages, sample
@@ -123,7 +123,7 @@ def _draft(model: DeviceModel, state: State, context: int) -> tuple[Callable[[],
     plan = _plan(model, state, context, 1, 1)
 
     def run() -> Tensor:
-        out = model.draft_logits(model.mtp_rows(ids, hidden, state.mtp_cache[0], plan))
+        out = model.draft_logits(model.mtp_rows(0, ids, hidden, state.mtp_caches[0], plan))
         return sample(out, request, position, state.settings, Stages()).tokens
 
     module, head = model.mtp[0], model.draft_head

@@ -1,0 +1,77 @@
+"""The MTP side of a captured step: true tokens into the modules' caches, then a tree of drafts, depth by depth.
+
+What `mtp_spec.draft` does on a CPU, at fixed shapes. Slot i of module m (from 0) holds the latent of the token at
+position i + m + 1 beside the output of module m - 1 at slot i (of the main model for m = 0). Past the last module it
+is reused on its own output.
+
+Legend: `R` rows, `D` hidden size, `n` position of the root, `N` nodes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtp_spec.device_shape import Constants, Shape
+from mtp_spec.device_state import State
+from mtp_spec.kernels import mla
+from mtp_spec.model.device import DeviceModel
+
+
+def feed_modules(
+    model: DeviceModel, state: State, constants: Constants, ids: Tensor, hidden: Tensor, first: Tensor, count: Tensor
+) -> Tensor:
+    """Shows the modules tokens with their true hidden states; returns the first module's outputs `[R, D]`.
+
+    Every module reads the same tokens: row j of module m has the output of module m - 1 that lies one slot before that
+    module's row j, so it begins with what was carried over from the call before.
+
+    Args:
+        ids: `[R]` int64 tokens at positions first + 1 and on.
+        hidden: `[R, D]` the main model's hidden states from position `first` on.
+        first: `[1]` int32.
+        count: `[1]` int64, rows that are there; the others are padding, whose slots are overwritten later.
+    """
+    rows, outputs = ids.shape[0], None
+    order = constants.integers(range(rows))
+    for module, cache in enumerate(state.mtp_caches):
+        plan = mla.Plan((first - module).clamp_min(0), order, order, None, rows - 1, offset=module + 1)
+        if module == 0:
+            outputs = own = model.mtp_rows(0, ids, hidden, cache, plan)
+        else:
+            # a text shorter than this leaves the first rows without a slot: they go to the end, as padding
+            lacking = (module - first).clamp_min(0)
+            there = (order + lacking).clamp_max(rows - 1)
+            back = (order - lacking).clamp_min(0)
+            own = model.mtp_rows(module, ids.index_select(0, there), hidden.index_select(0, there), cache, plan)
+            own = own.index_select(0, back)
+        if module + 1 < len(state.mtp_caches):
+            shifted = torch.cat((state.carried[module : module + 1], own))
+            hidden = shifted[:-1]
+            state.carried[module] = shifted.index_select(0, count)[0]
+    assert outputs is not None
+    return outputs
+
+
+def run_module(
+    model: DeviceModel, state: State, shape: Shape, constants: Constants, nodes: list[int], ids: Tensor, hidden: Tensor
+) -> Tensor:
+    """Runs the module of their depth on nodes of one depth; returns outputs `[R, D]`, which predict their children.
+
+    Args:
+        ids: `[R]` int64 their tokens.  hidden: `[R, D]` the outputs that predicted them.
+    """
+    depth = shape.depths[nodes[0]]
+    module = min(depth + 1, len(state.mtp_caches)) - 1
+    # nodes of this depth and deeper are drafted into this module's cache, behind what `feed_modules` wrote
+    begins = max(1, module)
+    base, level = shape.level(begins)[0], depth - begins
+    table = None
+    if not shape.is_chain:
+        paths = [[node - base for node in shape.path(node)[begins - 1 :]] for node in nodes]
+        table = constants.table(paths)
+    plan = mla.Plan(
+        (state.length - module).clamp_min(0), constants.integers([level] * len(nodes)),
+        constants.integers(node - base for node in nodes), table, level, offset=module + begins,
+    )  # fmt: skip
+    return model.mtp_rows(module, ids, hidden, state.mtp_caches[module], plan)
