@@ -38,7 +38,7 @@ SPLIT_ENDS = (1024, 8192, 32768)
 TAIL = 2 * KEYS  # room for the last keys of a node: what committed slots leave of a block, and its ancestors
 TILE = 64  # node-head pairs a program, wgmma's rows
 PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
-COMBINED, COLUMNS = 32, 128  # splits read at once when they are added, and columns a program
+COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns a program
 GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
 HOPPER = 9  # major compute capability
@@ -284,7 +284,7 @@ def _attend(
             BLOCK=KEYS, W=head.width, TAIL=TAIL, CHUNK=GATHERED, WIDE_W=triton.next_power_of_2(head.width),
             **late(q),
         )  # fmt: skip
-    flat, sums = q.view(-1, head.width), parts[: splits * padded * head.latent].view(-1, head.latent)
+    flat = q.view(-1, head.width)
     given = (plan.length, plan.depths, peaks, totals, cache.base, cache.spare, plan.rows, padded, plan.deepest,
              head.scale * math.log2(math.e))  # fmt: skip
     sizes = {"HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
@@ -294,9 +294,10 @@ def _attend(
     if hopper is not None and hopper.fits(head.latent, head.rope):
         each = min(splits, max(1, MULTIPROCESSORS // tiles))
         hopper.attend_kernel[(tiles * each,)](
-            *hopper.descriptors(flat, cache.store, sums, head), *given, each, R=head.rope, UNIT=SPLIT_SIZES[0], **sizes
+            *hopper.descriptors(flat, cache.store, head), parts, *given, each, R=head.rope, UNIT=SPLIT_SIZES[0], **sizes
         )
     else:
+        sums = parts[: splits * padded * head.latent].view(-1, head.latent)
         kernels._attend_kernel[(tiles * splits,)](
             described(flat, TILE, head.latent), described(flat, TILE, head.rope),
             described(cache.store, KEYS, head.latent), described(cache.store, KEYS, head.rope),

@@ -32,18 +32,17 @@ from mtp_spec.kernels.mla import KEYS, TILE, Head
 from mtp_spec.kernels.mla_kernels import _split_start as _split_start_of
 from mtp_spec.kernels.mla_kernels import split_of as _split_of
 
-# Triton 3.6's names, and the later ones
+# Triton 3.6's name, and the later one
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _split_start = gluon.jit(_split_start_of.fn)
 split_of = gluon.jit(_split_of.fn)
 
 
-def descriptors(q: Tensor, store: Tensor, sums: Tensor, head: Head) -> tuple[TensorDescriptor, ...]:
-    """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`, sums `[S * padded, C]`."""
+def descriptors(q: Tensor, store: Tensor, head: Head) -> tuple[TensorDescriptor, ...]:
+    """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`."""
     half = head.latent // 2
     return (_described(q, TILE, half), _described(q, TILE, head.rope), _described(store, KEYS, half),
-            _described(store, KEYS, head.rope), _described(sums, TILE, half))  # fmt: skip
+            _described(store, KEYS, head.rope))  # fmt: skip
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -188,7 +187,6 @@ def _multiply(
         total = gl.zeros([ROWS], gl.float32, row_layout)
         acc = gl.zeros([ROWS, half], gl.float32, o_layout)
         for pair in range(pairs):
-            goes_on = pair + 1 < pairs
             phase = turn & 1
             zero = turn >> 30  # unknown to the compiler, which else keeps fifty addresses in registers and spills
             turn += 1
@@ -207,7 +205,7 @@ def _multiply(
                 after = stats.index(2).load(row_layout)
                 total = stats.index(3).load(row_layout)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(free.index(0), count=1, pred=goes_on)
+                mbarrier.arrive(free.index(0), count=1)
                 acc = _shrunk(acc, peak, after, o_layout)
                 acc = warpgroup_mma(handed.index(1), keys.index(zero + 2), acc, is_async=True)
                 peak = after
@@ -231,17 +229,40 @@ def _multiply(
                 acc = _shrunk(acc, before, peak, o_layout)
                 acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero + 3), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(free.index(1), count=1, pred=goes_on)
+                mbarrier.arrive(free.index(1), count=1)
         row = split * padded + tile_row
         if OWN == 0:
             gl.store(peaks + row + lane, peak)
             gl.store(totals + row + lane, total)
-        # the own part of the own keys, which nobody else reads, is where the sums wait for their copy
-        keys.index(3 * OWN).store(acc.to(gl.bfloat16))
-        fence_async_shared()
-        store_tile(parts, [row, OWN * half], keys.index(3 * OWN))
-        tma.store_wait(0)
-        mbarrier.arrive(free.index(OWN), count=1, pred=pairs > 0)
+        _store(acc, parts + row.to(gl.int64) * C + OWN * half, C, ROWS, half)
+
+
+@gluon.jit
+def _store(acc, target, C: gl.constexpr, ROWS: gl.constexpr, half: gl.constexpr):
+    """Writes sums [ROWS, C / 2] in bf16, 16 bytes a thread, so that no buffer waits for them."""
+    pairs: gl.constexpr = _layout_with(2, ROWS, half)
+    fours: gl.constexpr = _layout_with(4, ROWS, half)
+    eights: gl.constexpr = _layout_with(8, ROWS, half)
+    # two exchanges within four threads; one conversion for both would go through shared memory
+    values = gl.convert_layout(acc.to(gl.bfloat16), pairs, assert_trivial=True)
+    values = gl.convert_layout(gl.convert_layout(values, fours), eights)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, eights))
+    column = gl.arange(0, half, layout=gl.SliceLayout(0, eights))
+    gl.store(target + gl.expand_dims(row, 1) * C + gl.expand_dims(column, 0), values)
+
+
+@gluon.constexpr_function
+def _layout_with(together, rows, columns):
+    """Returns the layout of the tensor core's results (together = 2), or one with more columns in a row a thread."""
+    lanes = {2: [2, 4], 4: [8, 4], 8: [8, 16]}[together]
+    registers, column = [], 1
+    while column < columns:
+        if column not in lanes:
+            registers.append([0, column])
+        column *= 2
+    registers.insert({2: 1, 4: 2, 8: 3}[together], [8, 0])
+    lanes = [[0, column] for column in lanes] + [[1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, columns])
 
 
 @gluon.jit(do_not_specialize=["nodes", "deepest", "each"])
@@ -250,7 +271,7 @@ def attend_kernel(
     q_rope,  # [M H, W] in tiles [ROWS, R]
     k_half,  # the store in tiles [BLOCK, C / 2]
     k_rope,  # the store in tiles [BLOCK, R]
-    parts,  # [S * padded, C] in tiles [ROWS, C / 2]
+    parts,  # [S * padded, C] bf16
     length,  # [1] int32
     depths,  # [M] int32
     peaks,  # [S, padded] float32
