@@ -68,7 +68,8 @@ def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
         return
     done.add(name)
     # as at a launch: addresses are multiples of 16 bytes
-    aligned = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(bound.values()) if isinstance(value, torch.Tensor)}
+    tensors = [place for place, value in enumerate(bound.values()) if isinstance(value, torch.Tensor)]
+    aligned = {(place,): [["tt.divisibility", 16]] for place in tensors}
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options.get("num_warps", 4)}
@@ -76,7 +77,8 @@ def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
     ptx = compiled.asm["ptx"]
     print(json.dumps({
         "kernel": kernel.fn.__name__, "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+\S*)", ptx))),
-        "tma": "cp.async.bulk.tensor" in ptx, "late": _late(ptx), "shared": compiled.metadata.shared, "spilled": _spilled(ptx),
+        "tma": "cp.async.bulk.tensor" in ptx, "late": _late(ptx), "shared": compiled.metadata.shared,
+        "spilled": _spilled(ptx),
         "constants": {k: v for k, v in constants.items() if isinstance(v, int)},
     }), flush=True)  # fmt: skip
 
