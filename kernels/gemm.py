@@ -33,7 +33,7 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from mtp_spec.kernels.launching import prefetch
+    from mtp_spec.kernels.launching import EARLY, pull
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -51,7 +51,7 @@ class Launch:
         stages: steps of K in flight.
         warps: a program.
         unroll: blocks of 128 of K a step.
-        ahead: blocks of K that a program pulls into the cache while the kernel before it still runs, an even number.
+        ahead: blocks of K that a program pulls into the cache while the kernel before it still runs.
     """
 
     tile: int = 64
@@ -114,8 +114,8 @@ if triton is not None:
         w_scale_row = w_scale + (tile * TILE // 128) * k_blocks
         if PDL:
             gdc_launch_dependents()
-            if AHEAD > 0:
-                _pull(w, w_scale_row + first, tile * TILE, first * 128, n, k, TILE, AHEAD, SCALED)
+            if AHEAD > 0 and split * tl.num_programs(0) + place < EARLY:
+                pull(w, tile * TILE, first, n, k, TILE, AHEAD)
             gdc_wait()  # before anything is read, and before `out`, `parts` and `arrivals` are written
         lane = tl.arange(0, ROWS)
         rows = row_tile * ROWS + lane
@@ -150,21 +150,6 @@ if triton is not None:
                     summed += tl.load(part + inside, volatile=True)
                 tl.store(places, summed.to(out.dtype.element_ty), mask=kept)
                 tl.store(arrivals + place, 0)
-
-    @triton.jit
-    def _pull(
-        w, scales, first_row, first, n, k, TILE: tl.constexpr, AHEAD: tl.constexpr, SCALED: tl.constexpr
-    ):  # fmt: skip
-        """Pulls AHEAD blocks of K of TILE rows into the cache, half a row's a thread, and the scales' line."""
-        lane = tl.arange(0, 2 * TILE)
-        row = tl.minimum(first_row + lane // 2, n - 1).to(tl.int64)
-        size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
-        start = tl.minimum(first + lane % 2 * (AHEAD * 64), k - 16)
-        prefetch(w + row * k + start, tl.minimum(k - start, AHEAD * 64) * size)
-        if SCALED:
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [scales], dtype=tl.int32, is_pure=False, pack=1
-            )
 
 
 def fp8_gemm(

@@ -64,10 +64,26 @@ if triton is not None:
             gdc_launch_dependents()
             gdc_wait()
 
+    # programs that are resident before the kernel before has ended, about: later ones gain nothing from a prefetch
+    EARLY: tl.constexpr = tl.constexpr(4 * 132)
+
     @triton.jit
-    def prefetch(addresses, sizes):
-        """Starts pulling `sizes` bytes at `addresses`, multiples of 16 both, into the second-level cache."""
+    def prefetch(addresses, sizes, wanted):
+        """Starts pulling `sizes` bytes at `addresses`, multiples of 16 both, into the second-level cache.
+
+        Where `wanted`, [N] all three: one thread after the other, so N / 32 a warp is what it costs.
+        """
         tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [addresses, sizes],
-            dtype=tl.int32, is_pure=False, pack=1,
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r", [addresses, sizes, wanted.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+    @triton.jit
+    def pull(w, first_row, first_block, rows, k, TILE: tl.constexpr, BLOCKS: tl.constexpr):
+        """Prefetches BLOCKS blocks of 128 of K of TILE rows of w [rows, k]."""
+        lane = tl.arange(0, 2 * TILE)  # every other thread has a row, so that all warps have some
+        row = tl.minimum(first_row + lane // 2, rows - 1).to(tl.int64)
+        size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+        start = tl.minimum(first_block * 128, k - 16)
+        count = tl.minimum(k - start, BLOCKS * 128) * size
+        prefetch(w + row * k + start, tl.zeros_like(lane) + count, lane % 2 == 0)

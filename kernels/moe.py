@@ -1,7 +1,7 @@
 """Mixture of experts in FP8 for 1 to 64 rows (decode, draft, verify) and for any number (prefill).
 
-`moe` is the whole layer in five launches: router with quantisation, choice with grouping (`moe_route`), gate and up
-with activation and quantisation, down, weighted sum. No launch waits for the host, so a step fits one CUDA graph.
+`moe` is the whole layer in four launches: router with quantisation, choice with grouping (`moe_route`), gate and up
+with activation and quantisation, down with the weighted sum. None waits for the host, so a step fits one CUDA graph.
 Weights are read once for each expert hit. A row's result is the same bits whatever rows are beside it; launch
 configurations come from tuned/moe.json by (D, I) and never change with the rows, but for `tokens`, the width of the
 tensor core's narrow side, which does not enter a column's sum.
@@ -37,8 +37,6 @@ from mtp_spec.kernels.moe_route import (
 
 __all__ = ["Experts", "Launch", "Routing", "default_launch", "experts", "experts_reference", "gate", "gate_reference",
            "moe", "moe_reference", "route"]  # fmt: skip
-
-COMBINE_STRETCH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +93,8 @@ class Launch:
         up_tile: columns of gate, and of up, a program: 64 or 128.  down_tile: outputs a program, 64 or 128.
         up_stages, down_stages: steps of K in flight.  up_warps, down_warps: a program.
         up_unroll, down_unroll: blocks of 128 of K a step.
+        up_ahead: KiB / 16 of the shared experts that a program pulls into the cache before the gate has chosen.
+        down_ahead: blocks of 128 of K that a program pulls of its own expert before the hidden values are there.
         tokens: pairs a program for up to 64 rows, 16, 32 or 64.  prefill_tokens: for more.
     """
 
@@ -102,10 +102,12 @@ class Launch:
     up_stages: int = 4
     up_warps: int = 4
     up_unroll: int = 1
+    up_ahead: int = 4
     down_tile: int = 64
     down_stages: int = 4
     down_warps: int = 4
     down_unroll: int = 1
+    down_ahead: int = 4
     tokens: int = 16
     prefill_tokens: int = 64
 
@@ -146,7 +148,8 @@ def moe(
     assert routed.quantised is not None
     assert routed.scales is not None
     assert routed.groups is not None
-    return _run(routed.quantised, routed.scales, routed.groups, routed.weights, weights, launch, x.dtype, residual)
+    hidden = gate_up(routed.quantised, routed.scales, routed.groups, routing.per_row, weights, launch, routing.shared)
+    return down(*hidden, routed.groups, routed.weights, weights, launch, x.dtype, residual)
 
 
 def experts(
@@ -173,7 +176,8 @@ def experts(
     launch = launch or default_launch(weights.channels, weights.inner)
     quantised, scales = quant(x)
     groups = group(indices.contiguous(), weights.count, launch.slot(rows))
-    return _run(quantised, scales, groups, pair_weights.contiguous(), weights, launch, x.dtype, residual)
+    hidden = gate_up(quantised, scales, groups, indices.shape[1], weights, launch)
+    return down(*hidden, groups, pair_weights.contiguous(), weights, launch, x.dtype, residual)
 
 
 def experts_reference(
@@ -202,28 +206,14 @@ def moe_reference(
     return experts_reference(x, *gate_reference(x, router, bias, routing), weights, residual)
 
 
-def _run(
-    x: Tensor, x_scale: Tensor, groups: Groups, pair_weights: Tensor, weights: Experts, launch: Launch,
-    dtype: torch.dtype, residual: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The three launches after routing: x `[M, D]` e4m3 with its scales to `[M, D]` in `dtype`."""
-    from mtp_spec.kernels.moe_kernels import _combine_kernel
-
-    (rows, channels), per_row = x.shape, pair_weights.shape[1]
-    hidden = gate_up(x, x_scale, groups, per_row, weights, launch)
-    parts = down(*hidden, groups, per_row, weights, launch, dtype)
-    out = torch.empty(rows, channels, dtype=dtype, device=x.device)
-    _combine_kernel[(rows, -(-channels // COMBINE_STRETCH))](
-        parts, pair_weights, out if residual is None else residual, out, channels,
-        PER_ROW=per_row, STRETCH=COMBINE_STRETCH, RESIDUAL=residual is not None, **late(x),
-    )  # fmt: skip
-    return out
-
-
 def gate_up(
-    x: Tensor, x_scale: Tensor, groups: Groups, per_row: int, weights: Experts, launch: Launch
+    x: Tensor, x_scale: Tensor, groups: Groups, per_row: int, weights: Experts, launch: Launch, shared: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Launches silu(gate) * up of every pair: x `[M, D]` e4m3 with scales to `[P, I]` e4m3 with scales."""
+    """Launches silu(gate) * up of every pair: x `[M, D]` e4m3 with scales to `[P, I]` e4m3 with scales.
+
+    Args:
+        shared: how many of the last experts every row is known to choose.
+    """
     from mtp_spec.kernels.moe_kernels import _gate_up_kernel
 
     (rows, channels), inner, device = x.shape, weights.inner, x.device
@@ -233,36 +223,38 @@ def gate_up(
     hidden = torch.empty(pairs, inner, dtype=E4M3, device=device)
     hidden_scale = torch.empty(pairs, inner_blocks, device=device)
     _gate_up_kernel[(slots * -(-inner // launch.up_tile),)](
-        _described(weights.gate_up, launch.up_tile), weights.gate_up_scale, x, x_scale,
+        _described(weights.gate_up, launch.up_tile), weights.gate_up, weights.gate_up_scale, x, x_scale,
         groups.order, groups.expert, groups.first, groups.count,
         hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, device=device),
-        _arrivals(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row,
+        _arrivals(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row, slots, weights.count,
         TILE=launch.up_tile, TOKENS=tokens, STAGES=launch.up_stages, UNROLL=launch.up_unroll,
-        EVEN=channels % BLOCK == 0, LARGEST=E4M3_MAX, num_warps=launch.up_warps, **late(x),
+        EVEN=channels % BLOCK == 0, SHARED=shared, AHEAD=launch.up_ahead, LARGEST=E4M3_MAX,
+        num_warps=launch.up_warps, **late(x),
     )  # fmt: skip
     return hidden, hidden_scale
 
 
 def down(
-    hidden: Tensor, hidden_scale: Tensor, groups: Groups, per_row: int, weights: Experts, launch: Launch,
-    dtype: torch.dtype,
+    hidden: Tensor, hidden_scale: Tensor, groups: Groups, pair_weights: Tensor, weights: Experts, launch: Launch,
+    dtype: torch.dtype, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launches the second product of every pair: `[P, I]` e4m3 with scales to `[P, D]` float32, `dtype` in prefill."""
+    """Launches the second product and each row's sum: `[P, I]` e4m3 with scales to `[M, D]` in `dtype`."""
     from mtp_spec.kernels.moe_kernels import _down_kernel
 
-    (pairs, inner), channels, slots = hidden.shape, weights.channels, groups.count.shape[0]
-    rows = pairs // per_row
-    parts = torch.empty(
-        pairs, channels, dtype=torch.float32 if rows <= MOST_ROWS else dtype, device=hidden.device
-    )
-    _down_kernel[(slots * -(-channels // launch.down_tile),)](
-        _described(weights.down, launch.down_tile), weights.down_scale, hidden, hidden_scale,
+    (pairs, inner), (rows, per_row), device = hidden.shape, pair_weights.shape, hidden.device
+    channels, slots, tiles = weights.channels, groups.count.shape[0], -(-weights.channels // launch.down_tile)
+    parts = torch.empty(pairs, channels, dtype=torch.float32 if rows <= MOST_ROWS else dtype, device=device)
+    out = torch.empty(rows, channels, dtype=dtype, device=device)
+    _down_kernel[(slots * tiles,)](
+        _described(weights.down, launch.down_tile), weights.down, weights.down_scale, hidden, hidden_scale,
         groups.order, groups.expert, groups.first, groups.count,
-        parts, inner, channels, hidden_scale.shape[1],
+        pair_weights, parts, _arrivals(device, rows * tiles), out if residual is None else residual, out,
+        inner, channels, hidden_scale.shape[1], slots, weights.count,
         TILE=launch.down_tile, TOKENS=launch.slot(rows), STAGES=launch.down_stages, UNROLL=launch.down_unroll,
-        EVEN=inner % BLOCK == 0, num_warps=launch.down_warps, **late(hidden),
+        EVEN=inner % BLOCK == 0, PER_ROW=per_row, RESIDUAL=residual is not None, AHEAD=launch.down_ahead,
+        num_warps=launch.down_warps, **late(hidden),
     )  # fmt: skip
-    return parts
+    return out
 
 
 def _described(weight: Tensor, rows: int) -> Any:
@@ -275,7 +267,10 @@ _outgrown: list[Tensor] = []  # captured graphs may still write there
 
 
 def _arrivals(device: torch.device, count: int) -> Tensor:
-    """Returns `count` int32 or more, zero before and after every launch, kept for later calls."""
+    """Returns `count` int32 or more, zero before and after every launch, kept for later calls.
+
+    Both products count there: the second touches them only after the first has ended, see `launching`.
+    """
     held = _counters.get(device)
     if held is None or held.numel() < count:
         _outgrown.extend([] if held is None else [held])

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mtp_spec.kernels.launching import follow
+from mtp_spec.kernels.launching import EARLY, prefetch, pull
 
 
 @triton.jit
-def _slot_pairs(order, slot_first, slot, count, TOKENS: tl.constexpr):
+def _slot_pairs(order, first, count, TOKENS: tl.constexpr):
     """Returns the slot's pairs [TOKENS] and which lanes are real."""
     lane = tl.arange(0, TOKENS)
     real = lane < count
-    return tl.load(order + tl.load(slot_first + slot) + tl.where(real, lane, 0)).to(tl.int64), real
+    return tl.load(order + first + tl.where(real, lane, 0)).to(tl.int64), real
 
 
 @triton.jit
@@ -36,6 +37,7 @@ def _quantise(values, LARGEST: tl.constexpr):
 @triton.jit
 def _gate_up_kernel(
     w_desc,  # [E * 2I, D] e4m3, tiles [TILE, 128]
+    w,  # the same, to be pulled into the cache
     w_scale,  # [E, 2 * ceil(I / 128), blocks] float32
     x,  # [M, D] e4m3
     x_scale,  # [M, blocks] float32
@@ -51,23 +53,37 @@ def _gate_up_kernel(
     channels,
     blocks,
     per_row,
+    slots,
+    experts,
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
+    SHARED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
     """hidden = quantised silu(gate) * up; a program has the same TILE columns of gate and of up."""
-    follow(PDL)
+    if PDL:
+        if SHARED > 0 and AHEAD > 0:
+            # Every row chooses the shared experts, the last ones, so their weights are wanted before the gate has
+            # chosen. Each program has a stretch of them, each of four threads a part of it.
+            part = tl.program_id(0).to(tl.int64) * 4 + tl.arange(0, 128) // 32
+            first_byte = (experts - SHARED).to(tl.int64) * 2 * inner * channels + part * AHEAD * 4096
+            left = experts.to(tl.int64) * 2 * inner * channels - first_byte
+            wanted = (left > 0) & (tl.arange(0, 128) % 32 == 0)
+            prefetch(w + tl.where(wanted, first_byte, 0), tl.minimum(left, AHEAD * 4096).to(tl.int32), wanted)
+        gdc_wait()
+        gdc_launch_dependents()  # not earlier: the next kernel looks at the slots before it waits
     tiles = tl.cdiv(inner, TILE)
-    slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    count = tl.load(slot_count + slot)
+    # from the last slot down: shared experts, which are in the cache, come first
+    slot, tile = slots - 1 - tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    expert, first, count = tl.load(slot_expert + slot), tl.load(slot_first + slot), tl.load(slot_count + slot)
     if count == 0:
         return
-    expert = tl.load(slot_expert + slot)
-    pair, real = _slot_pairs(order, slot_first, slot, count, TOKENS)
+    pair, real = _slot_pairs(order, first, count, TOKENS)
     token = pair // per_row
     inner_blocks = tl.cdiv(inner, 128)
     gate_scale = w_scale + (expert.to(tl.int64) * 2 * inner_blocks + tile * TILE // 128) * blocks
@@ -125,6 +141,7 @@ def _store_hidden(
 @triton.jit
 def _down_kernel(
     w_desc,  # [E * D, I] e4m3, tiles [TILE, 128]
+    w,  # the same, to be pulled into the cache
     w_scale,  # [E, ceil(D / 128), blocks] float32
     hidden,  # [P, I] e4m3
     hidden_scale,  # [P, blocks] float32
@@ -132,67 +149,74 @@ def _down_kernel(
     slot_expert,
     slot_first,
     slot_count,
-    out,  # [P, D]
+    weights,  # [M, K] float32
+    parts,  # [P, D]
+    arrivals,  # [M * ceil(D / TILE)] int32, zero before and after
+    residual,  # [M, D], unused without RESIDUAL
+    out,  # [M, D]
     inner,
     channels,
     blocks,
+    slots,
+    experts,
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[pair] = down of the pair's expert @ hidden[pair]."""
-    follow(PDL)
+    """parts[pair] = down of the pair's expert @ hidden[pair]; the last of a row's pairs to arrive adds them up."""
     tiles = tl.cdiv(channels, TILE)
-    slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    count = tl.load(slot_count + slot)
+    slot, tile = slots - 1 - tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if PDL:
+        gdc_launch_dependents()
+        if AHEAD > 0 and tl.program_id(0) < EARLY:
+            # The slots were written two launches ago, and nothing but a prefetch rests on them here. Volatile, so that
+            # no line stays in the first-level cache.
+            if tl.load(slot_count + slot, volatile=True) > 0:
+                early = tl.minimum(tl.maximum(tl.load(slot_expert + slot, volatile=True), 0), experts - 1)
+                pull(w, early * channels + tile * TILE, 0, experts * channels, inner, TILE, AHEAD)
+        gdc_wait()
+    expert, first, count = tl.load(slot_expert + slot), tl.load(slot_first + slot), tl.load(slot_count + slot)
     if count == 0:
         return
-    expert = tl.load(slot_expert + slot)
-    pair, real = _slot_pairs(order, slot_first, slot, count, TOKENS)
+    pair, real = _slot_pairs(order, first, count, TOKENS)
     scale_row = w_scale + (expert.to(tl.int64) * tl.cdiv(channels, 128) + tile * TILE // 128) * blocks
     first_row = expert * channels + tile * TILE
     places = tl.arange(0, 128)
     rows = hidden + pair[:, None] * inner + places[None, :]
     total = tl.zeros((TILE, TOKENS), dtype=tl.float32)
     for block in tl.range(0, blocks, num_stages=STAGES, loop_unroll_factor=UNROLL):
-        w = w_desc.load([first_row, block * 128])
+        w_tile = w_desc.load([first_row, block * 128])
         if EVEN:
             a = tl.load(rows + block * 128, mask=real[:, None], other=0.0)
         else:
             inside = real[:, None] & (block * 128 + places < inner)[None, :]
             a = tl.load(rows + block * 128, mask=inside, other=0.0)
         scale = tl.load(hidden_scale + pair * blocks + block, mask=real, other=0.0) * tl.load(scale_row + block)
-        total += tl.dot(w, a.T) * scale[None, :]
+        total += tl.dot(w_tile, a.T) * scale[None, :]
     column = tile * TILE + tl.arange(0, TILE)
-    kept = real[:, None] & (column < channels)[None, :]
-    places_out = out + pair[:, None] * channels + column[None, :]
-    tl.store(places_out, tl.trans(total).to(out.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _combine_kernel(
-    parts,  # [P, D]
-    weights,  # [M, K] float32
-    residual,  # [M, D], unused without RESIDUAL
-    out,  # [M, D]
-    channels,
-    PER_ROW: tl.constexpr,
-    STRETCH: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """out[m] = sum over j in order of weights[m, j] * parts[m K + j], plus the residual last, rounded once."""
-    follow(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
-    inside = column < channels
-    total = tl.zeros((STRETCH,), dtype=tl.float32)
-    for one in tl.static_range(PER_ROW):
-        part = tl.load(parts + (row * PER_ROW + one) * channels + column, mask=inside, other=0.0)
-        total += tl.load(weights + row * PER_ROW + one) * part.to(tl.float32)
-    if RESIDUAL:
-        total += tl.load(residual + row * channels + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * channels + column, total.to(out.dtype.element_ty), mask=inside)
+    inside = (column < channels)[None, :]
+    part = tl.trans(total).to(parts.dtype.element_ty)  # [TOKENS, TILE]
+    tl.store(parts + pair[:, None] * channels + column[None, :], part, mask=real[:, None] & inside)
+    tl.debug_barrier()  # all threads' stores come before the arrivals
+    row = pair // PER_ROW
+    counter = arrivals + row * tiles + tile
+    last = real & (tl.atomic_add(counter, 1, mask=real, sem="acq_rel") == PER_ROW - 1)
+    if tl.max(last.to(tl.int32), axis=0) > 0:
+        tl.debug_barrier()
+        mask = last[:, None] & inside
+        summed = tl.zeros((TOKENS, TILE), dtype=tl.float32)
+        for one in tl.static_range(PER_ROW):
+            its = row * PER_ROW + one
+            part = tl.load(parts + its[:, None] * channels + column[None, :], mask=mask, other=0.0, volatile=True)
+            summed += tl.load(weights + its, mask=last, other=0.0)[:, None] * part.to(tl.float32)
+        places_out = row[:, None] * channels + column[None, :]
+        if RESIDUAL:
+            summed += tl.load(residual + places_out, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + places_out, summed.to(out.dtype.element_ty), mask=mask)
+        tl.store(counter, 0, mask=last)

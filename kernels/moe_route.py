@@ -29,7 +29,7 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from mtp_spec.kernels.launching import follow, prefetch
+    from mtp_spec.kernels.launching import follow, pull
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -275,11 +275,8 @@ if triton is not None:
         lane, stretch = tl.program_id(0), tl.program_id(1)
         if PDL:
             gdc_launch_dependents()
-            thread = tl.arange(0, 16 * EXPERTS)
-            its = tl.minimum(lane * EXPERTS + thread // 16, experts - 1)
-            start = tl.minimum(stretch * STRETCH + thread % 16 * (STRETCH // 16), channels - 16)
-            size: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-            prefetch(weight + its * channels + start, tl.minimum(channels - start, STRETCH // 16) * size)
+            if tl.program_id(2) == 0:
+                pull(weight, lane * EXPERTS, stretch * (STRETCH // 128), experts, channels, EXPERTS, STRETCH // 128)
             gdc_wait()
         expert = lane * EXPERTS + tl.arange(0, EXPERTS)
         place = stretch * STRETCH + tl.arange(0, STRETCH)

@@ -88,7 +88,7 @@ def _late(ptx: str) -> bool | None:
     if "griddepcontrol" not in ptx:
         return None
     before = ptx[: ptx.index("griddepcontrol.wait")]
-    return "launch_dependents" in before and not re.search(r"\b((ld|st|red|atom)\.(global|v\d)|bulk\.tensor)", before)
+    return "launch_dependents" in ptx and not re.search(r"\b((ld|st|red|atom)\.(global|v\d)|bulk\.tensor)", before)
 
 
 def _spilled(ptx: str) -> int | None:

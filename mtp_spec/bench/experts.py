@@ -1,7 +1,7 @@
 """`bench kernels --what experts`: MoE layers of V3's width with 64 experts, top 8, random routing.
 
-Bytes are those of the experts hit. Three lines for each number of rows: the whole layer with V3's grouped gate; the
-experts with their routing given, which is what other engines' kernels are timed with; the two products alone.
+Bytes are those of the experts hit. Lines for each number of rows: the whole layer with V3's grouped gate and shared
+expert; the experts with their routing given, which is what other engines' kernels are timed with; the products alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mtp_spec.bench.tuning import expert_rounds, label, search
 from mtp_spec.kernels import fp8, moe, quant
 from mtp_spec.kernels.moe_route import Groups, group
 
-EXPERTS, CHOSEN, CHANNELS, INNER = 64, 8, 7168, 2048
+EXPERTS, SHARED, CHOSEN, CHANNELS, INNER = 64, 1, 8, 7168, 2048
 ROUTINGS = 8
 CHECKED = 4
 
@@ -95,23 +95,26 @@ def _given(layer: Layer, m: int, prepared: list[Prepared], rate: float, launch: 
 def _tune(
     layer: Layer, prepared: dict[int, list[Prepared]], launch: moe.Launch, tried: dict[str, Any]
 ) -> moe.Launch:
-    """Searches for the launch of one product after the other; each number of rows counts alike."""
-    for which, work in (("up", _up), ("down", _down)):
-        name = f"{CHANNELS}x{INNER} {which}"
-        base = {m: _each(lambda: [work(layer, p, launch) for p in ps]) for m, ps in prepared.items()}  # noqa: B023
+    """Searches for the launch of one product after the other, then for what is pulled ahead in whole layers.
+
+    Each number of rows counts alike.
+    """
+
+    def search_with(name: str, work: Callable[[moe.Launch, int], Any], start: moe.Launch) -> moe.Launch:
+        base = {m: _each(lambda: work(start, m)) for m in prepared}  # noqa: B023 - called at once
 
         def time(candidate: moe.Launch) -> float:
-            share = 0.0
-            for m, ps in prepared.items():
-                share += _each(lambda: [work(layer, p, candidate) for p in ps]) / base[m]  # noqa: B023
-            return share / len(prepared)
+            return sum(_each(lambda: work(candidate, m)) / base[m] for m in prepared) / len(prepared)  # noqa: B023
 
         def run(candidate: moe.Launch) -> None:
-            for ps in prepared.values():
-                work(layer, ps[0], candidate)  # noqa: B023
+            for m in prepared:
+                work(candidate, m)
 
-        launch = search(launch, expert_rounds(which), run, time, tried.setdefault(name, {}))
-    return launch
+        return search(start, expert_rounds(name), run, time, tried.setdefault(f"{CHANNELS}x{INNER} {name}", {}))
+
+    launch = search_with("up", lambda c, m: [_up(layer, p, c) for p in prepared[m]], launch)
+    launch = search_with("down", lambda c, m: [_down(layer, p, c) for p in prepared[m]], launch)
+    return search_with("ahead", lambda c, m: [layer(x[:m], c) for x in layer.inputs], launch)
 
 
 def _up(layer: Layer, p: Prepared, launch: moe.Launch) -> tuple[Tensor, Tensor]:
@@ -119,7 +122,7 @@ def _up(layer: Layer, p: Prepared, launch: moe.Launch) -> tuple[Tensor, Tensor]:
 
 
 def _down(layer: Layer, p: Prepared, launch: moe.Launch) -> Tensor:
-    return moe.down(*p.hidden, p.groups, CHOSEN, layer.weights, launch, torch.bfloat16)
+    return moe.down(*p.hidden, p.groups, p.pair_weights, layer.weights, launch, torch.bfloat16)
 
 
 def _each(work: Callable[[], Any]) -> float:
@@ -128,13 +131,13 @@ def _each(work: Callable[[], Any]) -> float:
 
 
 def _layer(rows: int) -> Layer:
-    blocks, inner_blocks = CHANNELS // fp8.BLOCK, INNER // fp8.BLOCK
+    count, blocks, inner_blocks = EXPERTS + SHARED, CHANNELS // fp8.BLOCK, INNER // fp8.BLOCK
     weights = moe.Experts(
-        _random(EXPERTS, 2 * INNER, CHANNELS), torch.rand(EXPERTS, 2 * inner_blocks, blocks, device="cuda") * 0.02,
-        _random(EXPERTS, CHANNELS, INNER), torch.rand(EXPERTS, blocks, inner_blocks, device="cuda") * 0.02,
+        _random(count, 2 * INNER, CHANNELS), torch.rand(count, 2 * inner_blocks, blocks, device="cuda") * 0.02,
+        _random(count, CHANNELS, INNER), torch.rand(count, blocks, inner_blocks, device="cuda") * 0.02,
     )  # fmt: skip
     router, bias = torch.randn(EXPERTS, CHANNELS, device="cuda"), torch.zeros(EXPERTS, device="cuda")
-    routing = moe.Routing(experts=EXPERTS, chosen=CHOSEN, groups=8, kept_groups=4, scale=2.5)
+    routing = moe.Routing(experts=EXPERTS, chosen=CHOSEN, groups=8, kept_groups=4, scale=2.5, shared=SHARED)
     return Layer(weights, router, bias, routing, torch.randn(ROUTINGS, rows, CHANNELS, device="cuda").bfloat16())
 
 
@@ -145,7 +148,7 @@ def _prepared(layer: Layer, m: int) -> list[Prepared]:
     for x in layer.inputs:
         indices = torch.rand(m, EXPERTS, generator=generator).argsort(1)[:, :CHOSEN].int().cuda()
         pair_weights = torch.rand(m, CHOSEN, device="cuda") + 0.1
-        groups, quantised = group(indices, EXPERTS, launch.slot(m)), quant.quant(x[:m].contiguous())
+        groups, quantised = group(indices, EXPERTS + SHARED, launch.slot(m)), quant.quant(x[:m].contiguous())
         hidden = moe.gate_up(*quantised, groups, CHOSEN, layer.weights, launch)
         pair_weights /= pair_weights.sum(1, keepdim=True)
         out.append(Prepared(quantised, indices, pair_weights, groups, hidden))

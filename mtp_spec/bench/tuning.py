@@ -46,7 +46,9 @@ def product_rounds(n: int, k: int) -> list[Changes]:
 
 
 def expert_rounds(which: str) -> list[Changes]:
-    """Returns what is tried for the experts' "up" or "down" product."""
+    """Returns what is tried for the experts' "up" or "down" product, or for what is pulled "ahead"."""
+    if which == "ahead":
+        return [[{f"{product}_ahead": ahead} for ahead in AHEAD] for product in ("up", "down")]
     shapes = UP_SHAPES if which == "up" else DOWN_SHAPES
     names = tuple(f"{which}_{field}" for field in ("tile", "stages", "unroll", "warps"))
     return [[dict(zip(names, shape, strict=True)) for shape in shapes]]
