@@ -114,13 +114,12 @@ def _copy_in(
 @gluon.jit
 def _scores(queries, q_rope, keys, key_ropes, zero, OWN: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
             layout: gl.constexpr):  # fmt: skip
-    """Returns queries [ROWS, W] @ keys [BLOCK, W].T of the warpgroup's own block."""
+    """Starts queries [ROWS, W] @ keys [BLOCK, W].T of the warpgroup's own block."""
     scores = gl.zeros([ROWS, BLOCK], gl.float32, layout)
     for part in gl.static_range(2):
         latent = keys.index(zero + 2 * OWN + part).permute((1, 0))
         scores = warpgroup_mma(queries.index(zero + part), latent, scores, use_acc=part > 0, is_async=True)
-    scores = warpgroup_mma(q_rope, key_ropes.index(OWN).permute((1, 0)), scores, is_async=True)
-    return warpgroup_mma_wait(0, deps=[scores])
+    return warpgroup_mma(q_rope, key_ropes.index(OWN).permute((1, 0)), scores, is_async=True)
 
 
 @gluon.jit
@@ -181,17 +180,24 @@ def _multiply(
     # read once: its place is one of the two through which weights are handed over
     q_rope = handed.index(1).load(gl.DotOperandLayout(0, s_layout, 2))
     turn = 0
+    acc = gl.zeros([ROWS, half], gl.float32, o_layout)
+    target = parts + (splits[0] * padded + tile_row).to(gl.int64) * C + OWN * half
     for split in range(splits[0], splits[1]):
         walk, pairs = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
         peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = gl.zeros([ROWS], gl.float32, row_layout)
-        acc = gl.zeros([ROWS, half], gl.float32, o_layout)
         for pair in range(pairs):
             phase = turn & 1
             zero = turn >> 30  # unknown to the compiler, which else keeps fifty addresses in registers and spills
             turn += 1
             mbarrier.wait(full.index(OWN), phase)
             scores = _scores(queries, q_rope, keys, key_ropes, zero, OWN, ROWS, BLOCK, s_layout)
+            if (pair == 0) & (split > splits[0]):
+                # meanwhile the split before is written
+                _store(acc, target, C, ROWS, half)
+                target += padded.to(gl.int64) * C
+                acc = gl.zeros([ROWS, half], gl.float32, o_layout)
+            scores = warpgroup_mma_wait(0, deps=[scores])
             if OWN == 0:
                 before = peak
                 weights, peak, total = _weighed(scores, position, member, walk, 2 * pair, peak, total, scale, BLOCK,
@@ -234,7 +240,7 @@ def _multiply(
         if OWN == 0:
             gl.store(peaks + row + lane, peak)
             gl.store(totals + row + lane, total)
-        _store(acc, parts + row.to(gl.int64) * C + OWN * half, C, ROWS, half)
+    _store(acc, target, C, ROWS, half)
 
 
 @gluon.jit
