@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mtp_spec.kernels.launching import EARLY, prefetch, pull
+from mtp_spec.kernels.quant import block_scaled
 
 
 @triton.jit
@@ -23,15 +24,6 @@ def _slot_pairs(order, first, count, TOKENS: tl.constexpr):
     lane = tl.arange(0, TOKENS)
     real = lane < count
     return tl.load(order + first + tl.where(real, lane, 0)).to(tl.int64), real
-
-
-@triton.jit
-def _quantise(values, LARGEST: tl.constexpr):
-    """Returns values [TOKENS, 128] scaled into e4m3's range, and the scales [TOKENS]."""
-    scale = tl.max(tl.abs(values), axis=1) / LARGEST
-    scale = tl.where(scale > 0, scale, 1.0)
-    # the quotient can exceed the largest value by a rounding
-    return tl.minimum(tl.maximum(values / scale[:, None], -LARGEST), LARGEST), scale
 
 
 @triton.jit
@@ -132,7 +124,7 @@ def _store_hidden(
 ):  # fmt: skip
     """Quantises values [TOKENS, 128], one block of each pair."""
     values = tl.where((column < inner)[None, :], values, 0.0)
-    quantised, scale = _quantise(values, LARGEST)
+    quantised, scale = block_scaled(values, LARGEST)
     kept = real[:, None] & (column < inner)[None, :]
     tl.store(hidden + pair[:, None] * inner + column[None, :], quantised.to(hidden.dtype.element_ty), mask=kept)
     tl.store(hidden_scale + pair * inner_blocks + block, scale, mask=real)

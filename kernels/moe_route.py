@@ -30,6 +30,7 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from mtp_spec.kernels.launching import follow, pull
+    from mtp_spec.kernels.quant import _store_quantised
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -291,15 +292,10 @@ if triton is not None:
             tl.store(out, tl.sum(w * values[None, :], axis=1), mask=expert < experts)
             if QUANTISE:
                 if row % tl.num_programs(0) == lane:
-                    grouped = tl.reshape(values, (STRETCH // 128, 128))
-                    scale = tl.max(tl.abs(grouped), axis=1) / LARGEST
-                    scale = tl.where(scale > 0, scale, 1.0)
-                    # the quotient can exceed the largest value by a rounding
-                    scaled = tl.minimum(tl.maximum(grouped / scale[:, None], -LARGEST), LARGEST)
-                    flat = tl.reshape(scaled, (STRETCH,)).to(quantised.dtype.element_ty)
-                    tl.store(quantised + offset + place, flat, mask=inside)
-                    block = stretch * (STRETCH // 128) + tl.arange(0, STRETCH // 128)
-                    tl.store(scales + row * blocks + block, scale, mask=block < blocks)
+                    _store_quantised(
+                        values, tl.cast(row, tl.int64), stretch * STRETCH, quantised, scales, channels, blocks,
+                        STRETCH, False, LARGEST,
+                    )  # fmt: skip
 
     @triton.jit
     def _select_kernel(

@@ -117,18 +117,22 @@ def _outputs(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor]:
 if triton is not None:
 
     @triton.jit
+    def block_scaled(values, LARGEST: tl.constexpr, POWER: tl.constexpr = False):
+        """Returns values [N, 128] float32 scaled into e4m3's range, and the scales [N]."""
+        scale = tl.max(tl.abs(values), axis=1) / LARGEST
+        if POWER:
+            scale = tl.exp2(tl.ceil(tl.log2(scale)))
+        scale = tl.where(scale > 0, scale, 1.0)
+        # the quotient can exceed the largest value by a rounding
+        return tl.minimum(tl.maximum(values / scale[:, None], -LARGEST), LARGEST), scale
+
+    @triton.jit
     def _store_quantised(
         values, row, first, quantised, scales, channels, blocks,
         SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr,
     ):  # fmt: skip
         """Quantises values [SIZE] float32, channels `first` and on of a row, by blocks of 128."""
-        grouped = tl.reshape(values, (SIZE // 128, 128))
-        scale = tl.max(tl.abs(grouped), axis=1) / LARGEST
-        if POWER:
-            scale = tl.exp2(tl.ceil(tl.log2(scale)))
-        scale = tl.where(scale > 0, scale, 1.0)
-        # the quotient can exceed the largest value by a rounding
-        scaled = tl.minimum(tl.maximum(grouped / scale[:, None], -LARGEST), LARGEST)
+        scaled, scale = block_scaled(tl.reshape(values, (SIZE // 128, 128)), LARGEST, POWER)
         block = first // 128 + tl.arange(0, SIZE // 128)
         tl.store(scales + row * blocks + block, scale, mask=block < blocks)
         places = first + tl.arange(0, SIZE)
