@@ -294,7 +294,7 @@ def _attend(
     if hopper is not None and hopper.fits(head.latent, head.rope):
         each = min(splits, max(1, MULTIPROCESSORS // tiles))
         hopper.attend_kernel[(tiles * each,)](
-            *hopper.descriptors(flat, cache.store, head), parts, *given, each, R=head.rope, UNIT=SPLIT_SIZES[0], **sizes
+            *hopper.descriptors(flat, cache.store, head), parts, *given, each, R=head.rope, **sizes
         )
     else:
         sums = parts[: splits * padded * head.latent].view(-1, head.latent)

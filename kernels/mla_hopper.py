@@ -97,7 +97,7 @@ def _copy_in(
     load_tile(q_half, [q_row, half], q_bar, queries.index(1))
     load_tile(q_rope, [q_row, C], q_bar, handed.index(1))
     turn = 0
-    for split in range(splits[0], splits[1]):
+    for split in range(splits[0], splits[1], splits[2]):
         walk, pairs = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
         for pair in range(pairs):
             for slot in gl.static_range(2):
@@ -182,7 +182,7 @@ def _multiply(
     turn = 0
     acc = gl.zeros([ROWS, half], gl.float32, o_layout)
     target = parts + (splits[0] * padded + tile_row).to(gl.int64) * C + OWN * half
-    for split in range(splits[0], splits[1]):
+    for split in range(splits[0], splits[1], splits[2]):
         walk, pairs = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
         peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = gl.zeros([ROWS], gl.float32, row_layout)
@@ -195,7 +195,7 @@ def _multiply(
             if (pair == 0) & (split > splits[0]):
                 # meanwhile the split before is written
                 _store(acc, target, C, ROWS, half)
-                target += padded.to(gl.int64) * C
+                target += (splits[2] * padded).to(gl.int64) * C
                 acc = gl.zeros([ROWS, half], gl.float32, o_layout)
             scores = warpgroup_mma_wait(0, deps=[scores])
             if OWN == 0:
@@ -296,25 +296,21 @@ def attend_kernel(
     BLOCK: gl.constexpr,
     TAIL: gl.constexpr,
     CHAIN: gl.constexpr,
-    UNIT: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Partial attention, as `mla_kernels._attend_kernel`'s, of a tile of ROWS node-head pairs over some splits.
 
-    A tile's splits are shared out to `each` programs in runs, so that a program reads its queries once and goes from
-    split to split without a pause. Which program computes a split does not enter its result.
+    A tile's splits are dealt out to `each` programs, so that a program reads its queries once and goes from split to
+    split without a pause. Which program computes a split does not enter its result.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     start = gl.load(length)
-    seen = start + deepest + 1
+    count = split_of(start + deepest) + 1
     tiles = padded // ROWS
     tile, turn = gl.program_id(0) % tiles, gl.program_id(0) // tiles
-    units = gl.cdiv(seen, UNIT)
-    low = split_of(UNIT * (turn * units // each))
-    high = gl.where(turn + 1 == each, split_of(seen - 1) + 1, split_of(UNIT * ((turn + 1) * units // each)))
-    if low < high:
+    if turn < count:
         queries = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, C // 2], q_half.layout)
         keys = gl.allocate_shared_memory(gl.bfloat16, [4, BLOCK, C // 2], k_half.layout)
         key_ropes = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, R], k_rope.layout)
@@ -335,7 +331,7 @@ def attend_kernel(
         fence_async_shared()
 
         place = (start, deepest, nodes, tile, base, spare)
-        splits = (low, high)
+        splits = (turn, count, each)
         sm = (queries, handed, keys, key_ropes, stats)
         bars = (q_bar, full, free, shown, taken)
         gl.warp_specialize(
