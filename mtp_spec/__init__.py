@@ -5,12 +5,14 @@
     print(lm.generate("Tell me a story about a fox", temperature=0.7).text)
 """
 
-from mtp_spec.api import LM, Generation, Scores, TokenEvent, TokenStream, load
+from mtp_spec.api import LM, load
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.model.config import CheckpointError
 from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.processors import LogitsProcessor
+from mtp_spec.scoring import Scores
 from mtp_spec.stats import GenerationStats
+from mtp_spec.streaming import Generation, TokenEvent, TokenStream
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from time import perf_counter
-from typing import Any, Literal, cast, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
-from mtp_spec.accept import Drawn, TokenLogprob
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
 from mtp_spec.engine import Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
@@ -21,15 +17,15 @@ from mtp_spec.explain import Explanation, explain
 from mtp_spec.finish import Finisher
 from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.loading import check_device, context_limit, dtype_of, load_model
-from mtp_spec.model.config import CheckpointError, ModelConfig
+from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.rows import Technique, choose_technique
 from mtp_spec.model.transformer import Transformer
-from mtp_spec.options import MAX_NODES, SamplingParams, Speculation, resolve_speculation, sample_seeds
+from mtp_spec.options import SamplingParams, Speculation, resolve_speculation, sample_seeds
 from mtp_spec.pace import Pace
 from mtp_spec.sampling import Sampler
 from mtp_spec.scoring import Scores, score_ids
-from mtp_spec.stats import GenerationStats
+from mtp_spec.streaming import Generation, TokenStream
 from mtp_spec.text import Tokenizer
 
 Message = Mapping[str, str]
@@ -39,80 +35,6 @@ PACK_BYTES = 2**31
 # what "auto" drafts until it is planned from measurements
 AUTO = Speculation(depth=8, adaptive=True)
 AUTO_DEVICE = Speculation(depth=3)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One token of a stream.
-
-    Attributes:
-        text: the text it adds; empty for a token that completes no character yet.
-        token_id: its id.
-        step: the verify step that committed it; 0 is the prefill.
-        source: "target", or the depth of the draft that proposed it.
-    """
-
-    text: str
-    token_id: int
-    step: int
-    source: Literal["target"] | int
-
-
-@dataclass(slots=True)
-class Generation:
-    """A finished text.
-
-    Attributes:
-        text: without the prompt, the end-of-sequence token and the stop string.
-        token_ids: its tokens; `decode(token_ids)` is the text, except where a stop string cut a token in two.
-        finish_reason: "stop" (end-of-sequence token or stop string) or "length".
-        logprobs: None, or for each token its log-probability and the best alternatives.
-        stats: counts, rates and seconds.
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] = "length"
-    logprobs: list[TokenLogprob] | None = None
-    stats: GenerationStats = field(default_factory=GenerationStats)
-
-
-class TokenStream(Iterator[TokenEvent]):
-    """Iterates over the tokens of one generation as they are committed; `result` is whole at the end."""
-
-    def __init__(self, decoder: Decoder | DeviceDecoder, finisher: Finisher) -> None:
-        self.result, self.decoder = Generation(stats=decoder.stats), decoder
-        if decoder.sampler.params.logprobs:
-            self.result.logprobs = []
-        self._events = self._run(decoder, finisher)
-
-    def __iter__(self) -> TokenStream:
-        return self
-
-    def __next__(self) -> TokenEvent:
-        return next(self._events)
-
-    def _run(self, decoder: Decoder | DeviceDecoder, finisher: Finisher) -> Iterator[TokenEvent]:
-        start = perf_counter()
-        waiting: deque[tuple[Drawn, int]] = deque()
-        step, spent = 0, 0.0
-        while not decoder.finished:
-            drawn = decoder.step() if step else decoder.prefill()
-            waiting.extend((token, step) for token in drawn)
-            step += 1
-            spent += perf_counter() - start
-            decoder.stats.total_seconds = spent
-            self.result.finish_reason = finisher.reason
-            for text in finisher.ready():
-                yield self._event(text, *waiting.popleft())
-            start = perf_counter()
-
-    def _event(self, text: str, drawn: Drawn, step: int) -> TokenEvent:
-        self.result.text += text
-        self.result.token_ids.append(drawn.token)
-        if self.result.logprobs is not None and drawn.logprob is not None:
-            self.result.logprobs.append(drawn.logprob)
-        return TokenEvent(text, drawn.token, step, drawn.depth or "target")
 
 
 class LM:
@@ -153,6 +75,10 @@ class LM:
     def decode(self, ids: Ids) -> str:
         """Returns the text of token ids, special tokens left out."""
         return self._text().decode(list(ids))
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Returns token ids of a conversation through the checkpoint's chat template, ready for the answer."""
+        return self._text().chat_ids(messages)
 
     @overload
     def generate(self, prompt: str | Ids, *, n: int, **options: Any) -> list[Generation]: ...
@@ -200,7 +126,7 @@ class LM:
         The events are those of `generate`: same tokens, same text. `stream.result` is the `Generation`.
         """
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return self._open(self._text().chat_ids(cast("Sequence[Message]", prompt)), options)
+            return self._open(self.chat_ids(cast("Sequence[Message]", prompt)), options)
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt: call it once for each, or use generate")
         return self._open(self._prompts(prompt)[0], options)
@@ -232,7 +158,7 @@ class LM:
         given = dict(options)
         if "n" in given:
             raise OptionError(f"n={given['n']!r}: generate and chat take it; stream one text for each of the seeds")
-        speculation = self._speculation(given.pop("speculation", "auto"))
+        speculation = self.speculation_for(given.pop("speculation", "auto"))
         params = SamplingParams.from_options(given, also_allowed=("speculation",))
         processors = () if params.response_format is None else (self._grammar(params.response_format),)
         sampler = Sampler(params, self.config.vocab_size, None, processors, self.stop_ids())
@@ -258,7 +184,12 @@ class LM:
         assert isinstance(self.model, Transformer)
         return Decoder(self.model, self.technique, ids, sampler, speculation, limit, finisher.push, self.pace)
 
-    def _speculation(self, value: object) -> Speculation | None:
+    def speculation_for(self, value: object) -> Speculation | None:
+        """Returns what `speculation=value` means for this model; None is off.
+
+        Raises:
+            OptionError: no possible value, or one that this model cannot follow.
+        """
         speculation = resolve_speculation(value)
         modules = len(self.model.mtp)
         if speculation == "auto":
@@ -382,6 +313,3 @@ def _drain(stream: TokenStream) -> Generation:
     for _ in stream:
         pass
     return stream.result
-
-
-__all__ = ["LM", "MAX_NODES", "CheckpointError", "Generation", "Scores", "TokenEvent", "TokenStream", "load"]

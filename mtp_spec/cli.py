@@ -1,4 +1,4 @@
-"""The command line: `mtp-spec generate`, `inspect` and `bench`. Everything goes through the public API."""
+"""The command line: `mtp-spec generate`, `chat`, `inspect` and `bench`. Everything goes through the public API."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ EXAMPLES = """examples:
   mtp-spec generate "List three fruits" --branching 3,2,1 --seed 7 --json
   echo "Write a poem about rain" | mtp-spec generate -
   mtp-spec generate --prompts prompts.jsonl --json > answers.jsonl
+  mtp-spec chat --system "Answer in one sentence"
+  mtp-spec chat --once "Name three birds"
   mtp-spec inspect /models/DeepSeek-V3
   mtp-spec bench speed --json speed.json
 """
@@ -50,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=mtp_spec.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_chat(commands)
     inspect = commands.add_parser("inspect", help="what a checkpoint holds: shape, sizes, MTP modules, memory")
     inspect.add_argument("path", nargs="?", type=Path, help="checkpoint folder (default: the bundled model)")
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
@@ -67,21 +70,50 @@ def _add_generate(commands: Any) -> None:
     )
     generate.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
     generate.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='one {"prompt": ...} or string a line')
-    generate.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
-    generate.add_argument("--device", default="cpu", help="cpu or cuda")
-    generate.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the machine computes fast)")
+    _add_model(generate)
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
     generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt: of seed, seed + 1, ... (1)")
     generate.add_argument("--json", action="store_true", help="print one JSON document a text instead of the text")
-    drafting = generate.add_argument_group("speculation (never changes the text, but for --acceptance)")
-    drafting.add_argument("--no-speculation", action="store_true", help="plain decoding")
-    drafting.add_argument("--depth", type=int, metavar="K", help="draft a chain of K tokens, 1 to 8")
+    drafting = _add_shape(generate, "speculation (never changes the text, but for --acceptance)")
     drafting.add_argument("--trace", type=int, metavar="N", help="show N steps as trees instead of the text")
-    drafting.add_argument("--branching", metavar="N,N,...", help="draft a tree: children by depth, such as 3,2,1")
     drafting.add_argument("--acceptance", choices=ACCEPTANCE_RULES, metavar="RULE", help=", ".join(ACCEPTANCE_RULES)
                           + " (coupled: same text; typical and relaxed change its distribution)")  # fmt: skip
-    sampling = generate.add_argument_group("sampling")
-    for name, (kind, text) in SAMPLING.items():
+    _add_sampling(generate, SAMPLING)
+
+
+def _add_chat(commands: Any) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model in the terminal; /help lists its commands",
+        description="A chat. Lines from a pipe are questions and commands, one each.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--once", metavar="PROMPT", help="answer this one question; - reads it from standard input")
+    chat.add_argument("--history", type=Path, metavar="FILE", help="where what is typed is remembered")
+    _add_shape(chat, "speculation (never changes the text)")
+    _add_sampling(chat, {name: option for name, option in SAMPLING.items() if name != "logprobs"})
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the machine computes fast)")
+
+
+def _add_shape(parser: argparse.ArgumentParser, title: str) -> Any:
+    drafting = parser.add_argument_group(title)
+    drafting.add_argument("--no-speculation", action="store_true", help="plain decoding")
+    drafting.add_argument("--depth", type=int, metavar="K", help="draft a chain of K tokens, 1 to 8")
+    drafting.add_argument("--branching", metavar="N,N,...", help="draft a tree: children by depth, such as 3,2,1")
+    return drafting
+
+
+def _add_sampling(parser: argparse.ArgumentParser, options: dict[str, tuple[type, str]]) -> None:
+    sampling = parser.add_argument_group("sampling")
+    for name, (kind, text) in options.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     formats = sampling.add_mutually_exclusive_group()
@@ -98,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             show_checkpoint(args.path, as_json=args.json)
         elif args.command == "bench":
             run_bench(args)
+        elif args.command == "chat":
+            _chat(args)
         else:
             _generate(args)
     except (mtp_spec.MTPSpecError, mtp_spec.CheckpointError) as error:
@@ -130,6 +164,15 @@ def _generate(args: argparse.Namespace) -> None:
         else:
             print(flush=True)
             print(statistics_line(stream.result.stats), file=sys.stderr)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from mtp_spec.chat.loop import run_chat
+
+    args.acceptance = args.trace = args.json = None
+    options = _options(args)
+    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty())
+    run_chat(lm, options, system=args.system, prompt=args.once, history=args.history)
 
 
 def _document(prompt: str, seed: int, result: mtp_spec.Generation) -> dict[str, Any]:
@@ -178,7 +221,8 @@ def _prompt(line: str, number: int) -> str:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {name: getattr(args, name) for name in (*SAMPLING, "stop") if getattr(args, name) is not None}
+    given = {name: getattr(args, name, None) for name in (*SAMPLING, "stop")}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if (response_format := _response_format(args)) is not None:
         options["response_format"] = response_format
     if args.no_speculation and (args.depth is not None or args.branching or args.acceptance):

@@ -1,0 +1,111 @@
+"""Markdown that is still being written: what of it is finished, and how it looks.
+
+A block ends at a blank line outside a code fence, unless the next line is indented and so belongs to it (the second
+paragraph of a list's item). A finished block never changes again, so it can be printed for good while the rest is
+drawn anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.console import RenderableType
+from rich.markdown import Markdown
+from rich.text import Text
+
+Source = Literal["target"] | int
+Piece = tuple[str, Source]
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+# the target's own tokens stay as they are; drafts by depth, the last colour for every deeper one
+DEPTH_STYLES = ("green", "cyan", "blue", "magenta", "yellow")
+# html stays visible: rich would drop it
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+
+
+class Answer(Markdown):
+    """Markdown in which a line break stays one and html is text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("")
+        self.markup, self.parsed = text, PARSER.parse(text)
+        _keep_breaks(self.parsed)
+
+
+def _keep_breaks(tokens: Sequence[Token]) -> None:
+    for token in tokens:
+        if token.type == "softbreak":
+            token.type = "hardbreak"
+        _keep_breaks(token.children or ())
+
+
+class Blocks:
+    """Divides a growing text.
+
+    Attributes:
+        open: pieces of the block that may still change.
+    """
+
+    def __init__(self) -> None:
+        self.open: list[Piece] = []
+
+    def push(self, text: str, source: Source) -> list[list[Piece]]:
+        """Takes the next piece; returns the blocks that it finishes."""
+        # only what begins a line can show that the block before it is finished
+        begins_line = "\n" in text or not self.open or self.open[-1][0].endswith("\n")
+        self.open.append((text, source))
+        finished = []
+        while begins_line and (end := _first_end("".join(piece for piece, _ in self.open))):
+            block, self.open = _cut(self.open, end)
+            finished.append(block)
+        return finished
+
+
+def _first_end(text: str) -> int:
+    """Returns where the first block of a text ends and the next begins; 0 if there is but one."""
+    fence, blank, at = "", False, 0
+    for line in text.splitlines(keepends=True):
+        if blank and line.strip() and not line[0].isspace():
+            return at
+        mark = FENCE.match(line)
+        if fence:
+            closes = mark is not None and mark[1].startswith(fence) and not line.strip().strip(fence[0])
+            fence = "" if closes else fence
+        elif mark is not None:
+            fence = mark[1]
+        # blank lines before anything else end nothing
+        blank = not fence and (blank or at > 0) and not line.strip() and bool(text[:at].strip())
+        at += len(line)
+    return 0
+
+
+def _cut(pieces: Sequence[Piece], at: int) -> tuple[list[Piece], list[Piece]]:
+    """Returns the pieces up to a place in their joined text, and those after it."""
+    before, after = list[Piece](), list[Piece]()
+    for text, source in pieces:
+        if at >= len(text):
+            before.append((text, source))
+        elif at <= 0:
+            after.append((text, source))
+        else:
+            before.append((text[:at], source))
+            after.append((text[at:], source))
+        at -= len(text)
+    return before, after
+
+
+def drawn(pieces: Sequence[Piece], coloured: bool) -> RenderableType:
+    """Returns a block as markdown, or as it was written with every token in its proposer's colour."""
+    if not coloured:
+        return Answer("".join(text for text, _ in pieces))
+    line = Text.assemble(*((text, style_of(source)) for text, source in pieces))
+    line.rstrip()
+    return line
+
+
+def style_of(source: Source) -> str:
+    """Returns the style of a token that the target (unstyled) or a draft of some depth proposed."""
+    return "" if source == "target" else DEPTH_STYLES[min(source, len(DEPTH_STYLES)) - 1]

@@ -1,0 +1,123 @@
+"""The chat's loop: reads a line, runs a command or draws an answer, and outlives every error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mtp_spec.api import LM
+from mtp_spec.chat.chat import Chat
+from mtp_spec.chat.commands import run_command, suggestions
+from mtp_spec.chat.reading import LineReader, Reader, TerminalReader, unquoted
+from mtp_spec.chat.screen import Screen
+from mtp_spec.chat.session import MAX_NEW_TOKENS, Session
+from mtp_spec.chat.settings import shape_text
+from mtp_spec.errors import MTPSpecError
+from mtp_spec.model.config import CheckpointError
+from mtp_spec.options import SamplingParams
+
+
+def converse(chat: Chat) -> None:
+    """Runs a chat until its reader ends, `/exit`, or Ctrl-C twice at an empty prompt."""
+    while not chat.leaving:
+        try:
+            text = chat.reader.read()
+        except KeyboardInterrupt:
+            chat.leaving = chat.interrupted
+            chat.interrupted = True
+            if not chat.leaving:
+                chat.screen.say("once more, Ctrl-D or /exit leaves")
+            continue
+        if text is None:
+            return
+        chat.interrupted = False
+        if text.strip():
+            _answer(chat, text)
+
+
+def _answer(chat: Chat, text: str) -> None:
+    try:
+        if text.startswith("/"):
+            run_command(chat, unquoted(text))
+        else:
+            chat.ask(unquoted(text))
+    except (BrokenPipeError, SystemExit):
+        raise
+    except KeyboardInterrupt:
+        chat.interrupted = True
+    except (MTPSpecError, CheckpointError) as error:
+        chat.screen.complain(str(error))
+    except Exception as error:  # a conversation is worth more than a clean end
+        chat.screen.complain(f"{type(error).__name__}: {error}. The chat goes on; /save FILE keeps it")
+
+
+def run_chat(
+    lm: LM,
+    options: Mapping[str, Any],
+    system: str | None = None,
+    prompt: str | None = None,
+    history: Path | None = None,
+) -> None:
+    """Runs the chat of the command line.
+
+    Args:
+        options: as for `LM.stream`; the length of an answer is `MAX_NEW_TOKENS` if not given.
+        prompt: where given, this one question is answered; "-" reads it from standard input.
+        history: a file of one's own for what is typed.
+    """
+    given = {"max_new_tokens": MAX_NEW_TOKENS, **options}
+    speculation = given.pop("speculation", "auto")
+    session = Session(lm, SamplingParams.from_options(given), speculation, system)
+    lm.speculation_for(speculation)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # a terminal that cannot show a character is no reason to end
+        sys.stdout.reconfigure(errors="replace")
+    chat = open_chat(session, history=history)
+    if prompt is not None:
+        chat.ask(sys.stdin.read().strip() if prompt == "-" else prompt)
+        if chat.interrupted:
+            raise KeyboardInterrupt
+        return
+    greet(chat)
+    converse(chat)
+
+
+def greet(chat: Chat) -> None:
+    """Says what is running."""
+    lm = chat.session.lm
+    chat.screen.say(
+        f"{lm.config.model_type}, {lm.config.num_hidden_layers} layers, {len(lm.model.mtp)} MTP modules, context "
+        f"{lm.max_context}, speculation {shape_text(chat.session.speculation)}. /help lists the commands"
+    )
+
+
+def open_chat(session: Session, console: Console | None = None, history: Path | None = None) -> Chat:
+    """Returns a chat on this process's terminal, or on its pipes."""
+    console = console or Console(highlight=False)
+    screen = Screen(console, Console(stderr=True, highlight=False))
+    reader: Reader = LineReader(sys.stdin)
+    if sys.stdin.isatty() and console.is_terminal and not console.is_dumb_terminal:
+        reader = TerminalReader(suggestions, _writable(history or _history_file(), screen))
+    return Chat(session, screen, reader)
+
+
+def _history_file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "mtp-spec" / "chat_history"
+
+
+def _writable(file: Path, screen: Screen) -> Path | None:
+    """Returns the file if what is typed can be kept there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a"):
+            return file
+    except OSError as error:
+        screen.complain(f"what you type is not kept after this chat: {file}: {error.strerror}")
+        return None

@@ -1,0 +1,151 @@
+"""Where questions and commands come from: the keyboard, or lines of text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
+from prompt_toolkit.formatted_text import FormattedText
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import Input
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output
+
+QUOTES = '"""'
+OPENED = re.compile(rf"\s*(/\w+\s+)?{QUOTES}")
+PROMPT, CONTINUED = "> ", "  "
+Suggest = Callable[[str], Iterable[str]]
+
+
+class Reader(Protocol):
+    """A source of input."""
+
+    def read(self) -> str | None:
+        """Returns the next question or command as typed, None at the end.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C where nothing is typed.
+        """
+
+    def agree(self, question: str) -> bool:
+        """Returns whether the user says yes; false where nobody can be asked."""
+
+
+def is_open(text: str) -> bool:
+    """Returns whether a text began with three quotes that are not closed yet."""
+    return OPENED.match(text) is not None and text.count(QUOTES) % 2 == 1
+
+
+def unquoted(text: str) -> str:
+    """Returns a text without the three quotes around it, or around what follows a command's name."""
+    opened = OPENED.match(text)
+    end = text.rstrip()
+    if opened is None or text.count(QUOTES) < 2 or not end.endswith(QUOTES):
+        return text.strip()
+    return (opened[1] or "") + end[opened.end() : -len(QUOTES)].strip("\n")
+
+
+class LineReader:
+    """Reads questions and commands from lines, one each, or several between three quotes."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines = iter(lines)
+
+    def read(self) -> str | None:
+        text = next(self._lines, None)
+        if text is None:
+            return None
+        while is_open(text) and (more := next(self._lines, None)) is not None:
+            text = text.rstrip("\n") + "\n" + more
+        return text
+
+    def agree(self, question: str) -> bool:
+        return False
+
+
+class TerminalReader:
+    """Reads from the keyboard, with history and completion.
+
+    Args:
+        suggest: returns the words that may follow what stands before the cursor's word.
+        history: a file, or None to remember for this chat only.
+        input, output: of prompt_toolkit, for tests.
+    """
+
+    def __init__(
+        self, suggest: Suggest, history: Path | None = None, input: Input | None = None, output: Output | None = None
+    ) -> None:
+        remembered: History = InMemoryHistory() if history is None else FileHistory(str(history))
+        self._session: PromptSession[str] = PromptSession(
+            history=remembered, completer=_Words(suggest), key_bindings=_keys(), multiline=True, input=input,
+            output=output, prompt_continuation=CONTINUED, reserve_space_for_menu=6,
+        )  # fmt: skip
+        self._plain: PromptSession[str] = PromptSession(input=input, output=output)
+
+    def read(self) -> str | None:
+        try:
+            return self._session.prompt(FormattedText([("bold", PROMPT)]))
+        except EOFError:
+            return None
+
+    def agree(self, question: str) -> bool:
+        try:
+            return self._plain.prompt(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes")
+        except (EOFError, KeyboardInterrupt):
+            return False
+
+
+def _keys() -> KeyBindings:
+    keys, typing = KeyBindings(), has_focus(DEFAULT_BUFFER)
+
+    @keys.add("enter", filter=typing)
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=typing)
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("tab", filter=typing)
+    def complete(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.complete_state and buffer.complete_state.completions:
+            buffer.complete_next()
+        else:
+            buffer.start_completion(select_first=True)
+
+    @keys.add("c-c", filter=typing)
+    def empty_or_leave(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+    return keys
+
+
+class _Words(Completer):
+    """Completes commands and their words; a question is left alone."""
+
+    def __init__(self, suggest: Suggest) -> None:
+        self._suggest = suggest
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        before = document.text_before_cursor
+        if not before.startswith("/") or "\n" in before:
+            return
+        word = before[max(before.rfind(" "), before.rfind("\t")) + 1 :]
+        for full in self._suggest(before):
+            if full.startswith(word):
+                yield Completion(full, start_position=-len(word))

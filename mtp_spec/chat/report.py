@@ -1,0 +1,45 @@
+"""`/stats`: what drafting did, as a table."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from mtp_spec.chat.status import speed
+from mtp_spec.stats import GenerationStats
+
+
+def statistics(last: GenerationStats | None, totals: GenerationStats) -> Table:
+    """Returns the statistics of the last answer, where there is one, beside those of the whole chat."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    columns = ([("last answer", last)] if last is not None else []) + [("whole chat", totals)]
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    rows = [_rows(stats) for _, stats in columns]
+    for name in rows[-1]:
+        table.add_row(name, *(row.get(name, "") for row in rows))
+    return table
+
+
+def _rows(stats: GenerationStats) -> dict[str, str]:
+    rows = {
+        "prompt tokens": str(stats.prompt_tokens),
+        "new tokens": str(stats.new_tokens),
+        "tokens a second": f"{speed(stats):.1f}",
+        "verify steps": str(stats.steps),
+        "tokens per step": f"{stats.tokens_per_step:.2f}",
+        "drafted": str(stats.drafted),
+        "accepted": str(stats.accepted),
+    }
+    rates = stats.accepted_per_depth
+    for depth, (given, overall) in enumerate(zip(rates["conditional"], rates["unconditional"], strict=True), start=1):
+        rows[f"accepted at depth {depth}, all (where reached)"] = f"{overall:.0%} ({given:.0%})"
+    if len(stats.accepted_by_rank) > 1:
+        for rank in sorted(stats.accepted_by_rank):
+            rows[f"accepted of rank {rank + 1}"] = str(stats.accepted_by_rank[rank])
+    for accepted in sorted(stats.histogram):
+        rows[f"steps with {accepted} accepted"] = str(stats.histogram[accepted])
+    for phase, seconds in stats.seconds.items():
+        if seconds:
+            rows[f"seconds, {phase}"] = f"{seconds:.2f}"
+    return rows

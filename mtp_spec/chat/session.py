@@ -1,0 +1,152 @@
+"""A conversation with a model: its turns, its settings, what each answer did. It knows no terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from mtp_spec.api import LM
+from mtp_spec.errors import PromptError
+from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.stats import GenerationStats
+from mtp_spec.streaming import Generation, TokenStream
+
+Message = dict[str, str]
+Shape = Speculation | Literal["auto"] | None
+# an answer may be long, the context ends it where it must
+MAX_NEW_TOKENS = 1024
+# room that an answer should have, as a part of the context, where old turns are dropped for it
+ROOM = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How an answer was drawn: everything that repeats it.
+
+    Attributes:
+        messages: what was answered, the question last.
+        params: the sampling, seed included.
+        speculation: as given to `LM.stream`.
+    """
+
+    messages: list[Message]
+    params: SamplingParams
+    speculation: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question and its answer.
+
+    Attributes:
+        draw, result: how it came about; None for a turn from a file.
+        interrupted: whether the answer was stopped by hand.
+    """
+
+    question: str
+    answer: str
+    draw: Draw | None = None
+    result: Generation | None = None
+    interrupted: bool = False
+
+
+class ContextFullError(PromptError):
+    """A conversation that leaves too little of the context for an answer.
+
+    Attributes:
+        drop: how many of the oldest turns must go; None if even the question alone is too long.
+    """
+
+    def __init__(self, message: str, drop: int | None) -> None:
+        super().__init__(message)
+        self.drop = drop
+
+
+class Session:
+    """What a chat remembers.
+
+    Args:
+        lm: a model with a chat template.
+        params: how answers are drawn.
+        speculation: as for `LM.stream`.
+        system: the system message.
+    Attributes:
+        turns: oldest first.
+        totals: statistics of all answers.
+
+    Raises:
+        MTPSpecError: the checkpoint has no tokenizer or no chat template.
+    """
+
+    def __init__(
+        self, lm: LM, params: SamplingParams, speculation: Shape = "auto", system: str | None = None
+    ) -> None:
+        self.lm, self.params, self.speculation, self.system = lm, params, speculation, system
+        self.turns: list[Turn] = []
+        self.totals = GenerationStats()
+        self.count(self.messages("?"))
+
+    def messages(self, question: str | None = None, first: int = 0) -> list[Message]:
+        """Returns the conversation from turn `first` on as messages, then the question."""
+        found = [] if self.system is None else [_message("system", self.system)]
+        for turn in self.turns[first:]:
+            found += [_message("user", turn.question), _message("assistant", turn.answer)]
+        return found if question is None else [*found, _message("user", question)]
+
+    def count(self, messages: list[Message]) -> int:
+        """Returns how many tokens of the context these messages take."""
+        return len(self.lm.chat_ids(messages)) if messages else 0
+
+    def ask(self, question: str) -> tuple[Draw, TokenStream]:
+        """Returns the answer to a question, about to be drawn; `keep` makes it a turn.
+
+        Raises:
+            ContextFullError: too little of the context is left.
+        """
+        self._check_room(question)
+        draw = Draw(self.messages(question), self.params, self.speculation)
+        return draw, self.draw(draw)
+
+    def draw(self, draw: Draw) -> TokenStream:
+        """Returns the stream that a draw describes."""
+        return self.lm.stream(draw.messages, speculation=draw.speculation, **options_of(draw.params))
+
+    def keep(self, draw: Draw, result: Generation, interrupted: bool) -> bool:
+        """Adds a turn; returns false, and adds none, where nothing was written before the answer was stopped."""
+        self.totals = self.totals.merge(result.stats)
+        if interrupted and not result.text:
+            return False
+        self.turns.append(Turn(draw.messages[-1]["content"], result.text, draw, result, interrupted))
+        return True
+
+    def set(self, name: str, value: Any) -> None:
+        """Changes one of the sampling parameters."""
+        self.params = replace(self.params, **{name: value})
+
+    def _check_room(self, question: str) -> None:
+        context = self.lm.max_context
+        taken = self.count(self.messages(question))
+        if taken < context:
+            return
+        wanted = context - min(self.params.max_new_tokens, int(context * ROOM))
+        for drop in range(1, len(self.turns) + 1):
+            enough = wanted if drop < len(self.turns) else context - 1
+            if self.count(self.messages(question, drop)) <= enough:
+                turns = "turn" if drop == 1 else f"{drop} turns"
+                raise ContextFullError(
+                    f"the context is full: the conversation takes {taken} tokens of {context}. /clear {drop} forgets "
+                    f"the oldest {turns}, /clear all of it", drop,
+                )  # fmt: skip
+        alone = self.count(self.messages(question, len(self.turns)))
+        raise ContextFullError(
+            f"the question takes {alone} tokens and the context is {context}: shorten it", None
+        )
+
+
+def options_of(params: SamplingParams) -> dict[str, Any]:
+    """Returns sampling parameters as the options of `LM.stream`."""
+    return {field.name: getattr(params, field.name) for field in fields(params)}
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
