@@ -67,11 +67,15 @@ class Sampled:
     """Tokens `[M, B]` int32 best first, their scores `[M, B]` float32, and `[M]` int32: 1 where none can be drawn.
 
     A row with fewer than B tokens left repeats its best with a score of -inf; a failed row has token 0.
+
+    Attributes:
+        rows: `[M, V]` float32, what tokens are drawn from, before noise, removed ones at -inf; where they were kept.
     """
 
     tokens: Tensor
     scores: Tensor
     failed: Tensor
+    rows: Tensor | None = None
 
 
 def settings_row(
@@ -101,6 +105,7 @@ def sample(
     stages: Stages,
     best: int = 1,
     path: Tensor | None = None,
+    keep: bool = False,
 ) -> Sampled:
     """Returns the `best` tokens of every row; CPU tensors take the reference unless Triton interprets.
 
@@ -108,10 +113,11 @@ def sample(
         logits: `[M, V]` float32 or bfloat16.  request: `[M]` int32, whose settings.
         position: `[M]` int64, absolute position of the token to be drawn.
         path: `[M, depth]` int32, tokens drafted since `settings.seen` was brought up to date; -1 for none.
+        keep: return the processed rows too, which rules of acceptance compare.
     """
     _check(logits, request, position, settings, stages, path)
     if not runs_triton(logits):
-        return sample_reference(logits, request, position, settings, stages, best, path)
+        return sample_reference(logits, request, position, settings, stages, best, path, keep)
     from mtp_spec.kernels import sampler_kernels as kernels
 
     rows, vocabulary = logits.shape
@@ -133,7 +139,8 @@ def sample(
     kernels._draw_kernel[grid](
         work, highest, request, settings.values, settings.seed, position, edge, ties, best_value, best_token,
         vocabulary, stretches, STRETCH=stretch, STRETCHES=wide, BEST=best,
-        SEARCHED=stages.top_k or stages.top_p, MIN_P=stages.min_p, NOISE=stages.noise, num_warps=8,
+        SEARCHED=stages.top_k or stages.top_p, MIN_P=stages.min_p, NOISE=stages.noise, KEEP=keep,
+        num_warps=8,
         **late(work),
     )  # fmt: skip
     tokens = torch.empty(rows, best, dtype=torch.int32, device=device)
@@ -144,7 +151,7 @@ def sample(
         STRETCHES=wide, BEST=best, WIDE=triton.next_power_of_2(stretches * best),
         **late(work),
     )  # fmt: skip
-    return Sampled(tokens, scores, failed)
+    return Sampled(tokens, scores, failed, work if keep else None)
 
 
 def gumbel(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
@@ -175,14 +182,18 @@ def gumbel_reference(seed: int, position: int, vocabulary: int) -> Tensor:
 
 def sample_reference(
     logits: Tensor, request: Tensor, position: Tensor, settings: Settings, stages: Stages, best: int = 1,
-    path: Tensor | None = None,
+    path: Tensor | None = None, keep: bool = False,
 ) -> Sampled:  # fmt: skip
     """`sample` in plain torch, one row at a time."""
-    rows = []
+    rows, kept = [], []
     for row in range(logits.shape[0]):
         of = int(request[row])
         drafted = None if path is None else path[row]
-        scores = _reference_row(logits[row].float(), of, int(position[row]), settings, stages, drafted)
+        scores = _reference_row(logits[row].float(), of, settings, stages, drafted)
+        kept.append(scores)
+        if stages.noise and settings.values[of, 0] > 0 and torch.isfinite(scores.max()):
+            noise = gumbel_reference(int(settings.seed[of]), int(position[row]), len(scores))
+            scores = scores + noise.to(scores.device)
         failed = not bool(torch.isfinite(scores.max()))  # the maximum of a row with NaN is NaN
         value, token = scores.sort(descending=True, stable=True)
         value, token = value[:best], token[:best]
@@ -190,12 +201,10 @@ def sample_reference(
         rows.append((torch.zeros_like(token) if failed else token, value, failed))
     tokens, values, bad = zip(*rows, strict=True)
     flags = torch.tensor(bad, dtype=torch.int32, device=logits.device)
-    return Sampled(torch.stack(tokens).int(), torch.stack(values), flags)
+    return Sampled(torch.stack(tokens).int(), torch.stack(values), flags, torch.stack(kept) if keep else None)
 
 
-def _reference_row(
-    row: Tensor, of: int, position: int, settings: Settings, stages: Stages, path: Tensor | None
-) -> Tensor:
+def _reference_row(row: Tensor, of: int, settings: Settings, stages: Stages, path: Tensor | None) -> Tensor:
     temperature, top_k, top_p, log_min_p, repetition, presence, frequency, _ = settings.values[of].tolist()
     if stages.bias and settings.bias is not None:
         row = row + settings.bias[of]
@@ -220,7 +229,7 @@ def _reference_row(
         row = row.index_fill(0, order[keep:], -math.inf)
     if stages.min_p:
         row = row.masked_fill(row < np.float32(log_min_p), -math.inf)
-    return row + gumbel_reference(int(settings.seed[of]), position, len(row)).to(row.device)
+    return row
 
 
 def stretch_of(vocabulary: int) -> int:

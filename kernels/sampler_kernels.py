@@ -268,7 +268,8 @@ def _gumbel_kernel(seed, position, out, vocabulary, STRETCH: tl.constexpr, PDL: 
 
 @triton.jit
 def _draw_kernel(
-    work, highest, request, settings,
+    work,  # with KEEP it receives what is left of each row
+    highest, request, settings,
     seed,  # [R] int64, bits of an unsigned number
     position,  # [M] int64
     edge, ties,  # of the last search, used with SEARCHED
@@ -276,7 +277,7 @@ def _draw_kernel(
     best_token,  # [M, S, B] int32
     vocabulary, stretches,
     STRETCH: tl.constexpr, STRETCHES: tl.constexpr, BEST: tl.constexpr, SEARCHED: tl.constexpr, MIN_P: tl.constexpr,
-    NOISE: tl.constexpr, PDL: tl.constexpr,
+    NOISE: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best tokens of a stretch: largest scaled logit plus noise, lowest index among equals."""
     follow(PDL)
@@ -298,6 +299,8 @@ def _draw_kernel(
             if MIN_P:
                 lowest = _setting(settings, of, LOG_MIN_P).to(tl.float32)
                 scaled = tl.where(scaled < lowest, float("-inf"), scaled)
+            if KEEP:
+                tl.store(work + row * vocabulary + token, scaled, mask=inside)
             noise = gumbel(tl.load(seed + of), tl.load(position + row), stretch * STRETCH, STRETCH)
             score = scaled + noise
     score = tl.where(inside & (score == score), score, float("-inf"))

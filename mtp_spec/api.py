@@ -196,11 +196,6 @@ class LM:
             # where rows must run one by one, verifying costs as much as it saves
             automatic = AUTO if self.runtime is None else AUTO_DEVICE
             return automatic if modules and self.technique == "batched" else None
-        if speculation is not None and self.runtime is not None and speculation.acceptance != "coupled":
-            raise OptionError(
-                f'acceptance="{speculation.acceptance}" runs on the CPU only yet: use "coupled" on a GPU, whose texts '
-                "have the same distribution as those of the lossless rules"
-            )
         if speculation is not None and not modules:
             raise OptionError(
                 f"speculation={value!r} needs a multi-token-prediction module and this checkpoint has none "

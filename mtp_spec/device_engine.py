@@ -43,7 +43,7 @@ class DeviceRuntime:
         self.model, self.max_context = model, max_context
         self.captures = model.device.type == "cuda"
         self._states: list[State] = []
-        self._steps: dict[tuple[int, Shape, Stages, int], Step] = {}
+        self._steps: dict[tuple[int, Shape, Stages, int, str], Step] = {}
         self._prefills: dict[tuple[int, int, bool], Prefill] = {}
 
     def acquire(self) -> State:
@@ -55,12 +55,12 @@ class DeviceRuntime:
         state.busy = True
         return state
 
-    def step(self, state: State, shape: Shape, stages: Stages, extend: int) -> Step:
+    def step(self, state: State, shape: Shape, stages: Stages, extend: int, acceptance: str) -> Step:
         """Returns the step of a tree, captured where there is a GPU. The state must not hold a text yet."""
-        key = (self._states.index(state), shape, stages, extend)
+        key = (self._states.index(state), shape, stages, extend, acceptance)
         step = self._steps.pop(key, None)
         if step is None:
-            step = Step(self.model, state, shape, stages, extend)
+            step = Step(self.model, state, shape, stages, extend, acceptance)
             if self.captures:
                 step.capture()
             while len(self._steps) >= KEPT_STEPS:
@@ -104,15 +104,16 @@ class DeviceDecoder:
         if speculation is not None and speculation.adaptive:
             # a captured step has one shape: the depth that pays on most texts, where deeper is allowed
             depth = min(speculation.depth, ADAPTIVE_DEPTH)
-            speculation = Speculation(depth, speculation.branching[:depth], speculation.budget)
+            speculation = Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
         self.shape, self.stages = Shape.of(speculation), stages_of(sampler.params)
         self.stats = GenerationStats()
         self.finished = False
         self.state = runtime.acquire()
         self._release = weakref.finalize(self, _free, self.state)
         extend = 0 if speculation is None else self.shape.depth + 1
+        acceptance = "coupled" if speculation is None else speculation.acceptance
         with torch.inference_mode():
-            self.one_step = runtime.step(self.state, self.shape, self.stages, extend)
+            self.one_step = runtime.step(self.state, self.shape, self.stages, extend, acceptance)
         self._launched: deque[_Launched] = deque()
         cuda = self.model.device.type == "cuda"
         self._hosts = [torch.empty(commits.record_size(MOST), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]

@@ -81,6 +81,10 @@ class Constants:
         most = max(len(path) for path in paths)
         return self._constant([path + [-1] * (most - len(path)) for path in paths], torch.int32)
 
+    def flags(self, values: list[list[bool]]) -> Tensor:
+        """Returns them as bool."""
+        return self._constant(values, torch.bool)
+
     def _constant(self, values: object, dtype: torch.dtype) -> Tensor:
         name = f"{values} {dtype}"
         if name not in self._held:

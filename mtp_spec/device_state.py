@@ -24,6 +24,7 @@ class State:
     Attributes:
         length: `[1]` int32, committed slots of the main model; a module's cache has one fewer for each module before.
         hidden: `[ROWS, D]` of the last pass.  path, tokens: of the last step, see `kernels.commit.accept`.
+        drawn: `[1]` int64, random numbers that a rule has used, see `device_rules`.
         carried: `[modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
     """
 
@@ -46,6 +47,7 @@ class State:
             bias=torch.zeros(1, vocabulary, device=device),
             seen=torch.zeros(1, vocabulary, dtype=torch.int32, device=device),
         )
+        self.drawn = torch.zeros(1, dtype=torch.int64, device=device)
         self.busy = False
 
     def reset(self, params: SamplingParams, prompt: list[int]) -> None:
@@ -54,6 +56,7 @@ class State:
         self.store.zero_()
         self.carried.zero_()
         self.length.zero_()
+        self.drawn.zero_()
         device, settings = self.length.device, self.settings
         row = settings_row(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty,
                            params.presence_penalty, params.frequency_penalty)  # fmt: skip

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from mtp_spec.device_draft import feed_modules, run_module
+from mtp_spec.device_rules import DeviceRule
 from mtp_spec.device_shape import Constants, Shape
 from mtp_spec.device_state import State
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels import mla
-from mtp_spec.kernels.sampler import Stages, sample
+from mtp_spec.kernels.sampler import Sampled, Stages, sample
 from mtp_spec.model.device import DeviceModel
 
 
@@ -29,6 +30,7 @@ class Step:
 
     Args:
         extend: tokens that the step before may have committed, which the MTP modules have not seen; 0 without drafting.
+        acceptance: the rule; all but "coupled" draw drafts and accept them by `device_rules`.
     Attributes:
         logits: `[M, V]` float32 of the last call, root first.
     """
@@ -38,12 +40,16 @@ class Step:
     shape: Shape
     stages: Stages
     extend: int
+    acceptance: str = "coupled"
     logits: Tensor = field(init=False)
     _graph: Callable[[], None] | None = field(init=False, default=None)
     _constants: Constants = field(init=False)
+    _rule: DeviceRule | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._constants = Constants(self.model.device)
+        if self.acceptance != "coupled" and self.shape.parents:
+            self._rule = DeviceRule(self.acceptance, self.shape, not self.stages.noise, self.state.drawn)
 
     def __call__(self) -> None:
         if self._graph is None:
@@ -72,11 +78,15 @@ class Step:
         position = (state.length + depths + 1).long()
         seen = state.settings.seen if self.stages.penalty else None
         path = None if seen is None or not shape.parents else _drafted(ids, table[:, 1:])
-        drawn = sample(self.logits, self._requests(len(rows)), position, state.settings, self.stages, 1, path)
+        drawn = self._sample(self.logits, position, path)
         state.hidden[: len(rows)] = outputs
         parents = constants.integers([-1, *(parent + 1 for parent in shape.parents)])
-        commits.accept(drawn.tokens[:, 0].contiguous(), drawn.failed, ids, parents, state.path, state.tokens,
-                       state.record, None if seen is None else seen[0])  # fmt: skip
+        tokens, failed = drawn.tokens[:, 0].contiguous(), drawn.failed
+        if self._rule is not None and drawn.rows is not None:
+            tokens, ids = self._rule.judge(drawn.rows)
+            failed = failed | self._rule.failed
+        commits.accept(tokens, failed, ids, parents, state.path, state.tokens, state.record,
+                       None if seen is None else seen[0])  # fmt: skip
         if not shape.is_chain:
             commits.commit(state.caches, state.length, state.path, state.record)
         state.length += state.record[commits.COUNT : commits.COUNT + 1]
@@ -95,6 +105,8 @@ class Step:
         state, shape, constants = self.state, self.shape, self._constants
         tokens = torch.zeros(len(shape.parents), dtype=torch.int64, device=self.model.device)
         feeding = [-1]
+        if self._rule is not None:
+            self._rule.begin(state.settings.seed)
         for depth in range(1, shape.depth + 1):
             path = None
             if depth > 1:
@@ -107,14 +119,18 @@ class Step:
             children = shape.level(depth)
             width = max(shape.ranks[node] for node in children) + 1
             position = (state.length + depth).long().expand(len(feeding)).contiguous()
-            drawn = sample(self.model.draft_logits(hidden), self._requests(len(feeding)), position, state.settings,
-                           self.stages, width, path)  # fmt: skip
-            places = [feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children]
-            tokens[children[0] : children[-1] + 1] = drawn.tokens.flatten().index_select(0, constants.places(places))
+            drawn = self._sample(self.model.draft_logits(hidden), position, path, width if self._rule is None else 1)
+            if self._rule is not None and drawn.rows is not None:
+                found = self._rule.propose(depth, drawn.rows, drawn.failed)
+            else:
+                places = [feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children]
+                found = drawn.tokens.flatten().index_select(0, constants.places(places))
+            tokens[children[0] : children[-1] + 1] = found
         return tokens
 
-    def _requests(self, rows: int) -> Tensor:
-        return self._constants.integers([0] * rows)
+    def _sample(self, logits: Tensor, position: Tensor, path: Tensor | None, best: int = 1) -> Sampled:
+        request, keep = self._constants.integers([0] * len(logits)), self._rule is not None
+        return sample(logits, request, position, self.state.settings, self.stages, best, path, keep)
 
 
 @dataclass(slots=True)

@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mtp_spec.device_shape import Shape
 from mtp_spec.device_state import State, stages_of
 from mtp_spec.device_step import Step
-from mtp_spec.kernels import commit, gemm, launching, mla, moe, moe_route, quant, sampler
+from mtp_spec.kernels import commit, gemm, launching, mla, moe, moe_route, quant, sampler, uniform
 from mtp_spec.model.config import load_config
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import SamplingParams, Speculation
@@ -115,7 +115,7 @@ def _spilled(ptx: str) -> int | None:
 def main(name: str) -> None:
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)  # type: ignore[method-assign]
     launching.overlaps = mla.on_hopper = lambda _: True
-    for module in (commit, gemm, mla, moe, moe_route, quant, sampler):
+    for module in (commit, gemm, mla, moe, moe_route, quant, sampler, uniform):
         module.runs_triton = lambda _: True
     folder = files("mtp_spec.configs")
     if name == "demo":
@@ -127,9 +127,10 @@ def main(name: str) -> None:
     model = DeviceModel(config, "meta")
     state = State(model, 1000)
     params = SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, logit_bias={1: 1.0})
-    for speculation in (None, Speculation(depth=2), Speculation(branching=(2, 2))):
+    chain, tree = Speculation(depth=2), Speculation(branching=(2, 2))
+    for speculation, rule in ((None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")):
         shape = Shape.of(speculation)
-        Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0)._run()
+        Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
 
 
 if __name__ == "__main__":

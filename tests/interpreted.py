@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from mtp_spec import noise as library_noise
-from mtp_spec.kernels import commit, fp8, gemm, mla, moe, quant, sampler
+from mtp_spec.kernels import commit, fp8, gemm, mla, moe, quant, sampler, uniform
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
 
@@ -190,6 +190,13 @@ def noise() -> None:
         assert torch.equal(sampler.gumbel_reference(seed, position, 300), expected)
         apart = row.view(torch.int32).long() - expected.view(torch.int32).long()
         assert int(apart.abs().max()) <= 1
+    for seed in seeds:
+        stream = np.random.Generator(np.random.Philox(key=np.array([seed, 1], dtype=np.uint64))).random(60)
+        for first in (0, 1, 7, 40):
+            place = torch.tensor([first]).to(ON)
+            got = uniform.uniforms(torch.tensor([sampler.seed_bits(seed)]).to(ON), place, 20)
+            assert got.tolist() == stream[first : first + 20].tolist()
+            assert torch.equal(uniform.uniforms_reference(seed, first, 20), got.cpu())
 
 
 WAYS: list[dict[str, Any]] = [
@@ -220,12 +227,15 @@ def sampling() -> None:
     request, position = torch.arange(ways, dtype=torch.int32).to(ON), torch.arange(ways).to(ON) + 100
     path = torch.tensor([[11, -1, 12]] * ways, dtype=torch.int32).to(ON)
     for rows in (logits, logits.round()):
-        got = sampler.sample(rows.to(ON), request, position, settings, stages, 4, path)
+        got = sampler.sample(rows.to(ON), request, position, settings, stages, 4, path, keep=True)
+        assert got.rows is not None
         for row, way in enumerate(WAYS):
             library = Sampler(SamplingParams(seed=7, **way), vocabulary)
             history = library.history(prompt).extend(generated + drafted)
-            expected = library.top(library.process(rows[row], history), 100 + row, 4)
+            processed = library.process(rows[row], history)
+            expected = library.top(processed, 100 + row, 4)
             assert got.tokens[row].tolist()[: len(expected)] == expected, way
+            assert torch.equal(got.rows[row].cpu(), processed), way
 
 
 def commits() -> None:

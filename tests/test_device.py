@@ -182,7 +182,7 @@ def test_drafts_as_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mod
     monkeypatch.setattr(kernels.model, "draft_logits",
                         lambda hidden: found["kernels"].append(hidden.float()) or logits(hidden))  # fmt: skip
     wide = LM(load_checkpoint(folder, dtype=torch.float32), None, "single", 300)
-    for shape, steps in ((Speculation(depth=5), 5), (Speculation(branching=(3, 2, 1)), 5)):
+    for shape, steps in ((Speculation(depth=5), 4), (Speculation(branching=(3, 2, 1)), 3)):
         for lm in (wide, kernels):
             lm.generate(prompt, temperature=0, max_new_tokens=1 + steps * (shape.depth + 1), speculation=shape,
                         logit_bias={7: 1e4, 9: 9e3, 11: 8e3})  # fmt: skip
