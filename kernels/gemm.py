@@ -33,11 +33,12 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    from mtp_spec.kernels.launching import EARLY, pull
+    from mtp_spec.kernels.launching import EARLY, call_at, pull
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 ROW_TILES = (16, 32, 64)
+SHARED_MEMORY = 216 * 1024  # bytes a program can have for its tiles
 MULTIPROCESSORS = 132  # of an H100 or H200; a number of splits is part of the arithmetic, so it is fixed
 
 
@@ -52,6 +53,8 @@ class Launch:
         warps: a program.
         unroll: blocks of 128 of K a step.
         ahead: blocks of K that a program pulls into the cache while the kernel before it still runs.
+        call: blocks of K before its end at which a program lets the next kernel come; 0 for at once. What that kernel
+            pulls into the cache must still be there when this one ends.
     """
 
     tile: int = 64
@@ -60,6 +63,7 @@ class Launch:
     warps: int = 4
     unroll: int = 1
     ahead: int = 8
+    call: int = 0
 
 
 @lru_cache
@@ -100,6 +104,7 @@ if triton is not None:
         STAGES: tl.constexpr,
         UNROLL: tl.constexpr,
         AHEAD: tl.constexpr,
+        CALL: tl.constexpr,
         SCALED: tl.constexpr,
         WIDE: tl.constexpr,
         PDL: tl.constexpr,
@@ -113,7 +118,8 @@ if triton is not None:
         last = tl.minimum(first + each, k_blocks)
         w_scale_row = w_scale + (tile * TILE // 128) * k_blocks
         if PDL:
-            gdc_launch_dependents()
+            if CALL == 0:
+                gdc_launch_dependents()
             if AHEAD > 0 and split * tl.num_programs(0) + place < EARLY:
                 pull(w, tile * TILE, first, n, k, TILE, AHEAD)
             gdc_wait()  # before anything is read, and before `out`, `parts` and `arrivals` are written
@@ -123,6 +129,8 @@ if triton is not None:
         a_scale_rows = a_scale + rows.to(tl.int64) * k_blocks
         total = tl.zeros((TILE, ROWS), dtype=tl.float32)
         for block in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
+            if PDL and CALL > 0:
+                call_at(block, tl.maximum(last - CALL, first))
             weights = w_desc.load([tile * TILE, block * 128])
             a = a_desc.load([row_tile * ROWS, block * 128])
             if WIDE:  # the interpreter cannot multiply bfloat16
@@ -207,6 +215,7 @@ def _launch(
     (rows, inputs), outputs = a.shape, w.shape[0]
     row_tile = next((size for size in ROW_TILES if rows <= size), ROW_TILES[-1])
     tiles = -(-outputs // launch.tile) * -(-rows // row_tile)
+    step = launch.unroll * BLOCK * a.element_size() * (launch.tile + row_tile)
     parts, arrivals = _workspace(a.device, launch.splits * tiles * launch.tile * row_tile, tiles)
     _gemm_kernel[(tiles, launch.splits)](
         described(w, launch.tile, BLOCK),
@@ -223,9 +232,10 @@ def _launch(
         TILE=launch.tile,
         ROWS=row_tile,
         SPLITS=launch.splits,
-        STAGES=launch.stages,
+        STAGES=min(launch.stages, SHARED_MEMORY // step),
         UNROLL=launch.unroll,
         AHEAD=launch.ahead,
+        CALL=launch.call,
         SCALED=w_scale is not None,
         WIDE=w_scale is None and interpreted(),
         num_warps=launch.warps,

@@ -64,6 +64,14 @@ if triton is not None:
             gdc_launch_dependents()
             gdc_wait()
 
+    @triton.jit
+    def call_at(block, at):
+        """Lets the next kernel become resident once `block` is `at`: a branch would break a loop's pipeline."""
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.eq.s32 p, $1, $2; @p griddepcontrol.launch_dependents; mov.b32 $0, 0; }", "=r,r,r",
+            [block, at], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
     # programs that are resident before the kernel before has ended, about: later ones gain nothing from a prefetch
     EARLY: tl.constexpr = tl.constexpr(4 * 132)
 

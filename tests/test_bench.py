@@ -84,12 +84,12 @@ def test_a_search_keeps_the_fastest_launch_and_what_failed(tmp_path: Path) -> No
     tried: dict[str, Any] = {}
 
     def time(launch: gemm.Launch) -> float:
-        if launch.stages == 8:
+        if launch.stages == 20:
             raise ValueError("out of shared memory")
-        return 100.0 / launch.tile + abs(launch.splits - 2) + abs(launch.ahead - 16)
+        return 100.0 / launch.tile + abs(launch.splits - 2) + abs(launch.ahead - 16) + abs(launch.call - 4)
 
     found = tuning.search(gemm.Launch(), tuning.product_rounds(7168, 2048), time, time, tried)
-    assert (found.tile, found.splits, found.ahead) == (128, 2, 16)
+    assert (found.tile, found.splits, found.ahead, found.call) == (128, 2, 16, 4)
     assert any("shared memory" in str(result) for result in tried.values())
     (tmp_path / "gemm.json").write_text(json.dumps({"1x1": {"tile": 64}}))
     tuning.write(tmp_path, {"gemm.json": {"7168x2048": found}})

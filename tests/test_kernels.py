@@ -27,9 +27,10 @@ def test_interpreted(what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tile", "rows", "splits", "unroll"), [(64, 16, 1, 1), (64, 64, 4, 1), (128, 16, 2, 2), (64, 16, 1, 2)]
+    ("tile", "rows", "splits", "unroll", "call"),
+    [(64, 16, 1, 1, 0), (64, 64, 4, 1, 0), (128, 16, 2, 2, 8), (64, 16, 1, 2, 8)],
 )
-def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int, unroll: int) -> None:
+def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int, unroll: int, call: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -46,7 +47,7 @@ def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int,
         "n": "i32",
         "k": "i32",
     }
-    constants = {"TILE": tile, "ROWS": rows, "SPLITS": splits, "STAGES": 4, "UNROLL": unroll, "AHEAD": 8,
+    constants = {"TILE": tile, "ROWS": rows, "SPLITS": splits, "STAGES": 4, "UNROLL": unroll, "AHEAD": 8, "CALL": call,
                  "SCALED": True, "WIDE": False, "PDL": True}  # fmt: skip
     source = ASTSource(
         gemm._gemm_kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
@@ -58,7 +59,8 @@ def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int,
     # weights are pulled before the wait for the kernel before, nothing is read
     before = ptx[: ptx.index("griddepcontrol.wait")]
     assert "cp.async.bulk.prefetch.L2" in before
-    assert "griddepcontrol.launch_dependents" in before
+    assert ("griddepcontrol.launch_dependents" in before) == (call == 0)
+    assert "griddepcontrol.launch_dependents" in ptx
     assert not re.search(r"\b(ld\.global|st\.global|atom|cp\.async\.bulk\.tensor)", before)
     assert not re.search(r"\.local\b", ptx), "registers spill"
 

@@ -11,6 +11,7 @@ from mtp_spec.bench.acceptance import acceptance
 from mtp_spec.bench.common import publish
 from mtp_spec.bench.exactness import same_text
 from mtp_spec.bench.kernels import WHAT, kernels
+from mtp_spec.bench.products import SHAPES
 from mtp_spec.bench.rows import rows
 from mtp_spec.bench.speed import speed
 from mtp_spec.bench.step import step
@@ -39,6 +40,7 @@ def add_bench(commands: Any) -> None:
     five.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
     five.add_argument("--rows", type=_integers, default=[1, 4, 8, 16, 64], metavar="M,M,...", help="rows to measure")
     five.add_argument("--what", type=_kernels, default=list(WHAT), metavar="NAME,...", help=", ".join(WHAT))
+    five.add_argument("--shapes", type=_shapes, default=list(SHAPES), metavar="NxK,...", help="products to time")
     five.add_argument("--quick", action="store_true", help="without torch's and cuBLAS's products beside")
     five.add_argument("--tune", action="store_true", help="search for launches of products and experts first")
     five.add_argument("--write", type=Path, metavar="FOLDER", help="put what --tune found there: kernels/tuned")
@@ -82,10 +84,18 @@ def _numbers(text: str) -> list[float]:
 
 
 def _kernels(text: str) -> list[str]:
+    return _some_of(WHAT, text)
+
+
+def _shapes(text: str) -> list[str]:
+    return _some_of(SHAPES, text)
+
+
+def _some_of(allowed: tuple[str, ...], text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in WHAT:
-            raise argparse.ArgumentTypeError(f"{name!r}: allowed are {', '.join(WHAT)}")
+        if name not in allowed:
+            raise argparse.ArgumentTypeError(f"{name!r}: allowed are {', '.join(allowed)}")
     return names
 
 

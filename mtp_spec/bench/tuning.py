@@ -20,19 +20,21 @@ Changes = list[dict[str, int]]
 COMPILERS = 12
 
 # tile, steps of K in flight, blocks of K a step, warps
-PRODUCT_SHAPES = ((64, 3, 1, 4), (64, 4, 1, 4), (64, 6, 1, 4), (64, 8, 1, 4), (64, 3, 2, 4), (64, 5, 2, 4),
-                  (128, 3, 1, 4), (128, 4, 1, 4), (128, 6, 1, 4), (128, 4, 1, 8), (128, 6, 1, 8),
-                  (128, 3, 2, 4))  # fmt: skip
-UP_SHAPES = ((64, 3, 1, 4), (64, 4, 1, 4), (64, 5, 1, 4), (64, 6, 1, 4), (64, 3, 2, 4), (128, 2, 1, 4), (128, 3, 1, 4),
-             (128, 3, 1, 8), (128, 4, 1, 8), (128, 5, 1, 8), (128, 2, 2, 8))  # fmt: skip
-DOWN_SHAPES = PRODUCT_SHAPES
-AHEAD = (0, 2, 4, 8, 16, 32)
+PRODUCT_SHAPES = ((64, 6, 1, 4), (64, 8, 1, 4), (64, 12, 1, 4), (64, 16, 1, 4), (64, 20, 1, 4), (64, 3, 2, 4),
+                  (64, 4, 2, 4), (64, 5, 2, 4), (64, 6, 2, 4), (64, 8, 2, 4), (64, 10, 2, 4), (64, 3, 4, 4),
+                  (64, 4, 4, 4), (128, 3, 2, 4), (128, 4, 2, 4), (128, 6, 2, 8))  # fmt: skip
+UP_SHAPES = ((64, 5, 1, 4), (64, 6, 1, 4), (64, 2, 2, 4), (64, 3, 2, 4), (64, 2, 4, 4), (64, 4, 2, 4), (64, 5, 2, 4),
+             (128, 3, 1, 4), (128, 5, 1, 8), (128, 3, 2, 8), (128, 3, 2, 4))  # fmt: skip
+DOWN_SHAPES = ((64, 8, 1, 4), (64, 3, 2, 4), (64, 4, 2, 4), (64, 5, 2, 4), (64, 2, 4, 4), (64, 3, 4, 4), (128, 2, 2, 4),
+               (128, 3, 2, 4), (128, 3, 2, 8), (128, 6, 1, 4))  # fmt: skip
+AHEAD = (0, 2, 4, 8, 16)
+CALL = (0, 4, 8, 16, 32)
 SPLITS = (1, 2, 4, 8)
 PROGRAMS = (100, 1500)  # fewer leave multiprocessors idle, splits that make more only add work
 
 
 def product_rounds(n: int, k: int) -> list[Changes]:
-    """Returns what is tried for a product: shapes and splits together, then how much is pulled ahead."""
+    """Returns what is tried for a product: shapes and splits together, then how much is pulled ahead, and when."""
     first: Changes = []
     for tile, stages, unroll, warps in PRODUCT_SHAPES:
         for splits in SPLITS:
@@ -42,7 +44,7 @@ def product_rounds(n: int, k: int) -> list[Changes]:
                 continue
             if programs >= PROGRAMS[0] or splits == SPLITS[-1]:
                 first.append({"tile": tile, "splits": splits, "stages": stages, "unroll": unroll, "warps": warps})
-    return [first, [{"ahead": ahead} for ahead in AHEAD]]
+    return [first, [{"ahead": ahead, "call": call} for ahead in AHEAD for call in CALL]]
 
 
 def expert_rounds(which: str) -> list[Changes]:
