@@ -27,8 +27,9 @@ UP_SHAPES = ((64, 5, 1, 4), (64, 6, 1, 4), (64, 2, 2, 4), (64, 3, 2, 4), (64, 2,
              (128, 3, 1, 4), (128, 5, 1, 8), (128, 3, 2, 8), (128, 3, 2, 4))  # fmt: skip
 DOWN_SHAPES = ((64, 8, 1, 4), (64, 3, 2, 4), (64, 4, 2, 4), (64, 5, 2, 4), (64, 2, 4, 4), (64, 3, 4, 4), (128, 2, 2, 4),
                (128, 3, 2, 4), (128, 3, 2, 8), (128, 6, 1, 4))  # fmt: skip
-AHEAD = (0, 2, 4, 8, 16)
-CALL = (0, 4, 8, 16, 32)
+AHEAD = (0, 4, 8)
+CALL = (0, 4, 12, 32)
+FURTHER = (2, 12, 16)  # blocks pulled ahead, once it is known when
 SPLITS = (1, 2, 4, 8)
 PROGRAMS = (100, 1500)  # fewer leave multiprocessors idle, splits that make more only add work
 
@@ -44,13 +45,14 @@ def product_rounds(n: int, k: int) -> list[Changes]:
                 continue
             if programs >= PROGRAMS[0] or splits == SPLITS[-1]:
                 first.append({"tile": tile, "splits": splits, "stages": stages, "unroll": unroll, "warps": warps})
-    return [first, [{"ahead": ahead, "call": call} for ahead in AHEAD for call in CALL]]
+    both = [{"ahead": ahead, "call": call} for ahead in AHEAD for call in CALL]
+    return [first, both, [{"ahead": ahead} for ahead in FURTHER]]
 
 
 def expert_rounds(which: str) -> list[Changes]:
     """Returns what is tried for the experts' "up" or "down" product, or for what is pulled "ahead"."""
     if which == "ahead":
-        return [[{f"{product}_ahead": ahead} for ahead in AHEAD] for product in ("up", "down")]
+        return [[{f"{product}_ahead": ahead} for ahead in AHEAD + FURTHER] for product in ("up", "down")]
     shapes = UP_SHAPES if which == "up" else DOWN_SHAPES
     names = tuple(f"{which}_{field}" for field in ("tile", "stages", "unroll", "warps"))
     return [[dict(zip(names, shape, strict=True)) for shape in shapes]]
