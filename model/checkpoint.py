@@ -25,7 +25,6 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import E4M3, weight_dequant, weight_quant
 from mtp_spec.model.config import CheckpointError, ModelConfig, load_config
-from mtp_spec.model.device import DeviceModel, why_not
 from mtp_spec.model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
@@ -46,6 +45,19 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES.get(self.dtype, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder whose files fit its config.
+
+    Attributes:
+        config: the model's shape, `num_nextn_predict_layers` as found in the files.
+    """
+
+    folder: Path
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +109,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index} is not a weight index ({error!r}): download it again") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise CheckpointError(f"{folder} lacks {_listing(missing)}, named in {INDEX}: download them")
+            raise CheckpointError(f"{folder} lacks {listing(missing)}, named in {INDEX}: download them")
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -105,7 +117,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _listing(names: list[str]) -> str:
+def listing(names: list[str]) -> str:
+    """Returns the first names, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
@@ -155,7 +168,7 @@ def _check(slots: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], confi
         "of the wrong shape": shapes,
         "FP8 without weight_scale_inv": unscaled,
     }
-    lines = [f"{len(names)} {what}: {_listing(names)}" for what, names in problems.items() if names]
+    lines = [f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names]
     if lines:
         raise CheckpointError(
             f"{folder} does not match its config.json. " + "; ".join(lines) + ". Download the whole checkpoint "
@@ -172,8 +185,25 @@ def _scale_shapes(tensors: Mapping[str, TensorInfo], names: list[str], block: tu
     return wrong
 
 
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Returns what a Hugging Face folder describes and holds, without reading weights.
+
+    Raises:
+        CheckpointError: anything missing, left over, mis-shaped, truncated or unsupported.
+    """
+    config = load_config(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
+    tensors = read_headers(folder)
+    config = _with_found_modules(config, tensors)
+    with torch.device("meta"):
+        places = Transformer(config, torch.bfloat16, "meta").checkpoint_slots()
+    _check(places, tensors, config, folder)
+    return Checkpoint(folder, config, tensors)
+
+
 def load_checkpoint(
-    folder: Path,
+    source: Path | Checkpoint,
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -182,20 +212,20 @@ def load_checkpoint(
     """Returns the model in a Hugging Face folder.
 
     Args:
-        folder: config.json and safetensors files.
+        source: the folder, or what `open_checkpoint` found in it.
         dtype: of the parameters; FP8 weights are dequantised to it.
         progress: told (bytes done, bytes in all) after each tensor.
 
     Raises:
-        CheckpointError: anything missing, left over, mis-shaped, truncated or unsupported.
+        CheckpointError: as `open_checkpoint`.
     """
-    config, tensors = _open(folder)
-    _check(_expected(config), tensors, config, folder)
-    model = Transformer(config, dtype, device)
-    slots, block = model.checkpoint_slots(), config.fp8_block or (128, 128)
+    opened = open_checkpoint(source) if isinstance(source, Path) else source
+    config, block = opened.config, opened.config.fp8_block or (128, 128)
     if block[0] != block[1]:
         raise CheckpointError(f"weight_block_size {list(block)}: only square blocks are supported")
-    with _Reader(tensors, progress) as reader:
+    model = Transformer(config, dtype, device)
+    slots = model.checkpoint_slots()
+    with Reader(opened.tensors, progress) as reader:
         for name in reader:
             if name in slots:
                 slots[name].copy_(reader.wide(name, block[0], slots[name].dtype))
@@ -203,68 +233,14 @@ def load_checkpoint(
     return model
 
 
-def fp8_obstacle(folder: Path) -> str | None:
-    """Returns why a checkpoint cannot run on the FP8 kernels, or None; see `device.why_not`.
-
-    Raises:
-        CheckpointError: as `load_checkpoint`, before weights are read.
-    """
-    config, tensors = _open(folder)
-    _check(_expected(config), tensors, config, folder)
-    reason = why_not(config)
-    if reason is not None:
-        return reason
-    packed = _device_model(config, tensors, "meta").checkpoint_slots()
-    other = [n for n in sorted(tensors) if n + SCALE in packed and tensors[n].dtype != "F8_E4M3"]
-    return f"{_listing(other)} {'is' if len(other) == 1 else 'are'} not stored in FP8" if other else None
-
-
-def load_device_model(folder: Path, device: torch.device | str, progress: Report | None = None) -> DeviceModel:
-    """Returns the model with its FP8 weights as they are stored; `fp8_obstacle(folder)` is None."""
-    config, tensors = _open(folder)
-    model = _device_model(config, tensors, device)
-    slots = model.checkpoint_slots()
-    with _Reader(tensors, progress) as reader:
-        for name in reader:
-            if name + SCALE in slots:
-                value = reader.raw(name)
-                slots[name].copy_(value.reshape(slots[name].shape))
-                scale = reader.raw(name + SCALE)
-                slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
-            elif name in slots and not name.endswith(SCALE):
-                slots[name].copy_(reader.wide(name, 128, torch.float32))
-        reader.compare_copies(config, slots)
-    model.finish()
-    return model
-
-
-def _open(folder: Path) -> tuple[ModelConfig, dict[str, TensorInfo]]:
-    config = load_config(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
-    tensors = read_headers(folder)
-    return _with_found_modules(config, tensors), tensors
-
-
-def _expected(config: ModelConfig) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        return Transformer(config, torch.bfloat16, "meta").checkpoint_slots()
-
-
-def _device_model(config: ModelConfig, tensors: Mapping[str, TensorInfo], device: torch.device | str) -> DeviceModel:
-    stored = {name.split(".", 3)[-1]: info.dtype for name, info in tensors.items()}
-    router = torch.float32 if stored.get("mlp.gate.weight") == "F32" else torch.bfloat16
-    return DeviceModel(config, device, stored.get("eh_proj.weight") == "F8_E4M3", router)
-
-
-class _Reader:
+class Reader:
     """Iterates over a checkpoint's tensors file by file and reads those that are wanted."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], progress: Report | None) -> None:
         self._tensors, self._progress = tensors, progress
         self._stack = ExitStack()
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> Reader:
         self._stack.enter_context(torch.no_grad())
         files = {info.file for info in self._tensors.values()}
         self._files = {file: self._stack.enter_context(safe_open(file, framework="pt")) for file in files}

@@ -10,6 +10,7 @@ Legend: `M` rows, `D` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -262,6 +263,8 @@ class DeviceModel:
         config: `why_not(config)` is None.
         eh_packed: whether the module's eh_proj is stored in FP8 like the other matrices; DeepSeek's is in bfloat16.
         router: dtype in which the gates are stored.
+        draft_ids: the tokens that drafts may be, in ascending order; None for all. Fewer are read faster, and a draft
+            cannot change the text.
     """
 
     def __init__(
@@ -270,6 +273,7 @@ class DeviceModel:
         device: torch.device | str,
         eh_packed: bool = False,
         router: torch.dtype = torch.bfloat16,
+        draft_ids: Sequence[int] | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, torch.device(device), fp8.E4M3
         shape = (config.vocab_size, config.hidden_size)
@@ -281,7 +285,9 @@ class DeviceModel:
         self.lm_head = self.embed_tokens if tied else torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         # drafts read the head in FP8: half the bytes, and a draft cannot change the text
         drafts = config.num_nextn_predict_layers > 0
-        self.draft_head = Matrix.empty(*shape, self.device) if drafts else None
+        self.draft_ids = None if draft_ids is None else torch.tensor(list(draft_ids)).to(self.device)
+        rows = config.vocab_size if draft_ids is None else len(draft_ids)
+        self.draft_head = Matrix.empty(rows, config.hidden_size, self.device) if drafts else None
         self.mtp = [Module(config, self.device, eh_packed, router) for _ in range(config.num_nextn_predict_layers)]
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=self.device)
 
@@ -303,19 +309,23 @@ class DeviceModel:
         return gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
-        """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8."""
+        """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8; -inf where none may be."""
         head = self.draft_head
         assert head is not None
         assert head.scale is not None
-        return gemm.fp8_gemm(*quant.quant(hidden), head.weight, head.scale, dtype=torch.float32)
+        some = gemm.fp8_gemm(*quant.quant(hidden), head.weight, head.scale, dtype=torch.float32)
+        if self.draft_ids is None:
+            return some
+        return some.new_full((len(some), self.config.vocab_size), -torch.inf).index_copy_(1, self.draft_ids, some)
 
     def finish(self) -> None:
         """Derives what the checkpoint does not hold; to be called once its tensors are in place."""
         if self.draft_head is None or self.draft_head.scale is None:
             return
-        for first in range(0, self.lm_head.shape[0], HEAD_ROWS):
+        for first in range(0, self.draft_head.weight.shape[0], HEAD_ROWS):
             rows = slice(first, first + HEAD_ROWS)
-            weight, scale = fp8.weight_quant(self.lm_head[rows])
+            source = self.lm_head[rows] if self.draft_ids is None else self.lm_head[self.draft_ids[rows]]
+            weight, scale = fp8.weight_quant(source)
             self.draft_head.weight[rows] = weight
             self.draft_head.scale[first // BLOCK : first // BLOCK + scale.shape[0]] = scale
 
@@ -332,9 +342,12 @@ class DeviceModel:
 
     def parameters(self) -> list[Tensor]:
         """Returns the tensors that hold weights, scales included."""
+        return [*self.checkpoint_slots().values(), *self.derived()]
+
+    def derived(self) -> list[Tensor]:
+        """Returns those that the checkpoint does not hold: the head that drafts read."""
         head = self.draft_head
-        extra = [] if head is None or head.scale is None else [head.weight, head.scale]
-        return [*self.checkpoint_slots().values(), *extra]
+        return [] if head is None or head.scale is None else [head.weight, head.scale]
 
     def checkpoint_slots(self) -> Slots:
         """Returns every checkpoint tensor, scales included, with a view of its place.

@@ -128,6 +128,8 @@ class Transformer(nn.Module):
             MTPModule(config, dtype, device) for _ in range(config.num_nextn_predict_layers)
         )
         self._head_layout: Tensor | None = None
+        self._draft_ids: Tensor | None = None
+        self._draft_layout: Tensor | None = None
         self._table = rope_table(config, 0, device)
         self.eval()
 
@@ -137,6 +139,8 @@ class Transformer(nn.Module):
             if isinstance(module, Linear | MoE | MLA | RMSNorm):
                 module.pack()
         self._head_layout = packed(self.lm_head)
+        if self._draft_ids is not None:
+            self._draft_layout = packed(self._draft_head)
 
     # whole sequences
 
@@ -170,6 +174,18 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[..., V]` logits of normed hidden states `[..., D]`, in the model's dtype."""
         return product(hidden, self.lm_head, self._head_layout)
+
+    def draft_from(self, ids: Sequence[int]) -> None:
+        """Lets drafts be these tokens only: fewer rows of the head are read, and a draft cannot change the text."""
+        self._draft_ids = torch.tensor(list(ids), device=self.device)
+        self._draft_head = self.lm_head.detach()[self._draft_ids]
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Returns `[M, V]` logits that propose drafts, -inf where none may be."""
+        if self._draft_ids is None:
+            return self.logits(hidden)
+        some = product(hidden, self._draft_head, self._draft_layout)
+        return some.new_full((len(some), self.config.vocab_size), -torch.inf).index_copy_(1, self._draft_ids, some)
 
     # rows over a cache
 

@@ -258,6 +258,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     max_context: int | None = None,
     max_batch: int = 1,
+    draft_vocabulary: int | str | Path | None = None,
     progress: bool = False,
 ) -> LM:
     """Returns a model ready to generate.
@@ -270,11 +271,13 @@ def load(
             it in hardware, else float32. FP8 weights are dequantised to these.
         max_context: most tokens of prompt and text together; None is the model's own limit.
         max_batch: sequences of a list are generated one after another, so only 1 is allowed yet.
+        draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
+            less of the head is read for them, and the text stays what it is. None drafts any token.
         progress: show a bar over the bytes read.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model.
-        OptionError: an impossible device, dtype, max_context or max_batch.
+        OptionError: an impossible device, dtype, max_context, max_batch or draft_vocabulary.
     """
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
     check_device(device)
@@ -282,7 +285,7 @@ def load(
         raise OptionError(f"max_batch={max_batch!r}: only 1 is available; lists of prompts run one after another")
     limit = context_limit(folder, max_context)
     with _progress(progress) as report:
-        model = load_model(folder, dtype_of(dtype), str(device), limit, report)
+        model = load_model(folder, dtype_of(dtype), str(device), limit, draft_vocabulary, report)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
         return LM(model, tokenizer, "batched", limit)

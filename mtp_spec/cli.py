@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 import mtp_spec
-from mtp_spec.bench.cli import add_bench, run_bench
+from mtp_spec.bench.cli import add_bench, add_draft_vocabulary, run_bench
 from mtp_spec.inspection import show_checkpoint
 from mtp_spec.options import ACCEPTANCE_RULES, sample_seeds
 
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a checkpoint holds: shape, sizes, MTP modules, memory")
     inspect.add_argument("path", nargs="?", type=Path, help="checkpoint folder (default: the bundled model)")
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
+    add_draft_vocabulary(inspect)
     add_bench(commands)
     return parser
 
@@ -101,6 +102,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the machine computes fast)")
+    add_draft_vocabulary(parser)
 
 
 def _add_shape(parser: argparse.ArgumentParser, title: str) -> Any:
@@ -127,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     try:
         if args.command == "inspect":
-            show_checkpoint(args.path, as_json=args.json)
+            show_checkpoint(args.path, as_json=args.json, drafts=args.draft_vocabulary)
         elif args.command == "bench":
             run_bench(args)
         elif args.command == "chat":
@@ -147,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _generate(args: argparse.Namespace) -> None:
     prompts, options = _prompts(args), _options(args)
     seeds = sample_seeds(args.n, options.get("seed", 0))
-    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty())
+    lm = _load(args)
     chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
     for prompt, seed in product(prompts, seeds):
         options["seed"] = seed
@@ -166,12 +168,17 @@ def _generate(args: argparse.Namespace) -> None:
             print(statistics_line(stream.result.stats), file=sys.stderr)
 
 
+def _load(args: argparse.Namespace) -> mtp_spec.LM:
+    return mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary,
+                         progress=sys.stderr.isatty())  # fmt: skip
+
+
 def _chat(args: argparse.Namespace) -> None:
     from mtp_spec.chat.loop import run_chat
 
     args.acceptance = args.trace = args.json = None
     options = _options(args)
-    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, progress=sys.stderr.isatty())
+    lm = _load(args)
     run_chat(lm, options, system=args.system, prompt=args.once, history=args.history)
 
 

@@ -47,15 +47,12 @@ class DeviceRule:
         name: a key of `RULES`.
         greedy: laws are certain.
         drawn: `[1]` int64, random numbers that the text has used; brought up to date by `judge`.
-    Attributes:
-        failed: `[1]` int32, 1 where a draft's row had no token.
     """
 
     name: str
     shape: Shape
     greedy: bool
     drawn: Tensor
-    failed: Tensor = field(init=False)
     _constants: Constants = field(init=False)
     _numbers: Tensor = field(init=False)
     _used: Tensor = field(init=False)  # [1] of them
@@ -70,7 +67,6 @@ class DeviceRule:
         """Prepares the random numbers of a step for a seed `[1]`: one a draft, two a depth or one a node to judge."""
         self._numbers = uniforms(seed, self.drawn, 3 * len(self.shape.parents) + 2)
         self._used = torch.zeros_like(self.drawn)
-        self.failed = torch.zeros_like(self.drawn, dtype=torch.int32)
         self._laws, self._tokens, self._there = [], [], []
 
     def propose(self, depth: int, rows: Tensor, failed: Tensor) -> Tensor:
@@ -78,15 +74,14 @@ class DeviceRule:
 
         Args:
             rows: `[F, V]` float32, processed rows of the nodes above that have children, removed tokens at -inf.
-            failed: `[F]` int32, 1 where a row has no token.
+            failed: `[F]` int32, 1 where a row has no token, so that nothing follows the node.
         """
         shape, feeding, nodes = self.shape, self.shape.with_children(depth - 1), self.shape.level(depth)
         width = max(shape.ranks[node] for node in nodes) + 1
-        alive = torch.ones(len(feeding), dtype=torch.bool, device=rows.device)
+        alive = failed == 0
         if depth > 1:
             first = shape.level(depth - 1)[0]
-            alive = self._there[-1].index_select(0, self._constants.places(node - first for node in feeding))
-        self.failed |= (failed * alive).amax(0, keepdim=True)
+            alive &= self._there[-1].index_select(0, self._constants.places(node - first for node in feeding))
         if self.name == "hybrid":
             tokens, there, laws = self._best_and_one(rows, width, alive)
         elif RULES[self.name].samples:
@@ -199,10 +194,10 @@ class DeviceRule:
         # the last sibling is the drawn one, or, where q had nothing left, a certain one that is judged alike
         final = constants.places(shape.parents.index(node) for node in parents) + counts.index_select(0, rows) - 1
         token = tokens.index_select(0, final.clamp_min(0))[:, None]
-        own, law = p.index_select(0, rows), torch.cat(self._laws)
+        own, law, some = p.index_select(0, rows), torch.cat(self._laws), counts.index_select(0, rows)[:, None] > 0
         rest = (own - law).clamp_min(0)
         mass = rest.sum(-1, keepdim=True)
-        rest = torch.where(mass > 0, rest / mass, own)
+        rest = torch.where(some & (mass > 0), rest / mass, own)
         above = constants.places(parent + 1 for parent in shape.parents)
         takes = 2 - (constants.places(shape.ranks) + 1 == counts.index_select(0, above)).long()
         begins = self._used + torch.nn.functional.pad((self._paths() * takes).sum(-1), (1, 0))

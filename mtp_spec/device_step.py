@@ -81,11 +81,10 @@ class Step:
         drawn = self._sample(self.logits, position, path)
         state.hidden[: len(rows)] = outputs
         parents = constants.integers([-1, *(parent + 1 for parent in shape.parents)])
-        tokens, failed = drawn.tokens[:, 0].contiguous(), drawn.failed
+        tokens = drawn.tokens[:, 0].contiguous()
         if self._rule is not None and drawn.rows is not None:
             tokens, ids = self._rule.judge(drawn.rows)
-            failed = failed | self._rule.failed
-        commits.accept(tokens, failed, ids, parents, state.path, state.tokens, state.record,
+        commits.accept(tokens, drawn.failed, ids, parents, state.path, state.tokens, state.record,
                        None if seen is None else seen[0])  # fmt: skip
         if not shape.is_chain:
             commits.commit(state.caches, state.length, state.path, state.record)

@@ -167,7 +167,7 @@ class Drafter:
         sampler: Sampler,
     ) -> list[Leaf]:
         """Adds this level's children, the most probable first where the budget is short; returns the new leaves."""
-        logits = self.model.logits(torch.cat([leaf.hidden for leaf in leaves]))
+        logits = self.model.draft_logits(torch.cat([leaf.hidden for leaf in leaves]))
         width, budget = speculation.branching[level - 1], speculation.budget
         children: list[tuple[float, int, int, Leaf, Law | None]] = []
         leads: dict[int, float] = {}

@@ -10,21 +10,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mtp_spec.loading import DraftVocabulary, draft_ids
 from mtp_spec.memory import plan_memory
-from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary, fp8_obstacle
-from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary, open_checkpoint
+from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle
 
 BF16_BYTES = 2
 
 
-def show_checkpoint(path: Path | None, as_json: bool = False, console: Console | None = None) -> None:
-    """Prints architecture, parameters, dtypes, MTP modules and memory of a folder."""
+def show_checkpoint(
+    path: Path | None, as_json: bool = False, console: Console | None = None, drafts: DraftVocabulary = None
+) -> None:
+    """Prints architecture, parameters, dtypes, MTP modules and memory of a folder, loaded with this draft vocabulary.
+    """
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else path
     summary = checkpoint_summary(folder)
     if as_json:
         print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary)}))
         return
-    (console or Console()).print(_table(folder, summary))
+    (console or Console()).print(_table(folder, summary, drafts))
 
 
 def cache_bytes(summary: CheckpointSummary) -> int:
@@ -34,18 +38,19 @@ def cache_bytes(summary: CheckpointSummary) -> int:
     return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * BF16_BYTES
 
 
-def _gpu(folder: Path, config: ModelConfig) -> str:
+def _gpu(folder: Path, drafts: DraftVocabulary) -> str:
     """Returns the memory plan for the model's whole context, or why the FP8 kernels do not run it."""
-    obstacle = fp8_obstacle(folder)
+    checkpoint = open_checkpoint(folder)
+    config, obstacle = checkpoint.config, fp8_obstacle(checkpoint)
     if obstacle is not None:
         return f"bfloat16 by torch, not on the FP8 kernels: {obstacle}"
-    plan = plan_memory(config, config.max_position_embeddings)
-    parts = {"weights": plan.weights, "caches": plan.caches, "passes": plan.passes}
-    listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
+    model = empty_device_model(checkpoint, "meta", draft_ids(drafts, config))
+    plan = plan_memory(model, config.max_position_embeddings)
+    listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in plan.parts().items())
     return f"{plan.total / 1e6:,.0f} MB in FP8 for {config.max_position_embeddings} tokens: {listed}"
 
 
-def _table(folder: Path, summary: CheckpointSummary) -> Table:
+def _table(folder: Path, summary: CheckpointSummary, drafts: DraftVocabulary) -> Table:
     config = summary.config
     modules = config.num_nextn_predict_layers
     weights = (summary.parameters + summary.mtp_parameters) * BF16_BYTES
@@ -61,7 +66,7 @@ def _table(folder: Path, summary: CheckpointSummary) -> Table:
         + ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary.dtypes.items())),
         "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary):,} bytes of cache a token (bf16)",
         "memory": f"{weights / 1e6:,.0f} MB of weights in bfloat16, twice that in float32, plus the cache",
-        "on a GPU": _gpu(folder, config),
+        "on a GPU": _gpu(folder, drafts),
     }
     table = Table(title=str(folder), show_header=False)
     for name, value in rows.items():

@@ -11,9 +11,10 @@ import torch
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.launching import runs_triton
 from mtp_spec.memory import check_memory
-from mtp_spec.model.checkpoint import fp8_obstacle, load_checkpoint, load_device_model
-from mtp_spec.model.config import load_config
+from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint
+from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle, load_device_model
 from mtp_spec.model.transformer import Transformer
 
 DTYPES = {
@@ -21,6 +22,7 @@ DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }  # fmt: skip
 FP8_CAPABILITY = (8, 9)
+DraftVocabulary = int | str | Path | None
 
 
 def context_limit(folder: Path, max_context: int | None) -> int:
@@ -34,14 +36,16 @@ def context_limit(folder: Path, max_context: int | None) -> int:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | None, device: str, limit: int, report: Any
+    folder: Path, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any
 ) -> Transformer | DeviceModel:
     """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
+    checkpoint = open_checkpoint(folder)
+    ids = draft_ids(drafts, checkpoint.config)
     if dtype in (None, torch.float8_e4m3fn):
-        obstacle = _no_fp8_here(device) or fp8_obstacle(folder)
+        obstacle = _no_fp8_here(device) or fp8_obstacle(checkpoint)
         if obstacle is None:
-            check_memory(load_config(folder), limit, device)
-            return load_device_model(folder, device, report)
+            check_memory(empty_device_model(checkpoint, "meta", ids), limit, device)
+            return load_device_model(checkpoint, device, report, ids)
         if dtype is not None:
             raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")
         if device != "cpu":
@@ -50,7 +54,44 @@ def load_model(
                 "without speculation, but nothing is fast", stacklevel=3,
             )  # fmt: skip
         dtype = torch.bfloat16 if device != "cpu" or _cpu_has_bfloat16() else torch.float32
-    return load_checkpoint(folder, dtype=dtype, device=device, progress=report)
+    model = load_checkpoint(checkpoint, dtype=dtype, device=device, progress=report)
+    if ids is not None:
+        model.draft_from(ids)
+    return model
+
+
+def draft_ids(drafts: DraftVocabulary, config: ModelConfig) -> list[int] | None:
+    """Returns the tokens that drafts may be, in ascending order, or None for all.
+
+    Args:
+        drafts: a number: the first tokens, which in a vocabulary of byte pairs are the earliest merges and so the most
+            frequent; a file: those it lists, one id a line. Tokens that end a text are always among them.
+    """
+    if drafts is None:
+        return None
+    whole, name = config.vocab_size, f"draft_vocabulary={drafts!r}"
+    if not config.num_nextn_predict_layers:
+        raise OptionError(f"{name}: this checkpoint has no MTP modules, so nothing is drafted; leave it out")
+    if isinstance(drafts, str | Path):
+        found = _listed_ids(Path(drafts), whole, name)
+    elif isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 < drafts < whole:
+        raise OptionError(f"{name}: a number of tokens from 1 to {whole - 1}, or a file of token ids, one a line")
+    else:
+        found = set(range(drafts))
+    return sorted(found | set(config.eos_token_ids))
+
+
+def _listed_ids(file: Path, whole: int, name: str) -> set[int]:
+    try:
+        lines = file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{name}: {file} cannot be read ({error})") from error
+    for line in lines:
+        if not (line.isascii() and line.isdigit() and int(line) < whole):
+            raise OptionError(f"{name}: {line!r} in {file} is no token id from 0 to {whole - 1}")
+    if not lines:
+        raise OptionError(f"{name}: {file} is empty; list token ids, one a line")
+    return {int(line) for line in lines}
 
 
 def _no_fp8_here(device: str) -> str | None:

@@ -9,7 +9,6 @@ import torch
 from mtp_spec.device_state import ROWS, SLACK
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
-from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
 
 # what captured graphs, the CUDA context's own buffers and fragmentation take besides
@@ -22,55 +21,53 @@ class MemoryPlan:
 
     Attributes:
         weights: as stored, FP8 with scales.
+        draft_head: the copy of the head, or of part of it, that drafts read.
         caches: latents of all layers and of the MTP modules, and a tree's last keys.
         passes: what the largest pass keeps: partial attention, logits, hidden states.
     """
 
     weights: int
+    draft_head: int
     caches: int
     passes: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.caches + self.passes
+        return self.weights + self.draft_head + self.caches + self.passes
+
+    def parts(self) -> dict[str, int]:
+        """Returns the bytes by name."""
+        return {"weights": self.weights, "draft head": self.draft_head, "caches": self.caches, "passes": self.passes}
 
 
-def plan_memory(config: ModelConfig, max_context: int, eh_packed: bool = False) -> MemoryPlan:
-    """Returns what a model in FP8 needs for one sequence of up to `max_context` tokens."""
-    model = DeviceModel(config, "meta", eh_packed)
-    return _plan(model, sum(t.nbytes for t in model.parameters()), max_context)
-
-
-def _plan(model: DeviceModel, weights: int, max_context: int) -> MemoryPlan:
+def plan_memory(model: DeviceModel, max_context: int) -> MemoryPlan:
+    """Returns what a model needs for one sequence of up to `max_context` tokens; it may lie on "meta"."""
     config = model.config
     capacity = -(-(max_context + SLACK) // mla.KEYS) * mla.KEYS
     width = config.kv_lora_rank + config.qk_rope_head_dim
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    caches = (layers * capacity + ROWS * mla.TAIL) * width * 2
+    caches = ((len(model.layers) + len(model.mtp)) * capacity + ROWS * mla.TAIL) * width * 2
     head = model.layers[0].attention.head
     table = (capacity + 128) * 2 * config.qk_rope_head_dim * 4
     logits = 3 * ROWS * config.vocab_size * 4  # logits, sampler's copy, counts and biases
-    return MemoryPlan(weights, caches, mla.room_bytes(capacity, head, ROWS) + logits + table)
+    weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
+    return MemoryPlan(weights, drafts, caches, mla.room_bytes(capacity, head, ROWS) + logits + table)
 
 
-def check_memory(config: ModelConfig, max_context: int, device: str, eh_packed: bool = False) -> MemoryPlan:
+def check_memory(model: DeviceModel, max_context: int, device: str) -> MemoryPlan:
     """Returns the plan.
 
     Raises:
         MTPSpecError: the device has not that much memory free; the message says what would fit.
     """
-    plan, (free, _) = plan_memory(config, max_context, eh_packed), torch.cuda.mem_get_info(device)
+    plan, (free, _) = plan_memory(model, max_context), torch.cuda.mem_get_info(device)
     needed = plan.total + OVERHEAD_BYTES
     if needed <= free:
         return plan
-    head = f"{needed / 1e9:.1f} GB of GPU memory are needed ({_listed(plan)}) and {free / 1e9:.1f} GB are free"
-    if plan.weights + OVERHEAD_BYTES > free:
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.parts().items())
+    head = f"{needed / 1e9:.1f} GB of GPU memory are needed ({listed}) and {free / 1e9:.1f} GB are free"
+    if plan.weights + plan.draft_head + OVERHEAD_BYTES > free:
         raise MTPSpecError(f"{head}: the weights alone do not fit; use a GPU with more memory, or several")
-    fits, model = max_context, DeviceModel(config, "meta", eh_packed)
-    while fits > 1 and _plan(model, plan.weights, fits).total + OVERHEAD_BYTES > free:
+    fits = max_context
+    while fits > 1 and plan_memory(model, fits).total + OVERHEAD_BYTES > free:
         fits = fits * 7 // 8
     raise MTPSpecError(f"{head}: load with max_context={fits} or less, or free memory")
-
-
-def _listed(plan: MemoryPlan) -> str:
-    return f"weights {plan.weights / 1e9:.1f}, caches {plan.caches / 1e9:.1f}, passes {plan.passes / 1e9:.1f}"

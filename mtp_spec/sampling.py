@@ -164,8 +164,8 @@ class Sampler:
         return torch.from_numpy(row)
 
     def leaves_nothing(self, processed: torch.Tensor) -> bool:
-        """Whether a logits processor has removed every token: an error in a text, the end of a draft."""
-        return bool(self.processors) and float(processed.max()) == -math.inf
+        """Whether every token was removed: an error in a text, the end of a draft."""
+        return float(processed.max()) == -math.inf
 
     def draw(self, processed: torch.Tensor, position: int) -> int:
         """The token at an absolute position: argmax of the row plus the position's noise; lowest id among equals.

@@ -24,9 +24,10 @@ from mtp_spec.draft import Drafter
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.kernels import commit, mla, moe
 from mtp_spec.memory import check_memory, plan_memory
-from mtp_spec.model.checkpoint import fp8_obstacle, load_checkpoint, load_device_model, save_checkpoint
+from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import Mixture
+from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle, load_device_model
 from mtp_spec.model.moe import Gate
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
@@ -86,7 +87,7 @@ def test_same_logits_as_the_dequantised_model(tmp_path: Path, kind: str) -> None
     # apart only by the rounding of activations to FP8 and bfloat16; a wrong scale or order is far off. All experts are
     # chosen, because a random gate's near ties would flip: the choice has a test of its own
     folder = checkpoint(tmp_path, kind, num_experts_per_tok=8, topk_group=KINDS[kind].get("n_group", 4))
-    assert fp8_obstacle(folder) is None
+    assert fp8_obstacle(open_checkpoint(folder)) is None
     ids = [(37 * i) % 160 for i in range(80)]
     wide = score_ids(load_checkpoint(folder, dtype=torch.float32), ids)
     got = score_ids(load_device_model(folder, "cpu"), ids)
@@ -300,23 +301,24 @@ def test_accept_walks_to_the_deepest_match() -> None:
 
 def test_memory_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_device_model(DEMO, "cpu")
-    planned = plan_memory(model.config, 300, eh_packed=True)
-    assert planned.weights == sum(t.nbytes for t in model.parameters())
+    planned = plan_memory(model, 300)
+    assert planned == plan_memory(empty_device_model(open_checkpoint(DEMO), "meta"), 300)
+    assert planned.weights + planned.draft_head == sum(t.nbytes for t in model.parameters())
     state = State(model, 300)
     assert planned.caches == state.store.nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (planned.weights + 300 * 2**20, 0))
-    assert check_memory(model.config, 300, "cuda", eh_packed=True) == planned
+    assert check_memory(model, 300, "cuda") == planned
     with pytest.raises(MTPSpecError, match="max_context="):
-        check_memory(model.config, 200_000, "cuda", eh_packed=True)
+        check_memory(model, 200_000, "cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 0))
     with pytest.raises(MTPSpecError, match="weights alone"):
-        check_memory(model.config, 300, "cuda", eh_packed=True)
+        check_memory(model, 300, "cuda")
 
 
 def test_what_cannot_run_says_why(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "v3")
     other = checkpoint(tmp_path / "other", "v3", kv_lora_rank=48)
-    assert "power of two" in str(fp8_obstacle(other))
+    assert "power of two" in str(fp8_obstacle(open_checkpoint(other)))
     with pytest.raises(OptionError, match="need an NVIDIA GPU"):
         mtp_spec.load(folder, dtype="float8_e4m3fn")
 

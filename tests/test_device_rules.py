@@ -44,6 +44,8 @@ def step_by_rule(
             if place not in level:
                 continue
             row = draft_row(drafts, tree, level[place])
+            if sampler.leaves_nothing(row):
+                continue
             wanted = [node for node in shape.level(depth) if shape.parents[node] == place]
             proposals = rule.propose(sampler.law(row, 0), row.numpy(), len(wanted), choices)
             for node, proposal in zip(wanted, proposals, strict=False):
@@ -68,7 +70,8 @@ def step_on_device(
     rule.begin(torch.tensor([seed], device=place))
     for depth in range(1, shape.depth + 1):
         rows = [drafts[depth - 1].roll(0 if n == ROOT else int(tokens[n])) for n in shape.with_children(depth - 1)]
-        found = rule.propose(depth, torch.stack(rows).to(place), torch.zeros(len(rows), dtype=torch.int32).to(place))
+        failed = torch.tensor([int(row.max() == -torch.inf) for row in rows], dtype=torch.int32)
+        found = rule.propose(depth, torch.stack(rows).to(place), failed.to(place))
         tokens[shape.level(depth)] = found.cpu()
     rows = [targets[0], *(targets[d].roll(int(t)) for d, t in zip(shape.depths, tokens, strict=True))]
     drawn, marked = rule.judge(torch.stack(rows).to(place))
@@ -86,11 +89,13 @@ def logits(generator: torch.Generator, depth: int, kind: str) -> torch.Tensor:
     if kind == "truncated":  # laws with fewer tokens than a tree has children
         keep = torch.rand(depth + 1, VOCAB, generator=generator).argsort(-1) < 2
         rows = rows.masked_fill(~keep, -torch.inf)
+    if kind == "empty":  # no draft follows a draft
+        rows[1:] = -torch.inf
     return rows
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("kind", ["full", "truncated", "greedy", "itself"])
+@pytest.mark.parametrize("kind", ["full", "truncated", "empty", "greedy", "itself"])
 def test_same_path_as_the_rule(name: str, kind: str) -> None:
     compare(name, kind, "cpu")
 
@@ -107,10 +112,10 @@ def compare(name: str, kind: str, place: str) -> None:
             choices, drawn = SeededChoices(seed), torch.zeros(1, dtype=torch.int64, device=place)
             rule = DeviceRule(name, shape, kind == "greedy", drawn)
             for _ in range(3):  # one step after another draws from the same numbers
-                drafts = logits(generator, len(branching), "truncated" if kind == "truncated" else "full")
+                drafts = logits(generator, len(branching), kind)
                 targets = logits(generator, len(branching), "full")
-                targets = drafts if kind == "itself" else drafts + targets
-                targets = torch.where(torch.isnan(targets), -torch.inf, targets)
+                if kind != "empty":
+                    targets = drafts if kind == "itself" else drafts + targets
                 tree, nodes, token = step_by_rule(name, branching, drafts, targets, kind == "greedy", seed, choices)
                 tokens, committed, path = step_on_device(rule, drafts, targets, seed)
                 assert committed == [*(tree.tokens[node] for node in nodes), token]

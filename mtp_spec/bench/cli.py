@@ -64,6 +64,7 @@ def _add(
     kind.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
     kind.add_argument("--device", default="cpu", help="cpu or cuda")
     kind.add_argument("--dtype", help="float32, bfloat16 or float16")
+    add_draft_vocabulary(kind)
     kind.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
     if prompts is not None:
         kind.add_argument("--prompts", type=int, default=prompts, help=f"held-out prompts ({prompts})")
@@ -71,11 +72,17 @@ def _add(
     return kind
 
 
+def add_draft_vocabulary(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `draft_vocabulary` of `load`."""
+    parser.add_argument("--draft-vocabulary", type=lambda text: int(text) if text.isdigit() else text, metavar="N|FILE",
+                        help="draft only the first N tokens, or those in a file of ids; the text stays the same")
+
+
 def run_bench(args: argparse.Namespace) -> None:
     """Loads the model if there is one, runs the benchmark, prints and writes its report."""
     if args.run in (kernels, step):
         return publish(args.run(args), None, args)
-    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype)
+    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary)
     publish(args.run(lm, args), lm, args)
 
 

@@ -45,7 +45,7 @@ def step(args: argparse.Namespace) -> Report:
     full = load_config(Path(str(files("mtp_spec.configs") / "config_671B.json")))
     full = replace(full, num_nextn_predict_layers=1, fp8_block=(128, 128))
     config = _slice(full, args.context, args.layers)
-    planned = plan_memory(config, args.context + ROWS)
+    planned = plan_memory(DeviceModel(config, "meta"), args.context + ROWS)
     before = torch.cuda.memory_allocated()
     model = DeviceModel(config, "cuda")
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def _slice(full: ModelConfig, context: int, layers: int | None) -> ModelConfig:
     most = full.num_hidden_layers - full.first_k_dense_replace
     for count in range(layers or most, 0, -1):
         config = replace(full, num_hidden_layers=full.first_k_dense_replace + count)
-        if plan_memory(config, context + ROWS).total < free:
+        if plan_memory(DeviceModel(config, "meta"), context + ROWS).total < free:
             return config
     raise OptionError(f"bench step needs room for one MoE layer of DeepSeek-V3: {free / 1e9:.1f} GB are free")
 

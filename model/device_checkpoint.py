@@ -1,0 +1,62 @@
+"""A Hugging Face folder onto the FP8 kernels: weights as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mtp_spec.model.checkpoint import SCALE, Checkpoint, Reader, Report, listing, open_checkpoint
+from mtp_spec.model.device import DeviceModel, why_not
+
+
+def fp8_obstacle(checkpoint: Checkpoint) -> str | None:
+    """Returns why a checkpoint cannot run on the FP8 kernels, or None; see `device.why_not`."""
+    reason = why_not(checkpoint.config)
+    if reason is not None:
+        return reason
+    packed, tensors = empty_device_model(checkpoint, "meta").checkpoint_slots(), checkpoint.tensors
+    other = [name for name in sorted(tensors) if name + SCALE in packed and tensors[name].dtype != "F8_E4M3"]
+    return f"{listing(other)} {'is' if len(other) == 1 else 'are'} not stored in FP8" if other else None
+
+
+def empty_device_model(
+    checkpoint: Checkpoint, device: torch.device | str, draft_ids: Sequence[int] | None = None
+) -> DeviceModel:
+    """Returns a model with room for the checkpoint's weights, without them; on "meta" it costs nothing."""
+    stored = {name.split(".", 3)[-1]: info.dtype for name, info in checkpoint.tensors.items()}
+    router = torch.float32 if stored.get("mlp.gate.weight") == "F32" else torch.bfloat16
+    return DeviceModel(checkpoint.config, device, stored.get("eh_proj.weight") == "F8_E4M3", router, draft_ids)
+
+
+def load_device_model(
+    source: Path | Checkpoint,
+    device: torch.device | str,
+    progress: Report | None = None,
+    draft_ids: Sequence[int] | None = None,
+) -> DeviceModel:
+    """Returns the model with its FP8 weights as they are stored; `fp8_obstacle` is None.
+
+    Args:
+        source, progress: as for `load_checkpoint`.
+        draft_ids: the tokens that drafts may be; None for all.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
+    model = empty_device_model(checkpoint, device, draft_ids)
+    slots = model.checkpoint_slots()
+    with Reader(checkpoint.tensors, progress) as reader:
+        for name in reader:
+            if name + SCALE in slots:
+                value = reader.raw(name)
+                slots[name].copy_(value.reshape(slots[name].shape))
+                scale = reader.raw(name + SCALE)
+                slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
+            elif name in slots and not name.endswith(SCALE):
+                slots[name].copy_(reader.wide(name, 128, torch.float32))
+        reader.compare_copies(checkpoint.config, slots)
+    model.finish()
+    return model
