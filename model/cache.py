@@ -53,3 +53,9 @@ class LatentCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
+
+    def take(self, other: LatentCache, length: int) -> None:
+        """Begins with a copy of another cache's first `length` slots."""
+        for own, theirs in zip(self.slots, other.slots, strict=True):
+            own[:length] = theirs[:length]
+        self.length = length

@@ -74,6 +74,25 @@ def choose_technique(model: Transformer) -> Technique:
     return "batched" if invariant else "single"
 
 
+@torch.inference_mode()
+def cuts_are_free(model: Transformer, chunk: int) -> bool:
+    """Returns whether rows are bitwise the same in a pass of `chunk` as in small ones, which `choose_technique` tested.
+
+    Then a prompt's caches do not depend on where its passes begin.
+    """
+    ids = [(104729 * i + 13) % model.config.vocab_size for i in range(chunk)]
+    whole, parts = (model.new_cache(chunk) for _ in range(2))
+    together = model.rows(ids, whole, range(-1, chunk - 1))
+    most = min(chunk, 2 * PROBE_ROWS[-1])
+    for first in range(0, most, PROBE_ROWS[-1]):
+        part = ids[first : min(first + PROBE_ROWS[-1], most)]
+        hidden = model.rows(part, parts, range(-1, len(part) - 1))
+        parts.commit(range(len(part)))
+        if not torch.equal(hidden, together[first : first + len(part)]):
+            return False
+    return all(torch.equal(a[:most], b[:most]) for a, b in zip(whole.slots, parts.slots, strict=True))
+
+
 def _is_invariant(model: Transformer, context: int) -> bool:
     vocab, most = model.config.vocab_size, max(PROBE_ROWS)
     ids = [(7919 * i + 11 * context) % vocab for i in range(context + most)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
-from mtp_spec.engine import Decoder
+from mtp_spec.engine import PREFILL_CHUNK, Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.explain import Explanation, explain
 from mtp_spec.finish import Finisher
@@ -19,7 +19,7 @@ from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.loading import check_device, context_limit, dtype_of, load_model
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.rows import Technique, choose_technique
+from mtp_spec.model.rows import Technique, choose_technique, cuts_are_free
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import SamplingParams, Speculation, resolve_speculation, sample_seeds
 from mtp_spec.pace import Pace
@@ -50,6 +50,7 @@ class LM:
         self.model, self.tokenizer = model, tokenizer
         self.max_context = max_context
         self._techniques = {torch.get_num_threads(): technique}
+        self._reuse_chunks: dict[int, int] = {}
         self.pace = Pace()
         self._grammars: Grammars | None = None
         self.runtime = DeviceRuntime(model, max_context) if isinstance(model, DeviceModel) else None
@@ -120,16 +121,23 @@ class LM:
             return _drain(self._open(ids, options))
         return [_drain(self._open(ids, {**options, "seed": seed})) for seed in sample_seeds(n, options.get("seed", 0))]
 
-    def stream(self, prompt: str | Ids | Sequence[Message], **options: Any) -> TokenStream:
+    def stream(
+        self, prompt: str | Ids | Sequence[Message], *, after: TokenStream | None = None, **options: Any
+    ) -> TokenStream:
         """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `generate`.
 
         The events are those of `generate`: same tokens, same text. `stream.result` is the `Generation`.
+
+        Args:
+            after: an earlier stream of this model, finished or left where it is. What both texts begin with is not
+                read again, so the next turn of a chat costs its own tokens only; the bits are the same. On a GPU
+                everything is read again. `stream.result.stats.reused_tokens` counts.
         """
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return self._open(self.chat_ids(cast("Sequence[Message]", prompt)), options)
+            return self._open(self.chat_ids(cast("Sequence[Message]", prompt)), options, after)
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt: call it once for each, or use generate")
-        return self._open(self._prompts(prompt)[0], options)
+        return self._open(self._prompts(prompt)[0], options, after)
 
     def explain(self, prompt: str | Ids | Sequence[Message], steps: int = 3, **options: Any) -> Explanation:
         """Returns what the first verify steps drafted, what both models thought of it and what was accepted.
@@ -154,7 +162,9 @@ class LM:
         """Returns the model's and the MTP modules' logits for a text, teacher-forced; see `Scores`."""
         return score_ids(self.model, self._checked(token_ids))
 
-    def _open(self, ids: list[int], options: Mapping[str, Any]) -> TokenStream:
+    def _open(
+        self, ids: list[int], options: Mapping[str, Any], after: TokenStream | None = None
+    ) -> TokenStream:
         given = dict(options)
         if "n" in given:
             raise OptionError(f"n={given['n']!r}: generate and chat take it; stream one text for each of the seeds")
@@ -172,17 +182,39 @@ class LM:
         if params.stop_strings:
             self._text()
         finisher = Finisher(self.tokenizer, self.stop_ids(), params.stop_strings, limit)
-        return TokenStream(self._decoder(ids, sampler, speculation, limit, finisher), finisher)
+        if after is not None and (not isinstance(after, TokenStream) or after.decoder.model is not self.model):
+            raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
+        return TokenStream(self._decoder(ids, sampler, speculation, limit, finisher, after), finisher)
 
     def _decoder(
-        self, ids: list[int], sampler: Sampler, speculation: Speculation | None, limit: int, finisher: Finisher
+        self,
+        ids: list[int],
+        sampler: Sampler,
+        speculation: Speculation | None,
+        limit: int,
+        finisher: Finisher,
+        after: TokenStream | None,
     ) -> Decoder | DeviceDecoder:
         if self.runtime is not None:
             if sampler.processors:
                 raise OptionError('logits_processor and response_format run on the CPU yet: load(..., device="cpu")')
             return DeviceDecoder(self.runtime, ids, sampler, speculation, finisher.push)
         assert isinstance(self.model, Transformer)
-        return Decoder(self.model, self.technique, ids, sampler, speculation, limit, finisher.push, self.pace)
+        prefix = after.decoder.prefix() if after is not None and isinstance(after.decoder, Decoder) else None
+        reused = 0
+        if prefix is not None and prefix.threads == torch.get_num_threads():
+            reused = prefix.shared(ids, speculation is not None, self._reuse_chunk(self.model))
+        return Decoder(
+            self.model, self.technique, ids, sampler, speculation, limit, finisher.push, self.pace, prefix, reused
+        )
+
+    def _reuse_chunk(self, model: Transformer) -> int:
+        """Returns in which units caches can be handed on without changing a bit."""
+        threads = torch.get_num_threads()
+        if threads not in self._reuse_chunks:
+            free = self.technique == "batched" and cuts_are_free(model, PREFILL_CHUNK)
+            self._reuse_chunks[threads] = 1 if free else PREFILL_CHUNK
+        return self._reuse_chunks[threads]
 
     def speculation_for(self, value: object) -> Speculation | None:
         """Returns what `speculation=value` means for this model; None is off.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtp_spec.confidence import Confidence
 from mtp_spec.model.attention import plan_drafts, plan_rows
+from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
 from mtp_spec.rules import Choices, Rule
@@ -68,6 +69,17 @@ class Drafter:
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
         self._confidence = Confidence()
         self._leads: dict[int, float] = {}
+
+    def take(self, caches: Sequence[LatentCache], length: int) -> None:
+        """Begins with what an earlier text's modules held of the first `length` positions."""
+        for own, theirs in zip(self.caches, caches, strict=True):
+            own.take(theirs, length)
+
+    def settle(self, tokens: Sequence[int]) -> int:
+        """Brings every module's cache up to the committed tokens; returns the positions that all of them hold."""
+        if self._pending[0]:
+            self._extend(tokens)
+        return min(cache.length for cache in self.caches)
 
     def observe(self, hidden: Tensor) -> None:
         """Takes the main model's normed hidden states `[k, D]` of newly committed positions, in order."""

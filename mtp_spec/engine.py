@@ -17,6 +17,7 @@ from mtp_spec.model.rows import Technique, row_logits, verify_rows
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
 from mtp_spec.pace import Pace, TextPace
+from mtp_spec.prefix import Prefix
 from mtp_spec.rules import RULES
 from mtp_spec.rules.base import SeededChoices
 from mtp_spec.sampling import History, Sampler
@@ -39,6 +40,7 @@ class Decoder:
         limit: most tokens that will be drawn.
         is_last: told each token as it is drawn; true ends the text there.
         pace: where given, adaptive speculation pauses while it does not pay.
+        prefix, reused: an earlier text's caches and how many of its first tokens to take from them.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Decoder:
         limit: int,
         is_last: Callable[[int], bool],
         pace: Pace | None = None,
+        prefix: Prefix | None = None,
+        reused: int = 0,
     ) -> None:
         self.model, self.technique, self.sampler = model, technique, sampler
         self.speculation, self.is_last = speculation, is_last
@@ -62,8 +66,17 @@ class Decoder:
         self.rule = None if speculation is None else RULES.get(speculation.acceptance)
         self.choices = SeededChoices(sampler.params.seed)
         self.drafter = None if speculation is None else Drafter(model, room + 1, self.rule, self.choices)
-        self.stats = GenerationStats()
+        self.stats = GenerationStats(reused_tokens=reused)
         self.finished = False
+        # false while caches are being written: a step that was cut short leaves them as they must not be used
+        self._at_rest = False
+        self._prompt, self._threads = len(self.tokens), torch.get_num_threads()
+        # the modules' caches stay where this text does not draft
+        self._undrafted = prefix if self.drafter is None else None
+        if prefix is not None:
+            self.cache.take(prefix.cache, reused)
+            if self.drafter is not None:
+                self.drafter.take(prefix.mtp_caches, reused)
         adaptive = speculation is not None and speculation.adaptive
         self.pace = TextPace(pace) if pace is not None and adaptive else None
         # shown every verified tree, with the target's rows and what was accepted: see `mtp_spec.explain`
@@ -74,18 +87,19 @@ class Decoder:
         """Fills the cache with the prompt and returns the first token."""
         prompt = self.tokens
         with self.stats.phase("prefill"):
-            for first in range(0, len(prompt), PREFILL_CHUNK):
+            for first in range(self.cache.length, len(prompt), PREFILL_CHUNK):
                 chunk = prompt[first : first + PREFILL_CHUNK]
                 hidden = self.model.rows(chunk, self.cache, range(-1, len(chunk) - 1))
                 self._commit(hidden, range(len(chunk)))
             logits = self.model.logits(hidden[-1:])
         self.stats.record_prefill(len(prompt))
+        self._at_rest = True
         return self._take(self._accept(TokenTree(), logits))
 
     @torch.inference_mode()
     def step(self) -> list[Drawn]:
         """Drafts a tree, verifies it in one pass, accepts a path, commits it; returns the new tokens."""
-        start = perf_counter()
+        start, self._at_rest = perf_counter(), False
         wanted = self.pace is None or self.pace.drafts()
         tree = self._draft() if wanted else TokenTree()
         hidden, logits = self._verify(tree)
@@ -100,7 +114,21 @@ class Decoder:
             self.pace.record(len(tree) > 0, perf_counter() - start, len(accepted.drawn))
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
+        self._at_rest = True
         return self._take(accepted)
+
+    @torch.inference_mode()
+    def prefix(self) -> Prefix | None:
+        """Returns the caches for the next text; None where a step was cut short."""
+        if not self._at_rest:
+            return None
+        if self.drafter is not None:
+            caches, drafted = self.drafter.caches, self.drafter.settle(self.tokens)
+        elif self._undrafted is not None:
+            caches, drafted = self._undrafted.mtp_caches, self._undrafted.shared(self.tokens, True, 1)
+        else:
+            caches, drafted = [self.model.new_mtp_cache(0) for _ in self.model.mtp], 0
+        return Prefix(list(self.tokens), self._prompt, self.cache, caches, drafted, self._threads)
 
     def _draft(self) -> TokenTree:
         # the target adds a token of its own, so that the deepest useful draft is one short of the limit

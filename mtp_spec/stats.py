@@ -22,6 +22,7 @@ class GenerationStats:
 
     Attributes:
         prompt_tokens: tokens of the prompt.
+        reused_tokens: of these, the ones whose caches an earlier text left.
         new_tokens: tokens generated, the first one included.
         steps: verify steps.
         drafted: draft tokens proposed (nodes of all trees).
@@ -34,6 +35,7 @@ class GenerationStats:
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
     steps: int = 0
     drafted: int = 0
@@ -126,7 +128,8 @@ class GenerationStats:
         """The sums of both; neither is changed."""
         merged = GenerationStats()
         for part in (self, other):
-            for name in ("prompt_tokens", "new_tokens", "steps", "drafted", "accepted", "step_tokens", "total_seconds"):
+            for name in ("prompt_tokens", "reused_tokens", "new_tokens", "steps", "drafted", "accepted", "step_tokens",
+                         "total_seconds"):  # fmt: skip
                 setattr(merged, name, getattr(merged, name) + getattr(part, name))
             for name in ("histogram", "accepted_by_rank", "_proposed", "_reached", "_passed"):
                 getattr(merged, name).update(getattr(part, name))
@@ -138,6 +141,7 @@ class GenerationStats:
         """A dictionary that ``json.dumps`` accepts."""
         return {
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "new_tokens": self.new_tokens,
             "steps": self.steps,
             "drafted": self.drafted,

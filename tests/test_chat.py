@@ -81,6 +81,10 @@ def test_an_answer_is_that_of_the_library(run: Run, lm: mtp_spec.LM) -> None:
     assert "tok/s" in out
     assert "seed 3" in out
     assert "cut at max_new_tokens" in out
+    first, second = (turn.result.stats for turn in chat.session.turns if turn.result is not None)
+    assert first.reused_tokens == 0
+    # the first turn was not read again
+    assert lm.technique == "single" or second.reused_tokens > first.prompt_tokens
 
 
 def test_commands_have_help_and_all_that_were_promised_exist(run: Run) -> None:

@@ -29,7 +29,7 @@ class Chat:
             draw, stream = self.session.ask(question)
         with interruptible() as interrupt:
             self.interrupted = self.screen.answer(stream, draw.params.seed, lambda: interrupt.asked)
-        kept = self.session.keep(draw, stream.result, self.interrupted)
+        kept = self.session.keep(draw, stream, self.interrupted)
         self._comment(kept)
         return kept
 

@@ -24,6 +24,7 @@ def statistics(last: GenerationStats | None, totals: GenerationStats) -> Table:
 def _rows(stats: GenerationStats) -> dict[str, str]:
     rows = {
         "prompt tokens": str(stats.prompt_tokens),
+        "of these not read again": str(stats.reused_tokens),
         "new tokens": str(stats.new_tokens),
         "tokens a second": f"{speed(stats):.1f}",
         "verify steps": str(stats.steps),

@@ -84,6 +84,7 @@ class Session:
         self.lm, self.params, self.speculation, self.system = lm, params, speculation, system
         self.turns: list[Turn] = []
         self.totals = GenerationStats()
+        self._last: TokenStream | None = None
         self.count(self.messages("?"))
 
     def messages(self, question: str | None = None, first: int = 0) -> list[Message]:
@@ -108,11 +109,13 @@ class Session:
         return draw, self.draw(draw)
 
     def draw(self, draw: Draw) -> TokenStream:
-        """Returns the stream that a draw describes."""
-        return self.lm.stream(draw.messages, speculation=draw.speculation, **options_of(draw.params))
+        """Returns the stream that a draw describes; what it has in common with the last turn is not read again."""
+        options = options_of(draw.params)
+        return self.lm.stream(draw.messages, after=self._last, speculation=draw.speculation, **options)
 
-    def keep(self, draw: Draw, result: Generation, interrupted: bool) -> bool:
+    def keep(self, draw: Draw, stream: TokenStream, interrupted: bool) -> bool:
         """Adds a turn; returns false, and adds none, where nothing was written before the answer was stopped."""
+        result, self._last = stream.result, stream
         self.totals = self.totals.merge(result.stats)
         if interrupted and not result.text:
             return False

@@ -1,0 +1,56 @@
+"""What a text leaves for the next one that begins with the same tokens, as the next turn of a chat does.
+
+Reusing caches must not change a bit of what follows. Where rows do not depend on their neighbours, any common prefix
+can be reused. Elsewhere only what a fresh prefill would compute in the very same passes: whole chunks of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mtp_spec.model.cache import LatentCache
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Caches of a text.
+
+    Attributes:
+        tokens: all ids of the text, prompt included.
+        prompt: how many of them were the prompt.
+        cache: the main model's; its length may be less than the tokens.
+        mtp_caches: of the modules, in step with it.
+        drafted: slots of these that belong to this text; fewer than their length where it did not draft.
+        threads: torch's number of threads that computed them.
+    """
+
+    tokens: list[int]
+    prompt: int
+    cache: LatentCache
+    mtp_caches: list[LatentCache]
+    drafted: int
+    threads: int
+
+    def shared(self, prompt: Sequence[int], drafting: bool, chunk: int) -> int:
+        """Returns how many of a prompt's tokens need not be read again.
+
+        Args:
+            drafting: whether the modules' caches are needed too.
+            chunk: 1 where rows do not depend on their neighbours, else the tokens of a prefill's pass.
+        """
+        same = _common(self.tokens, prompt)
+        modules = len(self.mtp_caches) if drafting else 0
+        # the last token's row is needed for the first draw; row i of module m also read token i + m + 1
+        held = min(same - modules, len(prompt) - 1, self.cache.length)
+        if drafting:
+            held = min(held, self.drafted)
+        if chunk > 1:
+            held = min(held, self.prompt - modules)
+        return max(0, held) // chunk * chunk
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Returns the length of the longest common beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
