@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.buffer import CompletionState
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
@@ -119,11 +120,12 @@ def _keys() -> KeyBindings:
 
     @keys.add("tab", filter=typing)
     def complete(event: KeyPressEvent) -> None:
+        # at once, where prompt_toolkit's own completion would come after the keys that follow
         buffer = event.current_buffer
-        if buffer.complete_state and buffer.complete_state.completions:
-            buffer.complete_next()
-        else:
-            buffer.start_completion(select_first=True)
+        if not buffer.complete_state or not buffer.complete_state.completions:
+            found = list(buffer.completer.get_completions(buffer.document, CompleteEvent(completion_requested=True)))
+            buffer.complete_state = CompletionState(buffer.document, found)
+        buffer.complete_next()
 
     @keys.add("c-c", filter=typing)
     def empty_or_leave(event: KeyPressEvent) -> None:
