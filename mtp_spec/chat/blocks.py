@@ -54,6 +54,8 @@ class Blocks:
 
     def push(self, text: str, source: Source) -> list[list[Piece]]:
         """Takes the next piece; returns the blocks that it finishes."""
+        if not text:
+            return []
         # only what begins a line can show that the block before it is finished
         begins_line = "\n" in text or not self.open or self.open[-1][0].endswith("\n")
         self.open.append((text, source))

@@ -108,7 +108,7 @@ class Screen:
         """Returns which colour says what."""
         depths = range(1, len(DEPTH_STYLES) + 1)
         names = [Text(f"draft {depth}", style_of(depth)) for depth in depths]
-        return Text(", ").join([Text("target"), *names, Text("deeper the same")])
+        return Text.assemble(Text(", ").join([Text("target"), *names]), " or deeper")
 
     def _plain(self, stream: TokenStream, seed: int, stopped: Callable[[], bool]) -> bool:
         interrupted = _each(stream, lambda event: self.console.out(event.text, end="", highlight=False), stopped)
