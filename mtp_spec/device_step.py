@@ -42,6 +42,8 @@ class Step:
     extend: int
     acceptance: str = "coupled"
     logits: Tensor = field(init=False)
+    _ids: Tensor = field(init=False)  # [M], root first
+    _outputs: Tensor = field(init=False)  # [M, D] of the model
     _graph: Callable[[], None] | None = field(init=False, default=None)
     _constants: Constants = field(init=False)
     _rule: DeviceRule | None = field(init=False, default=None)
@@ -64,22 +66,32 @@ class Step:
         self.state.length.fill_(1)
         self._graph = captured(self._run)
 
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """Returns what a step does, in order; benchmarks time the parts."""
+        return {"draft": self._propose, "verify": self._verify, "accept": self._accept}
+
     def _run(self) -> None:
+        for part in self.parts().values():
+            part()
+
+    def _propose(self) -> None:
+        root = self.state.tokens[-1:]  # the last committed token: tokens are padded with it
+        self._ids = torch.cat((root, self._draft(self._extend()))) if self.extend else root
+
+    def _verify(self) -> None:
         state, shape, constants = self.state, self.shape, self._constants
-        root = state.tokens[-1:]  # the last committed token: tokens are padded with it
-        hidden = self._extend() if self.extend else None
-        ids = root if hidden is None or not shape.parents else torch.cat((root, self._draft(hidden)))
-        rows = [[0, *(node + 1 for node in shape.path(row - 1))] for row in range(len(shape.parents) + 1)]
-        depths, table = constants.integers([0, *shape.depths]), constants.table(rows)
-        order = constants.integers(range(len(rows)))
-        plan = mla.Plan(state.length, depths, order, None if shape.is_chain else table, shape.depth)
-        outputs = self.model.rows(ids, state.caches, plan)
-        self.logits = self.model.logits(outputs)
-        position = (state.length + depths + 1).long()
+        depths, order = constants.integers([0, *shape.depths]), constants.integers(range(len(self._ids)))
+        plan = mla.Plan(state.length, depths, order, None if shape.is_chain else self._rows(), shape.depth)
+        self._outputs = self.model.rows(self._ids, state.caches, plan)
+        self.logits = self.model.logits(self._outputs)
+
+    def _accept(self) -> None:
+        state, shape, constants, ids = self.state, self.shape, self._constants, self._ids
+        position = (state.length + constants.integers([0, *shape.depths]) + 1).long()
         seen = state.settings.seen if self.stages.penalty else None
-        path = None if seen is None or not shape.parents else _drafted(ids, table[:, 1:])
+        path = None if seen is None or not shape.parents else _drafted(ids, self._rows()[:, 1:])
         drawn = self._sample(self.logits, position, path)
-        state.hidden[: len(rows)] = outputs
+        state.hidden[: len(ids)] = self._outputs
         parents = constants.integers([-1, *(parent + 1 for parent in shape.parents)])
         tokens = drawn.tokens[:, 0].contiguous()
         if self._rule is not None and drawn.rows is not None:
@@ -89,6 +101,11 @@ class Step:
         if not shape.is_chain:
             commits.commit(state.caches, state.length, state.path, state.record)
         state.length += state.record[commits.COUNT : commits.COUNT + 1]
+
+    def _rows(self) -> Tensor:
+        """Returns the rows from the root to each row `[M, A]`."""
+        count = len(self.shape.parents) + 1
+        return self._constants.table([[0, *(node + 1 for node in self.shape.path(row - 1))] for row in range(count)])
 
     def _extend(self) -> Tensor:
         """Shows the MTP modules the tokens of the last step; returns the root's output `[1, D]`."""
