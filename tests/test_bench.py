@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_device import device_lm
+from transformers import modeling_layers
 
 from mtp_spec.bench import tuning
 from mtp_spec.bench.common import bundled_prompts, interval
 from mtp_spec.bench.exactness import SAMPLING, SHAPES
+from mtp_spec.bench.phases import step_phases
 from mtp_spec.cli import main
 from mtp_spec.kernels import gemm
 
@@ -64,9 +68,38 @@ def test_acceptance(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="resource limits are a Unix module")
 def test_speed_beside_transformers(tmp_path: Path) -> None:
     document = run(["speed", *TINY, "--depths", "2", "--temperatures", "0", "--transformers", "--loads", "1"], tmp_path)
-    assert [row["way"] for row in document["rows"]] == ["plain", "chain 2", "auto", "transformers plain"]
-    assert document["rows"][0]["times plain"] == 1.0
+    rows = {row["way"]: row for row in document["rows"]}
+    assert list(rows) == ["plain", "chain 2", "auto", "transformers plain", "transformers use_mtp"]
+    assert rows["plain"]["times plain"] == 1.0
+    assert rows["chain 2"]["first tokens as plain"] == 6
+    # in bfloat16 the two libraries round differently
+    assert rows["transformers use_mtp"]["first tokens as plain"] > 3
     assert document["load"]["peak_mb"] > 50
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are a Unix module")
+def test_speed_says_why_use_mtp_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(modeling_layers, "MtpModel")
+    document = run(["speed", *TINY, "--depths", "2", "--temperatures", "0", "--transformers", "--loads", "1"], tmp_path)
+    assert "MtpModel" in document["rows"][-1]["way"]
+    assert document["rows"][-1]["tokens/s"] == "-"
+
+
+def test_parts_of_a_captured_step_are_timed_beside_the_text() -> None:
+    lm = device_lm()
+    options: dict[str, Any] = {"temperature": 0.8, "seed": 2, "max_new_tokens": 12}
+    before = lm.generate("One day a fox", speculation=2, **options)
+    works: list[str] = []
+
+    def measure(work: Callable[[], None]) -> float:
+        for _ in range(2):
+            work()
+        works.append("")
+        return float(len(works))
+
+    parts = step_phases(lm, lm.encode("One day a fox"), {**options, "speculation": 2}, measure)
+    assert parts == {"draft": 1.0, "verify": 2.0, "accept": 3.0}
+    assert lm.generate("One day a fox", speculation=2, **options).token_ids == before.token_ids
 
 
 def test_prompts_come_again_with_another_seed() -> None:

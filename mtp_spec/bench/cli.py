@@ -32,7 +32,7 @@ def add_bench(commands: Any) -> None:
     either.add_argument("--rules", type=_rules, metavar="RULE,...", help="compare acceptance rules on fixed shapes: "
                         "all, or some of " + ", ".join(ACCEPTANCE_RULES))  # fmt: skip
     four = _add(kinds, "speed", speed, "wall-clock against plain decoding, and against transformers", 12, 96)
-    four.add_argument("--transformers", action="store_true", help="also time transformers' plain generate")
+    four.add_argument("--transformers", action="store_true", help="also time transformers' generate, plain and use_mtp")
     four.add_argument("--loads", type=_count, default=3, help="fresh processes that load the model (3)")
     four.add_argument("--adversarial", action="store_true", help="prompts of random tokens; try it at temperature 2")
     five = kinds.add_parser("kernels", help="FP8 products on a GPU, against the copy rate", description=kernels.__doc__)

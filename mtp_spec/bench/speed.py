@@ -8,8 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,9 @@ from rich.progress import track
 
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, average, bundled_prompts, question, spread
-from mtp_spec.errors import OptionError
-from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
-from mtp_spec.model.device import DeviceModel
+from mtp_spec.bench.peer import Generate, transformers_ways
+from mtp_spec.bench.phases import step_phases
 
-Generate = Callable[[list[int], dict[str, Any]], tuple[list[int], float, dict[str, float]]]
 LOAD = """
 import json, resource, sys, time
 start = time.perf_counter()
@@ -38,28 +34,47 @@ print(json.dumps({"import_s": imported - start, "load_s": loaded - imported, "pe
 
 def speed(lm: LM, args: argparse.Namespace) -> Report:
     """Times every way to generate on the same prompts, in turn, and reports medians of ratios against plain."""
-    ways: dict[str, Generate] = {"plain": _ours(lm, None)}
-    ways |= {f"chain {depth}": _ours(lm, depth) for depth in args.depths}
-    ways["auto"] = _ours(lm, "auto")
+    speculations = {"plain": None, **{f"chain {depth}": depth for depth in args.depths}, "auto": "auto"}
+    ways, absent = {name: _ours(lm, speculation) for name, speculation in speculations.items()}, dict[str, str]()
     with tempfile.TemporaryDirectory() as folder:
         if args.transformers:
-            ways |= _transformers(lm, Path(folder), args)
-        rows, facts = [], dict[str, Any]()
+            theirs, absent = transformers_ways(lm, Path(folder), args)
+            ways |= theirs
+        rows, facts = [], dict[str, Any](absent)
         for temperature in args.temperatures:
-            part, facts[f"seconds per token at {temperature}"] = _compare(lm, ways, temperature, args)
+            part, facts[f"at temperature {temperature}"] = _compare(lm, ways, temperature, args)
+            if lm.runtime is not None:
+                parts = _parts(lm, speculations, temperature)
+                facts[f"microseconds of a step at {temperature}"] = parts
+                for row in part:
+                    row |= _shares([parts.get(row["way"], {})])
             rows += part
+    for name, reason in absent.items():
+        rows.append({**dict.fromkeys(rows[0], "-"), "way": f"{name}: {reason}"})
     if lm.model.device.type == "cpu":
         facts["load"] = _load(args)
     return Report(f"Wall-clock against plain decoding, median over {args.prompts} prompts", rows, facts)
 
 
+def _parts(lm: LM, speculations: dict[str, Any], temperature: float) -> dict[str, dict[str, float]]:
+    """Returns microseconds of the parts of captured steps, which the loop runs in one."""
+    prompt, parts = question(lm, bundled_prompts(1, seed=1)[0]["prompt"]), {}
+    for name, speculation in speculations.items():
+        options = {"speculation": speculation, "temperature": temperature, "max_new_tokens": 64}
+        found = step_phases(lm, prompt, options)
+        parts[name] = {"draft": found["draft"], "verify": found["verify"], "sample": found["accept"]}
+        parts[name]["total"] = sum(found.values())
+    return parts
+
+
 def _compare(
     lm: LM, ways: dict[str, Generate], temperature: float, args: argparse.Namespace
 ) -> tuple[list[Row], dict[str, Any]]:
+    """Returns the table's rows, and seconds per token of every text."""
     prompts = bundled_prompts(args.prompts, seed=1)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    agree: list[float] = []
+    agree: dict[str, list[float]] = {name: [] for name in ways}
     greedy = {n: w for n, w in ways.items() if temperature == 0 or not n.startswith("transformers")}
     warm = {"temperature": temperature, "seed": 0, "max_new_tokens": 8}
     for way in greedy.values():  # compilation and capture are no part of a text's time
@@ -74,18 +89,21 @@ def _compare(
             texts[name], took, phase = greedy[name](ids, options)
             seconds[name].append(took / max(1, len(texts[name])))
             phases[name].append(phase)
-        if "transformers plain" in texts:
-            theirs, ours = texts["transformers plain"], texts["plain"]
-            agree.append(next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), len(ours)))
+        for name, text in texts.items():
+            agree[name].append(_shared(text, texts["plain"]))
     rows: list[Row] = []
     for name in greedy:
         median, low, high = spread([p / s for p, s in zip(seconds["plain"], seconds[name], strict=True)])
         rows.append({"T": temperature, "way": name, "times plain": median, "quartiles": f"{low:.2f}-{high:.2f}",
-                     "tokens/s": 1 / spread(seconds[name])[0], **_shares(phases[name])})  # fmt: skip
-    kept: dict[str, Any] = {name: values for name, values in seconds.items() if values}
-    if agree:
-        kept["tokens on which transformers agrees, mean"] = average(agree)
-    return rows, kept
+                     "tokens/s": 1 / spread(seconds[name])[0], "first tokens as plain": average(agree[name]),
+                     **_shares(phases[name])})  # fmt: skip
+    return rows, {"seconds per token": {name: values for name, values in seconds.items() if values}}
+
+
+def _shared(text: list[int], other: list[int]) -> int:
+    """Returns the number of first tokens that are equal."""
+    pairs = zip(text, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
 
 
 def _noise(lm: LM, number: int) -> list[int]:
@@ -107,43 +125,6 @@ def _ours(lm: LM, speculation: Any) -> Generate:
         return out.token_ids, time.perf_counter() - start, out.stats.seconds
 
     return generate
-
-
-def _transformers(lm: LM, folder: Path, args: argparse.Namespace) -> dict[str, Generate]:
-    """transformers' own DeepSeek-V3, plain and with `use_mtp`, on a copy of the same weights."""
-    try:
-        import transformers
-    except ImportError:
-        raise OptionError("--transformers needs the library: pip install transformers") from None
-    ours = lm.model
-    if isinstance(ours, DeviceModel):  # FP8 there needs kernels from a hub: bfloat16 it is
-        source = Path(str(files("mtp_spec.configs") / "demo")) if args.model is None else args.model
-        ours = load_checkpoint(source, dtype=torch.bfloat16)
-    save_checkpoint(ours, folder / "copy", fp8=False)
-    transformers.utils.logging.set_verbosity_error()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype=ours.dtype)
-    model = model.to(lm.model.device).eval()
-    stops = sorted(lm.stop_ids())
-
-    def way(**more: Any) -> Generate:
-        def generate(ids: list[int], options: dict[str, Any]) -> tuple[list[int], float, dict[str, float]]:
-            tokens = torch.tensor([ids], device=model.device)
-            start = time.perf_counter()
-            with torch.inference_mode():
-                out = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
-                                     eos_token_id=stops, pad_token_id=stops[0],
-                                     max_new_tokens=options["max_new_tokens"], **more)  # fmt: skip
-            return out[0, len(ids) :].tolist(), time.perf_counter() - start, {}
-
-        return generate
-
-    ways = {"transformers plain": way()}
-    try:
-        way(use_mtp=True)([0, 2, 400], {"max_new_tokens": 4})
-        ways["transformers use_mtp"] = way(use_mtp=True)
-    except Exception as error:  # whatever it raises: the version may lack it, or want another layout
-        print(f"transformers use_mtp does not run here: {error!r}"[:300], file=sys.stderr)
-    return ways
 
 
 def _load(args: argparse.Namespace) -> dict[str, float]:

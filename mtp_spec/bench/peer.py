@@ -1,0 +1,79 @@
+"""transformers' own DeepSeek-V3, plain and with `use_mtp`, on a bfloat16 copy of the same weights."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_spec.api import LM
+from mtp_spec.errors import OptionError
+from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
+from mtp_spec.model.device import DeviceModel
+
+# prompt ids and sampling options -> token ids, seconds, seconds by phase
+Generate = Callable[[list[int], dict[str, Any]], tuple[list[int], float, dict[str, float]]]
+PLAIN, MTP = "transformers plain", "transformers use_mtp"
+
+
+def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[dict[str, Generate], dict[str, str]]:
+    """Returns the ways that run, and why others do not.
+
+    Args:
+        folder: where the copy may be written; it must outlive the ways.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise OptionError("--transformers needs the library: pip install transformers") from None
+    ours = lm.model
+    if isinstance(ours, DeviceModel):  # FP8 there needs kernels from a hub: bfloat16 it is
+        source = Path(str(files("mtp_spec.configs") / "demo")) if args.model is None else args.model
+        ours = load_checkpoint(source, dtype=torch.bfloat16)
+    save_checkpoint(ours, folder / "copy", fp8=False)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype=ours.dtype)
+    model = model.to(lm.model.device).eval()
+    stops = sorted(lm.stop_ids())
+
+    def way(**more: Any) -> Generate:
+        def generate(ids: list[int], options: dict[str, Any]) -> tuple[list[int], float, dict[str, float]]:
+            tokens = torch.tensor([ids], device=model.device)
+            start = time.perf_counter()
+            with torch.inference_mode():
+                out = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
+                                     eos_token_id=stops, pad_token_id=stops[0],
+                                     max_new_tokens=options["max_new_tokens"], **more)  # fmt: skip
+            return out[0, len(ids) :].tolist(), time.perf_counter() - start, {}
+
+        return generate
+
+    try:
+        _prepare_mtp(model, lm)
+        way(use_mtp=True)([0, 2, 400], {"max_new_tokens": 4})
+    except Exception as error:  # whatever it raises: each version wants another layout, or has none
+        return {PLAIN: way()}, {MTP: f"not in transformers {transformers.__version__}: {error}"[:200]}
+    return {PLAIN: way(), MTP: way(use_mtp=True)}, {}
+
+
+def _prepare_mtp(model: Any, lm: LM) -> None:
+    """Makes the MTP modules load, once.
+
+    transformers looks for them under the names that its class ignores when the model itself is loaded: for DeepSeek-V3
+    layer 61, whatever the number of layers (5.17 to 5.24). And it would load them again for every text.
+    """
+    from transformers.modeling_layers import MtpModel
+
+    first, count = lm.config.num_hidden_layers, lm.config.num_nextn_predict_layers
+    if not count:
+        raise OptionError("the checkpoint has no MTP modules")
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first + i}\." for i in range(count)]
+    MtpModel.read_files = getattr(MtpModel, "read_files", MtpModel.from_pretrained)
+    loaded = MtpModel.read_files(model, device_map={"": model.device})
+    MtpModel.from_pretrained = lambda *_, **__: loaded

@@ -1,0 +1,46 @@
+"""What a captured step spends its time on: its parts as graphs of their own, timed beside the loop, not in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mtp_spec.api import LM
+from mtp_spec.bench.timing import graph_time
+from mtp_spec.device_engine import DeviceDecoder
+from mtp_spec.device_step import Step
+
+WARM_STEPS = 3
+
+
+def step_phases(
+    lm: LM, ids: list[int], options: dict[str, Any], measure: Callable[[Callable[[], Any]], float] = graph_time
+) -> dict[str, float]:
+    """Returns microseconds of a step's parts in the middle of a text: draft, verify, accept.
+
+    Args:
+        ids: the prompt.  options: as for `generate`.
+        measure: returns microseconds of some work, which it may repeat.
+    """
+    stream = lm.stream(ids, **options)
+    decoder = stream.decoder
+    assert isinstance(decoder, DeviceDecoder)
+    for event in stream:
+        if event.step == WARM_STEPS:
+            break
+    used, state = decoder.one_step, decoder.state
+    # the text's own step keeps what its graph writes to
+    step = Step(used.model, state, used.shape, used.stages, used.extend, used.acceptance)
+    length = state.length.clone()
+
+    def in_place(part: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            part()
+            state.length.copy_(length)  # accepting moves on: every repetition begins at the same place
+
+        return run
+
+    with torch.inference_mode():
+        return {name: measure(in_place(part)) for name, part in step.parts().items()}
