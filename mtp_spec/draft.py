@@ -56,6 +56,7 @@ class Drafter:
     Attributes:
         laws: for each node of the last tree the law it was drawn from, where a rule drew it.
         chances: for each node its probability under the draft, where `explaining` asks for it.
+        root_row: the processed row that the root's children were drawn from.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Drafter:
         self.model, self.rule, self.choices = model, rule, choices
         self.laws: list[Law] = []
         self.explaining, self.chances = False, list[float]()
+        self.root_row: Tensor | None = None
         self.caches = [model.new_mtp_cache(tokens) for _ in model.mtp]
         # per module: inputs not yet in its cache, hidden states of consecutive positions
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
@@ -186,6 +188,8 @@ class Drafter:
         shares: dict[int, dict[int, float]] = {}
         for row, parent in zip(logits, leaves, strict=True):
             processed = sampler.process(row, parent.history)
+            if parent.node == ROOT:
+                self.root_row = processed
             if sampler.leaves_nothing(processed):
                 continue
             top, laws = self._propose(processed, position, width, sampler)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections import deque
 from typing import Any
 
 from rich.progress import track
 
 from mtp_spec.api import LM
+from mtp_spec.bench.bound import FirstDepth
 from mtp_spec.bench.common import Report, Row, bundled_prompts, interval, question
+from mtp_spec.engine import Decoder
 from mtp_spec.options import MAX_DEPTH, Speculation
 from mtp_spec.rules import RULES
 from mtp_spec.stats import GenerationStats
@@ -35,31 +38,70 @@ def rule_shapes(names: list[str]) -> dict[str, Speculation]:
 
 
 def acceptance(lm: LM, args: argparse.Namespace) -> Report:
-    """Reports committed tokens per verify step, with the 95 % interval over prompts, and acceptance by depth."""
+    """Reports committed tokens per verify step, with the 95 % interval over prompts, and acceptance by depth.
+
+    Rules are compared on fixed shapes. For lossless ones the table also says how often a draft of the first depth could
+    be accepted at most (`bench.bound`), and which part of that was; for the coupled rule the part is that of its noise
+    drawn again at every step.
+    """
     prompts = bundled_prompts(args.prompts)
+    kinds = [item["category"] for item in prompts]
     rows: list[Row] = []
     details: dict[str, Any] = {}
     for temperature in args.temperatures:
         for name, speculation in (rule_shapes(args.rules) if args.rules else shapes(args.depths)).items():
-            each: list[GenerationStats] = []
+            each, firsts = list[GenerationStats](), list[FirstDepth]()
             for item in track(prompts, f"{name} at {temperature}", transient=True):
-                out = lm.generate(question(lm, item["prompt"]), temperature=temperature, seed=item["seed"],
-                                  max_new_tokens=args.max_new_tokens, speculation=speculation)  # fmt: skip
-                each.append(out.stats)
-            total = _sum(each)
-            low, high = interval([s.step_tokens for s in each], [s.steps for s in each])
-            first = [f"{rate:.2f}" for rate in total.accepted_per_depth["conditional"][:4]]
-            rows.append({"T": temperature, "draft": name, "tokens/step": total.tokens_per_step,
-                         "95 %": f"{low:.2f}-{high:.2f}", "drafted": total.drafted / max(1, total.steps),
-                         "accepted by depth": " ".join(first)})  # fmt: skip
-            kinds = sorted({item["category"] for item in prompts})
-            by_kind = {k: _sum([s for s, i in zip(each, prompts, strict=True) if i["category"] == k]) for k in kinds}
-            details[f"{name} at {temperature}"] = {
-                **total.to_json(),
-                "tokens_per_step_by_category": {k: s.tokens_per_step for k, s in by_kind.items()},
-            }
+                stream = lm.stream(question(lm, item["prompt"]), temperature=temperature, seed=item["seed"],
+                                   max_new_tokens=args.max_new_tokens, speculation=speculation)  # fmt: skip
+                if args.rules and _has_bound(speculation) and isinstance(stream.decoder, Decoder):
+                    firsts.append(FirstDepth(stream.decoder, speculation.acceptance, speculation.branching[0]))
+                deque(stream, maxlen=0)
+                each.append(stream.result.stats)
+            row, more = {"T": temperature, "draft": name, **_row(each)}, _details(each, kinds)
+            if args.rules:
+                more["first_depth"] = _first_depth(firsts)
+                row |= _columns(more["first_depth"])
+            rows.append(row)
+            details[f"{name} at {temperature}"] = more
     title = f"Tokens per step, {args.prompts} held-out prompts, up to {args.max_new_tokens} tokens"
     return Report(title, rows, {"details": details})
+
+
+def _has_bound(speculation: Speculation) -> bool:
+    return speculation.acceptance not in RULES or RULES[speculation.acceptance].lossless
+
+
+def _row(each: list[GenerationStats]) -> Row:
+    total = _sum(each)
+    low, high = interval([s.step_tokens for s in each], [s.steps for s in each])
+    first = [f"{rate:.2f}" for rate in total.accepted_per_depth["conditional"][:4]]
+    return {"tokens/step": total.tokens_per_step, "95 %": f"{low:.2f}-{high:.2f}",
+            "drafted": total.drafted / max(1, total.steps), "accepted by depth": " ".join(first)}  # fmt: skip
+
+
+def _details(each: list[GenerationStats], kinds: list[str]) -> Row:
+    by_kind = {kind: [s for s, own in zip(each, kinds, strict=True) if own == kind] for kind in sorted(set(kinds))}
+    shares = {kind: _sum(parts).tokens_per_step for kind, parts in by_kind.items()}
+    return {**_sum(each).to_json(), "tokens_per_step_by_category": shares}
+
+
+def _first_depth(firsts: list[FirstDepth]) -> Row:
+    """Returns how often the first depth could be accepted at most, and which part of that was, with its interval."""
+    bounds = [first.bound for first in firsts]
+    if not sum(bounds):
+        return {"bound": None, "part": None, "interval": None}
+    got = [first.redrawn if first.rule == "coupled" else first.accepted for first in firsts]
+    nodes = sum(first.nodes for first in firsts)
+    return {"bound": sum(bounds) / nodes, "part": sum(got) / sum(bounds), "interval": interval(got, bounds),
+            "nodes": nodes, "accepted": sum(first.accepted for first in firsts) / nodes}  # fmt: skip
+
+
+def _columns(first: Row) -> Row:
+    if first["bound"] is None:
+        return {"bound": "-", "of bound": "-"}
+    low, high = first["interval"]
+    return {"bound": first["bound"], "of bound": f"{first['part']:.3f} ({low:.2f}-{high:.2f})"}
 
 
 def _sum(parts: list[GenerationStats]) -> GenerationStats:
