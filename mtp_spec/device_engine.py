@@ -16,18 +16,17 @@ from torch import Tensor
 
 from mtp_spec.accept import Drawn
 from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import MOST, State, stages_of
-from mtp_spec.device_step import Prefill, Step
+from mtp_spec.device_state import MOST, PREFILL_ROWS, State, stages_of
+from mtp_spec.device_step import Graphs, Prefill, Step
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages, sample
+from mtp_spec.memory import check_room, plan_memory, rule_bytes
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import Speculation
 from mtp_spec.sampling import Sampler
 from mtp_spec.stats import GenerationStats
 
-# prompt tokens that pass through the model at once; the last chunk takes the smallest that holds it
-PREFILL_ROWS = (16, 64, 256)
 KEPT_STEPS = 8
 ADAPTIVE_DEPTH = 4
 
@@ -41,7 +40,7 @@ class DeviceRuntime:
 
     def __init__(self, model: DeviceModel, max_context: int) -> None:
         self.model, self.max_context = model, max_context
-        self.captures = model.device.type == "cuda"
+        self.graphs = Graphs(model.device) if model.device.type == "cuda" else None
         self._states: list[State] = []
         self._steps: dict[tuple[int, Shape, Stages, int, str], Step] = {}
         self._prefills: dict[tuple[int, int, bool], Prefill] = {}
@@ -50,6 +49,9 @@ class DeviceRuntime:
         """Returns a state that no other text uses; one is made where all are in use."""
         state = next((state for state in self._states if not state.busy), None)
         if state is None:
+            if self.graphs is not None:
+                others = f" beside {len(self._states)} more" if self._states else ""
+                check_room(plan_memory(self.model, self.max_context).caches, self.model.device, f"A text{others}")
             state = State(self.model, self.max_context)
             self._states.append(state)
         state.busy = True
@@ -61,8 +63,10 @@ class DeviceRuntime:
         step = self._steps.pop(key, None)
         if step is None:
             step = Step(self.model, state, shape, stages, extend, acceptance)
-            if self.captures:
-                step.capture()
+            if self.graphs is not None:
+                needed = rule_bytes(self.model.config, len(shape.parents)) if acceptance != "coupled" else 0
+                check_room(needed, self.model.device, f'acceptance="{acceptance}" on {len(shape.parents)} nodes')
+                step.capture(self.graphs)
             while len(self._steps) >= KEPT_STEPS:
                 self._steps.pop(next(iter(self._steps)))
         self._steps[key] = step  # the most recent last
@@ -72,11 +76,11 @@ class DeviceRuntime:
         """Returns the pass for a prompt's next chunk, captured where there is a GPU and room for its padding."""
         left = tokens - first
         rows = next((size for size in PREFILL_ROWS if left <= size), PREFILL_ROWS[-1])
-        if not self.captures or first + rows > state.caches[0].capacity:
+        if self.graphs is None or first + rows > state.caches[0].capacity:
             return Prefill(self.model, state, min(left, rows), draft)
         key = (self._states.index(state), rows, draft)
         if key not in self._prefills:
-            self._prefills[key] = Prefill(self.model, state, rows, draft, capture=True)
+            self._prefills[key] = Prefill(self.model, state, rows, draft, self.graphs)
         return self._prefills[key]
 
 

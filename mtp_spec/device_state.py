@@ -12,6 +12,8 @@ from mtp_spec.options import MAX_DEPTH, MAX_NODES, SamplingParams
 
 ROWS = MAX_NODES + 1
 MOST = MAX_DEPTH + 1
+# prompt tokens that pass through the model at once; the last chunk takes the smallest that holds it
+PREFILL_ROWS = (16, 64, 256)
 # a step may run ahead of the host's decision to stop, and the one after it
 SLACK = 2 * MOST + ROWS
 

@@ -59,12 +59,12 @@ class Step:
         else:
             self._graph()
 
-    def capture(self) -> None:
+    def capture(self, graphs: Graphs) -> None:
         """Makes later calls replay a graph; the state must not hold a text."""
         self.state.record.zero_()
         self.state.record[commits.COUNT] = 1
         self.state.length.fill_(1)
-        self._graph = captured(self._run)
+        self._graph = graphs.capture(self._run)
 
     def parts(self) -> dict[str, Callable[[], None]]:
         """Returns what a step does, in order; benchmarks time the parts."""
@@ -156,15 +156,14 @@ class Prefill:
     A shorter chunk is padded with its last token, whose slots the next pass overwrites.
 
     Args:
-        capture: replay a graph from the second call on. The first call itself compiles and captures, so that nothing
-            but the chunk's own slots is ever written.
+        graphs: replay a graph, which the first call captures, so that nothing but its chunk's own slots is written.
     """
 
     model: DeviceModel
     state: State
     rows: int
     draft: bool
-    capture: bool = False
+    graphs: Graphs | None = None
     hidden: Tensor = field(init=False)  # [rows, D]
     _ids: Tensor = field(init=False)  # one more than rows: the MTP modules read the tokens that follow
     _following: Tensor = field(init=False)  # [1], how many of these there are
@@ -182,9 +181,9 @@ class Prefill:
         self._ids.copy_(torch.cat((chunk, chunk[-1:].expand(self.rows + 1 - len(chunk)))))
         self._following.fill_(len(chunk) - 1)
         self.state.length.fill_(first)
-        if self.capture and self._graph is None:
+        if self.graphs is not None and self._graph is None:
             carried = self.state.carried.clone()
-            self._graph = captured(self._run)
+            self._graph = self.graphs.capture(self._run)
             self.state.carried.copy_(carried)  # the call below is the one that counts
         if self._graph is None:
             self._run()
@@ -201,17 +200,26 @@ class Prefill:
             feed_modules(self.model, state, self._constants, self._ids[1:], self.hidden, state.length, self._following)
 
 
-def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """Runs work once, which compiles what is missing, then returns its replay from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+class Graphs:
+    """Captures work into CUDA graphs that share their memory.
+
+    They may, because they follow one another on one stream, and what one leaves in its own memory is read before the
+    next is launched: whatever lasts longer lies in a `State`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Runs work once, which compiles what is missing, then returns its replay from a CUDA graph."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            work()
+        return graph.replay
 
 
 def _drafted(ids: Tensor, table: Tensor) -> Tensor:

@@ -6,13 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
-from mtp_spec.device_state import ROWS, SLACK
+from mtp_spec.device_state import PREFILL_ROWS, ROWS, SLACK
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
+from mtp_spec.kernels.moe import MOST_ROWS
+from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
 
-# what captured graphs, the CUDA context's own buffers and fragmentation take besides
+# what graphs themselves, products' partial sums, several steps' logits and fragmentation take besides
 OVERHEAD_BYTES = 256 * 2**20
+# work runs once before it is captured, and that memory is not the graphs'
+COPIES = 2
+# hidden states of a row at once: the stream, branches, what a layer and an MTP module were given
+HIDDEN_STATES = 10
+# rows of a law, in float64, that a rule holds at once for every row of a pass
+RULE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +31,7 @@ class MemoryPlan:
         weights: as stored, FP8 with scales.
         draft_head: the copy of the head, or of part of it, that drafts read.
         caches: latents of all layers and of the MTP modules, and a tree's last keys.
-        passes: what the largest pass keeps: partial attention, logits, hidden states.
+        passes: what the largest pass keeps: partial attention, logits, hidden states; graphs share it.
     """
 
     weights: int
@@ -48,9 +56,28 @@ def plan_memory(model: DeviceModel, max_context: int) -> MemoryPlan:
     caches = ((len(model.layers) + len(model.mtp)) * capacity + ROWS * mla.TAIL) * width * 2
     head = model.layers[0].attention.head
     table = (capacity + 128) * 2 * config.qk_rope_head_dim * 4
-    logits = 3 * ROWS * config.vocab_size * 4  # logits, sampler's copy, counts and biases
+    logits, settings = 2 * config.vocab_size * 4, 2 * config.vocab_size * 4  # a row's, and the sampler's copy
+    largest = max(pass_bytes(model, PREFILL_ROWS[-1]), pass_bytes(model, ROWS) + ROWS * logits)
     weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
-    return MemoryPlan(weights, drafts, caches, mla.room_bytes(capacity, head, ROWS) + logits + table)
+    room = mla.room_bytes(capacity, head, max(PREFILL_ROWS[-1], ROWS))
+    return MemoryPlan(weights, drafts, caches, room + table + settings + COPIES * largest)
+
+
+def pass_bytes(model: DeviceModel, rows: int) -> int:
+    """Returns bytes that a pass of so many rows holds at once, logits apart."""
+    config, head, hidden = model.config, model.layers[0].attention.head, model.config.hidden_size
+    queries, context = head.heads * (head.nope + head.rope) * 2, head.heads * (head.latent * 2 + head.value)
+    down = (model.layers[0].attention.a_rows + head.width) * 2
+    attention = down + head.padded * head.width * 2 + max(queries, context)
+    dense = 5 * config.intermediate_size if config.first_k_dense_replace else 0
+    pair = hidden * (4 if rows <= MOST_ROWS else 2) + config.moe_intermediate_size
+    experts = (config.num_experts_per_tok + config.n_shared_experts) * pair + config.n_routed_experts * 4
+    return rows * (HIDDEN_STATES * hidden * 2 + max(attention, dense, experts))
+
+
+def rule_bytes(config: ModelConfig, nodes: int) -> int:
+    """Returns bytes that an acceptance rule other than the coupled one holds at once for a tree."""
+    return COPIES * RULE_ROWS * (nodes + 1) * config.vocab_size * 8
 
 
 def check_memory(model: DeviceModel, max_context: int, device: str) -> MemoryPlan:
@@ -59,7 +86,7 @@ def check_memory(model: DeviceModel, max_context: int, device: str) -> MemoryPla
     Raises:
         MTPSpecError: the device has not that much memory free; the message says what would fit.
     """
-    plan, (free, _) = plan_memory(model, max_context), torch.cuda.mem_get_info(device)
+    plan, free = plan_memory(model, max_context), _free(torch.device(device))
     needed = plan.total + OVERHEAD_BYTES
     if needed <= free:
         return plan
@@ -71,3 +98,23 @@ def check_memory(model: DeviceModel, max_context: int, device: str) -> MemoryPla
     while fits > 1 and plan_memory(model, fits).total + OVERHEAD_BYTES > free:
         fits = fits * 7 // 8
     raise MTPSpecError(f"{head}: load with max_context={fits} or less, or free memory")
+
+
+def check_room(needed: int, device: torch.device, what: str) -> None:
+    """Refuses what would not fit any more.
+
+    Raises:
+        MTPSpecError: the device has less memory free.
+    """
+    free = _free(device)
+    if needed > free:
+        raise MTPSpecError(
+            f"{what} needs {needed / 1e9:.2f} GB of GPU memory and {free / 1e9:.2f} GB are free: end other texts, "
+            "draft fewer nodes, or load with a smaller max_context"
+        )
+
+
+def _free(device: torch.device) -> int:
+    """Returns bytes that are free, or that torch holds and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

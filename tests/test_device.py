@@ -15,19 +15,17 @@ import pytest
 import torch
 
 import mtp_spec
-from mtp_spec import device_step
 from mtp_spec.api import LM
 from mtp_spec.device_shape import Shape
 from mtp_spec.device_state import MOST, State
-from mtp_spec.device_step import Prefill
+from mtp_spec.device_step import Graphs, Prefill
 from mtp_spec.draft import Drafter
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.kernels import commit, mla, moe
-from mtp_spec.memory import check_memory, plan_memory
 from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import Mixture
-from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle, load_device_model
+from mtp_spec.model.device_checkpoint import fp8_obstacle, load_device_model
 from mtp_spec.model.moe import Gate
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
@@ -223,12 +221,19 @@ def test_stops_logprobs_and_streams_agree() -> None:
         assert texts == [whole.text, lm.generate("The king", **options).text]
 
 
-def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long prompt's second chunk is captured when the first one is already in the cache."""
+class OnceThenAgain(Graphs):
+    """Captures nothing: work runs when it would be captured, and when it would be replayed."""
 
-    def once(work: Callable[[], None]) -> Callable[[], None]:
+    def __init__(self) -> None:
+        pass
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         work()
         return work
+
+
+def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt's second chunk is captured when the first one is already in the cache."""
 
     folder = checkpoint(tmp_path, "two modules")
     prompt = [(37 * i + i // 7) % 160 for i in range(300)]
@@ -237,11 +242,11 @@ def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkey
     assert expected.generate(prompt, max_new_tokens=6, seed=2, speculation=3).token_ids == plain.token_ids
     assert expected.runtime is not None
     wanted = expected.runtime.acquire().mtp_caches
-    monkeypatch.setattr(device_step, "captured", once)
+    monkeypatch.setattr("mtp_spec.device_engine.check_room", lambda *_: None)
     for speculation in (None, 3):
         lm = device_lm(folder, context=400)
         assert lm.runtime is not None
-        lm.runtime.captures = True
+        lm.runtime.graphs = OnceThenAgain()
         for _ in range(2):
             out = lm.generate(prompt, max_new_tokens=6, seed=2, speculation=speculation)
             assert out.token_ids == plain.token_ids
@@ -297,22 +302,6 @@ def test_accept_walks_to_the_deepest_match() -> None:
         assert places.tolist() == path + path[-1:] * (5 - count)
         assert tokens[:count].tolist() == [drawn[row] for row in path]
         assert int(seen.sum()) == count
-
-
-def test_memory_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_device_model(DEMO, "cpu")
-    planned = plan_memory(model, 300)
-    assert planned == plan_memory(empty_device_model(open_checkpoint(DEMO), "meta"), 300)
-    assert planned.weights + planned.draft_head == sum(t.nbytes for t in model.parameters())
-    state = State(model, 300)
-    assert planned.caches == state.store.nbytes
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (planned.weights + 300 * 2**20, 0))
-    assert check_memory(model, 300, "cuda") == planned
-    with pytest.raises(MTPSpecError, match="max_context="):
-        check_memory(model, 200_000, "cuda")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 0))
-    with pytest.raises(MTPSpecError, match="weights alone"):
-        check_memory(model, 300, "cuda")
 
 
 def test_what_cannot_run_says_why(tmp_path: Path) -> None:
