@@ -195,7 +195,7 @@ def test_statistics(run: Run) -> None:
     rates = last.stats.accepted_per_depth
     expected = f"{rates['unconditional'][0]:.0%} ({rates['conditional'][0]:.0%})"
     assert expected in out
-    assert re.search(r"tokens per step +" + f"{last.stats.tokens_per_step:.2f}", out)
+    assert re.search(r"tokens/step +" + f"{last.stats.tokens_per_step:.2f}", out)
 
 
 def test_save_and_load(run: Run, tmp_path: Path) -> None:

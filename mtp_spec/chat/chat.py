@@ -6,6 +6,7 @@ from mtp_spec.chat.interrupt import interruptible
 from mtp_spec.chat.reading import Reader
 from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.session import ContextFullError, Session
+from mtp_spec.chat.status import counted
 
 
 class Chat:
@@ -23,7 +24,8 @@ class Chat:
         try:
             draw, stream = self.session.ask(question)
         except ContextFullError as full:
-            if full.drop is None or not self.reader.agree(f"The context is full. Forget the oldest {full.drop}?"):
+            oldest = counted(full.drop or 0, "turn")
+            if full.drop is None or not self.reader.agree(f"The context is full. Forget the oldest {oldest}?"):
                 raise
             del self.session.turns[: full.drop]
             draw, stream = self.session.ask(question)

@@ -15,6 +15,7 @@ from mtp_spec.chat.chat import Chat
 from mtp_spec.chat.parity import parity
 from mtp_spec.chat.report import statistics
 from mtp_spec.chat.settings import NAMES, SHAPES, describe, parse_setting, parse_shape, shape_text
+from mtp_spec.chat.status import counted
 from mtp_spec.errors import OptionError
 
 # of the two words' letters, for a suggestion
@@ -137,7 +138,7 @@ def _clear(chat: Chat, argument: str) -> None:
         raise OptionError(f"/clear {argument}: give nothing, or how many of the {len(turns)} turns to forget")
     count = int(argument) if argument else len(turns)
     del turns[:count]
-    chat.screen.say(f"{count} turns forgotten, {len(turns)} left" if argument else "the conversation is forgotten")
+    chat.screen.say(f"{counted(count, 'turn')} forgotten, {len(turns)} left")
 
 
 def _regen(chat: Chat, argument: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mtp_spec.chat.session import Message, Session, Turn
 from mtp_spec.chat.settings import NAMES, parse_shape, shape_text
+from mtp_spec.chat.status import counted
 from mtp_spec.errors import OptionError
 from mtp_spec.options import SamplingParams
 
@@ -34,7 +35,7 @@ def save(session: Session, file: Path) -> str:
         file.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise OptionError(f"/save {file}: {error.strerror}") from error
-    return f"{len(session.turns)} turns written to {file}"
+    return f"{counted(len(session.turns), 'turn')} written to {file}"
 
 
 def _check_replaceable(file: Path) -> None:
@@ -59,7 +60,7 @@ def load(session: Session, file: Path) -> str:
     params = SamplingParams.from_options(given) if given else session.params
     shape = parse_shape(document["speculation"]) if "speculation" in document else session.speculation
     session.system, session.turns, session.params, session.speculation = system, turns, params, shape
-    return f"{len(turns)} turns read from {file}"
+    return f"{counted(len(turns), 'turn')} read from {file}"
 
 
 def _read(file: Path, problem: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mtp_spec.chat.reading import LineReader, Reader, TerminalReader, unquoted
 from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.session import MAX_NEW_TOKENS, Session
 from mtp_spec.chat.settings import shape_text
+from mtp_spec.chat.status import counted
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.config import CheckpointError
 from mtp_spec.options import SamplingParams
@@ -92,8 +93,8 @@ def greet(chat: Chat) -> None:
     """Says what is running."""
     lm = chat.session.lm
     chat.screen.say(
-        f"{lm.config.model_type}, {lm.config.num_hidden_layers} layers, {len(lm.model.mtp)} MTP modules, context "
-        f"{lm.max_context}, speculation {shape_text(chat.session.speculation)}. /help lists the commands"
+        f"{lm.config.model_type}, {lm.config.num_hidden_layers} layers, {counted(len(lm.model.mtp), 'MTP module')}, "
+        f"context {lm.max_context}, speculation {shape_text(chat.session.speculation)}. /help lists the commands"
     )
 
 

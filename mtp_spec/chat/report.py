@@ -10,7 +10,10 @@ from mtp_spec.stats import GenerationStats
 
 def statistics(last: GenerationStats | None, totals: GenerationStats) -> Table:
     """Returns the statistics of the last answer, where there is one, beside those of the whole chat."""
-    table = Table(box=None, pad_edge=False)
+    caption = (
+        "Depth: drafts accepted there, of all (of those whose parent was). N a step: steps with N accepted. s: seconds."
+    )
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("")
     columns = ([("last answer", last)] if last is not None else []) + [("whole chat", totals)]
     for name, _ in columns:
@@ -24,23 +27,23 @@ def statistics(last: GenerationStats | None, totals: GenerationStats) -> Table:
 def _rows(stats: GenerationStats) -> dict[str, str]:
     rows = {
         "prompt tokens": str(stats.prompt_tokens),
-        "of these not read again": str(stats.reused_tokens),
+        "not read again": str(stats.reused_tokens),
         "new tokens": str(stats.new_tokens),
-        "tokens a second": f"{speed(stats):.1f}",
-        "verify steps": str(stats.steps),
-        "tokens per step": f"{stats.tokens_per_step:.2f}",
+        "tokens/s": f"{speed(stats):.1f}",
+        "steps": str(stats.steps),
+        "tokens/step": f"{stats.tokens_per_step:.2f}",
         "drafted": str(stats.drafted),
         "accepted": str(stats.accepted),
     }
     rates = stats.accepted_per_depth
     for depth, (given, overall) in enumerate(zip(rates["conditional"], rates["unconditional"], strict=True), start=1):
-        rows[f"accepted at depth {depth}, all (where reached)"] = f"{overall:.0%} ({given:.0%})"
+        rows[f"depth {depth}"] = f"{overall:.0%} ({given:.0%})"
     if len(stats.accepted_by_rank) > 1:
         for rank in sorted(stats.accepted_by_rank):
-            rows[f"accepted of rank {rank + 1}"] = str(stats.accepted_by_rank[rank])
+            rows[f"sibling {rank + 1}"] = str(stats.accepted_by_rank[rank])
     for accepted in sorted(stats.histogram):
-        rows[f"steps with {accepted} accepted"] = str(stats.histogram[accepted])
+        rows[f"{accepted} a step"] = str(stats.histogram[accepted])
     for phase, seconds in stats.seconds.items():
         if seconds:
-            rows[f"seconds, {phase}"] = f"{seconds:.2f}"
+            rows[f"s {phase}"] = f"{seconds:.2f}"
     return rows

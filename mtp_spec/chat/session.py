@@ -135,10 +135,9 @@ class Session:
         for drop in range(1, len(self.turns) + 1):
             enough = wanted if drop < len(self.turns) else context - 1
             if self.count(self.messages(question, drop)) <= enough:
-                turns = "turn" if drop == 1 else f"{drop} turns"
                 raise ContextFullError(
                     f"the context is full: the conversation takes {taken} tokens of {context}. /clear {drop} forgets "
-                    f"the oldest {turns}, /clear all of it", drop,
+                    f"as many of the oldest turns, /clear all of it", drop,
                 )  # fmt: skip
         alone = self.count(self.messages(question, len(self.turns)))
         raise ContextFullError(

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any, get_type_hints
 
 from mtp_spec.chat.session import Session, Shape
+from mtp_spec.chat.status import counted
 from mtp_spec.errors import OptionError
 from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation
 
@@ -103,9 +104,9 @@ def describe(session: Session) -> dict[str, str]:
     used = session.count(session.messages())
     config = lm.config
     return {
-        "model": f"{config.model_type}, {config.num_hidden_layers} layers, {len(lm.model.mtp)} MTP modules, "
+        "model": f"{config.model_type}, {config.num_hidden_layers} layers, {counted(len(lm.model.mtp), 'MTP module')}, "
         f"{str(lm.model.dtype).removeprefix('torch.')} on {lm.model.device}",
-        "context": f"{used} of {lm.max_context} tokens, {len(session.turns)} turns",
+        "context": f"{used} of {lm.max_context} tokens, {counted(len(session.turns), 'turn')}",
         "system": session.system or "off",
         "speculation": shape_text(session.speculation),
         **{name: setting_text(params[name]) for name in NAMES},

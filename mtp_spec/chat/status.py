@@ -51,3 +51,8 @@ def _steps(stats: GenerationStats) -> list[tuple[str, str]]:
         long = ", ".join(f"{name} {time}" for name, time in zip(names, times, strict=True))
         parts.append((f"{long} ms", f"{'+'.join(times)} ms"))
     return parts
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
