@@ -307,7 +307,7 @@ def test_a_full_context_offers_to_drop_the_oldest_turns(run: Run, small: mtp_spe
     assert re.search(r"context is full.*/clear \d", out)
     assert len(refused.session.turns) == 3
     agreed, out = run(long, session=session(), agrees=True)
-    assert "Forget the oldest" in agreed.reader.asked[0]  # type: ignore[attr-defined]
+    assert "Drop" in agreed.reader.asked[0]  # type: ignore[attr-defined]
     assert agreed.session.turns[-1].question == long.strip()
     _, out = run("word " * 500, session=session(), width=200, agrees=True)
     assert "shorten it" in out

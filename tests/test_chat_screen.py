@@ -165,6 +165,7 @@ def test_the_line_of_statistics_fits() -> None:
     assert whole == "7 tok/s · 2.80 tokens/step · accepted 80/75/67 % · draft 4.0, verify 20.0 ms · seed 7"
     for width in range(10, 120):
         assert len(status_line(stats, 7, width)) <= width
+    assert status_line(stats, 7, 75) == "7 tok/s · 2.80 tokens/step · accepted 80/75/67 % · 4.0+20.0 ms · seed 7"
     assert status_line(stats, 7, 60) == "7 tok/s · 2.80/step · 80/75/67 % · 4.0+20.0 ms · seed 7"
     assert status_line(stats, 7, 40) == "7 tok/s · 2.80/step · 80/75/67 %"
     assert status_line(stats, 7, 200) == whole

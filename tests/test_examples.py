@@ -29,6 +29,14 @@ def test_short_examples(name: str) -> None:
     assert " step" in run(ROOT / "examples" / name)
 
 
+def test_a_picture_of_a_chat(tmp_path: Path) -> None:
+    file = tmp_path / "chat.svg"
+    assert " steps" in run(ROOT / "examples" / "chat_picture.py", file)
+    picture = file.read_text()
+    assert "the&#160;same&#160;without&#160;drafts" in picture
+    assert picture.count("&gt;&#160;") == 6
+
+
 def test_training_from_chats_to_a_checkpoint(tmp_path: Path) -> None:
     chats, demo = tmp_path / "chats", tmp_path / "demo"
     chats.mkdir()

@@ -24,8 +24,9 @@ class Chat:
         try:
             draw, stream = self.session.ask(question)
         except ContextFullError as full:
-            oldest = counted(full.drop or 0, "turn")
-            if full.drop is None or not self.reader.agree(f"The context is full. Forget the oldest {oldest}?"):
+            if full.drop is None:
+                raise
+            if not self.reader.agree(f"The context is full. Drop {counted(full.drop, 'old turn')}?"):
                 raise
             del self.session.turns[: full.drop]
             draw, stream = self.session.ask(question)

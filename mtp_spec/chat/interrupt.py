@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+# a terminal then says where a paste begins and ends, so that its lines stay one question
+MARK_PASTES, LEAVE_PASTES = "\x1b[?2004h", "\x1b[?2004l"
+
 
 class Interrupt:
     """Attributes:
@@ -26,7 +29,7 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Yields what knows of Ctrl-C; meanwhile keys typed ahead are not echoed into the answer."""
+    """Yields what knows of Ctrl-C; meanwhile keys typed ahead wait for the next prompt, unseen."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
         yield interrupt
@@ -46,14 +49,17 @@ def _quiet_keys() -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    if not sys.stdin.isatty():
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield
         return
     before = termios.tcgetattr(sys.stdin)
     quiet = [*before]
-    quiet[3] &= ~termios.ECHO
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
     termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    sys.stdout.write(MARK_PASTES)
     try:
         yield
     finally:
+        sys.stdout.write(LEAVE_PASTES)
+        sys.stdout.flush()
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

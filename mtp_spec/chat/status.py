@@ -10,17 +10,16 @@ SHORT_DEPTHS = 3
 
 
 def status_line(stats: GenerationStats, seed: int, width: int | None = None) -> str:
-    """Returns the line, shortened to `width` columns where given: first in its words, then by its last parts."""
+    """Returns the line, in fewer words or without its last parts where `width` columns are given."""
     parts = [_speed(stats), *_steps(stats), (f"seed {seed}", f"seed {seed}")]
-    for form in (0, 1):
-        line = SEPARATOR.join(part[form] for part in parts)
-        if width is None or len(line) <= width:
-            return line
-    assert width is not None
-    while len(parts) > 1 and len(line) > width:
-        parts.pop()
-        line = SEPARATOR.join(part[1] for part in parts)
-    return line[:width]
+    shown = [long for long, _ in parts]
+    # shortened from the right as far as needed, then cut
+    for index in reversed(range(len(parts))):
+        if width is not None and len(SEPARATOR.join(shown)) > width:
+            shown[index] = parts[index][1]
+    while width is not None and len(SEPARATOR.join(shown)) > width and len(shown) > 1:
+        shown.pop()
+    return SEPARATOR.join(shown)[:width]
 
 
 def speed(stats: GenerationStats) -> float:
