@@ -9,7 +9,7 @@ import torch
 from mtp_spec.device_state import PREFILL_ROWS, ROWS, SLACK
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
-from mtp_spec.kernels.moe import MOST_ROWS
+from mtp_spec.kernels.moe_route import MOST_ROWS
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
 

@@ -117,3 +117,10 @@ def test_headers_are_read_once_and_absent_modules_not_counted(
     model = load_model(folder, None, "cpu", 300, None, None)
     assert reads == [folder]
     assert len(model.mtp) == len(planned[0].mtp) == 0
+
+
+@pytest.mark.gpu
+def test_same_text_on_the_gpu() -> None:
+    options: dict[str, Any] = {"max_new_tokens": 64, "seed": 1, "temperature": 0.9}
+    plain = mtp_spec.load(device="cuda").generate("One day a fox", speculation=None, **options).token_ids
+    check(mtp_spec.load(device="cuda", draft_vocabulary=2000), plain, **options)

@@ -68,12 +68,13 @@ def _prepare_mtp(model: Any, lm: LM) -> None:
     transformers looks for them under the names that its class ignores when the model itself is loaded: for DeepSeek-V3
     layer 61, whatever the number of layers (5.17 to 5.24). And it would load them again for every text.
     """
-    from transformers.modeling_layers import MtpModel
+    from transformers import modeling_layers
 
+    modules: Any = modeling_layers.MtpModel
     first, count = lm.config.num_hidden_layers, lm.config.num_nextn_predict_layers
     if not count:
         raise OptionError("the checkpoint has no MTP modules")
     model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first + i}\." for i in range(count)]
-    MtpModel.read_files = getattr(MtpModel, "read_files", MtpModel.from_pretrained)
-    loaded = MtpModel.read_files(model, device_map={"": model.device})
-    MtpModel.from_pretrained = lambda *_, **__: loaded
+    modules.read_files = getattr(modules, "read_files", modules.from_pretrained)
+    loaded = modules.read_files(model, device_map={"": model.device})
+    modules.from_pretrained = lambda *_, **__: loaded

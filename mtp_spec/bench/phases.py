@@ -31,6 +31,8 @@ def step_phases(
         if event.step == WARM_STEPS:
             break
     used, state = decoder.one_step, decoder.state
+    if state.length.is_cuda:
+        torch.cuda.synchronize()  # a step is under way, and parts are measured on another stream
     # the text's own step keeps what its graph writes to
     step = Step(used.model, state, used.shape, used.stages, used.extend, used.acceptance)
     length = state.length.clone()
