@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
+from mtp_spec.device_guided import GuidedDecoder
 from mtp_spec.engine import PREFILL_CHUNK, Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.explain import Explanation, explain
@@ -196,9 +197,8 @@ class LM:
         after: TokenStream | None,
     ) -> Decoder | DeviceDecoder:
         if self.runtime is not None:
-            if sampler.processors:
-                raise OptionError('logits_processor and response_format run on the CPU yet: load(..., device="cpu")')
-            return DeviceDecoder(self.runtime, ids, sampler, speculation, finisher.push)
+            kind = GuidedDecoder if sampler.processors else DeviceDecoder
+            return kind(self.runtime, ids, sampler, speculation, finisher.push)
         assert isinstance(self.model, Transformer)
         prefix = after.decoder.prefix() if after is not None and isinstance(after.decoder, Decoder) else None
         reused = 0

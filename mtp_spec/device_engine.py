@@ -42,7 +42,7 @@ class DeviceRuntime:
         self.model, self.max_context = model, max_context
         self.graphs = Graphs(model.device) if model.device.type == "cuda" else None
         self._states: list[State] = []
-        self._steps: dict[tuple[int, Shape, Stages, int, str], Step] = {}
+        self._steps: dict[tuple[int, Shape, Stages, int, str, bool], Step] = {}
         self._prefills: dict[tuple[int, int, bool], Prefill] = {}
 
     def acquire(self) -> State:
@@ -57,12 +57,12 @@ class DeviceRuntime:
         state.busy = True
         return state
 
-    def step(self, state: State, shape: Shape, stages: Stages, extend: int, acceptance: str) -> Step:
+    def step(self, state: State, shape: Shape, stages: Stages, extend: int, acceptance: str, draws: bool) -> Step:
         """Returns the step of a tree, captured where there is a GPU. The state must not hold a text yet."""
-        key = (self._states.index(state), shape, stages, extend, acceptance)
+        key = (self._states.index(state), shape, stages, extend, acceptance, draws)
         step = self._steps.pop(key, None)
         if step is None:
-            step = Step(self.model, state, shape, stages, extend, acceptance)
+            step = Step(self.model, state, shape, stages, extend, acceptance, draws)
             if self.graphs is not None:
                 needed = rule_bytes(self.model.config, len(shape.parents)) if acceptance != "coupled" else 0
                 check_room(needed, self.model.device, f'acceptance="{acceptance}" on {len(shape.parents)} nodes')
@@ -93,7 +93,13 @@ class _Launched:
 
 
 class DeviceDecoder:
-    """One sequence being generated; arguments as for `engine.Decoder`, with the runtime for the model."""
+    """One sequence being generated; arguments as for `engine.Decoder`, with the runtime for the model.
+
+    Attributes:
+        draws: whether steps draw their own tokens; `device_guided` draws them on the host.
+    """
+
+    draws = True
 
     def __init__(
         self,
@@ -117,7 +123,7 @@ class DeviceDecoder:
         extend = 0 if speculation is None else self.shape.depth + 1
         acceptance = "coupled" if speculation is None else speculation.acceptance
         with torch.inference_mode():
-            self.one_step = runtime.step(self.state, self.shape, self.stages, extend, acceptance)
+            self.one_step = runtime.step(self.state, self.shape, self.stages, extend, acceptance, self.draws)
         self._launched: deque[_Launched] = deque()
         cuda = self.model.device.type == "cuda"
         self._hosts = [torch.empty(commits.record_size(MOST), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
@@ -136,15 +142,19 @@ class DeviceDecoder:
             assert hidden is not None
             last = hidden[-1:]
             logits = model.logits(last)
-            position = torch.full((1,), len(prompt), dtype=torch.int64, device=model.device)
-            request = torch.zeros(1, dtype=torch.int32, device=model.device)
-            drawn = sample(logits, request, position, state.settings, self.stages)
-            token, failed = int(drawn.tokens[0, 0]), bool(drawn.failed[0])
+            token, failed = self._first(logits)
             state.start(token, last, len(prompt), self.stages.penalty)
         if failed:
             self._fail(logits[0])
         self.stats.record_prefill(len(prompt))
         return self._take([token], [0], logits)
+
+    def _first(self, logits: Tensor) -> tuple[int, bool]:
+        """Returns the text's first token, drawn from the prompt's last row `[1, V]`, and whether there was none."""
+        position = torch.full((1,), len(self.tokens), dtype=torch.int64, device=logits.device)
+        request = torch.zeros(1, dtype=torch.int32, device=logits.device)
+        drawn = sample(logits, request, position, self.state.settings, self.stages)
+        return int(drawn.tokens[0, 0]), bool(drawn.failed[0])
 
     @torch.inference_mode()
     def step(self) -> list[Drawn]:

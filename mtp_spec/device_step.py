@@ -31,8 +31,9 @@ class Step:
     Args:
         extend: tokens that the step before may have committed, which the MTP modules have not seen; 0 without drafting.
         acceptance: the rule; all but "coupled" draw drafts and accept them by `device_rules`.
+        draws: whether the call draws and accepts; else `take` is then told what was drawn.
     Attributes:
-        logits: `[M, V]` float32 of the last call, root first.
+        logits: `[M, V]` float32 of the last call, root first.  ids: `[M]` int64, the tokens of its rows.
     """
 
     model: DeviceModel
@@ -41,8 +42,9 @@ class Step:
     stages: Stages
     extend: int
     acceptance: str = "coupled"
+    draws: bool = True
     logits: Tensor = field(init=False)
-    _ids: Tensor = field(init=False)  # [M], root first
+    ids: Tensor = field(init=False)
     _outputs: Tensor = field(init=False)  # [M, D] of the model
     _graph: Callable[[], None] | None = field(init=False, default=None)
     _constants: Constants = field(init=False)
@@ -71,32 +73,43 @@ class Step:
         return {"draft": self._propose, "verify": self._verify, "accept": self._accept}
 
     def _run(self) -> None:
-        for part in self.parts().values():
-            part()
+        for name, part in self.parts().items():
+            if self.draws or name != "accept":
+                part()
 
     def _propose(self) -> None:
         root = self.state.tokens[-1:]  # the last committed token: tokens are padded with it
-        self._ids = torch.cat((root, self._draft(self._extend()))) if self.extend else root
+        self.ids = torch.cat((root, self._draft(self._extend()))) if self.extend else root
 
     def _verify(self) -> None:
         state, shape, constants = self.state, self.shape, self._constants
-        depths, order = constants.integers([0, *shape.depths]), constants.integers(range(len(self._ids)))
+        depths, order = constants.integers([0, *shape.depths]), constants.integers(range(len(self.ids)))
         plan = mla.Plan(state.length, depths, order, None if shape.is_chain else self._rows(), shape.depth)
-        self._outputs = self.model.rows(self._ids, state.caches, plan)
+        self._outputs = self.model.rows(self.ids, state.caches, plan)
         self.logits = self.model.logits(self._outputs)
 
     def _accept(self) -> None:
-        state, shape, constants, ids = self.state, self.shape, self._constants, self._ids
+        state, shape, constants, ids = self.state, self.shape, self._constants, self.ids
         position = (state.length + constants.integers([0, *shape.depths]) + 1).long()
         seen = state.settings.seen if self.stages.penalty else None
         path = None if seen is None or not shape.parents else _drafted(ids, self._rows()[:, 1:])
         drawn = self._sample(self.logits, position, path)
-        state.hidden[: len(ids)] = self._outputs
-        parents = constants.integers([-1, *(parent + 1 for parent in shape.parents)])
         tokens = drawn.tokens[:, 0].contiguous()
         if self._rule is not None and drawn.rows is not None:
             tokens, ids = self._rule.judge(drawn.rows)
-        commits.accept(tokens, drawn.failed, ids, parents, state.path, state.tokens, state.record,
+        self._commit(tokens, drawn.failed, ids)
+
+    def take(self, drawn: Tensor) -> None:
+        """Commits what was drawn elsewhere: `[M]` int32, a token for each row of the path, -1 for the others."""
+        self._commit(drawn, torch.zeros_like(drawn), self.ids)
+
+    def _commit(self, tokens: Tensor, failed: Tensor, ids: Tensor) -> None:
+        """Walks the tree along the drawn tokens `[M]`, moves the caches and makes the state the next step's."""
+        state, shape = self.state, self.shape
+        state.hidden[: len(ids)] = self._outputs
+        parents = self._constants.integers([-1, *(parent + 1 for parent in shape.parents)])
+        seen = state.settings.seen if self.stages.penalty else None
+        commits.accept(tokens, failed, ids, parents, state.path, state.tokens, state.record,
                        None if seen is None else seen[0])  # fmt: skip
         if not shape.is_chain:
             commits.commit(state.caches, state.length, state.path, state.record)

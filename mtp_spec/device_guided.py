@@ -1,0 +1,89 @@
+"""Generation on a GPU with logits processors, which are Python and see every row.
+
+Drafts and verification stay captured; then the rows come to the host, where tokens are drawn as on a CPU, and what was
+drawn goes back. So the GPU waits for the host in every step, and copies `M` rows of the vocabulary to it. Drafts do not
+know the processors: fewer are accepted than on a CPU, where they do. Plain decoding takes the same way, so that the
+text is the same with and without speculation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mtp_spec.accept import Drawn, accept_coupled
+from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
+from mtp_spec.device_shape import Shape
+from mtp_spec.errors import OptionError
+from mtp_spec.options import Speculation
+from mtp_spec.sampling import Sampler
+from mtp_spec.tree import ROOT, TokenTree
+
+
+class GuidedDecoder(DeviceDecoder):
+    """One sequence; arguments as for `DeviceDecoder`.
+
+    Raises:
+        OptionError: an acceptance rule other than "coupled", whose draft laws do not leave the GPU.
+    """
+
+    draws = False
+
+    def __init__(
+        self,
+        runtime: DeviceRuntime,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        speculation: Speculation | None,
+        is_last: Callable[[int], bool],
+    ) -> None:
+        if speculation is not None and speculation.acceptance != "coupled":
+            raise OptionError(
+                f'acceptance="{speculation.acceptance}" with logits_processor or response_format runs on the CPU only: '
+                'use "coupled" on a GPU'
+            )
+        super().__init__(runtime, prompt, sampler, speculation, is_last)
+        self.history = sampler.history(prompt)
+
+    def _first(self, logits: Tensor) -> tuple[int, bool]:
+        token = self.sampler.draw(self.sampler.process(logits[0], self.history), len(self.tokens))
+        self.history = self.history.child(token)
+        return token, False
+
+    @torch.inference_mode()
+    def step(self) -> list[Drawn]:
+        """Returns the tokens of the next step."""
+        with self.stats.phase("step"):
+            self.one_step()
+            tree, rows = drafted(self.shape, self.one_step.ids.tolist())
+            logits = self.one_step.logits[[0, *rows]].cpu()
+        with self.stats.phase("sample"):
+            accepted = accept_coupled(tree, logits, self.sampler, self.history, len(self.tokens), self.is_last)
+        self.history, self.finished = accepted.history, accepted.stopped
+        self.tokens += [drawn.token for drawn in accepted.drawn]
+        ranks = [tree.ranks[node] for node in accepted.nodes]
+        self.stats.record_step(self.shape.depth, len(self.shape.parents), ranks, len(accepted.drawn))
+        if accepted.stopped:
+            self._release()
+            return accepted.drawn
+        drawn = [-1] * (len(self.shape.parents) + 1)
+        for row, one in zip([0, *(rows[node] for node in accepted.nodes)], accepted.drawn, strict=True):
+            drawn[row] = one.token
+        with self.stats.phase("step"):
+            self.one_step.take(torch.tensor(drawn, dtype=torch.int32).to(self.model.device))
+        return accepted.drawn
+
+
+def drafted(shape: Shape, ids: Sequence[int]) -> tuple[TokenTree, list[int]]:
+    """Returns the tree that a pass of `ids` (root first) verified, and the row of each of its nodes.
+
+    A row that repeats a sibling, as where a law had too few tokens, is no node.
+    """
+    tree, rows, nodes = TokenTree(), list[int](), {ROOT: ROOT}
+    for place, parent in enumerate(shape.parents):
+        if parent in nodes and tree.child(nodes[parent], ids[place + 1]) is None:
+            nodes[place] = tree.add(nodes[parent], ids[place + 1], shape.ranks[place])
+            rows.append(place + 1)
+    return tree, rows
