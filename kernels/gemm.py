@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, row_products
 from mtp_spec.kernels.fp8 import fp8_gemm as reference
-from mtp_spec.kernels.launching import described, interpreted, late, runs_triton
+from mtp_spec.kernels.launching import described, interpreted, late, runs_triton, stages_that_fit
 
 try:
     import triton
@@ -38,7 +38,6 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 ROW_TILES = (16, 32, 64)
-SHARED_MEMORY = 216 * 1024  # bytes a program can have for its tiles
 MULTIPROCESSORS = 132  # of an H100 or H200; a number of splits is part of the arithmetic, so it is fixed
 
 
@@ -232,7 +231,7 @@ def _launch(
         TILE=launch.tile,
         ROWS=row_tile,
         SPLITS=launch.splits,
-        STAGES=min(launch.stages, SHARED_MEMORY // step),
+        STAGES=stages_that_fit(launch.stages, step),
         UNROLL=launch.unroll,
         AHEAD=launch.ahead,
         CALL=launch.call,

@@ -26,6 +26,7 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
+SHARED_MEMORY = 216 * 1024  # bytes a program can have for its tiles
 HOPPER = (9, 0)  # the first cards that launch a kernel before its predecessor has ended
 
 
@@ -47,6 +48,11 @@ def described(x: Tensor, rows: int, columns: int) -> Any:
 def late(x: Tensor) -> dict[str, bool]:
     """Returns launch options of a kernel with a constexpr PDL that may start while the one before it still runs."""
     return {"PDL": True, "launch_pdl": True} if overlaps(x.device) else {"PDL": False}
+
+
+def stages_that_fit(stages: int, step: int) -> int:
+    """Returns how many of `stages` steps of `step` bytes a program has room for; not part of the arithmetic."""
+    return max(1, min(stages, SHARED_MEMORY // step))
 
 
 @lru_cache

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, fp8_gemm
-from mtp_spec.kernels.launching import described, late, runs_triton
+from mtp_spec.kernels.launching import described, late, runs_triton, stages_that_fit
 from mtp_spec.kernels.moe_route import (
     MOST_ROWS,
     Groups,
@@ -109,11 +109,15 @@ class Launch:
     down_unroll: int = 1
     down_ahead: int = 4
     tokens: int = 16
-    prefill_tokens: int = 64
+    prefill_tokens: int = 32
 
     def slot(self, rows: int) -> int:
         """Returns pairs a program for a number of rows."""
         return self.tokens if rows <= MOST_ROWS else self.prefill_tokens
+
+    def unrolled(self, unroll: int, rows: int) -> int:
+        """Blocks of K a step; one for many rows, whose wide tiles fill the registers."""
+        return unroll if rows <= MOST_ROWS else 1
 
 
 @lru_cache
@@ -220,6 +224,8 @@ def gate_up(
     pairs, slots, tokens = rows * per_row, groups.count.shape[0], launch.slot(rows)
     assert slots == most_slots(pairs, weights.count, tokens)
     inner_blocks, halves = -(-inner // BLOCK), launch.up_tile < BLOCK
+    unroll = launch.unrolled(launch.up_unroll, rows)
+    step = unroll * BLOCK * (2 * launch.up_tile + tokens)
     hidden = torch.empty(pairs, inner, dtype=E4M3, device=device)
     hidden_scale = torch.empty(pairs, inner_blocks, device=device)
     _gate_up_kernel[(slots * -(-inner // launch.up_tile),)](
@@ -227,7 +233,7 @@ def gate_up(
         groups.order, groups.expert, groups.first, groups.count,
         hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, device=device),
         _arrivals(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row, slots, weights.count,
-        TILE=launch.up_tile, TOKENS=tokens, STAGES=launch.up_stages, UNROLL=launch.up_unroll,
+        TILE=launch.up_tile, TOKENS=tokens, STAGES=stages_that_fit(launch.up_stages, step), UNROLL=unroll,
         EVEN=channels % BLOCK == 0, SHARED=shared, AHEAD=launch.up_ahead, LARGEST=E4M3_MAX,
         num_warps=launch.up_warps, **late(x),
     )  # fmt: skip
@@ -243,6 +249,8 @@ def down(
 
     (pairs, inner), (rows, per_row), device = hidden.shape, pair_weights.shape, hidden.device
     channels, slots, tiles = weights.channels, groups.count.shape[0], -(-weights.channels // launch.down_tile)
+    unroll = launch.unrolled(launch.down_unroll, rows)
+    step = unroll * BLOCK * (launch.down_tile + launch.slot(rows))
     parts = torch.empty(pairs, channels, dtype=torch.float32 if rows <= MOST_ROWS else dtype, device=device)
     out = torch.empty(rows, channels, dtype=dtype, device=device)
     _down_kernel[(slots * tiles,)](
@@ -250,9 +258,9 @@ def down(
         groups.order, groups.expert, groups.first, groups.count,
         pair_weights, parts, _arrivals(device, rows * tiles), out if residual is None else residual, out,
         inner, channels, hidden_scale.shape[1], slots, weights.count,
-        TILE=launch.down_tile, TOKENS=launch.slot(rows), STAGES=launch.down_stages, UNROLL=launch.down_unroll,
-        EVEN=inner % BLOCK == 0, PER_ROW=per_row, RESIDUAL=residual is not None, AHEAD=launch.down_ahead,
-        num_warps=launch.down_warps, **late(hidden),
+        TILE=launch.down_tile, TOKENS=launch.slot(rows), STAGES=stages_that_fit(launch.down_stages, step),
+        UNROLL=unroll, EVEN=inner % BLOCK == 0, PER_ROW=per_row, RESIDUAL=residual is not None,
+        AHEAD=launch.down_ahead, num_warps=launch.down_warps, **late(hidden),
     )  # fmt: skip
     return out
 

@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtp_spec.device_shape import Shape
 from mtp_spec.device_state import State, stages_of
-from mtp_spec.device_step import Step
+from mtp_spec.device_step import Prefill, Step
 from mtp_spec.kernels import commit, gemm, launching, mla, moe, moe_route, quant, sampler, uniform
 from mtp_spec.model.config import load_config
 from mtp_spec.model.device import DeviceModel
@@ -131,6 +131,7 @@ def main(name: str) -> None:
     for speculation, rule in ((None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")):
         shape = Shape.of(speculation)
         Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
+    Prefill(model, state, 256, draft=True)._run()
 
 
 if __name__ == "__main__":

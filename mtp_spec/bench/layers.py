@@ -22,10 +22,11 @@ def attention(counts: list[int], rate: float) -> list[Row]:
         head = mla.Head(heads, 128, 64, 512, 128, 192**-0.5)
         for context in CONTEXTS:
             copies = max(2, -(-CACHE_BYTES // (context * head.width * 2)))
-            caches = mla.new_caches(copies, context + max(counts), max(counts), head.width, "cuda")
+            caches = mla.new_caches(copies, context, max(counts), head.width, "cuda")
             caches[0].store.normal_()
-            length = torch.tensor([context - 1], dtype=torch.int32, device="cuda")
             for m in (count for count in counts if count <= 16):
+                # the rows are the last of the context, as in FlashMLA's calls
+                length = torch.tensor([context - m], dtype=torch.int32, device="cuda")
                 for kind, plan in (("chain", mla.chain(length, m)), ("tree", _tree(length, m))):
                     if kind == "tree" and m == 1:
                         continue
@@ -39,7 +40,7 @@ def attention(counts: list[int], rate: float) -> list[Row]:
                     got = mla.attend(q, caches[1], plan, head).float()
                     expected = mla.attend_reference(q, caches[1], plan, head).float()
                     error = float((got - expected).norm() / expected.norm())
-                    size = (context + m) * head.width * 2
+                    size = context * head.width * 2
                     name = f"{heads} heads, {context} tokens, {kind}"
                     rows.append(_row("attention", name, m, micro, size, rate, error, _alone(q, caches[1], plan, head)))
     return rows
