@@ -1,50 +1,34 @@
 """Reads and writes Hugging Face checkpoint folders, strictly.
 
 Every tensor of the files must have a place in the model and every place a tensor, of the right shape; what does not
-fit is listed, all of it, before the first byte of weights is copied. Files are memory-mapped and copied tensor by
-tensor, FP8 weights dequantised on the way.
+fit is listed, all of it, before the first byte of weights is read. Weights come tensor by tensor, the next ones read
+ahead, FP8 dequantised on the way. DeepSeek's per-rank folders are read like Hugging Face's (`mtp_spec.model.stored`).
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import E4M3, weight_dequant, weight_quant
 from mtp_spec.model.config import CheckpointError, ModelConfig, load_config
+from mtp_spec.model.ranks import FILE, layer_of
+from mtp_spec.model.stored import INDEX, TensorInfo, listing, read_ahead, read_headers, widen_scales
 from mtp_spec.model.transformer import Transformer
 
-INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"
-DTYPE_BYTES = {"F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
-LISTED = 10
+SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 Report = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor's place in the files, from the headers alone."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name, such as F8_E4M3
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES.get(self.dtype, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,58 +65,16 @@ class CheckpointSummary:
     mtp_parameters: int
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Returns every tensor of a folder's safetensors files.
-
-    Raises:
-        CheckpointError: no weights, a file of the index is missing, or a file is truncated or not safetensors.
-    """
-    tensors: dict[str, TensorInfo] = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 - not a mapping
-                    part = reader.get_slice(name)
-                    tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
-            message = f"{file} is truncated or not a safetensors file ({error}): download it again"
-            raise CheckpointError(message) from error
-    return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a weight index ({error!r}): download it again") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{folder} lacks {listing(missing)}, named in {INDEX}: download them")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no *.safetensors files: download the weights, or convert them first")
-    return files
-
-
-def listing(names: list[str]) -> str:
-    """Returns the first names, and how many more there are."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
-
-
 def _with_found_modules(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
-    """Without a single MTP tensor the modules are absent, as in folders saved by transformers."""
+    """Without a single MTP tensor the modules are absent, as in folders saved by transformers.
+
+    DeepSeek's own JSON does not count modules: per-rank files do.
+    """
     wanted = config.num_nextn_predict_layers
-    found = any(_layer(name) >= config.num_hidden_layers for name in tensors)
-    return config if found or not wanted else replace(config, num_nextn_predict_layers=0)
-
-
-def _layer(name: str) -> int:
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match.group(1)) if match else -1
+    found = {layer_of(name) for name in tensors if layer_of(name) >= config.num_hidden_layers}
+    if found and not wanted and any(FILE.fullmatch(info.file.name) for info in tensors.values()):
+        wanted = len(found)
+    return replace(config, num_nextn_predict_layers=wanted if found else 0)
 
 
 def _shared_copies(config: ModelConfig) -> dict[str, str]:
@@ -165,7 +107,7 @@ def _check(slots: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], confi
     problems = {
         "missing": missing,
         "left over": extra + unused,
-        "of the wrong shape": shapes,
+        "of the wrong shape or kind": shapes,
         "FP8 without weight_scale_inv": unscaled,
     }
     lines = [f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names]
@@ -180,18 +122,25 @@ def _scale_shapes(tensors: Mapping[str, TensorInfo], names: list[str], block: tu
     wrong = []
     for name in names:
         expected = tuple(-(-n // b) for n, b in zip(tensors[name].shape, block, strict=False))
-        if tensors[name + SCALE].shape != expected:
-            wrong.append(f"{name}{SCALE} is {list(tensors[name + SCALE].shape)} instead of {list(expected)}")
+        scale = tensors[name + SCALE]
+        if scale.dtype not in SCALE_DTYPES:
+            wrong.append(f"{name}{SCALE} is {scale.dtype} instead of one of {', '.join(SCALE_DTYPES)}")
+        if scale.shape != expected:
+            wrong.append(f"{name}{SCALE} is {list(scale.shape)} instead of {list(expected)}")
     return wrong
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Returns what a Hugging Face folder describes and holds, without reading weights.
+def open_checkpoint(folder: Path, config_file: Path | None = None) -> Checkpoint:
+    """Returns what a folder describes and holds, without reading weights.
+
+    Args:
+        folder: a Hugging Face folder, or one of per-rank files (`mtp_spec.model.ranks`).
+        config_file: describes the model in place of the folder's config.json.
 
     Raises:
         CheckpointError: anything missing, left over, mis-shaped, truncated or unsupported.
     """
-    config = load_config(folder)
+    config = load_config(config_file or folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
     tensors = read_headers(folder)
@@ -225,57 +174,46 @@ def load_checkpoint(
         raise CheckpointError(f"weight_block_size {list(block)}: only square blocks are supported")
     model = Transformer(config, dtype, device)
     slots = model.checkpoint_slots()
-    with Reader(opened.tensors, progress) as reader:
-        for name in reader:
-            if name in slots:
-                slots[name].copy_(reader.wide(name, block[0], slots[name].dtype))
-        reader.compare_copies(config, slots)
+    with torch.no_grad():
+        for name, value, scale in read_weights(opened, progress):
+            if name not in slots:
+                compare_copy(name, value, config, slots)
+                continue
+            slot = slots[name]
+            slot.copy_(value if scale is None else weight_dequant(value, scale, block[0], slot.dtype))
     return model
 
 
-class Reader:
-    """Iterates over a checkpoint's tensors file by file and reads those that are wanted."""
+def read_weights(checkpoint: Checkpoint, progress: Report | None) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yields name, tensor as stored and float32 block scales of every weight, in the order of the files.
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], progress: Report | None) -> None:
-        self._tensors, self._progress = tensors, progress
-        self._stack = ExitStack()
+    Repeated copies of embedding and head come last.
+    """
+    tensors = {n: info for n, info in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    copies = _shared_copies(checkpoint.config)
 
-    def __enter__(self) -> Reader:
-        self._stack.enter_context(torch.no_grad())
-        files = {info.file for info in self._tensors.values()}
-        self._files = {file: self._stack.enter_context(safe_open(file, framework="pt")) for file in files}
-        return self
+    def order(name: str) -> tuple[bool, str, int, bool]:
+        weight = name.removesuffix(SCALE)
+        part = tensors[weight].parts[0]
+        return weight in copies, str(part.file), part.start, name == weight  # scales just before their weight
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    total, done = sum(info.bytes for info in tensors.values()), 0
+    scales: dict[str, Tensor] = {}
+    for name, tensor in read_ahead({name: tensors[name] for name in sorted(tensors, key=order)}):
+        if name.endswith(SCALE):
+            scales[name] = widen_scales(tensor)
+        else:
+            yield name, tensor, scales.pop(name + SCALE, None)
+        done += tensors[name].bytes
+        if progress is not None:
+            progress(done, total)
 
-    def __iter__(self) -> Iterator[str]:
-        total, done = sum(info.bytes for info in self._tensors.values()), 0
-        for name, info in sorted(self._tensors.items(), key=lambda item: (item[1].file, item[0])):
-            yield name
-            done += info.bytes
-            if self._progress is not None:
-                self._progress(done, total)
 
-    def raw(self, name: str) -> Tensor:
-        """Returns a tensor as stored."""
-        value: Tensor = self._files[self._tensors[name].file].get_tensor(name)
-        return value
-
-    def wide(self, name: str, block: int, dtype: torch.dtype) -> Tensor:
-        """Returns a tensor, dequantised to `dtype` if it is FP8."""
-        value = self.raw(name)
-        if name + SCALE in self._tensors:
-            value = weight_dequant(value, self.raw(name + SCALE).float(), block, dtype)
-        return value
-
-    def compare_copies(self, config: ModelConfig, slots: Mapping[str, Tensor]) -> None:
-        """Refuses copies of embedding and head that differ from the originals."""
-        for copy, original in _shared_copies(config).items():
-            if copy in self._tensors:
-                value = self.raw(copy)
-                if not torch.equal(value.to(slots[original]), slots[original]):
-                    raise CheckpointError(f"{copy} differs from {original}: in DeepSeek models the two are shared")
+def compare_copy(name: str, value: Tensor, config: ModelConfig, slots: Mapping[str, Tensor]) -> None:
+    """Refuses a copy of embedding or head that differs from the original."""
+    original = _shared_copies(config)[name]
+    if not torch.equal(value.to(slots[original]), slots[original]):
+        raise CheckpointError(f"{name} differs from {original}: in DeepSeek models the two are shared")
 
 
 def checkpoint_summary(folder: Path) -> CheckpointSummary:
@@ -284,7 +222,7 @@ def checkpoint_summary(folder: Path) -> CheckpointSummary:
     tensors = read_headers(folder)
     config = _with_found_modules(config, tensors)
     sizes = {n: prod(i.shape) for n, i in tensors.items() if not n.endswith(SCALE) and n not in _shared_copies(config)}
-    main = {n: size for n, size in sizes.items() if _layer(n) < config.num_hidden_layers}
+    main = {n: size for n, size in sizes.items() if layer_of(n) < config.num_hidden_layers}
     used = config.num_experts_per_tok / config.n_routed_experts
     active = sum(
         int(size * used) if ".mlp.experts." in n else size

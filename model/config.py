@@ -278,18 +278,15 @@ def _from_deepseek(given: Mapping[str, Any]) -> dict[str, Any]:
     values["topk_method"] = "noaux_tc" if v3 else "group_limited_greedy" if groups > 1 else "greedy"
     values["q_lora_rank"] = values.get("q_lora_rank") or None
     original, maximum = values.pop("original_seq_len", 4096), values.pop("max_seq_len", 4096 * 4)
-    factor = values.pop("rope_factor", 40)
-    values["max_position_embeddings"] = max(maximum, int(original * factor))
-    mscale = values.pop("mscale", 1.0)
-    values["rope_scaling"] = {
-        "type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": original,
-        "beta_fast": values.pop("beta_fast", 32),
-        "beta_slow": values.pop("beta_slow", 1),
-        "mscale": mscale,
-        "mscale_all_dim": mscale,
-    }
+    factor, mscale = values.pop("rope_factor", 40), values.pop("mscale", 1.0)
+    betas = {"beta_fast": values.pop("beta_fast", 32), "beta_slow": values.pop("beta_slow", 1)}
+    values["max_position_embeddings"] = maximum
+    if maximum > original:  # YaRN is on only then
+        values["max_position_embeddings"] = max(maximum, int(original * factor))
+        values["rope_scaling"] = {
+            "type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas, "mscale": mscale,
+            "mscale_all_dim": mscale,
+        }  # fmt: skip
     if values.get("dtype") == "fp8":
         values["quantization_config"] = {"weight_block_size": [128, 128]}
     return values

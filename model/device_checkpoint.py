@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
-from mtp_spec.model.checkpoint import SCALE, Checkpoint, Reader, Report, listing, open_checkpoint
+from mtp_spec.kernels.fp8 import weight_dequant
+from mtp_spec.model.checkpoint import SCALE, Checkpoint, Report, compare_copy, open_checkpoint, read_weights
 from mtp_spec.model.device import DeviceModel, why_not
+from mtp_spec.model.stored import listing
 
 
 def fp8_obstacle(checkpoint: Checkpoint) -> str | None:
@@ -48,15 +50,15 @@ def load_device_model(
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     model = empty_device_model(checkpoint, device, draft_ids)
     slots = model.checkpoint_slots()
-    with Reader(checkpoint.tensors, progress) as reader:
-        for name in reader:
-            if name + SCALE in slots:
-                value = reader.raw(name)
+    with torch.no_grad():
+        for name, value, scale in read_weights(checkpoint, progress):
+            if name not in slots:
+                compare_copy(name, value, checkpoint.config, slots)
+            elif name + SCALE in slots:
+                assert scale is not None
                 slots[name].copy_(value.reshape(slots[name].shape))
-                scale = reader.raw(name + SCALE)
                 slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
-            elif name in slots and not name.endswith(SCALE):
-                slots[name].copy_(reader.wide(name, 128, torch.float32))
-        reader.compare_copies(checkpoint.config, slots)
+            else:
+                slots[name].copy_(value if scale is None else weight_dequant(value, scale, 128, torch.float32))
     model.finish()
     return model

@@ -286,6 +286,7 @@ class LM:
 def load(
     path: str | Path | None = None,
     *,
+    config: str | Path | None = None,
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     max_context: int | None = None,
@@ -296,7 +297,10 @@ def load(
     """Returns a model ready to generate.
 
     Args:
-        path: a Hugging Face folder; None is the bundled model.
+        path: a Hugging Face folder, or one of per-rank files made by `mtp-spec convert` or DeepSeek's convert.py, for
+            any number of ranks; None is the bundled model.
+        config: a JSON file that describes the model in place of the folder's config.json, in Hugging Face's fields or
+            DeepSeek's; folders made by DeepSeek's convert.py need it.
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16", "float16", "float8_e4m3fn" or the torch dtype. None chooses: on a GPU FP8
             checkpoints stay FP8 and run on this library's kernels; elsewhere it is bfloat16 where the machine computes
@@ -312,12 +316,15 @@ def load(
         OptionError: an impossible device, dtype, max_context, max_batch or draft_vocabulary.
     """
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
+    if config is not None and path is None:
+        raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
+    config_file = None if config is None else Path(config)
     check_device(device)
     if max_batch != 1:
         raise OptionError(f"max_batch={max_batch!r}: only 1 is available; lists of prompts run one after another")
-    limit = context_limit(folder, max_context)
+    limit = context_limit(config_file or folder, max_context)
     with _progress(progress) as report:
-        model = load_model(folder, dtype_of(dtype), str(device), limit, draft_vocabulary, report)
+        model = load_model(folder, dtype_of(dtype), str(device), limit, draft_vocabulary, report, config_file)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
         return LM(model, tokenizer, "batched", limit)

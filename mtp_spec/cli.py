@@ -1,4 +1,4 @@
-"""The command line: `mtp-spec generate`, `chat`, `inspect` and `bench`. Everything goes through the public API."""
+"""The command line: one verb, one function. Everything that generates goes through the public API."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, add_draft_vocabulary, run_bench
+from mtp_spec.converting import add_converting, run_cast, run_convert
 from mtp_spec.inspection import show_checkpoint
 from mtp_spec.options import ACCEPTANCE_RULES, sample_seeds
 
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   mtp-spec chat --system "Answer in one sentence"
   mtp-spec chat --once "Name three birds"
   mtp-spec inspect /models/DeepSeek-V3
+  mtp-spec cast /models/DeepSeek-V3 /models/DeepSeek-V3-bf16 --to bf16
   mtp-spec bench speed --json speed.json
 """
 SAMPLING: dict[str, tuple[type, str]] = {
@@ -40,6 +42,8 @@ SAMPLING: dict[str, tuple[type, str]] = {
     "seed": (int, "same seed, same text, whatever the speculation (0)"),
     "logprobs": (int, "report log-probabilities and this many alternatives, with --json (0: off)"),
 }
+
+VERBS = {"bench": run_bench, "convert": run_convert, "cast": run_cast}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", nargs="?", type=Path, help="checkpoint folder (default: the bundled model)")
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
     add_draft_vocabulary(inspect)
+    add_converting(commands)
     add_bench(commands)
     return parser
 
@@ -130,8 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if args.command == "inspect":
             show_checkpoint(args.path, as_json=args.json, drafts=args.draft_vocabulary)
-        elif args.command == "bench":
-            run_bench(args)
+        elif args.command in VERBS:
+            VERBS[args.command](args)
         elif args.command == "chat":
             _chat(args)
         else:

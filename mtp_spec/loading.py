@@ -25,9 +25,9 @@ FP8_CAPABILITY = (8, 9)
 DraftVocabulary = int | str | Path | None
 
 
-def context_limit(folder: Path, max_context: int | None) -> int:
-    """Returns the most tokens of prompt and text together."""
-    limit = load_config(folder).max_position_embeddings
+def context_limit(path: Path, max_context: int | None) -> int:
+    """Returns the most tokens of prompt and text together; `path` is a folder with config.json, or the JSON file."""
+    limit = load_config(path).max_position_embeddings
     if max_context is None:
         return limit
     if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 < max_context <= limit:
@@ -36,10 +36,11 @@ def context_limit(folder: Path, max_context: int | None) -> int:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any
+    folder: Path, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
+    config_file: Path | None = None,
 ) -> Transformer | DeviceModel:
     """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, config_file)
     ids = draft_ids(drafts, checkpoint.config)
     if dtype in (None, torch.float8_e4m3fn):
         obstacle = _no_fp8_here(device) or fp8_obstacle(checkpoint)

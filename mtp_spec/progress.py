@@ -10,12 +10,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 
 @contextmanager
-def byte_progress(show: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Yields `report(done, total)` that draws a bar on stderr, or None."""
+def byte_progress(show: bool, label: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
+    """Yields `report(done, total)` that draws a bar with the time left on stderr, or None."""
     if not show:
         yield None
         return
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

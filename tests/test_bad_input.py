@@ -96,8 +96,19 @@ def test_missing_tensor(folder: Path) -> None:
 
 
 def test_left_over_tensor(folder: Path) -> None:
-    retensor(folder, lambda tensors: tensors.update({"model.extra": torch.ones(1)}))
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        if "model.norm.weight" in tensors:
+            tensors["model.extra"] = torch.ones(1)
+
+    retensor(folder, add)
     refuses(folder, r"1 left over: model\.extra")
+
+
+def test_tensor_in_two_files(folder: Path) -> None:
+    retensor(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48)}))
+    assert mtp_spec.load(folder, dtype="float32")  # the index names one of them
+    (folder / "model.safetensors.index.json").unlink()
+    refuses(folder, r"model\.norm\.weight is in model-1\.safetensors and in model-2\.safetensors")
 
 
 def test_misshaped_tensor(folder: Path) -> None:
