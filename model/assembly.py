@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
+from os import pwrite
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -240,7 +241,7 @@ def _write_all(descriptor: int, data: bytes | memoryview, start: int | None) -> 
     view, done = memoryview(data), 0
     while done < len(view):
         rest = view[done:]
-        done += os.write(descriptor, rest) if start is None else os.pwrite(descriptor, rest, start + done)
+        done += os.write(descriptor, rest) if start is None else pwrite(descriptor, rest, start + done)
 
 
 def _write_file(path: Path, data: bytes) -> None:

@@ -208,7 +208,9 @@ def _read_into(out: Tensor, part: Part) -> None:
 
 def widen_scales(scales: Tensor) -> Tensor:
     """Returns block scales as float32; bytes are exponents of two ("ue8m0", biased by 127)."""
-    return torch.ldexp(torch.ones(()), scales.int() - 127) if scales.dtype == torch.uint8 else scales.float()
+    if scales.dtype != torch.uint8:
+        return scales.float()
+    return torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
 
 
 def read_ahead(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
