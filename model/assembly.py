@@ -151,7 +151,7 @@ class Assembly:
         """Writes a tensor, then notes it in the journal."""
         found = (tuple(tensor.shape), tensor.dtype)
         assert found == (output.shape, DTYPES[output.dtype]), f"{output} is written as {found}"
-        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         _write_all(self._streams[output.file].fileno(), data, self._starts[output.key])
         checksum = zlib.crc32(data)
         with self._lock:

@@ -22,7 +22,8 @@ from mtp_spec.model.stored import TensorInfo, read_tensor
 SMALL_BYTES = 64 * 2**20
 NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", PART)
 Report = Callable[[int, int], None]
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,7 @@ def read_part(part: Part, dtype: str) -> Tensor:
 
 
 def _read_into(out: Tensor, part: Part) -> None:
-    view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+    view = out.view(-1).view(torch.uint8).numpy().data
     try:
         with part.file.open("rb", buffering=0) as stream:
             stream.seek(part.start)
