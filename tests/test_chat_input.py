@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from prompt_toolkit.application import create_app_session
+from prompt_toolkit.history import FileHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
@@ -109,14 +110,26 @@ def test_a_history_that_cannot_be_written_is_no_reason_to_end(tmp_path: Path) ->
     assert "not kept" in err.getvalue()
 
 
-def chat(*options: str, given: str = "", shell: str = "") -> subprocess.CompletedProcess[str]:
+def test_a_disk_that_fills_up_later_is_none_either(
+    typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(FileHistory, "store_string", full)
+    assert typed(f"one{ENTER}two{ENTER}", 2, history=tmp_path / "history") == ["one", "two"]
+
+
+def chat(*options: str, given: str | bytes = "", shell: str = "") -> subprocess.CompletedProcess[str]:
     """Runs `mtp-spec chat` as a process, its output through a shell command if given."""
     command = [sys.executable, "-P", "-m", "mtp_spec", "chat", "--max-new-tokens", "8", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     if shell:
         script = '"$@" | ' + shell + '; echo "${PIPESTATUS[0]}" >&2'
         command = ["bash", "-c", script, "chat", *command]
-    return subprocess.run(command, input=given, capture_output=True, text=True, check=False, env=environment)
+    sent = given.encode() if isinstance(given, str) else given
+    done = subprocess.run(command, input=sent, capture_output=True, check=False, env=environment)
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def test_once_and_scripts_from_a_pipe() -> None:
@@ -127,7 +140,7 @@ def test_once_and_scripts_from_a_pipe() -> None:
     assert "tok/s" in one.stderr
     again = chat("--once", "-", given="List three fruits\n")
     assert again.stdout == one.stdout
-    both = chat(given="List three fruits\n/quit\n/set stats off\nWhy?\n/exit\nnot asked\n")
+    both = chat(given=b"List three fruits\n/quit \xff\n/set stats off\nWhy?\n/exit\nnot asked\n")
     assert both.returncode == 0
     assert both.stdout.startswith(one.stdout)
     assert "/exit?" in both.stderr

@@ -76,9 +76,10 @@ def run_chat(
     speculation = given.pop("speculation", "auto")
     session = Session(lm, SamplingParams.from_options(given), speculation, system)
     lm.speculation_for(speculation)
-    if isinstance(sys.stdout, TextIOWrapper):
-        # a terminal that cannot show a character is no reason to end
-        sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # a character that cannot be read or shown is no reason to end
+            stream.reconfigure(errors="replace")
     chat = open_chat(session, history=history)
     if prompt is not None:
         chat.ask(sys.stdin.read().strip() if prompt == "-" else prompt)

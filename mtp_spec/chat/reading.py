@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -83,7 +84,7 @@ class TerminalReader:
     def __init__(
         self, suggest: Suggest, history: Path | None = None, input: Input | None = None, output: Output | None = None
     ) -> None:
-        remembered: History = InMemoryHistory() if history is None else FileHistory(str(history))
+        remembered: History = InMemoryHistory() if history is None else _History(str(history))
         self._session: PromptSession[str] = PromptSession(
             history=remembered, completer=_Words(suggest), key_bindings=_keys(), multiline=True, input=input,
             output=output, prompt_continuation=CONTINUED, reserve_space_for_menu=6,
@@ -135,6 +136,14 @@ def _keys() -> KeyBindings:
             event.app.exit(exception=KeyboardInterrupt)
 
     return keys
+
+
+class _History(FileHistory):
+    """A file of what was typed; a disk that is full later on does not end the chat."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)
 
 
 class _Words(Completer):
