@@ -15,6 +15,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 INK, GREY, PALE, GREEN, AMBER, BLUE = "#24292f", "#57606a", "#d0d7de", "#1a7f37", "#9a6700", "#0969da"
 CHAT = [{"role": "user", "content": "Tell me a story about a fox"}]
+RESULTS = ("acceptance_cpu", "step_h100")
 SEED, TEMPERATURE, BRANCHING = 3, 0.8, (3, 2, 1)
 
 
@@ -37,18 +38,19 @@ class Picture:
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"/>')
 
     def text(
-        self, x: float, y: float, text: str, colour: str = INK, size: int = 13, anchor: str = "middle", bold: bool = False
-    ) -> None:
+        self, x: float, y: float, text: str, colour: str = INK, size: int = 13, anchor: str = "middle",
+        bold: bool = False,
+    ) -> None:  # fmt: skip
         weight = "bold" if bold else "normal"
         style = f'font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}"'
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
 
     def svg(self) -> str:
         width, height = self.size
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif" role="img">'
         ground = f'<rect width="{width}" height="{height}" rx="6" fill="white"/>'
-        lines = [f'{head} font-family="system-ui, sans-serif" role="img">', f"<title>{escape(self.title)}</title>", ground]
-        return "\n".join([*lines, *self.parts, "</svg>", ""])
+        return "\n".join([head, f"<title>{escape(self.title)}</title>", ground, *self.parts, "</svg>", ""])
 
 
 def draw_tree(step: Any) -> Picture:
@@ -125,7 +127,8 @@ def draw_noise(words: list[str], target: list[float], draft: list[float], noise:
     for i, word in enumerate(words):
         picture.text(94, top + i * step + 4, repr(word), size=13, anchor="end")
     y = top + step * len(words) + 36
-    for x0, colour, label in ((120, GREY, "log-probability"), (270, AMBER, "after the noise"), (420, GREEN, "the largest: drawn")):
+    key = ((120, GREY, "log-probability"), (270, AMBER, "after the noise"), (420, GREEN, "the largest: drawn"))
+    for x0, colour, label in key:
         picture.dot(x0, y - 4, colour)
         picture.text(x0 + 10, y, label, GREY, 12, "start")
     return picture
@@ -162,9 +165,9 @@ def draw_acceptance(document: dict[str, Any]) -> Picture:
         picture.text(left - 8, y + step / 2 + 3, shape, INK, 12, "end")
         for number, (heat, colour) in enumerate(colours.items()):
             value = details[f"{shape} at {heat}"]["tokens_per_step"]
-            thick = (step - 6) / 2
-            picture.box(left, y + 2 + number * thick, wide * value / most, thick - 1, colour)
-            picture.text(left + wide * value / most + 5, y + 2 + (number + 1) * thick - 1, f"{value:.2f}", GREY, 10, "start")
+            thick, end = (step - 6) / 2, wide * value / most
+            picture.box(left, y + 2 + number * thick, end, thick - 1, colour)
+            picture.text(left + end + 5, y + 2 + (number + 1) * thick - 1, f"{value:.2f}", GREY, 10, "start")
     for number, (heat, colour) in enumerate(colours.items()):
         picture.box(left + number * 130, bottom + 10, 12, 12, colour)
         picture.text(left + 18 + number * 130, bottom + 20, f"temperature {float(heat):g}", GREY, 12, "start")
@@ -194,7 +197,8 @@ def draw_cost(document: dict[str, Any]) -> Picture:
         y = bottom - tall * row["us"] / 1000 / high
         picture.text(x + 6, y + 20, f"x{row['us'] / rows[0]['us']:.2f}", BLUE, 12, "start")
     picture.text(left + wide / 2, bottom + 36, "rows: the last token and the drafts", GREY, 12)
-    picture.text(left + 8, bottom + 54, "blue: measured, with its ratio to one row; dashed: copying the bytes it reads", GREY, 11, "start")
+    key = "blue: measured, with its ratio to one row; dashed: copying the bytes it reads"
+    picture.text(left + 8, bottom + 54, key, GREY, 11, "start")
     return picture
 
 
@@ -239,10 +243,10 @@ def _arrow(picture: Picture, points: list[tuple[float, float]], colour: str) -> 
 
 def from_results() -> dict[str, Picture]:
     """Returns the pictures that need no model."""
-    documents = {name: json.loads((DOCS / "results" / f"{name}.json").read_text()) for name in ("acceptance_cpu", "step_h100")}
+    acceptance, step = (json.loads((DOCS / "results" / f"{name}.json").read_text()) for name in RESULTS)
     return {
-        "acceptance": draw_acceptance(documents["acceptance_cpu"]),
-        "cost": draw_cost(documents["step_h100"]),
+        "acceptance": draw_acceptance(acceptance),
+        "cost": draw_cost(step),
         "loop": draw_loop(),
     }
 

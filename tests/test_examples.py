@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
+import torch
 
 import mtp_spec
 
@@ -24,9 +27,64 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["same_text.py", "who_wrote_it.py"])
-def test_short_examples(name: str) -> None:
-    assert " step" in run(ROOT / "examples" / name)
+@pytest.fixture(scope="module")
+def lm() -> mtp_spec.LM:
+    return mtp_spec.load()
+
+
+def test_an_example_runs_as_its_first_line_says() -> None:
+    assert " step" in run(ROOT / "examples" / "same_text.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("who_wrote_it", "tokens per step instead of 1"),
+        ("compare_rules", "coupled"),
+        ("logits_processor", "tokens per step"),
+        ("json_mode", '"pages"'),
+        ("read_statistics", "tokens per second"),
+        ("explore_tree", "the target's own token"),
+    ],
+)
+def test_short_examples(
+    name: str, expected: str, lm: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, so that the model is loaded once."""
+    if name == "json_mode":
+        pytest.importorskip("llguidance")
+    monkeypatch.setattr(mtp_spec, "load", lambda: lm)
+    monkeypatch.setattr(sys, "argv", [name, "1"])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+    assert expected in capsys.readouterr().out
+
+
+def test_short_examples_are_short() -> None:
+    for file in (ROOT / "examples").glob("*.py"):
+        if "demo" not in file.name:
+            assert len(file.read_text().splitlines()) <= 60, file
+
+
+def test_a_page_in_the_browser_gets_the_text_as_it_is_written(lm: mtp_spec.LM) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "stream_web.py"), "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        with urlopen(address, timeout=60) as page:
+            assert "EventSource" in page.read().decode()
+        with urlopen(f"{address}/stream?q=Name+a+bird", timeout=60) as stream:
+            assert stream.headers["Content-Type"] == "text/event-stream"
+            lines = stream.read().decode().splitlines()
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    assert lines[-3:] == ["event: end", "data: {}", ""]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-3] if line]
+    expected = lm.chat([{"role": "user", "content": "Name a bird"}], max_new_tokens=200)
+    assert "".join(event["text"] for event in events) == expected.text
+    assert len({event["source"] for event in events}) > 1
 
 
 def test_a_picture_of_a_chat(tmp_path: Path) -> None:

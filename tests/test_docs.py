@@ -1,0 +1,111 @@
+"""The documentation: its Python runs, its commands parse, its links lead somewhere, its pictures show the results."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import mtp_spec
+from mtp_spec import options, rules
+from mtp_spec.cli import build_parser
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(page.relative_to(DOCS) for page in DOCS.rglob("*.md"))
+LOAD = mtp_spec.load
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+
+
+def bundled(lm: mtp_spec.LM, *args: Any, **kwargs: Any) -> mtp_spec.LM:
+    """Stands for `load`: checkpoints and GPUs of the pages are not here, the arguments must fit all the same."""
+    inspect.signature(LOAD).bind(*args, **kwargs)
+    return lm
+
+
+@pytest.fixture(scope="module")
+def lm() -> mtp_spec.LM:
+    return LOAD()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=str)
+def test_python_runs(page: Path, lm: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtp_spec, "load", partial(bundled, lm))
+    monkeypatch.setattr(options, "ACCEPTANCE_RULES", options.ACCEPTANCE_RULES)
+    monkeypatch.setattr(rules, "RULES", rules.RULES)
+    before = dict(rules.RULES)
+    space: dict[str, object] = {}
+    try:
+        for block in blocks(page, "python"):
+            exec(compile(block, str(page), "exec"), space)
+    finally:
+        rules.RULES.clear()
+        rules.RULES.update(before)
+
+
+def commands() -> list[str]:
+    texts = [block for page in PAGES for block in blocks(page, "console")]
+    texts += re.findall(r"`(mtp-spec [^`]*)`", "\n".join((DOCS / page).read_text() for page in PAGES))
+    lines = [line for text in texts for line in re.split(r"\n| && | \| ", text) if line.startswith("mtp-spec ")]
+    return sorted({line for line in lines if not re.search(r"NAME|\bPATH|RULE\b", line)})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command: str) -> None:
+    words = shlex.split(command)[1:]
+    if words[-1] in ("chat", "bench", "generate") and len(words) == 1 and words != ["chat"]:
+        return  # a command's name alone
+    build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = (DOCS / page).read_text()
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (DOCS / page).parent.joinpath(target).exists(), target
+    for file in re.findall(r'--8<-- "([^":]+)', text):
+        assert (ROOT / file).is_file(), file
+
+
+def pictures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_show_the_results() -> None:
+    for name, picture in pictures().from_results().items():
+        drawn = (DOCS / "images" / f"{name}.svg").read_text()
+        assert picture.svg() == drawn, f"docs/images/{name}.svg is old: python docs/pictures.py --results"
+
+
+def test_the_cost_of_rows_is_that_of_the_results() -> None:
+    document = json.loads((DOCS / "results" / "step_h100.json").read_text())
+    rows = [row for row in document["rows"] if row["pass"].startswith("decode and verify")]
+    text = (DOCS / "howto" / "checkpoints.md").read_text()
+    for row in rows:
+        count, ratio = row["pass"].split(", ")[1].split()[0], row["us"] / rows[0]["us"]
+        numbers = f"{row['us'] / 1000:.2f} | {ratio:.2f} | {row['experts']:.1f} | {row['x floor']:.2f}"
+        assert f"| {count} | {numbers} |" in text
+
+
+def test_a_runs_pictures_can_be_drawn(lm: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lm.technique != "batched":
+        pytest.skip("rows run one by one here: the scored rows differ from the generated ones")
+    monkeypatch.setattr(mtp_spec, "load", partial(bundled, lm))
+    for name, picture in pictures().from_model().items():
+        assert picture.svg().startswith("<svg"), name
