@@ -30,7 +30,7 @@ class Chat:
                 raise
             del self.session.turns[: full.drop]
             draw, stream = self.session.ask(question)
-        with interruptible() as interrupt:
+        with interruptible(self.screen.rich) as interrupt:
             self.interrupted = self.screen.answer(stream, draw.params.seed, lambda: interrupt.asked)
         kept = self.session.keep(draw, stream, self.interrupted)
         self._comment(kept)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 # a terminal then says where a paste begins and ends, so that its lines stay one question
@@ -28,15 +29,15 @@ class Interrupt:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """Yields what knows of Ctrl-C; meanwhile keys typed ahead wait for the next prompt, unseen."""
+def interruptible(quiet: bool) -> Iterator[Interrupt]:
+    """Yields what knows of Ctrl-C; with `quiet` keys typed ahead wait for the next prompt, unseen."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
         yield interrupt
         return
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        with _quiet_keys():
+        with _quiet_keys() if quiet else nullcontext():
             yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
@@ -49,7 +50,8 @@ def _quiet_keys() -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    # a process in the background would be stopped for touching the terminal
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
         yield
         return
     before = termios.tcgetattr(sys.stdin)

@@ -26,7 +26,7 @@ def parity(chat: Chat) -> None:
     # an answer stopped by hand ends where it was stopped
     params = replace(turn.draw.params, max_new_tokens=len(ids)) if turn.interrupted else turn.draw.params
     stream = chat.session.draw(Draw(turn.draw.messages, params, None))
-    with interruptible() as interrupt:
+    with interruptible(chat.screen.rich) as interrupt:
         chat.interrupted = chat.screen.count(stream, len(ids), lambda: interrupt.asked)
     plain = stream.result.token_ids
     if chat.interrupted:
