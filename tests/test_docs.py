@@ -43,8 +43,7 @@ def lm() -> mtp_spec.LM:
 def test_python_runs(page: Path, lm: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mtp_spec, "load", partial(bundled, lm))
     monkeypatch.setattr(options, "ACCEPTANCE_RULES", options.ACCEPTANCE_RULES)
-    monkeypatch.setattr(rules, "RULES", rules.RULES)
-    before = dict(rules.RULES)
+    before = dict(rules.RULES)  # a page adds one
     space: dict[str, object] = {}
     try:
         for block in blocks(page, "python"):
@@ -64,9 +63,8 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command: str) -> None:
     words = shlex.split(command)[1:]
-    if words[-1] in ("chat", "bench", "generate") and len(words) == 1 and words != ["chat"]:
-        return  # a command's name alone
-    build_parser().parse_args(words)
+    if words != ["bench"]:  # named in a sentence
+        build_parser().parse_args(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
