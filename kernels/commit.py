@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.launching import late, runs_triton
 from mtp_spec.kernels.mla import Cache
 
@@ -46,8 +47,14 @@ def accept(
         seen: `[V]` int32, has each committed token counted, if given.
     """
     rows, most = ids.shape[0], path.shape[0]
-    if record.shape != (record_size(most),) or tokens.shape != path.shape:
-        raise ValueError(f"record {tuple(record.shape)}, tokens {tuple(tokens.shape)}: do not fit a path of {most}")
+    expect("ids", ids, (rows,), torch.int64)
+    for name, x in (("drawn", drawn), ("failed", failed), ("parents", parents)):
+        expect(name, x, (rows,), torch.int32, beside=ids)
+    expect("path", path, (most,), torch.int64, beside=ids)
+    expect("tokens", tokens, (most,), torch.int64, beside=ids)
+    expect("record", record, (record_size(most),), torch.int32, beside=ids)
+    if seen is not None:
+        expect("seen", seen, (None,), torch.int32, beside=ids)
     if not runs_triton(ids):
         return _accept_reference(drawn, failed, ids, parents, path, tokens, record, seen)
     _accept_kernel[(1,)](
@@ -60,6 +67,9 @@ def accept(
 def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor) -> None:
     """Moves the committed rows' latents to the slots behind `length` `[1]`, in all layers at once."""
     store, most = caches[0].store, path.shape[0]
+    expect("length", length, (1,), torch.int32, beside=store)
+    expect("path", path, (most,), torch.int64, beside=store)
+    expect("record", record, (record_size(most),), torch.int32, beside=store)
     if not runs_triton(store):
         start, count = int(length), int(record[COUNT])
         for cache in caches:

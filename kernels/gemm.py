@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels.checks import FLOATS, expect
 from mtp_spec.kernels.fp8 import BLOCK, row_products
 from mtp_spec.kernels.fp8 import fp8_gemm as reference
 from mtp_spec.kernels.launching import described, interpreted, late, runs_triton, stages_that_fit
@@ -180,13 +181,11 @@ def fp8_gemm(
     """
     rows, outputs = _check(a, w)
     blocks = -(-w.shape[1] // BLOCK)
-    expected = ((rows, blocks), (-(-outputs // BLOCK), blocks))
-    if (tuple(a_scale.shape), tuple(w_scale.shape)) != expected:
-        raise ValueError(f"scales {tuple(a_scale.shape)} and {tuple(w_scale.shape)}: expected {expected}")
-    if not (a_scale.is_contiguous() and w_scale.is_contiguous()):
-        raise ValueError("scales must be contiguous")
+    expect("a_scale", a_scale, (rows, blocks), torch.float32, beside=a)
+    expect("w_scale", w_scale, (-(-outputs // BLOCK), blocks), torch.float32, beside=a)
     if out is None:
         out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
+    expect("out", out, (rows, outputs), FLOATS, beside=a)
     if not runs_triton(a):
         return out.copy_(reference(a, a_scale, w, w_scale))
     return _launch(a, w, a_scale, w_scale, out, launch or default_launch(outputs, w.shape[1]))
@@ -203,6 +202,7 @@ def bf16_gemm(
     rows, outputs = _check(a, w)
     if out is None:
         out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
+    expect("out", out, (rows, outputs), FLOATS, beside=a)
     if not runs_triton(a):
         return out.copy_(row_products(a.float(), w.float()))
     return _launch(a, w, None, None, out, launch or default_launch(outputs, w.shape[1], "bf16"))
@@ -252,8 +252,8 @@ def _check(a: Tensor, w: Tensor) -> tuple[int, int]:
         raise ValueError("no rows given")
     if a.shape[1] * a.element_size() % 16:
         raise ValueError(f"inner size {a.shape[1]}: rows must be whole multiples of 16 bytes")
-    if not (a.is_contiguous() and w.is_contiguous()):
-        raise ValueError("all operands must be contiguous")
+    expect("a", a, a.shape)
+    expect("w", w, w.shape, beside=a)
     return a.shape[0], w.shape[0]
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, fp8_gemm
 from mtp_spec.kernels.launching import described, late, runs_triton, stages_that_fit
 from mtp_spec.kernels.moe_route import (
@@ -37,6 +38,8 @@ from mtp_spec.kernels.moe_route import (
 
 __all__ = ["Experts", "Launch", "Routing", "default_launch", "experts", "experts_reference", "gate", "gate_reference",
            "moe", "moe_reference", "route"]  # fmt: skip
+
+INPUTS = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,9 @@ def moe(
     """
     if weights.count != routing.experts + routing.shared:
         raise ValueError(f"{weights.count} experts given, the gate has {routing.experts} + {routing.shared} shared")
+    expect("x", x, (None, weights.channels), INPUTS, beside=weights.down)
+    if residual is not None:
+        expect("residual", residual, x.shape, x.dtype, beside=x)
     if not runs_triton(x):
         return moe_reference(x, router, bias, routing, weights, residual)
     launch = launch or default_launch(weights.channels, weights.inner)
@@ -170,18 +176,20 @@ def experts(
         indices: `[M, K]` int32, shared experts included.  pair_weights: `[M, K]` float32.
     """
     rows = x.shape[0]
-    if x.shape != (rows, weights.channels) or indices.shape != pair_weights.shape or indices.shape[0] != rows:
-        given = f"x {tuple(x.shape)}, indices {tuple(indices.shape)}, weights {tuple(pair_weights.shape)}"
-        raise ValueError(f"{given}: [M, {weights.channels}] and twice [M, K] expected")
+    expect("x", x, (rows, weights.channels), INPUTS, beside=weights.down)
+    expect("indices", indices, (rows, None), torch.int32, beside=x)
+    expect("pair_weights", pair_weights, indices.shape, torch.float32, beside=x)
+    if residual is not None:
+        expect("residual", residual, x.shape, x.dtype, beside=x)
     if not runs_triton(x):
         return experts_reference(x, indices, pair_weights, weights, residual)
     from mtp_spec.kernels.quant import quant
 
     launch = launch or default_launch(weights.channels, weights.inner)
     quantised, scales = quant(x)
-    groups = group(indices.contiguous(), weights.count, launch.slot(rows))
+    groups = group(indices, weights.count, launch.slot(rows))
     hidden = gate_up(quantised, scales, groups, indices.shape[1], weights, launch)
-    return down(*hidden, groups, pair_weights.contiguous(), weights, launch, x.dtype, residual)
+    return down(*hidden, groups, pair_weights, weights, launch, x.dtype, residual)
 
 
 def experts_reference(

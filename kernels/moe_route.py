@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels.checks import FLOATS, expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, row_products
 from mtp_spec.kernels.launching import late, runs_triton
 
@@ -220,12 +221,10 @@ def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Rout
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> None:
-    if x.ndim != 2 or weight.shape != (routing.experts, x.shape[1]):
-        raise ValueError(f"x {tuple(x.shape)}, router {tuple(weight.shape)}: [M, D], [{routing.experts}, D] expected")
-    if bias is not None and bias.shape != (routing.experts,):
-        raise ValueError(f"bias {tuple(bias.shape)}: ({routing.experts},) expected")
-    if not all(t.is_contiguous() for t in (x, weight)):
-        raise ValueError("x and router must be contiguous")
+    expect("x", x, (None, None), FLOATS)
+    expect("router", weight, (routing.experts, x.shape[1]), FLOATS, beside=x)
+    if bias is not None:
+        expect("bias", bias, (routing.experts,), torch.float32, beside=x)
 
 
 def _empty_groups(indices: Tensor, experts: int, tokens: int | None) -> Groups:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_spec.kernels.checks import FLOATS, expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
 from mtp_spec.kernels.launching import late, runs_triton
 
@@ -60,8 +61,10 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    if weight.shape != x.shape[1:] or (residual is not None and residual.shape != x.shape):
-        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}: sizes differ")
+    expect("x", x, (None, None), FLOATS)
+    expect("weight", weight, x.shape[1:], FLOATS, beside=x)
+    if residual is not None:
+        expect("residual", residual, x.shape, x.dtype, beside=x)
 
 
 def _launch_norm(
@@ -82,7 +85,10 @@ def _launch_norm(
 
 def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Returns e4m3 `[M, D]` and scales `[M, B]` of silu(gate) * up for gate_up `[M, 2 D]`."""
+    expect("gate_up", gate_up, (None, None), FLOATS)
     rows, channels = gate_up.shape[0], gate_up.shape[1] // 2
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up is {list(gate_up.shape)}: gate and up of one size beside each other are expected")
     if not runs_triton(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return act_quant(F.silu(gate.float()) * up.float(), power_of_two=power_of_two)
@@ -96,6 +102,7 @@ def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor,
 
 def quant(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Returns e4m3 `[M, D]` and scales `[M, B]` of x `[M, D]`; `fp8.act_quant` as a kernel."""
+    expect("x", x, (None, None), FLOATS)
     rows, channels = x.shape
     if not runs_triton(x):
         return act_quant(x, power_of_two=power_of_two)
@@ -108,8 +115,6 @@ def quant(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def _outputs(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor]:
-    if not x.is_contiguous():
-        raise ValueError("the input must be contiguous")
     quantised = torch.empty(rows, channels, dtype=E4M3, device=x.device)
     return quantised, torch.empty(rows, -(-channels // BLOCK), device=x.device)
 

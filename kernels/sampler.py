@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.launching import late, runs_triton
 
 try:
@@ -115,7 +116,7 @@ def sample(
         path: `[M, depth]` int32, tokens drafted since `settings.seen` was brought up to date; -1 for none.
         keep: return the processed rows too, which rules of acceptance compare.
     """
-    _check(logits, request, position, settings, stages, path)
+    _check(logits, request, position, settings, stages, path, best)
     if not runs_triton(logits):
         return sample_reference(logits, request, position, settings, stages, best, path, keep)
     from mtp_spec.kernels import sampler_kernels as kernels
@@ -273,18 +274,22 @@ def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
 
 
 def _check(
-    logits: Tensor, request: Tensor, position: Tensor, settings: Settings, stages: Stages, path: Tensor | None
-) -> None:
+    logits: Tensor, request: Tensor, position: Tensor, settings: Settings, stages: Stages, path: Tensor | None,
+    best: int,
+) -> None:  # fmt: skip
+    expect("logits", logits, (None, None), (torch.float32, torch.bfloat16))
     rows, vocabulary = logits.shape
-    if request.shape != (rows,) or position.shape != (rows,) or (path is not None and path.shape[0] != rows):
-        raise ValueError(f"{rows} rows of logits, request {tuple(request.shape)}, position {tuple(position.shape)}")
-    if request.dtype != torch.int32 or position.dtype != torch.int64:
-        raise ValueError(f"request {request.dtype} and position {position.dtype}: int32 and int64 expected")
-    if settings.values.shape[1:] != (COLUMNS,) or settings.values.dtype != torch.float64:
-        raise ValueError(f"settings {tuple(settings.values.shape)} {settings.values.dtype}: [R, {COLUMNS}] float64")
+    if best > vocabulary:
+        raise ValueError(f"best={best}: a row has {vocabulary} tokens")
+    expect("request", request, (rows,), torch.int32, beside=logits)
+    expect("position", position, (rows,), torch.int64, beside=logits)
+    expect("settings.values", settings.values, (None, COLUMNS), torch.float64, beside=logits)
+    requests = settings.values.shape[0]
+    expect("settings.seed", settings.seed, (requests,), torch.int64, beside=logits)
+    if path is not None:
+        expect("path", path, (rows, None), torch.int32, beside=logits)
     for name, wanted, table in (("bias", stages.bias, settings.bias), ("seen", stages.penalty, settings.seen)):
-        expected = (settings.values.shape[0], vocabulary)
-        if wanted and (table is None or tuple(table.shape) != expected):
-            raise ValueError(f"{name} of shape {expected} expected")
-    if not logits.is_contiguous():
-        raise ValueError("logits must be contiguous")
+        if wanted and table is None:
+            raise ValueError(f"settings.{name} is missing: [{requests}, {vocabulary}] is expected")
+        if wanted and table is not None:
+            expect(f"settings.{name}", table, (requests, vocabulary), beside=logits)

@@ -1,0 +1,39 @@
+"""What a kernel's wrapper asks of its arguments: a wrong one would read or write elsewhere, without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def expect(
+    name: str,
+    x: Tensor,
+    shape: Sequence[int | None],
+    dtypes: torch.dtype | Sequence[torch.dtype] = (),
+    beside: Tensor | None = None,
+) -> None:
+    """Refuses a tensor that a kernel could not take as it is.
+
+    Args:
+        shape: sizes; None is any.
+        dtypes: allowed ones; none is any.
+        beside: a tensor on whose device it must be.
+
+    Raises:
+        ValueError: another shape, dtype or device, or a layout with gaps; says what was given and what is expected.
+    """
+    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
+    fits = x.ndim == len(shape) and all(size in (None, own) for size, own in zip(shape, x.shape, strict=True))
+    if fits and (not allowed or x.dtype in allowed) and x.is_contiguous():
+        if beside is None or x.device == beside.device:
+            return
+        raise ValueError(f"{name} is on {x.device}, the other operand on {beside.device}: move one of them")
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    given = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}{'' if x.is_contiguous() else ', not contiguous'}"
+    raise ValueError(f"{name} is {given}: [{sizes}]{' ' + kinds if kinds else ''}, contiguous, is expected")
