@@ -260,14 +260,14 @@ def _store(acc, target, C: gl.constexpr, ROWS: gl.constexpr, half: gl.constexpr)
 @gluon.constexpr_function
 def _layout_with(together, rows, columns):
     """Returns the layout of the tensor core's results (together = 2), or one with more columns in a row a thread."""
-    lanes = {2: [2, 4], 4: [8, 4], 8: [8, 16]}[together]
+    columns_of_lanes = {2: [2, 4], 4: [8, 4], 8: [8, 16]}[together]
     registers, column = [], 1
     while column < columns:
-        if column not in lanes:
+        if column not in columns_of_lanes:
             registers.append([0, column])
         column *= 2
     registers.insert({2: 1, 4: 2, 8: 3}[together], [8, 0])
-    lanes = [[0, column] for column in lanes] + [[1, 0], [2, 0], [4, 0]]
+    lanes = [[0, column] for column in columns_of_lanes] + [[1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, columns])
 
 
