@@ -15,8 +15,9 @@ from rich.console import Console
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, add_draft_vocabulary, run_bench
 from mtp_spec.converting import add_converting, run_cast, run_convert
-from mtp_spec.inspection import show_checkpoint
+from mtp_spec.inspecting import add_inspect, run_inspect
 from mtp_spec.options import ACCEPTANCE_RULES, sample_seeds
+from mtp_spec.prompts import add_prompts, check_interactive, read_prompts
 
 EXAMPLES = """examples:
   mtp-spec generate "Tell me a story about a fox"
@@ -43,7 +44,7 @@ SAMPLING: dict[str, tuple[type, str]] = {
     "logprobs": (int, "report log-probabilities and this many alternatives, with --json (0: off)"),
 }
 
-VERBS = {"bench": run_bench, "convert": run_convert, "cast": run_cast}
+VERBS = {"inspect": run_inspect, "bench": run_bench, "convert": run_convert, "cast": run_cast}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,10 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_chat(commands)
-    inspect = commands.add_parser("inspect", help="what a checkpoint holds: shape, sizes, MTP modules, memory")
-    inspect.add_argument("path", nargs="?", type=Path, help="checkpoint folder (default: the bundled model)")
-    inspect.add_argument("--json", action="store_true", help="print one JSON document")
-    add_draft_vocabulary(inspect)
+    add_inspect(commands)
     add_converting(commands)
     add_bench(commands)
     return parser
@@ -74,8 +72,7 @@ def _add_generate(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    generate.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
-    generate.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='one {"prompt": ...} or string a line')
+    add_prompts(generate)
     _add_model(generate)
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
     generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt: of seed, seed + 1, ... (1)")
@@ -104,7 +101,9 @@ def _add_chat(commands: Any) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
+    parser.add_argument("--model", "--ckpt-path", type=Path, metavar="PATH",
+                        help="checkpoint folder, per-rank files too (default: the bundled model)")  # fmt: skip
+    parser.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of its config.json")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the machine computes fast)")
     add_draft_vocabulary(parser)
@@ -133,9 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; errors of use end with one line on standard error and exit code 2."""
     args = build_parser().parse_args(arguments)
     try:
-        if args.command == "inspect":
-            show_checkpoint(args.path, as_json=args.json, drafts=args.draft_vocabulary)
-        elif args.command in VERBS:
+        if args.command in VERBS:
             VERBS[args.command](args)
         elif args.command == "chat":
             _chat(args)
@@ -152,7 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    prompts, options = _prompts(args), _options(args)
+    if args.interactive:
+        check_interactive(args)
+        args.system = args.once = args.history = None
+        return _chat(args)
+    prompts, options = read_prompts(args), _options(args)
     seeds = sample_seeds(args.n, options.get("seed", 0))
     lm = _load(args)
     chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
@@ -162,6 +163,8 @@ def _generate(args: argparse.Namespace) -> None:
         if args.trace is not None:
             Console().print(lm.explain(question, steps=args.trace, **options))
             continue
+        if args.input_file is not None and not args.json:
+            print(f"Prompt: {prompt}\nCompletion: ", end="")
         stream = lm.stream(question, **options)
         for event in stream:
             if not args.json:
@@ -174,8 +177,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
-    return mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary,
-                         progress=sys.stderr.isatty())  # fmt: skip
+    return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype,
+                         draft_vocabulary=args.draft_vocabulary, progress=sys.stderr.isatty())  # fmt: skip
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -208,28 +211,6 @@ def statistics_line(stats: mtp_spec.GenerationStats) -> str:
     else:
         parts.append("no speculation")
     return "[" + ", ".join(parts) + "]"
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    if (args.prompt is None) == (args.prompts is None):
-        raise mtp_spec.OptionError("give one prompt (- for standard input) or --prompts FILE.jsonl")
-    if args.prompt is not None:
-        return [sys.stdin.read().strip() if args.prompt == "-" else args.prompt]
-    if not args.prompts.is_file():
-        raise mtp_spec.OptionError(f"--prompts {args.prompts}: there is no such file")
-    lines = args.prompts.read_text(encoding="utf-8").splitlines()
-    return [_prompt(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _prompt(line: str, number: int) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise mtp_spec.OptionError(f"--prompts line {number} is not JSON: {error}") from error
-    prompt = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(prompt, str):
-        raise mtp_spec.OptionError(f'--prompts line {number}: give a string or {{"prompt": string}}')
-    return prompt
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

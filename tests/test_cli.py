@@ -10,6 +10,7 @@ import pytest
 
 from mtp_spec.cli import main
 
+CONFIG = str(Path(__file__).parent.parent / "configs" / "config_671B.json")
 SHORT = ["--max-new-tokens", "12"]
 
 
@@ -85,6 +86,18 @@ def test_inspect_describes_the_bundled_model(capsys: pytest.CaptureFixture[str])
         (["generate", "x", "--no-speculation", "--acceptance", "block"], "--acceptance"),
         (["generate", "x", "--trace", "1", "--json"], "--trace"),
         (["generate", "x", "--trace", "0"], "steps"),
+        (["generate", "x", "--input-file", "y"], "--input-file"),
+        (["generate", "--input-file", "/nowhere"], "/nowhere"),
+        (["generate", "x", "--config", "y"], "needs a path"),
+        (["generate", "--interactive", "--json"], "--json"),
+        (["generate", "--interactive", "x"], "a prompt"),
+        (["inspect", "--card", "H100"], "--card"),
+        (["inspect", CONFIG, "--card", "abacus"], "abacus"),
+        (["inspect", CONFIG, "--card", "H100", "--copy-rate", "1"], "--copy-rate"),
+        (["inspect", CONFIG, "--copy-rate", "0"], "--copy-rate"),
+        (["inspect", CONFIG, "--model-parallel", "3"], "--model-parallel 3"),
+        (["inspect", CONFIG, "--checksums"], "--checksums"),
+        (["inspect", "--checksums"], "--checksums"),
         (["dance"], "dance"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -96,3 +109,46 @@ def test_one_line_for_every_mistake(arguments: list[str], names: str, capsys: py
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert names in last
     assert "Traceback" not in last
+
+
+def test_deepseeks_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = Path(CONFIG).parent / "demo"
+    main(["convert", str(demo), str(tmp_path / "ranks"), "--model-parallel", "2"])
+    flags = ["--ckpt-path", str(tmp_path / "ranks"), "--config", str(tmp_path / "ranks" / "model_args.json"),
+             "--max-new-tokens", "12", "--temperature", "0.2"]  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("List three fruits\n\nTell me a story about a fox\n")
+    capsys.readouterr()
+    main(["generate", *flags, "--input-file", str(tmp_path / "prompts.txt")])
+    answers = capsys.readouterr().out
+    assert answers.startswith("Prompt: List three fruits\nCompletion: ")
+    assert answers.count("Completion: ") == 2
+    main(["generate", "List three fruits", "--max-new-tokens", "12", "--temperature", "0.2"])
+    answer = capsys.readouterr().out
+    assert f"Completion: {answer}" in answers
+    monkeypatch.setattr("sys.stdin", io.StringIO("List three fruits\n/exit\n"))
+    main(["generate", *flags, "--interactive"])
+    assert answer.strip() in capsys.readouterr().out
+    main(["inspect", str(tmp_path / "ranks"), "--checksums"])
+    assert "every tensor agrees" in capsys.readouterr().err
+    with (tmp_path / "ranks" / "mtp1-mp2.safetensors").open("r+b") as file:
+        file.seek(-5, 2)
+        file.write(b"?")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "ranks"), "--checksums"])
+    assert "1 tensors differ" in capsys.readouterr().err
+
+
+def test_estimates_of_the_largest_model(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", CONFIG, "--json", "--card", "h100", "--model-parallel", "8"])
+    many = json.loads(capsys.readouterr().out)
+    main(["inspect", CONFIG, "--json"])
+    one = json.loads(capsys.readouterr().out)
+    # 671 billion numbers, 37 billion active, nearly all of them a byte (2412.19437)
+    assert one["weight_bytes"] == one["whole_bytes"] == pytest.approx(671e9, rel=0.01)
+    assert one["read_bytes_per_token"] == pytest.approx(37e9, rel=0.03)
+    assert one["cache_bytes_per_token"] == 61 * (512 + 64) * 2
+    assert one["tokens_per_second_at_best"] is None
+    assert one["whole_bytes"] / 8 < many["weight_bytes"] < one["whole_bytes"] / 8 * 1.03
+    assert many["tokens_per_second_at_best"] == many["copy_rate_tb_per_s"] * 1e12 / many["read_bytes_per_token"]
+    main(["inspect", CONFIG, "--copy-rate", "3"])
+    assert "an estimate" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,71 @@
+"""`mtp-spec inspect`: what a folder holds, whether it is intact, or what a configuration alone lets one expect."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mtp_spec.bench.cli import add_draft_vocabulary
+from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.inspection import show_checkpoint
+
+EXAMPLES = """examples:
+  mtp-spec inspect /models/DeepSeek-V3
+  mtp-spec inspect configs/config_671B.json --model-parallel 16 --card H100
+"""
+
+
+def add_inspect(commands: Any) -> None:
+    """Adds the verb."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a checkpoint holds: shape, sizes, MTP modules, memory; or what a configuration alone would need",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_argument("path", nargs="?", type=Path,
+                         help="checkpoint folder (default: the bundled model), or a configuration file")  # fmt: skip
+    inspect.add_argument("--json", action="store_true", help="print one JSON document")
+    inspect.add_argument("--checksums", action="store_true", help="read everything and compare with checksums.json")
+    add_draft_vocabulary(inspect)
+    alone = inspect.add_argument_group("of a configuration file")
+    alone.add_argument("--model-parallel", type=int, metavar="N", help="ranks (1)")
+    alone.add_argument("--card", metavar="NAME", help="estimate the speed on H100 or H200")
+    alone.add_argument("--copy-rate", type=float, metavar="TB/S", help="the same on a card that copies so fast")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """Prints what was asked for.
+
+    Raises:
+        OptionError: an option that does not belong to what the path is.
+        MTPSpecError: a tensor differs from its checksum.
+    """
+    for_file = [name for name in ("model_parallel", "card", "copy_rate") if getattr(args, name) is not None]
+    if args.path is None or not args.path.is_file():
+        if for_file:
+            option = for_file[0].replace("_", "-")
+            raise OptionError(f"--{option} belongs to a configuration file: give the folder's config.json")
+        if args.checksums:
+            return _check(args)
+        return show_checkpoint(args.path, as_json=args.json, drafts=args.draft_vocabulary)
+    if args.checksums or args.draft_vocabulary is not None:
+        raise OptionError("--checksums and --draft-vocabulary belong to a checkpoint folder, not to a file")
+    from mtp_spec.estimate import card_rate, show_estimate
+
+    ranks = 1 if args.model_parallel is None else args.model_parallel
+    show_estimate(args.path, ranks, card_rate(args.card, args.copy_rate), args.json)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from mtp_spec.model.assembly import wrong_checksums
+    from mtp_spec.model.stored import listing
+
+    if args.path is None or args.json or args.draft_vocabulary is not None:
+        raise OptionError("--checksums takes a folder that cast or convert wrote, and no other option")
+    wrong = wrong_checksums(args.path)
+    if wrong:
+        raise MTPSpecError(f"{len(wrong)} tensors differ from checksums.json: {listing(wrong)}; convert or cast again")
+    print("every tensor agrees with its checksum", file=sys.stderr)

@@ -1,0 +1,70 @@
+"""The prompts of a command line: one in words, one from standard input, or a file of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mtp_spec.errors import OptionError
+
+# what a chat has no use for; `mtp-spec generate --interactive` refuses it
+NOT_IN_CHAT = {"prompt": None, "prompts": None, "input_file": None, "json": False, "raw": False, "n": 1, "trace": None,
+               "acceptance": None, "logprobs": None}  # fmt: skip
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Adds the ways to give prompts, those of DeepSeek's generate.py among them."""
+    parser.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
+    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='one {"prompt": ...} or string a line')
+    parser.add_argument("--input-file", type=Path, metavar="FILE", help="one prompt a line, as it stands")
+    parser.add_argument("--interactive", action="store_true", help="start a chat, as mtp-spec chat does")
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Returns the prompts that were given.
+
+    Raises:
+        OptionError: none or several ways, or a file that cannot be read.
+    """
+    if sum(value is not None for value in (args.prompt, args.prompts, args.input_file)) != 1:
+        raise OptionError(
+            "give one prompt (- for standard input), --prompts FILE.jsonl, --input-file FILE, or --interactive"
+        )
+    if args.prompt is not None:
+        return [sys.stdin.read().strip() if args.prompt == "-" else args.prompt]
+    if args.input_file is not None:
+        return [line.strip() for line in _lines("--input-file", args.input_file) if line.strip()]
+    lines = _lines("--prompts", args.prompts)
+    return [_prompt(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def check_interactive(args: argparse.Namespace) -> None:
+    """Refuses options beside --interactive that a chat has no use for."""
+    given: dict[str, Any] = vars(args)
+    for name, without in NOT_IN_CHAT.items():
+        if given[name] != without:
+            shown = "a prompt" if name == "prompt" else f"--{name.replace('_', '-')}"
+            raise OptionError(f"--interactive excludes {shown}: the chat asks for prompts and prints answers")
+
+
+def _lines(option: str, file: Path) -> list[str]:
+    if not file.is_file():
+        raise OptionError(f"{option} {file}: there is no such file")
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{option} {file} cannot be read: {error}") from error
+
+
+def _prompt(line: str, number: int) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise OptionError(f"--prompts line {number} is not JSON: {error}") from error
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise OptionError(f'--prompts line {number}: give a string or {{"prompt": string}}')
+    return prompt
