@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import mtp_spec
 from mtp_spec.cli import main
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "config_671B.json")
@@ -116,18 +117,27 @@ def test_deepseeks_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     main(["convert", str(demo), str(tmp_path / "ranks"), "--model-parallel", "2"])
     flags = ["--ckpt-path", str(tmp_path / "ranks"), "--config", str(tmp_path / "ranks" / "model_args.json"),
              "--max-new-tokens", "12", "--temperature", "0.2"]  # fmt: skip
+    lm = mtp_spec.load(tmp_path / "ranks", config=tmp_path / "ranks" / "model_args.json")
+    given: list[tuple[Path, Path]] = []
+
+    def load(path: Path, *, config: Path, **options: object) -> mtp_spec.LM:
+        given.append((path, config))
+        return lm
+
+    monkeypatch.setattr(mtp_spec, "load", load)
     (tmp_path / "prompts.txt").write_text("List three fruits\n\nTell me a story about a fox\n")
     capsys.readouterr()
     main(["generate", *flags, "--input-file", str(tmp_path / "prompts.txt")])
     answers = capsys.readouterr().out
     assert answers.startswith("Prompt: List three fruits\nCompletion: ")
     assert answers.count("Completion: ") == 2
-    main(["generate", "List three fruits", "--max-new-tokens", "12", "--temperature", "0.2"])
-    answer = capsys.readouterr().out
-    assert f"Completion: {answer}" in answers
+    messages = [{"role": "user", "content": "List three fruits"}]
+    answer = lm.chat(messages, max_new_tokens=12, temperature=0.2).text
+    assert f"Completion: {answer}\n" in answers
     monkeypatch.setattr("sys.stdin", io.StringIO("List three fruits\n/exit\n"))
     main(["generate", *flags, "--interactive"])
     assert answer.strip() in capsys.readouterr().out
+    assert given == [(tmp_path / "ranks", tmp_path / "ranks" / "model_args.json")] * 2
     main(["inspect", str(tmp_path / "ranks"), "--checksums"])
     assert "every tensor agrees" in capsys.readouterr().err
     with (tmp_path / "ranks" / "mtp1-mp2.safetensors").open("r+b") as file:
@@ -151,4 +161,4 @@ def test_estimates_of_the_largest_model(capsys: pytest.CaptureFixture[str]) -> N
     assert one["whole_bytes"] / 8 < many["weight_bytes"] < one["whole_bytes"] / 8 * 1.03
     assert many["tokens_per_second_at_best"] == many["copy_rate_tb_per_s"] * 1e12 / many["read_bytes_per_token"]
     main(["inspect", CONFIG, "--copy-rate", "3"])
-    assert "an estimate" in " ".join(capsys.readouterr().out.split())
+    assert "estimate, bytes read over 3.0 TB/s" in " ".join(capsys.readouterr().out.replace("│", "").split())
