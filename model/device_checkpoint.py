@@ -56,7 +56,8 @@ def load_device_model(
                 compare_copy(name, value, checkpoint.config, slots)
             elif name + SCALE in slots:
                 assert scale is not None
-                slots[name].copy_(value.reshape(slots[name].shape))
+                # as bytes: on a CPU torch copies e4m3 number by number
+                slots[name].view(torch.uint8).copy_(value.view(torch.uint8).reshape(slots[name].shape))
                 slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
             else:
                 slots[name].copy_(value if scale is None else weight_dequant(value, scale, 128, torch.float32))
