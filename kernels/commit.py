@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.launching import late, runs_triton
-from mtp_spec.kernels.mla import Cache
+from mtp_spec.kernels.mla_cache import Cache
 
 try:
     import triton
@@ -66,7 +66,7 @@ def accept(
 
 def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor) -> None:
     """Moves the committed rows' latents to the slots behind `length` `[1]`, in all layers at once."""
-    store, most = caches[0].store, path.shape[0]
+    store, most = caches[0].words, path.shape[0]
     expect("length", length, (1,), torch.int32, beside=store)
     expect("path", path, (most,), torch.int64, beside=store)
     expect("record", record, (record_size(most),), torch.int32, beside=store)
@@ -144,6 +144,6 @@ if triton is not None:
         moves = (lane < tl.load(record)) & (row != lane)
         first = store + (base + tl.program_id(0) * capacity + tl.load(length)).to(tl.int64) * width
         mask = moves[:, None] & (column < width)[None, :]
-        values = tl.load(first + row[:, None] * width + column[None, :], mask=mask, other=0.0)
+        values = tl.load(first + row[:, None] * width + column[None, :], mask=mask, other=0)
         tl.debug_barrier()  # a slot may be read and written
         tl.store(first + lane[:, None] * width + column[None, :], values, mask=mask)

@@ -21,21 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, weight_dequant
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import described, interpreted, late, runs_triton
-from mtp_spec.kernels.quant import normed, quant
+from mtp_spec.kernels.mla_cache import KEYS, TAIL, Cache, Layout
+from mtp_spec.kernels.mla_reference import absorb_reference, attend_reference, prepare_reference, up_reference
+from mtp_spec.kernels.quant import quant
 
 try:
     import triton
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-KEYS = 64  # keys a block
 # Positions a split, and where larger ones begin: short ones fill the machine at short contexts, long ones keep the
 # parts few at long contexts. Part of the arithmetic.
 SPLIT_SIZES = (128, 512, 1024, 4096)
 SPLIT_ENDS = (1024, 8192, 32768)
-TAIL = 2 * KEYS  # room for the last keys of a node: what committed slots leave of a block, and its ancestors
 TILE = 64  # node-head pairs a program, wgmma's rows
 PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns a program
@@ -62,41 +62,15 @@ class Head:
         """W."""
         return self.latent + self.rope
 
+    def layout(self, packed: bool = False) -> Layout:
+        """Returns the layout of a cache for these sizes."""
+        return Layout(self.latent, self.rope, packed)
+
     @property
     def padded(self) -> int:
         """Heads a row of queries has: tiles of node-head pairs then begin and end with a head."""
         power = 1 << (self.heads - 1).bit_length()
         return power if power <= TILE else -(-self.heads // TILE) * TILE
-
-
-@dataclass(frozen=True, slots=True)
-class Cache:
-    """The latents of one layer inside the store of all layers.
-
-    Rows that no token was written to must hold finite numbers: reads come in whole blocks, masked afterwards.
-
-    Attributes:
-        store: `[rows, W]` bf16.
-        base: the layer's first row.  capacity: its rows, a multiple of 64.
-        spare: first of the rows, `TAIL` a node, where a tree's last keys are brought into order; all layers share them.
-    """
-
-    store: Tensor
-    base: int
-    capacity: int
-    spare: int
-
-    @property
-    def slots(self) -> Tensor:
-        """The layer's rows `[capacity, W]`."""
-        return self.store[self.base : self.base + self.capacity]
-
-
-def new_caches(layers: int, capacity: int, nodes: int, width: int, device: torch.device | str) -> list[Cache]:
-    """Returns empty caches of some layers with room for `capacity` tokens and trees of up to `nodes` rows."""
-    capacity = -(-capacity // KEYS) * KEYS
-    store = torch.zeros(layers * capacity + nodes * TAIL, width, dtype=torch.bfloat16, device=device)
-    return [Cache(store, layer * capacity, capacity, layers * capacity) for layer in range(layers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,19 +134,20 @@ def prepare(
     """
     rows, columns = down.shape
     q_rank = columns - head.width
+    _check_cache(cache, head)
     if not runs_triton(down):
         return prepare_reference(down, q_norm, kv_norm, table, cache, plan, head, eps)
-    from mtp_spec.kernels import mla_kernels as kernels
+    from mtp_spec.kernels import mla_row_kernels as kernels
 
     lora = q_norm is not None
     quantised = torch.empty(rows if lora else 0, q_rank, dtype=E4M3, device=down.device)
     scales = torch.empty(rows if lora else 0, -(-q_rank // BLOCK), device=down.device)
     kernels._prepare_kernel[(rows, 2 if lora else 1)](
         down, kv_norm if q_norm is None else q_norm, kv_norm, table, plan.length, plan.depths, plan.slots, quantised,
-        scales, cache.slots, plan.offset, eps, A_ROWS=q_rank, C=head.latent, R=head.rope,
-        WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=triton.next_power_of_2(head.latent),
-        WIDE_R=triton.next_power_of_2(head.rope), LORA=lora, INTERLEAVED=head.interleaved, LARGEST=E4M3_MAX,
-        **late(down),
+        scales, *cache.parts, cache.base, plan.offset, eps, A_ROWS=q_rank, C=head.latent, R=head.rope,
+        WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=max(BLOCK, triton.next_power_of_2(head.latent)),
+        WIDE_R=triton.next_power_of_2(head.rope), BYTES=cache.layout.row_bytes, LORA=lora, PACKED=cache.layout.packed,
+        INTERLEAVED=head.interleaved, LARGEST=E4M3_MAX, **late(down),
     )  # fmt: skip
     return (quantised, scales) if lora else None
 
@@ -188,7 +163,7 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
     """
     if not runs_triton(q):
         return absorb_reference(q, kv_b, kv_b_scale, table, plan, head)
-    from mtp_spec.kernels import mla_kernels as kernels
+    from mtp_spec.kernels import mla_row_kernels as kernels
 
     rows = q.shape[0]
     out = torch.empty(rows, head.padded, head.width, dtype=torch.bfloat16, device=q.device)
@@ -209,7 +184,7 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
     """
     if not runs_triton(context):
         return up_reference(context, kv_b, kv_b_scale, head)
-    from mtp_spec.kernels import mla_kernels as kernels
+    from mtp_spec.kernels import mla_row_kernels as kernels
 
     rows, columns = context.shape[0], head.heads * head.value
     whole = head.value % BLOCK == 0
@@ -279,10 +254,10 @@ def _attend(
     padded = _pairs(plan.rows, head)
     peaks, totals = numbers[: 2 * splits * padded].split(splits * padded)
     if plan.ancestors is not None:
+        words = cache.words.shape[1]
         kernels._gather_kernel[(plan.rows, TAIL // GATHERED)](
-            cache.store, plan.length, plan.depths, plan.ancestors, cache.base, cache.spare, plan.ancestors.stride(0),
-            BLOCK=KEYS, W=head.width, TAIL=TAIL, CHUNK=GATHERED, WIDE_W=triton.next_power_of_2(head.width),
-            **late(q),
+            cache.words, plan.length, plan.depths, plan.ancestors, cache.base, cache.spare, plan.ancestors.stride(0),
+            BLOCK=KEYS, WORDS=words, TAIL=TAIL, CHUNK=GATHERED, WIDE=triton.next_power_of_2(words), **late(q),
         )  # fmt: skip
     flat = q.view(-1, head.width)
     given = (plan.length, plan.depths, peaks, totals, cache.base, cache.spare, plan.rows, padded, plan.deepest,
@@ -290,7 +265,8 @@ def _attend(
     sizes = {"HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
              "CHAIN": plan.ancestors is None} | late(q)  # fmt: skip
     tiles = padded // TILE
-    hopper = _hopper() if on_hopper(q.device) else None
+    packed = cache.layout.packed
+    hopper = _hopper() if on_hopper(q.device) and not packed else None
     if hopper is not None and hopper.fits(head.latent, head.rope):
         each = min(splits, max(1, MULTIPROCESSORS // tiles))
         hopper.attend_kernel[(tiles * each,)](
@@ -298,10 +274,13 @@ def _attend(
         )
     else:
         sums = parts[: splits * padded * head.latent].view(-1, head.latent)
+        latents, ropes, scales = cache.parts
+        # a scale's latents at a time: all of them would not fit into the registers beside the sums
+        width = min(head.latent, BLOCK) if packed else head.latent
         kernels._attend_kernel[(tiles * splits,)](
-            described(flat, TILE, head.latent), described(flat, TILE, head.rope),
-            described(cache.store, KEYS, head.latent), described(cache.store, KEYS, head.rope),
-            described(sums, TILE, head.latent), *given, STAGES=launch.stages, WIDE=interpreted(),
+            described(flat, TILE, width), described(flat, TILE, head.rope),
+            described(latents, KEYS, width), described(ropes, KEYS, head.rope), described(sums, TILE, width),
+            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=launch.stages, PACKED=packed, WIDE=interpreted(),
             num_warps=launch.warps, **sizes,
         )  # fmt: skip
     columns = min(head.latent, COLUMNS)
@@ -326,71 +305,22 @@ def _hopper() -> Any:
     return mla_hopper
 
 
-def prepare_reference(
-    down: Tensor, q_norm: Tensor | None, kv_norm: Tensor, table: Tensor, cache: Cache, plan: Plan, head: Head,
-    eps: float,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """`prepare` in plain torch."""
-    q, latent, rope = down.split((down.shape[1] - head.width, head.latent, head.rope), dim=-1)
-    turned = _rotate(rope, table[_positions(plan)], head.interleaved)
-    row = torch.cat((normed(latent, kv_norm, eps), turned), -1)
-    cache.slots[plan.length.long() + plan.slots.long()] = row.to(cache.store.dtype)
-    return None if q_norm is None else act_quant(normed(q, q_norm, eps))
-
-
-def absorb_reference(
-    q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, plan: Plan, head: Head
-) -> Tensor:
-    """`absorb` in plain torch."""
-    nope, rope = q.unflatten(-1, (head.heads, -1)).split((head.nope, head.rope), dim=-1)
-    w_uk = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, : head.nope]
-    latent = torch.stack([torch.einsum("hn,hnc->hc", row, w_uk) for row in nope.float()])
-    turned = _rotate(rope, table[_positions(plan)].unsqueeze(1), head.interleaved)
-    absorbed = torch.cat((latent.to(q.dtype), turned.to(q.dtype)), -1)
-    return torch.nn.functional.pad(absorbed, (0, 0, 0, head.padded - head.heads))
-
-
-def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
-    """`up` in plain torch."""
-    w_uv = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, head.nope :]
-    values = torch.stack([torch.einsum("hc,hvc->hv", row, w_uv) for row in context.float()])
-    return act_quant(values.to(context.dtype).flatten(1))
-
-
-def attend_reference(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
-    """`attend` in plain torch, one row at a time."""
-    length, out = int(plan.length), []
-    for row, depth in enumerate(plan.depths.tolist()):
-        slots = list(range(length))
-        drafted = range(depth + 1) if plan.ancestors is None else plan.ancestors[row, : depth + 1].tolist()
-        keys = cache.slots[slots + [length + slot for slot in drafted]].float()
-        weights = (q[row, : head.heads].float() @ keys.T * head.scale).softmax(-1)
-        out.append(weights @ keys[:, : head.latent])
-    return torch.stack(out).to(q.dtype)
-
-
-def _positions(plan: Plan) -> Tensor:
-    return plan.length.long() + plan.depths.long() + plan.offset
-
-
-def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
-    wide = x.float()
-    half = wide.shape[-1] // 2
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else wide.roll(half, -1)
-    own, other = table.unbind(-2)
-    return wide * own + swapped * other
-
-
-def _wide(w: Tensor, scale: Tensor | None) -> Tensor:
-    return w.float() if scale is None else weight_dequant(w, scale).float()
+def _check_cache(cache: Cache, head: Head) -> None:
+    layout, store = head.layout(cache.layout.packed), cache.store
+    expected = layout.empty(0, "meta")
+    if cache.layout != layout:
+        raise ValueError(f"a cache for {cache.layout.latent} + {cache.layout.rope} numbers, heads of {head.latent} + "
+                         f"{head.rope}")  # fmt: skip
+    if store.dtype != expected.dtype or store.shape[1:] != expected.shape[1:] or not store.is_contiguous():
+        raise ValueError(f"cache {tuple(store.shape)} {store.dtype}: a contiguous [rows, {expected.shape[1]}] "
+                         f"{expected.dtype} expected")  # fmt: skip
 
 
 def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
-    if q.shape != (plan.rows, head.padded, head.width) or cache.store.shape[1] != head.width:
-        raise ValueError(f"q {tuple(q.shape)}, cache {tuple(cache.store.shape)}: "
-                         f"[{plan.rows}, {head.padded}, {head.width}] and [rows, {head.width}] expected")  # fmt: skip
-    if not (q.is_contiguous() and cache.store.is_contiguous()):
-        raise ValueError("q and cache must be contiguous")
+    _check_cache(cache, head)
+    if q.shape != (plan.rows, head.padded, head.width) or q.dtype != torch.bfloat16 or not q.is_contiguous():
+        raise ValueError(f"q {tuple(q.shape)} {q.dtype}: a contiguous [{plan.rows}, {head.padded}, {head.width}] "
+                         "bfloat16 expected")  # fmt: skip
     if cache.capacity % KEYS or cache.base + cache.capacity > cache.spare:
         raise ValueError(f"capacity {cache.capacity}: a multiple of {KEYS} expected, with room for tails behind it")
     if plan.ancestors is not None:

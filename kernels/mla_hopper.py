@@ -28,7 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mtp_spec.kernels.mla import KEYS, TILE, Head
+from mtp_spec.kernels.mla import TILE, Head
+from mtp_spec.kernels.mla_cache import KEYS
 from mtp_spec.kernels.mla_kernels import _split_start as _split_start_of
 from mtp_spec.kernels.mla_kernels import split_of as _split_of
 

@@ -16,7 +16,6 @@ import triton.language as tl
 from mtp_spec.kernels.launching import follow
 from mtp_spec.kernels.mla import SPLIT_ENDS, SPLIT_SIZES
 from mtp_spec.kernels.mla import split_of as split_of_position
-from mtp_spec.kernels.quant import _store_quantised
 
 END0, END1, END2 = (tl.constexpr(end) for end in SPLIT_ENDS)
 SIZE0, SIZE1, SIZE2, SIZE3 = (tl.constexpr(size) for size in SPLIT_SIZES)
@@ -41,211 +40,13 @@ def _split_start(split):
 
 
 @triton.jit
-def _rotated(source, table, position, mask, R: tl.constexpr, WIDE_R: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Returns rows [ROWS, R] at addresses `source` [ROWS, 1] turned by their positions [ROWS, 1], float32."""
-    lane = tl.arange(0, WIDE_R)[None, :]
-    inside = mask & (lane < R)
-    if INTERLEAVED:
-        partner = lane ^ 1
-    else:
-        partner = (lane + R // 2) % R
-    angle = table + position * (2 * R)
-    own = tl.load(angle + lane, mask=inside, other=0.0)
-    other = tl.load(angle + R + lane, mask=inside, other=0.0)
-    values = tl.load(source + lane, mask=inside, other=0.0).to(tl.float32)
-    swapped = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
-    return values * own + swapped * other
-
-
-@triton.jit
-def _prepare_kernel(
-    down,  # [M, A_ROWS + C + R] bf16: the fused down-projection
-    q_norm,  # [A_ROWS], used with LORA
-    kv_norm,  # [C]
-    table,  # [L, 2, R] float32
-    length,  # [1] int32
-    depths,  # [M] int32
-    slots,  # [M] int32
-    quantised,  # [M, A_ROWS] e4m3, used with LORA
-    scales,  # [M, ceil(A_ROWS / 128)] float32
-    cache,  # [capacity, W] bf16
-    offset,
-    eps,
-    A_ROWS: tl.constexpr,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    WIDE_A: tl.constexpr,
-    WIDE_C: tl.constexpr,
-    WIDE_R: tl.constexpr,
-    LORA: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    LARGEST: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Norms both latents: the query's is quantised, the key's goes to the cache with its rotated part."""
-    follow(PDL)
-    row = tl.program_id(0)
-    source = down + row.to(tl.int64) * (A_ROWS + C + R)
-    if tl.program_id(1) == 0:
-        start = tl.load(length)
-        target = cache + (start + tl.load(slots + row)).to(tl.int64) * (C + R)
-        lane = tl.arange(0, WIDE_C)
-        normed = _normed(source + A_ROWS, kv_norm, eps, C, WIDE_C)
-        tl.store(target + lane, normed, mask=lane < C)
-        position = start + offset + tl.load(depths + row) + tl.zeros((1, 1), dtype=tl.int32)
-        turned = _rotated(source + A_ROWS + C, table, position, position >= 0, R, WIDE_R, INTERLEAVED)
-        lane_r = tl.arange(0, WIDE_R)[None, :]
-        tl.store(target + C + lane_r, turned.to(tl.bfloat16), mask=lane_r < R)
-    elif LORA:
-        values = _normed(source, q_norm, eps, A_ROWS, WIDE_A).to(tl.float32)
-        blocks: tl.constexpr = (A_ROWS + 127) // 128
-        _store_quantised(values, row, 0, quantised, scales, A_ROWS, blocks, WIDE_A, False, LARGEST)
-
-
-@triton.jit
-def _normed(source, weight, eps, SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """Returns the RMS norm of SIZE numbers in bf16, rounded before and after the weight, as the model does."""
-    lane = tl.arange(0, WIDE)
-    x = tl.load(source + lane, mask=lane < SIZE, other=0.0).to(tl.float32)
-    normed = (x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)).to(tl.bfloat16).to(tl.float32)
-    return (tl.load(weight + lane, mask=lane < SIZE, other=0.0).to(tl.float32) * normed).to(tl.bfloat16)
-
-
-@triton.jit
-def _up_weight(
-    kv_b, kv_b_scale, row, row_mask, first, SIZE: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """Returns SIZE columns of kv_b's rows, inside one block of 128, in bf16, dequantised if they are e4m3."""
-    column = first + tl.arange(0, SIZE)
-    mask = row_mask[:, None] & (column < C)[None, :]
-    w = tl.load(kv_b + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
-    if PACKED:
-        blocks: tl.constexpr = (C + 127) // 128
-        scale = tl.load(kv_b_scale + row // 128 * blocks + first // 128, mask=row_mask, other=0.0)
-        w = w.to(tl.float32) * scale[:, None]
-    w = w.to(tl.bfloat16)
-    if WIDE:  # the interpreter cannot multiply bfloat16
-        w = w.to(tl.float32)
-    return w
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _absorb_kernel(
-    q,  # [M, H, N + R] bf16, rows `stride` apart
-    kv_b,  # [H (N + V), C]
-    kv_b_scale,
-    table,  # [L, 2, R] float32
-    length,
-    depths,
-    out,  # [M, padded H, W] bf16
-    rows,
-    stride,
-    offset,
-    heads,  # of the output, padded
-    N: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    WIDE_N: tl.constexpr,
-    WIDE_R: tl.constexpr,
-    ROWS: tl.constexpr,
-    PACKED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """q_latent = q_nope @ W_UK for 128 columns of one head; one more program a head turns q_rope."""
-    follow(PDL)
-    head, part = tl.program_id(0), tl.program_id(1)
-    lane = tl.arange(0, ROWS)
-    if part == tl.num_programs(1) - 1:
-        start = tl.load(length) + offset
-        for first in range(0, rows, ROWS):
-            row = first + lane
-            real = row < rows
-            position = start + tl.load(depths + row, mask=real, other=0)
-            source = q + row.to(tl.int64) * stride + head * (N + R) + N
-            turned = _rotated(source[:, None], table, position[:, None], real[:, None], R, WIDE_R, INTERLEAVED)
-            lane_r = tl.arange(0, WIDE_R)[None, :]
-            target = out + (row.to(tl.int64) * heads + head)[:, None] * (C + R) + C + lane_r
-            tl.store(target, turned.to(tl.bfloat16), mask=real[:, None] & (lane_r < R))
-    else:
-        inner = tl.arange(0, WIDE_N)
-        column = part * 128 + tl.arange(0, 128)
-        w = _up_weight(kv_b, kv_b_scale, head * (N + V) + inner, inner < N, part * 128, 128, C, PACKED, WIDE)
-        for first in range(0, rows, ROWS):
-            row = first + lane
-            source = q + row.to(tl.int64)[:, None] * stride + head * (N + R) + inner[None, :]
-            x = tl.load(source, mask=(row < rows)[:, None] & (inner < N)[None, :], other=0.0)
-            if WIDE:
-                x = x.to(tl.float32)
-            target = out + (row.to(tl.int64) * heads + head)[:, None] * (C + R) + column[None, :]
-            tl.store(target, tl.dot(x, w).to(tl.bfloat16), mask=(row < rows)[:, None] & (column < C)[None, :])
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _up_kernel(
-    context,  # [M, H, C] bf16
-    kv_b,
-    kv_b_scale,
-    out,  # [M, H V] bf16, or e4m3 with QUANTISE
-    scales,  # [M, H V / 128] float32, used with QUANTISE
-    rows,
-    heads,
-    N: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    PACKED: tl.constexpr,
-    QUANTISE: tl.constexpr,
-    LARGEST: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """out = context @ W_UV.T for 128 values of one head, quantised where they are a whole block of the next product."""
-    follow(PDL)
-    head = tl.program_id(0)
-    value = tl.program_id(1) * 128 + tl.arange(0, 128)
-    lane = tl.arange(0, ROWS)
-    for first in range(0, rows, ROWS):
-        row = first + lane
-        real = row < rows
-        total = tl.zeros((128, ROWS), dtype=tl.float32)
-        for chunk in tl.range(0, C, CHUNK):
-            w = _up_weight(kv_b, kv_b_scale, head * (N + V) + N + value, value < V, chunk, CHUNK, C, PACKED, WIDE)
-            column = chunk + tl.arange(0, CHUNK)
-            source = context + (row.to(tl.int64) * heads + head)[None, :] * C + column[:, None]
-            x = tl.load(source, mask=real[None, :] & (column < C)[:, None], other=0.0)
-            if WIDE:
-                x = x.to(tl.float32)
-            total = tl.dot(w, x, total)
-        kept = real[None, :] & (value < V)[:, None]
-        target = out + row.to(tl.int64)[None, :] * (heads * V) + head * V + value[:, None]
-        values = total.to(tl.bfloat16)
-        if QUANTISE:
-            wide = values.to(tl.float32)
-            scale = tl.max(tl.abs(wide), axis=0) / LARGEST
-            scale = tl.where(scale > 0, scale, 1.0)
-            # the quotient can exceed the largest value by a rounding
-            scaled = tl.minimum(tl.maximum(wide / scale[None, :], -LARGEST), LARGEST)
-            tl.store(target, scaled.to(out.dtype.element_ty), mask=kept)
-            block = (head * V) // 128 + tl.program_id(1)
-            tl.store(scales + row * (heads * V // 128) + block, scale, mask=real)
-        else:
-            tl.store(target, values, mask=kept)
-
-
-@triton.jit
 def _absorb_block(
-    q_latent, q_rope, latent, rope, seen, peak, total, acc, scale, WIDE: tl.constexpr
+    q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, WIDE: tl.constexpr
 ):
-    """One step of the online softmax: keys [BLOCK, C] and [BLOCK, R] for queries [ROWS, C] and [ROWS, R]."""
-    if WIDE:  # the interpreter cannot multiply bfloat16
-        latent = latent.to(tl.float32)
-        rope = rope.to(tl.float32)
-    scores = tl.dot(q_latent, latent.T)
+    """One step of the online softmax: keys, tiles [BLOCK, WIDTH] and [BLOCK, R], for queries [ROWS, .] alike."""
+    scores = tl.dot(q_latents[0], latents[0].T)
+    for tile in tl.static_range(1, len(latents)):
+        scores = tl.dot(q_latents[tile], latents[tile].T, scores)
     scores = tl.dot(q_rope, rope.T, scores)
     scores = tl.where(seen, scores * scale, float("-inf"))
     higher = tl.maximum(peak, tl.max(scores, 1))
@@ -256,13 +57,41 @@ def _absorb_block(
     weights = weights.to(tl.bfloat16)
     if WIDE:
         weights = weights.to(tl.float32)
-    acc = tl.dot(weights, latent, acc * kept[:, None])
-    return higher, total, acc
+    out = ()
+    for tile in tl.static_range(len(latents)):
+        out = out + (tl.dot(weights, latents[tile], sums[tile] * kept[:, None]),)
+    return higher, total, out
+
+
+@triton.jit
+def _tiles(desc, row, TILES: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """Returns rows from `row` on in tiles of WIDTH columns."""
+    out = ()
+    for tile in tl.static_range(TILES):
+        out = out + (_widened(desc.load([row, tile * WIDTH]), WIDE),)
+    return out
+
+
+@triton.jit
+def _unpacked_tiles(desc, row, scales, TILES: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """Returns e4m3 rows from `row` on in bf16, exactly: scales, at addresses [BLOCK] and on, are powers of two."""
+    out = ()
+    for tile in tl.static_range(TILES):
+        values = desc.load([row, tile * WIDTH]).to(tl.float32) * tl.load(scales + tile)[:, None]
+        out = out + (_widened(values.to(tl.bfloat16), WIDE),)
+    return out
+
+
+@triton.jit
+def _widened(x, WIDE: tl.constexpr):
+    if WIDE:  # the interpreter cannot multiply bfloat16
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
 def _gather_kernel(
-    store,  # [rows of all layers, W] bf16
+    store,  # [rows of all layers, WORDS] int32
     length,  # [1] int32
     depths,  # [M] int32
     ancestors,  # [M, A] int32
@@ -270,10 +99,10 @@ def _gather_kernel(
     spare,  # first row of the room for tails
     columns,  # A
     BLOCK: tl.constexpr,
-    W: tl.constexpr,
+    WORDS: tl.constexpr,
     TAIL: tl.constexpr,
     CHUNK: tl.constexpr,
-    WIDE_W: tl.constexpr,
+    WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Copies a node's last keys in position order: from the last whole block of committed slots to its own."""
@@ -281,24 +110,25 @@ def _gather_kernel(
     node, start = tl.program_id(0), tl.load(length)
     whole = start // BLOCK * BLOCK
     at = whole + tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    lane = tl.arange(0, WIDE_W)
+    lane = tl.arange(0, WIDE)
     held = at <= start + tl.load(depths + node)
     drafted = held & (at >= start)
     slot = tl.where(drafted, start + tl.load(ancestors + node * columns + at - start, mask=drafted, other=0), at)
-    mask = held[:, None] & (lane < W)[None, :]
+    mask = held[:, None] & (lane < WORDS)[None, :]
     # what lies beyond is masked later, but a NaN would survive a weight of zero
-    keys = tl.load(store + (base + slot).to(tl.int64)[:, None] * W + lane[None, :], mask=mask, other=0.0)
-    target = store + (spare + node * TAIL + at - whole).to(tl.int64)[:, None] * W + lane[None, :]
-    tl.store(target, keys, mask=(lane < W)[None, :])
+    keys = tl.load(store + (base + slot).to(tl.int64)[:, None] * WORDS + lane[None, :], mask=mask, other=0)
+    target = store + (spare + node * TAIL + at - whole).to(tl.int64)[:, None] * WORDS + lane[None, :]
+    tl.store(target, keys, mask=(lane < WORDS)[None, :])
 
 
 @triton.jit(do_not_specialize=["nodes", "deepest"])
 def _attend_kernel(
-    q_latent_desc,  # [M H, W] in tiles [ROWS, C]
+    q_latent_desc,  # [M H, W] in tiles [ROWS, WIDTH]
     q_rope_desc,  # [M H, W] in tiles [ROWS, R]
-    latent_desc,  # the store in tiles [BLOCK, C]
-    rope_desc,  # the store in tiles [BLOCK, R]
-    parts_desc,  # [S * padded, C] in tiles [ROWS, C]
+    latent_desc,  # [rows of all layers, C] bf16 or e4m3 in tiles [BLOCK, WIDTH]
+    rope_desc,  # [rows of all layers, R] in tiles [BLOCK, R]
+    parts_desc,  # [S * padded, C] in tiles [ROWS, WIDTH]
+    scales,  # [rows of all layers, ceil(C / 128)] float32, BYTES apart, used with PACKED
     length,  # [1] int32
     depths,  # [M] int32
     peaks,  # [S, padded] float32
@@ -311,11 +141,14 @@ def _attend_kernel(
     scale,
     HEADS: tl.constexpr,
     C: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
+    BYTES: tl.constexpr,
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
+    PACKED: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -327,6 +160,7 @@ def _attend_kernel(
     """
     follow(PDL)
     GROUP: tl.constexpr = (ROWS + HEADS - 1) // HEADS  # nodes a tile
+    TILES: tl.constexpr = C // WIDTH
     start = tl.load(length)
     splits = split_of(start + deepest) + 1
     in_block, lane = tl.arange(0, BLOCK), tl.arange(0, ROWS)
@@ -339,14 +173,13 @@ def _attend_kernel(
     first, end = _split_start(split), _split_start(split + 1)
     node = (tile * ROWS + lane) // HEADS
     position = start + tl.load(depths + node, mask=node < nodes, other=0)
-    q_latent = q_latent_desc.load([tile * ROWS, 0])
-    q_rope = q_rope_desc.load([tile * ROWS, C])
-    if WIDE:
-        q_latent = q_latent.to(tl.float32)
-        q_rope = q_rope.to(tl.float32)
+    q_latents = _tiles(q_latent_desc, tile * ROWS, TILES, WIDTH, WIDE)
+    q_rope = _widened(q_rope_desc.load([tile * ROWS, C]), WIDE)
     peak = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
-    acc = tl.zeros((ROWS, C), dtype=tl.float32)
+    sums = ()
+    for _ in tl.static_range(TILES):
+        sums = sums + (tl.zeros((ROWS, WIDTH), dtype=tl.float32),)
     # positions of the pass's deepest node bound the last block
     last = tl.minimum(end, start + deepest + 1)
     shared = tl.maximum(tl.cdiv(last - first, BLOCK), 0)
@@ -364,16 +197,21 @@ def _attend_kernel(
             member = late // tl.maximum(own, 1)
             at0 = tl.where(block < shared, at0, tail + (late - member * own) * BLOCK)
             key0 = tl.where(block < shared, base + at0, spare + (node0 + member) * TAIL + at0 - whole)
-        latent = latent_desc.load([key0, 0])
-        rope = rope_desc.load([key0, C])
+        if PACKED:
+            its_scales = scales + (key0 + in_block).to(tl.int64) * (BYTES // 4)
+            latents = _unpacked_tiles(latent_desc, key0, its_scales, TILES, WIDTH, WIDE)
+        else:
+            latents = _tiles(latent_desc, key0, TILES, WIDTH, WIDE)
+        rope = _widened(rope_desc.load([key0, 0]), WIDE)
         seen = (at0 + in_block)[None, :] <= position[:, None]
         if not CHAIN and GROUP > 1:
             seen = seen & ((block < shared) | (node == node0 + member))[:, None]
-        peak, total, acc = _absorb_block(q_latent, q_rope, latent, rope, seen, peak, total, acc, scale, WIDE)
+        peak, total, sums = _absorb_block(q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, WIDE)
     row = split * padded + tile * ROWS
     tl.store(peaks + row + lane, peak)
     tl.store(totals + row + lane, total)
-    parts_desc.store([row, 0], acc.to(parts_desc.dtype))
+    for part in tl.static_range(TILES):
+        parts_desc.store([row, part * WIDTH], sums[part].to(parts_desc.dtype))
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.kernels import fp8, gemm, mla, moe, quant
+from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import LATENT_NORM_EPS
 from mtp_spec.model.rope import rope_table, softmax_scale
@@ -106,7 +107,7 @@ class Attention:
         self.kv_b = Matrix.empty(self.head.heads * (self.head.nope + self.head.value), self.head.latent, device)
         self.o = Matrix.empty(hidden, self.head.heads * self.head.value, device)
 
-    def __call__(self, x: tuple[Tensor, Tensor], table: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
+    def __call__(self, x: tuple[Tensor, Tensor], table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
         """Returns the outputs `[M, D]` of rows x (e4m3 with scales), which join the cache."""
         down = self.a(x) if self.fused else torch.cat((self.a(x), self.kv_a(x)), -1)
         latent = mla.prepare(down, self.q_norm, self.kv_norm, table, cache, plan, self.head, LATENT_NORM_EPS)
@@ -215,7 +216,7 @@ class Layer:
         )
 
     def __call__(
-        self, x: Tensor, branch: Tensor | None, table: Tensor, cache: mla.Cache, plan: mla.Plan
+        self, x: Tensor, branch: Tensor | None, table: Tensor, cache: Cache, plan: mla.Plan
     ) -> tuple[Tensor, Tensor]:
         """Returns the stream and the branch still to be added to it, `[M, D]` each, of such a pair."""
         quantised, scales, x = quant.rms_norm_quant(x, self.norms[0], self.eps, branch)
@@ -244,7 +245,7 @@ class Module:
         self.eh = Matrix.empty(hidden, 2 * hidden, device, packed)
         self.layer = Layer(config, False, device, router)
 
-    def __call__(self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
+    def __call__(self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
         first, _ = quant.rms_norm(embedding, self.norms[0], self.eps)
         second, _ = quant.rms_norm(hidden, self.norms[1], self.eps)
         x, branch = self.layer(self.eh(torch.cat((first, second), -1)), None, table, cache, plan)
@@ -265,6 +266,7 @@ class DeviceModel:
         router: dtype in which the gates are stored.
         draft_ids: the tokens that drafts may be, in ascending order; None for all. Fewer are read faster, and a draft
             cannot change the text.
+        packed_cache: whether latents are cached in FP8.
     """
 
     def __init__(
@@ -274,7 +276,9 @@ class DeviceModel:
         eh_packed: bool = False,
         router: torch.dtype = torch.bfloat16,
         draft_ids: Sequence[int] | None = None,
+        packed_cache: bool = False,
     ) -> None:
+        self.packed_cache = packed_cache
         self.config, self.device, self.dtype = config, torch.device(device), fp8.E4M3
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
@@ -291,7 +295,7 @@ class DeviceModel:
         self.mtp = [Module(config, self.device, eh_packed, router) for _ in range(config.num_nextn_predict_layers)]
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=self.device)
 
-    def rows(self, ids: Tensor, caches: list[mla.Cache], plan: mla.Plan) -> Tensor:
+    def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan) -> Tensor:
         """Returns the normed hidden states `[M, D]` of tokens ids `[M]` int64, which join the caches."""
         x, branch = F.embedding(ids, self.embed_tokens), None
         table = self.table(caches[0].capacity)
@@ -299,7 +303,7 @@ class DeviceModel:
             x, branch = layer(x, branch, table, cache, plan)
         return quant.rms_norm(x, self.norm, self.config.rms_norm_eps, branch)[0]
 
-    def mtp_rows(self, module: int, ids: Tensor, hidden: Tensor, cache: mla.Cache, plan: mla.Plan) -> Tensor:
+    def mtp_rows(self, module: int, ids: Tensor, hidden: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
         """Returns a module's normed outputs `[M, D]` for tokens ids `[M]` after hidden states `[M, D]`."""
         embedding = F.embedding(ids, self.embed_tokens)
         return self.mtp[module](embedding, hidden, self.table(cache.capacity), cache, plan)
@@ -335,10 +339,14 @@ class DeviceModel:
             self._table = rope_table(self.config, length + 64, self.device)
         return self._table
 
-    def new_caches(self, tokens: int, nodes: int) -> list[mla.Cache]:
+    @property
+    def layout(self) -> Layout:
+        """What a token's row of the caches holds."""
+        return self.layers[0].attention.head.layout(self.packed_cache)
+
+    def new_caches(self, tokens: int, nodes: int) -> list[Cache]:
         """Returns caches of all layers and, last, of the MTP modules."""
-        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        return mla.new_caches(len(self.layers) + len(self.mtp), tokens, nodes, width, self.device)
+        return new_caches(len(self.layers) + len(self.mtp), tokens, nodes, self.layout, self.device)
 
     def parameters(self) -> list[Tensor]:
         """Returns the tensors that hold weights, scales included."""

@@ -9,6 +9,7 @@ import torch
 from mtp_spec.device_state import PREFILL_ROWS, ROWS, SLACK
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
+from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
 from mtp_spec.kernels.moe_route import MOST_ROWS
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
@@ -51,9 +52,8 @@ class MemoryPlan:
 def plan_memory(model: DeviceModel, max_context: int) -> MemoryPlan:
     """Returns what a model needs for one sequence of up to `max_context` tokens; it may lie on "meta"."""
     config = model.config
-    capacity = -(-(max_context + SLACK) // mla.KEYS) * mla.KEYS
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    caches = ((len(model.layers) + len(model.mtp)) * capacity + ROWS * mla.TAIL) * width * 2
+    capacity = whole_blocks(max_context + SLACK)
+    caches = cache_bytes(len(model.layers) + len(model.mtp), capacity, ROWS, model.layout)
     head = model.layers[0].attention.head
     table = (capacity + 128) * 2 * config.qk_rope_head_dim * 4
     logits, settings = 2 * config.vocab_size * 4, 2 * config.vocab_size * 4  # a row's, and the sampler's copy

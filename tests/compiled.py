@@ -101,8 +101,8 @@ def _spilled(ptx: str) -> int | None:
                 [assembler, "--version"], capture_output=True, text=True, check=False).stdout)  # fmt: skip
             if version is None:
                 continue
-            # CUDA 12.x reads PTX 8.x, 13.x reads 9.x
-            wanted = f"{int(version[1]) - 4}.{version[2]}"
+            # CUDA 13.x reads PTX 9.x, the last versions of CUDA 12 read PTX up to 8.7
+            wanted = f"9.{version[2]}" if int(version[1]) > 12 else "8.7"
             file.write_text(re.sub(r"\.version [\d.]+", f".version {wanted}", ptx))
             command = [assembler, "-v", "--gpu-name=sm_90a", file, "-o", os.devnull]
             ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -124,14 +124,15 @@ def main(name: str) -> None:
     else:
         config = load_config(Path(str(folder / "config_671B.json")))
         config = replace(config, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1)
-    model = DeviceModel(config, "meta")
-    state = State(model, 1000)
     params = SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, logit_bias={1: 1.0})
     chain, tree = Speculation(depth=2), Speculation(branching=(2, 2))
-    for speculation, rule in ((None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")):
-        shape = Shape.of(speculation)
-        Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
-    Prefill(model, state, 256, draft=True)._run()
+    for packed in (False, True):
+        model = DeviceModel(config, "meta", packed_cache=packed)
+        state = State(model, 1000)
+        for speculation, rule in ((None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")):
+            shape = Shape.of(speculation)
+            Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
+        Prefill(model, state, 256, draft=True)._run()
 
 
 if __name__ == "__main__":

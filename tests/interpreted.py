@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 
 from mtp_spec import noise as library_noise
 from mtp_spec.kernels import commit, fp8, gemm, mla, moe, quant, sampler, uniform
+from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
 
@@ -136,11 +137,14 @@ def attention() -> None:
     # two siblings under the root, three tokens below the second, one more below the first
     table = torch.tensor([[0, -1, -1, -1], [0, 1, -1, -1], [0, 2, -1, -1], [0, 2, 3, -1], [0, 2, 3, 4], [0, 1, 5, -1]])
     depths = (table >= 0).sum(1) - 1
-    sizes = ((4, 32, True, (0, 62, 130)), (3, 128, True, (1, 1022)), (33, 32, False, (64,)))
-    for heads, value, packed, contexts in sizes:
-        head = mla.Head(heads, 32, 16, 64, value, 0.1, interleaved=packed)
+    sizes = (
+        (4, 32, 64, True, (0, 62, 130), False), (3, 128, 64, True, (1, 1022), False), (33, 32, 64, False, (64,), False),
+        (4, 32, 64, True, (130,), True), (3, 128, 256, True, (62,), True),
+    )  # fmt: skip
+    for heads, value, latent, packed, contexts, packed_cache in sizes:
+        head = mla.Head(heads, 32, 16, latent, value, 0.1, interleaved=packed)
         rows = heads * (32 + value)
-        kv_b, kv_b_scale = torch.randn(rows, 64, generator=generator).bfloat16(), None
+        kv_b, kv_b_scale = torch.randn(rows, latent, generator=generator).bfloat16(), None
         if packed:
             kv_b, kv_b_scale = fp8.weight_quant(kv_b)
         angles = torch.randn(1200, 2, 16, generator=generator)
@@ -148,16 +152,17 @@ def attention() -> None:
             length = torch.tensor([context], dtype=torch.int32)
             plan = mla.Plan(length, depths.int(), torch.arange(6, dtype=torch.int32), table.int(), 3, offset=1)
             # a second layer's rows and those of the other tokens hold numbers that would show
-            cache = mla.new_caches(2, 1100, 6, head.width, "cpu")[1]
-            cache.store.fill_(1e4)
-            cache.slots[:context] = torch.randn(context, head.width, generator=generator).bfloat16()
+            cache = new_caches(2, 1100, 6, head.layout(packed_cache), "cpu")[1]
+            _fill(cache, 1e4)
+            cache.write(torch.arange(context), torch.randn(context, head.width, generator=generator).bfloat16())
             down = torch.randn(6, 96 + head.width, generator=generator).bfloat16()
-            norms = torch.rand(96, generator=generator) + 0.5, torch.rand(64, generator=generator) + 0.5
+            norms = torch.rand(96, generator=generator) + 0.5, torch.rand(latent, generator=generator) + 0.5
             other = replace(cache, store=cache.store.clone())
             got = mla.prepare(down, *norms, angles, cache, plan, head, 1e-6)
             expected = mla.prepare_reference(down, *norms, angles, other, plan, head, 1e-6)
             close(fp8_values(*got), fp8_values(*expected), 0.08)
-            close(cache.slots[: context + 6], other.slots[: context + 6], 0.01)
+            written = torch.arange(context + 6)
+            close(cache.read(written), other.read(written), 0.08 if packed_cache else 0.01)
             assert (cache.slots[context + 6 :] == cache.store[0]).all()
             q = torch.randn(6, heads * 48, generator=generator).bfloat16()
             latent_q = mla.absorb(q, kv_b, kv_b_scale, angles, plan, head)
@@ -169,7 +174,8 @@ def attention() -> None:
             seen = mla.attend(latent_q, cache, plan, head)
             close(seen, mla.attend_reference(latent_q, cache, plan, head), 0.02)
             for row, depth in enumerate(depths.tolist()):
-                alone = replace(cache, store=torch.full_like(cache.store, -1e4))
+                alone = replace(cache, store=torch.empty_like(cache.store))
+                _fill(alone, -1e4)
                 alone.slots[:context] = cache.slots[:context]
                 alone.slots[context : context + depth + 1] = cache.slots[context + table[row, : depth + 1]]
                 one = mla.chain(length + depth, 1, offset=1)
@@ -178,6 +184,12 @@ def attention() -> None:
             close(mla.attend(latent_q, cache, line, head), mla.attend_reference(latent_q, cache, line, head), 0.02)
             values = mla.up(seen, kv_b, kv_b_scale, head)
             close(fp8_values(*values), fp8_values(*mla.up_reference(seen, kv_b, kv_b_scale, head)), 0.08)
+
+
+def _fill(cache: Cache, value: float) -> None:
+    """Fills the whole store."""
+    rows, width = cache.store.shape[0], cache.layout.width
+    replace(cache, base=0, capacity=rows).write(torch.arange(rows), torch.full((rows, width), value))
 
 
 def noise() -> None:
@@ -258,8 +270,9 @@ def commits() -> None:
                 walk = commit.accept if kernel else commit._accept_reference
                 if _depth(parents) < 9:
                     walk(*inputs, path, tokens, record, seen)
-                caches = mla.new_caches(3, 100, 0, 80, place)
-                caches[0].store.copy_(torch.arange(caches[0].store.numel()).view(-1, 80) % 251)
+                caches = new_caches(3, 100, 0, Layout(64, 16, packed=rows % 2 == 1), place)
+                held = caches[0].store
+                held.copy_(torch.arange(held.numel()).view(held.shape) % 251)
                 length = torch.tensor([40], dtype=torch.int32, device=place)
                 chosen = torch.tensor([0, 2, 3, 7, 8, 8, 8, 8, 8], device=place)
                 record[commit.COUNT] = 5

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mtp_spec.kernels import mla
+from mtp_spec.kernels.mla_cache import Cache, new_caches
 
 CONTEXTS = (1, 2, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 1500, 8191, 8193, 32760)
 TOLERANCE = 0.01  # weights are multiplied in bf16
@@ -22,7 +25,7 @@ def _tree(length: torch.Tensor, rows: int) -> mla.Plan:
     return mla.Plan(length, depths, torch.arange(rows, dtype=torch.int32, device="cuda"), table, most - 1)
 
 
-def _alone(q: torch.Tensor, cache: mla.Cache, plan: mla.Plan, head: mla.Head) -> torch.Tensor:
+def _alone(q: torch.Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> torch.Tensor:
     """Returns the last row decoded alone after its ancestors, which take their places in the cache."""
     start, depth = int(plan.length), int(plan.depths[-1])
     if plan.ancestors is not None:
@@ -32,17 +35,20 @@ def _alone(q: torch.Tensor, cache: mla.Cache, plan: mla.Plan, head: mla.Head) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["bf16", "packed"])
 @pytest.mark.parametrize("latent", [512, 256, 64])
 @pytest.mark.parametrize("heads", [128, 20, 16, 8])
-def test_attention_of_chains_and_trees(heads: int, latent: int) -> None:
+def test_attention_of_chains_and_trees(heads: int, latent: int, packed: bool) -> None:
     torch.manual_seed(heads)
     head = mla.Head(heads, 128, 64, latent, 128, 192**-0.5)
     for context in CONTEXTS if heads == 128 and latent == 512 else CONTEXTS[:-3]:
-        cache = mla.new_caches(2, context + 70, 66, head.width, "cuda")[1]
+        cache = new_caches(2, context + 70, 66, head.layout(packed), "cuda")[1]
+        everything = replace(cache, base=0, capacity=len(cache.store))
+        rows_of_all = torch.arange(len(cache.store), device="cuda")
         length = torch.tensor([context - 1], dtype=torch.int32, device="cuda")
         for rows in (1, 3, 8, 64 if context < 1500 else 16):
             for plan in (mla.chain(length, rows), _tree(length, rows)):
-                cache.store.normal_()
+                everything.write(rows_of_all, torch.randn(len(rows_of_all), head.width, device="cuda"))
                 q = torch.randn(rows, head.padded, head.width, device="cuda").bfloat16()
                 for room in mla._rooms.values():
                     for numbers in room:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mtp_spec.bench.common import Row
 from mtp_spec.bench.timing import CACHE_BYTES, graph_time
 from mtp_spec.kernels import mla
+from mtp_spec.kernels.mla_cache import Cache, new_caches
 
 HEADS, CONTEXTS = (128, 16), (1024, 8192, 32768)
 
@@ -22,7 +23,7 @@ def attention(counts: list[int], rate: float) -> list[Row]:
         head = mla.Head(heads, 128, 64, 512, 128, 192**-0.5)
         for context in CONTEXTS:
             copies = max(2, -(-CACHE_BYTES // (context * head.width * 2)))
-            caches = mla.new_caches(copies, context, max(counts), head.width, "cuda")
+            caches = new_caches(copies, context, max(counts), head.layout(), "cuda")
             caches[0].store.normal_()
             for m in (count for count in counts if count <= 16):
                 # the rows are the last of the context, as in FlashMLA's calls
@@ -58,7 +59,7 @@ def _tree(length: Tensor, m: int) -> mla.Plan:
     return mla.Plan(length, depths, torch.arange(m, dtype=torch.int32, device="cuda"), table, most - 1)
 
 
-def _alone(q: Tensor, cache: mla.Cache, plan: mla.Plan, head: mla.Head) -> bool:
+def _alone(q: Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> bool:
     """Whether the last row has the bits it has when it is decoded alone after its ancestors."""
     together = mla.attend(q, cache, plan, head)[-1:]
     start, depth = int(plan.length), int(plan.depths[-1])

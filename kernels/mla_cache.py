@@ -1,0 +1,142 @@
+"""The latent cache of multi-head latent attention: bfloat16, or packed with FP8 latents.
+
+A packed row is laid out as FlashMLA's FP8 cache of DeepSeek-V3.2: latents in e4m3, a float32 scale for every 128 of
+them, and the rotated part in bfloat16, whose errors would grow with the distance of two tokens. Scales are powers of
+two, so a latent comes back in bfloat16 without a second rounding. It is rounded once, when it is written; whoever
+reads it, be it to decode, verify or draft, reads the same number.
+
+Legend: `C` kv_lora_rank, `R` qk_rope_head_dim, `W` = C + R.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, act_quant
+
+KEYS = 64  # keys a block
+TAIL = 2 * KEYS  # room for the last keys of a node: what committed slots leave of a block, and its ancestors
+ALIGNED = 16  # bytes, to which TMA wants every part of a row
+WORD = torch.int32
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a token's row holds: C latents and R numbers of the rotated part."""
+
+    latent: int
+    rope: int
+    packed: bool = False
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.latent + self.rope
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes a token and layer."""
+        if not self.packed:
+            return 2 * self.width
+        return self.latent + -(-4 * self.blocks // ALIGNED) * ALIGNED + 2 * self.rope
+
+    @property
+    def blocks(self) -> int:
+        """Scales of a packed row."""
+        return -(-self.latent // BLOCK)
+
+    def empty(self, rows: int, device: torch.device | str) -> Tensor:
+        """Returns a store of zeros."""
+        columns, dtype = (self.row_bytes, torch.uint8) if self.packed else (self.width, torch.bfloat16)
+        return torch.zeros(rows, columns, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The latents of one layer inside the store of all layers.
+
+    Rows that no token was written to must hold finite numbers: reads come in whole blocks, masked afterwards.
+
+    Attributes:
+        store: `[rows, W]` bf16, or `[rows, layout.row_bytes]` uint8.
+        base: the layer's first row.  capacity: its rows, a multiple of 64.
+        spare: first of the rows, `TAIL` a node, where a tree's last keys are brought into order; all layers share them.
+    """
+
+    store: Tensor
+    base: int
+    capacity: int
+    spare: int
+    layout: Layout
+
+    @property
+    def slots(self) -> Tensor:
+        """The layer's rows `[capacity, .]`."""
+        return self.store[self.base : self.base + self.capacity]
+
+    @property
+    def words(self) -> Tensor:
+        """The store `[rows, row_bytes / 4]` int32, for copies, which do not mind what a row holds."""
+        return self.store.view(WORD)
+
+    @property
+    def latents(self) -> Tensor:
+        """The store's latents `[rows, C]` bf16 or e4m3."""
+        latents = self.store[:, : self.layout.latent]
+        return latents.view(E4M3) if self.layout.packed else latents
+
+    @property
+    def scales(self) -> Tensor:
+        """A packed store's scales `[rows, ceil(C / 128)]` float32."""
+        first = self.layout.latent // 4
+        return self.store.view(torch.float32)[:, first : first + self.layout.blocks]
+
+    @property
+    def ropes(self) -> Tensor:
+        """The store's rotated parts `[rows, R]` bf16."""
+        return self.store.view(torch.bfloat16)[:, -self.layout.rope :]
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, rotated parts and scales of the store, as kernels take them; without scales the last is unused."""
+        return self.latents, self.ropes, self.scales if self.layout.packed else self.ropes
+
+    def write(self, slots: Tensor, rows: Tensor) -> None:
+        """Puts rows `[n, W]` into slots `[n]` int64 of the layer, rounded to what it holds."""
+        at, latent = self.base + slots, rows[:, : self.layout.latent]
+        if self.layout.packed:
+            quantised, self.scales[at] = act_quant(latent, power_of_two=True)
+            # as bytes: not every index operation knows e4m3
+            self.store[at, : self.layout.latent] = quantised.view(torch.uint8)
+        else:
+            self.latents[at] = latent.to(torch.bfloat16)
+        self.ropes[at] = rows[:, self.layout.latent :].to(torch.bfloat16)
+
+    def read(self, slots: Tensor) -> Tensor:
+        """Returns what slots `[n]` int64 of the layer hold, `[n, W]` bf16."""
+        at = self.base + slots
+        if not self.layout.packed:
+            return self.store[at]
+        scales = self.scales[at].repeat_interleave(BLOCK, 1)[:, : self.layout.latent]
+        latents = self.store[at, : self.layout.latent].view(E4M3).float() * scales
+        return torch.cat((latents.bfloat16(), self.ropes[at]), 1)
+
+
+def new_caches(layers: int, capacity: int, nodes: int, layout: Layout, device: torch.device | str) -> list[Cache]:
+    """Returns empty caches of some layers with room for `capacity` tokens and trees of up to `nodes` rows."""
+    capacity = whole_blocks(capacity)
+    store = layout.empty(layers * capacity + nodes * TAIL, device)
+    return [Cache(store, layer * capacity, capacity, layers * capacity, layout) for layer in range(layers)]
+
+
+def cache_bytes(layers: int, capacity: int, nodes: int, layout: Layout) -> int:
+    """Returns the bytes of `new_caches`."""
+    return (layers * whole_blocks(capacity) + nodes * TAIL) * layout.row_bytes
+
+
+def whole_blocks(tokens: int) -> int:
+    """Returns tokens rounded up to whole blocks of keys."""
+    return -(-tokens // KEYS) * KEYS

@@ -1,0 +1,78 @@
+"""Multi-head latent attention in plain torch: what every kernel of `mla` is compared with.
+
+Legend: as in `mla`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels.fp8 import act_quant, weight_dequant
+from mtp_spec.kernels.mla_cache import Cache
+from mtp_spec.kernels.quant import normed
+
+if TYPE_CHECKING:  # `mla` imports this file
+    from mtp_spec.kernels.mla import Head, Plan
+
+
+def prepare_reference(
+    down: Tensor, q_norm: Tensor | None, kv_norm: Tensor, table: Tensor, cache: Cache, plan: Plan, head: Head,
+    eps: float,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """`prepare` in plain torch."""
+    q, latent, rope = down.split((down.shape[1] - head.width, head.latent, head.rope), dim=-1)
+    turned = _rotate(rope, table[_positions(plan)], head.interleaved)
+    row = torch.cat((normed(latent, kv_norm, eps), turned), -1)
+    cache.write(plan.length.long() + plan.slots.long(), row)
+    return None if q_norm is None else act_quant(normed(q, q_norm, eps))
+
+
+def absorb_reference(
+    q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, plan: Plan, head: Head
+) -> Tensor:
+    """`absorb` in plain torch."""
+    nope, rope = q.unflatten(-1, (head.heads, -1)).split((head.nope, head.rope), dim=-1)
+    w_uk = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, : head.nope]
+    latent = torch.stack([torch.einsum("hn,hnc->hc", row, w_uk) for row in nope.float()])
+    turned = _rotate(rope, table[_positions(plan)].unsqueeze(1), head.interleaved)
+    absorbed = torch.cat((latent.to(q.dtype), turned.to(q.dtype)), -1)
+    return torch.nn.functional.pad(absorbed, (0, 0, 0, head.padded - head.heads))
+
+
+def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
+    """`up` in plain torch."""
+    w_uv = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, head.nope :]
+    values = torch.stack([torch.einsum("hc,hvc->hv", row, w_uv) for row in context.float()])
+    return act_quant(values.to(context.dtype).flatten(1))
+
+
+def attend_reference(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
+    """`attend` in plain torch, one row at a time."""
+    length, out = int(plan.length), []
+    for row, depth in enumerate(plan.depths.tolist()):
+        slots = list(range(length))
+        drafted = range(depth + 1) if plan.ancestors is None else plan.ancestors[row, : depth + 1].tolist()
+        seen = torch.tensor(slots + [length + slot for slot in drafted], device=q.device)
+        keys = cache.read(seen).float()
+        weights = (q[row, : head.heads].float() @ keys.T * head.scale).softmax(-1)
+        out.append(weights @ keys[:, : head.latent])
+    return torch.stack(out).to(q.dtype)
+
+
+def _positions(plan: Plan) -> Tensor:
+    return plan.length.long() + plan.depths.long() + plan.offset
+
+
+def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    wide = x.float()
+    half = wide.shape[-1] // 2
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else wide.roll(half, -1)
+    own, other = table.unbind(-2)
+    return wide * own + swapped * other
+
+
+def _wide(w: Tensor, scale: Tensor | None) -> Tensor:
+    return w.float() if scale is None else weight_dequant(w, scale).float()

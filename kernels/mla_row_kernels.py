@@ -1,0 +1,223 @@
+"""Products, norms and rotation around MLA's attention as Triton kernels; imported by `mla` where Triton is there.
+
+Every number of a row is computed as if the row were alone.
+
+Legend: as in `mla`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mtp_spec.kernels.launching import follow
+from mtp_spec.kernels.quant import _store_quantised, block_scaled
+
+
+@triton.jit
+def _rotated(source, table, position, mask, R: tl.constexpr, WIDE_R: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Returns rows [ROWS, R] at addresses `source` [ROWS, 1] turned by their positions [ROWS, 1], float32."""
+    lane = tl.arange(0, WIDE_R)[None, :]
+    inside = mask & (lane < R)
+    if INTERLEAVED:
+        partner = lane ^ 1
+    else:
+        partner = (lane + R // 2) % R
+    angle = table + position * (2 * R)
+    own = tl.load(angle + lane, mask=inside, other=0.0)
+    other = tl.load(angle + R + lane, mask=inside, other=0.0)
+    values = tl.load(source + lane, mask=inside, other=0.0).to(tl.float32)
+    swapped = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
+    return values * own + swapped * other
+
+
+@triton.jit
+def _prepare_kernel(
+    down,  # [M, A_ROWS + C + R] bf16: the fused down-projection
+    q_norm,  # [A_ROWS], used with LORA
+    kv_norm,  # [C]
+    table,  # [L, 2, R] float32
+    length,  # [1] int32
+    depths,  # [M] int32
+    slots,  # [M] int32
+    quantised,  # [M, A_ROWS] e4m3, used with LORA
+    scales,  # [M, ceil(A_ROWS / 128)] float32
+    latents,  # [rows of all layers, C] bf16 or e4m3, BYTES apart like the two below
+    ropes,  # [., R] bf16
+    latent_scales,  # [., ceil(C / 128)] float32, used with PACKED
+    base,  # first row of the layer
+    offset,
+    eps,
+    A_ROWS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WIDE_A: tl.constexpr,
+    WIDE_C: tl.constexpr,
+    WIDE_R: tl.constexpr,
+    BYTES: tl.constexpr,
+    LORA: tl.constexpr,
+    PACKED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LARGEST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Norms both latents: the query's is quantised, the key's goes to the cache with its rotated part."""
+    follow(PDL)
+    row = tl.program_id(0)
+    source = down + row.to(tl.int64) * (A_ROWS + C + R)
+    if tl.program_id(1) == 0:
+        start = tl.load(length)
+        at = (base + start + tl.load(slots + row)).to(tl.int64)
+        lane = tl.arange(0, WIDE_C)
+        normed = _normed(source + A_ROWS, kv_norm, eps, C, WIDE_C)
+        if PACKED:
+            scaled, scale = block_scaled(tl.reshape(normed.to(tl.float32), (WIDE_C // 128, 128)), LARGEST, True)
+            block = tl.arange(0, WIDE_C // 128)
+            tl.store(latent_scales + at * (BYTES // 4) + block, scale, mask=block * 128 < C)
+            packed = tl.reshape(scaled, (WIDE_C,)).to(latents.dtype.element_ty)
+            tl.store(latents + at * BYTES + lane, packed, mask=lane < C)
+        else:
+            tl.store(latents + at * (BYTES // 2) + lane, normed, mask=lane < C)
+        position = start + offset + tl.load(depths + row) + tl.zeros((1, 1), dtype=tl.int32)
+        turned = _rotated(source + A_ROWS + C, table, position, position >= 0, R, WIDE_R, INTERLEAVED)
+        lane_r = tl.arange(0, WIDE_R)[None, :]
+        tl.store(ropes + at * (BYTES // 2) + lane_r, turned.to(tl.bfloat16), mask=lane_r < R)
+    elif LORA:
+        values = _normed(source, q_norm, eps, A_ROWS, WIDE_A).to(tl.float32)
+        blocks: tl.constexpr = (A_ROWS + 127) // 128
+        _store_quantised(values, row, 0, quantised, scales, A_ROWS, blocks, WIDE_A, False, LARGEST)
+
+
+@triton.jit
+def _normed(source, weight, eps, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Returns the RMS norm of SIZE numbers in bf16, rounded before and after the weight, as the model does."""
+    lane = tl.arange(0, WIDE)
+    x = tl.load(source + lane, mask=lane < SIZE, other=0.0).to(tl.float32)
+    normed = (x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)).to(tl.bfloat16).to(tl.float32)
+    return (tl.load(weight + lane, mask=lane < SIZE, other=0.0).to(tl.float32) * normed).to(tl.bfloat16)
+
+
+@triton.jit
+def _up_weight(
+    kv_b, kv_b_scale, row, row_mask, first, SIZE: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Returns SIZE columns of kv_b's rows, inside one block of 128, in bf16, dequantised if they are e4m3."""
+    column = first + tl.arange(0, SIZE)
+    mask = row_mask[:, None] & (column < C)[None, :]
+    w = tl.load(kv_b + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
+    if PACKED:
+        blocks: tl.constexpr = (C + 127) // 128
+        scale = tl.load(kv_b_scale + row // 128 * blocks + first // 128, mask=row_mask, other=0.0)
+        w = w.to(tl.float32) * scale[:, None]
+    w = w.to(tl.bfloat16)
+    if WIDE:  # the interpreter cannot multiply bfloat16
+        w = w.to(tl.float32)
+    return w
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _absorb_kernel(
+    q,  # [M, H, N + R] bf16, rows `stride` apart
+    kv_b,  # [H (N + V), C]
+    kv_b_scale,
+    table,  # [L, 2, R] float32
+    length,
+    depths,
+    out,  # [M, padded H, W] bf16
+    rows,
+    stride,
+    offset,
+    heads,  # of the output, padded
+    N: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    WIDE_N: tl.constexpr,
+    WIDE_R: tl.constexpr,
+    ROWS: tl.constexpr,
+    PACKED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """q_latent = q_nope @ W_UK for 128 columns of one head; one more program a head turns q_rope."""
+    follow(PDL)
+    head, part = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, ROWS)
+    if part == tl.num_programs(1) - 1:
+        start = tl.load(length) + offset
+        for first in range(0, rows, ROWS):
+            row = first + lane
+            real = row < rows
+            position = start + tl.load(depths + row, mask=real, other=0)
+            source = q + row.to(tl.int64) * stride + head * (N + R) + N
+            turned = _rotated(source[:, None], table, position[:, None], real[:, None], R, WIDE_R, INTERLEAVED)
+            lane_r = tl.arange(0, WIDE_R)[None, :]
+            target = out + (row.to(tl.int64) * heads + head)[:, None] * (C + R) + C + lane_r
+            tl.store(target, turned.to(tl.bfloat16), mask=real[:, None] & (lane_r < R))
+    else:
+        inner = tl.arange(0, WIDE_N)
+        column = part * 128 + tl.arange(0, 128)
+        w = _up_weight(kv_b, kv_b_scale, head * (N + V) + inner, inner < N, part * 128, 128, C, PACKED, WIDE)
+        for first in range(0, rows, ROWS):
+            row = first + lane
+            source = q + row.to(tl.int64)[:, None] * stride + head * (N + R) + inner[None, :]
+            x = tl.load(source, mask=(row < rows)[:, None] & (inner < N)[None, :], other=0.0)
+            if WIDE:
+                x = x.to(tl.float32)
+            target = out + (row.to(tl.int64) * heads + head)[:, None] * (C + R) + column[None, :]
+            tl.store(target, tl.dot(x, w).to(tl.bfloat16), mask=(row < rows)[:, None] & (column < C)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _up_kernel(
+    context,  # [M, H, C] bf16
+    kv_b,
+    kv_b_scale,
+    out,  # [M, H V] bf16, or e4m3 with QUANTISE
+    scales,  # [M, H V / 128] float32, used with QUANTISE
+    rows,
+    heads,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PACKED: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out = context @ W_UV.T for 128 values of one head, quantised where they are a whole block of the next product."""
+    follow(PDL)
+    head = tl.program_id(0)
+    value = tl.program_id(1) * 128 + tl.arange(0, 128)
+    lane = tl.arange(0, ROWS)
+    for first in range(0, rows, ROWS):
+        row = first + lane
+        real = row < rows
+        total = tl.zeros((128, ROWS), dtype=tl.float32)
+        for chunk in tl.range(0, C, CHUNK):
+            w = _up_weight(kv_b, kv_b_scale, head * (N + V) + N + value, value < V, chunk, CHUNK, C, PACKED, WIDE)
+            column = chunk + tl.arange(0, CHUNK)
+            source = context + (row.to(tl.int64) * heads + head)[None, :] * C + column[:, None]
+            x = tl.load(source, mask=real[None, :] & (column < C)[:, None], other=0.0)
+            if WIDE:
+                x = x.to(tl.float32)
+            total = tl.dot(w, x, total)
+        kept = real[None, :] & (value < V)[:, None]
+        target = out + row.to(tl.int64)[None, :] * (heads * V) + head * V + value[:, None]
+        values = total.to(tl.bfloat16)
+        if QUANTISE:
+            wide = values.to(tl.float32)
+            scale = tl.max(tl.abs(wide), axis=0) / LARGEST
+            scale = tl.where(scale > 0, scale, 1.0)
+            # the quotient can exceed the largest value by a rounding
+            scaled = tl.minimum(tl.maximum(wide / scale[None, :], -LARGEST), LARGEST)
+            tl.store(target, scaled.to(out.dtype.element_ty), mask=kept)
+            block = (head * V) // 128 + tl.program_id(1)
+            tl.store(scales + row * (heads * V // 128) + block, scale, mask=real)
+        else:
+            tl.store(target, values, mask=kept)
