@@ -280,8 +280,8 @@ def _attend(
         kernels._attend_kernel[(tiles * splits,)](
             described(flat, TILE, width), described(flat, TILE, head.rope),
             described(latents, KEYS, width), described(ropes, KEYS, head.rope), described(sums, TILE, width),
-            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=launch.stages, PACKED=packed, WIDE=interpreted(),
-            num_warps=launch.warps, **sizes,
+            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=launch.stages, PACKED=packed,
+            WIDE=interpreted(), num_warps=launch.warps, **sizes,
         )  # fmt: skip
     columns = min(head.latent, COLUMNS)
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](

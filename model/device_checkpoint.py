@@ -24,12 +24,14 @@ def fp8_obstacle(checkpoint: Checkpoint) -> str | None:
 
 
 def empty_device_model(
-    checkpoint: Checkpoint, device: torch.device | str, draft_ids: Sequence[int] | None = None
-) -> DeviceModel:
+    checkpoint: Checkpoint, device: torch.device | str, draft_ids: Sequence[int] | None = None,
+    packed_cache: bool = False,
+) -> DeviceModel:  # fmt: skip
     """Returns a model with room for the checkpoint's weights, without them; on "meta" it costs nothing."""
     stored = {name.split(".", 3)[-1]: info.dtype for name, info in checkpoint.tensors.items()}
     router = torch.float32 if stored.get("mlp.gate.weight") == "F32" else torch.bfloat16
-    return DeviceModel(checkpoint.config, device, stored.get("eh_proj.weight") == "F8_E4M3", router, draft_ids)
+    eh_packed = stored.get("eh_proj.weight") == "F8_E4M3"
+    return DeviceModel(checkpoint.config, device, eh_packed, router, draft_ids, packed_cache)
 
 
 def load_device_model(
@@ -37,18 +39,20 @@ def load_device_model(
     device: torch.device | str,
     progress: Report | None = None,
     draft_ids: Sequence[int] | None = None,
+    packed_cache: bool = False,
 ) -> DeviceModel:
     """Returns the model with its FP8 weights as they are stored; `fp8_obstacle` is None.
 
     Args:
         source, progress: as for `load_checkpoint`.
         draft_ids: the tokens that drafts may be; None for all.
+        packed_cache: whether latents are cached in FP8.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
     """
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
-    model = empty_device_model(checkpoint, device, draft_ids)
+    model = empty_device_model(checkpoint, device, draft_ids, packed_cache)
     slots = model.checkpoint_slots()
     with torch.no_grad():
         for name, value, scale in read_weights(checkpoint, progress):

@@ -292,6 +292,7 @@ def load(
     max_context: int | None = None,
     max_batch: int = 1,
     draft_vocabulary: int | str | Path | None = None,
+    cache_dtype: str | torch.dtype | None = None,
     progress: bool = False,
 ) -> LM:
     """Returns a model ready to generate.
@@ -309,11 +310,13 @@ def load(
         max_batch: sequences of a list are generated one after another, so only 1 is allowed yet.
         draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
             less of the head is read for them, and the text stays what it is. None drafts any token.
+        cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
+            which holds nearly twice the tokens and rounds them, so it changes the text; see docs/results.
         progress: show a bar over the bytes read.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model.
-        OptionError: an impossible device, dtype, max_context, max_batch or draft_vocabulary.
+        OptionError: an impossible device, dtype, max_context, max_batch, draft_vocabulary or cache_dtype.
     """
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
     if config is not None and path is None:
@@ -324,7 +327,8 @@ def load(
         raise OptionError(f"max_batch={max_batch!r}: only 1 is available; lists of prompts run one after another")
     limit = context_limit(config_file or folder, max_context)
     with _progress(progress) as report:
-        model = load_model(folder, dtype_of(dtype), str(device), limit, draft_vocabulary, report, config_file)
+        model = load_model(folder, dtype_of(dtype), str(device), limit, draft_vocabulary, report, config_file,
+                           cache_dtype)  # fmt: skip
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
         return LM(model, tokenizer, "batched", limit)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 import mtp_spec
-from mtp_spec.bench.cli import add_bench, add_draft_vocabulary, run_bench
+from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
 from mtp_spec.converting import add_converting, run_cast, run_convert
 from mtp_spec.inspecting import add_inspect, run_inspect
 from mtp_spec.options import ACCEPTANCE_RULES, sample_seeds
@@ -106,7 +106,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of its config.json")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the machine computes fast)")
-    add_draft_vocabulary(parser)
+    add_load_options(parser)
 
 
 def _add_shape(parser: argparse.ArgumentParser, title: str) -> Any:
@@ -178,7 +178,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
     return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype,
-                         draft_vocabulary=args.draft_vocabulary, progress=sys.stderr.isatty())  # fmt: skip
+                         draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
+                         progress=sys.stderr.isatty())  # fmt: skip
 
 
 def _chat(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mtp_spec.bench.cli import add_draft_vocabulary
+from mtp_spec.bench.cli import add_load_options
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.inspection import show_checkpoint
 
@@ -29,7 +29,7 @@ def add_inspect(commands: Any) -> None:
                          help="checkpoint folder (default: the bundled model), or a configuration file")  # fmt: skip
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
     inspect.add_argument("--checksums", action="store_true", help="read everything and compare with checksums.json")
-    add_draft_vocabulary(inspect)
+    add_load_options(inspect)
     alone = inspect.add_argument_group("of a configuration file")
     alone.add_argument("--model-parallel", type=int, metavar="N", help="ranks (1)")
     alone.add_argument("--card", metavar="NAME", help="estimate the speed on H100 or H200")
@@ -50,20 +50,28 @@ def run_inspect(args: argparse.Namespace) -> None:
             raise OptionError(f"--{option} belongs to a configuration file: give the folder's config.json")
         if args.checksums:
             return _check(args)
-        return show_checkpoint(args.path, as_json=args.json, drafts=args.draft_vocabulary)
-    if args.checksums or args.draft_vocabulary is not None:
-        raise OptionError("--checksums and --draft-vocabulary belong to a checkpoint folder, not to a file")
+        return show_checkpoint(
+            args.path, as_json=args.json, drafts=args.draft_vocabulary, cache_dtype=args.cache_dtype
+        )
+    if args.checksums or _loads(args):
+        raise OptionError(
+            "--checksums, --draft-vocabulary and --cache-dtype belong to a checkpoint folder, not to a file"
+        )
     from mtp_spec.estimate import card_rate, show_estimate
 
     ranks = 1 if args.model_parallel is None else args.model_parallel
     show_estimate(args.path, ranks, card_rate(args.card, args.copy_rate), args.json)
 
 
+def _loads(args: argparse.Namespace) -> bool:
+    return args.draft_vocabulary is not None or args.cache_dtype is not None
+
+
 def _check(args: argparse.Namespace) -> None:
     from mtp_spec.model.assembly import wrong_checksums
     from mtp_spec.model.stored import listing
 
-    if args.path is None or args.json or args.draft_vocabulary is not None:
+    if args.path is None or args.json or _loads(args):
         raise OptionError("--checksums takes a folder that cast or convert wrote, and no other option")
     wrong = wrong_checksums(args.path)
     if wrong:

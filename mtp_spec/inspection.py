@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mtp_spec.loading import DraftVocabulary, draft_ids
+from mtp_spec.kernels.mla_cache import Layout
+from mtp_spec.loading import CACHE_DTYPES, DraftVocabulary, cache_refused, draft_ids, packs_cache
 from mtp_spec.memory import plan_memory
 from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary, open_checkpoint
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle
@@ -19,38 +20,41 @@ BF16_BYTES = 2
 
 
 def show_checkpoint(
-    path: Path | None, as_json: bool = False, console: Console | None = None, drafts: DraftVocabulary = None
-) -> None:
-    """Prints architecture, parameters, dtypes, MTP modules and memory of a folder, loaded with this draft vocabulary.
-    """
+    path: Path | None, as_json: bool = False, console: Console | None = None, drafts: DraftVocabulary = None,
+    cache_dtype: str | None = None,
+) -> None:  # fmt: skip
+    """Prints architecture, parameters, dtypes, MTP modules and memory of a folder, loaded with these options."""
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else path
     summary = checkpoint_summary(folder)
+    packed, on_gpu = packs_cache(cache_dtype), _gpu(folder, drafts, cache_dtype)
     if as_json:
-        print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary)}))
+        print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary, packed)}))
         return
-    (console or Console()).print(_table(folder, summary, drafts))
+    (console or Console()).print(_table(folder, summary, on_gpu, packed))
 
 
-def cache_bytes(summary: CheckpointSummary) -> int:
-    """Returns bytes of latent cache a token, main model and MTP modules, in bfloat16."""
+def cache_bytes(summary: CheckpointSummary, packed: bool) -> int:
+    """Returns bytes of latent cache a token, main model and MTP modules, in bfloat16 or packed."""
     config = summary.config
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * BF16_BYTES
+    return layers * Layout(config.kv_lora_rank, config.qk_rope_head_dim, packed).row_bytes
 
 
-def _gpu(folder: Path, drafts: DraftVocabulary) -> str:
+def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None) -> str:
     """Returns the memory plan for the model's whole context, or why the FP8 kernels do not run it."""
     checkpoint = open_checkpoint(folder)
     config, obstacle = checkpoint.config, fp8_obstacle(checkpoint)
     if obstacle is not None:
+        if cache_dtype is not None:
+            raise cache_refused(cache_dtype, obstacle)
         return f"bfloat16 by torch, not on the FP8 kernels: {obstacle}"
-    model = empty_device_model(checkpoint, "meta", draft_ids(drafts, config))
+    model = empty_device_model(checkpoint, "meta", draft_ids(drafts, config), packs_cache(cache_dtype))
     plan = plan_memory(model, config.max_position_embeddings)
     listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in plan.parts().items())
     return f"{plan.total / 1e6:,.0f} MB in FP8 for {config.max_position_embeddings} tokens: {listed}"
 
 
-def _table(folder: Path, summary: CheckpointSummary, drafts: DraftVocabulary) -> Table:
+def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool) -> Table:
     config = summary.config
     modules = config.num_nextn_predict_layers
     weights = (summary.parameters + summary.mtp_parameters) * BF16_BYTES
@@ -64,9 +68,10 @@ def _table(folder: Path, summary: CheckpointSummary, drafts: DraftVocabulary) ->
         "MTP modules": f"present: {modules} ({summary.mtp_parameters / 1e6:,.1f} M)" if modules else "absent",
         "stored": f"{summary.tensors} tensors in {summary.files} files, {summary.bytes / 1e6:,.1f} MB; "
         + ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary.dtypes.items())),
-        "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary):,} bytes of cache a token (bf16)",
+        "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary, packed):,} bytes of cache a token "
+        f"({CACHE_DTYPES[packed]})",
         "memory": f"{weights / 1e6:,.0f} MB of weights in bfloat16, twice that in float32, plus the cache",
-        "on a GPU": _gpu(folder, drafts),
+        "on a GPU": on_gpu,
     }
     table = Table(title=str(folder), show_header=False)
     for name, value in rows.items():

@@ -21,6 +21,7 @@ DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
     "float8_e4m3fn": torch.float8_e4m3fn,
 }  # fmt: skip
+CACHE_DTYPES = ("bfloat16", "float8_e4m3fn")  # the first is the default
 FP8_CAPABILITY = (8, 9)
 DraftVocabulary = int | str | Path | None
 
@@ -37,24 +38,28 @@ def context_limit(path: Path, max_context: int | None) -> int:
 
 def load_model(
     folder: Path, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
-    config_file: Path | None = None,
-) -> Transformer | DeviceModel:
+    config_file: Path | None = None, cache_dtype: str | torch.dtype | None = None,
+) -> Transformer | DeviceModel:  # fmt: skip
     """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
+    packed, obstacle = packs_cache(cache_dtype), f"dtype={dtype!r} runs by torch, without the FP8 kernels"
     checkpoint = open_checkpoint(folder, config_file)
     ids = draft_ids(drafts, checkpoint.config)
     if dtype in (None, torch.float8_e4m3fn):
-        obstacle = _no_fp8_here(device) or fp8_obstacle(checkpoint)
-        if obstacle is None:
-            check_memory(empty_device_model(checkpoint, "meta", ids), limit, device)
-            return load_device_model(checkpoint, device, report, ids)
+        found = _no_fp8_here(device) or fp8_obstacle(checkpoint)
+        if found is None:
+            check_memory(empty_device_model(checkpoint, "meta", ids, packed), limit, device)
+            return load_device_model(checkpoint, device, report, ids, packed)
+        obstacle = found
         if dtype is not None:
             raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")
-        if device != "cpu":
+        if device != "cpu" and cache_dtype is None:
             warnings.warn(
                 f"{folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}. Text is the same with and "
                 "without speculation, but nothing is fast", stacklevel=3,
             )  # fmt: skip
         dtype = torch.bfloat16 if device != "cpu" or _cpu_has_bfloat16() else torch.float32
+    if cache_dtype is not None:
+        raise cache_refused(cache_dtype, obstacle)
     model = load_checkpoint(checkpoint, dtype=dtype, device=device, progress=report)
     if ids is not None:
         model.draft_from(ids)
@@ -124,6 +129,19 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if chosen is None:
         raise OptionError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}, or None to choose")
     return chosen
+
+
+def packs_cache(cache_dtype: str | torch.dtype | None) -> bool:
+    """Whether the FP8 kernels are to cache latents in FP8; None is bfloat16."""
+    name = CACHE_DTYPES[0] if cache_dtype is None else str(cache_dtype).removeprefix("torch.")
+    if name not in CACHE_DTYPES:
+        raise OptionError(f"cache_dtype={cache_dtype!r}: allowed are {', '.join(CACHE_DTYPES)}, or None for the first")
+    return name != CACHE_DTYPES[0]
+
+
+def cache_refused(cache_dtype: str | torch.dtype, obstacle: str) -> OptionError:
+    """Returns the error for a model that runs by torch, whose cache has the dtype of its arithmetic."""
+    return OptionError(f"cache_dtype={cache_dtype!r} is for the FP8 kernels: {obstacle}; leave cache_dtype out")
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -15,6 +15,7 @@ from mtp_spec.bench.products import SHAPES
 from mtp_spec.bench.rows import rows
 from mtp_spec.bench.speed import speed
 from mtp_spec.bench.step import step
+from mtp_spec.loading import CACHE_DTYPES
 from mtp_spec.options import ACCEPTANCE_RULES, MAX_DEPTH
 
 
@@ -64,7 +65,7 @@ def _add(
     kind.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
     kind.add_argument("--device", default="cpu", help="cpu or cuda")
     kind.add_argument("--dtype", help="float32, bfloat16 or float16")
-    add_draft_vocabulary(kind)
+    add_load_options(kind)
     kind.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
     if prompts is not None:
         kind.add_argument("--prompts", type=int, default=prompts, help=f"held-out prompts ({prompts})")
@@ -72,17 +73,19 @@ def _add(
     return kind
 
 
-def add_draft_vocabulary(parser: argparse.ArgumentParser) -> None:
-    """Adds the option `draft_vocabulary` of `load`."""
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `load` that decide what lies in memory."""
     parser.add_argument("--draft-vocabulary", type=lambda text: int(text) if text.isdigit() else text, metavar="N|FILE",
                         help="draft only the first N tokens, or those in a file of ids; the text stays the same")
+    parser.add_argument("--cache-dtype", help=f"of the latent cache on the FP8 kernels: {' or '.join(CACHE_DTYPES)}")
 
 
 def run_bench(args: argparse.Namespace) -> None:
     """Loads the model if there is one, runs the benchmark, prints and writes its report."""
     if args.run in (kernels, step):
         return publish(args.run(args), None, args)
-    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary)
+    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary,
+                       cache_dtype=args.cache_dtype)  # fmt: skip
     publish(args.run(lm, args), lm, args)
 
 

@@ -5,6 +5,9 @@ Its floor is the larger of the cache's bytes and the arithmetic.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -21,10 +24,14 @@ def attention(counts: list[int], rate: float) -> list[Row]:
     rows = []
     for heads in HEADS:
         head = mla.Head(heads, 128, 64, 512, 128, 192**-0.5)
-        for context in CONTEXTS:
-            copies = max(2, -(-CACHE_BYTES // (context * head.width * 2)))
-            caches = new_caches(copies, context, max(counts), head.layout(), "cuda")
-            caches[0].store.normal_()
+        for context, packed in product(CONTEXTS, (False, True)):
+            layout = head.layout(packed)
+            copies = max(2, -(-CACHE_BYTES // (context * layout.row_bytes)))
+            caches = new_caches(copies, context, max(counts), layout, "cuda")
+            everything = torch.arange(caches[0].store.shape[0], device="cuda")
+            replace(caches[0], capacity=len(everything)).write(
+                everything, torch.randn(len(everything), head.width, device="cuda")
+            )
             for m in (count for count in counts if count <= 16):
                 # the rows are the last of the context, as in FlashMLA's calls
                 length = torch.tensor([context - m], dtype=torch.int32, device="cuda")
@@ -41,8 +48,8 @@ def attention(counts: list[int], rate: float) -> list[Row]:
                     got = mla.attend(q, caches[1], plan, head).float()
                     expected = mla.attend_reference(q, caches[1], plan, head).float()
                     error = float((got - expected).norm() / expected.norm())
-                    size = context * head.width * 2
-                    name = f"{heads} heads, {context} tokens, {kind}"
+                    size = context * layout.row_bytes
+                    name = f"{heads} heads, {context} tokens, {kind}" + (", FP8 cache" if packed else "")
                     rows.append(_row("attention", name, m, micro, size, rate, error, _alone(q, caches[1], plan, head)))
     return rows
 
