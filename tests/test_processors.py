@@ -152,7 +152,9 @@ def test_what_is_no_processor_is_refused(lm: mtp_spec.LM, value: Any) -> None:
         lm.generate([1], logits_processor=value)
 
 
-@pytest.mark.parametrize("result", [None, torch.zeros(3), torch.zeros(96, dtype=torch.int64)], ids=["none", "short", "int"])
+@pytest.mark.parametrize(
+    "result", [None, torch.zeros(3), torch.zeros(96, dtype=torch.int64)], ids=["none", "short", "integers"]
+)
 def test_what_is_no_row_is_refused(lm: mtp_spec.LM, result: Any) -> None:
     with pytest.raises(OptionError, match=r"logits_processor returned .* shape \(96,\)"):
         lm.generate([1], logits_processor=lambda ids, logits: result)
