@@ -311,7 +311,7 @@ def load(
         draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
             less of the head is read for them, and the text stays what it is. None drafts any token.
         cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
-            which holds nearly twice the tokens and rounds them, so it changes the text; see docs/results.
+            which holds nearly twice the tokens and rounds them, so it changes the text (docs/howto/gpu.md).
         progress: show a bar over the bytes read.
 
     Raises:

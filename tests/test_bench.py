@@ -53,6 +53,15 @@ def test_a_wrong_text_is_counted_and_fails(tmp_path: Path, monkeypatch: pytest.M
     assert json.loads((tmp_path / "deeper" / "report.json").read_text())["wrong"]
 
 
+def test_cache(tmp_path: Path) -> None:
+    cache, scale = run(["cache", *TINY], tmp_path)["rows"]
+    assert cache["tokens"] == scale["tokens"] == 12
+    for row in (cache, scale):
+        assert 0 < row["relative error"] < 0.05
+        assert row["same greedy token"] > 0.7
+        assert 0 < row["KL, nats"] < 0.05
+
+
 def test_rows(tmp_path: Path) -> None:
     document = run(["rows", "--threads", "1"], tmp_path)
     assert all(row["chains equal"] == row["of"] and row["trees equal"] == 3 for row in document["rows"])

@@ -324,7 +324,7 @@ def test_every_kernel_of_a_step_compiles_for_hopper(name: str) -> None:
         by_name.setdefault(kernel["kernel"], []).append(kernel)
         assert kernel["shared"] <= 227 * 1024
         assert kernel["late"] is not False, f"{kernel['kernel']} touches memory before the kernel before it has ended"
-    for main in ("_gemm_kernel", "_gate_up_kernel", "_down_kernel", "attend_kernel"):
+    for main in ("_gemm_kernel", "_gate_up_kernel", "_down_kernel", "attend_kernel", "_attend_kernel"):
         assert all(kernel["wgmma"] and kernel["tma"] for kernel in by_name[main]), main
         assert all((kernel["spilled"] or 0) <= _spared(kernel) for kernel in by_name[main]), main
 
@@ -333,6 +333,8 @@ def _spared(kernel: dict[str, Any]) -> int:
     """Returns bytes that may be spilled outside a kernel's loop."""
     if kernel["kernel"] == "attend_kernel":
         return 64  # Triton 3.9 puts a few addresses aside between splits, 3.6 none
+    if kernel["kernel"] == "_attend_kernel":
+        return 96  # of a packed cache: beside the sums of 512 columns
     if kernel["kernel"] == "_down_kernel" and kernel["constants"]["TOKENS"] > 16:
         return 1024  # prefill: the sums of many rows at its end
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import mtp_spec
 from mtp_spec.bench.acceptance import acceptance
+from mtp_spec.bench.cache import cache
 from mtp_spec.bench.common import publish
 from mtp_spec.bench.exactness import same_text
 from mtp_spec.bench.kernels import WHAT, kernels
@@ -36,6 +37,7 @@ def add_bench(commands: Any) -> None:
     four.add_argument("--transformers", action="store_true", help="also time transformers' generate, plain and use_mtp")
     four.add_argument("--loads", type=_count, default=3, help="fresh processes that load the model (3)")
     four.add_argument("--adversarial", action="store_true", help="prompts of random tokens; try it at temperature 2")
+    _add(kinds, "cache", cache, "what a latent cache in FP8 costs in accuracy", 20, 64)
     five = kinds.add_parser("kernels", help="FP8 products on a GPU, against the copy rate", description=kernels.__doc__)
     five.set_defaults(run=kernels)
     five.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
