@@ -15,6 +15,7 @@ from mtp_spec.bench.common import Row
 from mtp_spec.bench.timing import CACHE_BYTES, graph_time
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import Cache, new_caches
+from mtp_spec.kernels.mla_reference import attend_reference
 
 HEADS, CONTEXTS = (128, 16), (1024, 8192, 32768)
 
@@ -46,7 +47,7 @@ def attention(counts: list[int], rate: float) -> list[Row]:
 
                     micro = graph_time(run) / copies
                     got = mla.attend(q, caches[1], plan, head).float()
-                    expected = mla.attend_reference(q, caches[1], plan, head).float()
+                    expected = attend_reference(q, caches[1], plan, head).float()
                     error = float((got - expected).norm() / expected.norm())
                     size = context * layout.row_bytes
                     name = f"{heads} heads, {context} tokens, {kind}" + (", FP8 cache" if packed else "")
