@@ -72,7 +72,7 @@ def test_wrong_shapes_are_refused() -> None:
         ((a[:0], a_scale[:0], w, w_scale), "no rows"),
         ((a.bfloat16(), a_scale, w, w_scale), "both e4m3"),
         ((a[:, :128].contiguous(), a_scale, w, w_scale), "inner size"),
-        ((a, a_scale[:, :1].contiguous(), w, w_scale), "scales"),
+        ((a, a_scale[:, :1].contiguous(), w, w_scale), "a_scale is"),
         ((a, a_scale, w.T.contiguous().T, w_scale), "contiguous"),
     ):
         with pytest.raises(ValueError, match=words):
