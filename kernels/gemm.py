@@ -27,7 +27,7 @@ from torch import Tensor
 from mtp_spec.kernels.checks import FLOATS, expect
 from mtp_spec.kernels.fp8 import BLOCK, row_products
 from mtp_spec.kernels.fp8 import fp8_gemm as reference
-from mtp_spec.kernels.launching import described, interpreted, late, runs_triton, stages_that_fit
+from mtp_spec.kernels.launching import MULTIPROCESSORS, described, interpreted, late, runs_triton, stages_that_fit
 
 try:
     import triton
@@ -39,7 +39,6 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 ROW_TILES = (16, 32, 64)
-MULTIPROCESSORS = 132  # of an H100 or H200; a number of splits is part of the arithmetic, so it is fixed
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
+MULTIPROCESSORS = 132  # of an H100 or H200; a number of splits is part of the arithmetic, so it is fixed
 SHARED_MEMORY = 216 * 1024  # bytes a program can have for its tiles
 HOPPER = (9, 0)  # the first cards that launch a kernel before its predecessor has ended
 
@@ -79,7 +80,7 @@ if triton is not None:
         )  # fmt: skip
 
     # programs that are resident before the kernel before has ended, about: later ones gain nothing from a prefetch
-    EARLY: tl.constexpr = tl.constexpr(4 * 132)
+    EARLY: tl.constexpr = tl.constexpr(4 * MULTIPROCESSORS)
 
     @triton.jit
     def prefetch(addresses, sizes, wanted):

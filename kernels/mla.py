@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
-from mtp_spec.kernels.launching import described, interpreted, late, runs_triton
+from mtp_spec.kernels.launching import HOPPER, MULTIPROCESSORS, described, interpreted, late, runs_triton
 from mtp_spec.kernels.mla_cache import KEYS, TAIL, Cache, Layout
 from mtp_spec.kernels.mla_reference import absorb_reference, attend_reference, prepare_reference, up_reference
 from mtp_spec.kernels.quant import quant
@@ -41,8 +41,6 @@ PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attend
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns a program
 GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
-HOPPER = 9  # major compute capability
-MULTIPROCESSORS = 132  # of an H100 or H200: programs that run at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +290,7 @@ def _attend(
 
 def on_hopper(device: torch.device) -> bool:
     """Whether the device is a GPU with Hopper's warpgroups."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER[0]
 
 
 @lru_cache

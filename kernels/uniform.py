@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.launching import late, runs_triton
 
 try:
@@ -34,9 +35,8 @@ def uniforms(seed: Tensor, first: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: another shape or dtype.
     """
-    for name, tensor in (("seed", seed), ("first", first)):
-        if tensor.shape != (1,) or tensor.dtype != torch.int64:
-            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: [1] int64 expected")
+    expect("seed", seed, (1,), torch.int64)
+    expect("first", first, (1,), torch.int64, beside=seed)
     if not runs_triton(seed):
         return uniforms_reference(int(seed), int(first), count).to(seed.device)
     out = torch.empty(count, dtype=torch.float64, device=seed.device)

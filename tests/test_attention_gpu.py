@@ -7,31 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mtp_spec.bench.layers import decoded_alone, tree
 from mtp_spec.kernels import mla
-from mtp_spec.kernels.mla_cache import Cache, new_caches
+from mtp_spec.kernels.mla_cache import new_caches
 
 CONTEXTS = (1, 2, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 1500, 8191, 8193, 32760)
 TOLERANCE = 0.01  # weights are multiplied in bf16
-
-
-def _tree(length: torch.Tensor, rows: int) -> mla.Plan:
-    """Returns a tree: the root, then pairs of siblings of which the first has children."""
-    paths = [[0]]
-    for row in range(1, rows):
-        paths.append([*paths[max(0, (row - 1) // 2 * 2 - 1)], row])
-    most = max(len(path) for path in paths)
-    table = torch.tensor([path + [-1] * (most - len(path)) for path in paths], dtype=torch.int32, device="cuda")
-    depths = torch.tensor([len(path) - 1 for path in paths], dtype=torch.int32, device="cuda")
-    return mla.Plan(length, depths, torch.arange(rows, dtype=torch.int32, device="cuda"), table, most - 1)
-
-
-def _alone(q: torch.Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> torch.Tensor:
-    """Returns the last row decoded alone after its ancestors, which take their places in the cache."""
-    start, depth = int(plan.length), int(plan.depths[-1])
-    if plan.ancestors is not None:
-        path = plan.ancestors[-1, : depth + 1].long()
-        cache.slots[start : start + depth + 1] = cache.slots[start + path].clone()
-    return mla.attend(q[-1:], cache, mla.chain(plan.length + depth, 1), head)[0]
 
 
 @pytest.mark.gpu
@@ -47,7 +28,7 @@ def test_attention_of_chains_and_trees(heads: int, latent: int, packed: bool) ->
         rows_of_all = torch.arange(len(cache.store), device="cuda")
         length = torch.tensor([context - 1], dtype=torch.int32, device="cuda")
         for rows in (1, 3, 8, 64 if context < 1500 else 16):
-            for plan in (mla.chain(length, rows), _tree(length, rows)):
+            for plan in (mla.chain(length, rows), tree(length, rows)):
                 everything.write(rows_of_all, torch.randn(len(rows_of_all), head.width, device="cuda"))
                 q = torch.randn(rows, head.padded, head.width, device="cuda").bfloat16()
                 for room in mla._rooms.values():
@@ -56,4 +37,4 @@ def test_attention_of_chains_and_trees(heads: int, latent: int, packed: bool) ->
                 got = mla.attend(q, cache, plan, head)
                 expected = mla.attend_reference(q, cache, plan, head).float()
                 assert (got.float() - expected).norm() < TOLERANCE * expected.norm(), (context, rows)
-                assert torch.equal(_alone(q, cache, plan, head), got[-1]), (context, rows)
+                assert torch.equal(decoded_alone(q, cache, plan, head), got[-1]), (context, rows)

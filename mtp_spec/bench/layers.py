@@ -36,7 +36,7 @@ def attention(counts: list[int], rate: float) -> list[Row]:
             for m in (count for count in counts if count <= 16):
                 # the rows are the last of the context, as in FlashMLA's calls
                 length = torch.tensor([context - m], dtype=torch.int32, device="cuda")
-                for kind, plan in (("chain", mla.chain(length, m)), ("tree", _tree(length, m))):
+                for kind, plan in (("chain", mla.chain(length, m)), ("tree", tree(length, m))):
                     if kind == "tree" and m == 1:
                         continue
                     q = torch.randn(m, head.padded, head.width, device="cuda").bfloat16()
@@ -46,16 +46,17 @@ def attention(counts: list[int], rate: float) -> list[Row]:
                             mla.attend(q, cache, plan, head)  # noqa: B023
 
                     micro = graph_time(run) / copies
-                    got = mla.attend(q, caches[1], plan, head).float()
+                    got = mla.attend(q, caches[1], plan, head)
                     expected = attend_reference(q, caches[1], plan, head).float()
-                    error = float((got - expected).norm() / expected.norm())
+                    error = float((got.float() - expected).norm() / expected.norm())
+                    exact = torch.equal(decoded_alone(q, caches[1], plan, head), got[-1])
                     size = context * layout.row_bytes
                     name = f"{heads} heads, {context} tokens, {kind}" + (", FP8 cache" if packed else "")
-                    rows.append(_row("attention", name, m, micro, size, rate, error, _alone(q, caches[1], plan, head)))
+                    rows.append(_row("attention", name, m, micro, size, rate, error, exact))
     return rows
 
 
-def _tree(length: Tensor, m: int) -> mla.Plan:
+def tree(length: Tensor, m: int) -> mla.Plan:
     """Returns a tree of m rows: the root, then pairs of siblings of which the first has children."""
     paths = [[0]]
     for row in range(1, m):
@@ -67,14 +68,13 @@ def _tree(length: Tensor, m: int) -> mla.Plan:
     return mla.Plan(length, depths, torch.arange(m, dtype=torch.int32, device="cuda"), table, most - 1)
 
 
-def _alone(q: Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> bool:
-    """Whether the last row has the bits it has when it is decoded alone after its ancestors."""
-    together = mla.attend(q, cache, plan, head)[-1:]
+def decoded_alone(q: Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> Tensor:
+    """Returns the last row decoded alone after its ancestors, which take their places in the cache."""
     start, depth = int(plan.length), int(plan.depths[-1])
     if plan.ancestors is not None:
         path = plan.ancestors[-1, : depth + 1].long()
         cache.slots[start : start + depth + 1] = cache.slots[start + path].clone()
-    return torch.equal(mla.attend(q[-1:], cache, mla.chain(plan.length + depth, 1), head), together)
+    return mla.attend(q[-1:], cache, mla.chain(plan.length + depth, 1), head)[0]
 
 
 def _row(
