@@ -18,12 +18,13 @@ from mtp_spec.explain import Explanation, explain
 from mtp_spec.finish import Finisher
 from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.loading import check_device, context_limit, dtype_of, load_model
+from mtp_spec.measured import Planners
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.rows import Technique, choose_technique, cuts_are_free
 from mtp_spec.model.transformer import Transformer
-from mtp_spec.options import SamplingParams, Speculation, resolve_speculation, sample_seeds
-from mtp_spec.pace import Pace
+from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation, sample_seeds
+from mtp_spec.planner import TextPlanner
 from mtp_spec.sampling import Sampler
 from mtp_spec.scoring import Scores, score_ids
 from mtp_spec.streaming import Generation, TokenStream
@@ -33,8 +34,8 @@ Message = Mapping[str, str]
 Ids = Sequence[int]
 # larger models are not given a second copy in the processor's own layout
 PACK_BYTES = 2**31
-# what "auto" drafts until it is planned from measurements
-AUTO = Speculation(depth=8, adaptive=True)
+# the most that "auto" drafts
+AUTO = Speculation(branching=(2,) * MAX_DEPTH, budget=16, adaptive=True)
 AUTO_DEVICE = Speculation(depth=3)
 
 
@@ -47,13 +48,17 @@ class LM:
         tokenizer: Tokenizer | None,
         technique: Technique,
         max_context: int,
+        measure: bool = True,
+        progress: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_context = max_context
         self._techniques = {torch.get_num_threads(): technique}
         self._reuse_chunks: dict[int, int] = {}
-        self.pace = Pace()
         self._grammars: Grammars | None = None
+        self._planners: Planners | None = None
+        if isinstance(model, Transformer):
+            self._planners = Planners(model, tokenizer, max_context, measure, progress)
         self.runtime = DeviceRuntime(model, max_context) if isinstance(model, DeviceModel) else None
 
     @property
@@ -204,9 +209,13 @@ class LM:
         reused = 0
         if prefix is not None and prefix.threads == torch.get_num_threads():
             reused = prefix.shared(ids, speculation is not None, self._reuse_chunk(self.model))
+        planner = None
+        if speculation is not None and speculation.adaptive and self._planners is not None:
+            planner = TextPlanner(self._planners.here(self.technique))
         return Decoder(
-            self.model, self.technique, ids, sampler, speculation, limit, finisher.push, self.pace, prefix, reused
+            self.model, self.technique, ids, sampler, speculation, limit, finisher.push, planner, prefix, reused
         )
+
 
     def _reuse_chunk(self, model: Transformer) -> int:
         """Returns in which units caches can be handed on without changing a bit."""
@@ -293,6 +302,7 @@ def load(
     max_batch: int = 1,
     draft_vocabulary: int | str | Path | None = None,
     cache_dtype: str | torch.dtype | None = None,
+    measure: bool = True,
     progress: bool = False,
 ) -> LM:
     """Returns a model ready to generate.
@@ -312,7 +322,9 @@ def load(
             less of the head is read for them, and the text stays what it is. None drafts any token.
         cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
             which holds nearly twice the tokens and rounds them, so it changes the text (docs/howto/gpu.md).
-        progress: show a bar over the bytes read.
+        measure: time the passes of a step at the first use of "auto", a few seconds, and keep the times in the user's
+            cache directory; False plans from typical times and writes nothing.
+        progress: show a bar over the bytes read, and over the measurements.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model.
@@ -331,11 +343,11 @@ def load(
                            cache_dtype)  # fmt: skip
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
-        return LM(model, tokenizer, "batched", limit)
+        return LM(model, tokenizer, "batched", limit, measure, progress)
     model.requires_grad_(False)
     if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
         model.pack()
-    return LM(model, tokenizer, choose_technique(model), limit)
+    return LM(model, tokenizer, choose_technique(model), limit, measure, progress)
 
 
 def _progress(show: bool) -> Any:

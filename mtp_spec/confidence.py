@@ -1,37 +1,96 @@
 """How likely a draft is to be accepted, judged from its lead over the runner-up.
 
-Under coupled sampling the target draws the argmax of its own row plus the same noise. If the draft's best score
-leads by a wide margin, a target that differs a little picks the same token; if it leads by little, it is a toss-up.
-The lead is in units of noise (logits over temperature), so one scale serves every temperature. Drafts never change
-the text, so the estimate may learn while running.
+Under coupled sampling the target draws the argmax of its own row plus the same noise. If the draft's best score leads
+by a wide margin, a target that differs a little picks the same token; if it leads by little, it is a toss-up. The lead
+is in units of noise (logits over temperature). How much it is worth depends on temperature, text and depth, so its
+weights are learned while running: by a logistic regression with forgetting, started where earlier texts of the model
+left off. Drafts never change the text, so learning may not either.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import exp
 
-# where one class of leads ends and the next begins
-EDGES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.5)
-# the chance before anything was seen, as this many observations: sigmoid(OFFSET + SLOPE * lead)
-OFFSET, SLOPE, PRIOR_WEIGHT = -0.4, 1.1, 6.0
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+
+# a lead beyond this says no more: the weight of the others should not follow from it
+MOST_LEAD = 6.0
+# before anything was seen: constant, lead, second depth and later, third depth and later; and how sure that is
+WEIGHTS, SURENESS = (-0.4, 1.3, 0.0, 0.0), (4.0, 8.0, 8.0, 8.0)
+# observations that a text remembers, that a model's texts remember, and what the latter count for in a new text
+TEXT_MEMORY, MODEL_MEMORY, CARRIED = 150.0, 1500.0, 30.0
+# siblings: the chance of each once the better ones have failed, before anything was seen, as this many observations
+SHARE, SHARE_SEEN, RANKS = 0.5, 8.0, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A judged node whose parent was accepted: what was known of it, and the rank of the accepted sibling, if any."""
+
+    lead: float
+    depth: int
+    width: int
+    accepted: int | None
 
 
 class Confidence:
-    """Acceptance rate by lead, of one sequence."""
+    """Acceptance of drafts and siblings.
 
-    def __init__(self) -> None:
-        middles = [(a + b) / 2 for a, b in zip((0.0, *EDGES), (*EDGES, EDGES[-1] + 1.5), strict=True)]
-        self._accepted = [PRIOR_WEIGHT / (1 + exp(-OFFSET - SLOPE * lead)) for lead in middles]
-        self._tried = [PRIOR_WEIGHT] * len(middles)
+    Args:
+        memory: observations after which an old one counts for a third.
+    """
 
-    def chance(self, lead: float) -> float:
-        """Returns the probability that a draft with this lead is accepted, if its parent is."""
-        index = bisect_right(EDGES, lead)
-        return self._accepted[index] / self._tried[index]
+    def __init__(self, memory: float = MODEL_MEMORY) -> None:
+        self._keep = 1.0 - 1.0 / memory
+        self._weights: Vector = np.array(WEIGHTS)
+        self._precision: Vector = np.diag(SURENESS)
+        self._seen = 0.0
+        self._shares = [[SHARE * SHARE_SEEN, SHARE_SEEN] for _ in range(RANKS)]
 
-    def observe(self, lead: float, accepted: bool) -> None:
-        """Counts a draft whose parent was accepted."""
-        index = bisect_right(EDGES, lead)
-        self._accepted[index] += accepted
-        self._tried[index] += 1
+    def for_text(self) -> Confidence:
+        """Returns the estimate that a new text starts from."""
+        text = Confidence(TEXT_MEMORY)
+        text._weights = self._weights.copy()
+        text._precision = self._precision * (CARRIED / max(CARRIED, self._seen))
+        text._shares = [[SHARE_SEEN * won / tried, SHARE_SEEN] for won, tried in self._shares]
+        return text
+
+    def chance(self, lead: float, depth: int) -> float:
+        """Returns the probability that the best child at this depth is accepted, if its parent is."""
+        return 1.0 / (1.0 + exp(-float(self._weights @ _features(lead, depth))))
+
+    def share(self, rank: int) -> float:
+        """Returns the probability that the sibling of this rank (1 or more) is the one, once the better failed."""
+        won, tried = self._shares[min(rank, RANKS) - 1]
+        return won / tried
+
+    def learn(self, outcomes: Sequence[Outcome]) -> None:
+        """Takes the outcomes of one step."""
+        if not outcomes:
+            return
+        seen = np.stack([_features(one.lead, one.depth) for one in outcomes])
+        accepted = np.array([one.accepted == 0 for one in outcomes], dtype=np.float64)
+        expected = 1.0 / (1.0 + np.exp(-(seen @ self._weights)))
+        keep = self._keep ** len(outcomes)
+        self._seen = self._seen * keep + len(outcomes)
+        # what was known at first is not forgotten: it keeps the matrix regular
+        start = np.diag(SURENESS)
+        weight = expected * (1.0 - expected)
+        self._precision = start + (self._precision - start) * keep + (seen * weight[:, None]).T @ seen
+        self._weights = self._weights + np.linalg.solve(self._precision, seen.T @ (accepted - expected))
+        for one in outcomes:
+            for rank in range(1, min(one.width, RANKS + 1)):
+                if one.accepted is not None and one.accepted < rank:
+                    break
+                counts = self._shares[rank - 1]
+                counts[0] = counts[0] * self._keep + (one.accepted == rank)
+                counts[1] = counts[1] * self._keep + 1.0
+
+
+def _features(lead: float, depth: int) -> Vector:
+    return np.array((1.0, min(lead, MOST_LEAD), float(depth >= 2), float(depth >= 3)))

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_spec.confidence import Confidence
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
+from mtp_spec.planner import TextPlanner
 from mtp_spec.rules import Choices, Rule
 from mtp_spec.rules.base import Law
 from mtp_spec.sampling import History, Sampler
@@ -28,9 +28,9 @@ from mtp_spec.tree import ROOT, TokenTree
 
 # rows of a prompt that pass through a module at once
 CHUNK = 256
-# An adaptive tree goes deeper only below nodes that are accepted at least this often: one more level costs about a
-# third of a plain step (its draft, and one more row to verify), a committed token is worth a little over half of one.
-WORTH_EXTENDING = 0.5
+# Tokens that the modules have not seen when drafting begins again after plain steps. Older ones are left out, so that a
+# pause costs nothing: drafts need the recent context most (Windowed-MTP, 2607.21535).
+MOST_BEHIND, KEPT_BEHIND = 64, 32
 
 
 @dataclass(slots=True)
@@ -41,8 +41,7 @@ class Leaf:
     hidden: Tensor  # [1, D], the output that predicts this node's children
     history: History
     slots: tuple[int, ...]
-    score: float
-    chance: float  # that this node is accepted
+    score: float  # of an adaptive tree the chance that it is accepted, else its log-probability under the draft
 
 
 class Drafter:
@@ -53,6 +52,7 @@ class Drafter:
         tokens: capacity of the caches in tokens.
         rule: draws the drafts; None for the coupled rule, whose drafts follow the noise.
         choices: the rule's randomness.
+        planner: decides which nodes an adaptive tree has.
     Attributes:
         laws: for each node of the last tree the law it was drawn from, where a rule drew it.
         chances: for each node its probability under the draft, where `explaining` asks for it.
@@ -60,17 +60,21 @@ class Drafter:
     """
 
     def __init__(
-        self, model: Transformer, tokens: int, rule: Rule | None = None, choices: Choices | None = None
+        self,
+        model: Transformer,
+        tokens: int,
+        rule: Rule | None = None,
+        choices: Choices | None = None,
+        planner: TextPlanner | None = None,
     ) -> None:
-        self.model, self.rule, self.choices = model, rule, choices
+        self.model, self.rule, self.choices, self.planner = model, rule, choices, planner
         self.laws: list[Law] = []
         self.explaining, self.chances = False, list[float]()
         self.root_row: Tensor | None = None
         self.caches = [model.new_mtp_cache(tokens) for _ in model.mtp]
         # per module: inputs not yet in its cache, hidden states of consecutive positions
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
-        self._confidence = Confidence()
-        self._leads: dict[int, float] = {}
+        self._left_out = 0  # tokens before those of slot 0
 
     def take(self, caches: Sequence[LatentCache], length: int) -> None:
         """Begins with what an earlier text's modules held of the first `length` positions."""
@@ -78,21 +82,28 @@ class Drafter:
             own.take(theirs, length)
 
     def settle(self, tokens: Sequence[int]) -> int:
-        """Brings every module's cache up to the committed tokens; returns the positions that all of them hold."""
+        """Brings every module's cache up to the committed tokens; returns the first positions that all of them hold."""
         if self._pending[0]:
             self._extend(tokens)
-        return min(cache.length for cache in self.caches)
+        return 0 if self._left_out else min(cache.length for cache in self.caches)
 
     def observe(self, hidden: Tensor) -> None:
         """Takes the main model's normed hidden states `[k, D]` of newly committed positions, in order."""
         self._pending[0].append(hidden)
 
-    def judge(self, tree: TokenTree, accepted: Sequence[int]) -> None:
-        """Learns from a verified tree which drafts are worth their cost."""
-        path = {ROOT, *accepted}
-        for node, lead in self._leads.items():
-            if tree.parents[node] in path:
-                self._confidence.observe(lead, node in path)
+    @property
+    def pending(self) -> int:
+        """Committed positions that the first module has not seen."""
+        return sum(hidden.shape[0] for hidden in self._pending[0])
+
+    def rest(self) -> None:
+        """Told of a plain step: tokens are left out where too many wait."""
+        if self.pending > MOST_BEHIND:
+            hidden = torch.cat(self._pending[0])
+            self._left_out += self.caches[0].length + hidden.shape[0] - KEPT_BEHIND
+            self._pending = [[hidden[-KEPT_BEHIND:]], *([] for _ in self.caches[1:])]
+            for cache in self.caches:
+                cache.rewind(0)
 
     def draft(
         self,
@@ -109,22 +120,27 @@ class Drafter:
             depth: draft no deeper than this.
             history: the sampler's history at the root.
         """
-        root = len(tokens) - 1
+        root, planner = len(tokens) - 1, self.planner
         hidden = self._extend(tokens)
-        tree = TokenTree()
-        leaves = [Leaf(ROOT, hidden, history, (), 0.0, 1.0)]
-        self._leads.clear()
+        tree, chances = TokenTree(), list[float]()
+        leaves = [Leaf(ROOT, hidden, history, (), 0.0 if planner is None else 1.0)]
         self.laws.clear()
         self.chances.clear()
         for level in range(1, min(depth, speculation.depth) + 1):
+            if planner is not None:
+                leaves = [leaves[i] for i in planner.deeper([leaf.score for leaf in leaves], len(tree))]
+            if not leaves:
+                break
             if level > 1:
                 self._advance(tree, leaves, level, root)
             leaves = self._grow(tree, leaves, level, root + level, speculation, sampler)
-            if speculation.adaptive:
-                leaves = [leaf for leaf in leaves if leaf.chance >= WORTH_EXTENDING]
-            if not leaves:
-                break
-        return tree
+            chances += [leaf.score for leaf in leaves]
+        return tree if planner is None else self._chosen(tree, planner.choose(tree, chances))
+
+    def _chosen(self, tree: TokenTree, nodes: Sequence[int]) -> TokenTree:
+        if self.explaining:
+            self.chances = [self.chances[node] for node in nodes]
+        return tree.part(nodes)
 
     def _extend(self, tokens: Sequence[int]) -> Tensor:
         """Brings every module's cache up to the committed tokens; returns the root's hidden state `[1, D]`."""
@@ -132,7 +148,7 @@ class Drafter:
         for module, cache in enumerate(self.caches):
             hidden = torch.cat(self._pending[module])
             # rows whose token is known
-            ready = max(0, len(tokens) - 1 - module - cache.length)
+            ready = max(0, len(tokens) - 1 - module - self._left_out - cache.length)
             outputs = self._run(module, tokens, hidden[:ready])
             self._pending[module] = [hidden[ready:]] if ready < hidden.shape[0] else []
             if module == 0:
@@ -147,9 +163,9 @@ class Drafter:
         cache, outputs = self.caches[module], [hidden[:0]]
         table = self.model.table(cache.capacity + len(self.caches))
         for part in hidden.split(CHUNK) if hidden.shape[0] else ():
-            first = cache.length + module + 1
-            ids = tokens[first : first + part.shape[0]]
-            plan = plan_rows(table, cache.length, range(-1, len(ids) - 1), offset=module + 1)
+            offset = self._left_out + module + 1
+            ids = tokens[offset + cache.length :][: part.shape[0]]
+            plan = plan_rows(table, cache.length, range(-1, len(ids) - 1), offset)
             outputs.append(self.model.mtp_rows(module, ids, part, cache, plan))
             cache.commit(range(len(ids)))
         return torch.cat(outputs)
@@ -184,7 +200,6 @@ class Drafter:
         logits = self.model.draft_logits(torch.cat([leaf.hidden for leaf in leaves]))
         width, budget = speculation.branching[level - 1], speculation.budget
         children: list[tuple[float, int, int, Leaf, Law | None]] = []
-        leads: dict[int, float] = {}
         shares: dict[int, dict[int, float]] = {}
         for row, parent in zip(logits, leaves, strict=True):
             processed = sampler.process(row, parent.history)
@@ -196,13 +211,14 @@ class Drafter:
             if self.explaining:
                 whole = processed.double().softmax(-1)
                 shares[parent.node] = {token: float(whole[token]) for token in top}
-            if speculation.adaptive:
-                leads[parent.node] = sampler.lead(processed, position, top[0])
             scores = [parent.score] * len(top)
-            if budget is not None:
+            if self.planner is not None:
+                lead = sampler.lead(processed, position, top[0])
+                scores = self.planner.children(parent.node, parent.score, lead, level, len(top))
+            elif budget is not None:
                 logprobs = processed.log_softmax(-1)
                 scores = [parent.score + float(logprobs[token]) for token in top]
-            children += [(scores[rank], rank, token, parent, laws[rank]) for rank, token in enumerate(top)]
+            children += [(score, rank, top[rank], parent, laws[rank]) for rank, score in enumerate(scores)]
         if budget is not None:
             children = sorted(children, key=lambda child: -child[0])[: speculation.room(level, len(tree))]
         grown = []
@@ -212,8 +228,7 @@ class Drafter:
                 self.chances.append(shares[parent.node][token])
             if law is not None:
                 self.laws.append(law)
-            chance = self._chance(parent, node, rank, leads.get(parent.node))
-            grown.append(Leaf(node, parent.hidden, parent.history.child(token), parent.slots, score, chance))
+            grown.append(Leaf(node, parent.hidden, parent.history.child(token), parent.slots, score))
         return grown
 
     def _propose(
@@ -226,13 +241,3 @@ class Drafter:
         law = sampler.law(processed, position)
         proposals = self.rule.propose(law, processed.numpy(), width, self.choices)
         return [proposal.token for proposal in proposals], [proposal.law for proposal in proposals]
-
-    def _chance(self, parent: Leaf, node: int, rank: int, lead: float | None) -> float:
-        if lead is None:
-            return 1.0
-        best = self._confidence.chance(lead)
-        if rank == 0:
-            self._leads[node] = lead
-            return parent.chance * best
-        # what the best sibling leaves, halved from one to the next
-        return parent.chance * (1 - best) * 0.5**rank

@@ -16,7 +16,7 @@ from mtp_spec.draft import Drafter
 from mtp_spec.model.rows import Technique, row_logits, verify_rows
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
-from mtp_spec.pace import Pace, TextPace
+from mtp_spec.planner import TextPlanner
 from mtp_spec.prefix import Prefix
 from mtp_spec.rules import RULES
 from mtp_spec.rules.base import SeededChoices
@@ -39,7 +39,7 @@ class Decoder:
         speculation: shape of the trees, or None for plain decoding.
         limit: most tokens that will be drawn.
         is_last: told each token as it is drawn; true ends the text there.
-        pace: where given, adaptive speculation pauses while it does not pay.
+        planner: decides the trees of adaptive speculation.
         prefix, reused: an earlier text's caches and how many of its first tokens to take from them.
     """
 
@@ -52,7 +52,7 @@ class Decoder:
         speculation: Speculation | None,
         limit: int,
         is_last: Callable[[int], bool],
-        pace: Pace | None = None,
+        planner: TextPlanner | None = None,
         prefix: Prefix | None = None,
         reused: int = 0,
     ) -> None:
@@ -65,7 +65,9 @@ class Decoder:
         self.cache = model.new_cache(room + 1)
         self.rule = None if speculation is None else RULES.get(speculation.acceptance)
         self.choices = SeededChoices(sampler.params.seed)
-        self.drafter = None if speculation is None else Drafter(model, room + 1, self.rule, self.choices)
+        self.planner, self.drafter = planner, None
+        if speculation is not None:
+            self.drafter = Drafter(model, room + 1, self.rule, self.choices, planner)
         self.stats = GenerationStats(reused_tokens=reused)
         self.finished = False
         # false while caches are being written: a step that was cut short leaves them as they must not be used
@@ -77,8 +79,6 @@ class Decoder:
             self.cache.take(prefix.cache, reused)
             if self.drafter is not None:
                 self.drafter.take(prefix.mtp_caches, reused)
-        adaptive = speculation is not None and speculation.adaptive
-        self.pace = TextPace(pace) if pace is not None and adaptive else None
         # shown every verified tree, with the target's rows and what was accepted: see `mtp_spec.explain`
         self.watch: Callable[[TokenTree, Tensor, History, Accepted], None] | None = None
 
@@ -100,18 +100,19 @@ class Decoder:
     def step(self) -> list[Drawn]:
         """Drafts a tree, verifies it in one pass, accepts a path, commits it; returns the new tokens."""
         start, self._at_rest = perf_counter(), False
-        wanted = self.pace is None or self.pace.drafts()
-        tree = self._draft() if wanted else TokenTree()
+        tree = self._draft()
+        drafted = perf_counter()
         hidden, logits = self._verify(tree)
         before = self.history
         accepted = self._accept(tree, logits)
         if self.watch is not None:
             self.watch(tree, logits, before, accepted)
         self._commit(hidden, [0, *(node + 1 for node in accepted.nodes)])
-        if self.drafter is not None and len(tree) and not accepted.stopped:
-            self.drafter.judge(tree, accepted.nodes)
-        if self.pace is not None and not accepted.stopped:
-            self.pace.record(len(tree) > 0, perf_counter() - start, len(accepted.drawn))
+        if self.planner is not None:
+            ended = perf_counter()
+            self.stats.record_plan(self.planner.tokens, self.planner.seconds, len(accepted.drawn), ended - start)
+            if not accepted.stopped:
+                self.planner.learn(tree, accepted.nodes, drafted - start, ended - drafted)
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
         self._at_rest = True
@@ -133,7 +134,11 @@ class Decoder:
     def _draft(self) -> TokenTree:
         # the target adds a token of its own, so that the deepest useful draft is one short of the limit
         depth = self.end - len(self.tokens) - 1
-        if self.drafter is None or self.speculation is None or depth < 1:
+        if self.drafter is None or self.speculation is None:
+            return TokenTree()
+        wanted = self.planner is None or self.planner.drafts(len(self.tokens), self.drafter.pending)
+        if depth < 1 or not wanted:
+            self.drafter.rest()
             return TokenTree()
         with self.stats.phase("draft"):
             return self.drafter.draft(

@@ -1,75 +1,49 @@
-"""Whether drafting pays right now: measured while running, so that "auto" is never slower than plain for long.
+"""Whether drafting pays right now, so that "auto" is never slower than plain decoding for long.
 
-Both sides are in the same unit, seconds a committed token. Plain steps give the one, steps that drafted the other.
-Where drafting loses it is put off, each time for longer; a step that tries again tells when the text has changed. What
-a text taught is where the next one starts. Whether a step drafts never changes the text.
+Every drafted step gains or loses something against plain decoding. Losses not made up for are a debt; once it reaches
+a plain step, steps are plain, which costs nothing. Now and then a step drafts all the same, because only that tells
+when the text has changed: what such tries lose is a fixed share of the time, so that they come often where they lose
+little and seldom where they lose much. Whether a step drafts never changes the text.
 """
 
 from __future__ import annotations
 
-# weight of what is new in the running means, and of the last texts in a new one, as steps
-NEWER = 0.12
-PRIOR_STEPS = 2.0
-# steps without drafts after the first failure, and how much longer each further pause is
-FIRST_PAUSE, LONGER = 12, 3
-# drafted steps after which plain decoding is timed again: its cost grows with the context
-STALE = 200
+# all in plain steps: the debt at which drafting stops; the share of plain time that tries may lose; the least price
+MOST_DEBT, ALLOWED, LEAST_PRICE = 1.0, 0.004, 0.05
 
 
 class Pace:
-    """What a model's texts have shown so far; one a model."""
+    """Decides for one text, step by step.
 
-    def __init__(self) -> None:
-        self.plain_seconds: float | None = None
-        self.tokens: float | None = None  # a drafted step
-        self.seconds: float | None = None  # a drafted step
-        self.since_plain = 0
+    Args:
+        debt: what the texts before left.
+    """
 
+    def __init__(self, debt: float = 0.0) -> None:
+        self.debt = debt
+        # a text's first step may always try: what the last text taught may not hold for it
+        self._saved, self._price = float("inf"), LEAST_PRICE
 
-class TextPace:
-    """Decides for one text, step by step."""
+    @property
+    def paused(self) -> bool:
+        """Whether steps are plain, but for tries."""
+        return self.debt >= MOST_DEBT
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
-        self._steps, self._tokens, self._seconds = 0.0, 0.0, 0.0
-        if pace.tokens is not None and pace.seconds is not None:
-            self._steps = PRIOR_STEPS
-            self._tokens, self._seconds = PRIOR_STEPS * pace.tokens, PRIOR_STEPS * pace.seconds
-        self._pause, self._left = FIRST_PAUSE, 0
+    def drafts(self, catching_up: float = 0.0) -> bool:
+        """Returns whether the next step should draft.
 
-    def drafts(self) -> bool:
-        """Returns whether the next step should draft."""
-        if self._left > 0:
-            self._left -= 1
-            return False
-        unknown = self.pace.plain_seconds is None and self._steps > 0
-        return not unknown and self.pace.since_plain < STALE
+        Args:
+            catching_up: what it costs to begin again after plain steps.
+        """
+        if not self.paused:
+            return True
+        if self._saved >= self._price + catching_up:
+            self._saved = 0.0
+            return True
+        self._saved += ALLOWED
+        return False
 
-    def record(self, drafted: bool, seconds: float, tokens: int) -> None:
-        """Takes the time of a step and the tokens it committed."""
-        pace = self.pace
-        if not drafted:
-            pace.plain_seconds = _mean(pace.plain_seconds, seconds)
-            pace.since_plain = 0
-            return
-        pace.since_plain += 1
-        pace.tokens, pace.seconds = _mean(pace.tokens, tokens), _mean(pace.seconds, seconds)
-        keep = 1.0 - NEWER
-        self._steps = self._steps * keep + 1.0
-        self._tokens = self._tokens * keep + tokens
-        self._seconds = self._seconds * keep + seconds
-        if pace.plain_seconds is None:
-            return
-        if self._seconds > pace.plain_seconds * self._tokens:
-            self._left, self._pause = self._pause, self._pause * LONGER
-            # the next try counts for more than what led here
-            shrink = PRIOR_STEPS / max(self._steps, PRIOR_STEPS)
-            self._steps, self._tokens, self._seconds = (
-                value * shrink for value in (self._steps, self._tokens, self._seconds)
-            )
-        else:
-            self._pause = FIRST_PAUSE
-
-
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + NEWER * (new - old)
+    def record(self, gain: float) -> None:
+        """Takes what a drafted step gained over plain decoding."""
+        self._price = max(-gain, LEAST_PRICE)
+        self.debt = min(MOST_DEBT, max(0.0, self.debt - gain))

@@ -10,10 +10,31 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 PHASES = ("prefill", "draft", "verify", "sample")
+
+
+@dataclass(slots=True)
+class Planned:
+    """Sums over the steps that a planner chose: expected, then measured."""
+
+    steps: int = 0
+    expected_tokens: float = 0.0
+    expected_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, float]:
+        """Tokens per step and per second, expected and measured; zeros without steps."""
+        return {
+            "steps": self.steps,
+            "expected_tokens_per_step": _ratio(self.expected_tokens, self.steps),
+            "tokens_per_step": _ratio(self.tokens, self.steps),
+            "expected_tokens_per_second": _ratio(self.expected_tokens, self.expected_seconds),
+            "tokens_per_second": _ratio(self.tokens, self.seconds),
+        }
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +53,7 @@ class GenerationStats:
         accepted_by_rank: sibling rank (0 = best) -> accepted tokens.
         phase_seconds: phase -> seconds; see ``seconds``.
         total_seconds: wall-clock seconds of the whole generation.
+        planned: what was expected of the steps that a planner chose, beside what came.
     """
 
     prompt_tokens: int = 0
@@ -45,6 +67,7 @@ class GenerationStats:
     accepted_by_rank: Counter[int] = field(default_factory=Counter)
     phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     total_seconds: float = 0.0
+    planned: Planned = field(default_factory=Planned)
     # by depth d: steps that proposed d; those of them that accepted d - 1; those that accepted d
     _proposed: Counter[int] = field(default_factory=Counter)
     _reached: Counter[int] = field(default_factory=Counter)
@@ -82,6 +105,15 @@ class GenerationStats:
         self._proposed.update(range(1, proposed_depth + 1))
         self._reached.update(range(1, min(accepted + 1, proposed_depth) + 1))
         self._passed.update(range(1, accepted + 1))
+
+    def record_plan(self, expected_tokens: float, expected_seconds: float, tokens: int, seconds: float) -> None:
+        """Count a step that a planner chose."""
+        planned = self.planned
+        planned.steps += 1
+        planned.expected_tokens += expected_tokens
+        planned.expected_seconds += expected_seconds
+        planned.tokens += tokens
+        planned.seconds += seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -133,6 +165,8 @@ class GenerationStats:
                 setattr(merged, name, getattr(merged, name) + getattr(part, name))
             for name in ("histogram", "accepted_by_rank", "_proposed", "_reached", "_passed"):
                 getattr(merged, name).update(getattr(part, name))
+            for name in fields(Planned):
+                setattr(merged.planned, name.name, getattr(merged.planned, name.name) + getattr(part.planned, name.name))
             for name, seconds in part.phase_seconds.items():
                 merged.phase_seconds[name] = merged.phase_seconds.get(name, 0.0) + seconds
         return merged
@@ -151,6 +185,7 @@ class GenerationStats:
             "accepted_by_rank": {str(rank): self.accepted_by_rank[rank] for rank in sorted(self.accepted_by_rank)},
             "histogram": {str(count): self.histogram[count] for count in sorted(self.histogram)},
             "seconds": self.seconds,
+            "planned": self.planned.to_json(),
             "tokens_per_second": self.tokens_per_second,
         }
 

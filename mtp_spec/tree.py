@@ -86,6 +86,13 @@ class TokenTree:
         """Nodes of one depth, in the order they were added."""
         return [node for node, node_depth in enumerate(self.depths) if node_depth == depth]
 
+    def part(self, nodes: Sequence[int]) -> TokenTree:
+        """The tree of these nodes alone, given in ascending order, each with its parent."""
+        tree, numbers = TokenTree(), {ROOT: ROOT}
+        for node in nodes:
+            numbers[node] = tree.add(numbers[self.parents[node]], self.tokens[node], self.ranks[node])
+        return tree
+
     def is_chain(self) -> bool:
         """Whether every node has at most one child, the root included."""
         return self.depth == len(self)

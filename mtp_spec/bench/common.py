@@ -26,6 +26,7 @@ from rich.table import Table
 import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
+from mtp_spec.measured import processor_name
 
 Row = dict[str, Any]
 
@@ -79,7 +80,7 @@ def machine(lm: LM | None) -> Row:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -94,15 +95,6 @@ def _model(lm: LM) -> Row:
         "rows": lm.technique,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _digest(lm: LM) -> str:
