@@ -30,7 +30,7 @@ from mtp_spec.tree import ROOT, TokenTree
 CHUNK = 256
 # Tokens that the modules have not seen when drafting begins again after plain steps. Older ones are left out, so that a
 # pause costs nothing: drafts need the recent context most (Windowed-MTP, 2607.21535).
-MOST_BEHIND, KEPT_BEHIND = 64, 32
+MOST_BEHIND, KEPT_BEHIND = 48, 24
 
 
 @dataclass(slots=True)

@@ -8,8 +8,9 @@ little and seldom where they lose much. Whether a step drafts never changes the 
 
 from __future__ import annotations
 
-# all in plain steps: the debt at which drafting stops; the share of plain time that tries may lose; the least price
-MOST_DEBT, ALLOWED, LEAST_PRICE = 1.0, 0.004, 0.05
+# all in plain steps: the debts at which drafting is doubted and at which it stops; the share of plain time that tries
+# may lose; the least price of a try
+DOUBTED_DEBT, MOST_DEBT, ALLOWED, LEAST_PRICE = 0.25, 1.0, 0.004, 0.05
 
 
 class Pace:
@@ -23,6 +24,11 @@ class Pace:
         self.debt = debt
         # a text's first step may always try: what the last text taught may not hold for it
         self._saved, self._price = float("inf"), LEAST_PRICE
+
+    @property
+    def doubted(self) -> bool:
+        """Whether drafting has to show that it pays."""
+        return self.debt >= DOUBTED_DEBT
 
     @property
     def paused(self) -> bool:

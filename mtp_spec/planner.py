@@ -78,7 +78,7 @@ class TextPlanner:
         self._pace, self._confidence = Pace(planner.debt), planner.confidence.for_text()
         self._rate, self._best = planner.rate, planner.best
         self._promised = self._kept = TRUSTED
-        self.tokens, self.seconds = 1.0, 0.0
+        self.tokens, self.seconds, self._doubted = 1.0, 0.0, False
         self._start(0, 1)
 
     def drafts(self, context: int, pending: int) -> bool:
@@ -89,6 +89,7 @@ class TextPlanner:
             pending: those of them that the MTP module has not seen.
         """
         self._start(context, pending)
+        self._doubted = self._pace.doubted
         if self._pace.paused:
             self._rate = 1.0  # what the time would bring elsewhere is plain decoding
         return self._pace.drafts(self._catching_up)
@@ -142,21 +143,24 @@ class TextPlanner:
     def choose(self, tree: TokenTree, chances: Sequence[float]) -> list[int]:
         """Returns the nodes worth verifying, ascending, and settles what is expected of the step."""
         order = sorted(range(len(tree)), key=lambda node: (-chances[node], node))
-        line = [node for node in order if not any(tree.ranks[step] for step in tree.path(node))]
-        kept, tokens, time = self._prefix(line, chances, self._times.verify)
-        if len(order) > len(line):
-            other = self._prefix(order, chances, self._times.tree)
-            if other[1] - self._rate * other[2] > tokens - self._rate * time:
-                kept, tokens, time = other
-        self.tokens, self.seconds = tokens, time * self._plain
+        chain = [node for node in order if not any(tree.ranks[step] for step in tree.path(node))]
+        found = [self._prefix(nodes, chances, chain) for nodes in (chain, order)]
+        kept, self.tokens, time = max(found, key=lambda one: one[1] - self._rate * one[2])
+        if self._doubted and not kept:  # only a verified draft tells
+            kept, self.tokens, time = order[:1], 1.0 + chances[order[0]], self._drafting + self._chain(2)
+        self.seconds = time * self._plain
         numbers = {ROOT: ROOT, **{node: number for number, node in enumerate(sorted(kept))}}
         self._leads = {numbers[node]: lead for node, lead in self._leads.items() if node in numbers}
         return sorted(kept)
 
-    def _prefix(self, nodes: list[int], chances: Sequence[float], curve: Curve) -> tuple[list[int], float, float]:
+    def _prefix(
+        self, nodes: list[int], chances: Sequence[float], chain: Sequence[int]
+    ) -> tuple[list[int], float, float]:
         """Returns the first so many nodes that gain most, with tokens and time of their step."""
-        tokens, found = 1.0, (list[int](), 1.0, 1.0 + self._drafting)
+        tokens, found, curve = 1.0, (list[int](), 1.0, 1.0 + self._drafting), self._times.verify
         for count, node in enumerate(nodes, start=1):
+            if node not in chain:
+                curve = self._times.tree
             tokens += chances[node]
             time = self._drafting + self._unit("verify", curve, count + 1)
             if tokens - self._rate * time > found[1] - self._rate * found[2]:
@@ -184,7 +188,8 @@ class TextPlanner:
         self._promised += promised - NEWER * self._promised
         self._kept += len(accepted) - NEWER * self._kept
         tokens = 1.0 + promised * self._kept / self._promised
-        self._pace.record(tokens - (time - self._catching_up))
+        # what came is less certain than what was expected, but it counts where expectations are in doubt
+        self._pace.record((1.0 + len(accepted) if self._doubted else tokens) - (time - self._catching_up))
         planner.debt = self._pace.debt
         rate = max(1.0, tokens / time)
         self._rate, planner.rate = _mean(self._rate, rate, NEWER), _mean(planner.rate, rate, SLOWER)
@@ -198,12 +203,14 @@ class TextPlanner:
 
     def _row(self, nodes: int) -> float:
         """Returns the time of one more row beside a chain of nodes."""
-        verify = self._times.verify
-        return self._unit("verify", verify, nodes + 2) - self._unit("verify", verify, nodes + 1)
+        return self._chain(nodes + 2) - self._chain(nodes + 1)
 
     def _branch(self, nodes: int) -> float:
         """Returns the time of one more row that makes the chain a tree."""
-        return self._unit("verify", self._times.tree, nodes + 2) - self._unit("verify", self._times.verify, nodes + 1)
+        return self._unit("verify", self._times.tree, nodes + 2) - self._chain(nodes + 1)
+
+    def _chain(self, rows: int) -> float:
+        return self._unit("verify", self._times.verify, rows)
 
 
 def _mean(old: float, new: float, weight: float) -> float:

@@ -165,8 +165,8 @@ class GenerationStats:
                 setattr(merged, name, getattr(merged, name) + getattr(part, name))
             for name in ("histogram", "accepted_by_rank", "_proposed", "_reached", "_passed"):
                 getattr(merged, name).update(getattr(part, name))
-            for name in fields(Planned):
-                setattr(merged.planned, name.name, getattr(merged.planned, name.name) + getattr(part.planned, name.name))
+            for name in (one.name for one in fields(Planned)):
+                setattr(merged.planned, name, getattr(merged.planned, name) + getattr(part.planned, name))
             for name, seconds in part.phase_seconds.items():
                 merged.phase_seconds[name] = merged.phase_seconds.get(name, 0.0) + seconds
         return merged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from itertools import pairwise
 
 import numpy as np
@@ -14,8 +13,6 @@ from scipy.stats import chisquare
 
 from mtp_spec import SamplingParams
 from mtp_spec.accept import accept_coupled
-from mtp_spec.confidence import EDGES, Confidence
-from mtp_spec.pace import Pace, TextPace
 from mtp_spec.sampling import Sampler
 from mtp_spec.stats import GenerationStats
 from mtp_spec.tree import ROOT, TokenTree
@@ -47,6 +44,9 @@ def test_paths_masks_and_tables_agree(parents: list[int]) -> None:
         assert tree.child(tree.parents[node], node) == node
     assert sum(len(tree.nodes_at(depth)) for depth in range(1, tree.depth + 1)) == len(tree)
     assert tree.is_chain() == all(len(tree.children(node)) <= 1 for node in range(ROOT, len(tree)))
+    line = tree.path(len(tree) - 1) if parents else []
+    part = tree.part(line)
+    assert (part.is_chain(), part.tokens, part.path_tokens(len(part) - 1) if line else []) == (True, line, line)
 
 
 def test_a_tree_refuses_equal_siblings_and_missing_parents() -> None:
@@ -103,47 +103,3 @@ def test_coupled_acceptance_keeps_the_law_and_the_draws(drafts: list[int]) -> No
     assert chisquare(counts.ravel(), expected.ravel() * counts.sum() / expected.sum()).pvalue > 1e-4
     # stronger than the law: every single draw is that of the empty tree
     assert (counts == law(rows, TokenTree(), 3000)).all()
-
-
-def test_confidence_starts_increasing_and_learns() -> None:
-    confidence = Confidence()
-    leads = [0.0, *(edge + 0.01 for edge in EDGES)]
-    before = [confidence.chance(lead) for lead in leads]
-    assert before == sorted(before)
-    assert 0.3 < before[0] < before[-1] < 1.0
-    draws = random.Random(0)
-    for _ in range(400):
-        confidence.observe(0.1, draws.random() < 0.2)
-    assert confidence.chance(0.1) == pytest.approx(0.2, abs=0.08)
-    assert confidence.chance(2.5) == before[leads.index(2.01)]
-
-
-@pytest.mark.parametrize(("tokens", "most", "least"), [(1.05, 0.04, 0.0), (1.4, 0.15, 0.0), (2.5, 1.0, 0.97)])
-def test_pace_pauses_where_drafting_does_not_pay(tokens: float, most: float, least: float) -> None:
-    """A drafted step takes 1.5 plain ones: it must commit more than 1.5 tokens."""
-    pace, generator = Pace(), random.Random(0)
-    drafted = steps = 0
-    spent = made = 0.0
-    for text in range(6):
-        own = TextPace(pace)
-        for _ in range(128):
-            drafts = own.drafts()
-            whole = int(tokens) + (generator.random() < tokens % 1)
-            seconds, count = (1.5, whole) if drafts else (1.0, 1)
-            own.record(drafts, seconds * generator.uniform(0.9, 1.1), count)
-            if text:  # the first text is where it learns
-                drafted, steps = drafted + drafts, steps + 1
-                spent, made = spent + seconds, made + count
-    assert least <= drafted / steps <= most
-    assert made / spent > 0.985
-
-
-def test_pace_tries_again_when_the_text_changes() -> None:
-    own = TextPace(Pace())
-    for tokens in (1, 3):
-        drafted = 0
-        for _ in range(300):
-            drafts = own.drafts()
-            own.record(drafts, 1.5 if drafts else 1.0, tokens if drafts else 1)
-            drafted += drafts
-        assert (drafted < 15) if tokens == 1 else (drafted > 60)
