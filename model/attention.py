@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from mtp_spec.model.rope import apply_rope, softmax_scale
@@ -23,7 +24,7 @@ from mtp_spec.model.rope import apply_rope, softmax_scale
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
 # a row's numbers alike, however many rows stand beside it. The number of blocks is part of the arithmetic too, so a
 # row always reads as many as it would alone.
-CONTEXT_BLOCK = 64
+CONTEXT_BLOCK = PAGE
 # a multiple of the vectors that batched products are built from, and rows a product where sizes are no multiple
 VECTOR, TAIL_ROWS = 32, 8
 
@@ -46,6 +47,29 @@ class RowPlan:
     mask: Tensor
     gather: Tensor | None = None
     sizes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JointPlan:
+    """The rows of several sequences in one pass, one sequence after another.
+
+    Attributes:
+        parts: each sequence's cache and the plan of its rows.
+        rope: `[M, 1, 2, R / 2]` angles of all rows.
+    """
+
+    parts: tuple[tuple[LatentCache, RowPlan], ...]
+    rope: Tensor
+
+    @classmethod
+    def of(cls, *parts: tuple[LatentCache, RowPlan]) -> JointPlan:
+        ropes = [plan.rope for _, plan in parts]
+        return cls(parts, ropes[0] if len(ropes) == 1 else torch.cat(ropes))
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each sequence."""
+        return [plan.rope.shape[0] for _, plan in self.parts]
 
 
 def padded(length: int) -> int:
@@ -197,11 +221,9 @@ class MLA(nn.Module):
         result: Tensor = self.o_proj(out.transpose(-3, -2).flatten(-2))
         return result
 
-    def rows(self, x: Tensor, slots: Tensor, plan: RowPlan) -> Tensor:
-        """Absorbed form: appends the rows x `[M, D]` to the cache `slots` and returns their outputs."""
+    def rows(self, x: Tensor, layer: int, plan: JointPlan) -> Tensor:
+        """Absorbed form: appends the rows x `[M, D]` to this layer of their caches and returns their outputs."""
         q_nope, q_rope, row = self._project(x, plan.rope)
-        end = plan.start + x.shape[0]
-        slots[plan.start : end] = row
         if self._absorbed is None:
             w_uk, w_uv = self._up()
             w_vu = w_uv.transpose(1, 2)
@@ -209,10 +231,22 @@ class MLA(nn.Module):
             w_uk, w_vu = self._absorbed
         q_latent = by_head(q_nope, w_uk)  # [M, H, C]
         q = torch.cat((q_latent, q_rope), dim=-1)  # [M, H, W]
-        context = attend(q, slots, plan, self.latent, self.scale)  # [M, H, C]
+        context = self._attend_each(q, row, layer, plan)  # [M, H, C]
         out = by_head(context, w_vu)
         result: Tensor = self.o_proj(out.flatten(-2))
         return result
+
+    def _attend_each(self, q: Tensor, row: Tensor, layer: int, plan: JointPlan) -> Tensor:
+        """Every sequence by itself over its own context, as if it were alone; everything else is one product."""
+        if len(plan.parts) == 1:
+            return self._attend_one(q, row, layer, *plan.parts[0])
+        counts = plan.counts
+        pieces = zip(q.split(counts), row.split(counts), plan.parts, strict=True)
+        return torch.cat([self._attend_one(own_q, own_row, layer, *part) for own_q, own_row, part in pieces])
+
+    def _attend_one(self, q: Tensor, row: Tensor, layer: int, cache: LatentCache, plan: RowPlan) -> Tensor:
+        slots = cache.put(layer, plan.start, row, max(plan.mask.shape[-1], plan.start + len(row)))
+        return attend(q, slots, plan, self.latent, self.scale)
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         a = "q_proj" if self.q_rank is None else "q_a_proj"

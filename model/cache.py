@@ -1,8 +1,11 @@
-"""The latent cache: kv_lora_rank + qk_rope_head_dim values per token and layer, one sequence.
+"""The latent cache: kv_lora_rank + qk_rope_head_dim values per token and layer, in pages.
 
 Slots are positions: slot p holds the latent of the token at absolute position p. While a tree is being
 verified its nodes live in the slots after the committed ones, in the order in which they were appended;
 `commit` then moves the accepted path to the front, and everything else is forgotten by moving `length`.
+
+Where slots lie is the pages' business: a sequence has a list of pages, in any order, of a memory that it shares with
+others. Pages in a row are read in place; others are brought together for each pass.
 """
 
 from __future__ import annotations
@@ -10,42 +13,73 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+# slots of a page: as many as attention reads at once
+PAGE = 64
+
+
+def pages_for(tokens: int) -> int:
+    """Returns how many pages hold so many tokens."""
+    return -(-tokens // PAGE)
 
 
 class LatentCache:
     """Latents of one sequence for a stack of layers.
 
     Args:
-        layers: number of layers.
-        capacity: slots; the longest context plus the largest tree.
-        width: kv_lora_rank + qk_rope_head_dim.
+        layers: per layer `[pages * PAGE, width]`, the memory.
+        pages: numbers of the pages that hold this sequence, in order of position.
     Attributes:
         length: committed slots.
-        slots: per layer `[capacity, width]`.
+        capacity: slots; the longest context plus the largest tree.
+        slots: per layer `[capacity, width]` in order of position where pages are in a row, else the memory.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        capacity: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, layers: Sequence[Tensor], pages: Sequence[int]) -> None:
+        self.capacity, self.length = len(pages) * PAGE, 0
+        self.slots, self._address = list(layers), None
+        first = pages[0] if pages else 0
+        if list(pages) == list(range(first, first + len(pages))):
+            self.slots = [slots[first * PAGE : first * PAGE + self.capacity] for slots in layers]
+        else:
+            starts = torch.tensor(pages, device=layers[0].device) * PAGE
+            self._address: Tensor | None = (starts[:, None] + torch.arange(PAGE, device=starts.device)).flatten()
+
+    @classmethod
+    def alone(
+        cls, layers: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> LatentCache:
+        """Returns an empty cache in memory of its own, of at least `capacity` slots."""
+        pages = pages_for(capacity)
         # zeros: padded reads multiply unwritten slots by a weight of zero, which a NaN would survive
-        self.slots = [
-            torch.zeros(capacity, width, dtype=dtype, device=device) for _ in range(layers)
-        ]
-        self.capacity = capacity
-        self.length = 0
+        memory = [torch.zeros(pages * PAGE, width, dtype=dtype, device=device) for _ in range(layers)]
+        return cls(memory, range(pages))
+
+    def put(self, layer: int, start: int, rows: Tensor, reach: int) -> Tensor:
+        """Writes rows to the slots from `start` on; returns at least the first `reach` slots, in order of position."""
+        slots = self.slots[layer]
+        if self._address is None:
+            slots[start : start + len(rows)] = rows
+            return slots
+        slots[self._address[start : start + len(rows)]] = rows
+        return slots[self._address[:reach]]
+
+    def read(self, layer: int, length: int) -> Tensor:
+        """Returns the first slots `[length, width]`."""
+        slots = self.slots[layer]
+        return slots[:length] if self._address is None else slots[self._address[:length]]
 
     def commit(self, path: Sequence[int]) -> None:
         """Keeps the appended nodes `path` (indices in append order, root first) and drops the rest."""
         start, count = self.length, len(path)
         if list(path) != list(range(count)):
             index = torch.tensor(path, device=self.slots[0].device) + start
+            to: slice | Tensor = slice(start, start + count)
+            if self._address is not None:
+                index, to = self._address[index], self._address[to]
             for slots in self.slots:
-                slots[start : start + count] = slots[index]
+                slots[to] = slots[index]
         self.length = start + count
 
     def rewind(self, length: int) -> None:
@@ -56,6 +90,6 @@ class LatentCache:
 
     def take(self, other: LatentCache, length: int) -> None:
         """Begins with a copy of another cache's first `length` slots."""
-        for own, theirs in zip(self.slots, other.slots, strict=True):
-            own[:length] = theirs[:length]
+        for layer in range(len(self.slots)):
+            self.put(layer, 0, other.read(layer, length), 0)
         self.length = length

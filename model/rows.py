@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtp_spec.model.attention import RowPlan, plan_rows
+from mtp_spec.model.attention import JointPlan, RowPlan, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.transformer import Transformer
 
@@ -39,11 +39,7 @@ def verify_rows(
     plan = plan_rows(model.table(cache.capacity), cache.length, parents)
     hidden = []
     for row, token in enumerate(ids):
-        x = model.embed([token])
-        one = _row_of(plan, row)
-        for layer, slots in zip(model.blocks(), cache.slots, strict=True):
-            x = layer.rows(x, slots, one)
-        hidden.append(model.norm(x))
+        hidden.append(model.joint_rows([token], JointPlan.of((cache, _row_of(plan, row)))))
     return torch.cat(hidden)
 
 

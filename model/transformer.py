@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_spec.model.attention import MLA, RowPlan, padded, plan_rows
+from mtp_spec.model.attention import MLA, JointPlan, RowPlan, padded, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter, packed, product
@@ -49,9 +49,9 @@ class Block(nn.Module):
         branch = self.mlp(self.post_attention_layernorm(x).flatten(0, -2)).view_as(x)
         return x + F.dropout(branch, self.dropout, self.training)
 
-    def rows(self, x: Tensor, slots: Tensor, plan: RowPlan) -> Tensor:
-        """Rows x `[M, D]` appended to the cache `slots`."""
-        x = x + self.self_attn.rows(self.input_layernorm(x), slots, plan)
+    def rows(self, x: Tensor, layer: int, plan: JointPlan) -> Tensor:
+        """Rows x `[M, D]` appended to this layer of their caches."""
+        x = x + self.self_attn.rows(self.input_layernorm(x), layer, plan)
         out: Tensor = self.mlp(self.post_attention_layernorm(x))
         return x + out
 
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
 
     def _cache(self, layers: int, tokens: int) -> LatentCache:
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        return LatentCache(layers, padded(tokens), width, self.dtype, self.device)
+        return LatentCache.alone(layers, tokens, width, self.dtype, self.device)
 
     def rows(self, ids: Sequence[int], cache: LatentCache, parents: Sequence[int]) -> Tensor:
         """Appends rows to the cache (uncommitted) and returns their normed hidden states `[M, D]`.
@@ -208,10 +208,13 @@ class Transformer(nn.Module):
             ids: M token ids.
             parents: the row that each one follows; -1 follows the committed context.
         """
-        plan = plan_rows(self.table(cache.capacity), cache.length, parents)
+        return self.joint_rows(ids, JointPlan.of((cache, plan_rows(self.table(cache.capacity), cache.length, parents))))
+
+    def joint_rows(self, ids: Sequence[int], plan: JointPlan) -> Tensor:
+        """The same for the rows of several sequences."""
         x = self.embed(ids)
-        for layer, slots in zip(self.blocks(), cache.slots, strict=True):
-            x = layer.rows(x, slots, plan)
+        for number, layer in enumerate(self.blocks()):
+            x = layer.rows(x, number, plan)
         out: Tensor = self.norm(x)
         return out
 
@@ -219,8 +222,12 @@ class Transformer(nn.Module):
         self, module: int, ids: Sequence[int], hidden: Tensor, cache: LatentCache, plan: RowPlan
     ) -> Tensor:
         """Appends rows to a module's cache and returns the module's normed outputs `[M, D]`."""
+        return self.joint_mtp_rows(module, ids, hidden, JointPlan.of((cache, plan)))
+
+    def joint_mtp_rows(self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan) -> Tensor:
+        """The same for the rows of several sequences."""
         mtp = self._module(module)
-        x = mtp.block.rows(mtp.mix(self.embed(ids), hidden), cache.slots[0], plan)
+        x = mtp.block.rows(mtp.mix(self.embed(ids), hidden), 0, plan)
         out: Tensor = mtp.norm(x)
         return out
 

@@ -153,7 +153,7 @@ def test_only_streams_of_this_model(tmp_path: Path) -> None:
 
 
 def test_what_is_shared() -> None:
-    cache = mtp_spec.model.cache.LatentCache(1, 64, 4, torch.float32)
+    cache = mtp_spec.model.cache.LatentCache.alone(1, 64, 4, torch.float32)
     cache.length = 20
     prefix = Prefix(list(range(21)), 12, cache, [cache, cache], 17, 1)
     long = [*range(21), 50]
