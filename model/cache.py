@@ -38,13 +38,14 @@ class LatentCache:
 
     def __init__(self, layers: Sequence[Tensor], pages: Sequence[int]) -> None:
         self.capacity, self.length = len(pages) * PAGE, 0
-        self.slots, self._address = list(layers), None
+        self.slots = list(layers)
+        self._address: Tensor | None = None
         first = pages[0] if pages else 0
         if list(pages) == list(range(first, first + len(pages))):
             self.slots = [slots[first * PAGE : first * PAGE + self.capacity] for slots in layers]
         else:
             starts = torch.tensor(pages, device=layers[0].device) * PAGE
-            self._address: Tensor | None = (starts[:, None] + torch.arange(PAGE, device=starts.device)).flatten()
+            self._address = (starts[:, None] + torch.arange(PAGE, device=starts.device)).flatten()
 
     @classmethod
     def alone(

@@ -7,6 +7,7 @@
 
 from mtp_spec.api import LM, load
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
+from mtp_spec.handle import Handle
 from mtp_spec.model.config import CheckpointError
 from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.processors import LogitsProcessor
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointError",
     "Generation",
     "GenerationStats",
+    "Handle",
     "LogitsProcessor",
     "MTPSpecError",
     "OptionError",

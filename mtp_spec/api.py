@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
-from torch import Tensor
 
+from mtp_spec.batch import Batch
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
 from mtp_spec.device_guided import GuidedDecoder
 from mtp_spec.engine import PREFILL_CHUNK, Decoder
@@ -17,14 +18,17 @@ from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.explain import Explanation, explain
 from mtp_spec.finish import Finisher
 from mtp_spec.grammar import GrammarProcessor, Grammars
-from mtp_spec.loading import check_device, context_limit, dtype_of, load_model
+from mtp_spec.handle import Handle
+from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
 from mtp_spec.measured import Planners
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.rows import Technique, choose_technique, cuts_are_free
+from mtp_spec.model.rows import PROBE_ROWS, Technique, choose_technique, cuts_are_free
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation, sample_seeds
+from mtp_spec.passes import Runner
 from mtp_spec.planner import TextPlanner
+from mtp_spec.requests import Request, checked_ids, is_batch, too_long
 from mtp_spec.sampling import Sampler
 from mtp_spec.scoring import Scores, score_ids
 from mtp_spec.streaming import Generation, TokenStream
@@ -50,9 +54,11 @@ class LM:
         max_context: int,
         measure: bool = True,
         progress: bool = False,
+        max_batch: int = 1,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.max_context = max_context
+        self.max_context, self.max_batch = max_context, max_batch
+        self._batch: Batch | None = None
         self._techniques = {torch.get_num_threads(): technique}
         self._reuse_chunks: dict[int, int] = {}
         self._grammars: Grammars | None = None
@@ -111,8 +117,11 @@ class LM:
             OptionError: an unknown option or a value outside its range.
             PromptError: an empty prompt, an id outside the vocabulary, or a prompt longer than the context.
         """
-        results = [self._samples(ids, n, options) for ids in self._prompts(prompt)]
-        return results if _is_batch(prompt) else results[0]
+        prompts = self._prompts(prompt)
+        if not is_batch(prompt) and n is None:
+            return _drain(self.begin(self._request(prompts[0], options)))
+        results = self._samples(prompts, n, options)
+        return results if is_batch(prompt) else results[0]
 
     @overload
     def chat(self, messages: Sequence[Message], *, n: int, **options: Any) -> list[Generation]: ...
@@ -120,12 +129,55 @@ class LM:
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation: ...
     def chat(self, messages: Sequence[Message], *, n: int | None = None, **options: Any) -> Any:
         """Returns the assistant's answer to `[{"role": ..., "content": ...}, ...]`; options as `generate`."""
-        return self._samples(self._text().chat_ids(messages), n, options)
+        return self.generate(self._text().chat_ids(messages), **({} if n is None else {"n": n}), **options)
 
-    def _samples(self, ids: list[int], n: int | None, options: Mapping[str, Any]) -> Generation | list[Generation]:
-        if n is None:
-            return _drain(self._open(ids, options))
-        return [_drain(self._open(ids, {**options, "seed": seed})) for seed in sample_seeds(n, options.get("seed", 0))]
+    def submit(self, prompt: str | Ids | Sequence[Message], **options: Any) -> Handle:
+        """Puts a text in the queue of those that are written side by side; options as `generate`, without `n`.
+
+        Up to `load(max_batch=)` texts run at a time, the others wait for their turn. Each text is what it is alone. A
+        logits processor is called in the worker's thread.
+
+        Returns:
+            A `Handle`: iterate over it with `async for`, await it, or ask for its `result()`.
+
+        Raises:
+            OptionError, PromptError: as `generate`, at once.
+        """
+        return self._submit(self._request(self._ids(prompt), options))
+
+    def close(self) -> None:
+        """Cancels the texts that were submitted and ends their worker; the model itself can go on."""
+        if self._batch is not None:
+            self._batch.close()
+            self._batch = None
+
+    def __enter__(self) -> LM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _samples(self, prompts: list[list[int]], n: int | None, options: Mapping[str, Any]) -> list[Any]:
+        """Returns for each prompt its text, or n of them, all written side by side."""
+        ways = [options]
+        if n is not None:
+            ways = [{**options, "seed": seed} for seed in sample_seeds(n, options.get("seed", 0))]
+        requests = [self._request(ids, way) for ids in prompts for way in ways]
+        handles = [self._submit(request) for request in requests]
+        try:
+            texts = [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        return texts if n is None else [texts[first : first + n] for first in range(0, len(texts), n)]
+
+    def _submit(self, request: Request) -> Handle:
+        if self._batch is None:
+            # the batch knows the model by its texts only, so that its worker ends with a model that nobody holds
+            self._batch = Batch(self.max_batch)
+            weakref.finalize(self, self._batch.close)
+        return self._batch.submit(request, self)
 
     def stream(
         self, prompt: str | Ids | Sequence[Message], *, after: TokenStream | None = None, **options: Any
@@ -139,11 +191,10 @@ class LM:
                 read again, so the next turn of a chat costs its own tokens only; the bits are the same. On a GPU
                 everything is read again. `stream.result.stats.reused_tokens` counts.
         """
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            return self._open(self.chat_ids(cast("Sequence[Message]", prompt)), options, after)
-        if _is_batch(prompt):
-            raise PromptError("stream takes one prompt: call it once for each, or use generate")
-        return self._open(self._prompts(prompt)[0], options, after)
+        request = self._request(self._ids(prompt), options)
+        if after is not None and (not isinstance(after, TokenStream) or after.decoder.model is not self.model):
+            raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
+        return self.begin(request, after)
 
     def explain(self, prompt: str | Ids | Sequence[Message], steps: int = 3, **options: Any) -> Explanation:
         """Returns what the first verify steps drafted, what both models thought of it and what was accepted.
@@ -166,44 +217,35 @@ class LM:
     @torch.inference_mode()
     def score(self, token_ids: Ids) -> Scores:
         """Returns the model's and the MTP modules' logits for a text, teacher-forced; see `Scores`."""
-        return score_ids(self.model, self._checked(token_ids))
+        return score_ids(self.model, checked_ids(token_ids, None, self.config, self.max_context))
 
-    def _open(
-        self, ids: list[int], options: Mapping[str, Any], after: TokenStream | None = None
-    ) -> TokenStream:
+    def _request(self, ids: list[int], options: Mapping[str, Any]) -> Request:
         given = dict(options)
         if "n" in given:
-            raise OptionError(f"n={given['n']!r}: generate and chat take it; stream one text for each of the seeds")
+            raise OptionError(f"n={given['n']!r}: generate and chat take it; ask for one text for each of the seeds")
         speculation = self.speculation_for(given.pop("speculation", "auto"))
         params = SamplingParams.from_options(given, also_allowed=("speculation",))
         processors = () if params.response_format is None else (self._grammar(params.response_format),)
         sampler = Sampler(params, self.config.vocab_size, None, processors, self.stop_ids())
         room = self.max_context - len(ids)
         if room < 1:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens and the context is {self.max_context}: shorten it, or load with "
-                f"a larger max_context (the model allows {self.config.max_position_embeddings})"
-            )
+            raise too_long(len(ids), self.config, self.max_context)
         limit = min(params.max_new_tokens, room)
         if params.stop_strings:
             self._text()
         finisher = Finisher(self.tokenizer, self.stop_ids(), params.stop_strings, limit)
-        if after is not None and (not isinstance(after, TokenStream) or after.decoder.model is not self.model):
-            raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
-        return TokenStream(self._decoder(ids, sampler, speculation, limit, finisher, after), finisher)
+        return Request(ids, sampler, speculation, limit, finisher)
 
-    def _decoder(
-        self,
-        ids: list[int],
-        sampler: Sampler,
-        speculation: Speculation | None,
-        limit: int,
-        finisher: Finisher,
-        after: TokenStream | None,
-    ) -> Decoder | DeviceDecoder:
+    def begin(self, request: Request, after: TokenStream | None = None) -> TokenStream:
+        """Returns the stream of a checked request; `stream` is this for everybody."""
+        return TokenStream(self._decoder(request, after), request.finisher)
+
+    def _decoder(self, request: Request, after: TokenStream | None) -> Decoder | DeviceDecoder:
+        ids, sampler, speculation = request.ids, request.sampler, request.speculation
+        is_last = request.finisher.push
         if self.runtime is not None:
             kind = GuidedDecoder if sampler.processors else DeviceDecoder
-            return kind(self.runtime, ids, sampler, speculation, finisher.push)
+            return kind(self.runtime, ids, sampler, speculation, is_last)
         assert isinstance(self.model, Transformer)
         prefix = after.decoder.prefix() if after is not None and isinstance(after.decoder, Decoder) else None
         reused = 0
@@ -213,9 +255,16 @@ class LM:
         if speculation is not None and speculation.adaptive and self._planners is not None:
             planner = TextPlanner(self._planners.here(self.technique))
         return Decoder(
-            self.model, self.technique, ids, sampler, speculation, limit, finisher.push, planner, prefix, reused
-        )
+            Runner(self.model, self.technique), ids, sampler, speculation, request.limit, is_last, planner, prefix,
+            reused,
+        )  # fmt: skip
 
+    def joint_runner(self) -> Runner | None:
+        """Returns how to run passes of several texts here; None on a GPU, where texts take turns."""
+        if not isinstance(self.model, Transformer):
+            return None
+        tested = PREFILL_CHUNK if self._reuse_chunk(self.model) == 1 else PROBE_ROWS[-1]
+        return Runner(self.model, self.technique, tested)
 
     def _reuse_chunk(self, model: Transformer) -> int:
         """Returns in which units caches can be handed on without changing a bit."""
@@ -257,31 +306,19 @@ class LM:
         return frozenset(ids)
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
-        parts = prompt if _is_batch(prompt) else [prompt]
+        parts = prompt if is_batch(prompt) else [prompt]
         if not parts:
             raise PromptError("no prompt given: the list is empty")
-        return [
-            self._checked(self.encode(part) if isinstance(part, str) else part, part)
-            for part in parts
-        ]
+        ids = [self.encode(part) if isinstance(part, str) else part for part in parts]
+        return [checked_ids(own, part, self.config, self.max_context) for own, part in zip(ids, parts, strict=True)]
 
-    def _checked(self, ids: Any, given: object = None) -> list[int]:
-        if isinstance(ids, Tensor):
-            ids = ids.tolist()
-        if given == "" or not isinstance(ids, Sequence) or len(ids) == 0:
-            raise PromptError(f"the prompt {given if given is not None else ids!r} is empty: give text or ids")
-        vocab = self.config.vocab_size
-        for i, token in enumerate(ids):
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise PromptError(
-                    f"prompt token {i} is {token!r}: ids are integers from 0 to {vocab - 1}"
-                )
-        if len(ids) > self.max_context:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens and the context is {self.max_context}: shorten it, or load with "
-                f"a larger max_context (the model allows {self.config.max_position_embeddings})"
-            )
-        return list(ids)
+    def _ids(self, prompt: str | Ids | Sequence[Message]) -> list[int]:
+        """Returns the ids of one prompt or conversation."""
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self.chat_ids(cast("Sequence[Message]", prompt))
+        elif is_batch(prompt):
+            raise PromptError("one prompt is expected: call once for each, or use generate")
+        return self._prompts(prompt)[0]
 
     def _text(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -317,7 +354,7 @@ def load(
             checkpoints stay FP8 and run on this library's kernels; elsewhere it is bfloat16 where the machine computes
             it in hardware, else float32. FP8 weights are dequantised to these.
         max_context: most tokens of prompt and text together; None is the model's own limit.
-        max_batch: sequences of a list are generated one after another, so only 1 is allowed yet.
+        max_batch: most texts that are written side by side, of a list or of `LM.submit`; only 1 on a GPU.
         draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
             less of the head is read for them, and the text stays what it is. None drafts any token.
         cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
@@ -335,8 +372,7 @@ def load(
         raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
     config_file = None if config is None else Path(config)
     check_device(device)
-    if max_batch != 1:
-        raise OptionError(f"max_batch={max_batch!r}: only 1 is available; lists of prompts run one after another")
+    check_batch(max_batch, device)
     limit = context_limit(config_file or folder, max_context)
     with _progress(progress) as report:
         model = load_model(folder, dtype_of(dtype), str(device), limit, draft_vocabulary, report, config_file,
@@ -347,19 +383,13 @@ def load(
     model.requires_grad_(False)
     if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
         model.pack()
-    return LM(model, tokenizer, choose_technique(model), limit, measure, progress)
+    return LM(model, tokenizer, choose_technique(model), limit, measure, progress, max_batch)
 
 
 def _progress(show: bool) -> Any:
     from mtp_spec.progress import byte_progress
 
     return byte_progress(show)
-
-
-def _is_batch(prompt: Any) -> bool:
-    if isinstance(prompt, str | Tensor) or not isinstance(prompt, Sequence):
-        return False
-    return len(prompt) == 0 or isinstance(prompt[0], str | Sequence | Tensor)
 
 
 def _drain(stream: TokenStream) -> Generation:

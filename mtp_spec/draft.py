@@ -20,6 +20,7 @@ from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
+from mtp_spec.passes import HeadRows, ModuleRows, Work
 from mtp_spec.planner import TextPlanner
 from mtp_spec.rules import Choices, Rule
 from mtp_spec.rules.base import Law
@@ -81,10 +82,10 @@ class Drafter:
         for own, theirs in zip(self.caches, caches, strict=True):
             own.take(theirs, length)
 
-    def settle(self, tokens: Sequence[int]) -> int:
+    def settle(self, tokens: Sequence[int]) -> Work[int]:
         """Brings every module's cache up to the committed tokens; returns the first positions that all of them hold."""
         if self._pending[0]:
-            self._extend(tokens)
+            yield from self._extend(tokens)
         return 0 if self._left_out else min(cache.length for cache in self.caches)
 
     def observe(self, hidden: Tensor) -> None:
@@ -112,7 +113,7 @@ class Drafter:
         depth: int,
         sampler: Sampler,
         history: History,
-    ) -> TokenTree:
+    ) -> Work[TokenTree]:
         """Returns the tree of drafts that follow `tokens`.
 
         Args:
@@ -121,7 +122,7 @@ class Drafter:
             history: the sampler's history at the root.
         """
         root, planner = len(tokens) - 1, self.planner
-        hidden = self._extend(tokens)
+        hidden = yield from self._extend(tokens)
         tree, chances = TokenTree(), list[float]()
         leaves = [Leaf(ROOT, hidden, history, (), 0.0 if planner is None else 1.0)]
         self.laws.clear()
@@ -132,8 +133,10 @@ class Drafter:
             if not leaves:
                 break
             if level > 1:
-                self._advance(tree, leaves, level, root)
-            leaves = self._grow(tree, leaves, level, root + level, speculation, sampler)
+                yield from self._advance(tree, leaves, level, root)
+            rated = HeadRows(torch.cat([leaf.hidden for leaf in leaves]))
+            yield rated
+            leaves = self._grow(tree, leaves, rated.logits, level, root + level, speculation, sampler)
             chances += [leaf.score for leaf in leaves]
         return tree if planner is None else self._chosen(tree, planner.choose(tree, chances))
 
@@ -142,14 +145,14 @@ class Drafter:
             self.chances = [self.chances[node] for node in nodes]
         return tree.part(nodes)
 
-    def _extend(self, tokens: Sequence[int]) -> Tensor:
+    def _extend(self, tokens: Sequence[int]) -> Work[Tensor]:
         """Brings every module's cache up to the committed tokens; returns the root's hidden state `[1, D]`."""
         root_hidden = None
         for module, cache in enumerate(self.caches):
             hidden = torch.cat(self._pending[module])
             # rows whose token is known
             ready = max(0, len(tokens) - 1 - module - self._left_out - cache.length)
-            outputs = self._run(module, tokens, hidden[:ready])
+            outputs = yield from self._run(module, tokens, hidden[:ready])
             self._pending[module] = [hidden[ready:]] if ready < hidden.shape[0] else []
             if module == 0:
                 root_hidden = outputs[-1:]
@@ -158,19 +161,21 @@ class Drafter:
         assert root_hidden is not None
         return root_hidden
 
-    def _run(self, module: int, tokens: Sequence[int], hidden: Tensor) -> Tensor:
+    def _run(self, module: int, tokens: Sequence[int], hidden: Tensor) -> Work[Tensor]:
         """Appends and commits rows with true hidden states; returns the module's outputs."""
         cache, outputs = self.caches[module], [hidden[:0]]
-        table = self.model.table(cache.capacity + len(self.caches))
+        table, prompt = self.model.table(cache.capacity + len(self.caches)), hidden.shape[0] > MOST_BEHIND
         for part in hidden.split(CHUNK) if hidden.shape[0] else ():
             offset = self._left_out + module + 1
             ids = tokens[offset + cache.length :][: part.shape[0]]
             plan = plan_rows(table, cache.length, range(-1, len(ids) - 1), offset)
-            outputs.append(self.model.mtp_rows(module, ids, part, cache, plan))
+            extended = ModuleRows(module, ids, part, cache, plan, prompt)
+            yield extended
+            outputs.append(extended.outputs)
             cache.commit(range(len(ids)))
         return torch.cat(outputs)
 
-    def _advance(self, tree: TokenTree, leaves: list[Leaf], level: int, root: int) -> None:
+    def _advance(self, tree: TokenTree, leaves: list[Leaf], level: int, root: int) -> Work[None]:
         """Runs the module of this level on the leaves' own tokens; their hidden states then predict children."""
         module = min(level, len(self.caches)) - 1
         cache = self.caches[module]
@@ -183,21 +188,22 @@ class Drafter:
         plan = plan_drafts(table, start, cache.length, root + level - 1, ancestors)
         ids = [tree.tokens[leaf.node] for leaf in leaves]
         hidden = torch.cat([leaf.hidden for leaf in leaves])
-        outputs = self.model.mtp_rows(module, ids, hidden, cache, plan)
+        drafted = ModuleRows(module, ids, hidden, cache, plan, prompt=False)
+        yield drafted
         for row, leaf in enumerate(leaves):
-            leaf.hidden, leaf.slots = outputs[row : row + 1], (*leaf.slots, start + row)
+            leaf.hidden, leaf.slots = drafted.outputs[row : row + 1], (*leaf.slots, start + row)
 
     def _grow(
         self,
         tree: TokenTree,
         leaves: list[Leaf],
+        logits: Tensor,
         level: int,
         position: int,
         speculation: Speculation,
         sampler: Sampler,
     ) -> list[Leaf]:
         """Adds this level's children, the most probable first where the budget is short; returns the new leaves."""
-        logits = self.model.draft_logits(torch.cat([leaf.hidden for leaf in leaves]))
         width, budget = speculation.branching[level - 1], speculation.budget
         children: list[tuple[float, int, int, Leaf, Law | None]] = []
         shares: dict[int, dict[int, float]] = {}

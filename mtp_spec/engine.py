@@ -13,9 +13,8 @@ from torch import Tensor
 
 from mtp_spec.accept import Accepted, Drawn, accept_by_rule, accept_coupled
 from mtp_spec.draft import Drafter
-from mtp_spec.model.rows import Technique, row_logits, verify_rows
-from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
+from mtp_spec.passes import MainRows, Runner, Work
 from mtp_spec.planner import TextPlanner
 from mtp_spec.prefix import Prefix
 from mtp_spec.rules import RULES
@@ -32,8 +31,7 @@ class Decoder:
     """One sequence being generated.
 
     Args:
-        model: verifier and MTP modules.
-        technique: how rows are computed on this machine (`model.rows`).
+        runner: the model, with its MTP modules, and how its passes are run.
         prompt: token ids, at least one.
         sampler: draws the tokens.
         speculation: shape of the trees, or None for plain decoding.
@@ -45,8 +43,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: Transformer,
-        technique: Technique,
+        runner: Runner,
         prompt: Sequence[int],
         sampler: Sampler,
         speculation: Speculation | None,
@@ -56,7 +53,8 @@ class Decoder:
         prefix: Prefix | None = None,
         reused: int = 0,
     ) -> None:
-        self.model, self.technique, self.sampler = model, technique, sampler
+        model = runner.model
+        self.model, self.runner, self.sampler = model, runner, sampler
         self.speculation, self.is_last = speculation, is_last
         self.tokens = list(prompt)
         self.end = len(self.tokens) + limit
@@ -82,27 +80,35 @@ class Decoder:
         # shown every verified tree, with the target's rows and what was accepted: see `mtp_spec.explain`
         self.watch: Callable[[TokenTree, Tensor, History, Accepted], None] | None = None
 
-    @torch.inference_mode()
     def prefill(self) -> list[Drawn]:
         """Fills the cache with the prompt and returns the first token."""
-        prompt = self.tokens
+        return self.runner.finish(self.prefilling())
+
+    def step(self) -> list[Drawn]:
+        """Drafts a tree, verifies it in one pass, accepts a path, commits it; returns the new tokens."""
+        return self.runner.finish(self.stepping())
+
+    def prefilling(self) -> Work[list[Drawn]]:
+        """`prefill`, pass by pass."""
+        prompt, logits = self.tokens, torch.empty(0)
         with self.stats.phase("prefill"):
             for first in range(self.cache.length, len(prompt), PREFILL_CHUNK):
                 chunk = prompt[first : first + PREFILL_CHUNK]
-                hidden = self.model.rows(chunk, self.cache, range(-1, len(chunk) - 1))
-                self._commit(hidden, range(len(chunk)))
-            logits = self.model.logits(hidden[-1:])
+                last = first + len(chunk) == len(prompt)
+                read = MainRows(chunk, self.cache, range(-1, len(chunk) - 1), scored=int(last), prompt=True)
+                yield read
+                self._commit(read.hidden, range(len(chunk)))
+                logits = read.logits
         self.stats.record_prefill(len(prompt))
         self._at_rest = True
         return self._take(self._accept(TokenTree(), logits))
 
-    @torch.inference_mode()
-    def step(self) -> list[Drawn]:
-        """Drafts a tree, verifies it in one pass, accepts a path, commits it; returns the new tokens."""
+    def stepping(self) -> Work[list[Drawn]]:
+        """`step`, pass by pass."""
         start, self._at_rest = perf_counter(), False
-        tree = self._draft()
+        tree = yield from self._draft()
         drafted = perf_counter()
-        hidden, logits = self._verify(tree)
+        hidden, logits = yield from self._verify(tree)
         before = self.history
         accepted = self._accept(tree, logits)
         if self.watch is not None:
@@ -124,14 +130,14 @@ class Decoder:
         if not self._at_rest:
             return None
         if self.drafter is not None:
-            caches, drafted = self.drafter.caches, self.drafter.settle(self.tokens)
+            caches, drafted = self.drafter.caches, self.runner.finish(self.drafter.settle(self.tokens))
         elif self._undrafted is not None:
             caches, drafted = self._undrafted.mtp_caches, self._undrafted.shared(self.tokens, True, 1)
         else:
             caches, drafted = [self.model.new_mtp_cache(0) for _ in self.model.mtp], 0
         return Prefix(list(self.tokens), self._prompt, self.cache, caches, drafted, self._threads)
 
-    def _draft(self) -> TokenTree:
+    def _draft(self) -> Work[TokenTree]:
         # the target adds a token of its own, so that the deepest useful draft is one short of the limit
         depth = self.end - len(self.tokens) - 1
         if self.drafter is None or self.speculation is None:
@@ -141,17 +147,16 @@ class Decoder:
             self.drafter.rest()
             return TokenTree()
         with self.stats.phase("draft"):
-            return self.drafter.draft(
-                self.tokens, self.speculation, depth, self.sampler, self.history
-            )
+            return (yield from self.drafter.draft(self.tokens, self.speculation, depth, self.sampler, self.history))
 
-    def _verify(self, tree: TokenTree) -> tuple[Tensor, Tensor]:
+    def _verify(self, tree: TokenTree) -> Work[tuple[Tensor, Tensor]]:
         """Returns hidden states `[1 + N, D]` and logits `[1 + N, V]` of the root and the tree's nodes."""
         ids = [self.tokens[-1], *tree.tokens]
         parents = [-1, *(parent + 1 for parent in tree.parents)]
         with self.stats.phase("verify"):
-            hidden = verify_rows(self.model, ids, self.cache, parents, self.technique)
-            return hidden, row_logits(self.model, hidden, self.technique)
+            verified = MainRows(ids, self.cache, parents, scored=len(ids), prompt=False)
+            yield verified
+            return verified.hidden, verified.logits
 
     def _accept(self, tree: TokenTree, logits: Tensor) -> Accepted:
         with self.stats.phase("sample"):

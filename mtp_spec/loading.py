@@ -121,6 +121,14 @@ def check_device(device: str) -> None:
         )
 
 
+def check_batch(max_batch: int, device: str) -> None:
+    """Refuses a number of texts side by side that cannot be had."""
+    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+        raise OptionError(f"max_batch={max_batch!r}: an integer, 1 or more")
+    if max_batch > 1 and str(device).split(":")[0] != "cpu":
+        raise OptionError(f"max_batch={max_batch!r} on a GPU: only 1 is available there; texts of a list take turns")
+
+
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """Returns the torch dtype that a caller named; None leaves the choice open."""
     if dtype is None:

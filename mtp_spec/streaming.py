@@ -12,6 +12,7 @@ from mtp_spec.accept import Drawn, TokenLogprob
 from mtp_spec.device_engine import DeviceDecoder
 from mtp_spec.engine import Decoder
 from mtp_spec.finish import Finisher
+from mtp_spec.passes import Work
 from mtp_spec.stats import GenerationStats
 
 
@@ -58,28 +59,41 @@ class TokenStream(Iterator[TokenEvent]):
         self.result, self.decoder = Generation(stats=decoder.stats), decoder
         if decoder.sampler.params.logprobs:
             self.result.logprobs = []
-        self._events = self._run(decoder, finisher)
+        self._waiting, self._ready = deque[tuple[Drawn, int]](), deque[str]()
+        self.work = self._write(decoder, finisher)
 
     def __iter__(self) -> TokenStream:
         return self
 
     def __next__(self) -> TokenEvent:
-        return next(self._events)
+        while (event := self.pop()) is None:
+            if isinstance(self.decoder, Decoder):
+                if self.decoder.runner.advance(self.work):
+                    raise StopIteration
+            else:
+                next(self.work)
+        return event
 
-    def _run(self, decoder: Decoder | DeviceDecoder, finisher: Finisher) -> Iterator[TokenEvent]:
-        start = perf_counter()
-        waiting: deque[tuple[Drawn, int]] = deque()
+    def pop(self) -> TokenEvent | None:
+        """Returns the next event of what `work` has written so far, if there is one."""
+        return self._event(self._ready.popleft(), *self._waiting.popleft()) if self._ready else None
+
+    def _write(self, decoder: Decoder | DeviceDecoder, finisher: Finisher) -> Work[None]:
+        """Writes the text; whoever runs the passes it yields may run those of other texts with them."""
         step, spent = 0, 0.0
         while not decoder.finished:
-            drawn = decoder.step() if step else decoder.prefill()
-            waiting.extend((token, step) for token in drawn)
+            start = perf_counter()
+            if isinstance(decoder, Decoder):
+                drawn = yield from (decoder.stepping() if step else decoder.prefilling())
+            else:
+                drawn = decoder.step() if step else decoder.prefill()
+            self._waiting.extend((token, step) for token in drawn)
             step += 1
             spent += perf_counter() - start
             decoder.stats.total_seconds = spent
             self.result.finish_reason = finisher.reason
-            for text in finisher.ready():
-                yield self._event(text, *waiting.popleft())
-            start = perf_counter()
+            self._ready.extend(finisher.ready())
+            yield None
 
     def _event(self, text: str, drawn: Drawn, step: int) -> TokenEvent:
         self.result.text += text

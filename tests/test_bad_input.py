@@ -151,7 +151,7 @@ def test_unknown_keyword(lm: mtp_spec.LM) -> None:
         lm.generate([1], temprature=1.0)
 
 
-@pytest.mark.parametrize("options", [{"device": "tpu"}, {"dtype": "int8"}, {"max_context": 1}, {"max_batch": 4}])
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"dtype": "int8"}, {"max_context": 1}, {"max_batch": 0}])
 def test_bad_load_options(whole: Path, options: dict[str, Any]) -> None:
     with pytest.raises(mtp_spec.OptionError, match=next(iter(options))):
         mtp_spec.load(whole, **options)

@@ -14,6 +14,7 @@ import tiny
 from mtp_spec import Speculation
 from mtp_spec.draft import Drafter
 from mtp_spec.options import ACCEPTANCE_RULES, MAX_DEPTH
+from mtp_spec.passes import Work
 from mtp_spec.rules import RULES
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -99,9 +100,9 @@ def test_an_end_inside_an_accepted_run(small: mtp_spec.LM, monkeypatch: pytest.M
     plain = small.generate(prompt, speculation=None, **options)
     true = [*prompt, *plain.token_ids]
 
-    def draft(self: Drafter, known: list[int], speculation: Any, depth: int, *_: Any) -> TokenTree:
+    def draft(self: Drafter, known: list[int], speculation: Any, depth: int, *_: Any) -> Work[TokenTree]:
         """Drafts the whole text, beyond its end too."""
-        self._extend(known)
+        yield from self._extend(known)
         tree, parent = TokenTree(), ROOT
         for token in true[len(known) : len(known) + min(depth, speculation.depth)]:
             parent = tree.add(parent, token, 0)

@@ -87,6 +87,27 @@ def test_a_page_in_the_browser_gets_the_text_as_it_is_written(lm: mtp_spec.LM) -
     assert len({event["source"] for event in events}) > 1
 
 
+def test_a_server_for_many(lm: mtp_spec.LM) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "serve_many.py"), "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    questions = ["Name a bird", "Name a fish"]
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        with urlopen(f"{address}/?q=Tell+me+a+story", timeout=60) as leaves:
+            leaves.read(10)
+        streams = [urlopen(f"{address}/?q={question.replace(' ', '+')}", timeout=60) for question in questions]
+        answers = [stream.read().decode() for stream in streams]
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    for question, answer in zip(questions, answers, strict=True):
+        events = [json.loads(line.removeprefix("data: ")) for line in answer.splitlines()[:-3] if line]
+        expected = lm.chat([{"role": "user", "content": question}], max_new_tokens=200)
+        assert "".join(event["text"] for event in events) == expected.text
+
+
 def test_a_picture_of_a_chat(tmp_path: Path) -> None:
     file = tmp_path / "chat.svg"
     assert " steps" in run(ROOT / "examples" / "chat_picture.py", file)

@@ -14,6 +14,7 @@ import tiny
 from mtp_spec.draft import Drafter
 from mtp_spec.model.attention import by_head
 from mtp_spec.model.rows import choose_technique, row_logits, verify_rows
+from mtp_spec.passes import Work
 from mtp_spec.tree import ROOT, TokenTree
 
 SHAPES = [
@@ -90,8 +91,8 @@ def test_rows_are_bitwise_those_of_plain_decoding(folder: Path, dtype: str) -> N
 def _oracle(tokens: list[int], wrong: int) -> Callable[..., TokenTree]:
     """Drafts the true continuation, each token moved by `wrong`."""
 
-    def draft(self: Drafter, known: list[int], speculation: Any, depth: int, *_: Any) -> TokenTree:
-        self._extend(known)
+    def draft(self: Drafter, known: list[int], speculation: Any, depth: int, *_: Any) -> Work[TokenTree]:
+        yield from self._extend(known)
         tree, parent = TokenTree(), ROOT
         for token in tokens[len(known) : len(known) + min(depth, speculation.depth)]:
             parent = tree.add(parent, (token + wrong) % 96, 0)

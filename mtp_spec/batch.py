@@ -1,0 +1,200 @@
+"""Texts written side by side: whoever comes is admitted while others are in the middle of theirs.
+
+A round brings every text one step further. Drafting comes first: while any text drafts, those that do run their passes
+together. Then one pass verifies all trees. Prompts are read beside it, about one chunk a round and by turns, so that a long
+one holds up neither the texts nor the other prompts. One thread does all of it.
+
+A text is the same as alone, bit for bit: its rows are (`passes`), and everything else is its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from mtp_spec.errors import MTPSpecError
+from mtp_spec.handle import Handle
+from mtp_spec.passes import MainRows, Pass, Runner
+from mtp_spec.requests import Request
+from mtp_spec.streaming import TokenStream
+
+# rows of prompts that a round reads at most, or one chunk
+PROMPT_ROWS = 256
+
+
+class Writer(Protocol):
+    """A model, as a batch sees it."""
+
+    def begin(self, request: Request) -> TokenStream:
+        """Opens a text."""
+        ...
+
+    def joint_runner(self) -> Runner | None:
+        """Returns the way to run passes of several texts here and now; None where texts run their own."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Text:
+    """A text being written.
+
+    Attributes:
+        wanted: the pass it waits for, None between steps.
+        read: the round in which its prompt's last chunk was read.
+    """
+
+    stream: TokenStream
+    handle: Handle
+    wanted: Pass | None = None
+    read: int = 0
+
+
+class Batch:
+    """The queue, the running texts and their worker.
+
+    Args:
+        most: texts that run side by side; others wait.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._waiting, self._running = deque[tuple[Request, Writer, Handle]](), list[_Text]()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed, self._threads, self._round = False, 1, 0
+        self._runner: Runner | None = None
+
+    def submit(self, request: Request, writer: Writer) -> Handle:
+        """Puts a text in the queue.
+
+        Raises:
+            MTPSpecError: the batch was closed.
+        """
+        handle = Handle(writer)
+        with self._wake:
+            if self._closed:
+                raise MTPSpecError("this model was closed: load it again")
+            self._waiting.append((request, writer, handle))
+            self._threads = torch.get_num_threads()  # a new thread would begin with torch's own default
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="mtp-spec batch", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return handle
+
+    def close(self) -> None:
+        """Cancels every text, queued or running, and ends the worker; no harm if repeated."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _serve(self) -> None:
+        error: BaseException | None = None
+        try:
+            while self._work_arrives():
+                self.turn()
+        except BaseException as failure:  # nobody may wait for a worker that is gone
+            error = failure
+        with self._wake:
+            self._closed = True
+            left = [handle for *_, handle in self._waiting] + [text.handle for text in self._running]
+            self._waiting.clear()
+            self._running.clear()
+        for handle in left:
+            if error is None:
+                handle.cancel()
+            else:
+                handle.fail(error)
+
+    def _work_arrives(self) -> bool:
+        with self._wake:
+            while not (self._closed or self._waiting or self._running):
+                self._wake.wait()
+            if self._closed:
+                return False
+            writer, threads = (self._waiting[0][1] if self._waiting else None), self._threads
+        if writer is not None and not self._running:
+            if threads != torch.get_num_threads():
+                torch.set_num_threads(threads)
+            self._runner = writer.joint_runner()
+        return True
+
+    @torch.inference_mode()
+    def turn(self) -> None:
+        """Admits who fits and runs one round."""
+        self._running = [text for text in self._running if not text.handle.cancelled()]
+        self._admit()
+        self._go_on([text for text in self._running if text.wanted is None])
+        while drafting := [text for text in self._running if _hurries(text) and not isinstance(text.wanted, MainRows)]:
+            self._run(drafting)
+        self._run([text for text in self._running if _hurries(text)] + self._reading())
+
+    def _admit(self) -> None:
+        while len(self._running) < self.most:
+            with self._wake:
+                if not self._waiting:
+                    return
+                request, writer, handle = self._waiting.popleft()
+            if handle.cancelled():
+                continue
+            try:
+                self._running.append(_Text(writer.begin(request), handle))
+            except BaseException as error:  # the request's own: others go on
+                handle.fail(error)
+
+    def _reading(self) -> list[_Text]:
+        """Returns the texts whose prompts are read in this round: those that have waited longest."""
+        found, rows = list[_Text](), 0
+        self._round += 1
+        for text in sorted(self._running, key=lambda text: text.read):
+            if text.wanted is None or not text.wanted.prompt or (found and rows + text.wanted.rows > PROMPT_ROWS):
+                continue
+            found.append(text)
+            rows, text.read = rows + text.wanted.rows, self._round
+        return found
+
+    def _run(self, texts: Sequence[_Text]) -> None:
+        """Runs the passes that texts wait for, and their own work up to the next ones."""
+        wanted = [text.wanted for text in texts if text.wanted is not None]
+        if not wanted:
+            return
+        assert self._runner is not None
+        try:
+            self._runner.run(wanted)
+        except BaseException as error:
+            for text in texts:
+                self._end(text, error)
+            return
+        self._go_on(texts)
+
+    def _go_on(self, texts: Sequence[_Text]) -> None:
+        for text in texts:
+            try:
+                text.wanted = next(text.stream.work, None)
+            except BaseException as error:  # as above
+                self._end(text, error)
+                continue
+            if text.wanted is None:
+                while (event := text.stream.pop()) is not None:
+                    text.handle.write(event)
+                if text.stream.decoder.finished:
+                    self._end(text)
+
+    def _end(self, text: _Text, error: BaseException | None = None) -> None:
+        self._running.remove(text)
+        if error is None:
+            text.handle.finish(text.stream.result)
+        else:
+            text.handle.fail(error)
+
+
+def _hurries(text: _Text) -> bool:
+    """Whether a text waits for a pass that is no part of reading its prompt."""
+    return text.wanted is not None and not text.wanted.prompt

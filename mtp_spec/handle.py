@@ -1,0 +1,108 @@
+"""A text that is being written by the worker of a batch, as its caller holds it, from threads or from asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator
+from concurrent.futures import Future
+from contextlib import suppress
+from threading import Lock
+from typing import Any
+
+from mtp_spec.streaming import Generation, TokenEvent
+
+
+class Handle:
+    """A submitted text: `async for event in handle`, `await handle`, `handle.result()`, `handle.cancel()`.
+
+    Every iteration gives all `TokenEvent`s from the first, those of `lm.stream`. `await` and `result` give the
+    `Generation`. They raise what went wrong with this text, also where that was an exception in its own processor, and
+    CancelledError (of asyncio, or of concurrent.futures from `result`) where it was cancelled. A task that is cancelled
+    while it awaits the handle cancels the text.
+
+    Args:
+        owner: the model.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self._owner: object = owner  # a model lives as long as a text of it is being written
+        self._future: Future[Generation] = Future()
+        self._events: list[TokenEvent] = []
+        self._lock, self._listeners = Lock(), list[Callable[[], object]]()
+        self._future.add_done_callback(self._ended)
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Waits for the whole text.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: it was not finished in time.
+        """
+        return self._future.result(timeout)
+
+    def done(self) -> bool:
+        """Whether the text is finished, has failed or was cancelled."""
+        return self._future.done()
+
+    def cancel(self) -> bool:
+        """Ends the text where it is, or takes it from the queue; returns whether it was not finished yet."""
+        return self._future.cancel()
+
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return self._future.cancelled()
+
+    def __await__(self) -> Generator[Any, None, Generation]:
+        return asyncio.wrap_future(self._future).__await__()
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        loop, news, seen = asyncio.get_running_loop(), asyncio.Event(), 0
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens any more
+                loop.call_soon_threadsafe(news.set)
+
+        with self._lock:
+            self._listeners.append(wake)
+        try:
+            while True:
+                news.clear()
+                done = self._future.done()  # asked first: events come before the end
+                while seen < len(self._events):
+                    seen += 1
+                    yield self._events[seen - 1]
+                if done:
+                    break
+                await news.wait()
+        finally:
+            with self._lock:
+                self._listeners.remove(wake)
+        await self  # raises what went wrong
+
+    # what the worker does
+
+    def write(self, event: TokenEvent) -> None:
+        """Adds an event."""
+        self._events.append(event)
+        self._tell()
+
+    def finish(self, result: Generation) -> None:
+        """Ends the text, unless it was cancelled."""
+        if self._future.set_running_or_notify_cancel():
+            self._future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the text with an error, unless it was cancelled."""
+        if self._future.set_running_or_notify_cancel():
+            self._future.set_exception(error)
+
+    def _ended(self, _: Future[Generation]) -> None:
+        self._owner = None
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._lock:
+            for wake in self._listeners:
+                wake()

@@ -1,0 +1,187 @@
+"""The passes through the model that a text asks for, run alone or together with those of other texts.
+
+A text is a generator (`Work`): it yields each pass it needs and goes on once the pass holds its results. So the same
+code writes one text, or many whose rows share passes: only who runs the passes differs. A row's bits do not
+depend on the rows beside it where `choose_technique` and `cuts_are_free` found so; elsewhere passes are run apart.
+
+Legend: `M` rows, `D` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mtp_spec.model.attention import JointPlan, RowPlan, plan_rows
+from mtp_spec.model.cache import LatentCache
+from mtp_spec.model.rows import Technique, row_logits, verify_rows
+from mtp_spec.model.transformer import Transformer
+
+_NONE = torch.empty(0)
+
+
+@dataclass(slots=True, eq=False)
+class MainRows:
+    """Rows through the main model: a chunk of a prompt, or a root and its tree.
+
+    Attributes:
+        parents: the row that each one follows; -1 follows the committed context.
+        scored: so many of the last rows get logits; all or one.
+        prompt: rows of a prompt are taken as one pass even where rows are otherwise computed one by one.
+        hidden: `[M, D]`.  logits: `[scored, V]`; results.
+    """
+
+    ids: Sequence[int]
+    cache: LatentCache
+    parents: Sequence[int]
+    scored: int
+    prompt: bool
+    hidden: Tensor = field(default=_NONE, repr=False)
+    logits: Tensor = field(default=_NONE, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(slots=True, eq=False)
+class ModuleRows:
+    """Rows through an MTP module.
+
+    Attributes:
+        hidden: `[M, D]` what the module is given.
+        prompt: whether they stand for a prompt, which may wait where others are in a hurry.
+        outputs: `[M, D]`; result.
+    """
+
+    module: int
+    ids: Sequence[int]
+    hidden: Tensor
+    cache: LatentCache
+    plan: RowPlan
+    prompt: bool
+    outputs: Tensor = field(default=_NONE, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(slots=True, eq=False)
+class HeadRows:
+    """Logits that propose drafts: of `hidden` `[M, D]`, `logits` `[M, V]`, the result."""
+
+    hidden: Tensor
+    logits: Tensor = field(default=_NONE, repr=False)
+    prompt: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[0]
+
+
+Pass = MainRows | ModuleRows | HeadRows
+T = TypeVar("T")
+# None: nothing to compute, a step has ended
+Work = Generator[Pass | None, None, T]
+
+
+class Runner:
+    """Runs passes.
+
+    Args:
+        technique: how rows are computed on this machine (`model.rows`).
+        together: most rows of a joint pass; 0 runs every text's passes apart.
+    """
+
+    def __init__(self, model: Transformer, technique: Technique, together: int = 0) -> None:
+        self.model, self.technique = model, technique
+        self.together = together if technique == "batched" else 0
+
+    @torch.inference_mode()
+    def finish(self, work: Work[T]) -> T:
+        """Runs a text's work to its end, alone; returns what it returns."""
+        while True:
+            try:
+                wanted = next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            if wanted is not None:
+                self.run([wanted])
+
+    @torch.inference_mode()
+    def advance(self, work: Work[T]) -> bool:
+        """Runs a text's work up to its next rest, alone; returns whether it has ended."""
+        for wanted in work:
+            if wanted is None:
+                return False
+            self.run([wanted])
+        return True
+
+    @torch.inference_mode()
+    def run(self, passes: Sequence[Pass]) -> None:
+        """Computes the results of passes of different texts, those of a kind together."""
+        for _, some in groupby(sorted(passes, key=_kind), key=_kind):
+            for group in self._groups(list(some)):
+                self._run(group)
+
+    def _groups(self, passes: list[Pass]) -> Iterator[list[Pass]]:
+        """Parts the passes of a kind into joint ones of no more rows than were tested."""
+        group, rows = list[Pass](), 0
+        for one in passes:
+            if group and rows + one.rows > self.together:
+                yield group
+                group, rows = [], 0
+            group.append(one)
+            rows += one.rows
+        yield group
+
+    def _run(self, group: list[Pass]) -> None:
+        first = group[0]
+        if isinstance(first, MainRows):
+            self._main([one for one in group if isinstance(one, MainRows)])
+        elif isinstance(first, ModuleRows):
+            self._module(first.module, [one for one in group if isinstance(one, ModuleRows)])
+        else:
+            heads = [one for one in group if isinstance(one, HeadRows)]
+            logits = self.model.draft_logits(torch.cat([one.hidden for one in heads]))
+            for one, own in zip(heads, logits.split([one.rows for one in heads]), strict=True):
+                one.logits = own
+
+    def _main(self, group: list[MainRows]) -> None:
+        model = self.model
+        if len(group) == 1 and not group[0].prompt:
+            one = group[0]
+            one.hidden = verify_rows(model, one.ids, one.cache, one.parents, self.technique)
+            one.logits = row_logits(model, one.hidden[-one.scored :], self.technique)
+            return
+        plans = [plan_rows(model.table(one.cache.capacity), one.cache.length, one.parents) for one in group]
+        parts = zip((one.cache for one in group), plans, strict=True)
+        hidden = model.joint_rows([token for one in group for token in one.ids], JointPlan.of(*parts))
+        for one, own in zip(group, hidden.split([one.rows for one in group]), strict=True):
+            one.hidden = own
+        scored = [one for one in group if one.scored]
+        if scored:
+            logits = model.logits(torch.cat([one.hidden[-one.scored :] for one in scored]))
+            for one, own in zip(scored, logits.split([one.scored for one in scored]), strict=True):
+                one.logits = own
+
+    def _module(self, module: int, group: list[ModuleRows]) -> None:
+        ids = [token for one in group for token in one.ids]
+        hidden = torch.cat([one.hidden for one in group])
+        plan = JointPlan.of(*((one.cache, one.plan) for one in group))
+        outputs = self.model.joint_mtp_rows(module, ids, hidden, plan)
+        for one, own in zip(group, outputs.split([one.rows for one in group]), strict=True):
+            one.outputs = own
+
+
+def _kind(one: Pass) -> tuple[int, int]:
+    if isinstance(one, HeadRows):
+        return 2, 0
+    return (1, one.module) if isinstance(one, ModuleRows) else (0, 0)

@@ -1,0 +1,64 @@
+"""What is asked of a model, checked: the prompt's ids and everything that decides its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mtp_spec.errors import PromptError
+from mtp_spec.finish import Finisher
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.options import Speculation
+from mtp_spec.sampling import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A text that can be begun.
+
+    Attributes:
+        limit: most tokens that will be drawn.
+    """
+
+    ids: list[int]
+    sampler: Sampler
+    speculation: Speculation | None
+    limit: int
+    finisher: Finisher
+
+
+def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) -> list[int]:
+    """Returns a prompt's ids; `given` is what they were made from, for the message.
+
+    Raises:
+        PromptError: none, too many, or one outside the vocabulary.
+    """
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    if given == "" or not isinstance(ids, Sequence) or len(ids) == 0:
+        raise PromptError(f"the prompt {given if given is not None else ids!r} is empty: give text or ids")
+    vocab = config.vocab_size
+    for i, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+            raise PromptError(f"prompt token {i} is {token!r}: ids are integers from 0 to {vocab - 1}")
+    if len(ids) > max_context:
+        raise too_long(len(ids), config, max_context)
+    return list(ids)
+
+
+def too_long(tokens: int, config: ModelConfig, max_context: int) -> PromptError:
+    """Returns the error of a prompt that leaves no room for a token of text."""
+    return PromptError(
+        f"the prompt has {tokens} tokens and the context is {max_context}: shorten it, or load with a larger "
+        f"max_context (the model allows {config.max_position_embeddings})"
+    )
+
+
+def is_batch(prompt: Any) -> bool:
+    """Whether a prompt is a list of prompts."""
+    if isinstance(prompt, str | Tensor) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) == 0 or isinstance(prompt[0], str | Sequence | Tensor)
