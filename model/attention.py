@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
+from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import apply_rope, softmax_scale
 
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
@@ -145,14 +146,17 @@ def _ancestor_slots(
 
 
 class MLA(nn.Module):
-    """One attention layer. Parameters keep the checkpoint's names; the two down-projections are fused."""
+    """One attention layer. Parameters keep the checkpoint's names; the two down-projections are fused.
+
+    Ranks have some of the heads each, and some of the outputs; latents and their cache all have.
+    """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ranks: Ranks = ALONE
     ) -> None:
         super().__init__()
-        self.config = config
-        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.config, self.ranks = config, ranks
+        heads, hidden = ranks.share(config.num_attention_heads, "num_attention_heads"), config.hidden_size
         self.heads, self.latent, self.rope_dim = heads, config.kv_lora_rank, config.qk_rope_head_dim
         self.nope, self.v_dim = config.qk_nope_head_dim, config.v_head_dim
         self.scale = softmax_scale(config)
@@ -169,7 +173,8 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS, dtype, device)
         kv_b_rows = heads * (self.nope + self.v_dim)
         self.kv_b_proj = Linear(kv_b_rows, self.latent, dtype, device)
-        self.o_proj = Linear(hidden, heads * self.v_dim, dtype, device)
+        columns = config.num_attention_heads * self.v_dim
+        self.o_proj = Linear(ranks.share(hidden, "hidden_size"), columns, dtype, device)
         self._absorbed: tuple[Tensor, Tensor] | None = None
 
     def pack(self) -> None:
@@ -218,8 +223,7 @@ class MLA(nn.Module):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )[..., : self.v_dim]
-        result: Tensor = self.o_proj(out.transpose(-3, -2).flatten(-2))
-        return result
+        return self._out(out.transpose(-3, -2))
 
     def rows(self, x: Tensor, layer: int, plan: JointPlan) -> Tensor:
         """Absorbed form: appends the rows x `[M, D]` to this layer of their caches and returns their outputs."""
@@ -231,10 +235,11 @@ class MLA(nn.Module):
             w_uk, w_vu = self._absorbed
         q_latent = by_head(q_nope, w_uk)  # [M, H, C]
         q = torch.cat((q_latent, q_rope), dim=-1)  # [M, H, W]
-        context = self._attend_each(q, row, layer, plan)  # [M, H, C]
-        out = by_head(context, w_vu)
-        result: Tensor = self.o_proj(out.flatten(-2))
-        return result
+        return self._out(by_head(self._attend_each(q, row, layer, plan), w_vu))
+
+    def _out(self, values: Tensor) -> Tensor:
+        """Returns the outputs `[..., D]` of this rank's heads' values `[..., H, V]`."""
+        return self.ranks.gather(self.o_proj(self.ranks.gather(values.flatten(-2))))
 
     def _attend_each(self, q: Tensor, row: Tensor, layer: int, plan: JointPlan) -> Tensor:
         """Every sequence by itself over its own context, as if it were alone; everything else is one product."""
@@ -246,7 +251,14 @@ class MLA(nn.Module):
 
     def _attend_one(self, q: Tensor, row: Tensor, layer: int, cache: LatentCache, plan: RowPlan) -> Tensor:
         slots = cache.put(layer, plan.start, row, max(plan.mask.shape[-1], plan.start + len(row)))
-        return attend(q, slots, plan, self.latent, self.scale)
+        whole = self.config.num_attention_heads
+        if self.heads == whole or (self.heads > 1 and q.dtype != torch.float32):
+            return attend(q, slots, plan, self.latent, self.scale)
+        # one head alone, and any heads in float32, take other routines than several: give them the others' room
+        own = self.ranks.own(whole)
+        room = q.new_zeros(q.shape[0], whole, q.shape[2])
+        room[:, own] = q
+        return attend(room, slots, plan, self.latent, self.scale)[:, own]
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         a = "q_proj" if self.q_rank is None else "q_a_proj"

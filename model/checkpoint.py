@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import E4M3, weight_dequant, weight_quant
 from mtp_spec.model.config import CheckpointError, ModelConfig, load_config
+from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.ranks import FILE, layer_of
 from mtp_spec.model.stored import INDEX, TensorInfo, listing, read_ahead, read_headers, widen_scales
 from mtp_spec.model.transformer import Transformer
@@ -157,6 +158,7 @@ def load_checkpoint(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     progress: Report | None = None,
+    ranks: Ranks = ALONE,
 ) -> Transformer:
     """Returns the model in a Hugging Face folder.
 
@@ -164,24 +166,49 @@ def load_checkpoint(
         source: the folder, or what `open_checkpoint` found in it.
         dtype: of the parameters; FP8 weights are dequantised to it.
         progress: told (bytes done, bytes in all) after each tensor.
+        ranks: that share the model; this one reads what it holds.
 
     Raises:
-        CheckpointError: as `open_checkpoint`.
+        CheckpointError: as `open_checkpoint`, or ranks that do not divide the model.
     """
     opened = open_checkpoint(source) if isinstance(source, Path) else source
     config, block = opened.config, opened.config.fp8_block or (128, 128)
     if block[0] != block[1]:
         raise CheckpointError(f"weight_block_size {list(block)}: only square blocks are supported")
-    model = Transformer(config, dtype, device)
+    model = Transformer(config, dtype, device, ranks)
     slots = model.checkpoint_slots()
     with torch.no_grad():
-        for name, value, scale in read_weights(opened, progress):
+        for name, value, scale in read_weights(rank_part(opened, slots, ranks), progress):
             if name not in slots:
                 compare_copy(name, value, config, slots)
                 continue
             slot = slots[name]
-            slot.copy_(value if scale is None else weight_dequant(value, scale, block[0], slot.dtype))
+            whole = value if scale is None else weight_dequant(value, scale, block[0], slot.dtype)
+            slot.copy_(whole[len(whole) - len(slot) :])  # rows that only complete a block come first
     return model
+
+
+def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks) -> Checkpoint:
+    """Returns the checkpoint as a rank reads it: the experts it has and, of matrices, rows as many as its slots.
+
+    Rows with block scales begin where a block does, though the rank's own may begin later.
+    """
+    if ranks.size == 1:
+        return checkpoint
+    copies, block = _shared_copies(checkpoint.config), (checkpoint.config.fp8_block or (128, 128))[0]
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.tensors.items():
+        slot = slots.get(copies.get(name, name))
+        if slot is None:  # a scale, which comes with its weight, or another rank's
+            continue
+        count, scale = slot.shape[0], checkpoint.tensors.get(name + SCALE)
+        first = ranks.rank * count if count < info.shape[0] else 0
+        begin = first if scale is None else first // block * block
+        tensors[name] = info.rows(begin, first + count - begin)
+        if scale is not None:
+            blocks = -(-(first + count) // block) - begin // block
+            tensors[name + SCALE] = scale.rows(begin // block, blocks)
+    return replace(checkpoint, tensors=tensors)
 
 
 def read_weights(checkpoint: Checkpoint, progress: Report | None) -> Iterator[tuple[str, Tensor, Tensor | None]]:

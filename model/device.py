@@ -21,6 +21,7 @@ from mtp_spec.kernels import fp8, gemm, mla, moe, quant
 from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import LATENT_NORM_EPS
+from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import rope_table, softmax_scale
 
 BLOCK = fp8.BLOCK
@@ -277,8 +278,9 @@ class DeviceModel:
         router: torch.dtype = torch.bfloat16,
         draft_ids: Sequence[int] | None = None,
         packed_cache: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.packed_cache = packed_cache
+        self.packed_cache, self.ranks = packed_cache, ranks
         self.config, self.device, self.dtype = config, torch.device(device), fp8.E4M3
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = torch.empty(shape, dtype=torch.bfloat16, device=self.device)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_spec.model.parallel import ALONE, Ranks
+
 # the norms on MLA's latents keep this epsilon whatever `rms_norm_eps` says, as in the released weights
 LATENT_NORM_EPS = 1e-6
 
@@ -92,19 +94,31 @@ class MLP(nn.Module):
 
     Args:
         hidden: D.  intermediate: I.
+        ranks: divide the columns of I and, of the second product, of D.
     """
 
     def __init__(
-        self, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device | str
+        self, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device | str, ranks: Ranks = ALONE
     ) -> None:
         super().__init__()
-        self.intermediate = intermediate
-        self.gate_up = Linear(2 * intermediate, hidden, dtype, device)
-        self.down = Linear(hidden, intermediate, dtype, device)
+        self.intermediate, self.ranks = ranks.share(intermediate, "intermediate_size"), ranks
+        self.gate_up = Linear(2 * self.intermediate, hidden, dtype, device)
+        self.down = Linear(ranks.share(hidden, "hidden_size"), intermediate, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(gated_silu(self.gate_up(x)))
-        return out
+        return self.finish(gated_silu(self.begin(x)))
+
+    def begin(self, x: Tensor) -> Tensor:
+        """Returns gate and up `[..., 2 I]` of rows x.
+
+        Ranks exchange them before the activation, whose bits depend on where a column stands among vectors.
+        """
+        both: Tensor = self.gate_up(x)
+        return both if self.ranks.size == 1 else self.ranks.gather(both.unflatten(-1, (2, -1))).flatten(-2)
+
+    def finish(self, inner: Tensor) -> Tensor:
+        """Returns the outputs `[..., D]` of activated columns `[..., I]`."""
+        return self.ranks.gather(self.down(inner))
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         return {

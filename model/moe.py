@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import MLP, empty_parameter, gated_silu, packed, product
+from mtp_spec.model.parallel import ALONE, Ranks
 
 # a multiple of every CPU's vector length in float32 values
 VECTOR = 64
@@ -117,18 +118,18 @@ def row_products(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class MoE(nn.Module):
-    """`shared(x) + sum over chosen experts of weight * expert(x)`, summed in ascending expert order."""
+    """`shared(x) + sum over chosen experts of weight * expert(x)`, summed in ascending expert order.
+
+    Every rank has some of the experts, whole; all choose alike, exchange the outputs and add them in that order.
+    """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ranks: Ranks = ALONE
     ) -> None:
         super().__init__()
-        hidden, size, experts = (
-            config.hidden_size,
-            config.moe_intermediate_size,
-            config.n_routed_experts,
-        )
-        self.size, self.experts = size, experts
+        hidden, size = config.hidden_size, config.moe_intermediate_size
+        experts, self.ranks = ranks.share(config.n_routed_experts, "n_routed_experts"), ranks
+        self.size, self.experts, self.first = size, experts, ranks.rank * experts
         self.gate = Gate(config, device)
         self.gate_up = empty_parameter(experts, 2 * size, hidden, dtype=dtype, device=device)
         self.down = empty_parameter(experts, hidden, size, dtype=dtype, device=device)
@@ -138,7 +139,7 @@ class MoE(nn.Module):
         self.register_buffer("load", torch.zeros(experts, device=device), persistent=False)
         self.shared: MLP | None = None
         if config.n_shared_experts:
-            self.shared = MLP(hidden, size * config.n_shared_experts, dtype, device)
+            self.shared = MLP(hidden, size * config.n_shared_experts, dtype, device, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
@@ -167,33 +168,43 @@ class MoE(nn.Module):
         """Each hit expert runs once over its rows; outputs return to [row, slot] before the sum."""
         rows, slots = len(indices), len(indices[0])
         flat = [expert for row in indices for expert in row]
-        hit = sorted(set(flat))
-        parts, back = [x] * len(hit), None
+        order, back = range(len(flat)), None
         if rows > 1:
-            order = sorted(range(len(flat)), key=flat.__getitem__)  # pairs grouped by expert
-            counts = Counter(flat)
-            parts = list(x[torch.tensor([pair // slots for pair in order])].split([counts[e] for e in hit]))
+            order = sorted(order, key=flat.__getitem__)  # pairs grouped by expert
             back = torch.tensor(sorted(range(len(flat)), key=order.__getitem__))
-        ups = [product(part, self.gate_up[e], self.layouts[e][0]) for part, e in zip(parts, hit, strict=True)]
+        counts = Counter(flat)
+        here = range(self.first, self.first + self.experts)
+        hit = [e for e in sorted(counts) if e in here]
+        parts = [x] * len(hit)
+        if rows > 1 and hit:
+            own = torch.tensor([pair // slots for pair in order if flat[pair] in here])
+            parts = list(x[own].split([counts[e] for e in hit]))
+        ups = [product(part, *self._matrix(self.gate_up, e, 0)) for part, e in zip(parts, hit, strict=True)]
         if self.shared is not None:
-            ups.append(self.shared.gate_up(x))
+            ups.append(self.shared.begin(x))
         # one activation for all of them: a decode step has more operations than arithmetic
         inner = self._activated(ups)
-        pairs = torch.cat([product(h, self.down[e], self.layouts[e][1]) for h, e in zip(inner, hit, strict=False)])
+        outs = [product(h, *self._matrix(self.down, e, 1)) for h, e in zip(inner, hit, strict=False)]
+        by_rank = [sum(e // self.experts == rank for e in flat) for rank in range(self.ranks.size)]
+        pairs = self.ranks.join(torch.cat(outs) if outs else x[:0], by_rank)
         out = (pairs if back is None else pairs[back]).view(rows, slots, -1)
         routed = weighted_sum(out, torch.tensor(weights, device=x.device))
-        return routed if self.shared is None else routed + self.shared.down(inner[-1])
+        return routed if self.shared is None else routed + self.shared.finish(inner[-1])
+
+    def _matrix(self, stacked: Tensor, expert: int, which: int) -> tuple[Tensor, Tensor | None]:
+        """Returns an expert's matrix and its layout."""
+        return stacked[expert - self.first], self.layouts[expert - self.first][which]
 
     def _activated(self, ups: list[Tensor]) -> list[Tensor]:
         """Returns silu(gate) * up of each expert's `[rows, 2 I]`; the shared expert may have another I."""
-        if any(up.shape[-1] != ups[0].shape[-1] for up in ups):
+        if not ups or any(up.shape[-1] != ups[0].shape[-1] for up in ups):
             return [gated_silu(up) for up in ups]
         return list(gated_silu(torch.cat(ups)).split([up.shape[0] for up in ups]))
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         slots = self.gate.checkpoint_slots(f"{prefix}.gate")
         for e in range(self.experts):
-            name = f"{prefix}.experts.{e}"
+            name = f"{prefix}.experts.{self.first + e}"
             slots[f"{name}.gate_proj.weight"] = self.gate_up[e, : self.size]
             slots[f"{name}.up_proj.weight"] = self.gate_up[e, self.size :]
             slots[f"{name}.down_proj.weight"] = self.down[e]

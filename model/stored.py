@@ -41,6 +41,11 @@ class Part:
     start: int
     shape: tuple[int, ...]
 
+    def rows(self, first: int, count: int, itemsize: int) -> Part:
+        """Returns the bytes of some rows."""
+        row = prod(self.shape[1:]) * itemsize
+        return Part(self.file, self.start + first * row, (count, *self.shape[1:]))
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -63,6 +68,16 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def rows(self, first: int, count: int) -> TensorInfo:
+        """Returns the place of rows `first` to `first + count - 1`."""
+        size, begin, parts = DTYPES[self.dtype].itemsize, 0, list[Part]()
+        for part in self.parts:
+            low, high = (min(max(edge - begin, 0), part.shape[0]) for edge in (first, first + count))
+            if high > low:
+                parts.append(part.rows(low, high - low, size))
+            begin += part.shape[0] if self.axis == 0 else 0
+        return TensorInfo((count, *self.shape[1:]), self.dtype, tuple(parts), self.axis)
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -175,7 +190,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     if info.axis is None:
         _read_into(out, info.parts[0])
         return out
-    places = out.split(info.parts[0].shape[info.axis], info.axis)
+    places = out.split([part.shape[info.axis] for part in info.parts], info.axis)
     for part, target in zip(info.parts, places, strict=True):
         if target.is_contiguous():
             _read_into(target, part)

@@ -21,6 +21,7 @@ from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter, packed, product
 from mtp_spec.model.moe import MoE
+from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import rope_table
 
 
@@ -28,17 +29,17 @@ class Block(nn.Module):
     """`x + MLA(norm(x))`, then `x + MLP(norm(x))` or MoE."""
 
     def __init__(
-        self, config: ModelConfig, dense: bool, dtype: torch.dtype, device: torch.device | str
+        self, config: ModelConfig, dense: bool, dtype: torch.dtype, device: torch.device | str, ranks: Ranks = ALONE
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps, dtype, device)
-        self.self_attn = MLA(config, dtype, device)
+        self.self_attn = MLA(config, dtype, device, ranks)
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype, device)
         self.mlp: MLP | MoE = (
-            MLP(hidden, config.intermediate_size, dtype, device)
+            MLP(hidden, config.intermediate_size, dtype, device, ranks)
             if dense
-            else MoE(config, dtype, device)
+            else MoE(config, dtype, device, ranks)
         )
         self.dropout = 0.0  # of both residual branches, while training
 
@@ -72,14 +73,14 @@ class MTPModule(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ranks: Ranks = ALONE
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden, eps, dtype, device)
         self.hnorm = RMSNorm(hidden, eps, dtype, device)
         self.eh_proj = Linear(hidden, 2 * hidden, dtype, device)
-        self.block = Block(config, False, dtype, device)
+        self.block = Block(config, False, dtype, device, ranks)
         self.norm = RMSNorm(hidden, eps, dtype, device)
 
     def mix(self, embedding: Tensor, hidden: Tensor) -> Tensor:
@@ -102,6 +103,7 @@ class Transformer(nn.Module):
     Args:
         config: the model's shape.
         dtype: of every parameter except the gates, which stay float32.
+        ranks: that share the work, see `parallel`; this model then holds one rank's part of the matrices.
     """
 
     def __init__(
@@ -109,23 +111,25 @@ class Transformer(nn.Module):
         config: ModelConfig,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
-        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.config, self.dtype, self.device, self.ranks = config, dtype, torch.device(device), ranks
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = empty_parameter(*shape, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            Block(config, i < config.first_k_dense_replace, dtype, device)
+            Block(config, i < config.first_k_dense_replace, dtype, device, ranks)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self.lm_head = (
-            self.embed_tokens
+        rows = ranks.share(config.vocab_size, "vocab_size")
+        self.lm_head: Tensor = (
+            (self.embed_tokens if ranks.size == 1 else self.embed_tokens.detach()[ranks.own(config.vocab_size)])
             if config.tie_word_embeddings
-            else empty_parameter(*shape, dtype=dtype, device=device)
+            else empty_parameter(rows, config.hidden_size, dtype=dtype, device=device)
         )
         self.mtp = nn.ModuleList(
-            MTPModule(config, dtype, device) for _ in range(config.num_nextn_predict_layers)
+            MTPModule(config, dtype, device, ranks) for _ in range(config.num_nextn_predict_layers)
         )
         self._head_layout: Tensor | None = None
         self._draft_ids: Tensor | None = None
@@ -139,7 +143,7 @@ class Transformer(nn.Module):
             if isinstance(module, Linear | MoE | MLA | RMSNorm):
                 module.pack()
         self._head_layout = packed(self.lm_head)
-        if self._draft_ids is not None:
+        if self._draft_ids is not None and len(self._draft_ids):
             self._draft_layout = packed(self._draft_head)
 
     # whole sequences
@@ -173,11 +177,13 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[..., V]` logits of normed hidden states `[..., D]`, in the model's dtype."""
-        return product(hidden, self.lm_head, self._head_layout)
+        return self.ranks.gather(product(hidden, self.lm_head, self._head_layout))
 
     def draft_from(self, ids: Sequence[int]) -> None:
         """Lets drafts be these tokens only: fewer rows of the head are read, and a draft cannot change the text."""
-        self._draft_ids = torch.tensor(list(ids), device=self.device)
+        own = range(self.config.vocab_size)[self.ranks.own(self.config.vocab_size)]
+        places = [token - own.start for token in ids if token in own]
+        self._draft_ids = torch.tensor(places, dtype=torch.int64, device=self.device)
         self._draft_head = self.lm_head.detach()[self._draft_ids]
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
@@ -185,7 +191,8 @@ class Transformer(nn.Module):
         if self._draft_ids is None:
             return self.logits(hidden)
         some = product(hidden, self._draft_head, self._draft_layout)
-        return some.new_full((len(some), self.config.vocab_size), -torch.inf).index_copy_(1, self._draft_ids, some)
+        row = some.new_full((len(some), len(self.lm_head)), -torch.inf)
+        return self.ranks.gather(row.index_copy_(1, self._draft_ids, some))
 
     # rows over a cache
 

@@ -9,6 +9,7 @@ from mtp_spec.api import LM, load
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.handle import Handle
 from mtp_spec.model.config import CheckpointError
+from mtp_spec.model.parallel import RankError
 from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.processors import LogitsProcessor
 from mtp_spec.scoring import Scores
@@ -26,6 +27,7 @@ __all__ = [
     "MTPSpecError",
     "OptionError",
     "PromptError",
+    "RankError",
     "SamplingParams",
     "Scores",
     "Speculation",

@@ -16,13 +16,16 @@ from mtp_spec.device_guided import GuidedDecoder
 from mtp_spec.engine import PREFILL_CHUNK, Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.explain import Explanation, explain
+from mtp_spec.facts import request_facts, start_facts
 from mtp_spec.finish import Finisher
 from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.handle import Handle
 from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
 from mtp_spec.measured import Planners
+from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.parallel import join_ranks
 from mtp_spec.model.rows import PROBE_ROWS, Technique, choose_technique, cuts_are_free
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation, sample_seeds
@@ -143,6 +146,8 @@ class LM:
         Raises:
             OptionError, PromptError: as `generate`, at once.
         """
+        if self.model.ranks.size > 1:
+            raise OptionError("submit: processes that share a model write one text after another; use generate")
         return self._submit(self._request(self._ids(prompt), options))
 
     def close(self) -> None:
@@ -163,14 +168,17 @@ class LM:
         if n is not None:
             ways = [{**options, "seed": seed} for seed in sample_seeds(n, options.get("seed", 0))]
         requests = [self._request(ids, way) for ids in prompts for way in ways]
+        texts = self._texts(requests) if self.model.ranks.size == 1 else [_drain(self.begin(one)) for one in requests]
+        return texts if n is None else [texts[first : first + n] for first in range(0, len(texts), n)]
+
+    def _texts(self, requests: list[Request]) -> list[Generation]:
         handles = [self._submit(request) for request in requests]
         try:
-            texts = [handle.result() for handle in handles]
+            return [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
                 handle.cancel()
             raise
-        return texts if n is None else [texts[first : first + n] for first in range(0, len(texts), n)]
 
     def _submit(self, request: Request) -> Handle:
         if self._batch is None:
@@ -217,10 +225,13 @@ class LM:
     @torch.inference_mode()
     def score(self, token_ids: Ids) -> Scores:
         """Returns the model's and the MTP modules' logits for a text, teacher-forced; see `Scores`."""
-        return score_ids(self.model, checked_ids(token_ids, None, self.config, self.max_context))
+        ids = checked_ids(token_ids, None, self.config, self.max_context)
+        self.model.ranks.agree(request_facts(ids, {}))
+        return score_ids(self.model, ids)
 
     def _request(self, ids: list[int], options: Mapping[str, Any]) -> Request:
         given = dict(options)
+        self.model.ranks.agree(request_facts(ids, given))
         if "n" in given:
             raise OptionError(f"n={given['n']!r}: generate and chat take it; ask for one text for each of the seeds")
         speculation = self.speculation_for(given.pop("speculation", "auto"))
@@ -341,6 +352,7 @@ def load(
     cache_dtype: str | torch.dtype | None = None,
     measure: bool = True,
     progress: bool = False,
+    parallel: Any = "auto",
 ) -> LM:
     """Returns a model ready to generate.
 
@@ -362,9 +374,14 @@ def load(
         measure: time the passes of a step at the first use of "auto", a few seconds, and keep the times in the user's
             cache directory; False plans from typical times and writes nothing.
         progress: show a bar over the bytes read, and over the measurements.
+        parallel: which processes share the model: "auto", those that torchrun started together with this one; a
+            `torch.distributed` process group; None, this one alone. Each of them makes the same calls
+            (docs/howto/parallel.md).
 
     Raises:
-        CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model.
+        CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, or the processes
+            of `parallel` cannot divide it.
+        RankError: another rank failed, differs or does not answer.
         OptionError: an impossible device, dtype, max_context, max_batch, draft_vocabulary or cache_dtype.
     """
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
@@ -372,11 +389,16 @@ def load(
         raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
     config_file = None if config is None else Path(config)
     check_device(device)
-    check_batch(max_batch, device)
-    limit = context_limit(config_file or folder, max_context)
-    with _progress(progress) as report:
-        model = load_model(folder, dtype_of(dtype), str(device), limit, draft_vocabulary, report, config_file,
-                           cache_dtype)  # fmt: skip
+    ranks = join_ranks(parallel, str(device))
+    with ranks.together():
+        check_batch(max_batch, device, ranks)
+        limit = context_limit(config_file or folder, max_context)
+        checkpoint = open_checkpoint(folder, config_file)
+        chosen = dtype_of(dtype)
+    facts = {"max_context": limit, "dtype": chosen, "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype}
+    ranks.agree(facts | start_facts(checkpoint, str(device)))
+    with ranks.together(), _progress(progress and ranks.rank == 0) as report:
+        model = load_model(checkpoint, chosen, str(device), limit, draft_vocabulary, report, cache_dtype, ranks)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
         return LM(model, tokenizer, "batched", limit, measure, progress)

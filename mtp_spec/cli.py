@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import mtp_spec
 from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
 from mtp_spec.converting import add_converting, run_cast, run_convert
 from mtp_spec.inspecting import add_inspect, run_inspect
+from mtp_spec.model.parallel import join_ranks
 from mtp_spec.options import ACCEPTANCE_RULES, sample_seeds
 from mtp_spec.prompts import add_prompts, check_interactive, read_prompts
 
@@ -138,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _chat(args)
         else:
             _generate(args)
-    except (mtp_spec.MTPSpecError, mtp_spec.CheckpointError) as error:
+    except (mtp_spec.MTPSpecError, mtp_spec.CheckpointError, mtp_spec.RankError) as error:
         print(f"mtp-spec: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -153,9 +156,22 @@ def _generate(args: argparse.Namespace) -> None:
         check_interactive(args)
         args.system = args.once = args.history = None
         return _chat(args)
-    prompts, options = read_prompts(args), _options(args)
-    seeds = sample_seeds(args.n, options.get("seed", 0))
+    ranks = join_ranks("auto", args.device)
+    with ranks.together():
+        given = read_prompts(args) if ranks.rank == 0 else None
+        options = _options(args)
+        seeds = sample_seeds(args.n, options.get("seed", 0))
+    prompts = ranks.from_first(given)
     lm = _load(args)
+    with ExitStack() as stack:
+        if ranks.rank:  # the first rank speaks for all
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        _write(args, lm, prompts, seeds, options)
+
+
+def _write(
+    args: argparse.Namespace, lm: mtp_spec.LM, prompts: list[str], seeds: list[int], options: dict[str, Any]
+) -> None:
     chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
     for prompt, seed in product(prompts, seeds):
         options["seed"] = seed
@@ -173,7 +189,8 @@ def _generate(args: argparse.Namespace) -> None:
             print(json.dumps(_document(prompt, seed, stream.result), ensure_ascii=False), flush=True)
         else:
             print(flush=True)
-            print(statistics_line(stream.result.stats), file=sys.stderr)
+            if lm.model.ranks.rank == 0:
+                print(statistics_line(stream.result.stats), file=sys.stderr)
 
 
 def _load(args: argparse.Namespace) -> mtp_spec.LM:

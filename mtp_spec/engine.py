@@ -118,7 +118,8 @@ class Decoder:
             ended = perf_counter()
             self.stats.record_plan(self.planner.tokens, self.planner.seconds, len(accepted.drawn), ended - start)
             if not accepted.stopped:
-                self.planner.learn(tree, accepted.nodes, drafted - start, ended - drafted)
+                drafting, rest = self.model.ranks.first((drafted - start, ended - drafted), self.model.device)
+                self.planner.learn(tree, accepted.nodes, drafting, rest)
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
         self._at_rest = True

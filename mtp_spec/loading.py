@@ -11,10 +11,11 @@ import torch
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.launching import runs_triton
 from mtp_spec.memory import check_memory
-from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint
+from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle, load_device_model
+from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.transformer import Transformer
 
 DTYPES = {
@@ -37,12 +38,12 @@ def context_limit(path: Path, max_context: int | None) -> int:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
-    config_file: Path | None = None, cache_dtype: str | torch.dtype | None = None,
+    source: Path | Checkpoint, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
+    cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE,
 ) -> Transformer | DeviceModel:  # fmt: skip
     """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
     packed, obstacle = packs_cache(cache_dtype), f"dtype={dtype!r} runs by torch, without the FP8 kernels"
-    checkpoint = open_checkpoint(folder, config_file)
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     ids = draft_ids(drafts, checkpoint.config)
     if dtype in (None, torch.float8_e4m3fn):
         found = _no_fp8_here(device) or fp8_obstacle(checkpoint)
@@ -54,13 +55,13 @@ def load_model(
             raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")
         if device != "cpu" and cache_dtype is None:
             warnings.warn(
-                f"{folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}. Text is the same with and "
-                "without speculation, but nothing is fast", stacklevel=3,
+                f"{checkpoint.folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}. Text is "
+                "the same with and without speculation, but nothing is fast", stacklevel=3,
             )  # fmt: skip
         dtype = torch.bfloat16 if device != "cpu" or _cpu_has_bfloat16() else torch.float32
     if cache_dtype is not None:
         raise cache_refused(cache_dtype, obstacle)
-    model = load_checkpoint(checkpoint, dtype=dtype, device=device, progress=report)
+    model = load_checkpoint(checkpoint, dtype=dtype, device=device, progress=report, ranks=ranks)
     if ids is not None:
         model.draft_from(ids)
     return model
@@ -121,12 +122,15 @@ def check_device(device: str) -> None:
         )
 
 
-def check_batch(max_batch: int, device: str) -> None:
+def check_batch(max_batch: int, device: str, ranks: Ranks = ALONE) -> None:
     """Refuses a number of texts side by side that cannot be had."""
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
         raise OptionError(f"max_batch={max_batch!r}: an integer, 1 or more")
     if max_batch > 1 and str(device).split(":")[0] != "cpu":
         raise OptionError(f"max_batch={max_batch!r} on a GPU: only 1 is available there; texts of a list take turns")
+    if max_batch > 1 and ranks.size > 1:
+        # texts are admitted as they come, which is at another moment in every process
+        raise OptionError(f"max_batch={max_batch!r} on {ranks.size} ranks: only 1 is available there; texts take turns")
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -52,16 +52,20 @@ class Planners:
         return self._planners[threads]
 
     def _times(self, technique: Technique) -> StepTimes:
-        subject = {**subject_of(self._model), "threads": torch.get_num_threads(), "rows": technique}
+        ranks = self._model.ranks
+        subject = {
+            **subject_of(self._model), "threads": torch.get_num_threads(), "rows": technique, "ranks": ranks.size
+        }  # fmt: skip
         try:
-            return StepTimes.from_json(read(subject) or {})
+            return StepTimes.from_json(ranks.from_first(read(subject) if ranks.rank == 0 else None) or {})
         except (KeyError, TypeError, ValueError):
             pass  # nothing was kept, or it cannot be used
-        with step_progress(self._show, "measuring step times, once") as report:
+        with step_progress(self._show and ranks.rank == 0, "measuring step times, once") as report:
             times = measure(self._model, technique, self._tokenizer, self._longest, report)
         if times is None:  # the machine is too busy: the next start tries again
             return StepTimes.typical()
-        write(subject, times.to_json())
+        if ranks.rank == 0:
+            write(subject, times.to_json())
         return times
 
 

@@ -151,9 +151,10 @@ def measure(
     passes = {context: _passes(model, technique, ids, context) for context in contexts}
     taken: dict[tuple[str, int, int], list[float]] = {key: [] for key in _points(contexts)}
     clock = thread_time if get_clock_info("thread_time").resolution <= FINE else perf_counter
-    start = perf_counter()
+    start, ranks = perf_counter(), model.ranks
     for number, key in product(range(ROUNDS), taken):
-        if perf_counter() - start > (MOST_SECONDS if number > 1 else TOO_LONG):
+        (spent,) = ranks.first((perf_counter() - start,), model.device)
+        if spent > (MOST_SECONDS if number > 1 else TOO_LONG):
             break
         kind, rows, context = key
         begin = clock()
@@ -161,6 +162,7 @@ def measure(
         taken[key].append(clock() - begin)
         if report is not None:
             report(sum(map(len, taken.values())), ROUNDS * len(taken))
+    taken = {key: ranks.first(times, model.device) for key, times in taken.items()}
     return _curves(taken, contexts) if _steady(taken.values()) else None
 
 

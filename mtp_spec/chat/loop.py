@@ -14,13 +14,14 @@ from rich.console import Console
 from mtp_spec.api import LM
 from mtp_spec.chat.chat import Chat
 from mtp_spec.chat.commands import run_command, suggestions
-from mtp_spec.chat.reading import LineReader, Reader, TerminalReader, unquoted
+from mtp_spec.chat.reading import LineReader, Reader, SharedReader, TerminalReader, unquoted
 from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.session import MAX_NEW_TOKENS, Session
 from mtp_spec.chat.settings import shape_text
 from mtp_spec.chat.status import counted
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.config import CheckpointError
+from mtp_spec.model.parallel import RankError
 from mtp_spec.options import SamplingParams
 
 
@@ -48,7 +49,7 @@ def _answer(chat: Chat, text: str) -> None:
             run_command(chat, unquoted(text))
         else:
             chat.ask(unquoted(text))
-    except (BrokenPipeError, SystemExit):
+    except (BrokenPipeError, SystemExit, RankError):
         raise
     except KeyboardInterrupt:
         chat.interrupted = True
@@ -82,7 +83,10 @@ def run_chat(
             stream.reconfigure(errors="replace")
     chat = open_chat(session, history=history)
     if prompt is not None:
-        chat.ask(sys.stdin.read().strip() if prompt == "-" else prompt)
+        ranks = lm.model.ranks
+        if prompt == "-":
+            prompt = ranks.from_first(sys.stdin.read().strip() if ranks.rank == 0 else None)
+        chat.ask(prompt)
         if chat.interrupted:
             raise KeyboardInterrupt
         return
@@ -100,13 +104,17 @@ def greet(chat: Chat) -> None:
 
 
 def open_chat(session: Session, console: Console | None = None, history: Path | None = None) -> Chat:
-    """Returns a chat on this process's terminal, or on its pipes."""
+    """Returns a chat on this process's terminal, or on its pipes; of several processes only the first has these."""
+    ranks = session.lm.model.ranks
+    if ranks.rank:
+        silent = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
+        return Chat(session, Screen(silent, silent), SharedReader(None, ranks))
     console = console or Console(highlight=False)
     screen = Screen(console, Console(stderr=True, highlight=False))
     reader: Reader = LineReader(sys.stdin)
     if sys.stdin.isatty() and console.is_terminal and not console.is_dumb_terminal:
         reader = TerminalReader(suggestions, _writable(history or _history_file(), screen))
-    return Chat(session, screen, reader)
+    return Chat(session, screen, reader if ranks.size == 1 else SharedReader(reader, ranks))
 
 
 def _history_file() -> Path:

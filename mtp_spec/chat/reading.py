@@ -20,6 +20,8 @@ from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 
+from mtp_spec.model.parallel import Ranks
+
 QUOTES = '"""'
 OPENED = re.compile(rf"\s*(/\w+\s+)?{QUOTES}")
 PROMPT, CONTINUED = "> ", "  "
@@ -70,6 +72,27 @@ class LineReader:
 
     def agree(self, question: str) -> bool:
         return False
+
+
+class SharedReader:
+    """Reads what the first of several processes reads; all of them then do the same.
+
+    Args:
+        reader: of the first; None in the others.
+    """
+
+    def __init__(self, reader: Reader | None, ranks: Ranks) -> None:
+        self._reader, self._ranks = reader, ranks
+
+    def read(self) -> str | None:
+        text = None
+        if self._reader is not None:
+            with suppress(KeyboardInterrupt):  # whoever started the processes ends them
+                text = self._reader.read()
+        return self._ranks.from_first(text)
+
+    def agree(self, question: str) -> bool:
+        return self._ranks.from_first(self._reader is not None and self._reader.agree(question))
 
 
 class TerminalReader:

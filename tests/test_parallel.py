@@ -1,0 +1,164 @@
+"""Several ranks write what one process writes, read their part of a checkpoint, and none outlives another's end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file, save_file
+
+import mtp_spec
+import small
+import tiny
+from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
+from mtp_spec.model.convert import ranks_job
+from mtp_spec.model.jobs import run_job
+from mtp_spec.model.parallel import Ranks
+from mtp_spec.model.transformer import Transformer
+
+PATIENCE = 4.0
+SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.make_fp8(tmp_path_factory.mktemp("fp8") / "model")
+
+
+def alone(folder: Path, dtype: str) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = ranks.texts(mtp_spec.load(folder, dtype=dtype, measure=False))
+    finally:
+        torch.set_num_threads(threads)
+    return json.loads(json.dumps(found))
+
+
+def test_two_ranks_are_one_process_bit_for_bit(fp8: Path, tmp_path: Path) -> None:
+    expected = alone(fp8, "bfloat16")
+    assert len({str(expected[f"{name} 0.9"]) for name in ranks.SHAPES}) == 1
+    assert ranks.run({"model": str(fp8), "dtype": "bfloat16"}, 2, tmp_path) == [expected] * 2
+
+
+def test_four_ranks_with_a_head_each(tmp_path: Path) -> None:
+    tiny.make(tmp_path / "model", "v3_two_modules")
+    expected = alone(tmp_path / "model", "bfloat16")
+    assert ranks.run({"model": str(tmp_path / "model"), "dtype": "bfloat16"}, 4, tmp_path) == [expected] * 4
+
+
+def bytes_of(checkpoint: Checkpoint) -> int:
+    return sum(info.bytes for info in checkpoint.tensors.values())
+
+
+@pytest.mark.parametrize(("kind", "files"), [("whole blocks", 0), ("whole blocks", 2), ("odd", 0), ("wide", 4)])
+def test_a_rank_reads_its_part(kind: str, files: int, fp8: Path, tmp_path: Path) -> None:
+    folder = fp8
+    if kind != "whole blocks":
+        folder = tiny.make(tmp_path / "wide").folder
+    if kind == "odd":  # 48 channels in blocks of 128: a rank's rows begin within a block
+        save_checkpoint(load_checkpoint(folder, dtype=torch.float32), tmp_path / "odd", fp8=True)
+        folder = tmp_path / "odd"
+    if files:
+        run_job(ranks_job(folder, files), tmp_path / "ranks")
+        folder = tmp_path / "ranks"
+    opened = open_checkpoint(folder)
+    whole = load_checkpoint(opened, dtype=torch.float32).checkpoint_slots()
+    for rank in range(2):
+        mine = Ranks(rank, 2)
+        part = load_checkpoint(opened, dtype=torch.float32, ranks=mine).checkpoint_slots()
+        assert bytes_of(rank_part(opened, part, mine)) < 0.75 * bytes_of(opened)
+        experts = {name.split(".experts.")[1].split(".")[0] for name in part if ".experts." in name}
+        assert experts == {str(e) for e in range(4 * rank, 4 * rank + 4)}
+        for name, slot in part.items():
+            expected = whole[name]
+            if slot.shape != expected.shape:
+                expected = expected.chunk(2)[rank]
+            assert torch.equal(slot, expected), name
+
+
+def test_ranks_that_do_not_divide_the_model() -> None:
+    with pytest.raises(mtp_spec.CheckpointError, match="num_attention_heads 4 cannot be divided among 3 ranks"):
+        Transformer(small.CONFIG, torch.bfloat16, "meta", Ranks(0, 3))
+    with pytest.raises(mtp_spec.CheckpointError, match="parallel=2"):
+        mtp_spec.load(parallel=2)
+
+
+def test_a_killed_rank_ends_the_other(fp8: Path, tmp_path: Path) -> None:
+    processes = ranks.start({"model": str(fp8), "forever": True}, 2, tmp_path)
+    wait_for(tmp_path / "0.json", tmp_path / "1.json")
+    processes[1].kill()
+    said = ranks.failures(processes[:1], SECONDS)[0]
+    processes[1].communicate()
+    assert "RankError: rank 0 of 2 lost the others: one of them ended" in said
+
+
+def test_a_rank_that_stops_answering_ends_the_other(fp8: Path, tmp_path: Path) -> None:
+    processes = ranks.start({"model": str(fp8), "forever": True, "patience": PATIENCE}, 2, tmp_path)
+    wait_for(tmp_path / "0.json", tmp_path / "1.json")
+    processes[1].send_signal(signal.SIGSTOP)
+    try:
+        said = ranks.failures(processes[:1], SECONDS)[0]
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+    assert "rank 0 of 2 lost the others" in said or "rank 1 of 2 gave no sign of life" in said
+
+
+def wait_for(*files: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(1.0)  # texts are being written
+
+
+def test_other_weights_of_the_same_shape_are_refused_everywhere(fp8: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in fp8.iterdir():
+        (other / file.name).symlink_to(file)
+    name = next(file for file in sorted(other.glob("*.safetensors")) if "model.norm.weight" in load_file(file))
+    changed = load_file(name) | {"model.norm.weight": load_file(name)["model.norm.weight"] * 2}
+    name.unlink()
+    save_file(changed, name)
+    for said in ranks.failures(ranks.start({"model": [str(fp8), str(other)]}, 2, tmp_path), SECONDS):
+        assert "RankError: ranks differ in weights: rank 0 has" in said
+
+
+def test_what_one_rank_cannot_read_ends_all(fp8: Path, tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    first, second = ranks.failures(ranks.start({"model": [str(fp8), nowhere]}, 2, tmp_path), SECONDS)
+    assert f"RankError: rank 1 of 2 failed: {nowhere} does not exist" in first
+    assert f"CheckpointError: {nowhere} does not exist" in second
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_never_comes(absent: int, fp8: Path, tmp_path: Path) -> None:
+    started = ranks.start({"model": str(fp8), "patience": PATIENCE}, 2, tmp_path, absent=[absent])
+    (said,) = ranks.failures(started, SECONDS)
+    assert f"RankError: rank {1 - absent} of 2 found not all others at 127.0.0.1:" in said
+
+
+def test_torchrun_with_the_command_line(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Tell me about a fox\n")
+    command = ["-m", "mtp_spec", "generate", "--input-file", str(prompts), "--max-new-tokens", "8"]
+    environment = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    one, two = (
+        subprocess.run([sys.executable, "-P", *start, *command], capture_output=True, text=True, timeout=180,
+                       cwd=tmp_path, env=os.environ | environment)
+        for start in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"])
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    assert one.stdout == two.stdout
+    assert one.stdout.startswith("Prompt: Tell me about a fox\nCompletion: ")
