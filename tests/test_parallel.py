@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from safetensors.torch import load_file, save_file
 
 import mtp_spec
+import ranks
 import small
 import tiny
 from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
