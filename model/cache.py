@@ -30,14 +30,15 @@ class LatentCache:
     Args:
         layers: per layer `[pages * PAGE, width]`, the memory.
         pages: numbers of the pages that hold this sequence, in order of position.
+        length: slots that they hold already.
     Attributes:
         length: committed slots.
         capacity: slots; the longest context plus the largest tree.
         slots: per layer `[capacity, width]` in order of position where pages are in a row, else the memory.
     """
 
-    def __init__(self, layers: Sequence[Tensor], pages: Sequence[int]) -> None:
-        self.capacity, self.length = len(pages) * PAGE, 0
+    def __init__(self, layers: Sequence[Tensor], pages: Sequence[int], length: int = 0) -> None:
+        self.capacity, self.length, self._begin = len(pages) * PAGE, length, 0
         self.slots = list(layers)
         self._address: Tensor | None = None
         first = pages[0] if pages else 0
@@ -88,6 +89,18 @@ class LatentCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
+
+    def restart(self, position: int) -> None:
+        """Begins again without a token; slot 0 is now the first of the page where this position was.
+
+        Pages before it may be read by others, so they are left as they are.
+        """
+        moved = position // PAGE * PAGE - self._begin
+        if self._address is None:
+            self.slots = [slots[moved:] for slots in self.slots]
+        else:
+            self._address = self._address[moved:]
+        self._begin, self.capacity, self.length = self._begin + moved, self.capacity - moved, 0
 
     def take(self, other: LatentCache, length: int) -> None:
         """Begins with a copy of another cache's first `length` slots."""

@@ -89,6 +89,34 @@ def cuts_are_free(model: Transformer, chunk: int) -> bool:
     return all(torch.equal(a[:most], b[:most]) for a, b in zip(whole.slots, parts.slots, strict=True))
 
 
+class RowWays:
+    """What holds on this machine, tested once for each of torch's numbers of threads.
+
+    Args:
+        technique: what `choose_technique` found for the present number.
+    """
+
+    def __init__(self, model: Transformer, technique: Technique) -> None:
+        self._model = model
+        self._techniques = {torch.get_num_threads(): technique}
+        self._free: dict[int, bool] = {}
+
+    @property
+    def technique(self) -> Technique:
+        """How rows are computed with this number of threads."""
+        threads = torch.get_num_threads()
+        if threads not in self._techniques:
+            self._techniques[threads] = choose_technique(self._model)
+        return self._techniques[threads]
+
+    def cuts_are_free(self, chunk: int) -> bool:
+        """Whether caches of a prompt do not depend on where passes of up to `chunk` rows begin."""
+        threads = torch.get_num_threads()
+        if threads not in self._free:
+            self._free[threads] = self.technique == "batched" and cuts_are_free(self._model, chunk)
+        return self._free[threads]
+
+
 def _is_invariant(model: Transformer, context: int) -> bool:
     vocab, most = model.config.vocab_size, max(PROBE_ROWS)
     ids = [(7919 * i + 11 * context) % vocab for i in range(context + most)]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.attention import MLA, JointPlan, RowPlan, padded, plan_rows
-from mtp_spec.model.cache import LatentCache
+from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter, packed, product
 from mtp_spec.model.moe import MoE
@@ -203,6 +203,12 @@ class Transformer(nn.Module):
     def new_mtp_cache(self, tokens: int) -> LatentCache:
         """Returns an empty cache of one MTP module."""
         return self._cache(1, tokens)
+
+    def new_layers(self, pages: int) -> list[Tensor]:
+        """Returns memory for caches of many sequences, of every layer and module: `[pages * PAGE, W]`, unwritten."""
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        count = self.config.num_hidden_layers + len(self.mtp)
+        return [torch.empty(pages * PAGE, width, dtype=self.dtype, device=self.device) for _ in range(count)]
 
     def _cache(self, layers: int, tokens: int) -> LatentCache:
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim

@@ -22,15 +22,18 @@ from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.handle import Handle
 from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
 from mtp_spec.measured import Planners
+from mtp_spec.memory import PagePlan
 from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.parallel import join_ranks
-from mtp_spec.model.rows import PROBE_ROWS, Technique, choose_technique, cuts_are_free
+from mtp_spec.model.rows import PROBE_ROWS, RowWays, Technique, choose_technique
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation, sample_seeds
+from mtp_spec.pages import Lease, Pages
 from mtp_spec.passes import Runner
 from mtp_spec.planner import TextPlanner
+from mtp_spec.progress import byte_progress
 from mtp_spec.requests import Request, checked_ids, is_batch, too_long
 from mtp_spec.sampling import Sampler
 from mtp_spec.scoring import Scores, score_ids
@@ -58,12 +61,12 @@ class LM:
         measure: bool = True,
         progress: bool = False,
         max_batch: int = 1,
+        cache_tokens: int | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.max_context, self.max_batch = max_context, max_batch
+        self.max_context, self.max_batch, self.cache_tokens = max_context, max_batch, cache_tokens
         self._batch: Batch | None = None
-        self._techniques = {torch.get_num_threads(): technique}
-        self._reuse_chunks: dict[int, int] = {}
+        self._ways = RowWays(model, technique) if isinstance(model, Transformer) else None
         self._grammars: Grammars | None = None
         self._planners: Planners | None = None
         if isinstance(model, Transformer):
@@ -73,12 +76,7 @@ class LM:
     @property
     def technique(self) -> Technique:
         """How rows are computed here ("batched" or "single"); tested again if torch's number of threads changes."""
-        if isinstance(self.model, DeviceModel):
-            return "batched"
-        threads = torch.get_num_threads()
-        if threads not in self._techniques:
-            self._techniques[threads] = choose_technique(self.model)
-        return self._techniques[threads]
+        return "batched" if self._ways is None else self._ways.technique
 
     @property
     def config(self) -> ModelConfig:
@@ -183,7 +181,7 @@ class LM:
     def _submit(self, request: Request) -> Handle:
         if self._batch is None:
             # the batch knows the model by its texts only, so that its worker ends with a model that nobody holds
-            self._batch = Batch(self.max_batch)
+            self._batch = Batch(self.max_batch, self._new_pages())
             weakref.finalize(self, self._batch.close)
         return self._batch.submit(request, self)
 
@@ -247,11 +245,11 @@ class LM:
         finisher = Finisher(self.tokenizer, self.stop_ids(), params.stop_strings, limit)
         return Request(ids, sampler, speculation, limit, finisher)
 
-    def begin(self, request: Request, after: TokenStream | None = None) -> TokenStream:
-        """Returns the stream of a checked request; `stream` is this for everybody."""
-        return TokenStream(self._decoder(request, after), request.finisher)
+    def begin(self, request: Request, after: TokenStream | None = None, lease: Lease | None = None) -> TokenStream:
+        """Returns the stream of a checked request: what `stream`, `generate` and a batch do."""
+        return TokenStream(self._decoder(request, after, lease), request.finisher)
 
-    def _decoder(self, request: Request, after: TokenStream | None) -> Decoder | DeviceDecoder:
+    def _decoder(self, request: Request, after: TokenStream | None, lease: Lease | None) -> Decoder | DeviceDecoder:
         ids, sampler, speculation = request.ids, request.sampler, request.speculation
         is_last = request.finisher.push
         if self.runtime is not None:
@@ -261,29 +259,33 @@ class LM:
         prefix = after.decoder.prefix() if after is not None and isinstance(after.decoder, Decoder) else None
         reused = 0
         if prefix is not None and prefix.threads == torch.get_num_threads():
-            reused = prefix.shared(ids, speculation is not None, self._reuse_chunk(self.model))
+            unit = 1 if self._cuts_are_free() else PREFILL_CHUNK
+            reused = prefix.shared(ids, speculation is not None, unit)
         planner = None
         if speculation is not None and speculation.adaptive and self._planners is not None:
             planner = TextPlanner(self._planners.here(self.technique))
         return Decoder(
             Runner(self.model, self.technique), ids, sampler, speculation, request.limit, is_last, planner, prefix,
-            reused,
+            reused, lease,
         )  # fmt: skip
 
     def joint_runner(self) -> Runner | None:
         """Returns how to run passes of several texts here; None on a GPU, where texts take turns."""
         if not isinstance(self.model, Transformer):
             return None
-        tested = PREFILL_CHUNK if self._reuse_chunk(self.model) == 1 else PROBE_ROWS[-1]
-        return Runner(self.model, self.technique, tested)
+        free = self._cuts_are_free()
+        return Runner(self.model, self.technique, PREFILL_CHUNK if free else PROBE_ROWS[-1], free)
 
-    def _reuse_chunk(self, model: Transformer) -> int:
-        """Returns in which units caches can be handed on without changing a bit."""
-        threads = torch.get_num_threads()
-        if threads not in self._reuse_chunks:
-            free = self.technique == "batched" and cuts_are_free(model, PREFILL_CHUNK)
-            self._reuse_chunks[threads] = 1 if free else PREFILL_CHUNK
-        return self._reuse_chunks[threads]
+    def _new_pages(self) -> Pages | None:
+        """Returns the planned memory of the caches of texts side by side; None on a GPU."""
+        if not isinstance(self.model, Transformer) or self.model.device.type != "cpu":
+            return None
+        plan = PagePlan.of(self.config, self.model.dtype, self.max_context, self.max_batch, self.cache_tokens)
+        return Pages(self.model.new_layers(plan.pages), len(self.model.mtp))
+
+    def _cuts_are_free(self) -> bool:
+        """Returns whether caches can be handed on token by token without changing a bit; else in whole chunks."""
+        return self._ways is not None and self._ways.cuts_are_free(PREFILL_CHUNK)
 
     def speculation_for(self, value: object) -> Speculation | None:
         """Returns what `speculation=value` means for this model; None is off.
@@ -348,6 +350,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     max_context: int | None = None,
     max_batch: int = 1,
+    cache_tokens: int | None = None,
     draft_vocabulary: int | str | Path | None = None,
     cache_dtype: str | torch.dtype | None = None,
     measure: bool = True,
@@ -367,6 +370,8 @@ def load(
             it in hardware, else float32. FP8 weights are dequantised to these.
         max_context: most tokens of prompt and text together; None is the model's own limit.
         max_batch: most texts that are written side by side, of a list or of `LM.submit`; only 1 on a GPU.
+        cache_tokens: of prompts, texts and drafts side by side, on a CPU; who finds no room waits, who needs more is
+            refused. None has room for `max_batch` texts of `max_context` tokens.
         draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
             less of the head is read for them, and the text stays what it is. None drafts any token.
         cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
@@ -382,7 +387,7 @@ def load(
         CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, or the processes
             of `parallel` cannot divide it.
         RankError: another rank failed, differs or does not answer.
-        OptionError: an impossible device, dtype, max_context, max_batch, draft_vocabulary or cache_dtype.
+        OptionError: an impossible device, dtype, max_context, max_batch, cache_tokens, draft_vocabulary or cache_dtype.
     """
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
     if config is not None and path is None:
@@ -391,13 +396,13 @@ def load(
     check_device(device)
     ranks = join_ranks(parallel, str(device))
     with ranks.together():
-        check_batch(max_batch, device, ranks)
+        check_batch(max_batch, cache_tokens, str(device), ranks)
         limit = context_limit(config_file or folder, max_context)
         checkpoint = open_checkpoint(folder, config_file)
         chosen = dtype_of(dtype)
     facts = {"max_context": limit, "dtype": chosen, "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype}
     ranks.agree(facts | start_facts(checkpoint, str(device)))
-    with ranks.together(), _progress(progress and ranks.rank == 0) as report:
+    with ranks.together(), byte_progress(progress and ranks.rank == 0) as report:
         model = load_model(checkpoint, chosen, str(device), limit, draft_vocabulary, report, cache_dtype, ranks)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
@@ -405,13 +410,7 @@ def load(
     model.requires_grad_(False)
     if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
         model.pack()
-    return LM(model, tokenizer, choose_technique(model), limit, measure, progress, max_batch)
-
-
-def _progress(show: bool) -> Any:
-    from mtp_spec.progress import byte_progress
-
-    return byte_progress(show)
+    return LM(model, tokenizer, choose_technique(model), limit, measure, progress, max_batch, cache_tokens)
 
 
 def _drain(stream: TokenStream) -> Generation:

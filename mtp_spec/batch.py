@@ -1,8 +1,8 @@
 """Texts written side by side: whoever comes is admitted while others are in the middle of theirs.
 
 A round brings every text one step further. Drafting comes first: while any text drafts, those that do run their passes
-together. Then one pass verifies all trees. Prompts are read beside it, about one chunk a round and by turns, so that a long
-one holds up neither the texts nor the other prompts. One thread does all of it.
+together. Then one pass verifies all trees. Prompts are read beside it, about one chunk a round and by turns, so that a
+long one holds up neither the texts nor the other prompts. One thread does all of it.
 
 A text is the same as alone, bit for bit: its rows are (`passes`), and everything else is its own.
 """
@@ -19,6 +19,8 @@ import torch
 
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.handle import Handle
+from mtp_spec.model.cache import PAGE, pages_for
+from mtp_spec.pages import Lease, Pages
 from mtp_spec.passes import MainRows, Pass, Runner
 from mtp_spec.requests import Request
 from mtp_spec.streaming import TokenStream
@@ -30,8 +32,8 @@ PROMPT_ROWS = 256
 class Writer(Protocol):
     """A model, as a batch sees it."""
 
-    def begin(self, request: Request) -> TokenStream:
-        """Opens a text."""
+    def begin(self, request: Request, *, lease: Lease | None) -> TokenStream:
+        """Opens a text that writes to these pages; None where texts have memory of their own."""
         ...
 
     def joint_runner(self) -> Runner | None:
@@ -50,6 +52,7 @@ class _Text:
 
     stream: TokenStream
     handle: Handle
+    lease: Lease | None
     wanted: Pass | None = None
     read: int = 0
 
@@ -59,22 +62,31 @@ class Batch:
 
     Args:
         most: texts that run side by side; others wait.
+        pages: the memory of their caches; who finds none free waits. None where texts have memory of their own.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, pages: Pages | None) -> None:
+        self.most, self.pages = most, pages
         self._waiting, self._running = deque[tuple[Request, Writer, Handle]](), list[_Text]()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed, self._threads, self._round = False, 1, 0
         self._runner: Runner | None = None
+        self._way = (0, False)  # how the caches' rows are computed: threads, and whether one way is as good as another
 
     def submit(self, request: Request, writer: Writer) -> Handle:
         """Puts a text in the queue.
 
         Raises:
-            MTPSpecError: the batch was closed.
+            MTPSpecError: the batch was closed, or the text would not fit if it were alone.
         """
+        needed = pages_for(request.room)
+        if self.pages is not None and needed > self.pages.total:
+            raise MTPSpecError(
+                f"this text may need {needed} pages of {PAGE} tokens ({len(request.ids)} of the prompt, up to "
+                f"{request.limit} new ones, and its drafts), and there are {self.pages.total}: shorten it, lower "
+                "max_new_tokens, or load with more cache_tokens"
+            )
         handle = Handle(writer)
         with self._wake:
             if self._closed:
@@ -106,7 +118,7 @@ class Batch:
             self._closed = True
             left = [handle for *_, handle in self._waiting] + [text.handle for text in self._running]
             self._waiting.clear()
-            self._running.clear()
+            self._leave(self._running)
         for handle in left:
             if error is None:
                 handle.cancel()
@@ -124,12 +136,16 @@ class Batch:
             if threads != torch.get_num_threads():
                 torch.set_num_threads(threads)
             self._runner = writer.joint_runner()
+            way = (threads, self._runner is not None and self._runner.cuts_are_free)
+            if self.pages is not None and way != self._way:
+                self.pages.forget()
+                self._way = way
         return True
 
     @torch.inference_mode()
     def turn(self) -> None:
         """Admits who fits and runs one round."""
-        self._running = [text for text in self._running if not text.handle.cancelled()]
+        self._leave([text for text in self._running if text.handle.cancelled()])
         self._admit()
         self._go_on([text for text in self._running if text.wanted is None])
         while drafting := [text for text in self._running if _hurries(text) and not isinstance(text.wanted, MainRows)]:
@@ -141,13 +157,24 @@ class Batch:
             with self._wake:
                 if not self._waiting:
                     return
-                request, writer, handle = self._waiting.popleft()
-            if handle.cancelled():
-                continue
-            try:
-                self._running.append(_Text(writer.begin(request), handle))
-            except BaseException as error:  # the request's own: others go on
-                handle.fail(error)
+                request, writer, handle = self._waiting[0]
+            lease = None
+            if self.pages is not None and not handle.cancelled():
+                prompt = request.ids if self._way[1] else []  # elsewhere rows depend on their passes: nothing is shared
+                lease = self.pages.lease(prompt, request.room, request.speculation is not None)
+                if lease is None:
+                    return  # first come first served: nobody overtakes
+            self._waiting.popleft()
+            if not handle.cancelled():
+                self._open(request, writer, handle, lease)
+
+    def _open(self, request: Request, writer: Writer, handle: Handle, lease: Lease | None) -> None:
+        try:
+            self._running.append(_Text(writer.begin(request, lease=lease), handle, lease))
+        except BaseException as error:  # the request's own: others go on
+            handle.fail(error)
+            if lease is not None:
+                lease.end()
 
     def _reading(self) -> list[_Text]:
         """Returns the texts whose prompts are read in this round: those that have waited longest."""
@@ -187,8 +214,14 @@ class Batch:
                 if text.stream.decoder.finished:
                     self._end(text)
 
+    def _leave(self, texts: Sequence[_Text]) -> None:
+        for text in list(texts):
+            self._running.remove(text)
+            if text.lease is not None:
+                text.lease.end()
+
     def _end(self, text: _Text, error: BaseException | None = None) -> None:
-        self._running.remove(text)
+        self._leave([text])
         if error is None:
             text.handle.finish(text.stream.result)
         else:

@@ -50,7 +50,7 @@ class Drafter:
 
     Args:
         model: with at least one MTP module.
-        tokens: capacity of the caches in tokens.
+        caches: one for each module.
         rule: draws the drafts; None for the coupled rule, whose drafts follow the noise.
         choices: the rule's randomness.
         planner: decides which nodes an adaptive tree has.
@@ -63,7 +63,7 @@ class Drafter:
     def __init__(
         self,
         model: Transformer,
-        tokens: int,
+        caches: Sequence[LatentCache],
         rule: Rule | None = None,
         choices: Choices | None = None,
         planner: TextPlanner | None = None,
@@ -72,7 +72,7 @@ class Drafter:
         self.laws: list[Law] = []
         self.explaining, self.chances = False, list[float]()
         self.root_row: Tensor | None = None
-        self.caches = [model.new_mtp_cache(tokens) for _ in model.mtp]
+        self.caches = list(caches)
         # per module: inputs not yet in its cache, hidden states of consecutive positions
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
         self._left_out = 0  # tokens before those of slot 0
@@ -83,10 +83,20 @@ class Drafter:
             own.take(theirs, length)
 
     def settle(self, tokens: Sequence[int]) -> Work[int]:
-        """Brings every module's cache up to the committed tokens; returns the first positions that all of them hold."""
+        """Brings every module's cache up to the committed tokens; returns `held`."""
         if self._pending[0]:
             yield from self._extend(tokens)
+        return self.held
+
+    @property
+    def held(self) -> int:
+        """The first positions that all modules' caches hold."""
         return 0 if self._left_out else min(cache.length for cache in self.caches)
+
+    @property
+    def skips(self) -> bool:
+        """Whether tokens were left out, so that the caches are no longer those of a whole text."""
+        return self._left_out > 0
 
     def observe(self, hidden: Tensor) -> None:
         """Takes the main model's normed hidden states `[k, D]` of newly committed positions, in order."""
@@ -104,7 +114,7 @@ class Drafter:
             self._left_out += self.caches[0].length + hidden.shape[0] - KEPT_BEHIND
             self._pending = [[hidden[-KEPT_BEHIND:]], *([] for _ in self.caches[1:])]
             for cache in self.caches:
-                cache.rewind(0)
+                cache.restart(self._left_out)
 
     def draft(
         self,
@@ -164,7 +174,8 @@ class Drafter:
     def _run(self, module: int, tokens: Sequence[int], hidden: Tensor) -> Work[Tensor]:
         """Appends and commits rows with true hidden states; returns the module's outputs."""
         cache, outputs = self.caches[module], [hidden[:0]]
-        table, prompt = self.model.table(cache.capacity + len(self.caches)), hidden.shape[0] > MOST_BEHIND
+        table = self.model.table(self._left_out + cache.capacity + len(self.caches))
+        prompt = hidden.shape[0] > MOST_BEHIND
         for part in hidden.split(CHUNK) if hidden.shape[0] else ():
             offset = self._left_out + module + 1
             ids = tokens[offset + cache.length :][: part.shape[0]]

@@ -14,6 +14,7 @@ from torch import Tensor
 from mtp_spec.accept import Accepted, Drawn, accept_by_rule, accept_coupled
 from mtp_spec.draft import Drafter
 from mtp_spec.options import Speculation
+from mtp_spec.pages import Lease
 from mtp_spec.passes import MainRows, Runner, Work
 from mtp_spec.planner import TextPlanner
 from mtp_spec.prefix import Prefix
@@ -39,6 +40,7 @@ class Decoder:
         is_last: told each token as it is drawn; true ends the text there.
         planner: decides the trees of adaptive speculation.
         prefix, reused: an earlier text's caches and how many of its first tokens to take from them.
+        lease: pages to write to, which may hold the first tokens; without, the text has memory of its own.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Decoder:
         planner: TextPlanner | None = None,
         prefix: Prefix | None = None,
         reused: int = 0,
+        lease: Lease | None = None,
     ) -> None:
         model = runner.model
         self.model, self.runner, self.sampler = model, runner, sampler
@@ -60,13 +63,15 @@ class Decoder:
         self.end = len(self.tokens) + limit
         self.history = sampler.history(prompt)
         room = self.end + (0 if speculation is None else speculation.nodes)
-        self.cache = model.new_cache(room + 1)
+        self.lease = lease
+        self.cache = model.new_cache(room + 1) if lease is None else lease.cache
         self.rule = None if speculation is None else RULES.get(speculation.acceptance)
         self.choices = SeededChoices(sampler.params.seed)
         self.planner, self.drafter = planner, None
         if speculation is not None:
-            self.drafter = Drafter(model, room + 1, self.rule, self.choices, planner)
-        self.stats = GenerationStats(reused_tokens=reused)
+            caches = [model.new_mtp_cache(room + 1) for _ in model.mtp] if lease is None else lease.mtp_caches
+            self.drafter = Drafter(model, caches, self.rule, self.choices, planner)
+        self.stats = GenerationStats(reused_tokens=reused if lease is None else lease.reused)
         self.finished = False
         # false while caches are being written: a step that was cut short leaves them as they must not be used
         self._at_rest = False
@@ -177,4 +182,8 @@ class Decoder:
         self.tokens += [drawn.token for drawn in accepted.drawn]
         self.history = accepted.history
         self.finished = accepted.stopped
+        if self.lease is not None:
+            drafted = self.drafter is not None and not self.drafter.skips
+            held = self.drafter.held if self.drafter is not None and drafted else self.cache.length
+            self.lease.publish(self.tokens, held, drafted)
         return accepted.drawn

@@ -13,8 +13,10 @@ from rich.table import Table
 from mtp_spec.kernels.mla_cache import Layout
 from mtp_spec.loading import CACHE_DTYPES, DraftVocabulary, cache_refused, draft_ids, packs_cache
 from mtp_spec.memory import plan_memory
+from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary, open_checkpoint
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle
+from mtp_spec.options import MAX_NODES
 
 BF16_BYTES = 2
 
@@ -70,6 +72,8 @@ def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool) 
         + ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary.dtypes.items())),
         "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary, packed):,} bytes of cache a token "
         f"({CACHE_DTYPES[packed]})",
+        "side by side": f"pages of {PAGE} tokens, {PAGE * cache_bytes(summary, False):,} bytes each in bfloat16; "
+        f"load(max_batch=N) plans N x {pages_for(config.max_position_embeddings + MAX_NODES + 1)} for whole contexts",
         "memory": f"{weights / 1e6:,.0f} MB of weights in bfloat16, twice that in float32, plus the cache",
         "on a GPU": on_gpu,
     }

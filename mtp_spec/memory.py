@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,10 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
 from mtp_spec.kernels.moe_route import MOST_ROWS
+from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.options import MAX_NODES
 
 # what graphs themselves, products' partial sums, several steps' logits and fragmentation take besides
 OVERHEAD_BYTES = 256 * 2**20
@@ -47,6 +50,46 @@ class MemoryPlan:
     def parts(self) -> dict[str, int]:
         """Returns the bytes by name."""
         return {"weights": self.weights, "draft head": self.draft_head, "caches": self.caches, "passes": self.passes}
+
+
+@dataclass(frozen=True, slots=True)
+class PagePlan:
+    """Pages of latent cache for texts side by side on a CPU.
+
+    Attributes:
+        pages: how many; each holds `PAGE` tokens for the main model and every MTP module.
+        page_bytes: of one.
+    """
+
+    pages: int
+    page_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all pages; the system gives them as they are first used."""
+        return self.pages * self.page_bytes
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, dtype: torch.dtype, max_context: int, max_batch: int, cache_tokens: int | None
+    ) -> PagePlan:
+        """Returns the plan for these arguments of `load`.
+
+        Raises:
+            MTPSpecError: this machine has not that much memory.
+        """
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        size = layers * PAGE * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
+        whole = max_batch * pages_for(max_context + MAX_NODES + 1)
+        plan = cls(whole if cache_tokens is None else pages_for(cache_tokens), size)
+        memory = _machine_memory()
+        if memory is not None and plan.total > memory:
+            raise MTPSpecError(
+                f"{plan.pages} pages of cache for texts side by side take {plan.total / 1e9:.1f} GB and this machine "
+                f"has {memory / 1e9:.1f} GB: load with a smaller max_context or max_batch, or with "
+                f"cache_tokens={memory // 2 // size * PAGE} or less"
+            )
+        return plan
 
 
 def plan_memory(model: DeviceModel, max_context: int) -> MemoryPlan:
@@ -118,3 +161,11 @@ def _free(device: torch.device) -> int:
     """Returns bytes that are free, or that torch holds and does not use."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _machine_memory() -> int | None:
+    """Returns the bytes of memory in this machine, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

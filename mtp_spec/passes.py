@@ -97,10 +97,13 @@ class Runner:
     Args:
         technique: how rows are computed on this machine (`model.rows`).
         together: most rows of a joint pass; 0 runs every text's passes apart.
+        cuts_are_free: whether a prompt's rows are the same however it is cut into passes (`model.rows`).
     """
 
-    def __init__(self, model: Transformer, technique: Technique, together: int = 0) -> None:
-        self.model, self.technique = model, technique
+    def __init__(
+        self, model: Transformer, technique: Technique, together: int = 0, cuts_are_free: bool = False
+    ) -> None:
+        self.model, self.technique, self.cuts_are_free = model, technique, cuts_are_free
         self.together = together if technique == "batched" else 0
 
     @torch.inference_mode()

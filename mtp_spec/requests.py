@@ -29,6 +29,11 @@ class Request:
     limit: int
     finisher: Finisher
 
+    @property
+    def room(self) -> int:
+        """Slots of cache that it may need, those of its largest tree included."""
+        return len(self.ids) + self.limit + (0 if self.speculation is None else self.speculation.nodes) + 1
+
 
 def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) -> list[int]:
     """Returns a prompt's ids; `given` is what they were made from, for the message.

@@ -229,7 +229,7 @@ def test_on_the_kernels_texts_take_turns(tmp_path: Path) -> None:
     assert [text.token_ids for text in lm.generate(prompts, **options)] == texts
     assert [lm.submit(prompt, **options).result().token_ids for prompt in prompts] == texts
     with pytest.raises(mtp_spec.OptionError, match="max_batch=2 on a GPU"):
-        check_batch(2, "cuda")
+        check_batch(2, None, "cuda")
 
 
 @pytest.mark.parametrize("count", [1, 4, 16, 64])
