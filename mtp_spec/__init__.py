@@ -5,11 +5,12 @@
     print(lm.generate("Tell me a story about a fox", temperature=0.7).text)
 """
 
-from mtp_spec.api import LM, load
+from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.handle import Handle
 from mtp_spec.model.config import CheckpointError
 from mtp_spec.model.parallel import RankError
+from mtp_spec.opening import load
 from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.processors import LogitsProcessor
 from mtp_spec.scoring import Scores

@@ -1,0 +1,94 @@
+"""`load`: from a folder to a model ready to generate."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_spec.api import LM
+from mtp_spec.errors import OptionError
+from mtp_spec.facts import start_facts
+from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
+from mtp_spec.model.checkpoint import open_checkpoint
+from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.parallel import join_ranks
+from mtp_spec.model.rows import choose_technique
+from mtp_spec.progress import byte_progress
+from mtp_spec.text import Tokenizer
+
+# larger models are not given a second copy in the processor's own layout
+PACK_BYTES = 2**31
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    max_context: int | None = None,
+    max_batch: int = 1,
+    cache_tokens: int | None = None,
+    draft_vocabulary: int | str | Path | None = None,
+    cache_dtype: str | torch.dtype | None = None,
+    measure: bool = True,
+    progress: bool = False,
+    parallel: Any = "auto",
+) -> LM:
+    """Returns a model ready to generate.
+
+    Args:
+        path: a Hugging Face folder, or one of per-rank files made by `mtp-spec convert` or DeepSeek's convert.py, for
+            any number of ranks; None is the bundled model.
+        config: a JSON file that describes the model in place of the folder's config.json, in Hugging Face's fields or
+            DeepSeek's; folders made by DeepSeek's convert.py need it.
+        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16", "float16", "float8_e4m3fn" or the torch dtype. None chooses: on a GPU FP8
+            checkpoints stay FP8 and run on this library's kernels; elsewhere it is bfloat16 where the machine computes
+            it in hardware, else float32. FP8 weights are dequantised to these.
+        max_context: most tokens of prompt and text together; None is the model's own limit.
+        max_batch: most texts that are written side by side, of a list or of `LM.submit`; only 1 on a GPU.
+        cache_tokens: of prompts, texts and drafts side by side, on a CPU; who finds no room waits, who needs more is
+            refused. None has room for `max_batch` texts of `max_context` tokens.
+        draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
+            less of the head is read for them, and the text stays what it is. None drafts any token.
+        cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
+            which holds nearly twice the tokens and rounds them, so it changes the text (docs/howto/gpu.md).
+        measure: time the passes of a step at the first use of "auto", a few seconds, and keep the times in the user's
+            cache directory; False plans from typical times and writes nothing.
+        progress: show a bar over the bytes read, and over the measurements.
+        parallel: which processes share the model: "auto", those that torchrun started together with this one; a
+            `torch.distributed` process group; None, this one alone. Each of them makes the same calls
+            (docs/howto/parallel.md).
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, or the processes
+            of `parallel` cannot divide it.
+        RankError: another rank failed, differs or does not answer.
+        OptionError: an impossible device, dtype, max_context, max_batch, cache_tokens, draft_vocabulary or cache_dtype.
+    """
+    folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
+    if config is not None and path is None:
+        raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
+    config_file = None if config is None else Path(config)
+    check_device(device)
+    ranks = join_ranks(parallel, str(device))
+    with ranks.together():
+        check_batch(max_batch, cache_tokens, str(device), ranks)
+        limit = context_limit(config_file or folder, max_context)
+        checkpoint = open_checkpoint(folder, config_file)
+        chosen = dtype_of(dtype)
+    facts = {"max_context": limit, "dtype": chosen, "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype}
+    ranks.agree(facts | start_facts(checkpoint, str(device)))
+    with ranks.together(), byte_progress(progress and ranks.rank == 0) as report:
+        model = load_model(checkpoint, chosen, str(device), limit, draft_vocabulary, report, cache_dtype, ranks)
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    if isinstance(model, DeviceModel):
+        return LM(model, tokenizer, "batched", limit, measure, progress)
+    model.requires_grad_(False)
+    if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
+        model.pack()
+    return LM(model, tokenizer, choose_technique(model), limit, measure, progress, max_batch, cache_tokens)
