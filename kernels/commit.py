@@ -24,7 +24,7 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 COUNT, FAILED, HEADER = 0, 1, 2  # places of a record
-COLUMNS = 64
+COLUMNS, KEPT_COLUMNS = 64, 1024
 
 
 def record_size(most: int) -> int:
@@ -62,6 +62,34 @@ def accept(
         MOST=most, WIDE=triton.next_power_of_2(rows), COUNTED=seen is not None, num_warps=1,
         **late(ids),
     )  # fmt: skip
+
+
+def keep(
+    outputs: Tensor, tokens: Tensor, length: Tensor, hidden: Tensor, ring: Tensor, ring_tokens: Tensor
+) -> None:
+    """Puts a plain step's row aside for MTP modules that will read it when drafting begins again.
+
+    Args:
+        outputs: `[1, D]` of the pass.  tokens: `[A]` int64, the first is what it drew.
+        length: `[1]` int32, the row's position.
+        hidden: `[R, D]`, receives the row as its first, as every step does.
+        ring: `[W, D]`, receives it at its position modulo W.  ring_tokens: `[W]` int64, the token there.
+    """
+    width, places = outputs.shape[1], ring.shape[0]
+    expect("outputs", outputs, (1, None), outputs.dtype)
+    expect("tokens", tokens, (None,), torch.int64, beside=outputs)
+    expect("length", length, (1,), torch.int32, beside=outputs)
+    expect("hidden", hidden, (None, width), outputs.dtype, beside=outputs)
+    expect("ring", ring, (None, width), outputs.dtype, beside=outputs)
+    expect("ring_tokens", ring_tokens, (places,), torch.int64, beside=outputs)
+    if not runs_triton(outputs):
+        place = int(length) % places
+        hidden[:1] = ring[place] = outputs[0]
+        ring_tokens[place] = tokens[0]
+        return
+    _keep_kernel[(-(-width // KEPT_COLUMNS),)](
+        outputs, tokens, length, hidden, ring, ring_tokens, width, places, COLUMNS=KEPT_COLUMNS, **late(outputs)
+    )
 
 
 def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor) -> None:
@@ -131,6 +159,20 @@ if triton is not None:
             row = tl.where(alive > 0, child, row)
         tl.store(record, count)
         tl.store(record + 1, bad)
+
+    @triton.jit
+    def _keep_kernel(
+        outputs, tokens, length, hidden, ring, ring_tokens, width, places, COLUMNS: tl.constexpr, PDL: tl.constexpr
+    ):
+        follow(PDL)
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        mask = column < width
+        place = tl.load(length) % places
+        values = tl.load(outputs + column, mask=mask)
+        tl.store(hidden + column, values, mask=mask)
+        tl.store(ring + place.to(tl.int64) * width + column, values, mask=mask)
+        if tl.program_id(0) == 0:
+            tl.store(ring_tokens + place, tl.load(tokens))
 
     @triton.jit
     def _commit_kernel(

@@ -11,6 +11,7 @@ import torch
 from mtp_spec.batch import Batch
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
 from mtp_spec.device_guided import GuidedDecoder
+from mtp_spec.device_planned import PLANNED_DEPTH, PlannedDecoder
 from mtp_spec.engine import PREFILL_CHUNK, Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.explain import Explanation, explain
@@ -38,7 +39,7 @@ Message = Mapping[str, str]
 Ids = Sequence[int]
 # the most that "auto" drafts
 AUTO = Speculation(branching=(2,) * MAX_DEPTH, budget=16, adaptive=True)
-AUTO_DEVICE = Speculation(depth=3)
+AUTO_DEVICE = Speculation(depth=PLANNED_DEPTH, adaptive=True)
 
 
 class LM:
@@ -245,7 +246,8 @@ class LM:
         ids, sampler, speculation = request.ids, request.sampler, request.speculation
         is_last = request.finisher.push
         if self.runtime is not None:
-            kind = GuidedDecoder if sampler.processors else DeviceDecoder
+            planned = speculation is not None and speculation.adaptive
+            kind = GuidedDecoder if sampler.processors else PlannedDecoder if planned else DeviceDecoder
             return kind(self.runtime, ids, sampler, speculation, is_last)
         assert isinstance(self.model, Transformer)
         prefix = after.decoder.prefix() if after is not None and isinstance(after.decoder, Decoder) else None

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ from mtp_spec.options import Speculation
 from mtp_spec.sampling import Sampler
 from mtp_spec.stats import GenerationStats
 
-KEPT_STEPS = 8
-ADAPTIVE_DEPTH = 4
+# captured steps and passes, and what was learned of them
+KEPT = 32
+T = TypeVar("T")
 
 
 class DeviceRuntime:
@@ -42,8 +44,7 @@ class DeviceRuntime:
         self.model, self.max_context = model, max_context
         self.graphs = Graphs(model.device) if model.device.type == "cuda" else None
         self._states: list[State] = []
-        self._steps: dict[tuple[int, Shape, Stages, int, str, bool], Step] = {}
-        self._prefills: dict[tuple[int, int, bool], Prefill] = {}
+        self._kept: dict[Hashable, object] = {}
 
     def acquire(self) -> State:
         """Returns a state that no other text uses; one is made where all are in use."""
@@ -59,18 +60,26 @@ class DeviceRuntime:
 
     def step(self, state: State, shape: Shape, stages: Stages, extend: int, acceptance: str, draws: bool) -> Step:
         """Returns the step of a tree, captured where there is a GPU. The state must not hold a text yet."""
-        key = (self._states.index(state), shape, stages, extend, acceptance, draws)
-        step = self._steps.pop(key, None)
-        if step is None:
+
+        def make() -> Step:
             step = Step(self.model, state, shape, stages, extend, acceptance, draws)
             if self.graphs is not None:
                 needed = rule_bytes(self.model.config, len(shape.parents)) if acceptance != "coupled" else 0
                 check_room(needed, self.model.device, f'acceptance="{acceptance}" on {len(shape.parents)} nodes')
                 step.capture(self.graphs)
-            while len(self._steps) >= KEPT_STEPS:
-                self._steps.pop(next(iter(self._steps)))
-        self._steps[key] = step  # the most recent last
-        return step
+            return step
+
+        return self.kept((id(state), shape, stages, extend, acceptance, draws), make)
+
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns what was made for a key; what was not asked for the longest is dropped."""
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = make()
+            while len(self._kept) >= KEPT:
+                self._kept.pop(next(iter(self._kept)))
+        self._kept[key] = found  # the most recent last
+        return cast(T, found)
 
     def prefill(self, state: State, tokens: int, first: int, draft: bool) -> Prefill:
         """Returns the pass for a prompt's next chunk, captured where there is a GPU and room for its padding."""
@@ -78,18 +87,18 @@ class DeviceRuntime:
         rows = next((size for size in PREFILL_ROWS if left <= size), PREFILL_ROWS[-1])
         if self.graphs is None or first + rows > state.caches[0].capacity:
             return Prefill(self.model, state, min(left, rows), draft)
-        key = (self._states.index(state), rows, draft)
-        if key not in self._prefills:
-            self._prefills[key] = Prefill(self.model, state, rows, draft, self.graphs)
-        return self._prefills[key]
+        graphs = self.graphs
+        return self.kept((id(state), rows, draft), lambda: Prefill(self.model, state, rows, draft, graphs))
 
 
 @dataclass(slots=True)
-class _Launched:
-    """A step on its way."""
+class Launched:
+    """A step on its way; without a GPU it is done, and there are no events."""
 
+    step: Step
     record: Tensor
-    ready: torch.cuda.Event | None
+    begun: torch.cuda.Event | None
+    ended: torch.cuda.Event | None
 
 
 class DeviceDecoder:
@@ -110,23 +119,24 @@ class DeviceDecoder:
         is_last: Callable[[int], bool],
     ) -> None:
         self.runtime, self.model, self.sampler, self.is_last = runtime, runtime.model, sampler, is_last
-        self.tokens, self.prompt_tokens = list(prompt), len(prompt)
-        if speculation is not None and speculation.adaptive:
-            # a captured step has one shape: the depth that pays on most texts, where deeper is allowed
-            depth = min(speculation.depth, ADAPTIVE_DEPTH)
-            speculation = Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
-        self.shape, self.stages = Shape.of(speculation), stages_of(sampler.params)
+        self.tokens, self.prompt_tokens, self.stages = list(prompt), len(prompt), stages_of(sampler.params)
         self.stats = GenerationStats()
         self.finished = False
         self.state = runtime.acquire()
         self._release = weakref.finalize(self, _free, self.state)
-        extend = 0 if speculation is None else self.shape.depth + 1
-        acceptance = "coupled" if speculation is None else speculation.acceptance
+        self.drafts = speculation is not None
         with torch.inference_mode():
-            self.one_step = runtime.step(self.state, self.shape, self.stages, extend, acceptance, self.draws)
-        self._launched: deque[_Launched] = deque()
+            self.one_step = self._prepare(speculation)
+        self._launched: deque[Launched] = deque()
         cuda = self.model.device.type == "cuda"
         self._hosts = [torch.empty(commits.record_size(MOST), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
+
+    def _prepare(self, speculation: Speculation | None) -> Step:
+        """Returns the step of this text."""
+        shape = Shape.of(speculation)
+        extend = 0 if speculation is None else shape.depth + 1
+        acceptance = "coupled" if speculation is None else speculation.acceptance
+        return self.runtime.step(self.state, shape, self.stages, extend, acceptance, self.draws)
 
     @torch.inference_mode()
     def prefill(self) -> list[Drawn]:
@@ -137,7 +147,7 @@ class DeviceDecoder:
             ids = torch.tensor(prompt, dtype=torch.int64).to(model.device)
             first, hidden = 0, None
             while first < len(prompt):
-                hidden = self.runtime.prefill(state, len(prompt), first, bool(self.shape.parents))(ids, first)
+                hidden = self.runtime.prefill(state, len(prompt), first, self.drafts)(ids, first)
                 first += len(hidden)
             assert hidden is not None
             last = hidden[-1:]
@@ -164,29 +174,38 @@ class DeviceDecoder:
             while len(self._launched) < (1 if wanted else 2):
                 self._launch()
             launched = self._launched.popleft()
-            if launched.ready is not None:
-                launched.ready.synchronize()
+            if launched.ended is not None:
+                launched.ended.synchronize()
             count, failed, *numbers = launched.record.tolist()
         tokens, path = numbers[:count], numbers[MOST : MOST + count]
+        shape, logits = launched.step.shape, launched.step.logits
         if failed:
-            self._fail(self.one_step.logits[path[-1]] if wanted else None)
+            self._fail(logits[path[-1]] if wanted else None)
         before = len(self.tokens)
-        drawn = self._take(tokens, path, self.one_step.logits)
-        accepted = path[1 : len(self.tokens) - before + 1]
-        ranks = [self.shape.ranks[row - 1] for row in accepted]
-        self.stats.record_step(self.shape.depth, len(self.shape.parents), ranks, len(drawn))
+        drawn = self._take(tokens, path, logits)
+        accepted = [row - 1 for row in path[1 : len(self.tokens) - before + 1]]
+        ranks = [shape.ranks[node] for node in accepted]
+        self.stats.record_step(shape.depth, len(shape.parents), ranks, len(drawn))
+        self._learn(launched, accepted, len(drawn))
         return drawn
 
     def _launch(self) -> None:
+        begun = self._mark()
         self.one_step()
         host = self._hosts[0]
         self._hosts.reverse()
         host.copy_(self.state.record, non_blocking=True)
-        ready = None
-        if self.model.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record()
-        self._launched.append(_Launched(host, ready))
+        self._launched.append(Launched(self.one_step, host, begun, self._mark()))
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self.model.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _learn(self, launched: Launched, accepted: list[int], committed: int) -> None:
+        """Takes the outcome of a step: its accepted nodes, and how many tokens it committed."""
 
     def _take(self, tokens: list[int], path: list[int], logits: Tensor) -> list[Drawn]:
         """Commits tokens one by one until the text ends; row path[j] of the logits drew token j."""

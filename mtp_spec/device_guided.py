@@ -21,6 +21,8 @@ from mtp_spec.options import Speculation
 from mtp_spec.sampling import Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
+GUIDED_DEPTH = 3
+
 
 class GuidedDecoder(DeviceDecoder):
     """One sequence; arguments as for `DeviceDecoder`.
@@ -44,6 +46,10 @@ class GuidedDecoder(DeviceDecoder):
                 f'acceptance="{speculation.acceptance}" with logits_processor or response_format runs on the CPU only: '
                 'use "coupled" on a GPU'
             )
+        if speculation is not None and speculation.adaptive:
+            # the host draws between steps, so that nothing is gained by taking turns: the depth that pays on most texts
+            depth = min(speculation.depth, GUIDED_DEPTH)
+            speculation = Speculation(depth, speculation.branching[:depth], speculation.budget)
         super().__init__(runtime, prompt, sampler, speculation, is_last)
         self.history = sampler.history(prompt)
 
@@ -57,18 +63,19 @@ class GuidedDecoder(DeviceDecoder):
         """Returns the tokens of the next step."""
         with self.stats.phase("step"):
             self.one_step()
-            tree, rows = drafted(self.shape, self.one_step.ids.tolist())
+            shape = self.one_step.shape
+            tree, rows = drafted(shape, self.one_step.ids.tolist())
             logits = self.one_step.logits[[0, *rows]].cpu()
         with self.stats.phase("sample"):
             accepted = accept_coupled(tree, logits, self.sampler, self.history, len(self.tokens), self.is_last)
         self.history, self.finished = accepted.history, accepted.stopped
         self.tokens += [drawn.token for drawn in accepted.drawn]
         ranks = [tree.ranks[node] for node in accepted.nodes]
-        self.stats.record_step(self.shape.depth, len(self.shape.parents), ranks, len(accepted.drawn))
+        self.stats.record_step(shape.depth, len(shape.parents), ranks, len(accepted.drawn))
         if accepted.stopped:
             self._release()
             return accepted.drawn
-        drawn = [-1] * (len(self.shape.parents) + 1)
+        drawn = [-1] * (len(shape.parents) + 1)
         for row, one in zip([0, *(rows[node] for node in accepted.nodes)], accepted.drawn, strict=True):
             drawn[row] = one.token
         with self.stats.phase("step"):

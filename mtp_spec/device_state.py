@@ -14,8 +14,10 @@ ROWS = MAX_NODES + 1
 MOST = MAX_DEPTH + 1
 # prompt tokens that pass through the model at once; the last chunk takes the smallest that holds it
 PREFILL_ROWS = (16, 64, 256)
-# a step may run ahead of the host's decision to stop, and the one after it
-SLACK = 2 * MOST + ROWS
+# rows of plain steps that MTP modules may be behind, in steps of several shapes
+WAITING = 128
+# a step may run ahead of the host's decision to stop, and the one after it; what modules read late is padded
+SLACK = 2 * MOST + max(ROWS, WAITING)
 
 
 class State:
@@ -27,6 +29,8 @@ class State:
         length: `[1]` int32, committed slots of the main model; a module's cache has one fewer for each module before.
         hidden: `[ROWS, D]` of the last pass.  path, tokens: of the last step, see `kernels.commit.accept`.
         drawn: `[1]` int64, random numbers that a rule has used, see `device_rules`.
+        fed: `[1]` int32, slots of the main model that the modules have seen, where steps of several shapes take turns.
+        ring, ring_tokens: `[WAITING, D]` and `[WAITING]` int64, rows of plain steps, see `kernels.commit.keep`.
         carried: `[modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
     """
 
@@ -38,6 +42,9 @@ class State:
         model.table(caches[0].capacity + MOST)
         self.length = torch.zeros(1, dtype=torch.int32, device=device)
         self.hidden = torch.zeros(ROWS, config.hidden_size, dtype=torch.bfloat16, device=device)
+        self.fed = torch.zeros_like(self.length)
+        self.ring = self.hidden.new_zeros(WAITING, config.hidden_size)
+        self.ring_tokens = torch.zeros(WAITING, dtype=torch.int64, device=device)
         self.carried = self.hidden.new_zeros(max(0, len(self.mtp_caches) - 1), config.hidden_size)
         self.path = torch.zeros(MOST, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(MOST, dtype=torch.int64, device=device)
@@ -58,6 +65,9 @@ class State:
         self.store.zero_()
         self.carried.zero_()
         self.length.zero_()
+        self.fed.zero_()
+        self.ring.zero_()
+        self.ring_tokens.zero_()
         self.drawn.zero_()
         device, settings = self.length.device, self.settings
         row = settings_row(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty,
@@ -73,9 +83,17 @@ class State:
         settings.seen.zero_()
         settings.seen[0, torch.tensor(sorted(set(prompt)), device=device)] = IN_PROMPT
 
+    def blank(self) -> None:
+        """Makes it that of a text of one token, for work that is captured or timed."""
+        self.record.zero_()
+        self.record[commits.COUNT] = 1
+        self.length.fill_(1)
+        self.fed.zero_()
+
     def start(self, token: int, hidden: Tensor, length: int, seen: bool) -> None:
         """Takes the first token, drawn from the prompt's last hidden state `[1, D]`."""
         self.length.fill_(length)
+        self.fed.fill_(length - 1)  # the prompt's last token waits for the one after it
         self.hidden[:1] = hidden
         self.path.zero_()
         self.tokens.fill_(token)

@@ -30,6 +30,7 @@ class Step:
 
     Args:
         extend: tokens that the step before may have committed, which the MTP modules have not seen; 0 without drafting.
+            Without a tree they stay unseen: the step is one of several shapes that take turns (`device_planned`).
         acceptance: the rule; all but "coupled" draw drafts and accept them by `device_rules`.
         draws: whether the call draws and accepts; else `take` is then told what was drawn.
     Attributes:
@@ -63,9 +64,7 @@ class Step:
 
     def capture(self, graphs: Graphs) -> None:
         """Makes later calls replay a graph; the state must not hold a text."""
-        self.state.record.zero_()
-        self.state.record[commits.COUNT] = 1
-        self.state.length.fill_(1)
+        self.state.blank()
         self._graph = graphs.capture(self._run)
 
     def parts(self) -> dict[str, Callable[[], None]]:
@@ -79,7 +78,7 @@ class Step:
 
     def _propose(self) -> None:
         root = self.state.tokens[-1:]  # the last committed token: tokens are padded with it
-        self.ids = torch.cat((root, self._draft(self._extend()))) if self.extend else root
+        self.ids = torch.cat((root, self._draft(self.show()))) if self.shape.parents else root
 
     def _verify(self) -> None:
         state, shape, constants = self.state, self.shape, self._constants
@@ -106,11 +105,15 @@ class Step:
     def _commit(self, tokens: Tensor, failed: Tensor, ids: Tensor) -> None:
         """Walks the tree along the drawn tokens `[M]`, moves the caches and makes the state the next step's."""
         state, shape = self.state, self.shape
-        state.hidden[: len(ids)] = self._outputs
+        waits = self.extend and not shape.parents
+        if not waits:
+            state.hidden[: len(ids)] = self._outputs
         parents = self._constants.integers([-1, *(parent + 1 for parent in shape.parents)])
         seen = state.settings.seen if self.stages.penalty else None
         commits.accept(tokens, failed, ids, parents, state.path, state.tokens, state.record,
                        None if seen is None else seen[0])  # fmt: skip
+        if waits:
+            commits.keep(self._outputs, state.tokens, state.length, state.hidden, state.ring, state.ring_tokens)
         if not shape.is_chain:
             commits.commit(state.caches, state.length, state.path, state.record)
         state.length += state.record[commits.COUNT : commits.COUNT + 1]
@@ -120,13 +123,14 @@ class Step:
         count = len(self.shape.parents) + 1
         return self._constants.table([[0, *(node + 1 for node in self.shape.path(row - 1))] for row in range(count)])
 
-    def _extend(self) -> Tensor:
+    def show(self) -> Tensor:
         """Shows the MTP modules the tokens of the last step; returns the root's output `[1, D]`."""
         state, rows = self.state, self.extend
         count = state.record[commits.COUNT : commits.COUNT + 1]
         # rows past the count repeat the last token, so they reach few further experts
         hidden, first = state.hidden[state.path[:rows]], state.length - count
         out = feed_modules(self.model, state, self._constants, state.tokens[:rows], hidden, first, count.long())
+        state.fed.copy_(state.length)
         return out.index_select(0, count.long() - 1)
 
     def _draft(self, hidden: Tensor) -> Tensor:

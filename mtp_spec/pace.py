@@ -18,10 +18,12 @@ class Pace:
 
     Args:
         debt: what the texts before left.
+        credit: what drafting has won may be lost again, up to this many plain steps. Without, gains must be expected
+            ones: of single steps the chance ones would soon amount to a debt.
     """
 
-    def __init__(self, debt: float = 0.0) -> None:
-        self.debt = debt
+    def __init__(self, debt: float = 0.0, credit: float = 0.0) -> None:
+        self.debt, self._credit = debt, credit
         # a text's first step may always try: what the last text taught may not hold for it
         self._saved, self._price = float("inf"), LEAST_PRICE
 
@@ -35,13 +37,14 @@ class Pace:
         """Whether steps are plain, but for tries."""
         return self.debt >= MOST_DEBT
 
-    def drafts(self, catching_up: float = 0.0) -> bool:
+    def drafts(self, catching_up: float = 0.0, losing: bool = False) -> bool:
         """Returns whether the next step should draft.
 
         Args:
             catching_up: what it costs to begin again after plain steps.
+            losing: plain decoding is expected to be faster.
         """
-        if not self.paused:
+        if not self.paused and not losing:
             return True
         if self._saved >= self._price + catching_up:
             self._saved = 0.0
@@ -52,4 +55,4 @@ class Pace:
     def record(self, gain: float) -> None:
         """Takes what a drafted step gained over plain decoding."""
         self._price = max(-gain, LEAST_PRICE)
-        self.debt = min(MOST_DEBT, max(0.0, self.debt - gain))
+        self.debt = min(MOST_DEBT, max(-self._credit, self.debt - gain))

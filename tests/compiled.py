@@ -132,6 +132,7 @@ def main(name: str) -> None:
         for speculation, rule in ((None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")):
             shape = Shape.of(speculation)
             Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
+        Step(model, state, Shape.of(None), stages_of(params), extend=4)._run()
         Prefill(model, state, 256, draft=True)._run()
 
 

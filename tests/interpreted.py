@@ -281,7 +281,12 @@ def commits() -> None:
                 else:
                     for cache in caches:
                         cache.slots[40:45] = cache.slots[40 + chosen[:5]].clone()
+                hidden, ring = (torch.full((count, 1300), float("nan"), device=place).bfloat16() for count in (3, 7))
+                ring_tokens = torch.full((7,), -7, dtype=torch.int64, device=place)
+                row = (torch.arange(1300, device=place) % 89).bfloat16()[None]
+                commit.keep(row, chosen + rows, length, hidden, ring, ring_tokens)
                 got.append([t.cpu() for t in (path, tokens, record, seen, caches[0].store)])
+                got[-1] += [t.nan_to_num(-5.0).cpu() for t in (hidden, ring, ring_tokens)]
             assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
 
 

@@ -33,6 +33,14 @@ def _accept(**changed: torch.Tensor) -> object:
     return commit.accept(**(given | changed))
 
 
+def _keep(**changed: torch.Tensor) -> object:
+    given = {
+        "outputs": X[:1], "tokens": ZERO.long(), "length": ZERO[:1], "hidden": X, "ring": X.clone(),
+        "ring_tokens": torch.zeros(3).long(),
+    }  # fmt: skip
+    return commit.keep(**(given | changed))
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "scales in another dtype": (lambda: gemm.fp8_gemm(A, A_SCALE.double(), W, W_SCALE), "a_scale is .* float64"),
     "scales of another size": (lambda: gemm.fp8_gemm(A, A_SCALE, W, W_SCALE[:, :1]), "w_scale is .1, 1."),
@@ -49,6 +57,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "logits in float64": (lambda: _sample(LOGITS.double()), "logits is .* float64"),
     "more tokens than there are": (lambda: _sample(best=51), "best=51"),
     "parents of too many rows": (lambda: _accept(parents=torch.zeros(5, dtype=torch.int32)), "parents is .5."),
+    "a ring of another width": (lambda: _keep(ring=X[:, :128].contiguous()), "ring is .3, 128."),
+    "more tokens than the ring": (lambda: _keep(ring_tokens=torch.zeros(4).long()), "ring_tokens is .4."),
     "a record of another size": (lambda: _accept(record=torch.zeros(4, dtype=torch.int32)), "record is .4."),
 }
 

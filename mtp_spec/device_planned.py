@@ -1,0 +1,152 @@
+"""Steps of several shapes in turn on a GPU, chosen by `ladder`: adaptive speculation.
+
+Every shape is a captured step of its own on the same state. A plain step does not run the MTP modules, so that it costs
+what plain decoding costs; it puts its row into a ring instead, which the modules read when drafting begins again, or
+when the ring is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from mtp_spec.device_draft import feed_modules
+from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime, Launched
+from mtp_spec.device_shape import Constants, Shape
+from mtp_spec.device_state import WAITING, State
+from mtp_spec.device_step import Step
+from mtp_spec.ladder import PLAIN, Ladder, TextLadder
+from mtp_spec.model.device import DeviceModel
+from mtp_spec.options import Speculation
+
+PLANNED_DEPTH = 4
+# rows that catch up at once; the smallest pass that holds what waits is taken
+CATCH_UP_ROWS = (16, WAITING)
+# for timing: runs of which the mean is taken, and means of which the median is
+RUNS, ROUNDS = 4, 3
+
+
+@dataclass(slots=True)
+class Rungs:
+    """The captured work of one state.
+
+    Attributes:
+        steps: one a rung, the first is plain decoding.
+        settle: shows the modules what the last drafting step committed.
+        catch_up: by rows, shows them what plain steps put aside, all but the last one's row.
+    """
+
+    steps: list[Step]
+    settle: Callable[[], None]
+    catch_up: dict[int, Callable[[], None]]
+
+    @classmethod
+    def capture(cls, runtime: DeviceRuntime, state: State, steps: list[Step]) -> Rungs:
+        """Captures what lies between steps; the state must not hold a text."""
+
+        def captured(work: Callable[[], object]) -> Callable[[], None]:
+            def run() -> None:
+                work()
+
+            state.blank()
+            return run if runtime.graphs is None else runtime.graphs.capture(run)
+
+        constants = Constants(runtime.model.device)
+        passes = {
+            rows: captured(partial(_catch_up, runtime.model, state, constants, rows)) for rows in CATCH_UP_ROWS
+        }
+        return cls(steps, captured(steps[-1].show), passes)
+
+    def seconds(self, state: State) -> tuple[list[float], float]:
+        """Returns the seconds of each step, and of going from drafting to plain steps and back."""
+        settle, back = (_time(state, work) for work in (self.settle, self.catch_up[CATCH_UP_ROWS[0]]))
+        return [_time(state, step) for step in self.steps], settle + back
+
+
+class PlannedDecoder(DeviceDecoder):
+    """One sequence; arguments as for `DeviceDecoder`, with adaptive speculation."""
+
+    def _prepare(self, speculation: Speculation | None) -> Step:
+        assert speculation is not None
+        runtime, state, deepest = self.runtime, self.state, min(speculation.depth, PLANNED_DEPTH)
+        acceptance, stages = speculation.acceptance, self.stages
+        trees = [
+            Speculation(depth, speculation.branching[:depth], speculation.budget, acceptance)
+            for depth in range(1, deepest + 1)
+        ]
+        shapes = tuple(Shape.of(tree) for tree in (None, *trees))
+
+        def capture() -> Rungs:
+            steps = [runtime.step(state, shape, stages, deepest + 1, acceptance, True) for shape in shapes]
+            return Rungs.capture(runtime, state, steps)
+
+        self.rungs = rungs = runtime.kept((id(state), shapes, stages, acceptance), capture)
+        ladder = runtime.kept((shapes, stages, acceptance), lambda: Ladder(shapes, *rungs.seconds(state)))
+        self.planner = TextLadder(ladder)
+        # rows that plain steps put aside, and whether a drafting step's tokens are still to be shown to the modules
+        self._waiting, self._unseen = 0, True
+        return rungs.steps[-1]
+
+    def _launch(self) -> None:
+        rung = self.planner.choose()
+        if rung == PLAIN:
+            if self._unseen:  # what a drafting step committed lies where the next step writes
+                self.rungs.settle()
+                self._unseen = False
+            if self._waiting == WAITING:
+                self._catch_up()
+            self._waiting += 1
+        else:
+            if self._waiting > 1:  # the step itself reads the last row
+                self._catch_up()
+            self._waiting, self._unseen = 0, True
+        self.one_step = self.rungs.steps[rung]
+        super()._launch()
+
+    def _catch_up(self) -> None:
+        rows = next(rows for rows in CATCH_UP_ROWS if self._waiting - 1 <= rows)
+        self.rungs.catch_up[rows]()
+        self._waiting = 1
+
+    def _learn(self, launched: Launched, accepted: list[int], committed: int) -> None:
+        rung, seconds = [step is launched.step for step in self.rungs.steps].index(True), None
+        if launched.begun is not None and launched.ended is not None:
+            seconds = launched.begun.elapsed_time(launched.ended) / 1e3
+            self.stats.record_plan(self.planner.tokens(rung), self.planner.ladder.seconds(rung), committed, seconds)
+        if committed == len(accepted) + 1:  # else the text ended within the step
+            self.planner.learn(rung, accepted, seconds)
+
+
+def _catch_up(model: DeviceModel, state: State, constants: Constants, rows: int) -> None:
+    """Shows the MTP modules the rows of plain steps, but for the last one."""
+    count = (state.length - 1 - state.fed).long()
+    order = constants.places(range(rows))
+    places = (state.fed + torch.minimum(order, (count - 1).clamp_min(0))) % WAITING
+    tokens, hidden = state.ring_tokens.index_select(0, places), state.ring.index_select(0, places)
+    feed_modules(model, state, constants, tokens, hidden, state.fed, count)
+    state.fed.copy_(state.length - 1)
+
+
+def _time(state: State, work: Callable[[], object]) -> float:
+    """Returns seconds of some work on a state that holds no text."""
+    if not state.length.is_cuda:  # the kernels' references: there is nothing to tune for
+        state.blank()
+        start = perf_counter()
+        work()
+        return perf_counter() - start
+    means = []
+    for _ in range(ROUNDS + 1):  # the first warms up
+        state.blank()
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        for _ in range(RUNS):
+            work()
+        ended.record()
+        ended.synchronize()
+        means.append(begun.elapsed_time(ended) / 1e3 / RUNS)
+    return median(means[1:])

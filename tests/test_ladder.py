@@ -1,0 +1,128 @@
+"""The choice among captured steps, with simulated outcomes and times: near the best of them, never far under plain."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from mtp_spec.device_shape import Shape
+from mtp_spec.ladder import PLAIN, Chances, Ladder, TextLadder
+from mtp_spec.options import Speculation
+from mtp_spec.tree import ROOT
+
+SHAPES = [Shape.of(None), *(Shape.of(Speculation(depth)) for depth in (1, 2, 3, 4))]
+# milliseconds of a small model's steps, where rows are cheap, and of one whose rows bring experts of their own
+CHEAP, DEAR = (0.43, 0.60, 0.79, 0.93, 1.10), (17.1, 24.0, 31.0, 36.0, 42.0)
+TURNING, AHEAD = 0.25, 2
+Accept = Callable[[int, int], float]  # text, tokens made -> chance of a draft
+KINDS: dict[str, Accept] = {
+    "sure": lambda _, __: 0.97, "good": lambda _, __: 0.8, "fair": lambda _, __: 0.6, "poor": lambda _, __: 0.3,
+    "hopeless": lambda _, __: 0.02,
+}  # fmt: skip
+
+
+@dataclass
+class Fixed:
+    rung: int
+
+    def choose(self) -> int:
+        return self.rung
+
+    def learn(self, rung: int, path: list[int], seconds: float) -> None:
+        pass
+
+
+@dataclass
+class Wrote:
+    tokens: int = 0
+    seconds: float = 0.0
+    rungs: list[int] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def write(policy: Callable[[], Fixed | TextLadder], times: tuple[float, ...], accept: Accept, texts: int) -> Wrote:
+    """Writes texts of 150 tokens, results known two steps late, as the decoder does."""
+    wrote, chance = Wrote(), random.Random(0)
+    for text in range(texts):
+        steps, made, launched, last = policy(), 0, list[int](), PLAIN
+        while made < 150:
+            while len(launched) < AHEAD:
+                launched.append(steps.choose())
+            rung, draws = launched.pop(0), [chance.random() for _ in SHAPES]
+            count = next((d for d in range(rung) if draws[d] > accept(text, made)), rung)
+            seconds = times[rung] * chance.uniform(0.97, 1.03)
+            wrote.seconds += seconds + TURNING / 2 * times[PLAIN] * ((rung > PLAIN) != (last > PLAIN))
+            made, last = made + 1 + count, rung
+            wrote.tokens += 1 + count
+            wrote.rungs.append(rung)
+            steps.learn(rung, list(range(count)), seconds)
+    return wrote
+
+
+def climbing(times: tuple[float, ...]) -> Callable[[], TextLadder]:
+    ladder = Ladder(SHAPES, times, TURNING * times[PLAIN])
+    return lambda: TextLadder(ladder)
+
+
+@pytest.mark.parametrize("times", [CHEAP, DEAR], ids=["cheap rows", "dear rows"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_the_best_fixed_step(kind: str, times: tuple[float, ...]) -> None:
+    best = max(write(lambda rung=rung: Fixed(rung), times, KINDS[kind], 40).rate for rung in range(len(SHAPES)))
+    assert write(climbing(times), times, KINDS[kind], 40).rate >= 0.98 * best
+
+
+def test_better_than_any_where_texts_differ() -> None:
+    def accept(text: int, _: int) -> float:
+        return 0.95 if text % 2 else 0.02
+
+    best = max(write(lambda rung=rung: Fixed(rung), CHEAP, accept, 40).rate for rung in range(len(SHAPES)))
+    assert write(climbing(CHEAP), CHEAP, accept, 40).rate > 1.05 * best
+
+
+def test_notices_in_the_middle_of_a_text() -> None:
+    wrote = write(climbing(DEAR), DEAR, lambda _, made: 0.95 if made > 75 else 0.02, 20)
+    assert wrote.rate > write(lambda: Fixed(PLAIN), DEAR, lambda *_: 0.0, 20).rate
+
+
+def test_wrong_first_times_are_mended() -> None:
+    # timed on one token repeated, whose rows share their experts
+    hopeful = Ladder(SHAPES, (17.1, 17.5, 18.0, 18.5, 19.0), TURNING * 17.1)
+    wrote = write(lambda: TextLadder(hopeful), DEAR, KINDS["fair"], 40)
+    best = max(write(lambda rung=rung: Fixed(rung), DEAR, KINDS["fair"], 40).rate for rung in range(len(SHAPES)))
+    assert wrote.rate > 0.97 * best
+    for rung, seconds in enumerate(DEAR):
+        if wrote.rungs.count(rung) > 100:
+            assert hopeful.seconds(rung) == pytest.approx(seconds, rel=0.1)
+
+
+def test_chances_are_learned_by_depth_and_rank() -> None:
+    shape, chances, draw = Shape.of(Speculation(branching=(2, 1))), Chances(2000.0), random.Random(1)
+    truth = {(1, 0): 0.6, (1, 1): 0.5, (2, 0): 0.3}
+    tokens = 0
+    for _ in range(4000):
+        path = list[int]()
+        while True:
+            parent = path[-1] if path else ROOT
+            children = [node for node, its in enumerate(shape.parents) if its == parent]
+            hit = [n for n in children if draw.random() < truth[shape.depths[n], shape.ranks[n]]]
+            if not hit:
+                break
+            path.append(hit[0])
+        tokens += 1 + len(path)
+        chances.learn(shape, path)
+    for key, chance in truth.items():
+        assert chances.chance(*key) == pytest.approx(chance, abs=0.05)
+    assert chances.tokens(shape) == pytest.approx(tokens / 4000, rel=0.04)
+
+
+def test_rungs_must_fit() -> None:
+    wrong = ((SHAPES[1:], CHEAP[1:]), (SHAPES, CHEAP[1:]), (SHAPES[:1], CHEAP[:1]), (SHAPES, (0.0,) * 5))
+    for shapes, seconds in wrong:
+        with pytest.raises(ValueError, match="rungs are plain decoding"):
+            Ladder(shapes, seconds, 0.1)
