@@ -108,7 +108,8 @@ def test_at_the_end_of_the_context(tmp_path: Path, scripted: Any) -> None:
     plain = lm.generate([5, 6, 7], speculation=None, **options)
     for rungs in ([0] * RING + [4], [0] * (2 * RING + 3) + [4]):
         scripted(rungs)
-        assert lm.generate([5, 6, 7], speculation=Speculation(depth=4, adaptive=True), **options).token_ids == plain.token_ids
+        out = lm.generate([5, 6, 7], speculation=Speculation(depth=4, adaptive=True), **options)
+        assert out.token_ids == plain.token_ids
 
 
 @pytest.mark.gpu
