@@ -10,10 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 PHASES = ("prefill", "draft", "verify", "sample")
+SUMS = ("prompt_tokens", "reused_tokens", "new_tokens", "steps", "drafted", "accepted", "step_tokens", "total_seconds")
 
 
 @dataclass(slots=True)
@@ -49,7 +50,6 @@ class GenerationStats:
         drafted: draft tokens proposed (nodes of all trees).
         accepted: draft tokens accepted.
         step_tokens: tokens committed by verify steps.
-        histogram: accepted tokens of a step -> number of steps.
         accepted_by_rank: sibling rank (0 = best) -> accepted tokens.
         phase_seconds: phase -> seconds; see ``seconds``.
         total_seconds: wall-clock seconds of the whole generation.
@@ -63,15 +63,12 @@ class GenerationStats:
     drafted: int = 0
     accepted: int = 0
     step_tokens: int = 0
-    histogram: Counter[int] = field(default_factory=Counter)
     accepted_by_rank: Counter[int] = field(default_factory=Counter)
     phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     total_seconds: float = 0.0
     planned: Planned = field(default_factory=Planned)
-    # by depth d: steps that proposed d; those of them that accepted d - 1; those that accepted d
-    _proposed: Counter[int] = field(default_factory=Counter)
-    _reached: Counter[int] = field(default_factory=Counter)
-    _passed: Counter[int] = field(default_factory=Counter)
+    # (depth proposed, tokens accepted) -> steps: what is told by depth is summed from it
+    _outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def record_prefill(self, prompt_tokens: int, committed: int = 1) -> None:
         """Count a prompt and the tokens drawn from its last row."""
@@ -100,11 +97,8 @@ class GenerationStats:
         self.accepted += accepted
         self.step_tokens += committed
         self.new_tokens += committed
-        self.histogram[accepted] += 1
         self.accepted_by_rank.update(accepted_path_ranks)
-        self._proposed.update(range(1, proposed_depth + 1))
-        self._reached.update(range(1, min(accepted + 1, proposed_depth) + 1))
-        self._passed.update(range(1, accepted + 1))
+        self._outcomes[proposed_depth, accepted] += 1
 
     def record_plan(self, expected_tokens: float, expected_seconds: float, tokens: int, seconds: float) -> None:
         """Count a step that a planner chose."""
@@ -127,6 +121,19 @@ class GenerationStats:
             self.phase_seconds[name] = spent
 
     @property
+    def histogram(self) -> Counter[int]:
+        """Accepted tokens of a step -> number of steps."""
+        return sum(self.histogram_by_draft_length.values(), Counter[int]())
+
+    @property
+    def histogram_by_draft_length(self) -> dict[int, Counter[int]]:
+        """The same for each depth that steps drafted to; 0 for steps without drafts."""
+        found: dict[int, Counter[int]] = {}
+        for (drafted, accepted), steps in sorted(self._outcomes.items()):
+            found.setdefault(drafted, Counter())[accepted] = steps
+        return found
+
+    @property
     def tokens_per_step(self) -> float:
         """Tokens committed by verify steps over verify steps; 0 without steps."""
         return self.step_tokens / self.steps if self.steps else 0.0
@@ -138,11 +145,15 @@ class GenerationStats:
         "conditional": accepted d, among steps that proposed depth d and accepted d - 1 (0 if there were none).
         "unconditional": accepted d, among steps that proposed depth d.
         """
-        depths = range(1, max(self._proposed, default=0) + 1)
-        return {
-            "conditional": [_ratio(self._passed[depth], self._reached[depth]) for depth in depths],
-            "unconditional": [_ratio(self._passed[depth], self._proposed[depth]) for depth in depths],
-        }
+        rates: dict[str, list[float]] = {"conditional": [], "unconditional": []}
+        for depth in range(1, max((drafted for drafted, _ in self._outcomes), default=0) + 1):
+            proposed = [(accepted, steps) for (drafted, accepted), steps in self._outcomes.items() if drafted >= depth]
+            steps, reached, passed = (
+                sum(steps for accepted, steps in proposed if accepted >= least) for least in (0, depth - 1, depth)
+            )
+            rates["conditional"].append(_ratio(passed, reached))
+            rates["unconditional"].append(_ratio(passed, steps))
+        return rates
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -160,11 +171,10 @@ class GenerationStats:
         """The sums of both; neither is changed."""
         merged = GenerationStats()
         for part in (self, other):
-            for name in ("prompt_tokens", "reused_tokens", "new_tokens", "steps", "drafted", "accepted", "step_tokens",
-                         "total_seconds"):  # fmt: skip
+            for name in SUMS:
                 setattr(merged, name, getattr(merged, name) + getattr(part, name))
-            for name in ("histogram", "accepted_by_rank", "_proposed", "_reached", "_passed"):
-                getattr(merged, name).update(getattr(part, name))
+            merged.accepted_by_rank.update(part.accepted_by_rank)
+            merged._outcomes.update(part._outcomes)
             for name in (one.name for one in fields(Planned)):
                 setattr(merged.planned, name, getattr(merged.planned, name) + getattr(part.planned, name))
             for name, seconds in part.phase_seconds.items():
@@ -184,10 +194,33 @@ class GenerationStats:
             "accepted_per_depth": self.accepted_per_depth,
             "accepted_by_rank": {str(rank): self.accepted_by_rank[rank] for rank in sorted(self.accepted_by_rank)},
             "histogram": {str(count): self.histogram[count] for count in sorted(self.histogram)},
+            "histogram_by_draft_length": {
+                str(drafted): {str(accepted): steps for accepted, steps in counts.items()}
+                for drafted, counts in self.histogram_by_draft_length.items()
+            },
             "seconds": self.seconds,
             "planned": self.planned.to_json(),
             "tokens_per_second": self.tokens_per_second,
         }
+
+    def to_record(self) -> dict[str, Any]:
+        """All counters as they are, for `json.dumps`; `from_record` is the way back."""
+        return {
+            **{name: getattr(self, name) for name in SUMS},
+            "accepted_by_rank": sorted(self.accepted_by_rank.items()),
+            "outcomes": [[*outcome, steps] for outcome, steps in sorted(self._outcomes.items())],
+            "phase_seconds": self.phase_seconds,
+            "planned": asdict(self.planned),
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> GenerationStats:
+        """What `to_record` was called on, after a journey as JSON."""
+        stats = cls(**{name: record[name] for name in SUMS}, phase_seconds=record["phase_seconds"])
+        stats.planned = Planned(**record["planned"])
+        stats.accepted_by_rank.update(dict(record["accepted_by_rank"]))
+        stats._outcomes.update({(drafted, accepted): steps for drafted, accepted, steps in record["outcomes"]})
+        return stats
 
 
 def _ratio(part: float, whole: float) -> float:

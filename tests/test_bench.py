@@ -67,26 +67,6 @@ def test_rows(tmp_path: Path) -> None:
     assert all(row["chains equal"] == row["of"] and row["trees equal"] == 3 for row in document["rows"])
 
 
-def test_acceptance(tmp_path: Path) -> None:
-    document = run(["acceptance", *TINY, "--depths", "2", "--temperatures", "0"], tmp_path)
-    first = document["details"]["chain 2 at 0.0"]
-    assert first["tokens_per_step"] == document["rows"][0]["tokens/step"]
-    assert sum(first["histogram"].values()) == first["steps"]
-
-
-def test_acceptance_of_rules_beside_its_bound(tmp_path: Path) -> None:
-    document = run(["acceptance", *TINY, "--rules", "coupled,hybrid,typical", "--temperatures", "0,1"], tmp_path)
-    assert len(document["rows"]) == 2 * 3 * 4
-    assert document["rows"][-1]["bound"] == "-"
-    first = {name: details["first_depth"] for name, details in document["details"].items()}
-    assert first["typical 2 at 1.0"]["bound"] is None
-    for rule in ("coupled", "hybrid"):
-        # certain drafts are accepted wherever they can be
-        assert first[f"{rule} 2 at 0.0"]["part"] == 1.0
-        assert 0.5 < first[f"{rule} 1 at 1.0"]["bound"] < first[f"{rule} 2 at 1.0"]["bound"] <= 1.0
-    assert 0.7 < first["coupled 2 at 1.0"]["part"] <= 1.05
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="resource limits are a Unix module")
 def test_speed_beside_transformers(tmp_path: Path) -> None:
     document = run(["speed", *TINY, "--depths", "2", "--temperatures", "0", "--transformers", "--loads", "1"], tmp_path)

@@ -79,7 +79,7 @@ def test_inspect_describes_the_bundled_model(capsys: pytest.CaptureFixture[str])
         (["inspect", "/no/such/folder"], "/no/such/folder"),
         (["bench", "speed", "--prompts", "0"], "--prompts"),
         (["bench", "speed", "--depths", "9"], "depths"),
-        (["bench", "acceptance", "--rules", "all", "--depths", "2"], "--rules"),
+        (["bench", "acceptance", "--trees", "2-1"], "--trees"),
         (["bench", "acceptance", "--rules", "majority"], "majority"),
         (["generate", "x", "--acceptance", "majority"], "majority"),
         (["generate", "x", "--acceptance", "block", "--branching", "2"], "block"),

@@ -10,7 +10,7 @@ import platform
 import random
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.resources import files
@@ -90,26 +90,43 @@ def machine(lm: LM | None) -> Row:
 
 def _model(lm: LM) -> Row:
     return {
-        "digest": _digest(lm),
+        "digest": weights_digest(lm),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "rows": lm.technique,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
     }
 
 
-def _digest(lm: LM) -> str:
+def weights_digest(lm: LM) -> str:
     """Returns a short digest of the weights: of their names and sums."""
     slots = lm.model.checkpoint_slots()
     text = "".join(f"{name}{float(slot.detach().double().sum())!r}" for name, slot in slots.items())
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def interval(values: Sequence[float], weights: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
-    """Returns the bootstrap 95 % interval of sum(values) / sum(weights), resampling prompts."""
-    chosen = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
-    ratios = np.asarray(values)[chosen].sum(1) / np.asarray(weights)[chosen].sum(1)
-    low, high = np.quantile(ratios, (0.025, 0.975))
+def resampled(
+    columns: Sequence[Sequence[float]], statistic: Callable[[Any], Any], resamples: int = 1000
+) -> tuple[float, float]:
+    """Returns the bootstrap 95 % interval of a statistic of sums over prompts.
+
+    Args:
+        columns: what is summed, prompts in the same order in each.
+        statistic: of an array of sums, `[columns, resamples]`.
+    """
+    values = np.asarray(columns, dtype=float)
+    chosen = np.random.default_rng(0).integers(0, values.shape[1], (resamples, values.shape[1]))
+    low, high = np.quantile(statistic(values[:, chosen].sum(-1)), (0.025, 0.975))
     return float(low), float(high)
+
+
+def interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """Returns the bootstrap 95 % interval of sum(values) / sum(weights), resampling prompts."""
+    return resampled([values, weights], lambda sums: over(sums[0], sums[1]))
+
+
+def over(part: Any, whole: Any) -> Any:
+    """Returns part / whole, 0 where there is nothing to divide by."""
+    return np.divide(part, whole, out=np.zeros_like(part, dtype=float), where=np.asarray(whole) > 0)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -125,26 +142,45 @@ def average(values: Sequence[float]) -> float:
 def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
     """Prints the table, writes the document (to a temporary file first), exits with 1 if the report failed."""
     console = Console()
-    table = Table(title=report.title, title_justify="left")
-    for name in report.rows[0]:
-        table.add_column(name)
-    for row in report.rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
-    command = shlex.join(["mtp-spec", *sys.argv[1:]]) if len(sys.argv) > 1 else "mtp-spec bench"
-    document = {
-        "benchmark": args.benchmark,
-        "command": command,
-        **machine(lm),
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "run"},
-        "rows": report.rows,
-        **report.facts,
-    }
+    console.print(table(report))
     if args.json is not None:
-        part = args.json.with_name(args.json.name + ".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(document, indent=1) + "\n")
-        part.replace(args.json)
+        write(args.json, json.dumps(document(report, lm, args), indent=1) + "\n")
         console.print(f"written to {args.json}")
     if report.failed:
         raise SystemExit(1)
+
+
+def table(report: Report) -> Table:
+    """Returns a report as a table."""
+    shown = Table(title=report.title, title_justify="left")
+    for name in report.rows[0]:
+        shown.add_column(name)
+    for row in report.rows:
+        shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return shown
+
+
+def document(report: Report, lm: LM | None, args: argparse.Namespace) -> Row:
+    """Returns everything about a run, as JSON holds it."""
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {
+        "benchmark": args.benchmark,
+        "command": shlex.join(["mtp-spec", *sys.argv[1:]]) if len(sys.argv) > 1 else "mtp-spec bench",
+        **machine(lm),
+        "options": {name: value for name, value in options.items() if not callable(value)},
+        "rows": report.rows,
+        **report.facts,
+    }
+
+
+def write(file: Path, text: str) -> None:
+    """Writes a file whole or not at all, and the folders above it."""
+    part = file.with_name(file.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def digest(value: Any) -> str:
+    """Returns what tells one value from another, of those that JSON holds."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,25 @@ def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[d
     except Exception as error:  # whatever it raises: each version wants another layout, or has none
         return {PLAIN: way()}, {MTP: f"not in transformers {transformers.__version__}: {error}"[:200]}
     return {PLAIN: way(), MTP: way(use_mtp=True)}, {}
+
+
+@contextmanager
+def counted_steps() -> Iterator[list[tuple[int, int]]]:
+    """Yields a list that gets (drafted, accepted) for every pass of `use_mtp`; the first is the prompt's."""
+    from transformers.generation import candidate_generator
+
+    kind: Any = candidate_generator.MTPCandidateGenerator
+    report, steps = kind.update_candidate_strategy, list[tuple[int, int]]()
+
+    def count(self: Any, ids: Any, scores: Any, matches: Any) -> Any:
+        steps.append((scores.shape[1] - 1, int(matches)))
+        return report(self, ids, scores, matches)
+
+    kind.update_candidate_strategy = count
+    try:
+        yield steps
+    finally:
+        kind.update_candidate_strategy = report
 
 
 def _prepare_mtp(model: Any, lm: LM) -> None:

@@ -1,0 +1,114 @@
+"""The grid: every combination of what was listed is a cell, in a fixed order.
+
+Cells that share temperature, context and draft vocabulary form a group: their texts are generated in turn, prompt by
+prompt, beside those of plain decoding, which speed-up and parity are told against. A further axis is a field of `Cell`,
+an option, and a loop in `sweep`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from mtp_spec.bench.peer import MTP
+from mtp_spec.bench.peer import PLAIN as PEER_PLAIN
+from mtp_spec.errors import OptionError
+from mtp_spec.options import Speculation
+
+PLAIN, AUTO = "plain", "auto"
+COUPLED = "coupled"
+DEPTHS = (1, 2, 3, 4, 5)
+TREES = ((2, 1, 1), (3, 2, 1), (2, 2, 2, 1))
+# where rules are compared unless shapes are given
+RULE_DEPTHS, RULE_TREES = (1, 3), ((2,), (2, 2, 1))
+# what runs in another library
+PEERS = (PEER_PLAIN, MTP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One line of the result.
+
+    Attributes:
+        draft: "plain", "chain 3", "tree 3,2,1", "auto", or a way of transformers.
+        rule: that accepts drafts.
+        context: tokens that prompts are cut or padded to; None leaves them as they are.
+        vocabulary: tokens that may be drafted, or the file that lists them; None is all.
+    """
+
+    temperature: float
+    draft: str
+    rule: str = COUPLED
+    context: int | None = None
+    vocabulary: int | str | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells the cell from all others."""
+        parts = [self.draft] + ([self.rule] if self.rule != COUPLED else [])
+        parts += [f"context {self.context}"] if self.context is not None else []
+        parts += [f"vocabulary {self.vocabulary}"] if self.vocabulary is not None else []
+        return f"{', '.join(parts)} at {self.temperature}"
+
+
+@dataclass(slots=True)
+class Group:
+    """Cells whose texts are generated side by side; the first is plain decoding.
+
+    Attributes:
+        ways: cell -> what `speculation=` it is; None also for ways of another library.
+    """
+
+    temperature: float
+    context: int | None
+    vocabulary: int | str | None
+    ways: dict[Cell, Speculation | str | None] = field(default_factory=dict)
+
+    def add(self, draft: str, speculation: Speculation | str | None, rule: str = COUPLED) -> None:
+        cell = Cell(temperature=self.temperature, draft=draft, rule=rule, context=self.context,
+                    vocabulary=self.vocabulary)  # fmt: skip
+        self.ways[cell] = speculation
+
+
+def sweep(args: argparse.Namespace) -> tuple[list[Group], dict[str, str]]:
+    """Returns the groups, and why combinations are left out: cell -> reason.
+
+    Raises:
+        OptionError: no combination is possible.
+    """
+    groups, left_out = [], dict[str, str]()
+    for vocabulary, temperature, context in product(args.draft_vocabulary, args.temperatures, args.contexts):
+        group = Group(temperature, context, vocabulary)
+        group.add(PLAIN, None)
+        for rule, (draft, shape) in product(args.rules or [COUPLED], _shapes(args).items()):
+            if draft == AUTO:
+                if rule == COUPLED:
+                    group.add(AUTO, AUTO)
+                else:
+                    left_out[f"{AUTO}, {rule}"] = "auto plans for the coupled rule"
+                continue
+            try:
+                group.add(draft, Speculation(**shape, acceptance=rule), rule)
+            except OptionError as error:
+                left_out[f"{draft}, {rule}"] = str(error)
+        if len(group.ways) == 1:
+            raise OptionError("nothing to measure: " + "; ".join(left_out.values()))
+        if args.transformers and temperature == 0:
+            for name in PEERS:
+                group.add(name, None)
+        groups.append(group)
+    if args.transformers and 0 not in args.temperatures:
+        raise OptionError("--transformers compares greedy texts: it needs 0 among --temperatures")
+    return groups, left_out
+
+
+def _shapes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns what is drafted: the options of `Speculation` by name, chains first; "auto" last."""
+    depths, trees, auto = args.depths, args.trees, args.auto
+    if depths is trees is None and not auto:
+        depths, trees, auto = (RULE_DEPTHS, RULE_TREES, False) if args.rules else (DEPTHS, TREES, True)
+    shapes: dict[str, dict[str, Any]] = {f"chain {depth}": {"depth": depth} for depth in depths or ()}
+    shapes |= {f"tree {','.join(map(str, tree))}": {"branching": tree} for tree in trees or ()}
+    return {**shapes, **({AUTO: {}} if auto else {})}

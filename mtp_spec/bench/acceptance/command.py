@@ -1,0 +1,167 @@
+"""`bench acceptance` from its options to its files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import mtp_spec
+from mtp_spec.api import LM
+from mtp_spec.bench import parsing
+from mtp_spec.bench.acceptance.cells import PLAIN, Group, sweep
+from mtp_spec.bench.acceptance.journal import Journal
+from mtp_spec.bench.acceptance.metrics import cell_metrics
+from mtp_spec.bench.acceptance.questions import BUNDLED, KINDS, QuestionSet, read_questions
+from mtp_spec.bench.acceptance.report import csv_text, screen, table_rows
+from mtp_spec.bench.acceptance.running import Runner, check_contexts
+from mtp_spec.bench.common import Report, Row, document, machine, write
+from mtp_spec.errors import OptionError
+from mtp_spec.options import ACCEPTANCE_RULES
+from mtp_spec.progress import step_progress
+
+# what a run may change without another result
+OUTPUTS = ("json", "csv", "html", "png", "resume", "run", "whole", "command")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what is measured, on what, and where it goes."""
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--set", default=BUNDLED, metavar="FILE", help="questions: Spec-Bench, MT-Bench, GSM8K, "
+                         "HumanEval, lines of JSON or text, .gz too (default: bundled held-out prompts)")  # fmt: skip
+    prompts.add_argument("--set-kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS) + " (default: by fields)")
+    prompts.add_argument("--prompts", type=int, metavar="N", help="so many, chosen at random (60; of a file: all)")
+    prompts.add_argument("--raw", action="store_true", help="continue prompts instead of answering them as a chat")
+    prompts.add_argument("--max-new-tokens", type=parsing.count, default=128, help="tokens a text (128)")
+    grid = parser.add_argument_group("cells: every combination of these lists")
+    grid.add_argument("--depths", type=parsing.depths, metavar="K,K,...", help="chains (1,2,3,4,5)")
+    grid.add_argument("--trees", type=parsing.trees, metavar="NxN,...", help="children by depth (2x1x1,3x2x1,2x2x2x1)")
+    grid.add_argument("--auto", action="store_true", help='the default speculation, "auto"')
+    grid.add_argument("--rules", type=parsing.rules, metavar="RULE,...", help="acceptance rules: all, or some of "
+                      + ", ".join(ACCEPTANCE_RULES))  # fmt: skip
+    grid.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...", help="(0,0.8)")
+    grid.add_argument("--contexts", type=parsing.integers, default=[None], metavar="N,N,...",
+                      help="cut or pad prompts to so many tokens (default: as they are)")  # fmt: skip
+    grid.add_argument("--draft-vocabulary", type=parsing.vocabularies, default=[None], metavar="N|FILE|all,...",
+                      help="draft only the first N tokens, or those in a file of ids")  # fmt: skip
+    grid.add_argument("--transformers", action="store_true", help="also transformers' generate, plain and use_mtp")
+    grid.add_argument("--bound", action="store_true", help="also how often a first draft could be accepted at most; "
+                      "takes time, so speed-up is not told")  # fmt: skip
+    out = parser.add_argument_group("output, beside the table")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="write one line a cell")
+    out.add_argument("--resume", action="store_true", help="go on where an interrupted run with these files stopped")
+
+
+def acceptance(args: argparse.Namespace) -> None:
+    """Reports tokens per verify step, acceptance by depth, speed-up and parity against own plain decoding.
+
+    Every text is kept in a journal beside the first output file until the run is complete.
+    """
+    output = args.json or args.csv
+    if args.resume and output is None:
+        raise OptionError("--resume needs --json or --csv: the journal lies beside it")
+    questions = read_questions(args.set, args.set_kind, args.prompts)
+    groups, left_out = sweep(args)
+    models = _Models(args)
+    check_contexts(models.load(groups[0].vocabulary), groups, args.max_new_tokens)
+    run = _identity(models.lm, questions, args)
+    file = None if output is None else output.with_name(output.name + ".journal")
+    with Journal(file, run, args.resume) as journal, step_progress(sys.stderr.isatty(), "texts") as progress:
+        runner = Runner(models.load, questions.questions, journal, args, progress)
+        try:
+            runner.run(groups)
+        except KeyboardInterrupt:
+            _stopped(journal, groups, questions)
+            raise
+    report = _report(groups, questions, runner, args)
+    report.facts |= {"left_out": left_out}
+    console = Console()
+    console.print(screen(report.title, report.facts["details"]))
+    for name, reason in {**left_out, **runner.absent}.items():
+        console.print(f"not measured: {name}: {reason}", markup=False)
+    whole = document(report, models.lm, args)
+    for path, text in _files(whole, args).items():
+        write(path, text)
+        console.print(f"written to {path}", markup=False, soft_wrap=True)
+    journal.remove()
+
+
+class _Models:
+    """The model of the group that is being measured; one at a time."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self._vocabulary = args, None
+        self.lm: Any = None
+
+    def load(self, vocabulary: int | str | None) -> LM:
+        if self.lm is None or vocabulary != self._vocabulary:
+            args, self.lm, self._vocabulary = self.args, None, vocabulary
+            self.lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=vocabulary,
+                                    cache_dtype=args.cache_dtype)  # fmt: skip
+        return self.lm
+
+
+def _identity(lm: LM, questions: QuestionSet, args: argparse.Namespace) -> Row:
+    """Returns what texts and times depend on: a journal is of one of these."""
+    options = {name: value for name, value in vars(args).items() if name not in (*OUTPUTS, "model", "set", "set_kind")}
+    here = {name: value for name, value in machine(lm).items() if name != "date"}
+    return {**options, **here, "questions": questions.digest}
+
+
+def _report(groups: list[Group], questions: QuestionSet, runner: Runner, args: argparse.Namespace) -> Report:
+    details = _details(runner.journal, groups, questions)
+    if not details:
+        raise OptionError("no question leaves room for --max-new-tokens in the model's context, their tokens are "
+                          f"{runner.too_long}: cut them with --contexts")  # fmt: skip
+    count = len(questions.questions)
+    title = f"Tokens per step, {count} questions ({questions.name}), up to {args.max_new_tokens} tokens"
+    if runner.too_long:
+        title += f"; left out as too long for the context: {len(runner.too_long)} (--contexts cuts them)"
+    known = {"name": questions.name, "kind": questions.kind, "digest": questions.digest,
+             "questions": count}  # fmt: skip
+    facts = {"set": known, "details": details, "absent": runner.absent, "too_long": runner.too_long}
+    return Report(title, table_rows(details), facts)
+
+
+def _details(journal: Journal, groups: list[Group], questions: QuestionSet) -> dict[str, Row]:
+    """Returns the metrics of every cell that has texts beside plain ones."""
+    categories = [question.category for question in questions.questions]
+    details = {}
+    for group in groups:
+        names = {cell.name: cell for cell in group.ways}
+        texts = {name: [] for name in names}
+        for _, text in sorted(journal.texts.items(), key=lambda item: item[0][1:]):
+            if text.cell in texts:
+                texts[text.cell].append(text)
+        plain_name = next(name for name, cell in names.items() if cell.draft == PLAIN)
+        plain = {(text.question, text.turn): text for text in texts[plain_name]}
+        for name, cell in names.items():
+            known = [text for text in texts[name] if (text.question, text.turn) in plain]
+            if known:
+                details[name] = {**cell_metrics(cell, known, plain, categories), "plain": plain_name}
+    return details
+
+
+def _stopped(journal: Journal, groups: list[Group], questions: QuestionSet) -> None:
+    console, details = Console(), _details(journal, groups, questions)
+    if details:
+        console.print(screen("Interrupted: the texts so far", details))
+    if journal.file is None:
+        console.print("nothing is kept: a journal needs --json or --csv")
+    else:
+        console.print(f"{len(journal.texts)} texts are kept in {journal.file}: the same command with --resume goes on",
+                      markup=False, soft_wrap=True)  # fmt: skip
+
+
+def _files(whole: Row, args: argparse.Namespace) -> dict[Path, str]:
+    files: dict[Path, str] = {}
+    if args.json is not None:
+        files[args.json] = json.dumps(whole, indent=1) + "\n"
+    if args.csv is not None:
+        files[args.csv] = csv_text(whole["details"])
+    return files

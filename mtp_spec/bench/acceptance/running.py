@@ -1,0 +1,170 @@
+"""The loop: groups of cells, their questions, the turns of each, and every way to generate in turn."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+from mtp_spec.api import LM
+from mtp_spec.bench.acceptance.cells import PEERS, Cell, Group
+from mtp_spec.bench.acceptance.contexts import prompt_ids
+from mtp_spec.bench.acceptance.journal import Journal, Text
+from mtp_spec.bench.acceptance.questions import Question
+from mtp_spec.bench.bound import FirstDepth
+from mtp_spec.bench.peer import MTP, Generate, counted_steps, transformers_ways
+from mtp_spec.engine import Decoder
+from mtp_spec.errors import OptionError
+from mtp_spec.options import Speculation
+from mtp_spec.progress import Report
+from mtp_spec.rules import RULES
+from mtp_spec.stats import GenerationStats
+
+Load = Callable[[int | str | None], LM]
+WARM_TOKENS = 8
+
+
+@dataclass(slots=True)
+class Runner:
+    """Generates what the journal does not hold yet.
+
+    Args:
+        load: returns the model that drafts from a vocabulary.
+        report: told how many texts are done, of how many.
+
+    Attributes:
+        absent: why ways of transformers do not run.
+        too_long: turns that are left out, and how long they are.
+    """
+
+    load: Load
+    questions: list[Question]
+    journal: Journal
+    args: argparse.Namespace
+    report: Report | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+    too_long: dict[str, int] = field(default_factory=dict)
+    _peers: dict[str, Generate] = field(default_factory=dict)
+    _warm: set[str] = field(default_factory=set)
+
+    def run(self, groups: list[Group]) -> None:
+        """Generates the texts of all groups, in order."""
+        turns = sum(len(question.turns) for question in self.questions)
+        total = turns * sum(len(group.ways) for group in groups)
+        with self._transformers(groups):
+            for group in groups:
+                for number, question in enumerate(self.questions):
+                    self._question(group, number, question)
+                    if self.report is not None:
+                        self.report(len(self.journal.texts), total)
+
+    @contextmanager
+    def _transformers(self, groups: list[Group]) -> Iterator[None]:
+        if not self.args.transformers:
+            yield
+            return
+        with TemporaryDirectory() as folder:
+            self._peers, self.absent = transformers_ways(self.load(groups[0].vocabulary), Path(folder), self.args)
+            yield
+
+    def _question(self, group: Group, number: int, question: Question) -> None:
+        ways = {cell: shape for cell, shape in group.ways.items() if cell.draft not in self.absent}
+        cells = list(ways)
+        keys = product((cell.name for cell in cells), [number], range(len(question.turns)))
+        if all(key in self.journal.texts for key in keys):
+            return
+        lm, messages = self.load(group.vocabulary), list(question.before)
+        room = lm.max_context - self.args.max_new_tokens
+        for turn, content in enumerate(question.turns):
+            messages.append({"role": "user", "content": content})
+            ids = prompt_ids(lm, messages, group.context, self.args.raw, number)
+            if len(ids) > room:
+                self.too_long[f"question {number}, turn {turn}, context {group.context}"] = len(ids)
+                return
+            options = {"temperature": group.temperature, "seed": question.seed,
+                       "max_new_tokens": self.args.max_new_tokens}  # fmt: skip
+            first = (number + turn) % len(cells)
+            # another way goes first each time, so that none always finds warm caches
+            for cell in cells[first:] + cells[:first]:
+                if (cell.name, number, turn) not in self.journal.texts:
+                    self._warm_up(lm, cell, ways[cell], ids, options)
+                    self.journal.add(self._text(lm, cell, ways[cell], ids, options, number, turn))
+            # every way continues plain decoding's conversation: the next prompt is the same for all
+            answer = self.journal.texts[cells[0].name, number, turn].ids
+            messages.append({"role": "assistant", "content": lm.decode(answer) if lm.tokenizer else ""})
+
+    def _warm_up(self, lm: LM, cell: Cell, shape: Any, ids: list[int], options: dict[str, Any]) -> None:
+        """Compilation, capture and measuring are no part of a text's time."""
+        if cell.name not in self._warm:
+            self._text(lm, cell, shape, ids, {**options, "max_new_tokens": WARM_TOKENS}, 0, 0)
+            self._warm.add(cell.name)
+
+    def _text(
+        self, lm: LM, cell: Cell, shape: Any, ids: list[int], options: dict[str, Any], number: int, turn: int
+    ) -> Text:
+        if cell.draft in PEERS:
+            out, seconds, stats = _peer_text(self._peers[cell.draft], cell.draft, ids, options)
+            return Text(cell.name, number, turn, out, seconds, [], stats)
+        start = perf_counter()
+        stream = lm.stream(ids, speculation=shape, **options)
+        first = None
+        if self.args.bound and has_bound(cell) and isinstance(stream.decoder, Decoder):
+            assert isinstance(shape, Speculation)
+            first = FirstDepth(stream.decoder, cell.rule, shape.branching[0])
+        marks = {0: 0.0}
+        for event in stream:
+            # as many steps as there were: tokens may be held back until a character is whole
+            marks[event.step + 1] = stream.result.stats.total_seconds
+        seconds, steps = perf_counter() - start, sorted(marks)
+        step_ms = [
+            round(1000 * (marks[step] - marks[before]) / (step - before), 3)
+            for before, step in pairwise(steps)
+        ]
+        sums = None if first is None else {name: getattr(first, name) for name in FIRST_DEPTH}
+        return Text(cell.name, number, turn, stream.result.token_ids, seconds, step_ms, stream.result.stats, sums)
+
+
+FIRST_DEPTH = ("nodes", "accepted", "bound", "redrawn")
+
+
+def has_bound(cell: Cell) -> bool:
+    """Whether a rule is lossless and its first depth's drafts are a fixed number."""
+    lossless = cell.rule not in RULES or RULES[cell.rule].lossless
+    return lossless and cell.draft.startswith(("chain", "tree"))
+
+
+def check_contexts(lm: LM, groups: list[Group], max_new_tokens: int) -> None:
+    """Refuses contexts that leave no room for the text."""
+    for context in {group.context for group in groups} - {None}:
+        assert context is not None
+        if context + max_new_tokens > lm.max_context:
+            raise OptionError(f"--contexts {context} and --max-new-tokens {max_new_tokens} are more than the model's "
+                              f"{lm.max_context}")  # fmt: skip
+
+
+def _peer_text(
+    generate: Generate, name: str, ids: list[int], options: dict[str, Any]
+) -> tuple[list[int], float, GenerationStats]:
+    """Returns a text of transformers, with what it reports of its steps."""
+    stats = GenerationStats()
+    if name != MTP:
+        out, seconds, _ = generate(ids, options)
+        stats.record_prefill(len(ids))
+        for _ in out[1:]:
+            stats.record_step(0, 0, (), 1)
+    else:
+        with counted_steps() as steps:
+            out, seconds, _ = generate(ids, options)
+        stats.record_prefill(len(ids))
+        for drafted, accepted in steps[1:]:
+            # the last step's tokens may go past the end
+            left = max(1, len(out) - stats.new_tokens)
+            stats.record_step(drafted, drafted, [0] * accepted, min(accepted + 1, left))
+    stats.total_seconds = seconds
+    return out, seconds, stats

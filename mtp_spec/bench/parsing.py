@@ -1,0 +1,64 @@
+"""Types of the benchmarks' options: comma lists, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from mtp_spec.options import ACCEPTANCE_RULES, MAX_DEPTH
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def integers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of 1 or more")
+    return values
+
+
+def count(text: str) -> int:
+    (value,) = integers(text)
+    return value
+
+
+def depths(text: str) -> list[int]:
+    values = integers(text)
+    if max(values) > MAX_DEPTH:
+        raise argparse.ArgumentTypeError(f"{text!r}: a chain has at most {MAX_DEPTH} drafts")
+    return values
+
+
+def trees(text: str) -> list[tuple[int, ...]]:
+    """Returns branchings from such as 3x2x1,2x2."""
+    try:
+        return [tuple(int(width) for width in part.split("x")) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give trees as children by depth, such as 3x2x1,2x2x2") from None
+
+
+def vocabulary(text: str) -> int | str:
+    """Returns a number of tokens, or a file."""
+    return int(text) if text.isdigit() else text
+
+
+def vocabularies(text: str) -> list[int | str | None]:
+    return [None if part == "all" else vocabulary(part) for part in text.split(",")]
+
+
+def rules(text: str) -> list[str]:
+    return some_of(ACCEPTANCE_RULES, list(ACCEPTANCE_RULES) if text == "all" else text.split(","), "all")
+
+
+def chosen(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Returns the type of a list of some of these names."""
+    return lambda text: some_of(allowed, text.split(","))
+
+
+def some_of(allowed: Sequence[str], names: list[str], *also: str) -> list[str]:
+    for name in names:
+        if name not in allowed:
+            raise argparse.ArgumentTypeError(f"{name!r}: allowed are {', '.join([*also, *allowed])}")
+    return names
