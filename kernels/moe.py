@@ -13,6 +13,7 @@ the shared ones, `P` = M K pairs.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,11 +41,15 @@ __all__ = ["Experts", "Launch", "Routing", "default_launch", "experts", "experts
            "moe", "moe_reference", "route"]  # fmt: skip
 
 INPUTS = (torch.bfloat16, torch.float32)
+Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """The weights of one layer's experts; shared experts are the last ones.
+
+    Where several processes share the layer, each has some of the I columns of the first product, in whole blocks, and
+    some of the D outputs of the second.
 
     Attributes:
         gate_up: `[E, 2 I, D]` e4m3, gate rows first.
@@ -59,11 +64,14 @@ class Experts:
 
     def __post_init__(self) -> None:
         count, twice, channels = self.gate_up.shape
-        inner = twice // 2
-        if tuple(self.down.shape) != (count, channels, inner):
+        inner, (outputs, whole) = twice // 2, self.down.shape[1:]
+        alone = (outputs, whole) == (channels, inner)
+        if self.down.shape[0] != count or not (alone or (outputs <= channels and whole % inner == inner % BLOCK == 0)):
             raise ValueError(f"gate_up {tuple(self.gate_up.shape)} and down {tuple(self.down.shape)} do not fit")
-        channel_blocks, blocks = -(-channels // BLOCK), -(-inner // BLOCK)
-        expected = ((count, 2 * blocks, channel_blocks), (count, channel_blocks, blocks))
+        blocks = -(-inner // BLOCK)
+        expected = (
+            (count, 2 * blocks, -(-channels // BLOCK)), (count, -(-outputs // BLOCK), -(-whole // BLOCK))
+        )  # fmt: skip
         given = (tuple(self.gate_up_scale.shape), tuple(self.down_scale.shape))
         if given != expected:
             raise ValueError(f"scales {given[0]} and {given[1]}: expected {expected[0]} and {expected[1]}")
@@ -84,8 +92,13 @@ class Experts:
 
     @property
     def inner(self) -> int:
-        """I."""
-        return self.down.shape[2]
+        """I of the first product."""
+        return self.gate_up.shape[1] // 2
+
+    @property
+    def outputs(self) -> int:
+        """D of the second product."""
+        return self.down.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,26 +152,30 @@ def moe(
     weights: Experts,
     residual: Tensor | None = None,
     launch: Launch | None = None,
+    exchange: Exchange | None = None,
 ) -> Tensor:
     """Returns shared(x) + sum over chosen experts of weight * expert(x) (+ residual), `[M, D]` in x's dtype.
 
     Args:
         x: `[M, D]` bfloat16 or float32.  router: `[E - shared, D]`.  bias: `[E - shared]` float32 or None.
         residual: `[M, D]`, added last.
+        exchange: completes hidden values `[P, I]` and scales by the columns that other processes have.
     """
     if weights.count != routing.experts + routing.shared:
         raise ValueError(f"{weights.count} experts given, the gate has {routing.experts} + {routing.shared} shared")
     expect("x", x, (None, weights.channels), INPUTS, beside=weights.down)
     if residual is not None:
-        expect("residual", residual, x.shape, x.dtype, beside=x)
+        expect("residual", residual, (x.shape[0], weights.outputs), x.dtype, beside=x)
     if not runs_triton(x):
-        return moe_reference(x, router, bias, routing, weights, residual)
-    launch = launch or default_launch(weights.channels, weights.inner)
+        return moe_reference(x, router, bias, routing, weights, residual, exchange)
+    launch = launch or default_launch(weights.channels, weights.down.shape[2])
     routed = route(x, router, bias, routing, tokens=launch.slot(x.shape[0]))
     assert routed.quantised is not None
     assert routed.scales is not None
     assert routed.groups is not None
     hidden = gate_up(routed.quantised, routed.scales, routed.groups, routing.per_row, weights, launch, routing.shared)
+    if exchange is not None:
+        hidden = exchange(*hidden)
     return down(*hidden, routed.groups, routed.weights, weights, launch, x.dtype, residual)
 
 
@@ -193,29 +210,34 @@ def experts(
 
 
 def experts_reference(
-    x: Tensor, indices: Tensor, pair_weights: Tensor, weights: Experts, residual: Tensor | None = None
-) -> Tensor:
+    x: Tensor, indices: Tensor, pair_weights: Tensor, weights: Experts, residual: Tensor | None = None,
+    exchange: Exchange | None = None,
+) -> Tensor:  # fmt: skip
     """`experts` in plain torch, one pair at a time."""
     quantised, scales = act_quant(x)
-    blocks = weights.down_scale.shape[2]
-    out = torch.zeros(x.shape[0], weights.channels, device=x.device)
-    for row in range(x.shape[0]):
-        one, one_scale = quantised[row : row + 1], scales[row : row + 1]
-        for slot in range(indices.shape[1]):
-            expert = int(indices[row, slot])
-            halves = weights.gate_up[expert].split(weights.inner), weights.gate_up_scale[expert].split(blocks)
-            gate_part, up = (fp8_gemm(one, one_scale, w, scale) for w, scale in zip(*halves, strict=True))
-            hidden = act_quant(F.silu(gate_part) * up)
-            part = fp8_gemm(*hidden, weights.down[expert], weights.down_scale[expert])
-            out[row] += pair_weights[row, slot] * part[0]
+    per_row, blocks, pairs = indices.shape[1], weights.gate_up_scale.shape[1] // 2, list[tuple[Tensor, Tensor]]()
+    for pair, expert in enumerate(indices.flatten().tolist()):
+        row = slice(pair // per_row, pair // per_row + 1)
+        halves = weights.gate_up[expert].split(weights.inner), weights.gate_up_scale[expert].split(blocks)
+        gate_part, up = (fp8_gemm(quantised[row], scales[row], *half) for half in zip(*halves, strict=True))
+        pairs.append(act_quant(F.silu(gate_part) * up))
+    hidden, hidden_scale = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    if exchange is not None:
+        hidden, hidden_scale = exchange(hidden, hidden_scale)
+    out = torch.zeros(x.shape[0], weights.outputs, device=x.device)
+    for pair, expert in enumerate(indices.flatten().tolist()):
+        one = hidden[pair : pair + 1], hidden_scale[pair : pair + 1]
+        part = fp8_gemm(*one, weights.down[expert], weights.down_scale[expert])
+        out[pair // per_row] += pair_weights.flatten()[pair] * part[0]
     return (out if residual is None else out + residual.float()).to(x.dtype)
 
 
 def moe_reference(
-    x: Tensor, router: Tensor, bias: Tensor | None, routing: Routing, weights: Experts, residual: Tensor | None = None
-) -> Tensor:
+    x: Tensor, router: Tensor, bias: Tensor | None, routing: Routing, weights: Experts, residual: Tensor | None = None,
+    exchange: Exchange | None = None,
+) -> Tensor:  # fmt: skip
     """`moe` in plain torch."""
-    return experts_reference(x, *gate_reference(x, router, bias, routing), weights, residual)
+    return experts_reference(x, *gate_reference(x, router, bias, routing), weights, residual, exchange)
 
 
 def gate_up(
@@ -256,7 +278,7 @@ def down(
     from mtp_spec.kernels.moe_kernels import _down_kernel
 
     (pairs, inner), (rows, per_row), device = hidden.shape, pair_weights.shape, hidden.device
-    channels, slots, tiles = weights.channels, groups.count.shape[0], -(-weights.channels // launch.down_tile)
+    channels, slots, tiles = weights.outputs, groups.count.shape[0], -(-weights.outputs // launch.down_tile)
     unroll = launch.unrolled(launch.down_unroll, rows)
     step = unroll * BLOCK * (launch.down_tile + launch.slot(rows))
     parts = torch.empty(pairs, channels, dtype=torch.float32 if rows <= MOST_ROWS else dtype, device=device)

@@ -201,8 +201,10 @@ def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks)
         slot = slots.get(copies.get(name, name))
         if slot is None:  # a scale, which comes with its weight, or another rank's
             continue
-        count, scale = slot.shape[0], checkpoint.tensors.get(name + SCALE)
-        first = ranks.rank * count if count < info.shape[0] else 0
+        count, scale = slot.numel() // prod(info.shape[1:]), checkpoint.tensors.get(name + SCALE)
+        whole = range(info.shape[0])
+        ways = (whole, whole[ranks.own(len(whole))], ranks.part(len(whole), block))
+        first = next(way.start for way in ways if len(way) == count)
         begin = first if scale is None else first // block * block
         tensors[name] = info.rows(begin, first + count - begin)
         if scale is not None:

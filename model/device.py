@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtp_spec.kernels import fp8, gemm, mla, moe, quant
 from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
-from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.config import CheckpointError, ModelConfig
 from mtp_spec.model.layers import LATENT_NORM_EPS
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import rope_table, softmax_scale
@@ -54,24 +54,36 @@ def why_not(config: ModelConfig) -> str | None:
 
 @dataclass(slots=True)
 class Matrix:
-    """A weight `[N, K]`: e4m3 with 128x128 scales, or bfloat16 without."""
+    """A weight `[N, K]`: e4m3 with 128x128 scales, or bfloat16 without.
+
+    Attributes:
+        whole: rows of the matrix that this is, or is a rank's part of: how its products sum follows from these.
+    """
 
     weight: Tensor
-    scale: Tensor | None = None
+    scale: Tensor | None
+    whole: int
 
     @classmethod
-    def empty(cls, rows: int, columns: int, device: torch.device, packed: bool = True) -> Matrix:
+    def empty(
+        cls, rows: int, columns: int, device: torch.device, packed: bool = True, whole: int | None = None
+    ) -> Matrix:
+        """Returns room for a matrix, or for `rows` of one of `whole`, from the beginning of a block of scales."""
         if not packed:
-            return cls(torch.empty(rows, columns, dtype=torch.bfloat16, device=device))
+            return cls(torch.empty(rows, columns, dtype=torch.bfloat16, device=device), None, whole or rows)
         weight = torch.empty(rows, columns, dtype=fp8.E4M3, device=device)
-        return cls(weight, torch.empty(_blocks(rows), _blocks(columns), device=device))
+        return cls(weight, torch.empty(_blocks(rows), _blocks(columns), device=device), whole or rows)
 
     def __call__(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Returns x @ weight.T in bfloat16; x `[M, K]` bfloat16, or e4m3 with scales for an FP8 weight."""
         if self.scale is None:
             assert isinstance(x, Tensor)
-            return gemm.bf16_gemm(x, self.weight)
-        return gemm.fp8_gemm(*(quant.quant(x) if isinstance(x, Tensor) else x), self.weight, self.scale)
+            return gemm.bf16_gemm(x, self.weight, launch=self._launch("bf16"))
+        given = quant.quant(x) if isinstance(x, Tensor) else x
+        return gemm.fp8_gemm(*given, self.weight, self.scale, launch=self._launch("fp8"))
+
+    def _launch(self, kind: str) -> gemm.Launch:
+        return gemm.default_launch(self.whole, self.weight.shape[1], kind)
 
     def slots(self, name: str, first: int = 0, rows: int | None = None) -> Slots:
         """Returns the places of a checkpoint tensor, and of its scales, that fill some of the rows."""
@@ -83,30 +95,37 @@ class Matrix:
 
 
 class Attention:
-    """One MLA layer."""
+    """One MLA layer; ranks have some of the heads each, and some of the outputs."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.ranks, self.hidden = ranks, config.hidden_size
+        heads = ranks.share(config.num_attention_heads, "num_attention_heads")
+        for name, size in (("queries", config.qk_head_dim), ("values", config.v_head_dim),
+                           ("keys and values", config.qk_nope_head_dim + config.v_head_dim)):  # fmt: skip
+            ranks.share(config.num_attention_heads * size, f"the heads' {name} of", BLOCK)
         self.head = mla.Head(
-            config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank,
+            heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank,
             config.v_head_dim, softmax_scale(config), config.rope_interleave,
         )  # fmt: skip
-        hidden, q_rows = config.hidden_size, config.num_attention_heads * config.qk_head_dim
+        hidden, q_rows = config.hidden_size, heads * config.qk_head_dim
+        whole = config.num_attention_heads * config.qk_head_dim
         self.q_rank = config.q_lora_rank
-        self.a_rows = q_rows if self.q_rank is None else self.q_rank
+        self.a_rows, a_whole = (q_rows, whole) if self.q_rank is None else (self.q_rank, self.q_rank)
         # one product reads both down-projections, where the scales of the first end with its rows
         self.fused = self.a_rows % BLOCK == 0
         if self.fused:
-            self.a = Matrix.empty(self.a_rows + self.head.width, hidden, device)
+            self.a = Matrix.empty(self.a_rows + self.head.width, hidden, device, whole=a_whole + self.head.width)
         else:
-            self.a = Matrix.empty(self.a_rows, hidden, device)
+            self.a = Matrix.empty(self.a_rows, hidden, device, whole=a_whole)
             self.kv_a = Matrix.empty(self.head.width, hidden, device)
         self.q_norm: Tensor | None = None
         if self.q_rank is not None:
             self.q_norm = torch.empty(self.q_rank, dtype=torch.bfloat16, device=device)
-            self.q_b = Matrix.empty(q_rows, self.q_rank, device)
+            self.q_b = Matrix.empty(q_rows, self.q_rank, device, whole=whole)
         self.kv_norm = torch.empty(self.head.latent, dtype=torch.bfloat16, device=device)
         self.kv_b = Matrix.empty(self.head.heads * (self.head.nope + self.head.value), self.head.latent, device)
-        self.o = Matrix.empty(hidden, self.head.heads * self.head.value, device)
+        outputs, columns = len(ranks.part(hidden, BLOCK)), config.num_attention_heads * self.head.value
+        self.o = Matrix.empty(outputs, columns, device, whole=hidden)
 
     def __call__(self, x: tuple[Tensor, Tensor], table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
         """Returns the outputs `[M, D]` of rows x (e4m3 with scales), which join the cache."""
@@ -115,7 +134,8 @@ class Attention:
         q = down[:, : self.a_rows] if latent is None else self.q_b(latent)
         q = mla.absorb(q, self.kv_b.weight, self.kv_b.scale, table, plan, self.head)
         context = mla.attend(q, cache, plan, self.head)
-        return self.o(mla.up(context, self.kv_b.weight, self.kv_b.scale, self.head))
+        values = mla.up(context, self.kv_b.weight, self.kv_b.scale, self.head)
+        return self.ranks.gather_parts(self.o(self.ranks.gather_all(*values)), self.hidden, BLOCK)
 
     def slots(self, prefix: str) -> Slots:
         first, kv = f"{prefix}.{'q_proj' if self.q_rank is None else 'q_a_proj'}.weight", "kv_a_proj_with_mqa.weight"
@@ -130,18 +150,23 @@ class Attention:
 
 
 class Dense:
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(silu(gate(x)) * up(x))`; ranks have some of the columns each, and some of the outputs."""
 
-    def __init__(self, hidden: int, inner: int, device: torch.device) -> None:
+    def __init__(self, hidden: int, intermediate: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.ranks, self.hidden = ranks, hidden
+        inner = ranks.share(intermediate, "intermediate_size", BLOCK)
         # gate and up are quantised on their own: their scales meet where the rows do only at whole blocks
         self.inner, self.fused = inner, inner % BLOCK == 0
-        shapes = (2 * inner,) if self.fused else (inner, inner)
-        self.parts = [Matrix.empty(rows, hidden, device) for rows in shapes]
-        self.down = Matrix.empty(hidden, inner, device)
+        each = 2 if self.fused else 1
+        self.parts = [
+            Matrix.empty(each * inner, hidden, device, whole=each * intermediate) for _ in range(3 - each)
+        ]
+        self.down = Matrix.empty(len(ranks.part(hidden, BLOCK)), intermediate, device, whole=hidden)
 
     def __call__(self, x: tuple[Tensor, Tensor]) -> Tensor:
         both = [part(x) for part in self.parts]
-        return self.down(quant.silu_mul_quant(both[0] if self.fused else torch.cat(both, -1)))
+        inner = quant.silu_mul_quant(both[0] if self.fused else torch.cat(both, -1))
+        return self.ranks.gather_parts(self.down(self.ranks.gather_all(*inner)), self.hidden, BLOCK)
 
     def slots(self, prefix: str) -> Slots:
         up, row = (self.parts[0], self.inner) if self.fused else (self.parts[1], 0)
@@ -153,11 +178,20 @@ class Dense:
 
 
 class Mixture:
-    """Routed experts; the shared expert's parts are further experts that every row chooses."""
+    """Routed experts; the shared expert's parts are further experts that every row chooses.
 
-    def __init__(self, config: ModelConfig, device: torch.device, router: torch.dtype) -> None:
-        hidden, self.inner, shared = config.hidden_size, config.moe_intermediate_size, config.n_shared_experts
-        self.routed, self.shared = config.n_routed_experts, shared
+    Ranks have some of the columns of every expert, and some of its outputs: a step's few experts then keep all equally
+    busy, where experts placed whole would leave one rank waiting for the other.
+    """
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device, router: torch.dtype, ranks: Ranks = ALONE
+    ) -> None:
+        hidden, shared, self.ranks = config.hidden_size, config.n_shared_experts, ranks
+        self.inner = ranks.share(config.moe_intermediate_size, "moe_intermediate_size", BLOCK)
+        if ranks.size > 1 and shared > 1:
+            raise CheckpointError(f"n_shared_experts {shared}: several ranks run one at most on the FP8 kernels")
+        self.routed, self.shared, self.hidden = config.n_routed_experts, shared, hidden
         limited = config.topk_method != "greedy" and config.topk_group < config.n_group
         self.routing = moe.Routing(
             experts=self.routed, chosen=config.num_experts_per_tok, shared=shared,
@@ -168,16 +202,18 @@ class Mixture:
         )  # fmt: skip
         self.router = torch.empty(self.routed, hidden, dtype=router, device=device)
         self.bias = torch.empty(self.routed, device=device) if config.has_gate_bias else None
-        count, wide, narrow = self.routed + shared, _blocks(hidden), _blocks(self.inner)
+        count, outputs, inner = self.routed + shared, len(ranks.part(hidden, BLOCK)), config.moe_intermediate_size
         self.experts = moe.Experts(
             torch.empty(count, 2 * self.inner, hidden, dtype=fp8.E4M3, device=device),
-            torch.empty(count, 2 * narrow, wide, device=device),
-            torch.empty(count, hidden, self.inner, dtype=fp8.E4M3, device=device),
-            torch.empty(count, wide, narrow, device=device),
+            torch.empty(count, 2 * _blocks(self.inner), _blocks(hidden), device=device),
+            torch.empty(count, outputs, inner, dtype=fp8.E4M3, device=device),
+            torch.empty(count, _blocks(outputs), _blocks(inner), device=device),
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        return moe.moe(x, self.router, self.bias, self.routing, self.experts)
+        exchange = self.ranks.gather_all if self.ranks.size > 1 else None
+        out = moe.moe(x, self.router, self.bias, self.routing, self.experts, exchange=exchange)
+        return self.ranks.gather_parts(out, self.hidden, BLOCK)
 
     def slots(self, prefix: str) -> Slots:
         out = {f"{prefix}.gate.weight": self.router}
@@ -208,12 +244,14 @@ class Mixture:
 class Layer:
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the second sum is left to whoever reads it."""
 
-    def __init__(self, config: ModelConfig, dense: bool, device: torch.device, router: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, dense: bool, device: torch.device, router: torch.dtype, ranks: Ranks = ALONE
+    ) -> None:
         hidden, self.eps = config.hidden_size, config.rms_norm_eps
         self.norms = torch.empty(2, hidden, dtype=torch.bfloat16, device=device)
-        self.attention = Attention(config, device)
+        self.attention = Attention(config, device, ranks)
         self.mlp: Dense | Mixture = (
-            Dense(hidden, config.intermediate_size, device) if dense else Mixture(config, device, router)
+            Dense(hidden, config.intermediate_size, device, ranks) if dense else Mixture(config, device, router, ranks)
         )
 
     def __call__(
@@ -240,16 +278,19 @@ class Layer:
 class Module:
     """One multi-token-prediction module (2412.19437, eq. 21-23), see `transformer.MTPModule`."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, packed: bool, router: torch.dtype) -> None:
-        hidden, self.eps = config.hidden_size, config.rms_norm_eps
+    def __init__(
+        self, config: ModelConfig, device: torch.device, packed: bool, router: torch.dtype, ranks: Ranks = ALONE
+    ) -> None:
+        hidden, self.eps, self.ranks = config.hidden_size, config.rms_norm_eps, ranks
         self.norms = torch.empty(3, hidden, dtype=torch.bfloat16, device=device)  # enorm, hnorm, last
-        self.eh = Matrix.empty(hidden, 2 * hidden, device, packed)
-        self.layer = Layer(config, False, device, router)
+        self.eh = Matrix.empty(len(ranks.part(hidden, BLOCK)), 2 * hidden, device, packed, whole=hidden)
+        self.layer = Layer(config, False, device, router, ranks)
 
     def __call__(self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
         first, _ = quant.rms_norm(embedding, self.norms[0], self.eps)
         second, _ = quant.rms_norm(hidden, self.norms[1], self.eps)
-        x, branch = self.layer(self.eh(torch.cat((first, second), -1)), None, table, cache, plan)
+        mixed = self.ranks.gather_parts(self.eh(torch.cat((first, second), -1)), first.shape[-1], BLOCK)
+        x, branch = self.layer(mixed, None, table, cache, plan)
         return quant.rms_norm(x, self.norms[2], self.eps, branch)[0]
 
     def slots(self, prefix: str) -> Slots:
@@ -268,6 +309,7 @@ class DeviceModel:
         draft_ids: the tokens that drafts may be, in ascending order; None for all. Fewer are read faster, and a draft
             cannot change the text.
         packed_cache: whether latents are cached in FP8.
+        ranks: that share the work, see `parallel`; this model then holds one rank's part of the matrices.
     """
 
     def __init__(
@@ -284,17 +326,21 @@ class DeviceModel:
         self.config, self.device, self.dtype = config, torch.device(device), fp8.E4M3
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        self.layers = [Layer(config, i < config.first_k_dense_replace, self.device, router)
+        self.layers = [Layer(config, i < config.first_k_dense_replace, self.device, router, ranks)
                        for i in range(config.num_hidden_layers)]  # fmt: skip
         self.norm = torch.empty(config.hidden_size, dtype=torch.bfloat16, device=self.device)
         tied = config.tie_word_embeddings
-        self.lm_head = self.embed_tokens if tied else torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        rows, own = ranks.share(config.vocab_size, "vocab_size"), ranks.own(config.vocab_size)
+        self.lm_head = self.embed_tokens[own] if tied else self.embed_tokens.new_empty(rows, config.hidden_size)
         # drafts read the head in FP8: half the bytes, and a draft cannot change the text
         drafts = config.num_nextn_predict_layers > 0
-        self.draft_ids = None if draft_ids is None else torch.tensor(list(draft_ids)).to(self.device)
-        rows = config.vocab_size if draft_ids is None else len(draft_ids)
+        self.draft_ids: Tensor | None = None
+        if draft_ids is not None:
+            places = [token - own.start for token in draft_ids if own.start <= token < own.stop]
+            self.draft_ids, rows = torch.tensor(places, dtype=torch.int64).to(self.device), len(places)
         self.draft_head = Matrix.empty(rows, config.hidden_size, self.device) if drafts else None
-        self.mtp = [Module(config, self.device, eh_packed, router) for _ in range(config.num_nextn_predict_layers)]
+        modules = config.num_nextn_predict_layers
+        self.mtp = [Module(config, self.device, eh_packed, router, ranks) for _ in range(modules)]
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=self.device)
 
     def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan) -> Tensor:
@@ -312,17 +358,22 @@ class DeviceModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[M, V]` float32 logits of normed hidden states."""
-        return gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32)
+        launch = gemm.default_launch(self.config.vocab_size, self.config.hidden_size, "bf16")
+        return self.ranks.gather(gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32, launch=launch))
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8; -inf where none may be."""
         head = self.draft_head
         assert head is not None
         assert head.scale is not None
+        if self.draft_ids is not None and not len(self.draft_ids):  # all of them are other ranks'
+            none = torch.full((len(hidden), len(self.lm_head)), -torch.inf, device=self.device)
+            return self.ranks.gather(none)
         some = gemm.fp8_gemm(*quant.quant(hidden), head.weight, head.scale, dtype=torch.float32)
-        if self.draft_ids is None:
-            return some
-        return some.new_full((len(some), self.config.vocab_size), -torch.inf).index_copy_(1, self.draft_ids, some)
+        if self.draft_ids is not None:
+            row = some.new_full((len(some), len(self.lm_head)), -torch.inf)
+            some = row.index_copy_(1, self.draft_ids, some)
+        return self.ranks.gather(some)
 
     def finish(self) -> None:
         """Derives what the checkpoint does not hold; to be called once its tensors are in place."""

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from mtp_spec.kernels.fp8 import weight_dequant
-from mtp_spec.model.checkpoint import SCALE, Checkpoint, Report, compare_copy, open_checkpoint, read_weights
+from mtp_spec.model.checkpoint import SCALE, Checkpoint, Report, compare_copy, open_checkpoint, rank_part, read_weights
 from mtp_spec.model.device import DeviceModel, why_not
+from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.stored import listing
 
 
@@ -25,13 +26,13 @@ def fp8_obstacle(checkpoint: Checkpoint) -> str | None:
 
 def empty_device_model(
     checkpoint: Checkpoint, device: torch.device | str, draft_ids: Sequence[int] | None = None,
-    packed_cache: bool = False,
+    packed_cache: bool = False, ranks: Ranks = ALONE,
 ) -> DeviceModel:  # fmt: skip
     """Returns a model with room for the checkpoint's weights, without them; on "meta" it costs nothing."""
     stored = {name.split(".", 3)[-1]: info.dtype for name, info in checkpoint.tensors.items()}
     router = torch.float32 if stored.get("mlp.gate.weight") == "F32" else torch.bfloat16
     eh_packed = stored.get("eh_proj.weight") == "F8_E4M3"
-    return DeviceModel(checkpoint.config, device, eh_packed, router, draft_ids, packed_cache)
+    return DeviceModel(checkpoint.config, device, eh_packed, router, draft_ids, packed_cache, ranks)
 
 
 def load_device_model(
@@ -40,6 +41,7 @@ def load_device_model(
     progress: Report | None = None,
     draft_ids: Sequence[int] | None = None,
     packed_cache: bool = False,
+    ranks: Ranks = ALONE,
 ) -> DeviceModel:
     """Returns the model with its FP8 weights as they are stored; `fp8_obstacle` is None.
 
@@ -47,15 +49,16 @@ def load_device_model(
         source, progress: as for `load_checkpoint`.
         draft_ids: the tokens that drafts may be; None for all.
         packed_cache: whether latents are cached in FP8.
+        ranks: that share the model; this one reads what it holds.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
     """
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
-    model = empty_device_model(checkpoint, device, draft_ids, packed_cache)
+    model = empty_device_model(checkpoint, device, draft_ids, packed_cache, ranks)
     slots = model.checkpoint_slots()
     with torch.no_grad():
-        for name, value, scale in read_weights(checkpoint, progress):
+        for name, value, scale in read_weights(rank_part(checkpoint, slots, ranks), progress):
             if name not in slots:
                 compare_copy(name, value, checkpoint.config, slots)
             elif name + SCALE in slots:
@@ -64,6 +67,7 @@ def load_device_model(
                 slots[name].view(torch.uint8).copy_(value.view(torch.uint8).reshape(slots[name].shape))
                 slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
             else:
-                slots[name].copy_(value if scale is None else weight_dequant(value, scale, 128, torch.float32))
+                whole = value if scale is None else weight_dequant(value, scale, 128, torch.float32)
+                slots[name].copy_(whole[len(whole) - len(slots[name]) :])
     model.finish()
     return model

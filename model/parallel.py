@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.model.config import CheckpointError
@@ -73,9 +74,27 @@ class Ranks:
         """Returns which of `count` things are this rank's."""
         return slice(self.rank * (count // self.size), (self.rank + 1) * (count // self.size))
 
+    def part(self, count: int, block: int = 1, rank: int | None = None) -> range:
+        """Returns which of `count` things are this rank's, or another's, in whole blocks; not all have as many."""
+        blocks, number = -(-count // block), self.rank if rank is None else rank
+        low, high = (min(edge * blocks // self.size * block, count) for edge in (number, number + 1))
+        return range(low, high)
+
     def gather(self, x: Tensor) -> Tensor:
         """Returns all ranks' x `[..., n]` side by side, `[..., size * n]`."""
-        return x if self.size == 1 else self.stack(x).movedim(0, -2).flatten(-2)
+        return x if self.size == 1 else self.stack(x).movedim(0, -2).flatten(-2).contiguous()
+
+    def gather_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns `gather` of each."""
+        return tuple(self.gather(x) for x in tensors)
+
+    def gather_parts(self, x: Tensor, count: int, block: int) -> Tensor:
+        """Returns all ranks' parts x `[..., n]`, as `part` has it, side by side, `[..., count]`."""
+        sizes = [len(self.part(count, block, rank)) for rank in range(self.size)]
+        if min(sizes) == max(sizes):
+            return self.gather(x)
+        stacked = self.stack(F.pad(x, (0, max(sizes) - x.shape[-1])))
+        return torch.cat([one[..., :size] for one, size in zip(stacked, sizes, strict=True)], dim=-1)
 
     def join(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Returns all ranks' x `[counts[rank], ...]` below one another; every rank knows all counts."""

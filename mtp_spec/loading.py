@@ -48,8 +48,8 @@ def load_model(
     if dtype in (None, torch.float8_e4m3fn):
         found = _no_fp8_here(device) or fp8_obstacle(checkpoint)
         if found is None:
-            check_memory(empty_device_model(checkpoint, "meta", ids, packed), limit, device)
-            return load_device_model(checkpoint, device, report, ids, packed)
+            check_memory(empty_device_model(checkpoint, "meta", ids, packed, ranks), limit, device)
+            return load_device_model(checkpoint, device, report, ids, packed, ranks)
         obstacle = found
         if dtype is not None:
             raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 import mtp_spec
+from mtp_spec.api import LM
 from mtp_spec.model import parallel
+from mtp_spec.model.device_checkpoint import load_device_model
 
 PROMPT = list(range(2, 40))
 SHAPES: dict[str, Any] = {
@@ -33,11 +35,18 @@ def texts(lm: mtp_spec.LM) -> dict[str, Any]:
     return found
 
 
+def short_text(lm: mtp_spec.LM) -> list[Any]:
+    """Returns what the kernels' references, which are slow, write in reasonable time."""
+    one = lm.generate(PROMPT[:6], max_new_tokens=3, seed=3, logprobs=2, speculation=2)
+    return [one.token_ids, repr(one.logprobs)]
+
+
 def start(job: dict[str, Any], count: int, folder: Path, absent: Sequence[int] = ()) -> list[subprocess.Popen[str]]:
     """Starts the processes of a job, but for `absent` ranks; what they find goes to folder/RANK.json.
 
     Args:
-        job: "model": a folder, or one for each rank; "patience": seconds; "forever": texts without end.
+        job: "model": a folder, or one for each rank; "kernels": on the kernels' references; "patience": seconds;
+            "forever": texts without end.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,7 +88,12 @@ def main(out: Path, job: dict[str, Any]) -> None:
     parallel.PATIENCE = job.get("patience", parallel.PATIENCE)
     parallel.SILENCE = job.get("patience", parallel.SILENCE)
     model = job["model"] if isinstance(job["model"], str) else job["model"][int(os.environ["RANK"])]
-    lm = mtp_spec.load(model, dtype=job.get("dtype"), measure=False, max_context=job.get("max_context"))
+    if job.get("kernels"):
+        shared = parallel.join_ranks("auto", "cpu")
+        lm = LM(load_device_model(Path(model), "cpu", ranks=shared), None, "batched", 200)
+        out.write_text(json.dumps(short_text(lm)))
+        return
+    lm = mtp_spec.load(model, dtype=job.get("dtype"), measure=False)
     if job.get("forever"):
         out.write_text("{}")
         while True:

@@ -19,8 +19,10 @@ import mtp_spec
 import ranks
 import small
 import tiny
+from mtp_spec.api import LM
 from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
 from mtp_spec.model.convert import ranks_job
+from mtp_spec.model.device_checkpoint import load_device_model
 from mtp_spec.model.jobs import run_job
 from mtp_spec.model.parallel import Ranks
 from mtp_spec.model.transformer import Transformer
@@ -48,6 +50,12 @@ def test_two_ranks_are_one_process_bit_for_bit(fp8: Path, tmp_path: Path) -> Non
     expected = alone(fp8, "bfloat16")
     assert len({str(expected[f"{name} 0.9"]) for name in ranks.SHAPES}) == 1
     assert ranks.run({"model": str(fp8), "dtype": "bfloat16"}, 2, tmp_path) == [expected] * 2
+
+
+def test_two_ranks_on_the_kernels_references(fp8: Path, tmp_path: Path) -> None:
+    lm = LM(load_device_model(fp8, "cpu"), None, "batched", 200)
+    expected = ranks.short_text(lm)
+    assert ranks.run({"model": str(fp8), "kernels": True}, 2, tmp_path) == [expected] * 2
 
 
 def test_four_ranks_with_a_head_each(tmp_path: Path) -> None:
