@@ -17,6 +17,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_spec.kernels import exchange
+from mtp_spec.kernels.launching import runs_triton
 from mtp_spec.model.config import CheckpointError
 
 # seconds: to find one another, and for an exchange; between signs of life; without one until a rank counts as dead
@@ -48,14 +51,17 @@ class Ranks:
 
     Args:
         rank, size: of `size` processes this is number `rank`.
-        group: exchanges tensors; None alone.
+        group: exchanges tensors, on the CPU in any case; None alone.
         control: exchanges facts; None alone.
+    Attributes:
+        rooms: through which GPUs of one host exchange small tensors; None where the group does it all.
     """
 
     def __init__(
         self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None, control: Control | None = None
     ) -> None:
         self.rank, self.size, self._group, self._control = rank, size, group, control
+        self.rooms: exchange.Rooms | None = None
 
     def share(self, count: int, name: str, block: int = 1) -> int:
         """Returns this rank's part of `count` things, each rank's in whole blocks.
@@ -82,19 +88,23 @@ class Ranks:
 
     def gather(self, x: Tensor) -> Tensor:
         """Returns all ranks' x `[..., n]` side by side, `[..., size * n]`."""
-        return x if self.size == 1 else self.stack(x).movedim(0, -2).flatten(-2).contiguous()
+        return self.gather_all(x)[0]
 
-    def gather_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns `gather` of each."""
-        return tuple(self.gather(x) for x in tensors)
+    def gather_all(self, *tensors: Tensor) -> Any:
+        """Returns a tuple of `gather` of each."""
+        if self.size == 1:
+            return tensors
+        if self.rooms is not None and tensors[0].is_cuda and exchange.fits(tensors):
+            return tuple(exchange.exchange(tensors, self.rooms))
+        return tuple(self.stack(x).movedim(0, -2).flatten(-2).contiguous() for x in tensors)
 
     def gather_parts(self, x: Tensor, count: int, block: int) -> Tensor:
         """Returns all ranks' parts x `[..., n]`, as `part` has it, side by side, `[..., count]`."""
         sizes = [len(self.part(count, block, rank)) for rank in range(self.size)]
         if min(sizes) == max(sizes):
             return self.gather(x)
-        stacked = self.stack(F.pad(x, (0, max(sizes) - x.shape[-1])))
-        return torch.cat([one[..., :size] for one, size in zip(stacked, sizes, strict=True)], dim=-1)
+        padded = self.gather(F.pad(x, (0, max(sizes) - x.shape[-1]))).unflatten(-1, (self.size, -1)).unbind(-2)
+        return torch.cat([one[..., :size] for one, size in zip(padded, sizes, strict=True)], dim=-1)
 
     def join(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Returns all ranks' x `[counts[rank], ...]` below one another; every rank knows all counts."""
@@ -114,11 +124,62 @@ class Ranks:
                 _all_gather(taken, given, self._group)
         return out
 
-    def first(self, values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+    def first(self, values: Sequence[float]) -> list[float]:
         """Returns the first rank's values: what was measured differs, and all must act alike."""
         if self.size == 1:
             return list(values)
-        return self.stack(torch.tensor(values, dtype=torch.float64, device=device))[0].tolist()
+        return self.stack(torch.tensor(values, dtype=torch.float64))[0].tolist()
+
+    def wait(self, ready: torch.cuda.Event | None = None) -> None:
+        """Waits until the GPU has come to an event, or to the end of its work, as long as all ranks are alive.
+
+        Raises:
+            RankError: one of them is not, or does not take part in an exchange.
+        """
+        if self._control is None or not self._on_gpu:
+            if ready is not None:
+                ready.synchronize()
+            return
+        if ready is None:
+            ready = torch.cuda.Event()
+            ready.record()
+        begin = looked = time.monotonic()
+        while not ready.query():
+            now = time.monotonic()
+            if now - looked > BEAT:
+                looked = now
+                self._look(begin, now)
+        if self.rooms is not None and int(self.rooms.lost):
+            raise self._lost("an exchange between GPUs")
+
+    def _look(self, begin: float, now: float) -> None:
+        assert self._control is not None
+        try:
+            with _explained(self.rank, self.size):
+                for rank in range(self.size):
+                    self._control.look(rank, begin)
+        except RankError:
+            self._give_up()
+            raise
+        if now - begin > PATIENCE:
+            raise self._lost("an exchange between GPUs")
+
+    def _lost(self, what: str) -> RankError:
+        self._give_up()
+        return RankError(
+            f"rank {self.rank} of {self.size} waited {PATIENCE:.0f} s for {what}: another rank hangs or takes no part; "
+            "see the output of the others"
+        )
+
+    def _give_up(self) -> None:
+        """Ends what runs on the GPU and waits for a rank that does not come."""
+        if self._on_gpu:
+            with suppress(Exception):  # whatever is left of the group
+                dist.distributed_c10d._abort_process_group(self._group)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._group is not None and torch.cuda.is_available() and "nccl" in dist.get_backend_config(self._group)
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Compares facts that must be the same everywhere.
@@ -160,6 +221,7 @@ class Ranks:
             raise
         for rank, message in enumerate(self._control.exchange("")):
             if message:
+                self._give_up()
                 raise RankError(f"rank {rank} of {self.size} failed: {message}")
 
 
@@ -270,7 +332,7 @@ def join_ranks(parallel: object, device: str) -> Ranks:
 def _start(device: str) -> None:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        backend = "nccl" if device.startswith("cuda") else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=PATIENCE))
         atexit.register(_leave)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -281,9 +343,56 @@ def _start(device: str) -> None:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
-        with suppress(RuntimeError):
+    if not dist.is_initialized():
+        return
+    with suppress(Exception):  # the process ends in any case
+        if "nccl" in dist.get_backend_config():
+            dist.distributed_c10d._abort_process_group()  # destroying would wait for graphs that are still held
+        else:
             dist.destroy_process_group()
+
+
+def local_device(device: str, ranks: Ranks) -> str:
+    """Returns this rank's device: of several GPUs the one of its number on this machine.
+
+    Raises:
+        CheckpointError: there are fewer GPUs than ranks.
+    """
+    if ranks.size == 1 or device != "cuda":
+        return device
+    number, there = int(os.environ.get("LOCAL_RANK", ranks.rank)), torch.cuda.device_count()
+    if number >= there:
+        raise CheckpointError(f"rank {ranks.rank} is to use GPU {number} and this machine has {there}: start fewer")
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
+def open_rooms(ranks: Ranks, device: str) -> None:
+    """Lets GPUs that reach one another's memory exchange small tensors there; otherwise the group goes on doing it."""
+    if ranks.size == 1 or not device.startswith("cuda") or not runs_triton(torch.empty(0, device=device)):
+        return
+    assert ranks._control is not None
+    failure, words = "", exchange.room_words(ranks.size)
+    try:
+        import torch.distributed._symmetric_memory as symmetric
+
+        room = symmetric.empty(words, dtype=torch.int32, device=torch.device(device)).zero_()
+        torch.cuda.synchronize()
+        handle = symmetric.rendezvous(room, ranks._group)
+        addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+    except (RuntimeError, ImportError, AttributeError, TypeError) as error:
+        failure = _first_line(error) or type(error).__name__
+    failures = [one for one in ranks._control.exchange(failure) if one]
+    if failures:
+        warnings.warn(f"GPUs exchange through NCCL, which is slower: {failures[0]}", stacklevel=2)
+        return
+    turns = torch.zeros(exchange.PROGRAMS, dtype=torch.int32, device=device)
+    lost = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    ranks.rooms = exchange.Rooms(ranks.rank, addresses, turns, lost)
+    _held.append((room, handle))
+
+
+_held: list[Any] = []  # rooms live as long as the process
 
 
 _places: dict[dist.ProcessGroup, Ranks] = {}

@@ -42,7 +42,7 @@ class DeviceRuntime:
 
     def __init__(self, model: DeviceModel, max_context: int) -> None:
         self.model, self.max_context = model, max_context
-        self.graphs = Graphs(model.device) if model.device.type == "cuda" else None
+        self.graphs = Graphs(model.device, model.ranks.size > 1) if model.device.type == "cuda" else None
         self._states: list[State] = []
         self._kept: dict[Hashable, object] = {}
 
@@ -122,10 +122,10 @@ class DeviceDecoder:
         self.tokens, self.prompt_tokens, self.stages = list(prompt), len(prompt), stages_of(sampler.params)
         self.stats = GenerationStats()
         self.finished = False
-        self.state = runtime.acquire()
-        self._release = weakref.finalize(self, _free, self.state)
         self.drafts = speculation is not None
-        with torch.inference_mode():
+        with torch.inference_mode(), self.model.ranks.together():
+            self.state = runtime.acquire()
+            self._release = weakref.finalize(self, _free, self.state)
             self.one_step = self._prepare(speculation)
         self._launched: deque[Launched] = deque()
         cuda = self.model.device.type == "cuda"
@@ -152,6 +152,7 @@ class DeviceDecoder:
             assert hidden is not None
             last = hidden[-1:]
             logits = model.logits(last)
+            model.ranks.wait()
             token, failed = self._first(logits)
             state.start(token, last, len(prompt), self.stages.penalty)
         if failed:
@@ -174,8 +175,7 @@ class DeviceDecoder:
             while len(self._launched) < (1 if wanted else 2):
                 self._launch()
             launched = self._launched.popleft()
-            if launched.ended is not None:
-                launched.ended.synchronize()
+            self.model.ranks.wait(launched.ended)
             count, failed, *numbers = launched.record.tolist()
         tokens, path = numbers[:count], numbers[MOST : MOST + count]
         shape, logits = launched.step.shape, launched.step.logits

@@ -63,6 +63,7 @@ class GuidedDecoder(DeviceDecoder):
         """Returns the tokens of the next step."""
         with self.stats.phase("step"):
             self.one_step()
+            self.model.ranks.wait()
             shape = self.one_step.shape
             tree, rows = drafted(shape, self.one_step.ids.tolist())
             logits = self.one_step.logits[[0, *rows]].cpu()

@@ -86,11 +86,16 @@ class PlannedDecoder(DeviceDecoder):
             return Rungs.capture(runtime, state, steps)
 
         self.rungs = rungs = runtime.kept((id(state), shapes, stages, acceptance), capture)
-        ladder = runtime.kept((shapes, stages, acceptance), lambda: Ladder(shapes, *rungs.seconds(state)))
+        ladder = runtime.kept((shapes, stages, acceptance), lambda: Ladder(shapes, *self._seconds(rungs)))
         self.planner = TextLadder(ladder)
         # rows that plain steps put aside, and whether a drafting step's tokens are still to be shown to the modules
         self._waiting, self._unseen = 0, True
         return rungs.steps[-1]
+
+    def _seconds(self, rungs: Rungs) -> tuple[list[float], float]:
+        steps, turning = rungs.seconds(self.state)
+        *steps, turning = self.model.ranks.first((*steps, turning))
+        return steps, turning
 
     def _launch(self) -> None:
         rung = self.planner.choose()
@@ -116,7 +121,7 @@ class PlannedDecoder(DeviceDecoder):
     def _learn(self, launched: Launched, accepted: list[int], committed: int) -> None:
         rung, seconds = [step is launched.step for step in self.rungs.steps].index(True), None
         if launched.begun is not None and launched.ended is not None:
-            seconds = launched.begun.elapsed_time(launched.ended) / 1e3
+            (seconds,) = self.model.ranks.first((launched.begun.elapsed_time(launched.ended) / 1e3,))
             self.stats.record_plan(self.planner.tokens(rung), self.planner.ladder.seconds(rung), committed, seconds)
         if committed == len(accepted) + 1:  # else the text ended within the step
             self.planner.learn(rung, accepted, seconds)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -222,10 +223,14 @@ class Graphs:
 
     They may, because they follow one another on one stream, and what one leaves in its own memory is read before the
     next is launched: whatever lasts longer lies in a `State`.
+
+    Args:
+        shared: other processes take part, whose library looks at its own work from another thread meanwhile.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, shared: bool = False) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._mode: Literal["global", "thread_local"] = "thread_local" if shared else "global"
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Runs work once, which compiles what is missing, then returns its replay from a CUDA graph."""
@@ -234,7 +239,7 @@ class Graphs:
             work()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self._mode):
             work()
         return graph.replay
 

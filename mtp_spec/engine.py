@@ -123,7 +123,7 @@ class Decoder:
             ended = perf_counter()
             self.stats.record_plan(self.planner.tokens, self.planner.seconds, len(accepted.drawn), ended - start)
             if not accepted.stopped:
-                drafting, rest = self.model.ranks.first((drafted - start, ended - drafted), self.model.device)
+                drafting, rest = self.model.ranks.first((drafted - start, ended - drafted))
                 self.planner.learn(tree, accepted.nodes, drafting, rest)
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))

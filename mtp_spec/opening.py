@@ -14,7 +14,7 @@ from mtp_spec.facts import start_facts
 from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
 from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.parallel import join_ranks
+from mtp_spec.model.parallel import join_ranks, local_device, open_rooms
 from mtp_spec.model.rows import choose_technique
 from mtp_spec.progress import byte_progress
 from mtp_spec.text import Tokenizer
@@ -77,14 +77,16 @@ def load(
     check_device(device)
     ranks = join_ranks(parallel, str(device))
     with ranks.together():
-        check_batch(max_batch, cache_tokens, str(device), ranks)
+        device = local_device(str(device), ranks)
+        check_batch(max_batch, cache_tokens, device, ranks)
         limit = context_limit(config_file or folder, max_context)
         checkpoint = open_checkpoint(folder, config_file)
         chosen = dtype_of(dtype)
     facts = {"max_context": limit, "dtype": chosen, "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype}
-    ranks.agree(facts | start_facts(checkpoint, str(device)))
+    ranks.agree(facts | start_facts(checkpoint, device))
+    open_rooms(ranks, device)
     with ranks.together(), byte_progress(progress and ranks.rank == 0) as report:
-        model = load_model(checkpoint, chosen, str(device), limit, draft_vocabulary, report, cache_dtype, ranks)
+        model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
         return LM(model, tokenizer, "batched", limit, measure, progress)

@@ -153,7 +153,7 @@ def measure(
     clock = thread_time if get_clock_info("thread_time").resolution <= FINE else perf_counter
     start, ranks = perf_counter(), model.ranks
     for number, key in product(range(ROUNDS), taken):
-        (spent,) = ranks.first((perf_counter() - start,), model.device)
+        (spent,) = ranks.first((perf_counter() - start,))
         if spent > (MOST_SECONDS if number > 1 else TOO_LONG):
             break
         kind, rows, context = key
@@ -162,7 +162,7 @@ def measure(
         taken[key].append(clock() - begin)
         if report is not None:
             report(sum(map(len, taken.values())), ROUNDS * len(taken))
-    taken = {key: ranks.first(times, model.device) for key, times in taken.items()}
+    taken = {key: ranks.first(times) for key, times in taken.items()}
     return _curves(taken, contexts) if _steady(taken.values()) else None
 
 

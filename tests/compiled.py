@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mtp_spec.device_shape import Shape
 from mtp_spec.device_state import State, stages_of
 from mtp_spec.device_step import Prefill, Step
-from mtp_spec.kernels import commit, gemm, launching, mla, moe, moe_route, quant, sampler, uniform
+from mtp_spec.kernels import commit, exchange, fp8, gemm, launching, mla, moe, moe_route, quant, sampler, uniform
 from mtp_spec.model.config import load_config
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import SamplingParams, Speculation
@@ -134,6 +134,9 @@ def main(name: str) -> None:
             Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
         Step(model, state, Shape.of(None), stages_of(params), extend=4)._run()
         Prefill(model, state, 256, draft=True)._run()
+    given = [torch.empty(8, size, dtype=kind, device="meta") for size, kind in ((8192, fp8.E4M3), (64, torch.float32))]
+    counts = [torch.empty(1, dtype=torch.int32, device="meta") for _ in range(2)]
+    exchange.exchange(given, exchange.Rooms(0, torch.empty(2, dtype=torch.int64, device="meta"), *counts))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from mtp_spec import noise as library_noise
-from mtp_spec.kernels import commit, fp8, gemm, mla, moe, quant, sampler, uniform
+from mtp_spec.kernels import commit, exchange, fp8, gemm, mla, moe, quant, sampler, uniform
 from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
@@ -290,6 +290,37 @@ def commits() -> None:
             assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
 
 
+def exchanges() -> None:
+    """Two ranks, one after the other: the second's part of an exchange is put where the first will look for it."""
+    size, generator = 2, torch.Generator().manual_seed(0)
+    rooms = [torch.zeros(exchange.room_words(size), dtype=torch.int32) for _ in range(size)]
+    addresses = torch.tensor([room.data_ptr() for room in rooms])
+    flags = 2 * size * exchange.PROGRAMS * exchange.CAPACITY
+    turns = torch.zeros(exchange.PROGRAMS, dtype=torch.int32)
+    lost = torch.zeros(1, dtype=torch.int32)
+    held = exchange.Rooms(0, addresses, turns, lost, looks=3)
+    for turn, (rows, first, second) in enumerate(((1, 256, 8), (3, 1024, 0), (2, 4, 12), (5, 3000, 64)), start=1):
+        shapes = [(rows, width) for width in (first, second) if width]
+        own, other = ([torch.randint(-9, 9, shape, generator=generator, dtype=torch.int32) for shape in shapes]
+                      for _ in range(size))  # fmt: skip
+        words = torch.cat([x.flatten() for x in other])
+        each = -(-len(words) // (exchange.PROGRAMS * exchange.CHUNK)) * exchange.CHUNK
+        for program, part in enumerate(words.split(each)):
+            place = (((int(turns[program]) + 1) & 1) * size + 1) * exchange.PROGRAMS + program
+            rooms[0][place * exchange.CAPACITY :][: len(part)] = part
+            rooms[0][flags + exchange.PROGRAMS + program] = turns[program] + 1
+        assert exchange.fits(own)
+        got = exchange.exchange([x.view(torch.float32) for x in own], held)
+        expected = [torch.cat(pair, 1) for pair in zip(own, other, strict=True)]
+        assert all(torch.equal(a.view(torch.int32), b) for a, b in zip(got, expected, strict=True))
+        sent = rooms[1][((turn & 1) * size) * exchange.PROGRAMS * exchange.CAPACITY :][: min(each, len(words))]
+        assert torch.equal(sent, torch.cat([x.flatten() for x in own])[: len(sent)])
+        assert rooms[1][flags] == turns[0] == turn
+        assert not lost
+    exchange.exchange([own[0]], held)  # nobody answers
+    assert lost
+
+
 def _depth(parents: torch.Tensor) -> int:
     depths: list[int] = []
     for parent in parents.tolist():
@@ -302,7 +333,7 @@ def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    for what in (products, quantisers, experts, attention, commits, noise, sampling):
+    for what in (products, quantisers, experts, attention, commits, exchanges, noise, sampling):
         if what.__name__ == sys.argv[1]:
             what()
     print("passed")

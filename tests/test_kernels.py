@@ -17,7 +17,9 @@ triton = pytest.importorskip("triton")
 V3_SHAPES = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (576, 7168), (2048, 10944)]
 
 
-@pytest.mark.parametrize("what", ["products", "quantisers", "experts", "noise", "sampling", "attention", "commits"])
+@pytest.mark.parametrize(
+    "what", ["products", "quantisers", "experts", "noise", "sampling", "attention", "commits", "exchanges"]
+)
 def test_interpreted(what: str) -> None:
     # Triton decides at import, so the interpreter has a process of its own
     program = [sys.executable, str(Path(__file__).parent / "interpreted.py"), what]

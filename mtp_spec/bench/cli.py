@@ -56,6 +56,7 @@ def add_bench(commands: Any) -> None:
     six.add_argument("--rows", type=parsing.integers, default=[1, 2, 4, 8, 16], metavar="M,...", help="rows to time")
     six.add_argument("--context", type=parsing.count, default=1024, help="committed tokens (1024)")
     six.add_argument("--layers", type=parsing.count, help="MoE layers (default: as many as fit)")
+    six.add_argument("--library", action="store_true", help="ranks exchange through NCCL, not in one another's memory")
     four.add_argument("--depths", type=parsing.depths, default=[2, 3, 4, 5], metavar="K,K,...", help="chains to time")
     four.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...")
 

@@ -40,12 +40,14 @@ class Report:
         rows: one dictionary a line of the table; all have the same keys.
         facts: anything else worth keeping, for the document only.
         failed: whether the claim that the benchmark checks does not hold; the program then exits with 1.
+        silent: neither print nor write it: another process does.
     """
 
     title: str
     rows: list[Row]
     facts: dict[str, Any] = field(default_factory=dict)
     failed: bool = False
+    silent: bool = False
 
 
 def bundled_prompts(count: int, seed: int = 0) -> list[Row]:
@@ -141,9 +143,9 @@ def average(values: Sequence[float]) -> float:
 
 def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
     """Prints the table, writes the document (to a temporary file first), exits with 1 if the report failed."""
-    console = Console()
+    console = Console(quiet=report.silent)
     console.print(table(report))
-    if args.json is not None:
+    if args.json is not None and not report.silent:
         write(args.json, json.dumps(document(report, lm, args), indent=1) + "\n")
         console.print(f"written to {args.json}")
     if report.failed:

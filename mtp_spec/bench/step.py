@@ -30,6 +30,7 @@ from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.memory import plan_memory
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.device import Dense, DeviceModel, Layer, Mixture
+from mtp_spec.model.parallel import Ranks, join_ranks, local_device, open_rooms
 from mtp_spec.options import SamplingParams, Speculation
 
 CHUNK = 2**28
@@ -40,14 +41,18 @@ def step(args: argparse.Namespace) -> Report:
     """Times decode, verify and draft passes of a full-width slice of DeepSeek-V3 against the bytes they must read."""
     if not torch.cuda.is_available():
         raise OptionError("bench step needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
-    rate = copy_rate()
+    ranks = join_ranks("auto", "cuda")
+    device = local_device("cuda", ranks)
+    if not args.library:
+        open_rooms(ranks, device)
+    (rate,) = ranks.first((copy_rate(),))
     torch.cuda.empty_cache()
     full = load_config(Path(str(files("mtp_spec.configs") / "config_671B.json")))
     full = replace(full, num_nextn_predict_layers=1, fp8_block=(128, 128))
-    config = _slice(full, args.context, args.layers)
-    planned = plan_memory(DeviceModel(config, "meta"), args.context + ROWS)
+    config = _slice(full, args.context, args.layers, ranks)
+    planned = plan_memory(DeviceModel(config, "meta", ranks=ranks), args.context + ROWS)
     before = torch.cuda.memory_allocated()
-    model = DeviceModel(config, "cuda")
+    model = DeviceModel(config, device, ranks=ranks)
     torch.manual_seed(0)
     _fill(model)
     state = State(model, args.context + ROWS)
@@ -66,19 +71,21 @@ def step(args: argparse.Namespace) -> Report:
         "moe layers": config.num_hidden_layers - config.first_k_dense_replace, "memory planned": planned.total,
         "memory at the peak": peak, "memory ratio": peak / planned.total,
         "extrapolated": _extrapolated(rows, full, args.rows), "same text": _same_text(model, args.context),
+        "ranks": ranks.size, "exchange": "none" if ranks.size == 1 else "library" if ranks.rooms is None else "rooms",
     }  # fmt: skip
     title = (f"DeepSeek-V3 at full width, {facts['dense layers']} dense and {facts['moe layers']} MoE layers, context "
              f"{args.context}; device copy {rate:.2f} TB/s")  # fmt: skip
-    return Report(title, rows, facts, failed=not all(facts["same text"].values()))
+    failed = not all(facts["same text"].values())
+    return Report(title, rows, facts, failed, silent=ranks.rank > 0)
 
 
-def _slice(full: ModelConfig, context: int, layers: int | None) -> ModelConfig:
+def _slice(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) -> ModelConfig:
     """Returns the largest slice that fits, or one with `layers` MoE layers."""
-    free = torch.cuda.mem_get_info()[0]
+    (free,) = ranks.first((torch.cuda.mem_get_info()[0],))
     most = full.num_hidden_layers - full.first_k_dense_replace
     for count in range(layers or most, 0, -1):
         config = replace(full, num_hidden_layers=full.first_k_dense_replace + count)
-        if plan_memory(DeviceModel(config, "meta"), context + ROWS).total < free:
+        if plan_memory(DeviceModel(config, "meta", ranks=ranks), context + ROWS).total < free:
             return config
     raise OptionError(f"bench step needs room for one MoE layer of DeepSeek-V3: {free / 1e9:.1f} GB are free")
 
