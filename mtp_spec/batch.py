@@ -13,10 +13,13 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 import torch
 
+from mtp_spec import company
+from mtp_spec.engine import Decoder
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.handle import Handle
 from mtp_spec.model.cache import PAGE, pages_for
@@ -48,6 +51,7 @@ class _Text:
     Attributes:
         wanted: the pass it waits for, None between steps.
         read: the round in which its prompt's last chunk was read.
+        rows: of its last verified tree and root.
     """
 
     stream: TokenStream
@@ -55,6 +59,7 @@ class _Text:
     lease: Lease | None
     wanted: Pass | None = None
     read: int = 0
+    rows: int = 1
 
 
 class Batch:
@@ -147,10 +152,18 @@ class Batch:
         """Admits who fits and runs one round."""
         self._leave([text for text in self._running if text.handle.cancelled()])
         self._admit()
-        self._go_on([text for text in self._running if text.wanted is None])
+        resting = [text for text in self._running if text.wanted is None]
+        stepping = [text for text in resting if text.stream.decoder.stats.new_tokens]  # the others read their prompts
+        company.introduce(_decoders(stepping), len(self._running) == 1)
+        self._go_on(resting)
         while drafting := [text for text in self._running if _hurries(text) and not isinstance(text.wanted, MainRows)]:
             self._run(drafting)
-        self._run([text for text in self._running if _hurries(text)] + self._reading())
+        verifying, reading = [text for text in self._running if _hurries(text)], self._reading()
+        for text in verifying:
+            text.rows = text.wanted.rows if text.wanted is not None else 1
+        verified = [] if reading else _decoders(verifying)
+        seconds = self._run(verifying + reading)
+        company.learn(verified, seconds)
 
     def _admit(self) -> None:
         while len(self._running) < self.most:
@@ -187,19 +200,21 @@ class Batch:
             rows, text.read = rows + text.wanted.rows, self._round
         return found
 
-    def _run(self, texts: Sequence[_Text]) -> None:
-        """Runs the passes that texts wait for, and their own work up to the next ones."""
-        wanted = [text.wanted for text in texts if text.wanted is not None]
+    def _run(self, texts: Sequence[_Text]) -> float:
+        """Runs the passes that texts wait for, then their own work up to the next ones; returns the passes' seconds."""
+        wanted, start = [text.wanted for text in texts if text.wanted is not None], perf_counter()
         if not wanted:
-            return
+            return 0.0
         assert self._runner is not None
         try:
             self._runner.run(wanted)
         except BaseException as error:
             for text in texts:
                 self._end(text, error)
-            return
+            return 0.0
+        seconds = perf_counter() - start
         self._go_on(texts)
+        return seconds
 
     def _go_on(self, texts: Sequence[_Text]) -> None:
         for text in texts:
@@ -226,6 +241,11 @@ class Batch:
             text.handle.finish(text.stream.result)
         else:
             text.handle.fail(error)
+
+
+def _decoders(texts: Sequence[_Text]) -> list[tuple[Decoder, int]]:
+    """Returns the decoders that plan on this machine, and their rows."""
+    return [(text.stream.decoder, text.rows) for text in texts if isinstance(text.stream.decoder, Decoder)]
 
 
 def _hurries(text: _Text) -> bool:

@@ -16,7 +16,7 @@ from mtp_spec.draft import Drafter
 from mtp_spec.options import Speculation
 from mtp_spec.pages import Lease
 from mtp_spec.passes import MainRows, Runner, Work
-from mtp_spec.planner import TextPlanner
+from mtp_spec.planner import ALONE, TextPlanner
 from mtp_spec.prefix import Prefix
 from mtp_spec.rules import RULES
 from mtp_spec.rules.base import SeededChoices
@@ -121,7 +121,8 @@ class Decoder:
         self._commit(hidden, [0, *(node + 1 for node in accepted.nodes)])
         if self.planner is not None:
             ended = perf_counter()
-            self.stats.record_plan(self.planner.tokens, self.planner.seconds, len(accepted.drawn), ended - start)
+            if self.planner.beside is ALONE:
+                self.stats.record_plan(self.planner.tokens, self.planner.seconds, len(accepted.drawn), ended - start)
             if not accepted.stopped:
                 drafting, rest = self.model.ranks.first((drafted - start, ended - drafted))
                 self.planner.learn(tree, accepted.nodes, drafting, rest)

@@ -8,17 +8,21 @@ dT(v) the time it adds, and rate the tokens per second of such steps (as EVICT, 
 does not grow evenly with its rows, so all prefixes of the nodes in order of value are compared.
 
 The unit of time is a plain step at the same context. Nothing here ever changes the text.
+
+Beside other texts a plain step is a pass of one row each. What a text adds to it delays all of them, so it has to bring
+as much as that time would bring to all: with more texts, nodes join less and less, and in the end none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import exp, log
 
 from mtp_spec.confidence import Confidence, Outcome
 from mtp_spec.options import MAX_DEPTH
 from mtp_spec.pace import Pace
-from mtp_spec.times import Curve, StepTimes
+from mtp_spec.times import StepTimes
 from mtp_spec.tree import ROOT, TokenTree
 
 # before anything was seen: tokens in the time of a plain step, and the chance of a best child
@@ -29,6 +33,30 @@ NEWER, SLOWER = 0.1, 0.02
 TRUSTED = 3.0
 # a time is taken to be at most this far from the expected one: a neighbour's burst is no news
 MOST_SURPRISE = log(2.0)
+
+
+# beside others drafting must promise so much more than plain decoding, as their times are guessed from fewer rows
+CLEAR_GAIN, TRIED_DEPTH = 1.05, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Who shares a text's passes.
+
+    Attributes:
+        texts: that take a step now, this one included.
+        rows: of the others in the pass that verifies.
+        drafting: of the texts, this one included, those that draft.
+        hopeless: whether drafting would lose whatever the text.
+    """
+
+    texts: int = 1
+    rows: int = 0
+    drafting: int = 1
+    hopeless: bool = False
+
+
+ALONE = Beside()
 
 
 class Speed:
@@ -65,21 +93,48 @@ class Planner:
         self.times, self.speed, self.confidence = times, Speed(), Confidence()
         self.rate, self.debt, self.best = FIRST_RATE, 0.0, FIRST_CHANCE
 
+    def pays(self, texts: int, context: int) -> bool:
+        """Returns whether so many texts would gain if each drafted the best chain, with chances as they were so far."""
+        times, best = self.times, self.best
+        verify, draft = self.speed.factor("verify"), self.speed.factor("draft")
+        plain = times.verify(texts, context) * verify
+        tokens, drafting = 1.0, 0.0
+        for depth in range(1, TRIED_DEPTH + 1):
+            tokens += best**depth
+            drafting += times.level(texts, context) * draft
+            extra = times.extend(round(texts * tokens), context) - times.extend(texts, context)
+            time = drafting + extra * draft + times.verify(texts * (depth + 1), context) * verify
+            if tokens * plain > CLEAR_GAIN * time:
+                return True
+        return False
+
+    def learn_pass(self, rows: int, context: int, seconds: float) -> None:
+        """Takes the time of a pass that verified several texts."""
+        expected = self.times.verify(rows, context) * self.speed.factor("verify")
+        self.speed.learn("verify", seconds, expected)
+
 
 class TextPlanner:
     """Plans the steps of one text; call its methods in the order of a step.
 
     Attributes:
         tokens, seconds: expected of the step.
+        beside: who shares the step's passes.
     """
 
     def __init__(self, planner: Planner) -> None:
+        self.beside = ALONE
         self.planner, self._times, self._speed = planner, planner.times, planner.speed
         self._pace, self._confidence = Pace(planner.debt), planner.confidence.for_text()
         self._rate, self._best = planner.rate, planner.best
         self._promised = self._kept = TRUSTED
         self.tokens, self.seconds, self._doubted = 1.0, 0.0, False
         self._start(0, 1)
+
+    @property
+    def paused(self) -> bool:
+        """Whether steps are plain now, but for tries."""
+        return self._pace.paused
 
     def drafts(self, context: int, pending: int) -> bool:
         """Returns whether the next step should draft.
@@ -88,6 +143,8 @@ class TextPlanner:
             context: committed tokens.
             pending: those of them that the MTP module has not seen.
         """
+        if self.beside.hopeless:
+            return False
         self._start(context, pending)
         self._doubted = self._pace.doubted
         if self._pace.paused:
@@ -95,11 +152,20 @@ class TextPlanner:
         return self._pace.drafts(self._catching_up)
 
     def _start(self, context: int, pending: int) -> None:
-        self._context = context
-        self._plain = self._times.verify(1, context) * self._speed.factor("plain")
-        factor, extend = self._speed.factor("draft") / self._plain, self._times.extend
-        self._extending = (extend(pending, context) - extend(1, context)) * factor
-        self._catching_up = max(0.0, extend(pending, context) - extend(MAX_DEPTH, context)) * factor
+        self._context, beside = context, self.beside
+        self._plain = self._times.verify(beside.texts, context) * self._speed.factor(
+            "plain" if beside.texts == 1 else "verify"
+        )
+        # its own row and the others' are there in any case
+        self._given = self._plain
+        if beside.texts > 1:
+            self._given = self._times.verify(beside.rows + 1, context) * self._speed.factor("verify")
+        several, extend = beside.drafting, self._times.extend
+        factor = self._drafts_share()
+        self._extending = (extend(several * pending, context) - extend(several, context)) * factor
+        self._catching_up = factor * max(
+            0.0, extend(several * pending, context) - extend(several * MAX_DEPTH, context)
+        )
         self._drafting, self._leads = 0.0, dict[int, tuple[float, int]]()
         self.tokens, self.seconds = 1.0, self._plain
 
@@ -147,7 +213,7 @@ class TextPlanner:
         found = [self._prefix(nodes, chances, chain) for nodes in (chain, order)]
         kept, self.tokens, time = max(found, key=lambda one: one[1] - self._rate * one[2])
         if self._doubted and not kept:  # only a verified draft tells
-            kept, self.tokens, time = order[:1], 1.0 + chances[order[0]], self._drafting + self._chain(2)
+            kept, self.tokens, time = order[:1], 1.0 + chances[order[0]], self._drafting + self._pass(2)
         self.seconds = time * self._plain
         numbers = {ROOT: ROOT, **{node: number for number, node in enumerate(sorted(kept))}}
         self._leads = {numbers[node]: lead for node, lead in self._leads.items() if node in numbers}
@@ -157,21 +223,25 @@ class TextPlanner:
         self, nodes: list[int], chances: Sequence[float], chain: Sequence[int]
     ) -> tuple[list[int], float, float]:
         """Returns the first so many nodes that gain most, with tokens and time of their step."""
-        tokens, found, curve = 1.0, (list[int](), 1.0, 1.0 + self._drafting), self._times.verify
+        tokens, found, tree = 1.0, (list[int](), 1.0, 1.0 + self._drafting), False
         for count, node in enumerate(nodes, start=1):
-            if node not in chain:
-                curve = self._times.tree
+            tree = tree or node not in chain
             tokens += chances[node]
-            time = self._drafting + self._unit("verify", curve, count + 1)
+            time = self._drafting + self._pass(count + 1, tree)
             if tokens - self._rate * time > found[1] - self._rate * found[2]:
                 found = (nodes[:count], tokens, time)
         return found
 
     def learn(self, tree: TokenTree, accepted: Sequence[int], drafting: float, rest: float) -> None:
         """Takes what was accepted of the verified tree, and the seconds of drafting it and of the rest of the step."""
+        if self.beside.hopeless:
+            return
         if self._drafting:
-            self._speed.learn("draft", drafting, self._drafting * self._plain)
+            if self.beside is ALONE:
+                self._speed.learn("draft", drafting, self._drafting * self._plain)
             self._judge(tree, accepted)
+        if self.beside is not ALONE:  # the times are those of all: `Planner.learn_pass`
+            return
         expected = self.seconds - self._drafting * self._plain
         self._speed.learn("verify" if len(tree) else "plain", rest, expected)
 
@@ -195,22 +265,28 @@ class TextPlanner:
         self._rate, planner.rate = _mean(self._rate, rate, NEWER), _mean(planner.rate, rate, SLOWER)
         planner.best = _mean(planner.best, self._best, SLOWER)
 
-    def _unit(self, kind: str, curve: Curve, rows: int) -> float:
-        return curve(rows, self._context) * self._speed.factor(kind) / self._plain
+    def _pass(self, rows: int, tree: bool = False) -> float:
+        """Returns the time of a step whose pass has so many rows of this text."""
+        context, beside = self._context, self.beside
+        seconds = self._times.verify(beside.rows + rows, context)
+        if tree:
+            seconds += self._times.tree(rows, context) - self._times.verify(rows, context)
+        return 1.0 + beside.texts * (seconds * self._speed.factor("verify") - self._given) / self._plain
+
+    def _drafts_share(self) -> float:
+        """Returns the factor from seconds of joint drafting to this text's part of what it costs all."""
+        return self._speed.factor("draft") / self._plain * self.beside.texts / self.beside.drafting
 
     def _level(self, leaves: int) -> float:
-        return self._unit("draft", self._times.level, leaves)
+        return self._times.level(self.beside.drafting * leaves, self._context) * self._drafts_share()
 
     def _row(self, nodes: int) -> float:
         """Returns the time of one more row beside a chain of nodes."""
-        return self._chain(nodes + 2) - self._chain(nodes + 1)
+        return self._pass(nodes + 2) - self._pass(nodes + 1)
 
     def _branch(self, nodes: int) -> float:
         """Returns the time of one more row that makes the chain a tree."""
-        return self._unit("verify", self._times.tree, nodes + 2) - self._chain(nodes + 1)
-
-    def _chain(self, rows: int) -> float:
-        return self._unit("verify", self._times.verify, rows)
+        return self._pass(nodes + 2, tree=True) - self._pass(nodes + 1)
 
 
 def _mean(old: float, new: float, weight: float) -> float:

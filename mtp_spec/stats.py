@@ -53,7 +53,7 @@ class GenerationStats:
         accepted_by_rank: sibling rank (0 = best) -> accepted tokens.
         phase_seconds: phase -> seconds; see ``seconds``.
         total_seconds: wall-clock seconds of the whole generation.
-        planned: what was expected of the steps that a planner chose, beside what came.
+        planned: what was expected of the steps that a planner chose, beside what came; of steps that shared no pass.
     """
 
     prompt_tokens: int = 0

@@ -62,6 +62,16 @@ def test_cache(tmp_path: Path) -> None:
         assert 0 < row["KL, nats"] < 0.05
 
 
+def test_batch(tmp_path: Path) -> None:
+    document = run(["batch", "--sizes", "1,3", "--repeats", "2", "--depths", "2", "--max-new-tokens", "6"], tmp_path)
+    assert [(row["batch"], row["way"]) for row in document["rows"]] == [
+        (size, way) for size in (1, 3) for way in ("plain", "auto", "chain 2")
+    ]
+    assert document["texts unlike plain"] == 0
+    assert len(document["tokens per second"]["3 auto"]) == 2
+    assert all(row["times plain"] == 1 and row["tokens a step"] == 1 for row in document["rows"][::3])
+
+
 def test_rows(tmp_path: Path) -> None:
     document = run(["rows", "--threads", "1"], tmp_path)
     assert all(row["chains equal"] == row["of"] and row["trees equal"] == 3 for row in document["rows"])

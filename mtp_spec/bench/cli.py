@@ -15,6 +15,7 @@ from mtp_spec.bench.exactness import same_text
 from mtp_spec.bench.kernels import WHAT, kernels
 from mtp_spec.bench.products import SHAPES
 from mtp_spec.bench.rows import rows
+from mtp_spec.bench.side_by_side import batch
 from mtp_spec.bench.speed import speed
 from mtp_spec.bench.step import step
 from mtp_spec.loading import CACHE_DTYPES
@@ -39,6 +40,12 @@ def add_bench(commands: Any) -> None:
     four.add_argument("--loads", type=parsing.count, default=3, help="fresh processes that load the model (3)")
     four.add_argument("--adversarial", action="store_true", help="prompts of random tokens; try it at temperature 2")
     _add(kinds, "cache", cache, "what a latent cache in FP8 costs in accuracy", 20, 64)
+    eight = _add(kinds, "batch", batch, "tokens a second of texts side by side, plain and auto", None, None)
+    eight.add_argument("--sizes", type=_integers, default=[1, 4, 16, 64], metavar="N,N,...", help="texts at a time")
+    eight.add_argument("--repeats", type=_count, default=5, help="batches of each size (5)")
+    eight.add_argument("--depths", type=_depths, default=[], metavar="K,K,...", help="chains to measure too (none)")
+    eight.add_argument("--temperature", type=float, default=0.8)
+    eight.add_argument("--max-new-tokens", type=int, default=64, help="tokens a text (64)")
     five = kinds.add_parser("kernels", help="FP8 products on a GPU, against the copy rate", description=kernels.__doc__)
     five.set_defaults(run=kernels)
     five.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
@@ -103,6 +110,7 @@ def run_bench(args: argparse.Namespace) -> None:
         return args.run(args)
     if args.run in (kernels, step):
         return publish(args.run(args), None, args)
+    side_by_side = max(args.sizes) if args.run is batch and args.device == "cpu" else 1
     lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary,
-                       cache_dtype=args.cache_dtype)  # fmt: skip
+                       cache_dtype=args.cache_dtype, max_batch=side_by_side)  # fmt: skip
     publish(args.run(lm, args), lm, args)

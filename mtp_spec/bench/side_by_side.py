@@ -1,0 +1,57 @@
+"""`bench batch`: tokens a second of texts side by side, plain and speculative."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from rich.progress import track
+
+from mtp_spec.api import LM
+from mtp_spec.bench.common import Report, Row, bundled_prompts, question, spread
+
+
+def batch(lm: LM, args: argparse.Namespace) -> Report:
+    """Lets texts start together, in batches of each size, plain and speculative by turns, and compares tokens a second.
+
+    A batch ends with its longest text; tokens are counted until then.
+    """
+    ways: dict[str, Any] = {"plain": None, "auto": "auto"} | {f"chain {depth}": depth for depth in args.depths}
+    rows, rated, wrong = list[Row](), dict[str, list[float]](), 0
+    for way in ways.values():  # the planner's measurements are no part of a batch's time
+        _run(lm, [question(lm, bundled_prompts(1)[0]["prompt"])], way, args)
+    for size in args.sizes:
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        steps: dict[str, list[float]] = {name: [] for name in ways}
+        texts: dict[str, list[list[int]]] = {}
+        for repeat in track(range(args.repeats), f"{size} texts", transient=True):
+            prompts = [question(lm, item["prompt"]) for item in bundled_prompts(size, seed=repeat)]
+            order = list(ways)
+            for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
+                rate, per_step, texts[name] = _run(lm, prompts, ways[name], args)
+                rates[name].append(rate)
+                steps[name].append(per_step)
+            wrong += sum(own != plain for name in ways for own, plain in zip(texts[name], texts["plain"], strict=True))
+        for name in ways:
+            quotients = [own / plain for own, plain in zip(rates[name], rates["plain"], strict=True)]
+            median, low, high = spread(quotients)
+            rows.append({"batch": size, "way": name, "tokens/s": spread(rates[name])[0], "times plain": median,
+                         "quartiles": f"{low:.2f}-{high:.2f}", "tokens a step": spread(steps[name])[0]})  # fmt: skip
+            rated[f"{size} {name}"] = rates[name]
+    title = f"Texts side by side, median of {args.repeats} batches, temperature {args.temperature}"
+    return Report(title, rows, {"tokens per second": rated, "texts unlike plain": wrong}, failed=wrong > 0)
+
+
+def _run(
+    lm: LM, prompts: list[list[int]], speculation: Any, args: argparse.Namespace
+) -> tuple[float, float, list[list[int]]]:
+    """Returns tokens a second, tokens a step and the texts."""
+    options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "speculation": speculation}
+    lm.close()  # no batch finds the prompts of the one before in its cache
+    start = time.perf_counter()
+    out = lm.generate(prompts, **options)
+    took = time.perf_counter() - start
+    steps = sum(text.stats.steps for text in out)
+    tokens = sum(text.stats.new_tokens for text in out)
+    return tokens / took, sum(text.stats.step_tokens for text in out) / max(1, steps), [text.token_ids for text in out]

@@ -1,0 +1,44 @@
+"""What planners of texts side by side are told of one another, and what they learn from a pass that all shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mtp_spec.engine import Decoder
+from mtp_spec.planner import ALONE, Beside
+
+
+def introduce(stepping: Sequence[tuple[Decoder, int]], alone: bool) -> None:
+    """Tells planners who shares the coming step.
+
+    Args:
+        stepping: the texts that take it, and how many rows each had in the last one.
+        alone: whether there are no other texts at all, such as those whose prompts are read meanwhile.
+    """
+    planners = [decoder.planner for decoder, _ in stepping if decoder.planner is not None]
+    if not planners:
+        return
+    if alone:
+        planners[0].beside = ALONE
+        return
+    texts, rows = len(stepping), sum(count for _, count in stepping)
+    hopeless = texts > 1 and not planners[0].planner.pays(texts, _context(stepping))
+    drafting = sum(_drafts(decoder) for decoder, _ in stepping)
+    for decoder, own in stepping:
+        if decoder.planner is not None:
+            decoder.planner.beside = Beside(texts, rows - own, max(1, drafting), hopeless)
+
+
+def learn(verified: Sequence[tuple[Decoder, int]], seconds: float) -> None:
+    """Takes the time of a pass that verified several texts, with so many rows each."""
+    planners = [decoder.planner for decoder, _ in verified if decoder.planner is not None]
+    if planners and len(verified) > 1 and seconds > 0:
+        planners[0].planner.learn_pass(sum(rows for _, rows in verified), _context(verified), seconds)
+
+
+def _drafts(decoder: Decoder) -> bool:
+    return decoder.drafter is not None and (decoder.planner is None or not decoder.planner.paused)
+
+
+def _context(texts: Sequence[tuple[Decoder, int]]) -> int:
+    return sum(len(decoder.tokens) for decoder, _ in texts) // len(texts)
