@@ -56,8 +56,8 @@ def assert_same(one: mtp_spec.Generation, other: mtp_spec.Generation) -> None:
     assert one.token_ids == other.token_ids
     assert one.logprobs == other.logprobs
     assert one.finish_reason == other.finish_reason
-    assert one.stats.steps == other.stats.steps or one.stats.planned.steps
-    assert one.stats.accepted == other.stats.accepted or one.stats.planned.steps
+    assert one.stats.steps == other.stats.steps or other.stats.planned.steps
+    assert one.stats.accepted == other.stats.accepted or other.stats.planned.steps
 
 
 @pytest.mark.parametrize("seed", range(3))
