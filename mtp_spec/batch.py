@@ -54,6 +54,7 @@ class _Text:
         rows: of its last verified tree and root.
     """
 
+    request: Request
     stream: TokenStream
     handle: Handle
     lease: Lease | None
@@ -174,16 +175,28 @@ class Batch:
             lease = None
             if self.pages is not None and not handle.cancelled():
                 prompt = request.ids if self._way[1] else []  # elsewhere rows depend on their passes: nothing is shared
-                lease = self.pages.lease(prompt, request.room, request.speculation is not None)
+                if not self._is_being_read(request, prompt):
+                    lease = self.pages.lease(prompt, request.room, request.strict)
                 if lease is None:
                     return  # first come first served: nobody overtakes
             self._waiting.popleft()
             if not handle.cancelled():
                 self._open(request, writer, handle, lease)
 
+    def _is_being_read(self, request: Request, prompt: Sequence[int]) -> bool:
+        """Whether a running text is about to fill pages that a prompt begins with: waiting for them costs less."""
+        assert self.pages is not None
+        for text in self._running:
+            soon = self.pages.will_share(prompt, text.request.ids)
+            if text.lease is None or soon <= text.lease.published or (request.strict and not text.request.strict):
+                continue
+            if soon > len(self.pages.shared(prompt, request.strict)) * PAGE:
+                return True
+        return False
+
     def _open(self, request: Request, writer: Writer, handle: Handle, lease: Lease | None) -> None:
         try:
-            self._running.append(_Text(writer.begin(request, lease=lease), handle, lease))
+            self._running.append(_Text(request, writer.begin(request, lease=lease), handle, lease))
         except BaseException as error:  # the request's own: others go on
             handle.fail(error)
             if lease is not None:

@@ -93,6 +93,12 @@ class Drafter:
         """The first positions that all modules' caches hold."""
         return 0 if self._left_out else min(cache.length for cache in self.caches)
 
+    def leave_out(self, tokens: int) -> None:
+        """Begins after the first tokens, whose hidden states are not known."""
+        self._left_out = tokens
+        for cache in self.caches:
+            cache.restart(tokens)
+
     @property
     def skips(self) -> bool:
         """Whether tokens were left out, so that the caches are no longer those of a whole text."""

@@ -71,6 +71,8 @@ class Decoder:
         if speculation is not None:
             caches = [model.new_mtp_cache(room + 1) for _ in model.mtp] if lease is None else lease.mtp_caches
             self.drafter = Drafter(model, caches, self.rule, self.choices, planner)
+            if lease is not None and not lease.drafted:
+                self.drafter.leave_out(lease.reused)
         self.stats = GenerationStats(reused_tokens=reused if lease is None else lease.reused)
         self.finished = False
         # false while caches are being written: a step that was cut short leaves them as they must not be used

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
+from mtp_spec.prefix import common
 
 Name = tuple[int, tuple[int, ...]]
 
@@ -69,13 +70,13 @@ class Pages:
         """Pages that no text uses and a later one may share."""
         return len(self._idle)
 
-    def lease(self, prompt: Sequence[int], tokens: int, drafting: bool) -> Lease | None:
+    def lease(self, prompt: Sequence[int], tokens: int, drafted: bool) -> Lease | None:
         """Returns pages for a text of so many tokens; None where too many are in use.
 
         Args:
-            drafting: whether the modules' slots of shared pages are needed.
+            drafted: whether the modules' slots of shared pages are needed.
         """
-        shared = self._shared(prompt, drafting)
+        shared = self.shared(prompt, drafted)
         for node in shared:
             self._hold(node.page)
         own = self._take(pages_for(tokens) - len(shared), shared[-1].page + 1 if shared else 0)
@@ -84,7 +85,12 @@ class Pages:
             return None
         for page in own:
             self._hold(page)
-        return Lease(self, [node.page for node in shared] + own, len(shared))
+        return Lease(self, [node.page for node in shared] + own, len(shared), all(node.drafted for node in shared))
+
+    def will_share(self, prompt: Sequence[int], other: Sequence[int]) -> int:
+        """Returns how many tokens of a prompt are in pages that another prompt's text will have filled."""
+        last = min(common(prompt, other) - self.modules, len(prompt) - 1)
+        return max(0, last) // PAGE * PAGE
 
     def forget(self) -> None:
         """Forgets what is in every page, as when it would be computed otherwise now. No text may be running."""
@@ -93,12 +99,12 @@ class Pages:
         for memory in (self._nodes, self._named, self._idle):
             memory.clear()
 
-    def _shared(self, prompt: Sequence[int], drafting: bool) -> list[_Node]:
+    def shared(self, prompt: Sequence[int], drafted: bool) -> list[_Node]:
         """Returns the known pages that a prompt begins with; the prompt's last token is read in any case."""
         found, number = list[_Node](), 0
         for first in range(0, len(prompt) - PAGE - max(self.modules, 1) + 1, PAGE):
             node = self._nodes.get((number, tuple(prompt[first : first + PAGE + self.modules])))
-            if node is None or (drafting and not node.drafted):
+            if node is None or (drafted and not node.drafted):
                 break
             found.append(node)
             number = node.number
@@ -177,15 +183,21 @@ class Lease:
     Attributes:
         cache, mtp_caches: of the main model and its modules, with the shared slots committed.
         reused: tokens in them.
+        drafted: whether the modules' shared slots are written too.
     """
 
-    def __init__(self, store: Pages, pages: list[int], shared: int) -> None:
-        self._store, self._pages, self._named = store, pages, 0
+    def __init__(self, store: Pages, pages: list[int], shared: int, drafted: bool) -> None:
+        self._store, self._pages, self._named, self.drafted = store, pages, 0, drafted
         self._last: _Node | None = None
         self.reused = shared * PAGE
         main = len(store.layers) - store.modules
         self.cache = LatentCache(store.layers[:main], pages, self.reused)
         self.mtp_caches = [LatentCache([layer], pages, self.reused) for layer in store.layers[main:]]
+
+    @property
+    def published(self) -> int:
+        """Tokens in pages that others may share by now."""
+        return self._named * PAGE
 
     def publish(self, tokens: Sequence[int], held: int, drafted: bool) -> None:
         """Lets other texts share the pages that are full by now.

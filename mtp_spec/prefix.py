@@ -39,7 +39,7 @@ class Prefix:
             drafting: whether the modules' caches are needed too.
             chunk: 1 where rows do not depend on their neighbours, else the tokens of a prefill's pass.
         """
-        same = _common(self.tokens, prompt)
+        same = common(self.tokens, prompt)
         modules = len(self.mtp_caches) if drafting else 0
         # the last token's row is needed for the first draw; row i of module m also read token i + m + 1
         held = min(same - modules, len(prompt) - 1, self.cache.length)
@@ -50,7 +50,7 @@ class Prefix:
         return max(0, held) // chunk * chunk
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def common(one: Sequence[int], other: Sequence[int]) -> int:
     """Returns the length of the longest common beginning."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -30,6 +30,11 @@ class Request:
     finisher: Finisher
 
     @property
+    def strict(self) -> bool:
+        """Whether it drafts as much as was asked for, so that the modules need everything that came before."""
+        return self.speculation is not None and not self.speculation.adaptive
+
+    @property
     def room(self) -> int:
         """Slots of cache that it may need, those of its largest tree included."""
         return len(self.ids) + self.limit + (0 if self.speculation is None else self.speculation.nodes) + 1

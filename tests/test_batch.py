@@ -44,7 +44,7 @@ def wishes(count: int, seed: int) -> list[tuple[list[int], dict[str, Any]]]:
     dice = random.Random(seed)
     found = []
     for _ in range(count):
-        prompt = [dice.randrange(96) for _ in range(dice.choice((1, 3, 20, 63, 64, 130)))]
+        prompt = [dice.randrange(96) for _ in range(dice.choice((1, 3, 20, 63, 64, 130, 250)))]
         speculation = dice.choice([*SHAPES, mtp_spec.Speculation(3, acceptance=dice.choice(RULES))])
         options = {"max_new_tokens": dice.randrange(1, 14), "seed": dice.randrange(9), "logprobs": dice.randrange(3),
                    "speculation": speculation, **dice.choice(SAMPLING)}  # fmt: skip

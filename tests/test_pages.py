@@ -118,7 +118,7 @@ def test_what_was_used_longest_ago_goes_first() -> None:
     again.end()
     needy = pages.lease(prompts[3], 2 * PAGE, False)  # one page was free, one more has to go
     assert needy is not None
-    assert [len(pages._shared(prompt, False)) for prompt in prompts[:3]] == [1, 0, 1]
+    assert [len(pages.shared(prompt, False)) for prompt in prompts[:3]] == [1, 0, 1]
 
 
 def test_pages_anywhere_hold_what_pages_in_a_row_hold() -> None:
@@ -176,6 +176,29 @@ def test_texts_with_and_without_drafts_share_what_they_can(folder: Path) -> None
         assert out.token_ids == lm.generate(prompt, speculation=speculation, **options).token_ids
         hits.append(out.stats.reused_tokens)
     assert hits == [0, 0, 64, 64]
+
+
+@pytest.mark.parametrize("speculation", [None, 2, "auto"])
+def test_texts_that_begin_together_read_their_prompt_once(folder: Path, speculation: Any) -> None:
+    lm = mtp_spec.load(folder, dtype="bfloat16", max_batch=8)
+    prompt, options = [(5 * i) % 96 for i in range(150)], {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
+    texts = lm.generate([prompt], n=5, speculation=speculation, **options)[0]
+    assert [text.stats.reused_tokens for text in texts] == [0, 128, 128, 128, 128]
+    for number, text in enumerate(texts):
+        assert text.token_ids == lm.generate(prompt, speculation=None, **{**options, "seed": 3 + number}).token_ids
+
+
+def test_auto_takes_over_what_was_read_without_drafts(folder: Path) -> None:
+    """A strict shape does not: its modules would miss what came before."""
+    lm = mtp_spec.load(folder, dtype="bfloat16", max_batch=2)
+    prompt, options = [(5 * i) % 96 for i in range(150)], {"max_new_tokens": 40, "seed": 3}
+    plain = lm.submit(prompt, speculation=None, **options).result()
+    auto = lm.submit(prompt, speculation="auto", **options).result()
+    assert auto.token_ids == plain.token_ids
+    assert auto.stats.drafted > 0
+    strict = lm.submit(prompt, speculation=2, **options).result()
+    assert strict.token_ids == plain.token_ids
+    assert [text.stats.reused_tokens for text in (plain, auto, strict)] == [0, 128, 0]
 
 
 def test_rows_that_depend_on_their_passes_are_not_shared(folder: Path) -> None:
