@@ -18,7 +18,7 @@ import mtp_spec
 from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
 from mtp_spec.converting import add_converting, run_cast, run_convert
 from mtp_spec.inspecting import add_inspect, run_inspect
-from mtp_spec.model.parallel import join_ranks
+from mtp_spec.model.joining import join_ranks
 from mtp_spec.options import ACCEPTANCE_RULES, sample_seeds
 from mtp_spec.prompts import add_prompts, check_interactive, read_prompts
 

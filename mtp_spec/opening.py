@@ -14,7 +14,7 @@ from mtp_spec.facts import start_facts
 from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
 from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.parallel import join_ranks, local_device, open_rooms
+from mtp_spec.model.joining import join_ranks, local_device, open_rooms
 from mtp_spec.model.rows import choose_technique
 from mtp_spec.progress import byte_progress
 from mtp_spec.text import Tokenizer

@@ -15,8 +15,9 @@ import torch
 
 import mtp_spec
 from mtp_spec.api import LM
-from mtp_spec.model import parallel
+from mtp_spec.model import control
 from mtp_spec.model.device_checkpoint import load_device_model
+from mtp_spec.model.joining import join_ranks
 
 PROMPT = list(range(2, 40))
 SHAPES: dict[str, Any] = {
@@ -85,11 +86,11 @@ def failures(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list
 
 
 def main(out: Path, job: dict[str, Any]) -> None:
-    parallel.PATIENCE = job.get("patience", parallel.PATIENCE)
-    parallel.SILENCE = job.get("patience", parallel.SILENCE)
+    control.PATIENCE = job.get("patience", control.PATIENCE)
+    control.SILENCE = job.get("patience", control.SILENCE)
     model = job["model"] if isinstance(job["model"], str) else job["model"][int(os.environ["RANK"])]
     if job.get("kernels"):
-        shared = parallel.join_ranks("auto", "cpu")
+        shared = join_ranks("auto", "cpu")
         lm = LM(load_device_model(Path(model), "cpu", ranks=shared), None, "batched", 200)
         out.write_text(json.dumps(short_text(lm)))
         return

@@ -24,8 +24,8 @@ from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.kernels import commit, mla, moe
 from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.device import Mixture
 from mtp_spec.model.device_checkpoint import fp8_obstacle, load_device_model
+from mtp_spec.model.device_layers import Mixture
 from mtp_spec.model.moe import Gate
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation

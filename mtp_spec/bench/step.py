@@ -29,8 +29,10 @@ from mtp_spec.kernels import mla, moe
 from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.memory import plan_memory
 from mtp_spec.model.config import ModelConfig, load_config
-from mtp_spec.model.device import Dense, DeviceModel, Layer, Mixture
-from mtp_spec.model.parallel import Ranks, join_ranks, local_device, open_rooms
+from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.device_layers import Dense, Layer, Mixture
+from mtp_spec.model.joining import join_ranks, local_device, open_rooms
+from mtp_spec.model.parallel import Ranks
 from mtp_spec.options import SamplingParams, Speculation
 
 CHUNK = 2**28

@@ -21,7 +21,7 @@ from mtp_spec.chat.settings import shape_text
 from mtp_spec.chat.status import counted
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.config import CheckpointError
-from mtp_spec.model.parallel import RankError
+from mtp_spec.model.control import RankError
 from mtp_spec.options import SamplingParams
 
 

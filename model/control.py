@@ -1,0 +1,103 @@
+"""Facts that ranks exchange beside their tensors, and signs of life, through a store that all of them reach.
+
+A rank may be waited for as long as it shows that it is alive: loading, or sitting at a prompt, takes as long as it
+takes. One that has died, or whose machine has, is given up.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+# seconds: to find one another, and for an exchange; between signs of life; without one until a rank counts as dead
+PATIENCE, BEAT, SILENCE = 30.0, 2.0, 25.0
+SHORT, LONG = 0.0005, 0.02  # pauses between looks at the store
+
+
+class RankError(RuntimeError):
+    """Another rank failed, differs or does not answer."""
+
+
+@dataclass(slots=True)
+class Control:
+    """Facts through a store that all ranks reach; each also leaves signs of life there."""
+
+    store: dist.Store
+    rank: int
+    size: int
+    _count: int = 0
+    _beats: dict[int, tuple[int, float]] = field(default_factory=dict)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Begins to leave signs of life, for as long as the process lives."""
+        self.store.add(f"beat/{self.rank}", 1)
+        thread = threading.Thread(target=self._beat, name="mtp_spec ranks", daemon=True)
+        thread.start()
+        atexit.register(lambda: (self._stop.set(), thread.join(BEAT)))
+
+    def _beat(self) -> None:
+        with suppress(RuntimeError):  # the store has gone, which the others and the next exchange notice
+            while not self._stop.wait(BEAT):
+                self.store.add(f"beat/{self.rank}", 1)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Returns every rank's value, all of them JSON.
+
+        Raises:
+            RankError: a rank gave no sign of life for `SILENCE` seconds, or the store is gone.
+        """
+        number, self._count = self._count, self._count + 1
+        with explained(self.rank, self.size):
+            self.store.set(f"{number}/{self.rank}", json.dumps(value))
+            found = [self._wait(number, rank) for rank in range(self.size)]
+            # all are here, so none still reads the exchange before
+            self.store.delete_key(f"{number - 1}/{self.rank}")
+        return found
+
+    def _wait(self, number: int, rank: int) -> Any:
+        pause, begin = SHORT, time.monotonic()
+        while not self.store.check([f"{number}/{rank}"]):
+            self.look(rank, begin)
+            time.sleep(pause)
+            pause = min(2 * pause, LONG)
+        return json.loads(self.store.get(f"{number}/{rank}"))
+
+    def look(self, rank: int, begin: float) -> None:
+        """Refuses to wait for a rank that has been silent since `begin` and for too long."""
+        now = time.monotonic()
+        beats = self.store.add(f"beat/{rank}", 0)
+        if beats != self._beats.get(rank, (-1, 0.0))[0]:
+            self._beats[rank] = (beats, now)
+        if now - max(begin, self._beats[rank][1]) > SILENCE:
+            raise RankError(
+                f"rank {rank} of {self.size} gave no sign of life for {SILENCE:.0f} s, so rank {self.rank} stops: see "
+                "the output of that rank's process"
+            )
+
+
+@contextmanager
+def explained(rank: int, size: int) -> Iterator[None]:
+    """Turns errors of torch.distributed into a `RankError`."""
+    try:
+        yield
+    except RankError:
+        raise
+    except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
+        raise RankError(
+            f"rank {rank} of {size} lost the others: one of them ended or does not answer ({first_line(error)}); see "
+            "the output of the process that ended first"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of a message."""
+    return str(error).strip().split("\n")[0]
