@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 # seconds: to find one another, and for an exchange; between signs of life; without one until a rank counts as dead
 PATIENCE, BEAT, SILENCE = 30.0, 2.0, 25.0
@@ -30,7 +30,7 @@ class RankError(RuntimeError):
 class Control:
     """Facts through a store that all ranks reach; each also leaves signs of life there."""
 
-    store: dist.Store
+    store: PrefixStore
     rank: int
     size: int
     _count: int = 0
@@ -42,7 +42,8 @@ class Control:
         self.store.add(f"beat/{self.rank}", 1)
         thread = threading.Thread(target=self._beat, name="mtp_spec ranks", daemon=True)
         thread.start()
-        atexit.register(lambda: (self._stop.set(), thread.join(BEAT)))
+        atexit.register(thread.join, BEAT)
+        atexit.register(self._stop.set)  # the last to be registered is the first to be called
 
     def _beat(self) -> None:
         with suppress(RuntimeError):  # the store has gone, which the others and the next exchange notice

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 from mtp_spec.kernels import exchange
 from mtp_spec.kernels.launching import runs_triton
@@ -91,18 +92,18 @@ def open_rooms(ranks: Ranks, device: str) -> None:
     """Lets GPUs that reach one another's memory exchange small tensors there; otherwise the group goes on doing it."""
     if ranks.size == 1 or not device.startswith("cuda") or not runs_triton(torch.empty(0, device=device)):
         return
-    assert ranks._control is not None
+    assert ranks.group is not None
     failure, words = "", exchange.room_words(ranks.size)
     try:
         import torch.distributed._symmetric_memory as symmetric
 
         room = symmetric.empty(words, dtype=torch.int32, device=torch.device(device)).zero_()
         torch.cuda.synchronize()
-        handle = symmetric.rendezvous(room, ranks._group)
+        handle = symmetric.rendezvous(room, ranks.group)
         addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
     except (RuntimeError, ImportError, AttributeError, TypeError) as error:
         failure = first_line(error) or type(error).__name__
-    failures = [one for one in ranks._control.exchange(failure) if one]
+    failures = [one for one in ranks.everyone(failure) if one]
     if failures:
         warnings.warn(f"GPUs exchange through NCCL, which is slower: {failures[0]}", stacklevel=2)
         return
@@ -119,7 +120,7 @@ def _placed(group: dist.ProcessGroup) -> Ranks:
     if group not in _places:
         rank, size = group.rank(), group.size()
         members = "-".join(str(member) for member in dist.get_process_group_ranks(group))
-        store = dist.PrefixStore(f"mtp_spec/{members}", dist.distributed_c10d._get_default_store())
+        store = PrefixStore(f"mtp_spec/{members}", dist.distributed_c10d._get_default_store())
         facts = Control(store, rank, size)
         facts.start()
         _places[group] = Ranks(rank, size, group, facts)

@@ -168,7 +168,7 @@ class MoE(nn.Module):
         """Each hit expert runs once over its rows; outputs return to [row, slot] before the sum."""
         rows, slots = len(indices), len(indices[0])
         flat = [expert for row in indices for expert in row]
-        order, back = range(len(flat)), None
+        order, back = list(range(len(flat))), None
         if rows > 1:
             order = sorted(order, key=flat.__getitem__)  # pairs grouped by expert
             back = torch.tensor(sorted(range(len(flat)), key=order.__getitem__))

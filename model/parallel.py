@@ -44,7 +44,7 @@ class Ranks:
     def __init__(
         self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None, facts: Control | None = None
     ) -> None:
-        self.rank, self.size, self._group, self._control = rank, size, group, facts
+        self.rank, self.size, self.group, self._control = rank, size, group, facts
         self.rooms: exchange.Rooms | None = None
 
     def share(self, count: int, name: str, block: int = 1) -> int:
@@ -105,7 +105,7 @@ class Ranks:
             # as bytes: not every backend knows every type
             given, taken = (t.contiguous().flatten().view(torch.uint8) for t in (x, out))
             with control.explained(self.rank, self.size):
-                _all_gather(taken, given, self._group)
+                _all_gather(taken, given, self.group)
         return out
 
     def first(self, values: Sequence[float]) -> list[float]:
@@ -159,11 +159,11 @@ class Ranks:
         """Ends what runs on the GPU and waits for a rank that does not come."""
         if self._on_gpu:
             with suppress(Exception):  # whatever is left of the group
-                dist.distributed_c10d._abort_process_group(self._group)
+                dist.distributed_c10d._abort_process_group(self.group)
 
     @property
     def _on_gpu(self) -> bool:
-        return self._group is not None and torch.cuda.is_available() and "nccl" in dist.get_backend_config(self._group)
+        return self.group is not None and torch.cuda.is_available() and "nccl" in dist.get_backend_config(self.group)
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Compares facts that must be the same everywhere.
@@ -182,9 +182,13 @@ class Ranks:
                         "start all with the same program, options and files"
                     )
 
+    def everyone(self, value: Any) -> list[Any]:
+        """Returns what every rank gives, JSON values, however long that takes."""
+        return [value] if self._control is None else self._control.exchange(value)
+
     def from_first(self, value: Any) -> Any:
-        """Returns what the first rank gives, a JSON value, however long that takes."""
-        return value if self._control is None else self._control.exchange(value if self.rank == 0 else None)[0]
+        """Returns what the first rank gives, a JSON value."""
+        return self.everyone(value if self.rank == 0 else None)[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:

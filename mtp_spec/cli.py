@@ -170,7 +170,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _write(
-    args: argparse.Namespace, lm: mtp_spec.LM, prompts: list[str], seeds: list[int], options: dict[str, Any]
+    args: argparse.Namespace, lm: mtp_spec.LM, prompts: list[str], seeds: Sequence[int], options: dict[str, Any]
 ) -> None:
     chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
     for prompt, seed in product(prompts, seeds):
