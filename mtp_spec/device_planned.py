@@ -24,7 +24,7 @@ from mtp_spec.ladder import PLAIN, Ladder, TextLadder
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import Speculation
 
-PLANNED_DEPTH = 4
+PLANNED_DEPTH = 5
 # rows that catch up at once; the smallest pass that holds what waits is taken
 CATCH_UP_ROWS = (16, WAITING)
 # for timing: runs of which the mean is taken, and means of which the median is
@@ -39,11 +39,13 @@ class Rungs:
         steps: one a rung, the first is plain decoding.
         settle: shows the modules what the last drafting step committed.
         catch_up: by rows, shows them what plain steps put aside, all but the last one's row.
+        constants: what the passes read as long as they are replayed.
     """
 
     steps: list[Step]
     settle: Callable[[], None]
     catch_up: dict[int, Callable[[], None]]
+    constants: Constants
 
     @classmethod
     def capture(cls, runtime: DeviceRuntime, state: State, steps: list[Step]) -> Rungs:
@@ -60,7 +62,7 @@ class Rungs:
         passes = {
             rows: captured(partial(_catch_up, runtime.model, state, constants, rows)) for rows in CATCH_UP_ROWS
         }
-        return cls(steps, captured(steps[-1].show), passes)
+        return cls(steps, captured(steps[-1].show), passes, constants)
 
     def seconds(self, state: State) -> tuple[list[float], float]:
         """Returns the seconds of each step, and of going from drafting to plain steps and back."""
