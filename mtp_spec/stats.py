@@ -134,6 +134,11 @@ class GenerationStats:
         return found
 
     @property
+    def steps_without_draft(self) -> int:
+        """Steps of plain decoding."""
+        return self._outcomes[0, 0]
+
+    @property
     def tokens_per_step(self) -> float:
         """Tokens committed by verify steps over verify steps; 0 without steps."""
         return self.step_tokens / self.steps if self.steps else 0.0

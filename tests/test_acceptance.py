@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +186,104 @@ def test_csv_has_the_same_columns_whatever_was_measured(tmp_path: Path) -> None:
     assert 0 <= float(tree["accepted_2_conditional"]) <= 1
     assert tree["accepted_3_conditional"] == ""
     assert (tree["same_texts"], tree["texts"]) == ("2", "2")
+
+
+class Resources(HTMLParser):
+    """Collects what a page would fetch, and its tags that were left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched, self.open, self.count = list[str](), list[str](), dict[str, int]()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        if tag not in ("meta", "use", "path", "image", "rect"):
+            self.open.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("meta", "use", "path", "image", "rect"):
+            assert self.open.pop() == tag
+
+
+def test_a_page_stands_alone(tmp_path: Path) -> None:
+    html, folder = tmp_path / "page.html", tmp_path / "pictures"
+    main(["bench", "acceptance", *TINY, "--depths", "1,2", "--auto", "--html", str(html), "--png", str(folder)])
+    text = html.read_text()
+    found = Resources()
+    found.feed(text)
+    assert found.open == []
+    assert all(target.startswith("#") for target in found.fetched)
+    assert "http" not in text.replace(str(tmp_path), "")
+    assert "url(" not in text.replace("url(#", "")
+    # every fragment that a plot refers to is on the page, once
+    for target in {*found.fetched, *(f"#{name}" for name in re.findall(r"url\(#([^)]+)", text))}:
+        assert text.count(f'id="{target[1:]}"') == 1, target
+    names = ["acceptance", "cost", "histogram", "planned", "speed"]
+    assert found.count["svg"] == len(names)
+    assert text.count('<tr class="first">') == 2
+    assert sorted(picture.stem for picture in folder.iterdir()) == names
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in folder.iterdir())
+
+
+def test_plots_need_matplotlib_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(Runner, "run", None)
+    with pytest.raises(SystemExit):
+        main(["bench", "acceptance", *TINY, "--html", str(tmp_path / "page.html")])
+    assert "pip install 'mtp-spec[plots]'" in capsys.readouterr().err
+
+
+def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    for file, more in zip(files, (["--depths", "1,2"], ["--depths", "2,3"], ["--depths", "2", "--prompts", "3"]),
+                          strict=True):  # fmt: skip
+        main(["bench", "acceptance", *SMALL, *more, "--json", str(file)])
+    first, second, third = map(str, files)
+    whole = tmp_path / "compare.json"
+    capsys.readouterr()
+    main(["bench", "compare", first, second, "--json", str(whole)])
+    shown, compared = capsys.readouterr().out, json.loads(whole.read_text())
+    assert "only in" in shown
+    assert list(compared["cells"]) == ["plain at 0.8", "chain 2 at 0.8"]
+    assert compared["only"] == {first: ["chain 1 at 0.8"], second: ["chain 3 at 0.8"]}
+    a, b = (json.loads(file.read_text())["details"]["chain 2 at 0.8"] for file in files[:2])
+    tokens, speed = (compared["cells"]["chain 2 at 0.8"][name] for name in ("tokens_per_step", "times_plain"))
+    # the same questions resampled alike: what does not differ, does not differ in any sample
+    assert (tokens["difference"], tokens["interval"]) == (0.0, [0.0, 0.0])
+    assert speed["a"] == pytest.approx(a["times_plain"]["ratio"])
+    assert speed["b"] == pytest.approx(b["times_plain"]["ratio"])
+    assert speed["interval"][0] <= speed["difference"] <= speed["interval"][1]
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "compare", first, third])
+    assert stopped.value.code == 2
+    assert "do not measure the same: questions" in capsys.readouterr().err
+    main(["bench", "compare", first, third, "--anyway"])
+    assert "they differ in questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"digest": "0"}}, "model 0 and"),
+        ({"details": {}}, "no cell in common"),
+        ({"benchmark": "speed"}, "is not of this version's bench acceptance"),
+        (None, "is not a readable JSON document"),
+    ],
+)
+def test_what_cannot_be_compared(
+    change: dict[str, Any] | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {"benchmark": "acceptance", "model": {"digest": "1"}, "set": {"digest": "2"}, "details": {"cell": {}},
+                "options": {"max_new_tokens": 8}}  # fmt: skip
+    (tmp_path / "b.json").write_text(json.dumps(document))
+    (tmp_path / "a.json").write_text("{" if change is None else json.dumps({**document, **change}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_draft_vocabularies_and_contexts(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import mtp_spec
 from mtp_spec.bench import parsing
 from mtp_spec.bench.acceptance.command import acceptance, add_options
+from mtp_spec.bench.acceptance.comparing import add_compare
 from mtp_spec.bench.cache import cache
 from mtp_spec.bench.common import publish
 from mtp_spec.bench.exactness import same_text
@@ -35,6 +36,7 @@ def add_bench(commands: Any) -> None:
     three.set_defaults(run=acceptance, whole=True)
     _add_model(three)
     add_options(three)
+    add_compare(kinds)
     four = _add(kinds, "speed", speed, "wall-clock against plain decoding, and against transformers", 12, 96)
     four.add_argument("--transformers", action="store_true", help="also time transformers' generate, plain and use_mtp")
     four.add_argument("--loads", type=parsing.count, default=3, help="fresh processes that load the model (3)")

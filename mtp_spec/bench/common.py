@@ -146,7 +146,7 @@ def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
     console = Console(quiet=report.silent)
     console.print(table(report))
     if args.json is not None and not report.silent:
-        write(args.json, json.dumps(document(report, lm, args), indent=1) + "\n")
+        write(args.json, (json.dumps(document(report, lm, args), indent=1) + "\n").encode())
         console.print(f"written to {args.json}")
     if report.failed:
         raise SystemExit(1)
@@ -175,11 +175,11 @@ def document(report: Report, lm: LM | None, args: argparse.Namespace) -> Row:
     }
 
 
-def write(file: Path, text: str) -> None:
+def write(file: Path, content: bytes) -> None:
     """Writes a file whole or not at all, and the folders above it."""
     part = file.with_name(file.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content)
     part.replace(file)
 
 

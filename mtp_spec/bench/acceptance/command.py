@@ -14,8 +14,10 @@ import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.bench import parsing
 from mtp_spec.bench.acceptance.cells import PLAIN, Group, sweep
-from mtp_spec.bench.acceptance.journal import Journal
+from mtp_spec.bench.acceptance.journal import Journal, Text
 from mtp_spec.bench.acceptance.metrics import cell_metrics
+from mtp_spec.bench.acceptance.page import page
+from mtp_spec.bench.acceptance.plots import draw, need_matplotlib, png
 from mtp_spec.bench.acceptance.questions import BUNDLED, KINDS, QuestionSet, read_questions
 from mtp_spec.bench.acceptance.report import csv_text, screen, table_rows
 from mtp_spec.bench.acceptance.running import Runner, check_contexts
@@ -54,6 +56,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output, beside the table")
     out.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
     out.add_argument("--csv", type=Path, metavar="FILE", help="write one line a cell")
+    out.add_argument("--html", type=Path, metavar="FILE", help="write one page with plots (needs mtp-spec[plots])")
+    out.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots (needs mtp-spec[plots])")
     out.add_argument("--resume", action="store_true", help="go on where an interrupted run with these files stopped")
 
 
@@ -62,9 +66,12 @@ def acceptance(args: argparse.Namespace) -> None:
 
     Every text is kept in a journal beside the first output file until the run is complete.
     """
-    output = args.json or args.csv
+    output = args.json or args.csv or args.html
     if args.resume and output is None:
-        raise OptionError("--resume needs --json or --csv: the journal lies beside it")
+        raise OptionError("--resume needs --json, --csv or --html: the journal lies beside it")
+    for option in ("html", "png"):
+        if getattr(args, option) is not None:
+            need_matplotlib(f"--{option}")
     questions = read_questions(args.set, args.set_kind, args.prompts)
     groups, left_out = sweep(args)
     models = _Models(args)
@@ -84,9 +91,8 @@ def acceptance(args: argparse.Namespace) -> None:
     console.print(screen(report.title, report.facts["details"]))
     for name, reason in {**left_out, **runner.absent}.items():
         console.print(f"not measured: {name}: {reason}", markup=False)
-    whole = document(report, models.lm, args)
-    for path, text in _files(whole, args).items():
-        write(path, text)
+    for path, content in _files(document(report, models.lm, args), args).items():
+        write(path, content)
         console.print(f"written to {path}", markup=False, soft_wrap=True)
     journal.remove()
 
@@ -94,9 +100,11 @@ def acceptance(args: argparse.Namespace) -> None:
 class _Models:
     """The model of the group that is being measured; one at a time."""
 
+    lm: Any
+    _vocabulary: int | str | None = None
+
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self._vocabulary = args, None
-        self.lm: Any = None
+        self.args, self.lm = args, None
 
     def load(self, vocabulary: int | str | None) -> LM:
         if self.lm is None or vocabulary != self._vocabulary:
@@ -134,7 +142,7 @@ def _details(journal: Journal, groups: list[Group], questions: QuestionSet) -> d
     details = {}
     for group in groups:
         names = {cell.name: cell for cell in group.ways}
-        texts = {name: [] for name in names}
+        texts: dict[str, list[Text]] = {name: [] for name in names}
         for _, text in sorted(journal.texts.items(), key=lambda item: item[0][1:]):
             if text.cell in texts:
                 texts[text.cell].append(text)
@@ -152,16 +160,21 @@ def _stopped(journal: Journal, groups: list[Group], questions: QuestionSet) -> N
     if details:
         console.print(screen("Interrupted: the texts so far", details))
     if journal.file is None:
-        console.print("nothing is kept: a journal needs --json or --csv")
+        console.print("nothing is kept: a journal needs --json, --csv or --html")
     else:
         console.print(f"{len(journal.texts)} texts are kept in {journal.file}: the same command with --resume goes on",
                       markup=False, soft_wrap=True)  # fmt: skip
 
 
-def _files(whole: Row, args: argparse.Namespace) -> dict[Path, str]:
-    files: dict[Path, str] = {}
+def _files(whole: Row, args: argparse.Namespace) -> dict[Path, bytes]:
+    files: dict[Path, bytes] = {}
+    figures = draw(whole["details"]) if args.html is not None or args.png is not None else {}
     if args.json is not None:
-        files[args.json] = json.dumps(whole, indent=1) + "\n"
+        files[args.json] = (json.dumps(whole, indent=1) + "\n").encode()
     if args.csv is not None:
-        files[args.csv] = csv_text(whole["details"])
+        files[args.csv] = csv_text(whole["details"]).encode()
+    if args.html is not None:
+        files[args.html] = page(whole, figures).encode()
+    if args.png is not None:
+        files |= {args.png / f"{name}.png": png(figure) for name, figure in figures.items()}
     return files

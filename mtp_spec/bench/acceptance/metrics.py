@@ -43,7 +43,7 @@ def cell_metrics(
         **averages(rows),
         **_aliases(total),
         "tokens_by_source": _sources(total),
-        "steps_without_draft": total.histogram_by_draft_length.get(0, {}).get(0, 0) / max(1, total.steps),
+        "steps_without_draft": total.steps_without_draft / max(1, total.steps),
         "by_category": _split(texts, beside, lambda text: categories[text.question]),
         "by_context": _split(texts, beside, lambda text: bucket(text.stats.prompt_tokens)),
         "cost": _cost(texts, total),
