@@ -69,7 +69,11 @@ class Tokenizer:
         return str(self.raw.decode(list(ids), skip_special_tokens=True))
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Returns the ids of a conversation through the checkpoint's chat template.
+        """Returns the ids of a conversation through the checkpoint's chat template; errors as `chat_text`."""
+        return list(self.raw.encode(self.chat_text(messages, add_generation_prompt), add_special_tokens=False).ids)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """Returns a conversation as the text that the checkpoint's chat template makes of it.
 
         Special tokens inside a message are broken up, so that no user can end a turn or open another.
 
@@ -86,12 +90,11 @@ class Tokenizer:
             raise PromptError("the last message is empty: give it some text")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
-            text = environment.from_string(self.template).render(
+            return environment.from_string(self.template).render(
                 messages=plain, add_generation_prompt=add_generation_prompt, **self._special
             )
         except TemplateError as error:
             raise MTPSpecError(f"the checkpoint's chat template failed: {error}") from error
-        return list(self.raw.encode(text, add_special_tokens=False).ids)
 
     def _message(self, message: Mapping[str, str]) -> dict[str, str]:
         role, content = message.get("role"), message.get("content")

@@ -14,7 +14,7 @@ from mtp_spec.errors import OptionError
 BLUE, AMBER, GREEN, RED, VIOLET, GREY = "#0969da", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a"
 COLOURS = (BLUE, AMBER, GREEN, RED, VIOLET, GREY)
 PHASES = {"draft": AMBER, "verify": BLUE, "sample": GREEN, "step": BLUE, "other": "#d0d7de"}
-STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
+STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
          "axes.spines.right": False, "axes.grid": True, "grid.color": "#eaeef2", "axes.axisbelow": True,
          "axes.titlesize": 11, "axes.titleweight": "bold", "legend.frameon": False, "legend.fontsize": 9}  # fmt: skip
 SIZE, ROW_INCHES = (7.0, 4.2), 0.24
