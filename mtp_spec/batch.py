@@ -24,7 +24,7 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.handle import Handle
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.pages import Lease, Pages
-from mtp_spec.passes import MainRows, Pass, Runner
+from mtp_spec.passes import MainRows, ModuleRows, Pass, Runner
 from mtp_spec.requests import Request
 from mtp_spec.streaming import TokenStream
 
@@ -156,15 +156,19 @@ class Batch:
         resting = [text for text in self._running if text.wanted is None]
         stepping = [text for text in resting if text.stream.decoder.stats.new_tokens]  # the others read their prompts
         company.introduce(_decoders(stepping), len(self._running) == 1)
+        start, drafted = perf_counter(), 0.0
         self._go_on(resting)
         while drafting := [text for text in self._running if _hurries(text) and not isinstance(text.wanted, MainRows)]:
+            modules = [text for text in drafting if isinstance(text.wanted, ModuleRows)]
+            if modules:
+                drafted += company.foresee(_decoders(modules), first=not drafted)
             self._run(drafting)
         verifying, reading = [text for text in self._running if _hurries(text)], self._reading()
+        verified = [] if reading else _decoders(verifying)
         for text in verifying:
             text.rows = text.wanted.rows if text.wanted is not None else 1
-        verified = [] if reading else _decoders(verifying)
         seconds = self._run(verifying + reading)
-        company.learn(verified, seconds)
+        company.learn(verified, seconds, drafted, perf_counter() - start - seconds)
 
     def _admit(self) -> None:
         while len(self._running) < self.most:
@@ -257,8 +261,10 @@ class Batch:
 
 
 def _decoders(texts: Sequence[_Text]) -> list[tuple[Decoder, int]]:
-    """Returns the decoders that plan on this machine, and their rows."""
-    return [(text.stream.decoder, text.rows) for text in texts if isinstance(text.stream.decoder, Decoder)]
+    """Returns the decoders that plan on this machine, and the rows that they wait for, or else had last."""
+    found = [(text, text.stream.decoder) for text in texts]
+    return [(decoder, text.rows if text.wanted is None else text.wanted.rows) for text, decoder in found
+            if isinstance(decoder, Decoder)]  # fmt: skip
 
 
 def _hurries(text: _Text) -> bool:

@@ -22,18 +22,36 @@ def introduce(stepping: Sequence[tuple[Decoder, int]], alone: bool) -> None:
         planners[0].beside = ALONE
         return
     texts, rows = len(stepping), sum(count for _, count in stepping)
-    hopeless = texts > 1 and not planners[0].planner.pays(texts, _context(stepping))
+    pending = sum(decoder.drafter.pending for decoder, _ in stepping if decoder.drafter is not None)
+    hopeless = texts > 1 and not planners[0].planner.pays(texts, _context(stepping), pending)
     drafting = sum(_drafts(decoder) for decoder, _ in stepping)
     for decoder, own in stepping:
         if decoder.planner is not None:
             decoder.planner.beside = Beside(texts, rows - own, max(1, drafting), hopeless)
 
 
-def learn(verified: Sequence[tuple[Decoder, int]], seconds: float) -> None:
-    """Takes the time of a pass that verified several texts, with so many rows each."""
+def foresee(drafting: Sequence[tuple[Decoder, int]], first: bool) -> float:
+    """Returns the seconds of a joint pass through an MTP module, with drawing from it, by what was measured alone.
+
+    Args:
+        drafting: the texts and their rows.
+        first: of the step, which takes in the tokens that the step before has committed.
+    """
+    planner = next((decoder.planner for decoder, _ in drafting if decoder.planner is not None), None)
+    if planner is None:
+        return 0.0
+    times, rows, context = planner.planner.times, sum(count for _, count in drafting), _context(drafting)
+    if not first:
+        return times.level(rows, context)
+    return times.level(len(drafting), context) + times.extend(rows, context) - times.extend(len(drafting), context)
+
+
+def learn(verified: Sequence[tuple[Decoder, int]], verifying: float, drafted: float, others: float) -> None:
+    """Takes the times of a step of several texts, with so many rows each; arguments as `Planner.learn_round`."""
     planners = [decoder.planner for decoder, _ in verified if decoder.planner is not None]
-    if planners and len(verified) > 1 and seconds > 0:
-        planners[0].planner.learn_pass(sum(rows for _, rows in verified), _context(verified), seconds)
+    if planners and len(verified) > 1 and verifying > 0:
+        rows, context = sum(rows for _, rows in verified), _context(verified)
+        planners[0].planner.learn_round(rows, context, verifying, drafted, others)
 
 
 def _drafts(decoder: Decoder) -> bool:

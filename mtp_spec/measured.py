@@ -25,7 +25,7 @@ from mtp_spec.model.transformer import Transformer
 from mtp_spec.planner import Planner
 from mtp_spec.progress import step_progress
 from mtp_spec.text import Tokenizer
-from mtp_spec.times import StepTimes, measure
+from mtp_spec.times import PASSES, StepTimes, measure
 
 
 class Planners:
@@ -54,7 +54,8 @@ class Planners:
     def _times(self, technique: Technique) -> StepTimes:
         ranks = self._model.ranks
         subject = {
-            **subject_of(self._model), "threads": torch.get_num_threads(), "rows": technique, "ranks": ranks.size
+            **subject_of(self._model), "threads": torch.get_num_threads(), "rows": technique, "ranks": ranks.size,
+            "passes": PASSES,
         }  # fmt: skip
         try:
             return StepTimes.from_json(ranks.from_first(read(subject) if ranks.rank == 0 else None) or {})

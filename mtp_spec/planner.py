@@ -35,8 +35,12 @@ TRUSTED = 3.0
 MOST_SURPRISE = log(2.0)
 
 
-# beside others drafting must promise so much more than plain decoding, as their times are guessed from fewer rows
-CLEAR_GAIN, TRIED_DEPTH = 1.05, 4
+# beside others drafting must promise so much more than plain decoding, as their times are guessed from fewer rows;
+# chains that are tried for that; and in how many steps
+CLEAR_GAIN, TRIED_DEPTH, SOON = 1.05, 4, 32
+# what drafting costs several texts beyond its passes, as the logarithm of a factor, before anything was seen; so slowly
+# it is forgotten while none drafts, for it to be tried again
+FIRST_BESIDE, FADING = 0.2, 0.0002
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +67,24 @@ class Speed:
     """How the times of now differ from those measured before: a factor for verifying, ratios to it for the others."""
 
     def __init__(self) -> None:
-        self._logs = {"verify": 0.0, "plain": 0.0, "draft": 0.0}
+        self._logs = {"verify": 0.0, "plain": 0.0, "draft": 0.0, "beside": FIRST_BESIDE}
 
     def factor(self, kind: str) -> float:
-        """Returns the factor of passes of several rows ("verify"), of one ("plain") or of drafting ("draft")."""
+        """Returns the factor of passes of several rows ("verify"), of one ("plain"), of drafting ("draft"), or of
+        everything that drafting costs besides verifying where several texts do ("beside")."""
         return exp(self._logs["verify"] + (self._logs[kind] if kind != "verify" else 0.0))
 
     def learn(self, kind: str, measured: float, expected: float) -> None:
         """Takes a time beside the expected one, which includes the factor."""
         surprise = max(-MOST_SURPRISE, min(MOST_SURPRISE, log(measured / expected)))
         if kind != "verify":
-            self._logs[kind] += SLOWER * surprise
-        if kind != "draft":
+            self._logs[kind] += (NEWER if kind == "beside" else SLOWER) * surprise
+        if kind in ("verify", "plain"):
             self._logs["verify"] += NEWER * surprise
+
+    def fade(self, kind: str) -> None:
+        """Forgets a little of a ratio that cannot be learned now."""
+        self._logs[kind] *= 1.0 - FADING
 
 
 class Planner:
@@ -93,12 +102,18 @@ class Planner:
         self.times, self.speed, self.confidence = times, Speed(), Confidence()
         self.rate, self.debt, self.best = FIRST_RATE, 0.0, FIRST_CHANCE
 
-    def pays(self, texts: int, context: int) -> bool:
-        """Returns whether so many texts would gain if each drafted the best chain, with chances as they were so far."""
+    def pays(self, texts: int, context: int, pending: int) -> bool:
+        """Returns whether so many texts would gain if each drafted the best chain, with chances as they were so far.
+
+        Args:
+            pending: tokens of all of them that the MTP module has not seen.
+        """
         times, best = self.times, self.best
-        verify, draft = self.speed.factor("verify"), self.speed.factor("draft")
+        verify, draft = self.speed.factor("verify"), self.speed.factor("beside")
         plain = times.verify(texts, context) * verify
         tokens, drafting = 1.0, 0.0
+        if pending > texts * MAX_DEPTH:  # after plain steps: catching up has to pay soon
+            drafting = draft * times.extend(pending, context) / SOON
         for depth in range(1, TRIED_DEPTH + 1):
             tokens += best**depth
             drafting += times.level(texts, context) * draft
@@ -108,10 +123,19 @@ class Planner:
                 return True
         return False
 
-    def learn_pass(self, rows: int, context: int, seconds: float) -> None:
-        """Takes the time of a pass that verified several texts."""
+    def learn_round(self, rows: int, context: int, verifying: float, drafted: float, others: float) -> None:
+        """Takes the times of a step of several texts.
+
+        Args:
+            rows: that were verified.  verifying: seconds of that.
+            drafted: seconds that drafting should have taken by what was measured alone.  others: those of all the rest.
+        """
         expected = self.times.verify(rows, context) * self.speed.factor("verify")
-        self.speed.learn("verify", seconds, expected)
+        self.speed.learn("verify", verifying, expected)
+        if drafted:
+            self.speed.learn("beside", others, drafted * self.speed.factor("beside"))
+        else:
+            self.speed.fade("beside")
 
 
 class TextPlanner:
@@ -240,7 +264,7 @@ class TextPlanner:
             if self.beside is ALONE:
                 self._speed.learn("draft", drafting, self._drafting * self._plain)
             self._judge(tree, accepted)
-        if self.beside is not ALONE:  # the times are those of all: `Planner.learn_pass`
+        if self.beside is not ALONE:  # the times are those of all: `Planner.learn_round`
             return
         expected = self.seconds - self._drafting * self._plain
         self._speed.learn("verify" if len(tree) else "plain", rest, expected)
@@ -275,7 +299,8 @@ class TextPlanner:
 
     def _drafts_share(self) -> float:
         """Returns the factor from seconds of joint drafting to this text's part of what it costs all."""
-        return self._speed.factor("draft") / self._plain * self.beside.texts / self.beside.drafting
+        factor = self._speed.factor("draft" if self.beside is ALONE else "beside")
+        return factor / self._plain * self.beside.texts / self.beside.drafting
 
     def _level(self, leaves: int) -> float:
         return self._times.level(self.beside.drafting * leaves, self._context) * self._drafts_share()

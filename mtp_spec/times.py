@@ -32,7 +32,9 @@ TEXT = (
 )
 # contexts measured at: that of a first answer, and one where reading the cache shows
 NEAR, FAR = 32, 512
-VERIFY_ROWS, TREE_ROWS, LEVEL_ROWS, EXTEND_ROWS = (1, 2, 4, 8, 16, 64), (3, 8), (1, 4), (1, 8, 32)
+VERIFY_ROWS, TREE_ROWS, LEVEL_ROWS, EXTEND_ROWS = (1, 2, 4, 8, 16, 64), (3, 8), (1, 4, 16), (1, 8, 32)
+# what is kept of other passes than these is of no use
+PASSES = str((NEAR, FAR, VERIFY_ROWS, TREE_ROWS, LEVEL_ROWS, EXTEND_ROWS))
 # A pass's time is the least of so many, taken in turn: a neighbour's work only ever adds. Time in which the processor
 # was given to others is not counted, where the clock of the thread is fine enough
 ROUNDS, MOST_SECONDS = 4, 4.0

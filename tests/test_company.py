@@ -12,6 +12,7 @@ from test_planner import CHEAP_ROWS, MACHINES, PROCESSES
 import mtp_spec
 import tiny
 from mtp_spec import company
+from mtp_spec.draft import KEPT_BEHIND, MOST_BEHIND
 from mtp_spec.planner import ALONE, Beside, Planner, TextPlanner
 from mtp_spec.stats import GenerationStats
 from mtp_spec.times import StepTimes
@@ -36,15 +37,15 @@ class Text:
     """As much of a decoder as planning together looks at."""
 
     def __init__(self, planner: Planner) -> None:
-        self.planner, self.drafter = TextPlanner(planner), object()
+        self.planner, self.drafter = TextPlanner(planner), self
         self.tokens, self.rows, self.pending = [0] * CONTEXT, 1, 1
         self.stats = GenerationStats()
 
 
 def simulate(
-    planner: Planner, times: StepTimes, processes: list[Process], length: int, seed: int = 0
+    planner: Planner, times: StepTimes, processes: list[Process], length: int, seed: int = 0, dearer: float = 1.0
 ) -> tuple[float, float, float]:
-    """Lets one text for each process write in company, one text after another.
+    """Lets one text for each process write in company, one text after another; drafting is dearer than measured alone.
 
     Returns tokens a second, those of plain decoding, and drafted nodes a step.
     """
@@ -66,14 +67,18 @@ def simulate(
                     leaves + [0] * len(levels.leaves), levels.leaves + [0] * len(leaves), strict=False)]  # fmt: skip
                 drafting, pending, text.pending = drafting + 1, pending + text.pending, 0
             text.pending += len(accepted) + 1
+            text.pending = KEPT_BEHIND if text.pending > MOST_BEHIND else text.pending
             text.rows = len(tree) + 1
             trees.append((tree, accepted))
         context = len(texts[0].tokens)
-        spent = times.verify(sum(text.rows for text in texts), context) * noise.uniform(0.9, 1.1)
-        company.learn([(text, text.rows) for text in texts], spent)  # type: ignore[misc]
+        verifying = times.verify(sum(text.rows for text in texts), context) * noise.uniform(0.9, 1.1)
+        expected = 0.0
         if drafting:
-            spent += sum(times.level(count, context) for count in leaves if count)
-            spent += times.extend(pending, context) - times.extend(drafting, context)
+            expected = sum(times.level(count, context) for count in leaves if count)
+            expected += times.extend(pending, context) - times.extend(drafting, context)
+        others = expected * dearer * noise.uniform(0.9, 1.1)
+        company.learn([(text, text.rows) for text in texts], verifying, expected, others)  # type: ignore[misc]
+        spent = verifying + others
         seconds += spent
         for number, (text, (tree, accepted)) in enumerate(zip(texts, trees, strict=True)):
             text.planner.learn(tree, accepted, spent / 2, spent / 2)
@@ -93,6 +98,14 @@ def test_never_under_plain(machine: str, process: str, count: int) -> None:
     planner = Planner(times)
     simulate(planner, times, [PROCESSES[process]] * count, 100, seed=1)  # what earlier texts have taught
     together, plain, _ = simulate(planner, times, [PROCESSES[process]] * count, 200)
+    assert together > 0.98 * plain
+
+
+@pytest.mark.parametrize("count", [2, 5, 12])
+def test_never_under_plain_where_drafting_takes_longer_than_alone(count: int) -> None:
+    times, planner = StepTimes.typical(), Planner(StepTimes.typical())
+    simulate(planner, times, [PROCESSES["good"]] * count, 100, seed=1, dearer=3.0)
+    together, plain, _ = simulate(planner, times, [PROCESSES["good"]] * count, 200, dearer=3.0)
     assert together > 0.98 * plain
 
 
