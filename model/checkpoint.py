@@ -199,12 +199,14 @@ def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks)
     tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         slot = slots.get(copies.get(name, name))
-        if slot is None:  # a scale, which comes with its weight, or another rank's
+        if slot is None or name.endswith(SCALE):  # another rank's, or a scale, which comes with its weight
             continue
         count, scale = slot.numel() // prod(info.shape[1:]), checkpoint.tensors.get(name + SCALE)
         whole = range(info.shape[0])
         ways = (whole, whole[ranks.own(len(whole))], ranks.part(len(whole), block))
-        first = next(way.start for way in ways if len(way) == count)
+        first = next((way.start for way in ways if len(way) == count), None)
+        if first is None:
+            raise CheckpointError(f"{name} {list(info.shape)} cannot be divided among {ranks.size} ranks")
         begin = first if scale is None else first // block * block
         tensors[name] = info.rows(begin, first + count - begin)
         if scale is not None:

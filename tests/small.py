@@ -27,10 +27,10 @@ SMALL_FILES = {
 }
 
 
-def make(folder: Path, seed: int = 0) -> Path:
+def make(folder: Path, config: ModelConfig = CONFIG) -> Path:
     """Writes a random bfloat16 folder of several files."""
-    model = Transformer(CONFIG, torch.bfloat16)
-    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, slot in model.checkpoint_slots().items():
             values = torch.randn(slot.shape, generator=generator)

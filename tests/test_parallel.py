@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,37 @@ def test_two_ranks_are_one_process_bit_for_bit(fp8: Path, tmp_path: Path) -> Non
     assert ranks.run({"model": str(fp8), "dtype": "bfloat16"}, 2, tmp_path) == [expected] * 2
 
 
-def test_two_ranks_on_the_kernels_references(fp8: Path, tmp_path: Path) -> None:
-    lm = LM(load_device_model(fp8, "cpu"), None, "batched", 200)
+@pytest.fixture(scope="module")
+def three_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of three blocks of 128 channels, of which one rank has one and the other two."""
+    folder = tmp_path_factory.mktemp("blocks")
+    config = replace(small.CONFIG, hidden_size=384, num_hidden_layers=2)
+    wide = load_checkpoint(small.make(folder / "bf16", config), dtype=torch.bfloat16)
+    save_checkpoint(wide, folder / "fp8", fp8=True)
+    return folder / "fp8"
+
+
+def test_two_ranks_on_the_kernels_references(three_blocks: Path, tmp_path: Path) -> None:
+    lm = LM(load_device_model(three_blocks, "cpu"), None, "batched", 200)
     expected = ranks.short_text(lm)
-    assert ranks.run({"model": str(fp8), "kernels": True}, 2, tmp_path) == [expected] * 2
+    assert ranks.run({"model": str(three_blocks), "kernels": True}, 2, tmp_path) == [expected] * 2
+
+
+def test_a_rank_of_the_kernels_reads_whole_blocks(three_blocks: Path) -> None:
+    whole = load_device_model(three_blocks, "cpu").checkpoint_slots()
+    for rank in range(2):
+        part = load_device_model(three_blocks, "cpu", ranks=Ranks(rank, 2)).checkpoint_slots()
+        for name, slot in part.items():
+            wanted = whole[name]
+            for dimension in range(slot.ndim):
+                most, count = wanted.shape[dimension], slot.shape[dimension]
+                wanted = wanted.narrow(dimension, rank * (most - count), count)
+            assert torch.equal(slot.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8)), name
+
+
+def test_fewer_blocks_than_ranks_are_refused(fp8: Path) -> None:
+    with pytest.raises(mtp_spec.CheckpointError, match="hidden_size 256: fewer blocks of 128 than 4 ranks"):
+        load_device_model(fp8, "cpu", ranks=Ranks(0, 4))
 
 
 def test_four_ranks_with_a_head_each(tmp_path: Path) -> None:
