@@ -155,7 +155,8 @@ def draw_acceptance(document: dict[str, Any]) -> Picture:
     for i in range(5):
         picture.text(left + 24 + i * 62, bottom + 18, str(i + 1), GREY, 12)
     picture.text(left + wide / 2, bottom + 36, "depth; dashed: given that the depth before was accepted", GREY, 11)
-    shapes = list(dict.fromkeys(name.rsplit(" at ", 1)[0] for name in details))
+    names = dict.fromkeys(name.rsplit(" at ", 1)[0] for name in details)
+    shapes = [name for name in names if name != "plain"]
     left, wide = 500, 300
     picture.text(left + wide / 2, 26, "tokens per verify step (plain: 1)", bold=True)
     step = tall / len(shapes)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import mtp_spec
+from mtp_spec.bench.acceptance.cells import Group
 from mtp_spec.bench.acceptance.contexts import prompt_ids
 from mtp_spec.bench.acceptance.journal import Text
 from mtp_spec.bench.acceptance.report import CSV_COLUMNS
-from mtp_spec.bench.acceptance.running import Runner
+from mtp_spec.bench.acceptance.running import Runner, check_model
 from mtp_spec.cli import main
 from mtp_spec.stats import GenerationStats
 
@@ -354,6 +358,19 @@ def test_impossible_options(arguments: list[str], message: str, capsys: pytest.C
         main(["bench", "acceptance", "--max-new-tokens", "16", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "runtime", "message"), [(2, None, "without torchrun"), (1, "a GPU's", "--device cpu"), (1, None, None)]
+)
+def test_what_a_model_cannot_do(size: int, runtime: Any, message: str | None) -> None:
+    ranks = SimpleNamespace(ranks=SimpleNamespace(size=size))
+    model: Any = SimpleNamespace(max_context=64, runtime=runtime, model=ranks)
+    args = argparse.Namespace(bound=True, max_new_tokens=8)
+    with nullcontext() if message is None else pytest.raises(mtp_spec.OptionError, match=message):
+        check_model(model, [Group(0.0, 56, None)], args)
+    with pytest.raises(mtp_spec.OptionError, match="--contexts 57"):
+        check_model(model, [Group(0.0, 57, None)], args)
 
 
 def test_beside_transformers(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mtp_spec.bench.acceptance.page import page
 from mtp_spec.bench.acceptance.plots import draw, need_matplotlib, png
 from mtp_spec.bench.acceptance.questions import BUNDLED, KINDS, QuestionSet, read_questions
 from mtp_spec.bench.acceptance.report import csv_text, screen, table_rows
-from mtp_spec.bench.acceptance.running import Runner, check_contexts
+from mtp_spec.bench.acceptance.running import Runner, check_model
 from mtp_spec.bench.common import Report, Row, document, machine, write
 from mtp_spec.errors import OptionError
 from mtp_spec.options import ACCEPTANCE_RULES
@@ -75,13 +75,14 @@ def acceptance(args: argparse.Namespace) -> None:
     questions = read_questions(args.set, args.set_kind, args.prompts)
     groups, left_out = sweep(args)
     models = _Models(args)
-    check_contexts(models.load(groups[0].vocabulary), groups, args.max_new_tokens)
+    check_model(models.load(groups[0].vocabulary), groups, args)
     run = _identity(models.lm, questions, args)
     file = None if output is None else output.with_name(output.name + ".journal")
-    with Journal(file, run, args.resume) as journal, step_progress(sys.stderr.isatty(), "texts") as progress:
-        runner = Runner(models.load, questions.questions, journal, args, progress)
+    with Journal(file, run, args.resume) as journal:
+        runner = Runner(models.load, questions.questions, journal, args)
         try:
-            runner.run(groups)
+            with step_progress(sys.stderr.isatty(), "texts") as progress:
+                runner.run(groups, progress)
         except KeyboardInterrupt:
             _stopped(journal, groups, questions)
             raise

@@ -36,7 +36,6 @@ class Runner:
 
     Args:
         load: returns the model that drafts from a vocabulary.
-        report: told how many texts are done, of how many.
 
     Attributes:
         absent: why ways of transformers do not run.
@@ -47,22 +46,21 @@ class Runner:
     questions: list[Question]
     journal: Journal
     args: argparse.Namespace
-    report: Report | None = None
     absent: dict[str, str] = field(default_factory=dict)
     too_long: dict[str, int] = field(default_factory=dict)
     _peers: dict[str, Generate] = field(default_factory=dict)
     _warm: set[str] = field(default_factory=set)
 
-    def run(self, groups: list[Group]) -> None:
-        """Generates the texts of all groups, in order."""
+    def run(self, groups: list[Group], report: Report | None) -> None:
+        """Generates the texts of all groups, in order; `report` is told how many there are, of how many."""
         turns = sum(len(question.turns) for question in self.questions)
         total = turns * sum(len(group.ways) for group in groups)
         with self._transformers(groups):
             for group in groups:
                 for number, question in enumerate(self.questions):
                     self._question(group, number, question)
-                    if self.report is not None:
-                        self.report(len(self.journal.texts), total)
+                    if report is not None:
+                        report(len(self.journal.texts), total)
 
     @contextmanager
     def _transformers(self, groups: list[Group]) -> Iterator[None]:
@@ -139,13 +137,16 @@ def has_bound(cell: Cell) -> bool:
     return lossless and cell.draft.startswith(("chain", "tree"))
 
 
-def check_contexts(lm: LM, groups: list[Group], max_new_tokens: int) -> None:
-    """Refuses contexts that leave no room for the text."""
-    for context in {group.context for group in groups} - {None}:
-        assert context is not None
-        if context + max_new_tokens > lm.max_context:
-            raise OptionError(f"--contexts {context} and --max-new-tokens {max_new_tokens} are more than the model's "
-                              f"{lm.max_context}")  # fmt: skip
+def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
+    """Refuses what this model cannot do: contexts without room for the text, bounds on a GPU, several processes."""
+    for context in (group.context for group in groups):
+        if context is not None and context + args.max_new_tokens > lm.max_context:
+            raise OptionError(f"--contexts {context} and --max-new-tokens {args.max_new_tokens} are more than the "
+                              f"model's {lm.max_context}")  # fmt: skip
+    if lm.model.ranks.size > 1:
+        raise OptionError("bench acceptance keeps one journal, of one process: start it without torchrun")
+    if args.bound and lm.runtime is not None:
+        raise OptionError("--bound looks at drafts' laws, which steps on a GPU keep to themselves: --device cpu")
 
 
 def _peer_text(
