@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any, cast, overload
 
 import torch
@@ -59,6 +60,7 @@ class LM:
         self.model, self.tokenizer = model, tokenizer
         self.max_context, self.max_batch, self.cache_tokens = max_context, max_batch, cache_tokens
         self._batch: Batch | None = None
+        self._starting = Lock()
         self._ways = RowWays(model, technique) if isinstance(model, Transformer) else None
         self._grammars: Grammars | None = None
         self._planners: Planners | None = None
@@ -143,9 +145,10 @@ class LM:
 
     def close(self) -> None:
         """Cancels the texts that were submitted and ends their worker; the model itself can go on."""
-        if self._batch is not None:
-            self._batch.close()
-            self._batch = None
+        with self._starting:
+            if self._batch is not None:
+                self._end_batch()
+                self._batch = None
 
     def __enter__(self) -> LM:
         return self
@@ -172,11 +175,12 @@ class LM:
             raise
 
     def _submit(self, request: Request) -> Handle:
-        if self._batch is None:
-            # the batch knows the model by its texts only, so that its worker ends with a model that nobody holds
-            self._batch = Batch(self.max_batch, self._new_pages())
-            weakref.finalize(self, self._batch.close)
-        return self._batch.submit(request, self)
+        with self._starting:
+            if self._batch is None:
+                # the batch knows the model by its texts only, so that its worker ends with a model that nobody holds
+                self._batch = Batch(self.max_batch, self._new_pages())
+                self._end_batch = weakref.finalize(self, self._batch.close)
+            return self._batch.submit(request, self)
 
     def stream(
         self, prompt: str | Ids | Sequence[Message], *, after: TokenStream | None = None, **options: Any

@@ -249,6 +249,7 @@ class Batch:
     def _leave(self, texts: Sequence[_Text]) -> None:
         for text in list(texts):
             self._running.remove(text)
+            text.stream.work.close()  # it holds the stream that holds it: memory is not to wait for the collector
             if text.lease is not None:
                 text.lease.end()
 

@@ -80,6 +80,8 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
     generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt: of seed, seed + 1, ... (1)")
     generate.add_argument("--json", action="store_true", help="print one JSON document a text instead of the text")
+    generate.add_argument("--max-batch", type=int, default=1, metavar="N",
+                          help="write up to N texts side by side, on a CPU; with --json (1)")  # fmt: skip
     drafting = _add_shape(generate, "speculation (never changes the text, but for --acceptance)")
     drafting.add_argument("--trace", type=int, metavar="N", help="show N steps as trees instead of the text")
     drafting.add_argument("--acceptance", choices=ACCEPTANCE_RULES, metavar="RULE", help=", ".join(ACCEPTANCE_RULES)
@@ -173,9 +175,16 @@ def _write(
     args: argparse.Namespace, lm: mtp_spec.LM, prompts: list[str], seeds: Sequence[int], options: dict[str, Any]
 ) -> None:
     chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
-    for prompt, seed in product(prompts, seeds):
+    asked: list[tuple[str, int, Any]]
+    asked = [(prompt, seed, [{"role": "user", "content": prompt}] if chat else prompt)
+             for prompt, seed in product(prompts, seeds)]  # fmt: skip
+    if args.max_batch > 1:
+        handles = [lm.submit(question, **{**options, "seed": seed}) for _, seed, question in asked]
+        for (prompt, seed, _), handle in zip(asked, handles, strict=True):
+            print(json.dumps(_document(prompt, seed, handle.result()), ensure_ascii=False), flush=True)
+        return
+    for prompt, seed, question in asked:
         options["seed"] = seed
-        question: Any = [{"role": "user", "content": prompt}] if chat else prompt
         if args.trace is not None:
             Console().print(lm.explain(question, steps=args.trace, **options))
             continue
@@ -196,7 +205,7 @@ def _write(
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
     return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype,
                          draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-                         progress=sys.stderr.isatty())  # fmt: skip
+                         max_batch=getattr(args, "max_batch", 1), progress=sys.stderr.isatty())  # fmt: skip
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -240,6 +249,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         raise mtp_spec.OptionError("--no-speculation excludes --depth, --branching and --acceptance")
     if args.depth == 0 and (args.branching or args.acceptance):
         raise mtp_spec.OptionError("--depth 0 is plain decoding: it excludes --branching and --acceptance")
+    if getattr(args, "max_batch", 1) != 1 and (not args.json or args.trace is not None):
+        raise mtp_spec.OptionError("--max-batch needs --json: texts that are written side by side cannot be shown so")
     if args.trace is not None and args.json:
         raise mtp_spec.OptionError("--trace excludes --json: it shows trees instead of the text")
     rule = args.acceptance or "coupled"

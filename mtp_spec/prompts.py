@@ -12,7 +12,7 @@ from mtp_spec.errors import OptionError
 
 # what a chat has no use for; `mtp-spec generate --interactive` refuses it
 NOT_IN_CHAT = {"prompt": None, "prompts": None, "input_file": None, "json": False, "raw": False, "n": 1, "trace": None,
-               "acceptance": None, "logprobs": None}  # fmt: skip
+               "acceptance": None, "logprobs": None, "max_batch": 1}  # fmt: skip
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

@@ -47,6 +47,10 @@ def test_prompts_from_a_file_and_from_standard_input(
     main(["generate", "--prompts", str(file), "--json", *SHORT])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] for line in lines] == ["List three fruits", "Name a colour"]
+    main(["generate", "--prompts", str(file), "--json", "--n", "2", "--max-batch", "3", *SHORT])
+    together = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in together[::2]] == ["List three fruits", "Name a colour"]
+    assert [line["token_ids"] for line in together[::2]] == [line["token_ids"] for line in lines]
     monkeypatch.setattr("sys.stdin", io.StringIO("Name a colour"))
     main(["generate", "-", "--json", *SHORT])
     assert json.loads(capsys.readouterr().out)["token_ids"] == lines[1]["token_ids"]
@@ -87,6 +91,8 @@ def test_inspect_describes_the_bundled_model(capsys: pytest.CaptureFixture[str])
         (["generate", "x", "--no-speculation", "--acceptance", "block"], "--acceptance"),
         (["generate", "x", "--trace", "1", "--json"], "--trace"),
         (["generate", "x", "--trace", "0"], "steps"),
+        (["generate", "x", "--max-batch", "2"], "--max-batch needs --json"),
+        (["generate", "x", "--max-batch", "0", "--json"], "max_batch=0"),
         (["generate", "x", "--input-file", "y"], "--input-file"),
         (["generate", "--input-file", "/nowhere"], "/nowhere"),
         (["generate", "x", "--config", "y"], "needs a path"),

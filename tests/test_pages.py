@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,16 @@ def test_cancelled_and_broken_texts_give_their_pages_back(folder: Path) -> None:
     lm.close()
     assert pages is not None
     assert pages.free + pages.idle == 6
+
+
+def test_closing_frees_the_memory(folder: Path) -> None:
+    lm = mtp_spec.load(folder, dtype="bfloat16", max_batch=2)
+    texts = [lm.submit([1, 2], max_new_tokens=100), lm.submit([3], max_new_tokens=5)]
+    texts[1].result()
+    assert lm._batch is not None
+    memory = weakref.ref(lm._batch.pages)
+    lm.close()
+    assert memory() is None
 
 
 def test_a_ruined_page_is_cleaned_before_it_is_used_again() -> None:
