@@ -9,6 +9,7 @@ from typing import Any, cast, overload
 
 import torch
 
+from mtp_spec.agreement import Watch
 from mtp_spec.batch import Batch
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
 from mtp_spec.device_guided import GuidedDecoder
@@ -61,6 +62,7 @@ class LM:
         self.max_context, self.max_batch, self.cache_tokens = max_context, max_batch, cache_tokens
         self._batch: Batch | None = None
         self._starting = Lock()
+        self._watch = Watch(lambda: self.technique == "batched")
         self._ways = RowWays(model, technique) if isinstance(model, Transformer) else None
         self._grammars: Grammars | None = None
         self._planners: Planners | None = None
@@ -244,7 +246,8 @@ class LM:
 
     def begin(self, request: Request, after: TokenStream | None = None, lease: Lease | None = None) -> TokenStream:
         """Returns the stream of a checked request: what `stream`, `generate` and a batch do."""
-        return TokenStream(self._decoder(request, after, lease), request.finisher)
+        watched = self._watch.ended if request.speculation is not None else None
+        return TokenStream(self._decoder(request, after, lease), request.finisher, watched)
 
     def _decoder(self, request: Request, after: TokenStream | None, lease: Lease | None) -> Decoder | DeviceDecoder:
         ids, sampler, speculation = request.ids, request.sampler, request.speculation

@@ -29,7 +29,7 @@ from mtp_spec.sampling import Sampler
 from mtp_spec.stats import GenerationStats
 
 # captured steps and passes, and what was learned of them
-KEPT = 32
+KEPT = 64
 T = TypeVar("T")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mtp_spec.inspection import show_checkpoint
 
 EXAMPLES = """examples:
   mtp-spec inspect /models/DeepSeek-V3
+  mtp-spec inspect --agreement
   mtp-spec inspect configs/config_671B.json --model-parallel 16 --card H100
 """
 
@@ -28,6 +30,8 @@ def add_inspect(commands: Any) -> None:
     inspect.add_argument("path", nargs="?", type=Path,
                          help="checkpoint folder (default: the bundled model), or a configuration file")  # fmt: skip
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
+    inspect.add_argument("--agreement", action="store_true",
+                         help="load it and measure how often drafts of each depth are what it writes")  # fmt: skip
     inspect.add_argument("--checksums", action="store_true", help="read everything and compare with checksums.json")
     add_load_options(inspect)
     alone = inspect.add_argument_group("of a configuration file")
@@ -50,12 +54,15 @@ def run_inspect(args: argparse.Namespace) -> None:
             raise OptionError(f"--{option} belongs to a configuration file: give the folder's config.json")
         if args.checksums:
             return _check(args)
+        if args.agreement:
+            return _agree(args)
         return show_checkpoint(
             args.path, as_json=args.json, drafts=args.draft_vocabulary, cache_dtype=args.cache_dtype
         )
-    if args.checksums or _loads(args):
+    if args.checksums or args.agreement or _loads(args):
         raise OptionError(
-            "--checksums, --draft-vocabulary and --cache-dtype belong to a checkpoint folder, not to a file"
+            "--checksums, --agreement, --draft-vocabulary and --cache-dtype belong to a checkpoint folder, "
+            "not to a file"
         )
     from mtp_spec.estimate import card_rate, show_estimate
 
@@ -65,6 +72,25 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def _loads(args: argparse.Namespace) -> bool:
     return args.draft_vocabulary is not None or args.cache_dtype is not None
+
+
+def _agree(args: argparse.Namespace) -> None:
+    import mtp_spec
+    from mtp_spec.agreement import SUSPICIOUS, agreement
+
+    rates = agreement(
+        mtp_spec.load(args.path, draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype, progress=True)
+    )
+    if args.json:
+        print(json.dumps({"agreement": rates}))
+    else:
+        listed = ", ".join(f"{rate:.2f} at depth {depth}" for depth, rate in enumerate(rates, start=1))
+        print(f"drafts that are what the model writes, where those before them were: {listed}")
+    if rates[0] < SUSPICIOUS:
+        raise MTPSpecError(
+            f"the first draft is right in {rates[0]:.0%} of steps, under {SUSPICIOUS:.0%}: the MTP modules' weights "
+            "belong to another model, were damaged on the way here, or were never trained"
+        )
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
@@ -12,6 +12,7 @@ from mtp_spec.accept import Drawn, TokenLogprob
 from mtp_spec.device_engine import DeviceDecoder
 from mtp_spec.engine import Decoder
 from mtp_spec.finish import Finisher
+from mtp_spec.options import SamplingParams
 from mtp_spec.passes import Work
 from mtp_spec.stats import GenerationStats
 
@@ -55,7 +56,13 @@ class Generation:
 class TokenStream(Iterator[TokenEvent]):
     """Iterates over the tokens of one generation as they are committed; `result` is whole at the end."""
 
-    def __init__(self, decoder: Decoder | DeviceDecoder, finisher: Finisher) -> None:
+    def __init__(
+        self,
+        decoder: Decoder | DeviceDecoder,
+        finisher: Finisher,
+        ended: Callable[[GenerationStats, SamplingParams], None] | None = None,
+    ) -> None:
+        self._ended = ended
         self.result, self.decoder = Generation(stats=decoder.stats), decoder
         if decoder.sampler.params.logprobs:
             self.result.logprobs = []
@@ -93,6 +100,8 @@ class TokenStream(Iterator[TokenEvent]):
             decoder.stats.total_seconds = spent
             self.result.finish_reason = finisher.reason
             self._ready.extend(finisher.ready())
+            if decoder.finished and self._ended is not None:
+                self._ended(decoder.stats, decoder.sampler.params)
             yield None
 
     def _event(self, text: str, drawn: Drawn, step: int) -> TokenEvent:

@@ -23,7 +23,9 @@ from torch import Tensor
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.timing import copy_rate, graph_time
-from mtp_spec.device_state import ROWS, State
+from mtp_spec.device_shape import Shape
+from mtp_spec.device_state import ROWS, State, stages_of
+from mtp_spec.device_step import Step
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla, moe
 from mtp_spec.kernels.sampler import Stages, sample
@@ -36,6 +38,16 @@ from mtp_spec.model.parallel import Ranks
 from mtp_spec.options import SamplingParams, Speculation
 
 CHUNK = 2**28
+# the chain whose rows are drawn and accepted, and how they are drawn
+CHAIN = 3
+ACCEPTED = {
+    "greedy": SamplingParams(temperature=0.0),
+    "temperature 0.8": SamplingParams(temperature=0.8),
+    "temperature 0.8, top-p 0.95": SamplingParams(temperature=0.8, top_p=0.95),
+    "with top-k, min-p and penalties": SamplingParams(
+        temperature=0.8, top_k=50, top_p=0.95, min_p=0.02, repetition_penalty=1.1, presence_penalty=0.1
+    ),
+}
 FINITE = 0xBF  # clears e4m3's highest exponent bit: no NaN, magnitudes below 2
 
 
@@ -66,12 +78,14 @@ def step(args: argparse.Namespace) -> Report:
         rows.append(_pass(f"decode and verify, {m} rows", _verify(model, state, args.context, m), rate))
     rows += _parts(model, state, args.context, args.rows, rate)
     rows.append(_pass("draft, 1 row", _draft(model, state, args.context), rate))
+    accepting = _accepting(model, state, args.context)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     facts = {
         "copy_TB_per_s": rate, "context": args.context, "dense layers": config.first_k_dense_replace,
         "moe layers": config.num_hidden_layers - config.first_k_dense_replace, "memory planned": planned.total,
         "memory at the peak": peak, "memory ratio": peak / planned.total,
+        "accepting": accepting,
         "extrapolated": _extrapolated(rows, full, args.rows), "same text": _same_text(model, args.context),
         "ranks": ranks.size, "exchange": "none" if ranks.size == 1 else "library" if ranks.rooms is None else "rooms",
     }  # fmt: skip
@@ -138,6 +152,25 @@ def _draft(model: DeviceModel, state: State, context: int) -> tuple[Callable[[],
     module, head = model.mtp[0], model.draft_head
     assert head is not None
     return run, [module.eh.weight, module.layer, head.weight], (context + 1) * state.store.shape[1] * 2
+
+
+def _accepting(model: DeviceModel, state: State, context: int) -> Row:
+    """Returns microseconds of a chain's step by part, and which share of it drawing, accepting and committing take."""
+    shape, out = Shape.of(Speculation(depth=CHAIN)), dict[str, Any]()
+    for name, params in ACCEPTED.items():
+        step = Step(model, state, shape, stages_of(params), CHAIN + 1)
+        state.reset(params, [0])
+        state.length.fill_(context)
+        step()  # gives it logits and rows
+        length = state.length.clone()
+
+        def run(part: Callable[[], None], length: Tensor = length) -> None:
+            part()
+            state.length.copy_(length)  # accepting moves on: every repetition begins at the same place
+
+        micro = {part: graph_time(partial(run, work)) for part, work in step.parts().items()}
+        out[name] = {**micro, "accept, share of the step": micro["accept"] / sum(micro.values())}
+    return out
 
 
 def _parts(model: DeviceModel, state: State, context: int, counts: list[int], rate: float) -> list[Row]:

@@ -1,0 +1,84 @@
+"""The check of MTP modules against their model, and the warning where drafts keep failing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import mtp_spec
+from mtp_spec.agreement import FEW, STEPS, Watch, agreement
+from mtp_spec.cli import build_parser, main
+from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.inspecting import run_inspect
+from mtp_spec.options import SamplingParams
+from mtp_spec.stats import GenerationStats
+from small import make
+
+
+def stats(steps: int, drafted: int, accepted: int) -> GenerationStats:
+    """A text of which the first steps drafted one token."""
+    made = GenerationStats()
+    for step in range(steps):
+        ranks = [0] if step < accepted else []
+        made.record_step(int(step < drafted), int(step < drafted), ranks, len(ranks) + 1)
+    return made
+
+
+def test_the_bundled_model_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", "--agreement", "--json"])
+    rates = json.loads(capsys.readouterr().out)["agreement"]
+    assert len(rates) == 4
+    assert rates[0] > 0.6
+
+
+def test_untrained_modules_are_found_out(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    assert agreement(mtp_spec.load(folder))[0] < 0.3
+    with pytest.raises(MTPSpecError, match=r"first draft is right in .* another model"):
+        run_inspect(_inspect(folder))
+
+
+def _inspect(folder: Path) -> argparse.Namespace:
+    return build_parser().parse_args(["inspect", str(folder), "--agreement"])
+
+
+@pytest.mark.parametrize(
+    ("text", "temperature", "pays", "cause"),
+    [
+        (stats(STEPS, STEPS, 4), 0.7, True, "--agreement"),
+        (stats(STEPS, STEPS, 4), 2.0, True, "temperature 2"),
+        (stats(STEPS, 12, 8), 0.7, True, "67% of first drafts"),
+        (stats(STEPS, STEPS, 4), 0.7, False, "one by one"),
+    ],
+)
+def test_warns_once_and_says_why(text: GenerationStats, temperature: float, pays: bool, cause: str) -> None:
+    watch, params = Watch(lambda: pays), SamplingParams(temperature=temperature)
+    with pytest.warns(UserWarning, match=cause):
+        watch.ended(text, params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch.ended(text, params)
+
+
+def test_does_not_warn_of_few_steps_or_of_good_drafts() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Watch(lambda: True).ended(stats(STEPS - 1, STEPS - 1, 0), SamplingParams())
+        Watch(lambda: True).ended(stats(STEPS, STEPS, int(STEPS * (FEW - 1.0)) + 1), SamplingParams())
+
+
+def test_texts_of_a_model_with_untrained_modules_warn(tmp_path: Path) -> None:
+    lm = mtp_spec.load(make(tmp_path / "model"))
+    with pytest.warns(UserWarning, match="tokens a step in"):
+        lm.generate([[3, 5 + i] for i in range(9)], max_new_tokens=30, temperature=0.0, speculation=1)
+
+
+def test_a_configuration_has_no_modules_to_check() -> None:
+    config = Path(str(files("mtp_spec.configs") / "config_16B.json"))
+    with pytest.raises(OptionError, match="belong to a checkpoint folder"):
+        run_inspect(_inspect(config))
