@@ -205,7 +205,7 @@ class Ranks:
         except RankError:
             raise
         except Exception as error:
-            self._control.exchange(f"{error}")
+            self._control.exchange(str(error) or type(error).__name__)
             raise
         for rank, message in enumerate(self._control.exchange("")):
             if message:

@@ -129,6 +129,19 @@ def test_ranks_that_do_not_divide_the_model() -> None:
         mtp_spec.load(parallel=2)
 
 
+def test_an_error_without_words_is_heard_all_the_same() -> None:
+    said = []
+
+    class Facts:
+        def exchange(self, value: Any) -> list[Any]:
+            said.append(value)
+            return [value, ""]
+
+    with pytest.raises(LookupError), Ranks(0, 2, None, Facts()).together():  # type: ignore[arg-type]
+        raise LookupError
+    assert said == ["LookupError"]
+
+
 def test_a_killed_rank_ends_the_other(fp8: Path, tmp_path: Path) -> None:
     processes = ranks.start({"model": str(fp8), "forever": True}, 2, tmp_path)
     wait_for(tmp_path / "0.json", tmp_path / "1.json")
