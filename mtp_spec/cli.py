@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from itertools import product
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -171,6 +173,10 @@ def _generate(args: argparse.Namespace) -> None:
         _write(args, lm, prompts, seeds, options)
 
 
+def _stopped(number: int, frame: FrameType | None) -> None:
+    raise mtp_spec.RankError("told to stop, as launchers do once another rank has ended: see what that one said")
+
+
 def _write(
     args: argparse.Namespace, lm: mtp_spec.LM, prompts: list[str], seeds: Sequence[int], options: dict[str, Any]
 ) -> None:
@@ -203,6 +209,8 @@ def _write(
 
 
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
+    if join_ranks("auto", args.device).size > 1:
+        signal.signal(signal.SIGTERM, _stopped)
     return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype,
                          draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
                          max_batch=getattr(args, "max_batch", 1), progress=sys.stderr.isatty())  # fmt: skip

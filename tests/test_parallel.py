@@ -198,6 +198,24 @@ def test_a_rank_that_never_comes(absent: int, fp8: Path, tmp_path: Path) -> None
     assert f"RankError: rank {1 - absent} of 2 found not all others at 127.0.0.1:" in said
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the rank among the processes of Linux")
+def test_a_rank_killed_under_torchrun(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mtp_spec", "generate", "--raw", "Once",
+               "--max-new-tokens", "2000", "--no-speculation", "--temperature", "2"]  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, "-P", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.stdout is not None
+    run.stdout.read(1)
+    for folder in Path("/proc").glob("[0-9]*"):
+        stat, environment = folder / "stat", folder / "environ"
+        if stat.read_text().rsplit(")", 1)[1].split()[1] == str(run.pid) and b"\0RANK=1\0" in environment.read_bytes():
+            os.kill(int(folder.name), signal.SIGKILL)
+    _, errors = run.communicate(timeout=SECONDS)
+    assert "mtp-spec: rank 0 of 2 lost the others" in errors or "mtp-spec: told to stop" in errors, errors
+
+
 def test_torchrun_with_the_command_line(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Tell me about a fox\n")
