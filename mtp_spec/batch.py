@@ -177,15 +177,17 @@ class Batch:
                     return
                 request, writer, handle = self._waiting[0]
             lease = None
-            if self.pages is not None and not handle.cancelled():
+            if handle.cancelled():
+                self._waiting.popleft()
+                continue
+            if self.pages is not None:
                 prompt = request.ids if self._way[1] else []  # elsewhere rows depend on their passes: nothing is shared
                 if not self._is_being_read(request, prompt):
                     lease = self.pages.lease(prompt, request.room, request.strict)
                 if lease is None:
                     return  # first come first served: nobody overtakes
             self._waiting.popleft()
-            if not handle.cancelled():
-                self._open(request, writer, handle, lease)
+            self._open(request, writer, handle, lease)
 
     def _is_being_read(self, request: Request, prompt: Sequence[int]) -> bool:
         """Whether a running text is about to fill pages that a prompt begins with: waiting for them costs less."""

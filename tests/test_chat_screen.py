@@ -45,6 +45,9 @@ class Fake(TokenStream):
         self.result = Generation(stats=statistics())
         self._events = self._play(pieces)
 
+    def __next__(self) -> TokenEvent:
+        return next(self._events)
+
     def _play(self, pieces: Sequence[tuple[str, int]]) -> Iterator[TokenEvent]:
         for number, (text, depth) in enumerate(pieces):
             self.result.text += text

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 import weakref
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -231,13 +233,25 @@ def test_cancelled_and_broken_texts_give_their_pages_back(folder: Path) -> None:
     def fails(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         raise LookupError("a processor's own error")
 
-    for _ in range(60):
+    texts, done = deque[mtp_spec.Handle](maxlen=30), threading.Event()
+
+    def cancels() -> None:
+        choice = random.Random(1)
+        while not done.wait(choice.random() * 0.003):
+            if texts:
+                choice.choice(list(texts)).cancel()
+
+    other = threading.Thread(target=cancels)
+    other.start()
+    for _ in range(80):
         options: dict[str, Any] = {"max_new_tokens": dice.randrange(1, 30), "speculation": dice.choice((None, 2))}
         if dice.random() < 0.3:
             options["logits_processor"] = fails
-        text = lm.submit([dice.randrange(3)] * dice.randrange(1, 150), **options)
-        if dice.random() < 0.4:
-            text.cancel()
+        texts.append(lm.submit([dice.randrange(3)] * dice.randrange(1, 150), **options))
+        if dice.random() < 0.2:
+            texts[-1].cancel()
+    done.set()
+    other.join()
     assert len(lm.submit([1], max_new_tokens=1).result().token_ids) == 1
     pages = lm._batch.pages  # type: ignore[union-attr]
     lm.close()
