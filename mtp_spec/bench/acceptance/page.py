@@ -39,7 +39,7 @@ HEAD = f"""<!DOCTYPE html>
 def page(document: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """Returns the page of a document and its figures."""
     known, details = document["set"], document["details"]
-    model = ", ".join(str(value) for value in document["model"].values())
+    model = ", ".join(f"{name} {value}" for name, value in document["model"].items())
     facts = {"questions": f"{known['questions']} of {known['name']} ({known['kind']})", "model": model}
     facts |= {name: str(document[name]) for name in FACTS if document[name] is not None}
     notes = [f"Not measured: {name}: {why}" for part in ("left_out", "absent") for name, why in document[part].items()]

@@ -112,7 +112,8 @@ class Runner:
         start = perf_counter()
         stream = lm.stream(ids, speculation=shape, **options)
         first = None
-        if self.args.bound and has_bound(cell) and isinstance(stream.decoder, Decoder):
+        if self.args.bound and has_bound(cell):
+            assert isinstance(stream.decoder, Decoder)
             assert isinstance(shape, Speculation)
             first = FirstDepth(stream.decoder, cell.rule, shape.branching[0])
         marks = {0: 0.0}
