@@ -160,6 +160,7 @@ def _accepting(model: DeviceModel, state: State, context: int) -> Row:
     for name, params in ACCEPTED.items():
         step = Step(model, state, shape, stages_of(params), CHAIN + 1)
         state.reset(params, [0])
+        state.blank()
         state.length.fill_(context)
         step()  # gives it logits and rows
         length = state.length.clone()
