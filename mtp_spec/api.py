@@ -62,8 +62,9 @@ class LM:
         self.max_context, self.max_batch, self.cache_tokens = max_context, max_batch, cache_tokens
         self._batch: Batch | None = None
         self._starting = Lock()
-        self._watch = Watch(lambda: self.technique == "batched")
-        self._ways = RowWays(model, technique) if isinstance(model, Transformer) else None
+        self._ways = ways = RowWays(model, technique) if isinstance(model, Transformer) else None
+        # not by way of this object, which is to end with its last user
+        self._watch = Watch(lambda: ways is None or ways.technique == "batched")
         self._grammars: Grammars | None = None
         self._planners: Planners | None = None
         if isinstance(model, Transformer):
