@@ -248,7 +248,8 @@ class LM:
     def begin(self, request: Request, after: TokenStream | None = None, lease: Lease | None = None) -> TokenStream:
         """Returns the stream of a checked request: what `stream`, `generate` and a batch do."""
         # beside others "auto" drafts little or nothing, which is no sign of anything
-        watched = self._watch.ended if request.speculation is not None and lease is None else None
+        told = request.speculation is not None and (lease is None or self.max_batch == 1)
+        watched = self._watch.ended if told else None
         return TokenStream(self._decoder(request, after, lease), request.finisher, watched)
 
     def _decoder(self, request: Request, after: TokenStream | None, lease: Lease | None) -> Decoder | DeviceDecoder:
