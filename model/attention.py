@@ -252,9 +252,10 @@ class MLA(nn.Module):
     def _attend_one(self, q: Tensor, row: Tensor, layer: int, cache: LatentCache, plan: RowPlan) -> Tensor:
         slots = cache.put(layer, plan.start, row, max(plan.mask.shape[-1], plan.start + len(row)))
         whole = self.config.num_attention_heads
-        if self.heads == whole or (self.heads > 1 and q.dtype != torch.float32):
+        if self.heads == whole:
             return attend(q, slots, plan, self.latent, self.scale)
-        # one head alone, and any heads in float32, take other routines than several: give them the others' room
+        # other numbers of heads take other routines, in float32 and, on some processors, in bfloat16: to have the bits
+        # of a process alone, a rank's heads stand where they stand there
         own = self.ranks.own(whole)
         room = q.new_zeros(q.shape[0], whole, q.shape[2])
         room[:, own] = q
