@@ -7,6 +7,8 @@ of the block have a smaller last block. An all-zero block has scale 1.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,20 @@ from torch import Tensor
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 BLOCK = 128
+
+
+def widen(x: Tensor) -> Tensor:
+    """Returns e4m3 x `[...]` as float32."""
+    if x.device.type != "cpu":
+        return x.float()
+    # four times as fast there as torch's cast
+    return _values().index_select(0, x.contiguous().view(torch.uint8).flatten().int()).view(x.shape)
+
+
+@cache
+def _values() -> Tensor:
+    """Returns `[256]` float32, the number that each byte is."""
+    return torch.arange(256, dtype=torch.uint8).view(E4M3).float()
 
 
 def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
@@ -64,8 +80,11 @@ def weight_dequant(
     expected = (-(-rows // block_size), -(-columns // block_size))
     if tuple(scale.shape) != expected:
         raise ValueError(f"scales {tuple(scale.shape)} for a weight {tuple(w.shape)}: expected {expected}")
-    full = scale.float().repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
-    return (w.float() * full[:rows, :columns]).to(dtype)
+    columns_scale = scale.float().repeat_interleave(block_size, 1)[:, :columns]
+    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    for block, part in enumerate(w.split(block_size)):  # a row of blocks fits the processor's cache
+        out[block * block_size : block * block_size + len(part)] = widen(part) * columns_scale[block]
+    return out
 
 
 def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size: int = BLOCK) -> Tensor:
@@ -74,7 +93,7 @@ def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size:
     out = torch.zeros(a.shape[0], b.shape[0], device=a.device)
     for block in range(a_scale.shape[-1]):
         k = slice(block * block_size, (block + 1) * block_size)
-        out += row_products(a[:, k].float(), b[:, k].float()) * a_scale[:, block, None] * columns[:, block]
+        out += row_products(widen(a[:, k]), widen(b[:, k])) * a_scale[:, block, None] * columns[:, block]
     return out
 
 
