@@ -25,12 +25,13 @@ SHAPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def texts(lm: mtp_spec.LM) -> dict[str, Any]:
-    """Returns ids and log-probabilities of every shape of drafts, greedy and sampled, and the sum of all scores."""
+def texts(lm: mtp_spec.LM, names: Sequence[str] = tuple(SHAPES), tokens: int = 20) -> dict[str, Any]:
+    """Returns ids and log-probabilities of shapes of drafts, greedy and sampled, and the sum of all scores."""
     found: dict[str, Any] = {}
-    for name, shape in SHAPES.items() if len(lm.model.mtp) else [("plain", None)]:
+    for name in names:
         for temperature in (0.0, 0.9):
-            one = lm.generate(PROMPT, max_new_tokens=20, temperature=temperature, seed=3, logprobs=2, speculation=shape)
+            options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": temperature, "seed": 3, "logprobs": 2}
+            one = lm.generate(PROMPT, speculation=SHAPES[name], **options)
             found[f"{name} {temperature}"] = [one.token_ids, repr(one.logprobs)]
     found["scores"] = lm.score(PROMPT).logits.double().sum().item()
     return found
@@ -47,7 +48,7 @@ def start(job: dict[str, Any], count: int, folder: Path, absent: Sequence[int] =
 
     Args:
         job: "model": a folder, or one for each rank; "kernels": on the kernels' references; "patience": seconds;
-            "forever": texts without end.
+            "forever": texts without end; "names", "tokens": of `texts`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -99,7 +100,7 @@ def main(out: Path, job: dict[str, Any]) -> None:
         out.write_text("{}")
         while True:
             lm.generate(PROMPT, max_new_tokens=100)
-    out.write_text(json.dumps(texts(lm)))
+    out.write_text(json.dumps(texts(lm, job.get("names", tuple(SHAPES)), job.get("tokens", 20))))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -12,9 +13,12 @@ import pytest
 from test_device import device_lm
 from transformers import modeling_layers
 
+import mtp_spec
+import tiny
 from mtp_spec.bench import tuning
 from mtp_spec.bench.common import bundled_prompts, interval
 from mtp_spec.bench.exactness import SAMPLING, SHAPES
+from mtp_spec.bench.peer import transformers_ways
 from mtp_spec.bench.phases import step_phases
 from mtp_spec.cli import main
 from mtp_spec.kernels import gemm
@@ -72,7 +76,9 @@ def test_batch(tmp_path: Path) -> None:
     assert all(row["times plain"] == 1 and row["tokens a step"] == 1 for row in document["rows"][::3])
 
 
-def test_rows(tmp_path: Path) -> None:
+def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_spec.bench.rows.COUNTS", (1, 2, 7, 33))
+    monkeypatch.setattr("mtp_spec.bench.rows.CONTEXTS", (1, 250))
     document = run(["rows", "--threads", "1"], tmp_path)
     assert all(row["chains equal"] == row["of"] and row["trees equal"] == 3 for row in document["rows"])
 
@@ -89,12 +95,12 @@ def test_speed_beside_transformers(tmp_path: Path) -> None:
     assert document["load"]["peak_mb"] > 50
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are a Unix module")
 def test_speed_says_why_use_mtp_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(modeling_layers, "MtpModel")
-    document = run(["speed", *TINY, "--depths", "2", "--temperatures", "0", "--transformers", "--loads", "1"], tmp_path)
-    assert "MtpModel" in document["rows"][-1]["way"]
-    assert document["rows"][-1]["tokens/s"] == "-"
+    lm = mtp_spec.load(tiny.make(tmp_path / "model").folder, dtype="float32")
+    ways, absent = transformers_ways(lm, tmp_path, argparse.Namespace(model=None))
+    assert list(ways) == ["transformers plain"]
+    assert "MtpModel" in absent["transformers use_mtp"]
 
 
 def test_parts_of_a_captured_step_are_timed_beside_the_text() -> None:

@@ -37,11 +37,11 @@ def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.make_fp8(tmp_path_factory.mktemp("fp8") / "model")
 
 
-def alone(folder: Path, dtype: str) -> dict[str, Any]:
+def alone(folder: Path, dtype: str, **job: Any) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = ranks.texts(mtp_spec.load(folder, dtype=dtype, measure=False))
+        found = ranks.texts(mtp_spec.load(folder, dtype=dtype, measure=False), **job)
     finally:
         torch.set_num_threads(threads)
     return json.loads(json.dumps(found))
@@ -88,8 +88,9 @@ def test_fewer_blocks_than_ranks_are_refused(fp8: Path) -> None:
 
 def test_four_ranks_with_a_head_each(tmp_path: Path) -> None:
     tiny.make(tmp_path / "model", "v3_two_modules")
-    expected = alone(tmp_path / "model", "bfloat16")
-    assert ranks.run({"model": str(tmp_path / "model"), "dtype": "bfloat16"}, 4, tmp_path) == [expected] * 4
+    few: dict[str, Any] = {"names": ["plain", "tree"], "tokens": 8}
+    expected = alone(tmp_path / "model", "bfloat16", **few)
+    assert ranks.run({"model": str(tmp_path / "model"), "dtype": "bfloat16", **few}, 4, tmp_path) == [expected] * 4
 
 
 def bytes_of(checkpoint: Checkpoint) -> int:
