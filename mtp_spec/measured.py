@@ -52,11 +52,7 @@ class Planners:
         return self._planners[threads]
 
     def _times(self, technique: Technique) -> StepTimes:
-        ranks = self._model.ranks
-        subject = {
-            **subject_of(self._model), "threads": torch.get_num_threads(), "rows": technique, "ranks": ranks.size,
-            "passes": PASSES,
-        }  # fmt: skip
+        ranks, subject = self._model.ranks, times_subject(self._model, technique)
         try:
             return StepTimes.from_json(ranks.from_first(read(subject) if ranks.rank == 0 else None) or {})
         except (KeyError, TypeError, ValueError):
@@ -83,6 +79,14 @@ def subject_of(model: Transformer | DeviceModel) -> dict[str, Any]:
     }
 
 
+def times_subject(model: Transformer, technique: Technique) -> dict[str, Any]:
+    """Returns what a model's step times depend on, with torch's present number of threads."""
+    return {
+        **subject_of(model), "threads": torch.get_num_threads(), "rows": technique, "ranks": model.ranks.size,
+        "passes": PASSES,
+    }  # fmt: skip
+
+
 def processor_name() -> str:
     """Returns the processor's name as the system gives it."""
     info = Path("/proc/cpuinfo")
@@ -104,7 +108,7 @@ def cache_folder() -> Path:
 def read(subject: dict[str, Any]) -> dict[str, Any] | None:
     """Returns what was kept about a subject by this version of the library and of torch, or None."""
     try:
-        document = json.loads(_file(subject).read_text(encoding="utf-8"))
+        document = json.loads(file_of(subject).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     fits = isinstance(document, dict) and document.get("of") == {**subject, **_versions()}
@@ -113,7 +117,7 @@ def read(subject: dict[str, Any]) -> dict[str, Any] | None:
 
 def write(subject: dict[str, Any], values: dict[str, Any]) -> None:
     """Keeps values about a subject; warns where that is not possible."""
-    file = _file(subject)
+    file = file_of(subject)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +130,8 @@ def write(subject: dict[str, Any], values: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _file(subject: dict[str, Any]) -> Path:
+def file_of(subject: dict[str, Any]) -> Path:
+    """Returns where values about a subject are kept."""
     name = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "times" / f"{name}.json"
 

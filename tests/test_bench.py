@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from test_device import device_lm
@@ -15,13 +15,18 @@ from transformers import modeling_layers
 
 import mtp_spec
 import tiny
-from mtp_spec.bench import tuning
+from mtp_spec import measured
+from mtp_spec.bench import grid, tuning, turns
 from mtp_spec.bench.common import bundled_prompts, interval
 from mtp_spec.bench.exactness import SAMPLING, SHAPES
 from mtp_spec.bench.peer import transformers_ways
 from mtp_spec.bench.phases import step_phases
+from mtp_spec.bench.turns import Written
 from mtp_spec.cli import main
 from mtp_spec.kernels import gemm
+from mtp_spec.options import Speculation
+from mtp_spec.stats import GenerationStats
+from mtp_spec.times import Curve, StepTimes
 
 TINY = ["--prompts", "2", "--max-new-tokens", "6"]
 
@@ -81,6 +86,147 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_spec.bench.rows.CONTEXTS", (1, 250))
     document = run(["rows", "--threads", "1"], tmp_path)
     assert all(row["chains equal"] == row["of"] and row["trees equal"] == 3 for row in document["rows"])
+
+
+@pytest.fixture(scope="module")
+def bundled() -> mtp_spec.LM:
+    return mtp_spec.load()
+
+
+@pytest.fixture
+def loaded(bundled: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtp_spec, "load", lambda *_, **__: bundled)
+
+
+MEASURED = StepTimes(*(Curve.rising((32, 512), {1: (s, s), 4: (2 * s, 2 * s)}) for s in (0.004, 0.005, 0.001, 0.001)))
+
+
+def test_plan_shows_what_auto_plans_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measured, "measure", lambda *_: MEASURED)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    document = run(["plan", *TINY, "--temperatures", "0.8"], tmp_path)
+    assert document["rows"][0] == {"pass": "decode", "rows": 1, "ms at 32 tokens": 4.0, "at 512": 4.0,
+                                   "in plain steps": 1.0}  # fmt: skip
+    assert [row["in plain steps"] for row in document["rows"][1:]] == [2.0, 1.25, 2.5, 0.25, 0.5, 0.25, 0.5]
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    assert str(kept) in document["times"]
+    assert str(kept) in capsys.readouterr().out
+    learned = document["after 2 texts at temperature 0.8"]
+    for chances in learned["chances"].values():
+        assert list(chances.values()) == sorted(chances.values())
+    assert sum(learned["steps by depth drafted"].values()) == pytest.approx(1.0)
+    assert learned["ms of a plain step"] > 0
+
+
+def test_plan_without_measured_times_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "measure", lambda *_: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    document = run(["plan", *TINY, "--temperatures", "0"], tmp_path)
+    assert "typical" in document["times"]
+    assert document["rows"][0]["ms at 32 tokens"] == "-"
+
+
+def test_plan_of_captured_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mtp_spec, "load", lambda *_, **__: device_lm())
+    document = run(["plan", *TINY, "--prompts", "1", "--temperatures", "0", "--device", "cuda"], tmp_path)
+    assert [row["step"] for row in document["rows"]] == ["plain", *(f"chain {depth}" for depth in range(1, 6))]
+    assert document["rows"][0]["times plain"] == 1.0
+    tokens = [row["tokens expected"] for row in document["rows"]]
+    assert tokens == sorted(tokens)
+    assert list(document["after 1 texts at temperature 0"]["chances"]) == ["1", "2", "3", "4", "5"]
+
+
+GRID = ["plan", "--grid", "--depths", "1,2", "--trees", "2,2x1", "--temperatures", "0.8", "--max-new-tokens", "6"]
+
+
+class Clock:
+    """Seconds that a text takes are those of its plan."""
+
+    seconds: ClassVar[dict[str, float]] = {"plain": 1.0, "auto": 0.5, "chain 1": 0.8, "chain 2": 0.4, "tree 2": 0.9,
+                                           "tree 2,1": 0.95}  # fmt: skip
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written: list[tuple[str, int]] = []
+        monkeypatch.setattr(grid, "ours", self._ours)
+
+    def _ours(self, lm: mtp_spec.LM, speculation: Any) -> turns.Generate:
+        name = speculation or "plain"
+        if isinstance(speculation, Speculation):
+            widths = ",".join(map(str, speculation.branching))
+            name = f"chain {speculation.depth}" if speculation.is_chain else f"tree {widths}"
+
+        def write(ids: list[int], options: dict[str, Any]) -> Written:
+            self.written.append((name, options["max_new_tokens"]))
+            return Written(ids[:6], self.seconds[name], GenerationStats())
+
+        return write
+
+
+@pytest.mark.usefixtures("loaded")
+def test_the_best_fixed_plan_is_chosen_on_one_half_and_compared_on_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Clock(monkeypatch)
+    document = run([*GRID, "--prompts", "5"], tmp_path)
+    (setting,) = document["settings"]
+    assert setting["best"] == "chain 2"
+    assert setting["auto over the best"]["median"] == pytest.approx(0.8)
+    assert setting["auto over plain"]["median"] == pytest.approx(2.0)
+    assert setting["goals met"] == {"of the best": False, "of plain": True}
+    assert setting["prompts that compare"] == 3
+    rows = [(row["to"], row["plan"], row["prompts"]) for row in document["rows"]]
+    assert rows == [
+        *(("choose", name, 2) for name in ("plain", "auto", "chain 1", "chain 2", "tree 2", "tree 2,1")),
+        *(("compare", name, 3) for name in ("plain", "auto", "chain 2")),
+    ]
+    assert "goal 0.98 missed" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("loaded")
+def test_halving_drops_slow_plans_and_plain_may_be_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(Clock, "seconds", {**Clock.seconds, "plain": 0.3})
+    document = run([*GRID, "--prompts", "8", "--halving", "--adversarial"], tmp_path)
+    ordinary, adversarial = document["settings"]
+    for setting in (ordinary, adversarial):
+        assert setting["best"] == "plain"
+        assert setting["prompts that chose"] == {"plain": 4, "auto": 4, "chain 1": 4, "chain 2": 4, "tree 2": 2,
+                                                 "tree 2,1": 2}  # fmt: skip
+    assert (adversarial["random prompts"], adversarial["temperature"]) == (True, 2.0)
+    texts = [name for name, tokens in clock.written if tokens == 6]
+    assert texts.count("tree 2") == 4
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_plan_that_changes_the_text_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ours(lm: mtp_spec.LM, plan: Any) -> turns.Generate:
+        honest, other = turns.ours(lm, plan), {"seed": 7, "temperature": 2.0}
+        return lambda ids, options: honest(ids, options if plan is None else {**options, **other})
+
+    monkeypatch.setattr(grid, "ours", ours)
+    with pytest.raises(SystemExit):
+        run([*GRID, "--prompts", "2"], tmp_path)
+    document = json.loads((tmp_path / "deeper" / "report.json").read_text())
+    assert {row["plan"] for row in document["unlike plain"]} == {"auto", "chain 1", "chain 2", "tree 2", "tree 2,1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--halving"], "--halving needs --grid"),
+        (["--grid", "--prompts", "1"], "--prompts 2 or more"),
+        (["--grid", "--trees", "9x9"], "at most 64 nodes"),
+    ],
+)
+def test_plan_refuses_before_loading(
+    options: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mtp_spec, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(SystemExit):
+        main(["bench", "plan", *options])
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource limits are a Unix module")

@@ -13,7 +13,9 @@ from mtp_spec.bench.acceptance.comparing import add_compare
 from mtp_spec.bench.cache import cache
 from mtp_spec.bench.common import publish
 from mtp_spec.bench.exactness import same_text
+from mtp_spec.bench.grid import TREES
 from mtp_spec.bench.kernels import WHAT, kernels
+from mtp_spec.bench.plan import SEARCHED, TAUGHT, check_plan, plan
 from mtp_spec.bench.products import SHAPES
 from mtp_spec.bench.rows import rows
 from mtp_spec.bench.side_by_side import batch
@@ -41,6 +43,7 @@ def add_bench(commands: Any) -> None:
     four.add_argument("--transformers", action="store_true", help="also time transformers' generate, plain and use_mtp")
     four.add_argument("--loads", type=parsing.count, default=3, help="fresh processes that load the model (3)")
     four.add_argument("--adversarial", action="store_true", help="prompts of random tokens; try it at temperature 2")
+    _add_plan(kinds)
     _add(kinds, "cache", cache, "what a latent cache in FP8 costs in accuracy", 20, 64)
     eight = _add(kinds, "batch", batch, "tokens a second of texts side by side, plain and auto", None, None)
     eight.add_argument("--sizes", type=parsing.integers, default=[1, 4, 16, 64], metavar="N,...", help="texts at once")
@@ -68,6 +71,23 @@ def add_bench(commands: Any) -> None:
     six.add_argument("--library", action="store_true", help="ranks exchange through NCCL, not in one another's memory")
     four.add_argument("--depths", type=parsing.depths, default=[2, 3, 4, 5], metavar="K,K,...", help="chains to time")
     four.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...")
+
+
+def _add_plan(kinds: Any) -> None:
+    text = 'what "auto" plans with; --grid: the best fixed plan, and "auto" beside it'
+    kind = _add(kinds, "plan", plan, text, None, None)
+    kind.set_defaults(check=check_plan)
+    kind.add_argument("--grid", action="store_true", help='search for the best fixed plan and compare "auto" with it')
+    kind.add_argument("--depths", type=parsing.depths, metavar="K,K,...", help="chains of the grid (1,2,3,4,5,6); with "
+                      "--depths or --trees, only what they name")  # fmt: skip
+    kind.add_argument("--trees", type=parsing.trees, metavar="NxN,...", help="its trees, children by depth ("
+                      + ",".join("x".join(map(str, tree)) for tree in TREES) + ")")  # fmt: skip
+    kind.add_argument("--halving", action="store_true", help="drop the slower half of the plans again and again")
+    kind.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...", help="(0,0.8)")
+    kind.add_argument("--adversarial", action="store_true", help="--grid: also random prompts at temperature 2")
+    kind.add_argument("--prompts", type=parsing.count, metavar="N",
+                      help=f"held-out prompts ({TAUGHT}; --grid: {SEARCHED}, one half chooses)")  # fmt: skip
+    kind.add_argument("--max-new-tokens", type=parsing.count, default=96, help="tokens a text (96)")
 
 
 def _add(
@@ -112,6 +132,8 @@ def run_bench(args: argparse.Namespace) -> None:
         return args.run(args)
     if args.run in (kernels, step):
         return publish(args.run(args), None, args)
+    if "check" in args:  # before anything is loaded
+        args.check(args)
     side_by_side = max(args.sizes) if args.run is batch and args.device == "cpu" else 1
     lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary,
                        cache_dtype=args.cache_dtype, max_batch=side_by_side)  # fmt: skip

@@ -41,6 +41,7 @@ class Report:
         facts: anything else worth keeping, for the document only.
         failed: whether the claim that the benchmark checks does not hold; the program then exits with 1.
         silent: neither print nor write it: another process does.
+        notes: lines below the table.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     failed: bool = False
     silent: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def bundled_prompts(count: int, seed: int = 0) -> list[Row]:
@@ -145,6 +147,8 @@ def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
     """Prints the table, writes the document (to a temporary file first), exits with 1 if the report failed."""
     console = Console(quiet=report.silent)
     console.print(table(report))
+    for note in report.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if args.json is not None and not report.silent:
         write(args.json, (json.dumps(document(report, lm, args), indent=1) + "\n").encode())
         console.print(f"written to {args.json}")

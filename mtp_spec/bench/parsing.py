@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from mtp_spec.options import ACCEPTANCE_RULES, MAX_DEPTH
+from mtp_spec.errors import OptionError
+from mtp_spec.options import ACCEPTANCE_RULES, MAX_DEPTH, Speculation
 
 
 def numbers(text: str) -> list[float]:
@@ -34,9 +35,13 @@ def depths(text: str) -> list[int]:
 def trees(text: str) -> list[tuple[int, ...]]:
     """Returns branchings from such as 3x2x1,2x2."""
     try:
-        return [tuple(int(width) for width in part.split("x")) for part in text.split(",")]
+        found = [tuple(int(width) for width in part.split("x")) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: give trees as children by depth, such as 3x2x1,2x2x2") from None
+    try:
+        return [Speculation(branching=tree).branching for tree in found]
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def vocabulary(text: str) -> int | str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from mtp_spec.api import LM
+from mtp_spec.bench.turns import Generate, Written
 from mtp_spec.errors import OptionError
 from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.stats import GenerationStats
 
-# prompt ids and sampling options -> token ids, seconds, seconds by phase
-Generate = Callable[[list[int], dict[str, Any]], tuple[list[int], float, dict[str, float]]]
 PLAIN, MTP = "transformers plain", "transformers use_mtp"
 
 
@@ -44,14 +44,14 @@ def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[d
     stops = sorted(lm.stop_ids())
 
     def way(**more: Any) -> Generate:
-        def generate(ids: list[int], options: dict[str, Any]) -> tuple[list[int], float, dict[str, float]]:
+        def generate(ids: list[int], options: dict[str, Any]) -> Written:
             tokens = torch.tensor([ids], device=model.device)
             start = time.perf_counter()
             with torch.inference_mode():
                 out = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
                                      eos_token_id=stops, pad_token_id=stops[0],
                                      max_new_tokens=options["max_new_tokens"], **more)  # fmt: skip
-            return out[0, len(ids) :].tolist(), time.perf_counter() - start, {}
+            return Written(out[0, len(ids) :].tolist(), time.perf_counter() - start, GenerationStats())
 
         return generate
 

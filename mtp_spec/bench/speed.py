@@ -7,17 +7,16 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import track
 
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, average, bundled_prompts, question, spread
-from mtp_spec.bench.peer import Generate, transformers_ways
+from mtp_spec.bench.peer import transformers_ways
 from mtp_spec.bench.phases import step_phases
+from mtp_spec.bench.turns import Generate, Written, in_turn, noise, ours, warm_up
 
 LOAD = """
 import json, resource, sys, time
@@ -35,7 +34,7 @@ print(json.dumps({"import_s": imported - start, "load_s": loaded - imported, "pe
 def speed(lm: LM, args: argparse.Namespace) -> Report:
     """Times every way to generate on the same prompts, in turn, and reports medians of ratios against plain."""
     speculations = {"plain": None, **{f"chain {depth}": depth for depth in args.depths}, "auto": "auto"}
-    ways, absent = {name: _ours(lm, speculation) for name, speculation in speculations.items()}, dict[str, str]()
+    ways, absent = {name: ours(lm, speculation) for name, speculation in speculations.items()}, dict[str, str]()
     with tempfile.TemporaryDirectory() as folder:
         if args.transformers:
             theirs, absent = transformers_ways(lm, Path(folder), args)
@@ -72,32 +71,26 @@ def _compare(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Returns the table's rows, and seconds per token of every text."""
     prompts = bundled_prompts(args.prompts, seed=1)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    phases: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    texts: dict[str, list[Written]] = {name: [] for name in ways}
     agree: dict[str, list[float]] = {name: [] for name in ways}
     greedy = {n: w for n, w in ways.items() if temperature == 0 or not n.startswith("transformers")}
-    warm = {"temperature": temperature, "seed": 0, "max_new_tokens": 8}
-    for way in greedy.values():  # compilation and capture are no part of a text's time
-        way(question(lm, prompts[0]["prompt"]), warm)
+    options = {"temperature": temperature, "seed": 0, "max_new_tokens": args.max_new_tokens}
+    asked = [noise(lm, i) if args.adversarial else question(lm, one["prompt"]) for i, one in enumerate(prompts)]
+    warm_up(greedy, asked, options)
     for number, item in enumerate(track(prompts, f"temperature {temperature}", transient=True)):
-        ids = _noise(lm, number) if args.adversarial else question(lm, item["prompt"])
-        options = {"temperature": temperature, "seed": item["seed"], "max_new_tokens": args.max_new_tokens}
-        texts: dict[str, list[int]] = {}
-        names = list(greedy)
-        # another way goes first each time, so that none always finds warm caches
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            texts[name], took, phase = greedy[name](ids, options)
-            seconds[name].append(took / max(1, len(texts[name])))
-            phases[name].append(phase)
-        for name, text in texts.items():
-            agree[name].append(_shared(text, texts["plain"]))
+        found = in_turn(greedy, number, asked[number], {**options, "seed": item["seed"]})
+        for name, text in found.items():
+            texts[name].append(text)
+            agree[name].append(_shared(text.ids, found["plain"].ids))
     rows: list[Row] = []
     for name in greedy:
-        median, low, high = spread([p / s for p, s in zip(seconds["plain"], seconds[name], strict=True)])
+        ratios = [plain.pace / own.pace for plain, own in zip(texts["plain"], texts[name], strict=True)]
+        median, low, high = spread(ratios)
         rows.append({"T": temperature, "way": name, "times plain": median, "quartiles": f"{low:.2f}-{high:.2f}",
-                     "tokens/s": 1 / spread(seconds[name])[0], "first tokens as plain": average(agree[name]),
-                     **_shares(phases[name])})  # fmt: skip
-    return rows, {"seconds per token": {name: values for name, values in seconds.items() if values}}
+                     "tokens/s": 1 / spread([text.pace for text in texts[name]])[0],
+                     "first tokens as plain": average(agree[name]),
+                     **_shares([text.stats.seconds for text in texts[name]])})  # fmt: skip
+    return rows, {"seconds per token": {name: [text.pace for text in found] for name, found in texts.items() if found}}
 
 
 def _shared(text: list[int], other: list[int]) -> int:
@@ -106,25 +99,11 @@ def _shared(text: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
 
 
-def _noise(lm: LM, number: int) -> list[int]:
-    """Returns a prompt of random tokens, of which no draft can make sense."""
-    return torch.randint(lm.config.vocab_size, (24,), generator=torch.Generator().manual_seed(number)).tolist()
-
-
 def _shares(phases: list[dict[str, float]]) -> Row:
     """Returns the share of the time by phase, as text."""
     total = sum(p.get("total", 0.0) for p in phases)
     names = ("draft", "verify", "sample")
     return {name: f"{sum(p.get(name, 0.0) for p in phases) / total:.0%}" if total else "-" for name in names}
-
-
-def _ours(lm: LM, speculation: Any) -> Generate:
-    def generate(ids: list[int], options: dict[str, Any]) -> tuple[list[int], float, dict[str, float]]:
-        start = time.perf_counter()
-        out = lm.generate(ids, speculation=speculation, **options)
-        return out.token_ids, time.perf_counter() - start, out.stats.seconds
-
-    return generate
 
 
 def _load(args: argparse.Namespace) -> dict[str, float]:

@@ -18,7 +18,8 @@ from mtp_spec.bench.acceptance.contexts import prompt_ids
 from mtp_spec.bench.acceptance.journal import Journal, Text
 from mtp_spec.bench.acceptance.questions import Question
 from mtp_spec.bench.bound import FirstDepth
-from mtp_spec.bench.peer import MTP, Generate, counted_steps, transformers_ways
+from mtp_spec.bench.peer import MTP, counted_steps, transformers_ways
+from mtp_spec.bench.turns import Generate
 from mtp_spec.engine import Decoder
 from mtp_spec.errors import OptionError
 from mtp_spec.options import Speculation

@@ -1,0 +1,158 @@
+"""`bench plan`: what "auto" plans with on this machine and model, and (`grid`) how well it does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from mtp_spec.api import LM
+from mtp_spec.bench.common import Report, Row, bundled_prompts, question
+from mtp_spec.bench.grid import grid
+from mtp_spec.confidence import RANKS
+from mtp_spec.device_planned import PlannedDecoder
+from mtp_spec.engine import Decoder
+from mtp_spec.errors import OptionError
+from mtp_spec.ladder import Ladder
+from mtp_spec.measured import file_of, read, times_subject
+from mtp_spec.model.transformer import Transformer
+from mtp_spec.planner import Planner
+from mtp_spec.progress import step_progress
+from mtp_spec.stats import GenerationStats
+from mtp_spec.times import StepTimes
+
+KINDS = {"verify": "verify a chain", "tree": "verify a tree", "level": "draft a level", "extend": "take in tokens"}
+# leads over the runner-up, in units of noise, and depths that chances are shown for
+LEADS, DEPTHS = (0.5, 1.0, 2.0, 4.0), (1, 2, 3)
+# prompts where --prompts is not given
+TAUGHT, SEARCHED = 8, 32
+
+
+def plan(lm: LM, args: argparse.Namespace) -> Report:
+    """Shows what "auto" plans with: measured step times, and the chances of drafts after a few texts. With --grid it
+    finds the best fixed plan instead, on one half of the prompts, and compares "auto" with it on the other."""
+    if not lm.model.mtp:
+        raise OptionError("bench plan: this checkpoint has no MTP module, so that nothing is drafted")
+    return grid(lm, args) if args.grid else _known(lm, args)
+
+
+def check_plan(args: argparse.Namespace) -> None:
+    """Refuses options that would be ignored, and fills in the number of prompts."""
+    alone = [name for name in ("depths", "trees", "halving", "adversarial") if getattr(args, name)]
+    if alone and not args.grid:
+        raise OptionError(f"bench plan: --{alone[0]} needs --grid")
+    if args.prompts is None:
+        args.prompts = SEARCHED if args.grid else TAUGHT
+    if args.grid and args.prompts < 2:
+        raise OptionError("--grid needs --prompts 2 or more: one half chooses the best plan, the other compares")
+
+
+def _known(lm: LM, args: argparse.Namespace) -> Report:
+    if lm.speculation_for("auto") is None:
+        raise OptionError(f'"auto" drafts nothing here: rows run one by one ({lm.model.dtype}, technique '
+                          f'"{lm.technique}"), so verifying costs what it saves; --grid shows it')  # fmt: skip
+    rows, notes, facts = list[Row](), list[str](), dict[str, Any]()
+    for temperature in args.temperatures:
+        decoder, stats = _write(lm, temperature, args)
+        if isinstance(decoder, Decoder):
+            assert decoder.planner is not None
+            planner = decoder.planner.planner
+            rows, learned = _times(planner.times), _learned(planner)
+        else:
+            learned = {"chances": _device_chances(decoder.planner.ladder)}
+            rows += [{"T": temperature, **row} for row in _rungs(decoder.planner.ladder)]
+        learned["steps by depth drafted"] = {
+            depth: sum(counts.values()) / stats.steps for depth, counts in stats.histogram_by_draft_length.items()
+        }
+        learned["tokens per step"] = stats.tokens_per_step
+        facts[f"after {args.prompts} texts at temperature {temperature:g}"] = learned
+        notes += [f"after {args.prompts} texts at temperature {temperature:g}:", *_lines(learned)]
+    where = _kept(lm)
+    silent = lm.model.ranks.rank > 0
+    return Report('What "auto" plans with', rows, {"times": where, **facts}, silent=silent, notes=[where, *notes])
+
+
+def _write(lm: LM, temperature: float, args: argparse.Namespace) -> tuple[Decoder | PlannedDecoder, GenerationStats]:
+    """Lets "auto" write the prompts; returns the last text's decoder, whose planner knows what all of them taught."""
+    total, decoder = GenerationStats(), None
+    with step_progress(sys.stderr.isatty(), f"texts at {temperature:g}") as report:
+        for number, item in enumerate(bundled_prompts(args.prompts, seed=1), start=1):
+            stream = lm.stream(question(lm, item["prompt"]), temperature=temperature, seed=item["seed"],
+                               max_new_tokens=args.max_new_tokens)  # fmt: skip
+            for _ in stream:
+                pass
+            total, decoder = total.merge(stream.result.stats), stream.decoder
+            if report is not None:
+                report(number, args.prompts)
+    assert isinstance(decoder, Decoder | PlannedDecoder)
+    return decoder, total
+
+
+def _kept(lm: LM) -> str:
+    """Says where the times come from."""
+    if not isinstance(lm.model, Transformer):
+        return "times: measured when steps are captured and while they run, kept in memory only"
+    subject = times_subject(lm.model, lm.technique)
+    if read(subject) is not None:
+        return f"times: of this machine and model, kept in {file_of(subject)}"
+    return f"times: typical ones; the machine was too busy to measure ({file_of(subject)} is not there)"
+
+
+def _times(times: StepTimes) -> list[Row]:
+    """Returns one row a measured pass; typical times have no milliseconds."""
+    step, typical, rows = times.verify.seconds[0][0], times == StepTimes.typical(), list[Row]()
+    for name, shown in KINDS.items():
+        curve = getattr(times, name)
+        for count, (near, far) in zip(curve.rows, curve.seconds, strict=True):
+            milliseconds = ("-", "-") if typical else (1000 * near, 1000 * far)
+            kind = "decode" if name == "verify" and count == 1 else shown
+            rows.append({"pass": kind, "rows": count, f"ms at {curve.contexts[0]} tokens": milliseconds[0],
+                         f"at {curve.contexts[1]}": milliseconds[1], "in plain steps": near / step})  # fmt: skip
+    return rows
+
+
+def _learned(planner: Planner) -> Row:
+    confidence, speed, plain = planner.confidence, planner.speed, planner.speed.factor("plain")
+    return {
+        "chances": {depth: {lead: confidence.chance(lead, depth) for lead in LEADS} for depth in DEPTHS},
+        "siblings": [confidence.share(rank) for rank in range(1, RANKS + 1)],
+        "tokens in the time of a plain step": planner.rate,
+        "ms of a plain step": 1000 * planner.times.verify.seconds[0][0] * plain,
+        "factors beside plain": {kind: speed.factor(kind) / plain for kind in ("verify", "draft")},
+    }
+
+
+def _rungs(ladder: Ladder) -> list[Row]:
+    rows = []
+    for rung, shape in enumerate(ladder.shapes):
+        name = "plain" if not shape.parents else f"{'chain' if shape.is_chain else 'tree'} {shape.depth}"
+        tokens, steps = ladder.chances.tokens(shape), ladder.relative(rung)
+        rows.append({"step": name, "ms": 1000 * ladder.seconds(rung), "in plain steps": steps,
+                     "tokens expected": tokens, "times plain": tokens / steps})  # fmt: skip
+    return rows
+
+
+def _device_chances(ladder: Ladder) -> dict[int, dict[str, float]]:
+    """Returns the chance of the best child by depth, and of its siblings where rungs have any."""
+    keys = sorted({key for shape in ladder.shapes for key in zip(shape.depths, shape.ranks, strict=True)})
+    found: dict[int, dict[str, float]] = {}
+    for depth, rank in keys:
+        found.setdefault(depth, {})[f"rank {rank}"] = ladder.chances.chance(depth, rank)
+    return found
+
+
+def _lines(learned: Row) -> list[str]:
+    """Returns what was learned as lines of text."""
+    lines = []
+    for depth, chances in learned["chances"].items():
+        values = ", ".join(f"{chance:.2f} ({key if isinstance(key, str) else f'lead {key:g}'})"
+                           for key, chance in chances.items())  # fmt: skip
+        lines.append(f"  a draft at depth {depth}{' or more' if depth == DEPTHS[-1] and len(chances) > 1 else ''}"
+                     f" is accepted with chance {values}")  # fmt: skip
+    if "siblings" in learned:
+        lines.append("  siblings, once the better ones failed: " + " ".join(f"{x:.2f}" for x in learned["siblings"]))
+        lines.append(f"  {learned['tokens in the time of a plain step']:.2f} tokens in the time of a plain step, which "
+                     f"is {learned['ms of a plain step']:.1f} ms now; beside it, times against the table's: "
+                     + ", ".join(f"{kind} {x:.2f}" for kind, x in learned["factors beside plain"].items()))  # fmt: skip
+    depths = ", ".join(f"{depth}: {share:.0%}" for depth, share in learned["steps by depth drafted"].items())
+    return [*lines, f"  steps by depth drafted: {depths}; {learned['tokens per step']:.2f} tokens a step"]
