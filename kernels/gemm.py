@@ -66,11 +66,18 @@ class Launch:
 
 
 @lru_cache
-def default_launch(outputs: int, inputs: int, kind: str = "fp8") -> Launch:
+def default_launch(outputs: int, inputs: int, kind: str = "fp8", part: int | None = None) -> Launch:
     """Returns what `mtp-spec bench kernels --tune` found for a shape ("fp8" or "bf16"), else a launch by rule.
 
     The rule splits K until there are two programs a multiprocessor, as long as each has four blocks of K.
+
+    Args:
+        part: outputs of the part of the matrix that is multiplied, where ranks share it. K is cut as for the whole, so
+            that the bits are the same; the rest may be what was found for the part.
     """
+    if part is not None and part != outputs:
+        whole, own = default_launch(outputs, inputs, kind), default_launch(part, inputs, kind)
+        return own if own.splits == whole.splits else whole
     tuned: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "tuned" / "gemm.json").read_text())
     found = tuned.get(f"{outputs}x{inputs}" + ("" if kind == "fp8" else f" {kind}"))
     if found is not None:

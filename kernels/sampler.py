@@ -259,8 +259,9 @@ def _search(
             old, new = (step + 1) % 2, step % 2
             kernels._search_kernel[(rows, stretches)](
                 work, highest, request, settings.values, sums[old], counts[old], state[old],
-                sums[new], counts[new], state[new], edge, vocabulary, stretches,
-                STRETCH=stretch, CHUNK=256, STRETCHES=wide, SHIFT=shift, MASS=mass, CUT=cut, **late(work),
+                sums[new], counts[new], state[new], edge, vocabulary, stretches, shift,
+                STRETCH=stretch, CHUNK=256, STRETCHES=wide, FIRST=step == 0, MASS=mass, CUT=cut, num_warps=8,
+                **late(work),
             )  # fmt: skip
         kernels._edge_kernel[(rows,)](
             sums[new], counts[new], state[new], request, settings.values, edge, ties, vocabulary, stretches,

@@ -25,7 +25,9 @@ SETTINGS: tl.constexpr = tl.constexpr(8)
 IN_PROMPT: tl.constexpr = tl.constexpr(1 << 30)  # flag beside the count of a token
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 INFINITE: tl.constexpr = tl.constexpr(0x7F800000)  # magnitude of -inf
-WAYS: tl.constexpr = tl.constexpr(16)  # thresholds a search step: four bits
+BITS: tl.constexpr = tl.constexpr(4)  # a search step
+WAYS: tl.constexpr = tl.constexpr(16)  # its thresholds
+TOP_SHIFT: tl.constexpr = tl.constexpr(28)  # bits below those of the first step
 
 
 @triton.jit
@@ -88,22 +90,21 @@ def _scaled(value, top, temperature):
 
 @triton.jit
 def _magnitude(scaled):
-    """Bits of |x| for x <= 0: ascending as x descends."""
-    return (scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+    """Bits of |x| for x <= 0, int32: ascending as x descends."""
+    return scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _choose(
-    sums, counts, state, row, stretches, STRETCHES: tl.constexpr, SHIFT: tl.constexpr, TARGET: tl.constexpr
-):  # fmt: skip
+def _choose(sums, counts, state, row, stretches, shift, share, STRETCHES: tl.constexpr):
     """Reads one search step's result: the first threshold at which the sum reaches the target.
 
     Args:
         sums, counts: [M, S, WAYS], sums over elements up to each threshold.
         state: [M, 3] float64 of that step: prefix of the threshold, sum below the prefix, target.
-        TARGET: 0 as stored; 1 a share of the total, known after the first step.
+        shift: bits below those that the step searched.
+        share: whether the target is a share of the total, which is known after the first step.
     Returns:
-        prefix, sum below it, target, elements of each stretch [STRETCHES] that are exactly there (after SHIFT 0).
+        prefix, sum below it, target, elements of each stretch [STRETCHES] that are exactly there (after shift 0).
     """
     lane, way = tl.arange(0, STRETCHES), tl.arange(0, WAYS)
     source = (row * stretches + lane)[:, None] * WAYS + way[None, :]
@@ -112,18 +113,17 @@ def _choose(
     total = tl.sum(parts, axis=0)  # [WAYS]
     prefix = tl.load(state + row * 3).to(tl.int64)
     below, target = tl.load(state + row * 3 + 1), tl.load(state + row * 3 + 2)
-    if TARGET == 1:
-        target *= tl.max(total, axis=0)
+    target = tl.where(share, target * tl.max(total, axis=0), target)
     found = tl.minimum(tl.sum((total < target).to(tl.int32), axis=0), WAYS - 1)
     before = tl.sum(tl.where(way == found - 1, total, 0.0), axis=0)
     below = tl.where(found > 0, before, below)
     each = tl.load(counts + source, mask=inside, other=0)
     there = tl.sum(tl.where((way == found)[None, :], each, 0), axis=1)
     there -= tl.sum(tl.where((way == found - 1)[None, :], each, 0), axis=1)
-    return prefix + (found.to(tl.int64) << SHIFT), below, target, there
+    return prefix + (found.to(tl.int64) << shift), below, target, there
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def _search_kernel(
     work, highest, request, settings,
     old_sums, old_counts, old_state,  # of the step before
@@ -132,14 +132,15 @@ def _search_kernel(
     state,  # [M, 3] float64
     edge,  # [M, 2] int64: top-k's magnitude and how many exactly there stay; used with MASS and CUT
     vocabulary, stretches,
+    shift,  # bits below those that this step searches
     STRETCH: tl.constexpr, CHUNK: tl.constexpr, STRETCHES: tl.constexpr,
-    SHIFT: tl.constexpr, MASS: tl.constexpr, CUT: tl.constexpr, PDL: tl.constexpr,
+    FIRST: tl.constexpr, MASS: tl.constexpr, CUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One step of four bits: sums over elements up to each of WAYS thresholds, of counts (top-k) or masses (top-p)."""
     follow(PDL)
     row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     of = tl.load(request + row).to(tl.int64)
-    if SHIFT == 28:
+    if FIRST:
         prefix = tl.zeros((), dtype=tl.int64)
         below = tl.zeros((), dtype=tl.float64)
         if MASS:
@@ -148,7 +149,7 @@ def _search_kernel(
             target = _setting(settings, of, TOP_K)
     else:
         prefix, below, target, _ = _choose(
-            old_sums, old_counts, old_state, row, stretches, STRETCHES, SHIFT + 4, 1 if MASS and SHIFT == 24 else 0
+            old_sums, old_counts, old_state, row, stretches, shift + BITS, MASS and shift == TOP_SHIFT - BITS, STRETCHES
         )
     if stretch == 0:
         tl.store(state + row * 3, prefix.to(tl.float64))
@@ -157,32 +158,37 @@ def _search_kernel(
     top = _row_highest(highest, row, stretches, STRETCHES)
     temperature = _setting(settings, of, TEMPERATURE).to(tl.float32)
     way = tl.arange(0, WAYS)
-    threshold = prefix + ((way + 1).to(tl.int64) << SHIFT) - 1
-    sum_here = tl.zeros((WAYS,), dtype=tl.float64)
-    count_here = tl.zeros((WAYS,), dtype=tl.int32)
-    for first in range(0, STRETCH, CHUNK):
+    # magnitudes have 31 bits; the first step's last threshold has 32, and what begins there holds none
+    threshold = tl.minimum(prefix + ((way + 1).to(tl.int64) << shift) - 1, 0x7FFFFFFF).to(tl.int32)
+    least = tl.minimum(prefix, 0x7FFFFFFF).to(tl.int32)
+    if CUT:
+        cut = tl.load(edge + row * 2).to(tl.int32)
+    # added up lane by lane, over the lanes once at the end; unrolled, so that a whole stretch is on its way at once
+    sums_here = tl.zeros((WAYS, CHUNK), dtype=tl.float64)
+    counts_here = tl.zeros((WAYS, CHUNK), dtype=tl.int32)
+    for first in tl.static_range(0, STRETCH, CHUNK):
         token = stretch * STRETCH + first + tl.arange(0, CHUNK)
         inside = token < vocabulary
         scaled = _scaled(tl.load(work + row * vocabulary + token, mask=inside, other=float("-inf")), top, temperature)
         size = _magnitude(scaled)
         upto = (size[None, :] <= threshold[:, None]) & inside[None, :]
         # only those of this prefix: the difference of neighbours is then what is exactly there, the first included
-        count_here += tl.sum((upto & (size >= prefix)[None, :]).to(tl.int32), axis=1)
+        counts_here += (upto & (size >= least)[None, :]).to(tl.int32)
         if MASS:
             mass = tl.exp(scaled)
             if CUT:
-                mass = tl.where(size < tl.load(edge + row * 2), mass, 0.0)
-            sum_here += tl.sum(tl.where(upto, mass[None, :], 0.0).to(tl.float64), axis=1)
+                mass = tl.where(size < cut, mass, 0.0)
+            sums_here += tl.where(upto, mass.to(tl.float64)[None, :], 0.0)
         else:
-            sum_here += tl.sum(upto.to(tl.int32), axis=1).to(tl.float64)
+            sums_here += upto.to(tl.float64)
+    sum_here, count_here = tl.sum(sums_here, axis=1), tl.sum(counts_here, axis=1)
     if MASS:
         if CUT:
             if stretch == 0:
                 # those exactly at top-k's edge are alike: their mass is a product, wherever they are
-                at = tl.load(edge + row * 2)
-                value = -(at.to(tl.int32).to(tl.float32, bitcast=True))
+                value = -(cut.to(tl.float32, bitcast=True))
                 alike = tl.load(edge + row * 2 + 1).to(tl.float64) * tl.exp(value).to(tl.float64)
-                sum_here += tl.where(threshold >= at, alike, 0.0)
+                sum_here += tl.where(threshold >= cut, alike, 0.0)
     place = (row * stretches + stretch) * WAYS + way
     tl.store(sums + place, sum_here)
     tl.store(counts + place, count_here)
@@ -200,7 +206,7 @@ def _edge_kernel(
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     of = tl.load(request + row).to(tl.int64)
-    at, below, target, there = _choose(sums, counts, state, row, stretches, STRETCHES, 0, 0)
+    at, below, target, there = _choose(sums, counts, state, row, stretches, 0, False, STRETCHES)
     change = at >= 0
     if MASS:
         value = -(at.to(tl.int32).to(tl.float32, bitcast=True))

@@ -53,7 +53,7 @@ class Matrix:
         return gemm.fp8_gemm(*given, self.weight, self.scale, launch=self._launch("fp8"))
 
     def _launch(self, kind: str) -> gemm.Launch:
-        return gemm.default_launch(self.whole, self.weight.shape[1], kind)
+        return gemm.default_launch(self.whole, self.weight.shape[1], kind, part=self.weight.shape[0])
 
     def slots(self, name: str, first: int = 0, rows: int | None = None) -> Slots:
         """Returns the places of a checkpoint tensor, and of its scales, that fill some of the rows."""

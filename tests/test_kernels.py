@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -79,6 +80,17 @@ def test_wrong_shapes_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             gemm.fp8_gemm(*bad)
+
+
+def test_a_part_of_a_matrix_is_summed_as_the_whole() -> None:
+    tuned = json.loads((Path(gemm.__file__).parent / "tuned" / "gemm.json").read_text())
+    for name in tuned:
+        size, _, kind = name.partition(" ")
+        matrix = (*(int(number) for number in size.split("x")), kind or "fp8")
+        whole = gemm.default_launch(*matrix)
+        assert gemm.default_launch(*matrix, part=matrix[0]) == whole
+        for ranks in (2, 4, 8):
+            assert gemm.default_launch(*matrix, part=matrix[0] // ranks).splits == whole.splits
 
 
 @pytest.mark.gpu

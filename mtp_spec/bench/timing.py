@@ -22,6 +22,8 @@ def copy_rate() -> float:
 def graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
     """Returns the median microseconds of one replay; where ranks share the work, all of them call this."""
     stream = torch.cuda.Stream()
+    # what was launched before may still run, and work that exchanges with other ranks counts its exchanges
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             work()
