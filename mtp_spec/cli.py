@@ -213,7 +213,8 @@ def _load(args: argparse.Namespace) -> mtp_spec.LM:
         signal.signal(signal.SIGTERM, _stopped)
     return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype,
                          draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-                         max_batch=getattr(args, "max_batch", 1), progress=sys.stderr.isatty())  # fmt: skip
+                         max_context=args.max_context, max_batch=getattr(args, "max_batch", 1),
+                         progress=sys.stderr.isatty())  # fmt: skip
 
 
 def _chat(args: argparse.Namespace) -> None:

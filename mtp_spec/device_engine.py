@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_spec.accept import Drawn
 from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import MOST, PREFILL_ROWS, State, stages_of
+from mtp_spec.device_state import MOST, State, prefill_rows, stages_of
 from mtp_spec.device_step import Graphs, Prefill, Step
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import commit as commits
@@ -84,7 +84,7 @@ class DeviceRuntime:
     def prefill(self, state: State, tokens: int, first: int, draft: bool) -> Prefill:
         """Returns the pass for a prompt's next chunk, captured where there is a GPU and room for its padding."""
         left = tokens - first
-        rows = next((size for size in PREFILL_ROWS if left <= size), PREFILL_ROWS[-1])
+        rows = prefill_rows(left)
         if self.graphs is None or first + rows > state.caches[0].capacity:
             return Prefill(self.model, state, min(left, rows), draft)
         graphs = self.graphs

@@ -103,6 +103,11 @@ class State:
             self.settings.seen[0, token] += 1
 
 
+def prefill_rows(left: int) -> int:
+    """Returns the rows of the pass for a prompt's next tokens, of which so many are left."""
+    return next((size for size in PREFILL_ROWS if left <= size), PREFILL_ROWS[-1])
+
+
 def stages_of(params: SamplingParams) -> Stages:
     """Returns the stages of sampling that a request needs; others would cost a captured step time."""
     noise = params.temperature > 0

@@ -57,12 +57,13 @@ def run_inspect(args: argparse.Namespace) -> None:
         if args.agreement:
             return _agree(args)
         return show_checkpoint(
-            args.path, as_json=args.json, drafts=args.draft_vocabulary, cache_dtype=args.cache_dtype
-        )
+            args.path, as_json=args.json, drafts=args.draft_vocabulary, cache_dtype=args.cache_dtype,
+            max_context=args.max_context,
+        )  # fmt: skip
     if args.checksums or args.agreement or _loads(args):
         raise OptionError(
-            "--checksums, --agreement, --draft-vocabulary and --cache-dtype belong to a checkpoint folder, "
-            "not to a file"
+            "--checksums, --agreement, --draft-vocabulary, --cache-dtype and --max-context belong to a checkpoint "
+            "folder, not to a file"
         )
     from mtp_spec.estimate import card_rate, show_estimate
 
@@ -71,7 +72,7 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def _loads(args: argparse.Namespace) -> bool:
-    return args.draft_vocabulary is not None or args.cache_dtype is not None
+    return any(value is not None for value in (args.draft_vocabulary, args.cache_dtype, args.max_context))
 
 
 def _agree(args: argparse.Namespace) -> None:
@@ -79,8 +80,9 @@ def _agree(args: argparse.Namespace) -> None:
     from mtp_spec.agreement import SUSPICIOUS, agreement
 
     rates = agreement(
-        mtp_spec.load(args.path, draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype, progress=True)
-    )
+        mtp_spec.load(args.path, draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
+                      max_context=args.max_context, progress=True)
+    )  # fmt: skip
     if args.json:
         print(json.dumps({"agreement": rates}))
     else:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_spec.kernels.mla_cache import Layout
-from mtp_spec.loading import CACHE_DTYPES, DraftVocabulary, cache_refused, draft_ids, packs_cache
+from mtp_spec.loading import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
 from mtp_spec.memory import plan_memory
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary, open_checkpoint
@@ -23,16 +23,17 @@ BF16_BYTES = 2
 
 def show_checkpoint(
     path: Path | None, as_json: bool = False, console: Console | None = None, drafts: DraftVocabulary = None,
-    cache_dtype: str | None = None,
+    cache_dtype: str | None = None, max_context: int | None = None,
 ) -> None:  # fmt: skip
     """Prints architecture, parameters, dtypes, MTP modules and memory of a folder, loaded with these options."""
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else path
     summary = checkpoint_summary(folder)
-    packed, on_gpu = packs_cache(cache_dtype), _gpu(folder, drafts, cache_dtype)
+    limit, packed = context_limit(folder, max_context), packs_cache(cache_dtype)
+    on_gpu = _gpu(folder, drafts, cache_dtype, limit)
     if as_json:
         print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary, packed)}))
         return
-    (console or Console()).print(_table(folder, summary, on_gpu, packed))
+    (console or Console()).print(_table(folder, summary, on_gpu, packed, limit))
 
 
 def cache_bytes(summary: CheckpointSummary, packed: bool) -> int:
@@ -42,8 +43,8 @@ def cache_bytes(summary: CheckpointSummary, packed: bool) -> int:
     return layers * Layout(config.kv_lora_rank, config.qk_rope_head_dim, packed).row_bytes
 
 
-def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None) -> str:
-    """Returns the memory plan for the model's whole context, or why the FP8 kernels do not run it."""
+def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None, limit: int) -> str:
+    """Returns the memory plan for a context of `limit` tokens, or why the FP8 kernels do not run it."""
     checkpoint = open_checkpoint(folder)
     config, obstacle = checkpoint.config, fp8_obstacle(checkpoint)
     if obstacle is not None:
@@ -51,12 +52,12 @@ def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None) -> str:
             raise cache_refused(cache_dtype, obstacle)
         return f"bfloat16 by torch, not on the FP8 kernels: {obstacle}"
     model = empty_device_model(checkpoint, "meta", draft_ids(drafts, config), packs_cache(cache_dtype))
-    plan = plan_memory(model, config.max_position_embeddings)
+    plan = plan_memory(model, limit)
     listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in plan.parts().items())
-    return f"{plan.total / 1e6:,.0f} MB in FP8 for {config.max_position_embeddings} tokens: {listed}"
+    return f"{plan.total / 1e6:,.0f} MB in FP8 for {limit} tokens: {listed}"
 
 
-def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool) -> Table:
+def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool, limit: int) -> Table:
     config = summary.config
     modules = config.num_nextn_predict_layers
     weights = (summary.parameters + summary.mtp_parameters) * BF16_BYTES
@@ -73,7 +74,7 @@ def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool) 
         "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary, packed):,} bytes of cache a token "
         f"({CACHE_DTYPES[packed]})",
         "side by side": f"pages of {PAGE} tokens, {PAGE * cache_bytes(summary, False):,} bytes each in bfloat16; "
-        f"load(max_batch=N) plans N x {pages_for(config.max_position_embeddings + MAX_NODES + 1)} for whole contexts",
+        f"load(max_batch=N) plans N x {pages_for(limit + MAX_NODES + 1)} for {limit} tokens each",
         "memory": f"{weights / 1e6:,.0f} MB of weights in bfloat16, twice that in float32, plus the cache",
         "on a GPU": on_gpu,
     }

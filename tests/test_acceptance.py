@@ -17,30 +17,33 @@ from typing import Any
 import pytest
 
 import mtp_spec
+from mtp_spec.bench import turns
 from mtp_spec.bench.acceptance.cells import Group
 from mtp_spec.bench.acceptance.contexts import prompt_ids
-from mtp_spec.bench.acceptance.journal import Text
+from mtp_spec.bench.acceptance.journal import Journal, Text
 from mtp_spec.bench.acceptance.report import CSV_COLUMNS
 from mtp_spec.bench.acceptance.running import Runner, check_model
 from mtp_spec.cli import main
+from mtp_spec.device_engine import KEPT
 from mtp_spec.stats import GenerationStats
 
 TINY = ["--prompts", "2", "--max-new-tokens", "6"]
 SMALL = [*TINY, "--depths", "1,2", "--temperatures", "0.8"]
 # what another run of the same command may find different
-TIMES = {"seconds", "cost", "times_plain", "plain_seconds", "x plain", "tokens_per_second", "date", "command",
+TIMES = {"seconds", "cost", "times_plain", "plain_seconds", "x plain", "tok/s", "tokens_per_second", "date", "command",
          "options"}  # fmt: skip
 LOAD = mtp_spec.load
 
 
 @pytest.fixture(scope="module")
 def lm() -> mtp_spec.LM:
-    return LOAD()
+    return LOAD(max_batch=3)
 
 
 @pytest.fixture(autouse=True)
 def _loaded(lm: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path | None = None, draft_vocabulary: Any = None, **options: Any) -> mtp_spec.LM:
+        assert options["max_batch"] <= lm.max_batch
         return lm if path is draft_vocabulary is None else LOAD(path, draft_vocabulary=draft_vocabulary, **options)
 
     monkeypatch.setattr(mtp_spec, "load", load)
@@ -99,6 +102,79 @@ def test_numbers_agree_with_one_another(tmp_path: Path) -> None:
     assert chain["cost"]["step_ms_p99"] >= chain["cost"]["step_ms_p50"] > 0
     assert details["auto at 0.8"]["texts"][0]["expected_tokens_per_step"] >= 1
     assert chain["texts"][0]["expected_tokens_per_step"] is None
+
+
+BATCHES = ["--prompts", "4", "--max-new-tokens", "6", "--depths", "2", "--temperatures", "0.8", "--batch", "3,1"]
+
+
+def test_texts_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"--{kind}={tmp_path / 'out'}.{kind}" for kind in ("html", "csv")]
+    document = run([*BATCHES, *files], tmp_path)
+    details = document["details"]
+    assert list(details) == [f"{name}{batch} at 0.8" for batch in ("", ", batch 3") for name in ("plain", "chain 2")]
+    for draft in ("plain", "chain 2"):
+        alone, beside = details[f"{draft} at 0.8"], details[f"{draft}, batch 3 at 0.8"]
+        assert beside["tokens_per_step"] == alone["tokens_per_step"]
+        assert beside["accepted_per_depth"] == alone["accepted_per_depth"]
+        assert beside["parity"]["same"] == 4
+        assert alone["same_as"] == beside["same_as"] == "plain at 0.8"
+        assert beside["plain"] == "plain, batch 3 at 0.8"
+        texts = beside["texts"]
+        assert [text["first_of_batch"] for text in texts] == [0, 0, 0, 3]
+        assert [text["first_of_batch"] for text in alone["texts"]] == [0, 1, 2, 3]
+        # texts of a batch share its time
+        assert texts[0]["seconds"] == texts[1]["seconds"] == texts[2]["seconds"]
+        tokens = sum(text["new_tokens"] for text in texts)
+        assert beside["cost"]["tokens_per_second"] == pytest.approx(tokens / sum(text["seconds"] for text in texts))
+    assert [row["tok/s"] for row in document["rows"]] == [c["cost"]["tokens_per_second"] for c in details.values()]
+    assert "3 texts side by side" in capsys.readouterr().out
+    assert [row["batch"] for row in csv.DictReader((tmp_path / "out.csv").open())] == ["1", "1", "3", "3"]
+    assert "Tokens per second of texts side by side" in (tmp_path / "out.html").read_text()
+    first, second = (str(tmp_path / f"{name}.json") for name in "ab")
+    slower = details["chain 2, batch 3 at 0.8"]["texts"]
+    for file in (first, second):
+        Path(file).write_text(json.dumps(document))
+        for text in slower[:3]:
+            text["seconds"] *= 2
+    main(["bench", "compare", first, second, "--json", str(tmp_path / "compare.json")])
+    cells = json.loads((tmp_path / "compare.json").read_text())["cells"]
+    assert cells["chain 2 at 0.8"]["times_plain"]["interval"] == [0.0, 0.0]
+    assert cells["chain 2, batch 3 at 0.8"]["times_plain"]["difference"] < 0
+
+
+def test_a_batch_that_was_interrupted_is_generated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(BATCHES, tmp_path / "whole")
+    command = ["bench", "acceptance", *BATCHES, "--json", str(tmp_path / "r.json")]
+    honest, texts = Journal.add, iter(range(1000))
+
+    def careless(self: Journal, text: Text) -> None:
+        if next(texts) == 10:  # the third text of a batch
+            raise KeyboardInterrupt
+        honest(self, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", careless)
+        with pytest.raises(SystemExit):
+            main(command)
+    main([*command, "--resume"])
+    assert lasting(json.loads((tmp_path / "r.json").read_text())) == lasting(whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--device", "cuda"], "--batch 3: max_batch=3 on a GPU"),
+        (["--bound"], "one text at a time"),
+        (["--transformers", "--batch", "3"], "1 in --batch"),
+    ],
+)
+def test_batches_are_refused_before_loading(
+    more: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mtp_spec, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(SystemExit):
+        main(["bench", "acceptance", *BATCHES, *more])
+    assert message in capsys.readouterr().err
 
 
 def test_rules_beside_their_bound(tmp_path: Path) -> None:
@@ -273,6 +349,7 @@ def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         ({"model": {"digest": "0"}}, "model 0 and"),
         ({"details": {}}, "no cell in common"),
+        ({"details": {"cell": {}}}, "is not of this version's bench acceptance"),
         ({"benchmark": "speed"}, "is not of this version's bench acceptance"),
         (None, "is not a readable JSON document"),
     ],
@@ -280,8 +357,8 @@ def test_two_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_what_cannot_be_compared(
     change: dict[str, Any] | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = {"benchmark": "acceptance", "model": {"digest": "1"}, "set": {"digest": "2"}, "details": {"cell": {}},
-                "options": {"max_new_tokens": 8}}  # fmt: skip
+    document = {"benchmark": "acceptance", "model": {"digest": "1"}, "set": {"digest": "2"},
+                "details": {"cell": {"same_as": "plain"}}, "options": {"max_new_tokens": 8}}  # fmt: skip
     (tmp_path / "b.json").write_text(json.dumps(document))
     (tmp_path / "a.json").write_text("{" if change is None else json.dumps({**document, **change}))
     with pytest.raises(SystemExit) as stopped:
@@ -371,6 +448,27 @@ def test_what_a_model_cannot_do(size: int, runtime: Any, message: str | None) ->
         check_model(model, [Group(0.0, 56, None)], args)
     with pytest.raises(mtp_spec.OptionError, match="--contexts 57"):
         check_model(model, [Group(0.0, 57, None)], args)
+
+
+def test_a_gpu_is_not_asked_for_more_ways_than_it_keeps() -> None:
+    ranks = SimpleNamespace(ranks=SimpleNamespace(size=1))
+    model: Any = SimpleNamespace(max_context=64, runtime="a GPU's", model=ranks)
+    args, group = argparse.Namespace(bound=False, max_new_tokens=8), Group(0.0, None, None)
+    for number in range(KEPT // 2):
+        group.add(f"shape {number}", number)
+    check_model(model, [group], args)
+    for number in range(KEPT):
+        group.add(f"shape {number}", number)
+    with pytest.raises(mtp_spec.OptionError, match="fewer shapes or rules"):
+        check_model(model, [group], args)
+
+
+def test_prompts_are_known_by_the_passes_they_take() -> None:
+    lm: Any = SimpleNamespace(runtime="a GPU's")
+    found = [sorted(turns.prefills(lm, [5] * tokens)) for tokens in (3, 17, 200, 260, 700)]
+    assert found == [[16], [64], [256], [16, 256], [256]]
+    lm.runtime = None
+    assert turns.prefills(lm, [5] * 700) == frozenset()
 
 
 def test_beside_transformers(tmp_path: Path) -> None:

@@ -108,13 +108,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
-    _add_cache_dtype(parser)
+    _add_cache(parser)
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `load` that decide what lies in memory."""
     _add_draft_vocabulary(parser)
-    _add_cache_dtype(parser)
+    _add_cache(parser)
 
 
 def _add_draft_vocabulary(parser: argparse.ArgumentParser) -> None:
@@ -122,8 +122,10 @@ def _add_draft_vocabulary(parser: argparse.ArgumentParser) -> None:
                         help="draft only the first N tokens, or those in a file of ids; the text stays the same")
 
 
-def _add_cache_dtype(parser: argparse.ArgumentParser) -> None:
+def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dtype", help=f"of the latent cache on the FP8 kernels: {' or '.join(CACHE_DTYPES)}")
+    parser.add_argument("--max-context", type=parsing.count, metavar="N",
+                        help="most tokens of prompt and text (default: the model's own limit)")  # fmt: skip
 
 
 def run_bench(args: argparse.Namespace) -> None:
@@ -136,5 +138,5 @@ def run_bench(args: argparse.Namespace) -> None:
         args.check(args)
     side_by_side = max(args.sizes) if args.run is batch and args.device == "cpu" else 1
     lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary,
-                       cache_dtype=args.cache_dtype, max_batch=side_by_side)  # fmt: skip
+                       cache_dtype=args.cache_dtype, max_context=args.max_context, max_batch=side_by_side)  # fmt: skip
     publish(args.run(lm, args), lm, args)

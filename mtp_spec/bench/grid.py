@@ -15,9 +15,9 @@ from math import ceil, log2
 from typing import Any
 
 from mtp_spec.api import LM
-from mtp_spec.bench.acceptance.metrics import times_plain
+from mtp_spec.bench.acceptance.metrics import BATCH, times_plain
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question, spread
-from mtp_spec.bench.turns import Generate, Written, in_turn, noise, ours, warm_up
+from mtp_spec.bench.turns import Generate, Written, check_kept, in_turn, noise, ours, warm_up
 from mtp_spec.options import Speculation
 from mtp_spec.progress import step_progress
 
@@ -61,6 +61,7 @@ def grid(lm: LM, args: argparse.Namespace) -> Report:
     """Finds the best fixed plan for each temperature and compares "auto" with it."""
     ways = {name: ours(lm, plan) for name, plan in fixed_plans(args.depths, args.trees).items()}
     always = {PLAIN: ours(lm, None), AUTO: ours(lm, AUTO)}
+    check_kept(lm, len(ways))
     settings = [Setting(temperature, False) for temperature in args.temperatures]
     settings += [Setting(RANDOM_TEMPERATURE, True)] if args.adversarial else []
     rows, verdicts, unlike, notes = list[Row](), list[Row](), list[Row](), list[str]()
@@ -68,7 +69,7 @@ def grid(lm: LM, args: argparse.Namespace) -> Report:
         prompts, options = setting.prompts(lm, args.prompts), {"temperature": setting.temperature,
                                                                "max_new_tokens": args.max_new_tokens}  # fmt: skip
         half = len(prompts) // 2
-        warm_up({**always, **ways}, [ids for ids, _ in prompts], options)
+        warm_up(lm, {**always, **ways}, [ids for ids, _ in prompts], options)
         chosen = _Turns(always, options, f"temperature {setting.name}")
         best = chosen.search(ways, prompts[:half], args.halving)
         compared = _Turns({**always, best: {**ways, **always}[best]}, options, f"temperature {setting.name}, {best}")
@@ -137,7 +138,7 @@ def _times(texts: Texts, name: str, other: str) -> Row:
     ratio with its 95 % interval. A way that was dropped has the first prompts only."""
     pairs = enumerate(zip(texts[name], texts[other], strict=False))
     return times_plain([
-        {"question": number, "plain_seconds": their.seconds, "plain_tokens": max(1, len(their.ids)),
+        {BATCH: number, "turn": 0, "plain_seconds": their.seconds, "plain_tokens": max(1, len(their.ids)),
          "seconds": own.seconds, "new_tokens": max(1, len(own.ids))} for number, (own, their) in pairs
     ])  # fmt: skip
 

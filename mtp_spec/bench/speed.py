@@ -76,7 +76,7 @@ def _compare(
     greedy = {n: w for n, w in ways.items() if temperature == 0 or not n.startswith("transformers")}
     options = {"temperature": temperature, "seed": 0, "max_new_tokens": args.max_new_tokens}
     asked = [noise(lm, i) if args.adversarial else question(lm, one["prompt"]) for i, one in enumerate(prompts)]
-    warm_up(greedy, asked, options)
+    warm_up(lm, greedy, asked, options)
     for number, item in enumerate(track(prompts, f"temperature {temperature}", transient=True)):
         found = in_turn(greedy, number, asked[number], {**options, "seed": item["seed"]})
         for name, text in found.items():

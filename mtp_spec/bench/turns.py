@@ -9,10 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from mtp_spec.api import LM
+from mtp_spec.device_engine import KEPT
+from mtp_spec.device_planned import PLANNED_DEPTH
+from mtp_spec.device_state import PREFILL_ROWS, prefill_rows
+from mtp_spec.errors import OptionError
 from mtp_spec.stats import GenerationStats
 
 WARM_TOKENS = 8
 NOISE_TOKENS = 24
+# of what a GPU keeps captured: prefill passes with and without drafting, the steps of "auto", what it has between them
+OTHERS = 2 * len(PREFILL_ROWS) + PLANNED_DEPTH + 4
 
 
 class Written(NamedTuple):
@@ -36,7 +42,7 @@ def ours(lm: LM, speculation: Any) -> Generate:
     """Returns this library's way with a speculation; ranks that share the model are told the first one's time."""
 
     def generate(ids: list[int], options: dict[str, Any]) -> Written:
-        start = time.perf_counter()
+        start = settled(lm)
         out = lm.generate(ids, speculation=speculation, **options)
         (took,) = lm.model.ranks.first((time.perf_counter() - start,))
         return Written(out.token_ids, took, out.stats)
@@ -44,10 +50,34 @@ def ours(lm: LM, speculation: Any) -> Generate:
     return generate
 
 
-def warm_up(ways: Mapping[str, Generate], prompts: Sequence[list[int]], options: Mapping[str, Any]) -> None:
-    """Writes a few tokens after the shortest and the longest prompt: compiling, capturing and measuring are no part of
-    a text's time."""
-    for ids in (min(prompts, key=len), max(prompts, key=len)):
+def settled(lm: LM) -> float:
+    """Returns the time, once a GPU has nothing left of the text before: its last step may run in vain."""
+    if lm.model.device.type == "cuda":
+        torch.cuda.synchronize(lm.model.device)
+    return time.perf_counter()
+
+
+def prefills(lm: LM, ids: Sequence[int]) -> frozenset[int]:
+    """Returns the rows of the captured passes that a prompt takes; none where nothing is captured."""
+    if lm.runtime is None:
+        return frozenset()
+    return frozenset(prefill_rows(len(ids) - first) for first in range(0, len(ids), PREFILL_ROWS[-1]))
+
+
+def check_kept(lm: LM, ways: int) -> None:
+    """Refuses more ways in turn than a GPU keeps captured, as they would be captured again for every text."""
+    most = KEPT - OTHERS
+    if lm.runtime is not None and ways > most:
+        raise OptionError(f"{ways} ways to draft in turn, and a GPU keeps the captured steps of {most}: ask for fewer "
+                          "shapes or rules at a time")  # fmt: skip
+
+
+def warm_up(
+    lm: LM, ways: Mapping[str, Generate], prompts: Sequence[list[int]], options: Mapping[str, Any]
+) -> None:
+    """Writes a few tokens after a prompt of each kind: compiling, capturing and measuring are no part of a text's
+    time."""
+    for ids in {prefills(lm, ids): ids for ids in prompts}.values():
         for way in ways.values():
             way(ids, {**options, "max_new_tokens": WARM_TOKENS})
 

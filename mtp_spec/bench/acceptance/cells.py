@@ -1,7 +1,7 @@
 """The grid: every combination of what was listed is a cell, in a fixed order.
 
-Cells that share temperature, context and draft vocabulary form a group: their texts are generated in turn, prompt by
-prompt, beside those of plain decoding, which speed-up and parity are told against. A further axis is a field of `Cell`,
+Cells that share temperature, context, batch and draft vocabulary form a group: their texts are generated in turn,
+prompt by prompt, beside those of plain decoding, which speed-up is told against. A further axis is a field of `Cell`,
 an option, and a loop in `sweep`.
 """
 
@@ -35,6 +35,7 @@ class Cell:
         draft: "plain", "chain 3", "tree 3,2,1", "auto", or a way of transformers.
         rule: that accepts drafts.
         context: tokens that prompts are cut or padded to; None leaves them as they are.
+        batch: texts that are written side by side.
         vocabulary: tokens that may be drafted, or the file that lists them; None is all.
     """
 
@@ -42,6 +43,7 @@ class Cell:
     draft: str
     rule: str = COUPLED
     context: int | None = None
+    batch: int = 1
     vocabulary: int | str | None = None
 
     @property
@@ -49,13 +51,14 @@ class Cell:
         """What tells the cell from all others."""
         parts = [self.draft] + ([self.rule] if self.rule != COUPLED else [])
         parts += [f"context {self.context}"] if self.context is not None else []
+        parts += [f"batch {self.batch}"] if self.batch > 1 else []
         parts += [f"vocabulary {self.vocabulary}"] if self.vocabulary is not None else []
         return f"{', '.join(parts)} at {self.temperature}"
 
 
 @dataclass(slots=True)
 class Group:
-    """Cells whose texts are generated side by side; the first is plain decoding.
+    """Cells whose texts are generated in turn; the first is plain decoding.
 
     Attributes:
         ways: cell -> what `speculation=` it is; None also for ways of another library.
@@ -64,11 +67,12 @@ class Group:
     temperature: float
     context: int | None
     vocabulary: int | str | None
+    batch: int = 1
     ways: dict[Cell, Speculation | str | None] = field(default_factory=dict)
 
     def add(self, draft: str, speculation: Speculation | str | None, rule: str = COUPLED) -> None:
         cell = Cell(temperature=self.temperature, draft=draft, rule=rule, context=self.context,
-                    vocabulary=self.vocabulary)  # fmt: skip
+                    batch=self.batch, vocabulary=self.vocabulary)  # fmt: skip
         self.ways[cell] = speculation
 
 
@@ -79,8 +83,9 @@ def sweep(args: argparse.Namespace) -> tuple[list[Group], dict[str, str]]:
         OptionError: no combination is possible.
     """
     groups, left_out = [], dict[str, str]()
-    for vocabulary, temperature, context in product(args.draft_vocabulary, args.temperatures, args.contexts):
-        group = Group(temperature, context, vocabulary)
+    axes = (args.draft_vocabulary, args.temperatures, args.contexts, sorted(set(args.batch)))
+    for vocabulary, temperature, context, batch in product(*axes):
+        group = Group(temperature, context, vocabulary, batch)
         group.add(PLAIN, None)
         for rule, (draft, shape) in product(args.rules or [COUPLED], _shapes(args).items()):
             if draft == AUTO:
@@ -95,12 +100,14 @@ def sweep(args: argparse.Namespace) -> tuple[list[Group], dict[str, str]]:
                 left_out[f"{draft}, {rule}"] = str(error)
         if len(group.ways) == 1:
             raise OptionError("nothing to measure: " + "; ".join(left_out.values()))
-        if args.transformers and temperature == 0:
+        if args.transformers and temperature == 0 and batch == 1:
             for name in PEERS:
                 group.add(name, None)
         groups.append(group)
-    if args.transformers and 0 not in args.temperatures:
-        raise OptionError("--transformers compares greedy texts: it needs 0 among --temperatures")
+    if args.transformers and not (0 in args.temperatures and 1 in args.batch):
+        raise OptionError("--transformers compares single greedy texts: it needs 0 among --temperatures, 1 in --batch")
+    if args.bound and max(args.batch) > 1:
+        raise OptionError("--bound watches one text at a time: leave --batch out")
     return groups, left_out
 
 

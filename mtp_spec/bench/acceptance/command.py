@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from mtp_spec.bench.acceptance.report import csv_text, screen, table_rows
 from mtp_spec.bench.acceptance.running import Runner, check_model
 from mtp_spec.bench.common import Report, Row, document, machine, write
 from mtp_spec.errors import OptionError
+from mtp_spec.loading import check_batch
 from mtp_spec.options import ACCEPTANCE_RULES
 from mtp_spec.progress import step_progress
 
@@ -48,6 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...", help="(0,0.8)")
     grid.add_argument("--contexts", type=parsing.integers, default=[None], metavar="N,N,...",
                       help="cut or pad prompts to so many tokens (default: as they are)")  # fmt: skip
+    grid.add_argument("--batch", type=parsing.integers, default=[1], metavar="N,N,...",
+                      help="texts written side by side, on a CPU (1)")  # fmt: skip
     grid.add_argument("--draft-vocabulary", type=parsing.vocabularies, default=[None], metavar="N|FILE|all,...",
                       help="draft only the first N tokens, or those in a file of ids")  # fmt: skip
     grid.add_argument("--transformers", action="store_true", help="also transformers' generate, plain and use_mtp")
@@ -74,6 +78,10 @@ def acceptance(args: argparse.Namespace) -> None:
             need_matplotlib(f"--{option}")
     questions = read_questions(args.set, args.set_kind, args.prompts)
     groups, left_out = sweep(args)
+    try:
+        check_batch(max(args.batch), None, args.device)
+    except OptionError as error:
+        raise OptionError(f"--batch {max(args.batch)}: {error}") from None
     models = _Models(args)
     check_model(models.load(groups[0].vocabulary), groups, args)
     run = _identity(models.lm, questions, args)
@@ -110,8 +118,10 @@ class _Models:
     def load(self, vocabulary: int | str | None) -> LM:
         if self.lm is None or vocabulary != self._vocabulary:
             args, self.lm, self._vocabulary = self.args, None, vocabulary
+            gc.collect()  # texts hold their model in cycles: its memory is needed for the next one
             self.lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=vocabulary,
-                                    cache_dtype=args.cache_dtype)  # fmt: skip
+                                    cache_dtype=args.cache_dtype, max_context=args.max_context,
+                                    max_batch=max(args.batch))  # fmt: skip
         return self.lm
 
 
@@ -140,19 +150,21 @@ def _report(groups: list[Group], questions: QuestionSet, runner: Runner, args: a
 def _details(journal: Journal, groups: list[Group], questions: QuestionSet) -> dict[str, Row]:
     """Returns the metrics of every cell that has texts beside plain ones."""
     categories = [question.category for question in questions.questions]
-    details = {}
+    texts: dict[str, dict[tuple[int, int], Text]] = {cell.name: {} for group in groups for cell in group.ways}
+    for _, text in sorted(journal.texts.items(), key=lambda item: item[0][1:]):
+        if text.cell in texts:
+            texts[text.cell][text.question, text.turn] = text
+    details, alone = {}, dict[tuple[Any, ...], str]()
     for group in groups:
-        names = {cell.name: cell for cell in group.ways}
-        texts: dict[str, list[Text]] = {name: [] for name in names}
-        for _, text in sorted(journal.texts.items(), key=lambda item: item[0][1:]):
-            if text.cell in texts:
-                texts[text.cell].append(text)
-        plain_name = next(name for name, cell in names.items() if cell.draft == PLAIN)
-        plain = {(text.question, text.turn): text for text in texts[plain_name]}
-        for name, cell in names.items():
-            known = [text for text in texts[name] if (text.question, text.turn) in plain]
+        plain = next(cell.name for cell in group.ways if cell.draft == PLAIN)
+        # batches come in ascending order: a text must be the same in every one
+        least = alone.setdefault((group.temperature, group.context, group.vocabulary), plain)
+        there = texts[plain].keys() & texts[least].keys()
+        for cell in group.ways:
+            known = [text for key, text in texts[cell.name].items() if key in there]
             if known:
-                details[name] = {**cell_metrics(cell, known, plain, categories), "plain": plain_name}
+                metrics = cell_metrics(cell, known, texts[plain], texts[least], categories)
+                details[cell.name] = {**metrics, "plain": plain, "same_as": least}
     return details
 
 

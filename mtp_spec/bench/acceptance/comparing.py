@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mtp_spec.bench.acceptance.metrics import PACE, ratio_of_sums, sums
+from mtp_spec.bench.acceptance.metrics import BATCH, PACE, ratio_of_sums, sums
 from mtp_spec.bench.common import Row, over, write
 from mtp_spec.errors import OptionError
 
@@ -26,9 +26,10 @@ COMMON: dict[str, Callable[[Row], Any]] = {
 }
 # speed-ups of two machines are two numbers, not a difference between programs
 MACHINE = ("processor", "gpu", "threads")
-MEASURES: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
-    "tokens_per_step": (("step_tokens", "steps"), lambda column: over(column[0], column[1])),
-    "times_plain": (PACE, ratio_of_sums),
+# name -> what is summed, over what, and what is made of the sums
+MEASURES: dict[str, tuple[tuple[str, ...], str, Callable[[Any], Any]]] = {
+    "tokens_per_step": (("step_tokens", "steps"), "question", lambda column: over(column[0], column[1])),
+    "times_plain": (PACE, BATCH, ratio_of_sums),
 }
 
 
@@ -74,7 +75,8 @@ def _read(file: Path) -> Row:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OptionError(f"{file} is not a readable JSON document: {error}") from error
-    if not isinstance(document, dict) or document.get("benchmark") != "acceptance" or "set" not in document:
+    ours = isinstance(document, dict) and document.get("benchmark") == "acceptance" and "set" in document
+    if not ours or any("same_as" not in cell for cell in document["details"].values()):
         raise OptionError(f"{file} is not of this version's bench acceptance: make it again with --json")
     return document
 
@@ -83,10 +85,10 @@ def _cell(first: Row, second: Row, paired: bool) -> Row:
     questions = [{row["question"] for row in cell["texts"]} for cell in (first, second)]
     paired = paired and questions[0] == questions[1]
     result = {}
-    for name, (columns, statistic) in MEASURES.items():
+    for name, (columns, unit, statistic) in MEASURES.items():
         if first[name] is None or second[name] is None:
             continue  # speed beside a bound is not measured
-        a, b = (np.asarray(sums(cell["texts"], *columns), dtype=float) for cell in (first, second))
+        a, b = (np.asarray(sums(cell["texts"], *columns, by=unit), dtype=float) for cell in (first, second))
         values = [float(statistic(part.sum(1))) for part in (a, b)]
         result[name] = {"a": values[0], "b": values[1], "difference": values[1] - values[0],
                         "interval": _interval(a, b, statistic, paired)}  # fmt: skip

@@ -27,10 +27,11 @@ class Text:
     Attributes:
         cell, question, turn: which one.
         ids: what was generated.
-        seconds: wall-clock, prompt included.
-        step_ms: milliseconds of each step, the first is the prompt's.
+        seconds: wall-clock, prompt included; of texts side by side an equal share of the time until all were finished.
+        step_ms: milliseconds of each step, the first is the prompt's; of texts side by side none.
         stats: what was counted.
         first_depth: sums of `bench.bound.FirstDepth`, or None.
+        together: the questions whose texts were written side by side, this one included.
     """
 
     cell: str
@@ -41,6 +42,7 @@ class Text:
     step_ms: list[float]
     stats: GenerationStats
     first_depth: dict[str, float] | None = None
+    together: tuple[int, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -53,7 +55,8 @@ class Text:
     @classmethod
     def from_line(cls, line: str) -> Text:
         fields: dict[str, Any] = json.loads(line)
-        return cls(**{**fields, "stats": GenerationStats.from_record(fields["stats"])})
+        stats, together = GenerationStats.from_record(fields["stats"]), tuple(fields["together"])
+        return cls(**{**fields, "stats": stats, "together": together})
 
 
 class Journal:

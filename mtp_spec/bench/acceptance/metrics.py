@@ -2,7 +2,8 @@
 
 tokens_per_step is committed tokens over verify steps (plain decoding: 1), summed over texts (micro); "macro" is the
 mean over questions. mean_acceptance_length is 1 + accepted / steps, as engines report it: a stop cuts nothing off.
-Intervals resample questions, not turns, which depend on one another.
+Intervals resample questions, not turns, which depend on one another; those of speed-ups resample batches, whose texts
+share their time.
 """
 
 from __future__ import annotations
@@ -18,27 +19,36 @@ from mtp_spec.bench.acceptance.journal import Text
 from mtp_spec.bench.common import Row, interval, over, resampled, spread
 from mtp_spec.stats import GenerationStats
 
+# a row's batch is known by its first question
+BATCH = "first_of_batch"
 # prompt tokens: texts are also told by the first of these that they do not exceed
 BUCKETS = (128, 512, 2048, 8192, 32768)
 
 
 def cell_metrics(
-    cell: Cell, texts: Sequence[Text], plain: Mapping[tuple[int, int], Text], categories: Sequence[str]
+    cell: Cell,
+    texts: Sequence[Text],
+    plain: Mapping[tuple[int, int], Text],
+    alone: Mapping[tuple[int, int], Text],
+    categories: Sequence[str],
 ) -> Row:
     """Returns everything about a cell.
 
     Args:
         texts: of the cell, questions and turns in order.
-        plain: (question, turn) -> the text of plain decoding; all are there.
+        plain: (question, turn) -> the text of plain decoding in as large a batch; all are there.
+        alone: those of plain decoding that texts have to equal.
         categories: of the questions.
     """
     beside = [plain[text.question, text.turn] for text in texts]
-    rows = [_text_row(text, other, categories[text.question]) for text, other in zip(texts, beside, strict=True)]
+    same = [alone[text.question, text.turn].ids for text in texts]
+    rows = [_text_row(text, other, ids, categories[text.question])
+            for text, other, ids in zip(texts, beside, same, strict=True)]  # fmt: skip
     total = merged(texts)
     timed = all(text.first_depth is None for text in texts)
     result = {
         "axes": {"temperature": cell.temperature, "draft": cell.draft, "rule": cell.rule, "context": cell.context,
-                 "draft_vocabulary": cell.vocabulary},
+                 "batch": cell.batch, "draft_vocabulary": cell.vocabulary},
         **total.to_json(),
         **averages(rows),
         **_aliases(total),
@@ -70,10 +80,10 @@ def bucket(prompt_tokens: int) -> str:
     return next((f"up to {limit}" for limit in BUCKETS if prompt_tokens <= limit), f"over {BUCKETS[-1]}")
 
 
-def sums(rows: Sequence[Row], *names: str) -> list[list[float]]:
-    """Returns one list a name: its sum for each question."""
-    questions = sorted({row["question"] for row in rows})
-    return [[sum(row[name] for row in rows if row["question"] == number) for number in questions] for name in names]
+def sums(rows: Sequence[Row], *names: str, by: str = "question") -> list[list[float]]:
+    """Returns one list a name: its sum for each question, or by another name that rows have."""
+    units = sorted({row[by] for row in rows})
+    return [[sum(row[name] for row in rows if row[by] == unit) for unit in units] for name in names]
 
 
 def averages(rows: Sequence[Row]) -> Row:
@@ -97,22 +107,26 @@ PACE = ("plain_seconds", "plain_tokens", "seconds", "new_tokens")
 
 
 def times_plain(rows: Sequence[Row]) -> Row:
-    """Returns the speed-up: the median of ratios over texts, and the ratio of sums with its interval."""
-    ratios = [row["plain_seconds"] / row["plain_tokens"] * row["new_tokens"] / row["seconds"] for row in rows]
+    """Returns the speed-up: the median of ratios over texts or batches, and the ratio of sums with its interval."""
+    turns: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        turns.setdefault((row[BATCH], row["turn"]), []).append(row)
+    ratios = [float(ratio_of_sums([sum(row[name] for row in some) for name in PACE])) for some in turns.values()]
     median, low, high = spread(ratios)
-    columns = sums(rows, *PACE)
+    columns = sums(rows, *PACE, by=BATCH)
     whole = float(ratio_of_sums(np.asarray(columns, dtype=float).sum(1)))
     return {"median": median, "quartiles": (low, high), "ratio": whole, "interval": resampled(columns, ratio_of_sums)}
 
 
-def _text_row(text: Text, plain: Text, category: str) -> Row:
+def _text_row(text: Text, plain: Text, same: list[int], category: str) -> Row:
     stats, planned = text.stats, text.stats.planned
     return {
-        "question": text.question, "turn": text.turn, "category": category, "prompt_tokens": stats.prompt_tokens,
+        "question": text.question, "turn": text.turn, BATCH: min(text.together, default=text.question),
+        "category": category, "prompt_tokens": stats.prompt_tokens,
         "new_tokens": len(text.ids), "steps": stats.steps, "step_tokens": stats.step_tokens, "drafted": stats.drafted,
         "accepted": stats.accepted, "seconds": text.seconds,
         "plain_seconds": plain.seconds, "plain_tokens": len(plain.ids),
-        "same_text": text.ids == plain.ids, "same_first_tokens": _shared(text.ids, plain.ids),
+        "same_text": text.ids == same, "same_first_tokens": _shared(text.ids, same),
         "expected_tokens_per_step": planned.expected_tokens / planned.steps if planned.steps else None,
     }  # fmt: skip
 

@@ -27,8 +27,8 @@ figure { margin: 1.2rem 0; } svg { max-width: 100%; height: auto; }
 FACTS = ("command", "date", "processor", "gpu", "threads", "system", "python", "torch", "mtp_spec")
 NOTES = """<p>tok/step: tokens committed by verify steps over verify steps; plain decoding has 1. 95 %: bootstrap over
 questions. by depth: drafts accepted among steps that accepted the depth before. x plain: seconds a token of this
-library's own plain decoding over those of the way, timed in turn on the same prompts; the median over texts. same:
-texts equal to plain decoding's.</p>"""
+library's own plain decoding, in as large a batch, over those of the way, timed in turn on the same prompts; the median
+over texts or batches. same: texts equal to plain decoding's, of the smallest batch.</p>"""
 SPLITS = {"by_category": "kind of question", "by_context": "tokens of the prompt"}
 TITLE = "Speculative decoding: tokens per step, acceptance, speed-up"
 HEAD = f"""<!DOCTYPE html>

@@ -32,7 +32,8 @@ def draw(details: Mapping[str, Row]) -> dict[str, Any]:
     """Returns name -> matplotlib figure, those that the cells have numbers for."""
     import matplotlib
 
-    plots = {"acceptance": _acceptance, "speed": _speed, "histogram": _histogram, "cost": _cost, "planned": _planned}
+    plots = {"acceptance": _acceptance, "speed": _speed, "histogram": _histogram, "cost": _cost, "planned": _planned,
+             "batch": _batch}  # fmt: skip
     with matplotlib.rc_context(STYLE):
         drawn = {name: plot(details) for name, plot in plots.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -77,6 +78,7 @@ def _series(details: Mapping[str, Row]) -> dict[str, list[Row]]:
         if axes["draft"] not in (PLAIN, *PEERS):
             parts = [f"T {axes['temperature']:g}"] + ([axes["rule"]] if axes["rule"] != COUPLED else [])
             parts += [f"context {axes['context']}"] if axes["context"] is not None else []
+            parts += [f"batch {axes['batch']}"] if axes["batch"] > 1 else []
             parts += [f"vocabulary {axes['draft_vocabulary']}"] if axes["draft_vocabulary"] is not None else []
             found.setdefault(", ".join(parts), []).append(cell)
     return found
@@ -170,5 +172,27 @@ def _planned(details: Mapping[str, Row]) -> Any:
     if most == 1.0:
         return None
     axes.plot([1, most], [1, most], color=GREY, linestyle="--", linewidth=1)
+    axes.legend()
+    return figure
+
+
+def _batch(details: Mapping[str, Row]) -> Any:
+    """Throughput over the batch, one line for whatever else tells cells apart; nothing where there is one batch."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for cell in details.values():
+        axes = cell["axes"]
+        if axes["draft"] not in PEERS:
+            parts = [axes["draft"], f"T {axes['temperature']:g}"] + ([axes["rule"]] if axes["rule"] != COUPLED else [])
+            parts += [f"context {axes['context']}"] if axes["context"] is not None else []
+            parts += [f"vocabulary {axes['draft_vocabulary']}"] if axes["draft_vocabulary"] is not None else []
+            lines.setdefault(", ".join(parts), []).append((axes["batch"], cell["cost"]["tokens_per_second"]))
+    batches = sorted({batch for line in lines.values() for batch, _ in line})
+    if len(batches) < 2:
+        return None
+    figure, axes = _figure("Tokens per second of texts side by side", "texts", "tokens per second")
+    for number, (name, line) in enumerate(lines.items()):
+        style = ("o-", "s--", "^:")[number // len(COLOURS) % 3]
+        axes.plot(*zip(*line, strict=True), style, color=COLOURS[number % len(COLOURS)], label=name)
+    axes.set(xticks=batches, ylim=(0, None))
     axes.legend()
     return figure

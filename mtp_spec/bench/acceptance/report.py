@@ -20,12 +20,14 @@ WORDS = ("draft", "95 %", "by depth")
 # columns that fold on a narrow screen
 FOLDED, DRAFT_WIDTH = ("draft", "by depth"), 12
 # columns that a table's heading or its column "draft" tells
-IN_HEADING = ("T", "rule", "context", "draft_vocabulary")
+IN_HEADING = ("T", "rule", "context", "batch", "draft_vocabulary")
+# digits after the point, where not two
+DIGITS = {"drafts": 1, "tok/s": 0}
 # depths whose acceptance the table has room for
 SHOWN_DEPTHS = 4
-AXES = ("temperature", "draft", "rule", "context", "draft_vocabulary")
+AXES = ("temperature", "draft", "rule", "context", "batch", "draft_vocabulary")
 # of these the table shows only what the run varies
-OPTIONAL_AXES = {"rule": COUPLED, "context": None, "draft_vocabulary": None}
+OPTIONAL_AXES = {"rule": COUPLED, "context": None, "batch": 1, "draft_vocabulary": None}
 NUMBERS = ("tokens_per_step", "tokens_per_step_macro", "mean_acceptance_length", "draft_acceptance_rate",
            "steps_without_draft", "steps", "drafted", "accepted", "new_tokens", "prompt_tokens")  # fmt: skip
 INTERVALS = ("tokens_per_step_interval", "tokens_per_step_macro_interval")
@@ -52,6 +54,7 @@ def screen(title: str, details: Mapping[str, Row]) -> Group:
 def _heading(axes: Row) -> str:
     parts = [f"temperature {axes['temperature']:g}"]
     parts += [f"context {axes['context']}"] if axes["context"] is not None else []
+    parts += [f"{axes['batch']} texts side by side"] if axes["batch"] > 1 else []
     parts += [f"draft vocabulary {axes['draft_vocabulary']}"] if axes["draft_vocabulary"] is not None else []
     return ", ".join(parts)
 
@@ -71,7 +74,7 @@ def _table(heading: str, rows: Sequence[Row]) -> Table:
 
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.1f}" if name == "drafts" else f"{value:.2f}"
+        return f"{value:.{DIGITS.get(name, 2)}f}"
     return "-" if value is None else str(value)
 
 
@@ -83,6 +86,7 @@ def _row(cell: Row, varied: Sequence[str], bounds: bool) -> Row:
     row |= {
         "tok/step": cell["tokens_per_step"], "95 %": f"{low:.2f}-{high:.2f}",
         "drafts": cell["drafted"] / max(1, cell["steps"]), "by depth": " ".join(rates[:SHOWN_DEPTHS]),
+        **({"tok/s": cell["cost"]["tokens_per_second"]} if "batch" in varied else {}),
         "x plain": None if speed is None else speed["median"], "same": f"{parity['same']}/{parity['texts']}",
     }  # fmt: skip
     return row | (_bound(cell.get("first_depth")) if bounds else {})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -14,12 +14,12 @@ from typing import Any
 
 from mtp_spec.api import LM
 from mtp_spec.bench.acceptance.cells import PEERS, Cell, Group
-from mtp_spec.bench.acceptance.contexts import prompt_ids
+from mtp_spec.bench.acceptance.contexts import Message, prompt_ids
 from mtp_spec.bench.acceptance.journal import Journal, Text
 from mtp_spec.bench.acceptance.questions import Question
 from mtp_spec.bench.bound import FirstDepth
 from mtp_spec.bench.peer import MTP, counted_steps, transformers_ways
-from mtp_spec.bench.turns import Generate
+from mtp_spec.bench.turns import Generate, check_kept, prefills, settled
 from mtp_spec.engine import Decoder
 from mtp_spec.errors import OptionError
 from mtp_spec.options import Speculation
@@ -50,7 +50,7 @@ class Runner:
     absent: dict[str, str] = field(default_factory=dict)
     too_long: dict[str, int] = field(default_factory=dict)
     _peers: dict[str, Generate] = field(default_factory=dict)
-    _warm: set[str] = field(default_factory=set)
+    _warm: set[tuple[str, frozenset[int]]] = field(default_factory=set)
 
     def run(self, groups: list[Group], report: Report | None) -> None:
         """Generates the texts of all groups, in order; `report` is told how many there are, of how many."""
@@ -58,8 +58,8 @@ class Runner:
         total = turns * sum(len(group.ways) for group in groups)
         with self._transformers(groups):
             for group in groups:
-                for number, question in enumerate(self.questions):
-                    self._question(group, number, question)
+                for first in range(0, len(self.questions), group.batch):
+                    self._questions(group, range(first, min(first + group.batch, len(self.questions))))
                     if report is not None:
                         report(len(self.journal.texts), total)
 
@@ -72,37 +72,71 @@ class Runner:
             self._peers, self.absent = transformers_ways(self.load(groups[0].vocabulary), Path(folder), self.args)
             yield
 
-    def _question(self, group: Group, number: int, question: Question) -> None:
+    def _questions(self, group: Group, numbers: Sequence[int]) -> None:
+        """Generates the texts of questions, turn by turn, those of a turn side by side."""
         ways = {cell: shape for cell, shape in group.ways.items() if cell.draft not in self.absent}
-        cells = list(ways)
-        keys = product((cell.name for cell in cells), [number], range(len(question.turns)))
+        cells, turns = list(ways), {number: self.questions[number].turns for number in numbers}
+        keys = ((cell.name, number, turn) for cell in cells for number in numbers for turn in range(len(turns[number])))
         if all(key in self.journal.texts for key in keys):
             return
-        lm, messages = self.load(group.vocabulary), list(question.before)
-        room = lm.max_context - self.args.max_new_tokens
-        for turn, content in enumerate(question.turns):
-            messages.append({"role": "user", "content": content})
-            ids = prompt_ids(lm, messages, group.context, self.args.raw, number)
-            if len(ids) > room:
-                self.too_long[f"question {number}, turn {turn}, context {group.context}"] = len(ids)
+        lm, talks = self.load(group.vocabulary), {number: list(self.questions[number].before) for number in numbers}
+        for turn in range(max(map(len, turns.values()))):
+            talks = {number: [*talk, {"role": "user", "content": turns[number][turn]}] for number, talk in talks.items()
+                     if turn < len(turns[number])}  # fmt: skip
+            prompts = self._prompts(lm, group, talks, turn)
+            if not prompts:
                 return
-            options = {"temperature": group.temperature, "seed": question.seed,
-                       "max_new_tokens": self.args.max_new_tokens}  # fmt: skip
-            first = (number + turn) % len(cells)
+            first = (numbers[0] // group.batch + turn) % len(cells)
             # another way goes first each time, so that none always finds warm caches
             for cell in cells[first:] + cells[:first]:
-                if (cell.name, number, turn) not in self.journal.texts:
-                    self._warm_up(lm, cell, ways[cell], ids, options)
-                    self.journal.add(self._text(lm, cell, ways[cell], ids, options, number, turn))
+                if any((cell.name, number, turn) not in self.journal.texts for number in prompts):
+                    self._warm_up(lm, group, cell, prompts)
+                    for text in self._texts(lm, group, cell, prompts, turn, self.args.max_new_tokens):
+                        self.journal.add(text)
             # every way continues plain decoding's conversation: the next prompt is the same for all
-            answer = self.journal.texts[cells[0].name, number, turn].ids
-            messages.append({"role": "assistant", "content": lm.decode(answer) if lm.tokenizer else ""})
+            for number in prompts:
+                answer = self.journal.texts[cells[0].name, number, turn].ids
+                talks[number].append({"role": "assistant", "content": lm.decode(answer) if lm.tokenizer else ""})
 
-    def _warm_up(self, lm: LM, cell: Cell, shape: Any, ids: list[int], options: dict[str, Any]) -> None:
+    def _prompts(self, lm: LM, group: Group, talks: dict[int, list[Message]], turn: int) -> dict[int, list[int]]:
+        """Returns the ids of conversations; those that are too long are counted and end here."""
+        found, room = dict[int, list[int]](), lm.max_context - self.args.max_new_tokens
+        for number in list(talks):
+            ids = prompt_ids(lm, talks[number], group.context, self.args.raw, number)
+            if len(ids) > room:
+                self.too_long[f"question {number}, turn {turn}, context {group.context}"] = len(ids)
+                del talks[number]
+            else:
+                found[number] = ids
+        return found
+
+    def _warm_up(self, lm: LM, group: Group, cell: Cell, prompts: dict[int, list[int]]) -> None:
         """Compilation, capture and measuring are no part of a text's time."""
-        if cell.name not in self._warm:
-            self._text(lm, cell, shape, ids, {**options, "max_new_tokens": WARM_TOKENS}, 0, 0)
-            self._warm.add(cell.name)
+        # a length that takes other passes has them captured
+        new = {number: ids for number, ids in prompts.items() if (cell.name, prefills(lm, ids)) not in self._warm}
+        if new:
+            self._texts(lm, group, cell, new, 0, WARM_TOKENS)
+            self._warm |= {(cell.name, prefills(lm, ids)) for ids in new.values()}
+
+    def _texts(
+        self, lm: LM, group: Group, cell: Cell, prompts: dict[int, list[int]], turn: int, tokens: int
+    ) -> list[Text]:
+        shape = group.ways[cell]
+        options = {number: {"temperature": group.temperature, "seed": self.questions[number].seed,
+                            "max_new_tokens": tokens} for number in prompts}  # fmt: skip
+        if group.batch == 1:
+            return [self._text(lm, cell, shape, ids, options[number], number, turn) for number, ids in prompts.items()]
+        lm.close()  # no batch finds the prompts of the one before in its cache
+        start = settled(lm)
+        try:
+            handles = [lm.submit(ids, speculation=shape, **options[number]) for number, ids in prompts.items()]
+            texts = [handle.result() for handle in handles]
+        except BaseException:
+            lm.close()  # the others are not to go on
+            raise
+        share, together = (perf_counter() - start) / len(texts), tuple(prompts)
+        return [Text(cell.name, number, turn, text.token_ids, share, [], text.stats, together=together)
+                for number, text in zip(prompts, texts, strict=True)]  # fmt: skip
 
     def _text(
         self, lm: LM, cell: Cell, shape: Any, ids: list[int], options: dict[str, Any], number: int, turn: int
@@ -110,7 +144,7 @@ class Runner:
         if cell.draft in PEERS:
             out, seconds, stats = _peer_text(self._peers[cell.draft], cell.draft, ids, options)
             return Text(cell.name, number, turn, out, seconds, [], stats)
-        start = perf_counter()
+        start = settled(lm)
         stream = lm.stream(ids, speculation=shape, **options)
         first = None
         if self.args.bound and has_bound(cell):
@@ -140,7 +174,8 @@ def has_bound(cell: Cell) -> bool:
 
 
 def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
-    """Refuses what this model cannot do: contexts without room for the text, bounds on a GPU, several processes."""
+    """Refuses what this model cannot do: contexts without room for the text, bounds or very many ways on a GPU, several
+    processes."""
     for context in (group.context for group in groups):
         if context is not None and context + args.max_new_tokens > lm.max_context:
             raise OptionError(f"--contexts {context} and --max-new-tokens {args.max_new_tokens} are more than the "
@@ -149,6 +184,7 @@ def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
         raise OptionError("bench acceptance keeps one journal, of one process: start it without torchrun")
     if args.bound and lm.runtime is not None:
         raise OptionError("--bound looks at drafts' laws, which steps on a GPU keep to themselves: --device cpu")
+    check_kept(lm, max(len(group.ways) for group in groups))
 
 
 def _peer_text(
