@@ -6,23 +6,25 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from test_device import device_lm
+from test_device import checkpoint, device_lm
 from transformers import modeling_layers
 
 import mtp_spec
 import tiny
 from mtp_spec import measured
-from mtp_spec.bench import grid, tuning, turns
+from mtp_spec.bench import grid, step, tuning, turns
 from mtp_spec.bench.common import bundled_prompts, interval
 from mtp_spec.bench.exactness import SAMPLING, SHAPES
 from mtp_spec.bench.peer import transformers_ways
 from mtp_spec.bench.phases import step_phases
 from mtp_spec.bench.turns import Written
 from mtp_spec.cli import main
+from mtp_spec.device_state import State
 from mtp_spec.kernels import gemm
 from mtp_spec.options import Speculation
 from mtp_spec.stats import GenerationStats
@@ -264,6 +266,37 @@ def test_parts_of_a_captured_step_are_timed_beside_the_text() -> None:
     parts = step_phases(lm, lm.encode("One day a fox"), {**options, "speculation": 2}, measure)
     assert parts == {"draft": 1.0, "verify": 2.0, "accept": 3.0}
     assert lm.generate("One day a fox", speculation=2, **options).token_ids == before.token_ids
+
+
+def test_accepting_is_timed_and_moves_nothing_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = device_lm(checkpoint(tmp_path, "v3"))
+    model: Any = lm.model
+    state, context, works = State(model, 100), 40, list[str]()
+
+    def pass_once(name: str, work: Any, rate: float) -> dict[str, Any]:
+        work[0]()
+        return {"pass": name, "us": 80.0, "floor us": 8.0, "x floor": 10.0, "GB": 1.0, "experts": 3.0}
+
+    def graph_time(work: Callable[[], Any]) -> float:
+        for _ in range(2):
+            work()
+            assert int(state.length) == context
+        works.append("")
+        return (5.0, 100.0, 20.0)[len(works) % 3]
+
+    monkeypatch.setattr(step, "_pass", pass_once)
+    monkeypatch.setattr(step, "graph_time", graph_time)
+    args = argparse.Namespace(parts=["accepting", "text"], rows=[1, 4], context=context)
+    rows, facts, notes = step.measure(model, state, replace(model.config, num_hidden_layers=61), 2.0, args)
+    assert [row["pass"] for row in rows] == ["dense layer, 4 rows", "MoE layer, 4 rows", "head, 4 rows"]
+    assert list(facts["accepting"]) == list(step.ACCEPTED)
+    for micro in facts["accepting"].values():
+        assert (micro["draft"], micro["verify"], micro["accept"]) == (100.0, 20.0, 5.0)
+        assert micro[step.SLICE] == pytest.approx(5 / 125)
+        # one dense layer of 80 us, 60 more in pairs that took as long, the head
+        assert micro[step.WHOLE] == pytest.approx(5 / (105 + 80 + 60 * 40 + 80))
+    assert len(notes) == len(step.ACCEPTED)
+    assert list(facts["seconds of parts"]) == ["accepting"]
 
 
 def test_prompts_come_again_with_another_seed() -> None:

@@ -20,7 +20,7 @@ from mtp_spec.bench.products import SHAPES
 from mtp_spec.bench.rows import rows
 from mtp_spec.bench.side_by_side import batch
 from mtp_spec.bench.speed import speed
-from mtp_spec.bench.step import step
+from mtp_spec.bench.step import PARTS, step
 from mtp_spec.loading import CACHE_DTYPES
 
 
@@ -67,6 +67,8 @@ def add_bench(commands: Any) -> None:
     six.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
     six.add_argument("--rows", type=parsing.integers, default=[1, 2, 4, 8, 16], metavar="M,...", help="rows to time")
     six.add_argument("--context", type=parsing.count, default=1024, help="committed tokens (1024)")
+    six.add_argument("--parts", type=parsing.chosen(PARTS), default=list(PARTS), metavar="NAME,...",
+                     help="what to measure (all): " + ", ".join(PARTS))  # fmt: skip
     six.add_argument("--layers", type=parsing.count, help="MoE layers (default: as many as fit)")
     six.add_argument("--library", action="store_true", help="ranks exchange through NCCL, not in one another's memory")
     four.add_argument("--depths", type=parsing.depths, default=[2, 3, 4, 5], metavar="K,K,...", help="chains to time")

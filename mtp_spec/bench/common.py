@@ -159,7 +159,7 @@ def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
 def table(report: Report) -> Table:
     """Returns a report as a table."""
     shown = Table(title=report.title, title_justify="left")
-    for name in report.rows[0]:
+    for name in report.rows[0] if report.rows else ():
         shown.add_column(name)
     for row in report.rows:
         shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))

@@ -9,6 +9,7 @@ worst case: neighbouring tokens of a text share experts.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,11 +49,17 @@ ACCEPTED = {
         temperature=0.8, top_k=50, top_p=0.95, min_p=0.02, repetition_penalty=1.1, presence_penalty=0.1
     ),
 }
+# shares of the time of a step
+SLICE, WHOLE = "accept, share of this slice's step", "accept, share of a whole model's step"
+TEXT = "text"
+PARTS = ("passes", "layers", "accepting", TEXT)
 FINITE = 0xBF  # clears e4m3's highest exponent bit: no NaN, magnitudes below 2
 
 
 def step(args: argparse.Namespace) -> Report:
-    """Times decode, verify and draft passes of a full-width slice of DeepSeek-V3 against the bytes they must read."""
+    """Times a full-width slice of DeepSeek-V3. Passes: decode, verify and draft against the bytes they must read.
+    Layers: one of either kind and the head, and the whole model from these. Accepting: which share of a step sampling
+    and acceptance take at the whole vocabulary. Text: whether speculation changes it."""
     if not torch.cuda.is_available():
         raise OptionError("bench step needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
     ranks = join_ranks("auto", "cuda")
@@ -70,29 +77,50 @@ def step(args: argparse.Namespace) -> Report:
     torch.manual_seed(0)
     _fill(model)
     state = State(model, args.context + ROWS)
-    state.store.normal_()
-    rows: list[Row] = []
-    state.reset(SamplingParams(temperature=0.8), [0])
-    state.store.normal_()
-    for m in args.rows:
-        rows.append(_pass(f"decode and verify, {m} rows", _verify(model, state, args.context, m), rate))
-    rows += _parts(model, state, args.context, args.rows, rate)
-    rows.append(_pass("draft, 1 row", _draft(model, state, args.context), rate))
-    accepting = _accepting(model, state, args.context)
+    rows, found, notes = measure(model, state, full, rate, args)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     facts = {
         "copy_TB_per_s": rate, "context": args.context, "dense layers": config.first_k_dense_replace,
         "moe layers": config.num_hidden_layers - config.first_k_dense_replace, "memory planned": planned.total,
-        "memory at the peak": peak, "memory ratio": peak / planned.total,
-        "accepting": accepting,
-        "extrapolated": _extrapolated(rows, full, args.rows), "same text": _same_text(model, args.context),
+        "memory at the peak": peak, "memory ratio": peak / planned.total, **found,
         "ranks": ranks.size, "exchange": "none" if ranks.size == 1 else "library" if ranks.rooms is None else "rooms",
     }  # fmt: skip
+    if TEXT in args.parts:
+        facts["same text"] = _same_text(model, args.context)
+        notes.append(f"texts with speculation that are those without: {facts['same text']}")
     title = (f"DeepSeek-V3 at full width, {facts['dense layers']} dense and {facts['moe layers']} MoE layers, context "
              f"{args.context}; device copy {rate:.2f} TB/s")  # fmt: skip
-    failed = not all(facts["same text"].values())
-    return Report(title, rows, facts, failed, silent=ranks.rank > 0)
+    failed = not all(facts.get("same text", {}).values())
+    return Report(title, rows, facts, failed, silent=ranks.rank > 0, notes=notes)
+
+
+def measure(
+    model: DeviceModel, state: State, full: ModelConfig, rate: float, args: argparse.Namespace
+) -> tuple[list[Row], dict[str, Any], list[str]]:
+    """Returns the rows, facts and notes of the parts that were asked for but texts; the caches hold random numbers.
+
+    Args:
+        full: the whole model, of which `model` is a slice.  rate: TB/s of a copy.
+    """
+    rows, facts, notes, seconds = list[Row](), dict[str, Any](), list[str](), dict[str, float]()
+    state.reset(SamplingParams(temperature=0.8), [0])
+    state.store.normal_()
+    for part in [part for part in args.parts if part != TEXT]:
+        start, context = time.perf_counter(), args.context
+        if part == "passes":
+            rows += [_pass(f"decode and verify, {m} rows", _verify(model, state, context, m), rate) for m in args.rows]
+            rows.append(_pass("draft, 1 row", _draft(model, state, context), rate))
+        elif part == "layers":
+            rows += _layers(model, state, context, args.rows, rate)
+            facts["extrapolated"] = _extrapolated(rows, full, args.rows)
+        else:
+            accepting, layers = _accepting(model, state, full, context, rate)
+            rows += [row for row in layers if row["pass"] not in {known["pass"] for known in rows}]
+            facts["accepting"] = accepting
+            notes += [_sentence(name, micro, full) for name, micro in accepting.items()]
+        seconds[part] = time.perf_counter() - start
+    return rows, {**facts, "seconds of parts": seconds}, notes
 
 
 def _slice(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) -> ModelConfig:
@@ -129,7 +157,7 @@ def _plan(model: DeviceModel, state: State, context: int, m: int, offset: int = 
 
 def _verify(model: DeviceModel, state: State, context: int, m: int) -> tuple[Callable[[], Any], list[Any], int]:
     """Returns a pass of m rows, what it reads besides routed experts, and their number."""
-    ids = torch.randint(0, model.config.vocab_size, (m,), device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (m,), device=model.device)
     plan = _plan(model, state, context, m)
 
     def run() -> Tensor:
@@ -140,9 +168,10 @@ def _verify(model: DeviceModel, state: State, context: int, m: int) -> tuple[Cal
 
 
 def _draft(model: DeviceModel, state: State, context: int) -> tuple[Callable[[], Any], list[Any], int]:
-    ids = torch.randint(0, model.config.vocab_size, (1,), device="cuda")
-    hidden = torch.randn(1, model.config.hidden_size, device="cuda").bfloat16()
-    request, position = torch.zeros(1, dtype=torch.int32, device="cuda"), torch.full((1,), context, device="cuda")
+    device = model.device
+    ids = torch.randint(0, model.config.vocab_size, (1,), device=device)
+    hidden = torch.randn(1, model.config.hidden_size, device=device).bfloat16()
+    request, position = torch.zeros(1, dtype=torch.int32, device=device), torch.full((1,), context, device=device)
     plan = _plan(model, state, context, 1, 1)
 
     def run() -> Tensor:
@@ -154,32 +183,47 @@ def _draft(model: DeviceModel, state: State, context: int) -> tuple[Callable[[],
     return run, [module.eh.weight, module.layer, head.weight], (context + 1) * state.store.shape[1] * 2
 
 
-def _accepting(model: DeviceModel, state: State, context: int) -> Row:
-    """Returns microseconds of a chain's step by part, and which share of it drawing, accepting and committing take."""
-    shape, out = Shape.of(Speculation(depth=CHAIN)), dict[str, Any]()
+def _accepting(
+    model: DeviceModel, state: State, full: ModelConfig, context: int, rate: float
+) -> tuple[dict[str, Row], list[Row]]:
+    """Returns microseconds of a chain's step by part, and which share of it drawing, accepting and committing take: in
+    this slice's step, and in one of the whole model, whose layers are timed too."""
+    shape, out = Shape.of(Speculation(depth=CHAIN)), dict[str, Row]()
+    layers = _layers(model, state, context, [CHAIN + 1], rate)
+    (whole,) = _extrapolated(layers, full, [CHAIN + 1]).values()
     for name, params in ACCEPTED.items():
         step = Step(model, state, shape, stages_of(params), CHAIN + 1)
         state.reset(params, [0])
+        state.store.normal_()
         state.blank()
         state.length.fill_(context)
         step()  # gives it logits and rows
-        length = state.length.clone()
+        length = torch.full_like(state.length, context)
 
         def run(part: Callable[[], None], length: Tensor = length) -> None:
             part()
             state.length.copy_(length)  # accepting moves on: every repetition begins at the same place
 
+        state.length.copy_(length)
         micro = {part: graph_time(partial(run, work)) for part, work in step.parts().items()}
-        out[name] = {**micro, "accept, share of the step": micro["accept"] / sum(micro.values())}
-    return out
+        verifying = {SLICE: micro["verify"], WHOLE: 1e3 * whole}
+        shares = {where: micro["accept"] / (micro["draft"] + us + micro["accept"]) for where, us in verifying.items()}
+        out[name] = {**micro, **shares}
+    return out, layers
 
 
-def _parts(model: DeviceModel, state: State, context: int, counts: list[int], rate: float) -> list[Row]:
+def _sentence(name: str, micro: Row, full: ModelConfig) -> str:
+    return (f"drawing, accepting, committing a chain of {CHAIN} at {full.vocab_size} tokens, {name}: "
+            f"{micro['accept']:.0f} us, {micro[SLICE]:.1%} of this slice's step, {micro[WHOLE]:.2%} of a step of all "
+            f"{full.num_hidden_layers} layers (extrapolated)")  # fmt: skip
+
+
+def _layers(model: DeviceModel, state: State, context: int, counts: list[int], rate: float) -> list[Row]:
     """Times layers of either kind and the head on their own; every layer once, so that none is read from the cache."""
     rows = []
     table = model.table(state.caches[0].capacity)
     for m in counts:
-        x = torch.randn(m, model.config.hidden_size, device="cuda").bfloat16()
+        x = torch.randn(m, model.config.hidden_size, device=model.device).bfloat16()
         plan = _plan(model, state, context, m)
         for name, kind in (("dense layer", Dense), ("MoE layer", Mixture)):
             layers = [(layer, cache) for layer, cache in zip(model.layers, state.caches, strict=True)
