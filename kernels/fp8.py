@@ -37,9 +37,15 @@ def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
-def _scale(amax: Tensor, power_of_two: bool) -> Tensor:
+def block_scale(amax: Tensor, power_of_two: bool) -> Tensor:
+    """Returns float32 scales of blocks with these largest magnitudes; see `act_quant`."""
     scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
     return scale.log2().ceil().exp2() if power_of_two else scale
+
+
+def block_counts(rows: int, columns: int, block_size: int = BLOCK) -> tuple[int, int]:
+    """Returns how many blocks, and so scales, a matrix has along each axis."""
+    return -(-rows // block_size), -(-columns // block_size)
 
 
 def act_quant(x: Tensor, block_size: int = BLOCK, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -51,17 +57,17 @@ def act_quant(x: Tensor, block_size: int = BLOCK, power_of_two: bool = False) ->
     columns = x.shape[-1]
     blocks = -(-columns // block_size)
     wide = F.pad(x.float(), (0, blocks * block_size - columns)).unflatten(-1, (blocks, block_size))
-    scale = _scale(wide.abs().amax(-1), power_of_two)
+    scale = block_scale(wide.abs().amax(-1), power_of_two)
     return _to_e4m3(wide, scale.unsqueeze(-1)).flatten(-2)[..., :columns].contiguous(), scale
 
 
 def weight_quant(w: Tensor, block_size: int = BLOCK, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Returns w `[N, K]` as e4m3 and scales `[ceil(N / block), ceil(K / block)]` float32; see `act_quant`."""
     rows, columns = w.shape
-    row_blocks, column_blocks = -(-rows // block_size), -(-columns // block_size)
+    row_blocks, column_blocks = block_counts(rows, columns, block_size)
     pad = (0, column_blocks * block_size - columns, 0, row_blocks * block_size - rows)
     blocks = F.pad(w.float(), pad).view(row_blocks, block_size, column_blocks, block_size)
-    scale = _scale(blocks.abs().amax((1, 3)), power_of_two)
+    scale = block_scale(blocks.abs().amax((1, 3)), power_of_two)
     quantised = _to_e4m3(blocks, scale[:, None, :, None]).view(
         row_blocks * block_size, column_blocks * block_size
     )
@@ -77,7 +83,7 @@ def weight_dequant(
         ValueError: the scales do not match the blocks.
     """
     rows, columns = w.shape
-    expected = (-(-rows // block_size), -(-columns // block_size))
+    expected = block_counts(rows, columns, block_size)
     if tuple(scale.shape) != expected:
         raise ValueError(f"scales {tuple(scale.shape)} for a weight {tuple(w.shape)}: expected {expected}")
     columns_scale = scale.float().repeat_interleave(block_size, 1)[:, :columns]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels.fp8 import BLOCK, E4M3, weight_dequant, weight_quant
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, block_counts, weight_dequant, weight_quant
+from mtp_spec.kernels.fp8_cpu import dequantise, quantise
 from mtp_spec.model.assembly import CHECKSUMS, Output, as_json
 from mtp_spec.model.checkpoint import SCALE, open_checkpoint
 from mtp_spec.model.config import CheckpointError
@@ -102,7 +103,7 @@ def _narrowed(name: str, info: TensorInfo, device: str, powers: bool) -> Task:
         return copied(name, info)
     if info.dtype not in WIDE:
         raise CheckpointError(f"{name} is {info.dtype}: only {', '.join(WIDE)} can be cast to FP8")
-    file, blocks = info.file.name, (-(-info.shape[0] // BLOCK), -(-info.shape[1] // BLOCK))
+    file, blocks = info.file.name, block_counts(info.shape[0], info.shape[1])
     outputs = Output(file, name, "F8_E4M3", info.shape), Output(file, name + SCALE, "F32", blocks)
     work = partial(_quantise, name=name, device=device, powers=powers)
     return Task((info,), outputs, work, sum(output.bytes for output in outputs) + CHUNK_BYTES)
@@ -110,6 +111,9 @@ def _narrowed(name: str, info: TensorInfo, device: str, powers: bool) -> Task:
 
 def _dequantise(tensors: list[Tensor], block: int, device: str) -> Iterator[Tensor]:
     weight, scale = tensors[0], widen_scales(tensors[1])
+    if device == "cpu":
+        yield dequantise(weight, scale, block)
+        return
     out = torch.empty(weight.shape, dtype=torch.bfloat16)
 
     def chunk(rows: slice, blocks: slice) -> None:
@@ -121,16 +125,22 @@ def _dequantise(tensors: list[Tensor], block: int, device: str) -> Iterator[Tens
 
 def _quantise(tensors: list[Tensor], name: str, device: str, powers: bool) -> Iterator[Tensor]:
     weight = tensors[0]
-    out = torch.empty(weight.shape, dtype=E4M3)
-    scales = torch.empty(-(-weight.shape[0] // BLOCK), -(-weight.shape[1] // BLOCK))
+    out, scales = torch.empty(weight.shape, dtype=E4M3), torch.empty(block_counts(*weight.shape))
 
     def chunk(rows: slice, blocks: slice) -> None:
         part = weight[rows].to(device)
         if not part.isfinite().all():
-            raise CheckpointError(f"{name} holds NaN or infinity: FP8 cannot keep them, correct the checkpoint")
+            raise ValueError("NaN or infinity has no FP8")
         out[rows], scales[blocks] = weight_quant(part, BLOCK, powers)
 
-    _by_blocks(weight.shape, BLOCK, chunk)
+    try:
+        if device == "cpu":
+            out, scales = quantise(weight, BLOCK, powers)
+        else:
+            _by_blocks(weight.shape, BLOCK, chunk)
+    except ValueError as error:
+        message = f"{name} holds NaN or infinity: FP8 cannot keep them, correct the checkpoint"
+        raise CheckpointError(message) from error
     yield out
     yield scales
 

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtp_spec.kernels.fp8 import E4M3, weight_dequant, weight_quant
+from mtp_spec.kernels.fp8 import E4M3, weight_quant
+from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.config import CheckpointError, ModelConfig, load_config
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.ranks import FILE, layer_of
@@ -28,6 +29,7 @@ from mtp_spec.model.stored import INDEX, TensorInfo, listing, read_ahead, read_h
 from mtp_spec.model.transformer import Transformer
 
 SCALE = "_scale_inv"
+PIECE_BYTES = 2**25  # of embeddings and heads, which are large, at once
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 Report = Callable[[int, int], None]
 
@@ -78,7 +80,7 @@ def _with_found_modules(config: ModelConfig, tensors: Mapping[str, TensorInfo]) 
     return replace(config, num_nextn_predict_layers=wanted if found else 0)
 
 
-def _shared_copies(config: ModelConfig) -> dict[str, str]:
+def shared_copies(config: ModelConfig) -> dict[str, str]:
     """Names under which checkpoints repeat the main embedding and head -> the original."""
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     copies = {"lm_head.weight": head} if config.tie_word_embeddings else {}
@@ -91,7 +93,7 @@ def _shared_copies(config: ModelConfig) -> dict[str, str]:
 
 def _check(slots: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], config: ModelConfig, folder: Path) -> None:
     """Compares names and shapes; raises one error that lists everything that does not fit."""
-    copies = _shared_copies(config)
+    copies = shared_copies(config)
     present = {n for n in tensors if not n.endswith(SCALE) and not n.endswith("rotary_emb.inv_freq")}
     missing = sorted(set(slots) - present)
     extra = sorted(present - set(slots) - set(copies))
@@ -178,13 +180,16 @@ def load_checkpoint(
     model = Transformer(config, dtype, device, ranks)
     slots = model.checkpoint_slots()
     with torch.no_grad():
-        for name, value, scale in read_weights(rank_part(opened, slots, ranks), progress):
+        for name, first, value, scale in read_weights(rank_part(opened, slots, ranks), progress):
             if name not in slots:
-                compare_copy(name, value, config, slots)
-                continue
-            slot = slots[name]
-            whole = value if scale is None else weight_dequant(value, scale, block[0], slot.dtype)
-            slot.copy_(whole[len(whole) - len(slot) :])  # rows that only complete a block come first
+                compare_copy(name, first, value, config, slots)
+            elif scale is None:
+                slots[name][first : first + len(value)] = value
+            elif slots[name].device == value.device and slots[name].shape == value.shape:
+                dequantise(value, scale, block[0], out=slots[name])
+            else:
+                whole = dequantise(value, scale, block[0], slots[name].dtype)
+                slots[name].copy_(whole[len(whole) - len(slots[name]) :])  # rows that only complete a block come first
     return model
 
 
@@ -195,7 +200,7 @@ def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks)
     """
     if ranks.size == 1:
         return checkpoint
-    copies, block = _shared_copies(checkpoint.config), (checkpoint.config.fp8_block or (128, 128))[0]
+    copies, block = shared_copies(checkpoint.config), (checkpoint.config.fp8_block or (128, 128))[0]
     tensors: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         slot = slots.get(copies.get(name, name))
@@ -215,35 +220,43 @@ def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks)
     return replace(checkpoint, tensors=tensors)
 
 
-def read_weights(checkpoint: Checkpoint, progress: Report | None) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yields name, tensor as stored and float32 block scales of every weight, in the order of the files.
+def read_weights(checkpoint: Checkpoint, progress: Report | None) -> Iterator[tuple[str, int, Tensor, Tensor | None]]:
+    """Yields name, first row, rows as stored and float32 block scales of every weight, in the order of the files.
 
-    Repeated copies of embedding and head come last.
+    Weights with scales come whole. Repeated copies of embedding and head come last.
     """
     tensors = {n: info for n, info in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-    copies = _shared_copies(checkpoint.config)
+    copies = shared_copies(checkpoint.config)
 
     def order(name: str) -> tuple[bool, str, int, bool]:
         weight = name.removesuffix(SCALE)
         part = tensors[weight].parts[0]
         return weight in copies, str(part.file), part.start, name == weight  # scales just before their weight
 
+    pieces: dict[tuple[str, int], TensorInfo] = {}
+    for name in sorted(tensors, key=order):
+        info = tensors[name]
+        whole = name.endswith(SCALE) or name + SCALE in tensors
+        rows = info.shape[0] if whole else max(1, PIECE_BYTES * info.shape[0] // max(1, info.bytes))
+        for first in range(0, info.shape[0], rows):
+            pieces[name, first] = info.rows(first, min(rows, info.shape[0] - first))
     total, done = sum(info.bytes for info in tensors.values()), 0
     scales: dict[str, Tensor] = {}
-    for name, tensor in read_ahead({name: tensors[name] for name in sorted(tensors, key=order)}):
+    for (name, first), tensor in read_ahead(pieces):
         if name.endswith(SCALE):
             scales[name] = widen_scales(tensor)
         else:
-            yield name, tensor, scales.pop(name + SCALE, None)
-        done += tensors[name].bytes
+            yield name, first, tensor, scales.pop(name + SCALE, None)
+        done += pieces[name, first].bytes
         if progress is not None:
             progress(done, total)
 
 
-def compare_copy(name: str, value: Tensor, config: ModelConfig, slots: Mapping[str, Tensor]) -> None:
-    """Refuses a copy of embedding or head that differs from the original."""
-    original = _shared_copies(config)[name]
-    if not torch.equal(value.to(slots[original]), slots[original]):
+def compare_copy(name: str, first: int, value: Tensor, config: ModelConfig, slots: Mapping[str, Tensor]) -> None:
+    """Refuses a copy of embedding or head whose rows from `first` on differ from the original's."""
+    original = shared_copies(config)[name]
+    rows = slots[original][first : first + len(value)]
+    if not torch.equal(value.to(rows), rows):
         raise CheckpointError(f"{name} differs from {original}: in DeepSeek models the two are shared")
 
 
@@ -252,7 +265,7 @@ def checkpoint_summary(folder: Path) -> CheckpointSummary:
     config = load_config(folder)
     tensors = read_headers(folder)
     config = _with_found_modules(config, tensors)
-    sizes = {n: prod(i.shape) for n, i in tensors.items() if not n.endswith(SCALE) and n not in _shared_copies(config)}
+    sizes = {n: prod(i.shape) for n, i in tensors.items() if not n.endswith(SCALE) and n not in shared_copies(config)}
     main = {n: size for n, size in sizes.items() if layer_of(n) < config.num_hidden_layers}
     used = config.num_experts_per_tok / config.n_routed_experts
     active = sum(

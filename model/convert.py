@@ -69,20 +69,23 @@ def hf_job(folder: Path, *, config_file: Path | None = None, shard_bytes: int = 
         raise CheckpointError(f"{folder} has no model0-mp*.safetensors: --to-hf takes a folder of per-rank files")
     checkpoint = open_checkpoint(folder, config_file)
     tensors = checkpoint.tensors
-    shards: list[list[str]] = [[]]
+    outputs = [Output("", name, info.dtype, info.shape) for name, info in tensors.items()]
+    tasks = [_gathered(output, tensors[output.name]) for output in sharded(outputs, shard_bytes)]
+    return Job("convert to Hugging Face", tasks, _files(checkpoint, config_file)[0], index=True)
+
+
+def sharded(outputs: Iterable[Output], shard_bytes: int) -> list[Output]:
+    """Returns outputs in the order of layers, in files of up to `shard_bytes` with Hugging Face's names."""
+    shards: list[list[Output]] = [[]]
     size = 0
-    for name in sorted(tensors, key=lambda name: (place(name).layer, name)):
-        if shards[-1] and size + tensors[name].bytes > shard_bytes:
+    for output in sorted(outputs, key=lambda output: (place(output.name).layer, output.name)):
+        if shards[-1] and size + output.bytes > shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(name)
-        size += tensors[name].bytes
-    tasks = []
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tasks += [_gathered(Output(file, name, tensors[name].dtype, tensors[name].shape), tensors[name])
-                  for name in names]  # fmt: skip
-    return Job("convert to Hugging Face", tasks, _files(checkpoint, config_file)[0], index=True)
+        shards[-1].append(output)
+        size += output.bytes
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    return [replace(output, file=name) for name, shard in zip(names, shards, strict=True) for output in shard]
 
 
 def _where(info: TensorInfo) -> tuple[str, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mtp_spec.kernels.fp8 import weight_dequant
+from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.checkpoint import SCALE, Checkpoint, Report, compare_copy, open_checkpoint, rank_part, read_weights
 from mtp_spec.model.device import DeviceModel, why_not
 from mtp_spec.model.parallel import ALONE, Ranks
@@ -58,16 +58,17 @@ def load_device_model(
     model = empty_device_model(checkpoint, device, draft_ids, packed_cache, ranks)
     slots = model.checkpoint_slots()
     with torch.no_grad():
-        for name, value, scale in read_weights(rank_part(checkpoint, slots, ranks), progress):
+        for name, first, value, scale in read_weights(rank_part(checkpoint, slots, ranks), progress):
             if name not in slots:
-                compare_copy(name, value, checkpoint.config, slots)
+                compare_copy(name, first, value, checkpoint.config, slots)
+            elif scale is None:
+                slots[name][first : first + len(value)] = value
             elif name + SCALE in slots:
-                assert scale is not None
                 # as bytes: on a CPU torch copies e4m3 number by number
                 slots[name].view(torch.uint8).copy_(value.view(torch.uint8).reshape(slots[name].shape))
                 slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
             else:
-                whole = value if scale is None else weight_dequant(value, scale, 128, torch.float32)
+                whole = dequantise(value, scale, 128, torch.float32)
                 slots[name].copy_(whole[len(whole) - len(slots[name]) :])
     model.finish()
     return model

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +32,7 @@ LENGTH_BYTES = 8  # of the header's length, at the start of a file
 READERS = 4
 AHEAD_BYTES = 256 * 2**20
 MOST_BYTES = 2**30  # Linux reads at most 2 GiB at once
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +230,10 @@ def widen_scales(scales: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
 
 
-def read_ahead(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+def read_ahead(tensors: Mapping[Key, TensorInfo]) -> Iterator[tuple[Key, Tensor]]:
     """Yields tensors in the mapping's order; several threads read the next ones, up to `AHEAD_BYTES` of them."""
     names = list(tensors)
-    waiting: list[tuple[str, Future[Tensor]]] = []
+    waiting: list[tuple[Key, Future[Tensor]]] = []
     ahead = following = 0
     with ThreadPoolExecutor(READERS) as pool:
         try:

@@ -10,7 +10,7 @@ import torch
 
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.launching import runs_triton
-from mtp_spec.memory import check_memory
+from mtp_spec.memory import check_host, check_memory
 from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.device import DeviceModel
@@ -61,6 +61,8 @@ def load_model(
         dtype = torch.bfloat16 if device != "cpu" or _cpu_has_bfloat16() else torch.float32
     if cache_dtype is not None:
         raise cache_refused(cache_dtype, obstacle)
+    if device == "cpu" and ranks.size == 1:
+        check_host(checkpoint.config, dtype)
     model = load_checkpoint(checkpoint, dtype=dtype, device=device, progress=report, ranks=ranks)
     if ids is not None:
         model.draft_from(ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,10 +14,15 @@ from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
 from mtp_spec.kernels.moe_route import MOST_ROWS
 from mtp_spec.model.cache import PAGE, pages_for
+from mtp_spec.model.checkpoint import PIECE_BYTES, Checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.stored import AHEAD_BYTES
+from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_NODES
 
+# larger models are not given a second copy in the processor's own layout
+PACK_BYTES = 2**31
 # what graphs themselves, products' partial sums, several steps' logits and fragmentation take besides
 OVERHEAD_BYTES = 256 * 2**20
 # work runs once before it is captured, and that memory is not the graphs'
@@ -92,6 +98,32 @@ class PagePlan:
         return plan
 
 
+def host_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Returns the bytes that loading to a CPU takes: the model, the processor's own copy, and tensors read ahead."""
+    weights = model_bytes(checkpoint.config, dtype)
+    whole = max((info.bytes for info in checkpoint.tensors.values() if info.dtype == "F8_E4M3"), default=0)
+    return weights * (2 if weights <= PACK_BYTES else 1) + AHEAD_BYTES + 2 * max(whole, PIECE_BYTES)
+
+
+def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Returns the bytes of all weights of the model by torch."""
+    return sum(weight.nbytes for weight in Transformer(config, dtype, "meta").checkpoint_slots().values())
+
+
+def check_host(config: ModelConfig, dtype: torch.dtype) -> None:
+    """Refuses a model whose weights alone are more than this machine's free memory and swap.
+
+    Raises:
+        MTPSpecError: they are; the message says how much there is.
+    """
+    needed, free = model_bytes(config, dtype), _free_here()
+    if free is not None and needed > free:
+        raise MTPSpecError(
+            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB of "
+            "memory are free: use a machine with more, a GPU, which keeps FP8 weights as they are, or several processes"
+        )
+
+
 def plan_memory(model: DeviceModel, max_context: int) -> MemoryPlan:
     """Returns what a model needs for one sequence of up to `max_context` tokens; it may lie on "meta"."""
     config = model.config
@@ -161,6 +193,16 @@ def _free(device: torch.device) -> int:
     """Returns bytes that are free, or that torch holds and does not use."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _free_here() -> int | None:
+    """Returns the bytes of memory and swap that programs can still get, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        return found["MemAvailable"] + found["SwapFree"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
 
 
 def _machine_memory() -> int | None:

@@ -12,15 +12,13 @@ from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
 from mtp_spec.facts import start_facts
 from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
+from mtp_spec.memory import PACK_BYTES
 from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.joining import join_ranks, local_device, open_rooms
 from mtp_spec.model.rows import choose_technique
-from mtp_spec.progress import byte_progress
+from mtp_spec.progress import Report, byte_progress
 from mtp_spec.text import Tokenizer
-
-# larger models are not given a second copy in the processor's own layout
-PACK_BYTES = 2**31
 
 
 def load(
@@ -35,7 +33,7 @@ def load(
     draft_vocabulary: int | str | Path | None = None,
     cache_dtype: str | torch.dtype | None = None,
     measure: bool = True,
-    progress: bool = False,
+    progress: bool | Report = False,
     parallel: Any = "auto",
 ) -> LM:
     """Returns a model ready to generate.
@@ -59,7 +57,8 @@ def load(
             which holds nearly twice the tokens and rounds them, so it changes the text (docs/howto/gpu.md).
         measure: time the passes of a step at the first use of "auto", a few seconds, and keep the times in the user's
             cache directory; False plans from typical times and writes nothing.
-        progress: show a bar over the bytes read, and over the measurements.
+        progress: show a bar over the bytes read, and over the measurements; or a function that is told (bytes read,
+            bytes in all) instead.
         parallel: which processes share the model: "auto", those that torchrun started together with this one; a
             `torch.distributed` process group; None, this one alone. Each of them makes the same calls
             (docs/howto/parallel.md).
@@ -85,12 +84,14 @@ def load(
     facts = {"max_context": limit, "dtype": chosen, "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype}
     ranks.agree(facts | start_facts(checkpoint, device))
     open_rooms(ranks, device)
-    with ranks.together(), byte_progress(progress and ranks.rank == 0) as report:
+    bar = progress is True
+    with ranks.together(), byte_progress(bar and ranks.rank == 0) as shown:
+        report = progress if callable(progress) else shown
         model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
-        return LM(model, tokenizer, "batched", limit, measure, progress)
+        return LM(model, tokenizer, "batched", limit, measure, bar)
     model.requires_grad_(False)
     if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
         model.pack()
-    return LM(model, tokenizer, choose_technique(model), limit, measure, progress, max_batch, cache_tokens)
+    return LM(model, tokenizer, choose_technique(model), limit, measure, bar, max_batch, cache_tokens)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mtp_spec.kernels.fp8 import act_quant, fp8_gemm, weight_dequant, weight_quant
+from mtp_spec.kernels.fp8_cpu import dequantise, quantise
 
 SHAPES = [(1, 128), (63, 576), (129, 300), (128, 128), (200, 1), (5, 10944)]
 # e4m3 has three bits of mantissa: half a step is 1/16 of a value
@@ -32,6 +33,40 @@ def test_quantising_what_was_quantised_changes_nothing() -> None:
     again, _ = weight_quant(back)
     assert torch.equal(weight_dequant(*weight_quant(back), dtype=torch.float32), back)
     assert torch.equal(again.float(), quantised.float())
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 20000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_processor_widens_every_number_as_the_reference_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).repeat(-(-shape[0] * shape[1] // 256))  # NaN and subnormal ones too
+    weight = every[: shape[0] * shape[1]].view(shape).view(torch.float8_e4m3fn)
+    weight[-1, -1] = 1.0
+    scales = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128), generator=torch.Generator().manual_seed(0))
+    scales[0, 0] = 3e36
+    expected = weight_dequant(weight, scales, dtype=dtype)
+    assert torch.equal(dequantise(weight, scales, dtype=dtype).nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+    finite = torch.where(weight.float().isnan(), 0.0, weight.float()).to(torch.float8_e4m3fn)
+    out = torch.empty(shape, dtype=dtype)
+    dequantise(finite, scales, out=out)
+    assert torch.equal(out, weight_dequant(finite, scales, dtype=dtype))
+    with pytest.raises(ValueError, match="expected"):
+        dequantise(weight, scales[:, :0])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+@pytest.mark.parametrize("powers", [False, True])
+def test_a_processor_quantises_as_the_reference_does(shape: tuple[int, int], scale: float, powers: bool) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * scale
+    weight[:, : shape[1] // 2] = 0
+    before = weight.clone()
+    (numbers, scales), expected = quantise(weight, power_of_two=powers), weight_quant(weight, power_of_two=powers)
+    assert torch.equal(numbers.view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(scales, expected[1])
+    assert torch.equal(weight, before)
+    weight[-1, -1] = float("inf") if powers else float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantise(weight)
 
 
 def test_a_block_of_zeros_stays_zero() -> None:

@@ -14,6 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mtp_spec
+import small
+from mtp_spec import memory
 from mtp_spec.device_shape import Shape
 from mtp_spec.device_state import ROWS, State, stages_of
 from mtp_spec.device_step import Prefill, Step
@@ -114,3 +117,18 @@ def test_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 0))
     with pytest.raises(MTPSpecError, match="weights alone"):
         check_memory(model, 300, "cuda")
+
+
+def test_a_cpu_without_room_for_the_weights_is_refused_before_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small.make(tmp_path / "model")
+    read: list[tuple[int, int]] = []
+    needed = memory.model_bytes(load_config(folder), torch.float32)
+    monkeypatch.setattr(memory, "_free_here", lambda: needed - 1)
+    with pytest.raises(mtp_spec.MTPSpecError, match=r"GB in float32 and .* GB of memory are free"):
+        mtp_spec.load(folder, dtype="float32", progress=lambda done, total: read.append((done, total)))
+    assert read == []
+    monkeypatch.setattr(memory, "_free_here", lambda: needed)
+    mtp_spec.load(folder, dtype="float32", progress=lambda done, total: read.append((done, total)))
+    assert read[-1][0] == read[-1][1] == sum(t.nbytes for t in small.tensors(folder).values())

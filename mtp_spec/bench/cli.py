@@ -13,6 +13,7 @@ from mtp_spec.bench.acceptance.comparing import add_compare
 from mtp_spec.bench.cache import cache
 from mtp_spec.bench.common import publish
 from mtp_spec.bench.exactness import same_text
+from mtp_spec.bench.files import STAGES, files_bench
 from mtp_spec.bench.grid import TREES
 from mtp_spec.bench.kernels import WHAT, kernels
 from mtp_spec.bench.plan import SEARCHED, TAUGHT, check_plan, plan
@@ -71,6 +72,7 @@ def add_bench(commands: Any) -> None:
                      help="what to measure (all): " + ", ".join(PARTS))  # fmt: skip
     six.add_argument("--layers", type=parsing.count, help="MoE layers (default: as many as fit)")
     six.add_argument("--library", action="store_true", help="ranks exchange through NCCL, not in one another's memory")
+    _add_files(kinds)
     four.add_argument("--depths", type=parsing.depths, default=[2, 3, 4, 5], metavar="K,K,...", help="chains to time")
     four.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...")
 
@@ -90,6 +92,23 @@ def _add_plan(kinds: Any) -> None:
     kind.add_argument("--prompts", type=parsing.count, metavar="N",
                       help=f"held-out prompts ({TAUGHT}; --grid: {SEARCHED}, one half chooses)")  # fmt: skip
     kind.add_argument("--max-new-tokens", type=parsing.count, default=96, help="tokens a text (96)")
+
+
+def _add_files(kinds: Any) -> None:
+    nine = kinds.add_parser("files", help="convert, cast and load of a large FP8 checkpoint against the disk",
+                            description=files_bench.__doc__)  # fmt: skip
+    nine.set_defaults(run=files_bench)
+    nine.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
+    nine.add_argument("--folder", type=Path, required=True, help="where to work: a new folder, deleted at the end")
+    nine.add_argument("--keep", action="store_true", help="do not delete it")
+    nine.add_argument("--gigabytes", type=float, default=20.0, metavar="N", help="of the checkpoint, at most (20)")
+    nine.add_argument("--layers", type=parsing.count, default=2, metavar="N", help="of the model, one dense (2)")
+    nine.add_argument("--model-parallel", type=parsing.count, default=4, metavar="N", help="ranks to convert to (4)")
+    nine.add_argument("--stages", type=parsing.chosen(STAGES), default=list(STAGES), metavar="NAME,...",
+                      help=", ".join(STAGES))  # fmt: skip
+    nine.add_argument("--config", type=Path, metavar="FILE", help="another model's shape than DeepSeek-V3's")
+    nine.add_argument("--device", default="cpu", help="where to load: cpu or cuda")
+    nine.add_argument("--max-new-tokens", type=parsing.count, default=8, help="of the texts after loading (8)")
 
 
 def _add(
@@ -134,7 +153,7 @@ def run_bench(args: argparse.Namespace) -> None:
     """Loads the model if there is one, runs the benchmark, prints and writes its report."""
     if getattr(args, "whole", False):  # it does all of this itself
         return args.run(args)
-    if args.run in (kernels, step):
+    if args.run in (kernels, step, files_bench):
         return publish(args.run(args), None, args)
     if "check" in args:  # before anything is loaded
         args.check(args)
