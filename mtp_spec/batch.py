@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from mtp_spec import company
+from mtp_spec import company, teams
 from mtp_spec.engine import Decoder
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.handle import Handle
@@ -103,6 +103,7 @@ class Batch:
                 self._thread = threading.Thread(target=self._serve, name="mtp-spec batch", daemon=True)
                 self._thread.start()
             self._wake.notify()
+        teams.dismiss()  # the worker computes now
         return handle
 
     def close(self) -> None:
@@ -134,6 +135,7 @@ class Batch:
     def _work_arrives(self) -> bool:
         with self._wake:
             while not (self._closed or self._waiting or self._running):
+                teams.dismiss()  # the others compute, if anyone does
                 self._wake.wait()
             if self._closed:
                 return False
