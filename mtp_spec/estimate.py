@@ -23,7 +23,8 @@ from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.ranks import place
 from mtp_spec.model.transformer import Transformer
 
-# TB/s read and written together by a device copy of buffers far larger than the cache, as `bench step` measures it
+# TB/s read and written together by a device copy of 2 GiB, as `bench step` measures it. H100: that of
+# docs/results/step_h100.json. H200: the same copy on a machine of which no document was kept
 COPY_RATES = {"H100": 2.44, "H200": 4.28}
 WIDE_BYTES = 2
 SCALE_BYTES = 4

@@ -33,8 +33,6 @@ NEWER, SLOWER = 0.1, 0.02
 TRUSTED = 3.0
 # a time is taken to be at most this far from the expected one: a neighbour's burst is no news
 MOST_SURPRISE = log(2.0)
-
-
 # beside others drafting must promise so much more than plain decoding, as their times are guessed from fewer rows;
 # chains that are tried for that; and in how many steps
 CLEAR_GAIN, TRIED_DEPTH, SOON = 1.05, 4, 32

@@ -8,22 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from mtp_spec import measured
+from mtp_spec.times import StepTimes
 
 # workers side by side that each spread over every core spend their time waiting for one another
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-
-import torch  # noqa: E402
-
-from mtp_spec import measured  # noqa: E402
-from mtp_spec.times import StepTimes  # noqa: E402
+THREADS = os.environ.get("OMP_NUM_THREADS") or ("1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _threads() -> None:
-    torch.set_num_threads(THREADS)
+def _threads() -> Iterator[None]:
+    """As many as OMP_NUM_THREADS says, here and in processes that tests start; not set for pytest's own workers."""
+    torch.set_num_threads(int(THREADS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", THREADS)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

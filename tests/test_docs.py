@@ -99,6 +99,11 @@ def test_the_cost_of_rows_is_that_of_the_results() -> None:
         count, ratio = row["pass"].split(", ")[1].split()[0], row["us"] / rows[0]["us"]
         numbers = f"{row['us'] / 1000:.2f} | {ratio:.2f} | {row['experts']:.1f} | {row['x floor']:.2f}"
         assert f"| {count} | {numbers} |" in text
+    guide = " ".join((DOCS / "guide.md").read_text().split())
+    one, four, draft = (next(row["us"] for row in document["rows"] if row["pass"].endswith(name)) / 1000
+                        for name in ("verify, 1 rows", "verify, 4 rows", "draft, 1 row"))  # fmt: skip
+    assert f"over four rows takes {four / one:.2f} times as long" in guide
+    assert f"takes {draft:.2f} ms, where a pass over one row takes {one:.2f} ms" in guide
 
 
 def test_a_runs_pictures_can_be_drawn(lm: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch) -> None:
