@@ -75,6 +75,7 @@ class Drafter:
         self.caches = list(caches)
         # per module: inputs not yet in its cache, hidden states of consecutive positions
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
+        self.pending = 0  # committed positions that the first module has not seen
         self._left_out = 0  # tokens before those of slot 0
 
     def take(self, caches: Sequence[LatentCache], length: int) -> None:
@@ -107,11 +108,7 @@ class Drafter:
     def observe(self, hidden: Tensor) -> None:
         """Takes the main model's normed hidden states `[k, D]` of newly committed positions, in order."""
         self._pending[0].append(hidden)
-
-    @property
-    def pending(self) -> int:
-        """Committed positions that the first module has not seen."""
-        return sum(hidden.shape[0] for hidden in self._pending[0])
+        self.pending += hidden.shape[0]
 
     def rest(self) -> None:
         """Told of a plain step: tokens are left out where too many wait."""
@@ -119,6 +116,7 @@ class Drafter:
             hidden = torch.cat(self._pending[0])
             self._left_out += self.caches[0].length + hidden.shape[0] - KEPT_BEHIND
             self._pending = [[hidden[-KEPT_BEHIND:]], *([] for _ in self.caches[1:])]
+            self.pending = KEPT_BEHIND
             for cache in self.caches:
                 cache.restart(self._left_out)
 
@@ -171,7 +169,7 @@ class Drafter:
             outputs = yield from self._run(module, tokens, hidden[:ready])
             self._pending[module] = [hidden[ready:]] if ready < hidden.shape[0] else []
             if module == 0:
-                root_hidden = outputs[-1:]
+                root_hidden, self.pending = outputs[-1:], hidden.shape[0] - ready
             if module + 1 < len(self.caches):
                 self._pending[module + 1].append(outputs)
         assert root_hidden is not None

@@ -179,7 +179,8 @@ class Decoder:
         """Keeps the cache slots of these rows and shows their hidden states to the drafter."""
         self.cache.commit(rows)
         if self.drafter is not None:
-            self.drafter.observe(hidden[list(rows)])
+            # a copy in any case: other texts' rows, which may lie beside these, are not to be held with them
+            self.drafter.observe(hidden[:1].clone() if len(rows) == 1 else hidden[list(rows)])
 
     def _take(self, accepted: Accepted) -> list[Drawn]:
         self.tokens += [drawn.token for drawn in accepted.drawn]
