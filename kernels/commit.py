@@ -3,7 +3,7 @@
 The walk is coupled acceptance (2408.07978): a draft is accepted where it is the token that the target drew at its
 parent. The walk's result stays on the device for the next step; a record of it is what the host reads.
 
-Legend: `M` rows of the pass (the root is row 0), `A` = depth of the tree + 1: the most tokens a step can commit.
+Legend: `B` texts, `E` rows of each (the root is row 0), `A` = depth of the tree + 1: the most tokens a step can commit.
 """
 
 from __future__ import annotations
@@ -39,74 +39,93 @@ def accept(
     """Walks from the root along the drafts that the target drew.
 
     Args:
-        drawn: `[M]` int32, the target's token at each row.  failed: `[M]` int32, 1 where none could be drawn.
-        ids: `[M]` int64, the tokens of the pass.  parents: `[M]` int32, row 0 has -1.
-        path: `[A]` int64, receives the rows whose draws were committed, the last one repeated.
-        tokens: `[A]` int64, receives these draws, the last one repeated.
-        record: `[2 + 2 A]` int32, receives count, failure, tokens and path.
-        seen: `[V]` int32, has each committed token counted, if given.
+        drawn: `[B E]` int32, the target's token at each row.  failed: `[B E]` int32, 1 where none could be drawn.
+        ids: `[B E]` int64, the tokens of the pass.  parents: `[E]` int32, row 0 has -1.
+        path: `[B, A]` int64, receives the rows (of a text's own) whose draws were committed, the last one repeated.
+        tokens: `[B, A]` int64, receives these draws, the last one repeated.
+        record: `[B, 2 + 2 A]` int32, receives count, failure, tokens and path.
+        seen: `[B, V]` int32, has each committed token counted, if given.
     """
-    rows, most = ids.shape[0], path.shape[0]
-    expect("ids", ids, (rows,), torch.int64)
-    for name, x in (("drawn", drawn), ("failed", failed), ("parents", parents)):
-        expect(name, x, (rows,), torch.int32, beside=ids)
-    expect("path", path, (most,), torch.int64, beside=ids)
-    expect("tokens", tokens, (most,), torch.int64, beside=ids)
-    expect("record", record, (record_size(most),), torch.int32, beside=ids)
+    (texts, most), rows = path.shape, parents.shape[0]
+    expect("ids", ids, (texts * rows,), torch.int64)
+    for name, x in (("drawn", drawn), ("failed", failed)):
+        expect(name, x, (texts * rows,), torch.int32, beside=ids)
+    expect("parents", parents, (rows,), torch.int32, beside=ids)
+    expect("path", path, (texts, most), torch.int64, beside=ids)
+    expect("tokens", tokens, (texts, most), torch.int64, beside=ids)
+    expect("record", record, (texts, record_size(most)), torch.int32, beside=ids)
     if seen is not None:
-        expect("seen", seen, (None,), torch.int32, beside=ids)
+        expect("seen", seen, (texts, None), torch.int32, beside=ids)
     if not runs_triton(ids):
-        return _accept_reference(drawn, failed, ids, parents, path, tokens, record, seen)
-    _accept_kernel[(1,)](
+        for text in range(texts):
+            part = slice(text * rows, (text + 1) * rows)
+            _accept_reference(drawn[part], failed[part], ids[part], parents, path[text], tokens[text], record[text],
+                              None if seen is None else seen[text])  # fmt: skip
+        return
+    _accept_kernel[(texts,)](
         drawn, failed, ids, parents, path, tokens, record, record if seen is None else seen, rows,
-        MOST=most, WIDE=triton.next_power_of_2(rows), COUNTED=seen is not None, num_warps=1,
-        **late(ids),
+        0 if seen is None else seen.shape[1], MOST=most, WIDE=triton.next_power_of_2(rows), COUNTED=seen is not None,
+        num_warps=1, **late(ids),
     )  # fmt: skip
 
 
 def keep(
     outputs: Tensor, tokens: Tensor, length: Tensor, hidden: Tensor, ring: Tensor, ring_tokens: Tensor
 ) -> None:
-    """Puts a plain step's row aside for MTP modules that will read it when drafting begins again.
+    """Puts the row of each text's plain step aside for MTP modules that will read it when drafting begins again.
 
     Args:
-        outputs: `[1, D]` of the pass.  tokens: `[A]` int64, the first is what it drew.
-        length: `[1]` int32, the row's position.
-        hidden: `[R, D]`, receives the row as its first, as every step does.
-        ring: `[W, D]`, receives it at its position modulo W.  ring_tokens: `[W]` int64, the token there.
+        outputs: `[B, D]` of the pass.  tokens: `[B, A]` int64, the first is what it drew.
+        length: `[B]` int32, the rows' positions.
+        hidden: `[B, R, D]`, receives the row as its first, as every step does.
+        ring: `[B, W, D]`, receives it at its position modulo W.  ring_tokens: `[B, W]` int64, the token there.
     """
-    width, places = outputs.shape[1], ring.shape[0]
-    expect("outputs", outputs, (1, None), outputs.dtype)
-    expect("tokens", tokens, (None,), torch.int64, beside=outputs)
-    expect("length", length, (1,), torch.int32, beside=outputs)
-    expect("hidden", hidden, (None, width), outputs.dtype, beside=outputs)
-    expect("ring", ring, (None, width), outputs.dtype, beside=outputs)
-    expect("ring_tokens", ring_tokens, (places,), torch.int64, beside=outputs)
+    (texts, width), (rows, places) = outputs.shape, (hidden.shape[1], ring.shape[1])
+    expect("outputs", outputs, (texts, width), outputs.dtype)
+    expect("tokens", tokens, (texts, None), torch.int64, beside=outputs)
+    expect("length", length, (texts,), torch.int32, beside=outputs)
+    expect("hidden", hidden, (texts, rows, width), outputs.dtype, beside=outputs)
+    expect("ring", ring, (texts, places, width), outputs.dtype, beside=outputs)
+    expect("ring_tokens", ring_tokens, (texts, places), torch.int64, beside=outputs)
     if not runs_triton(outputs):
-        place = int(length) % places
-        hidden[:1] = ring[place] = outputs[0]
-        ring_tokens[place] = tokens[0]
+        every, place = torch.arange(texts, device=outputs.device), length.long() % places
+        hidden[:, 0] = ring[every, place] = outputs
+        ring_tokens[every, place] = tokens[:, 0]
         return
-    _keep_kernel[(-(-width // KEPT_COLUMNS),)](
-        outputs, tokens, length, hidden, ring, ring_tokens, width, places, COLUMNS=KEPT_COLUMNS, **late(outputs)
-    )
+    _keep_kernel[(-(-width // KEPT_COLUMNS), texts)](
+        outputs, tokens, length, hidden, ring, ring_tokens, width, rows, places, tokens.shape[1],
+        COLUMNS=KEPT_COLUMNS, **late(outputs),
+    )  # fmt: skip
 
 
-def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor) -> None:
-    """Moves the committed rows' latents to the slots behind `length` `[1]`, in all layers at once."""
-    store, most = caches[0].words, path.shape[0]
-    expect("length", length, (1,), torch.int32, beside=store)
-    expect("path", path, (most,), torch.int64, beside=store)
-    expect("record", record, (record_size(most),), torch.int32, beside=store)
+def commit(
+    caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, lanes: Tensor | None = None
+) -> None:
+    """Moves each text's committed rows' latents to the slots behind its `length` `[B]`, in all layers at once.
+
+    Args:
+        path: `[B, A]` int64.  record: `[B, 2 + 2 A]` int32.  lanes: `[B]` int32, see `mla.Plan`.
+    """
+    store, (texts, most) = caches[0].words, path.shape
+    expect("length", length, (texts,), torch.int32, beside=store)
+    expect("path", path, (texts, most), torch.int64, beside=store)
+    expect("record", record, (texts, record_size(most)), torch.int32, beside=store)
+    if lanes is not None:
+        expect("lanes", lanes, (texts,), torch.int32, beside=store)
+    apart = caches[1].base - caches[0].base if len(caches) > 1 else 0
+    if any(cache.base != caches[0].base + layer * apart for layer, cache in enumerate(caches)):
+        raise ValueError("caches lie at unequal distances: those of one model's layers, in order, are expected")
     if not runs_triton(store):
-        start, count = int(length), int(record[COUNT])
-        for cache in caches:
-            cache.slots[start : start + count] = cache.slots[start + path[:count]].clone()
+        for text in range(texts):
+            start, count = int(length[text]) + (0 if lanes is None else int(lanes[text])), int(record[text, COUNT])
+            for cache in caches:
+                rows = cache.store[cache.base + start :]
+                rows[:count] = rows[path[text, :count]].clone()
         return
     width = store.shape[1]
-    _commit_kernel[(len(caches), -(-width // COLUMNS))](
-        store, length, path, record, caches[0].capacity, caches[0].base, width,
-        MOST=triton.next_power_of_2(most), ROWS=most, COLUMNS=COLUMNS, **late(store),
+    _commit_kernel[(len(caches), -(-width // COLUMNS), texts)](
+        store, length, length if lanes is None else lanes, path, record, apart, caches[0].base, width,
+        LANES=lanes is not None, MOST=triton.next_power_of_2(most), ROWS=most, COLUMNS=COLUMNS, **late(store),
     )  # fmt: skip
 
 
@@ -136,10 +155,15 @@ if triton is not None:
 
     @triton.jit
     def _accept_kernel(
-        drawn, failed, ids, parents, path, tokens, record, seen, rows,
+        drawn, failed, ids, parents, path, tokens, record, seen, rows, vocabulary,
         MOST: tl.constexpr, WIDE: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        """One program a text."""
         follow(PDL)
+        text = tl.program_id(0)
+        drawn, failed, ids = drawn + text * rows, failed + text * rows, ids + text * rows
+        path, tokens, record = path + text * MOST, tokens + text * MOST, record + text * (2 + 2 * MOST)
+        seen += text.to(tl.int64) * vocabulary
         lane = tl.arange(0, WIDE)
         its_parent = tl.load(parents + lane, mask=lane < rows, other=-2)
         its_token = tl.load(ids + lane, mask=lane < rows, other=-1)
@@ -162,29 +186,34 @@ if triton is not None:
 
     @triton.jit
     def _keep_kernel(
-        outputs, tokens, length, hidden, ring, ring_tokens, width, places, COLUMNS: tl.constexpr, PDL: tl.constexpr
-    ):
+        outputs, tokens, length, hidden, ring, ring_tokens, width, rows, places, most,
+        COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
         follow(PDL)
+        text = tl.program_id(1).to(tl.int64)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         mask = column < width
-        place = tl.load(length) % places
-        values = tl.load(outputs + column, mask=mask)
-        tl.store(hidden + column, values, mask=mask)
-        tl.store(ring + place.to(tl.int64) * width + column, values, mask=mask)
+        place = text * places + tl.load(length + text) % places
+        values = tl.load(outputs + text * width + column, mask=mask)
+        tl.store(hidden + text * rows * width + column, values, mask=mask)
+        tl.store(ring + place * width + column, values, mask=mask)
         if tl.program_id(0) == 0:
-            tl.store(ring_tokens + place, tl.load(tokens))
+            tl.store(ring_tokens + place, tl.load(tokens + text * most))
 
     @triton.jit
     def _commit_kernel(
-        store, length, path, record, capacity, base, width,
-        MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+        store, length, lanes, path, record, apart, base, width,
+        LANES: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         follow(PDL)
+        text = tl.program_id(2)
         lane = tl.arange(0, MOST)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        row = tl.load(path + lane, mask=lane < ROWS, other=0)
-        moves = (lane < tl.load(record)) & (row != lane)
-        first = store + (base + tl.program_id(0) * capacity + tl.load(length)).to(tl.int64) * width
+        row = tl.load(path + text * ROWS + lane, mask=lane < ROWS, other=0)
+        moves = (lane < tl.load(record + text * (2 + 2 * ROWS))) & (row != lane)
+        if LANES:
+            base += tl.load(lanes + text)
+        first = store + (base + tl.program_id(0) * apart + tl.load(length + text)).to(tl.int64) * width
         mask = moves[:, None] & (column < width)[None, :]
         values = tl.load(first + row[:, None] * width + column[None, :], mask=mask, other=0)
         tl.debug_barrier()  # a slot may be read and written

@@ -7,14 +7,15 @@ ancestors. Five launches: prepare (norms, rotation, cache write), absorb, attend
 
 How a context is cut depends on positions alone (`mla_kernels.split_of`), so a row's bits are those of plain decoding.
 
-Legend: `M` rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C` kv_lora_rank, `W` = C + R, `V` v_head_dim,
-`A` columns of the ancestor table, `S` splits.
+Legend: `B` texts, `E` rows of each, `M` = B E rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C`
+kv_lora_rank, `W` = C + R, `V` v_head_dim, `A` columns of the ancestor table, `S` splits.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -73,16 +74,20 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where the rows of one pass stand; on the device, so that a captured pass follows the text.
+    """Where the rows of one pass stand; on the device, so that a captured pass follows the texts.
+
+    The rows of a pass are those of B texts, E of each, one text's after the other's; their trees are of one shape.
 
     Attributes:
-        length: `[1]` int32, committed slots L.
-        depths: `[M]` int32: row m has position offset + L + depths[m].
-        slots: `[M]` int32: row m is written to slot L + slots[m].
-        ancestors: `[M, A]` int32: column d holds the number (as in `slots`) of row m's ancestor at depth d, column
-            depths[m] its own. None for a chain: depths and slots rise by one from row to row.
+        length: `[B]` int32, committed slots L of each text.
+        depths: `[E]` int32: a text's row e has position offset + L + depths[e].
+        slots: `[E]` int32: row e is written to slot L + slots[e].
+        ancestors: `[E, A]` int32: column d holds the number (as in `slots`) of row e's ancestor at depth d, column
+            depths[e] its own. None for a chain: depths and slots rise by one from row to row.
         deepest: the largest depth.
         offset: position of slot 0.
+        lanes: `[B]` int32, the row of the cache's layer at which each text's slots begin. None for one text with a
+            cache of its own.
     """
 
     length: Tensor
@@ -91,20 +96,44 @@ class Plan:
     ancestors: Tensor | None
     deepest: int
     offset: int = 0
+    lanes: Tensor | None = None
 
     @property
     def rows(self) -> int:
-        """M."""
+        """M = B E."""
+        return self.texts * self.each
+
+    @property
+    def texts(self) -> int:
+        """B."""
+        return self.length.shape[0]
+
+    @property
+    def each(self) -> int:
+        """E."""
         return self.depths.shape[0]
 
     def part(self, begin: int, end: int) -> Plan:
-        """Returns the plan of rows begin .. end - 1."""
+        """Returns the plan of every text's rows begin .. end - 1."""
         ancestors, deepest = self.ancestors, self.deepest
         if ancestors is None:
-            deepest -= self.rows - end
+            deepest -= self.each - end
         else:
             ancestors = ancestors[begin:end]
-        return Plan(self.length, self.depths[begin:end], self.slots[begin:end], ancestors, deepest, self.offset)
+        return replace(self, depths=self.depths[begin:end], slots=self.slots[begin:end], ancestors=ancestors,
+                       deepest=deepest)  # fmt: skip
+
+    def some(self, begin: int, end: int) -> Plan:
+        """Returns the plan of all rows of texts begin .. end - 1."""
+        lanes = None if self.lanes is None else self.lanes[begin:end]
+        return replace(self, length=self.length[begin:end], lanes=lanes)
+
+    def apart(self, cache: Cache) -> Iterator[tuple[slice, Plan, Cache]]:
+        """Yields each text's rows in the pass, and the plan and the cache that it has alone."""
+        for text in range(self.texts):
+            first = 0 if self.lanes is None else int(self.lanes[text])
+            alone = replace(self, length=self.length[text : text + 1], lanes=None)
+            yield slice(text * self.each, (text + 1) * self.each), alone, replace(cache, base=cache.base + first)
 
 
 def chain(length: Tensor, rows: int, offset: int = 0) -> Plan:
@@ -141,8 +170,9 @@ def prepare(
     quantised = torch.empty(rows if lora else 0, q_rank, dtype=E4M3, device=down.device)
     scales = torch.empty(rows if lora else 0, -(-q_rank // BLOCK), device=down.device)
     kernels._prepare_kernel[(rows, 2 if lora else 1)](
-        down, kv_norm if q_norm is None else q_norm, kv_norm, table, plan.length, plan.depths, plan.slots, quantised,
-        scales, *cache.parts, cache.base, plan.offset, eps, A_ROWS=q_rank, C=head.latent, R=head.rope,
+        down, kv_norm if q_norm is None else q_norm, kv_norm, table, *_where(plan), plan.depths, plan.slots, quantised,
+        scales, *cache.parts, cache.base, plan.offset, eps, plan.each, LANES=plan.lanes is not None, A_ROWS=q_rank,
+        C=head.latent, R=head.rope,
         WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=max(BLOCK, triton.next_power_of_2(head.latent)),
         WIDE_R=triton.next_power_of_2(head.rope), BYTES=cache.layout.row_bytes, LORA=lora, PACKED=cache.layout.packed,
         INTERLEAVED=head.interleaved, LARGEST=E4M3_MAX, **late(down),
@@ -167,7 +197,8 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
     out = torch.empty(rows, head.padded, head.width, dtype=torch.bfloat16, device=q.device)
     kernels._absorb_kernel[(head.heads, -(-head.latent // BLOCK) + 1)](
         q, kv_b, kv_b if kv_b_scale is None else kv_b_scale, table, plan.length, plan.depths, out, rows, q.stride(0),
-        plan.offset, head.padded, N=head.nope, V=head.value, C=head.latent, R=head.rope,
+        plan.offset, head.padded, plan.each, LANES=plan.lanes is not None, N=head.nope, V=head.value, C=head.latent,
+        R=head.rope,
         WIDE_N=max(16, triton.next_power_of_2(head.nope)), WIDE_R=triton.next_power_of_2(head.rope), ROWS=ROW_TILE,
         PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=interpreted(), **late(q),
     )  # fmt: skip
@@ -219,11 +250,10 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch | Non
         return attend_reference(q, cache, plan, head)
     out = torch.empty(plan.rows, head.heads, head.latent, dtype=torch.bfloat16, device=q.device)
     splits = split_of(cache.capacity - 1) + 1
-    parts, numbers, at_once = _room(q.device, splits, head, plan.rows)
-    for begin in range(0, plan.rows, at_once):
-        end = min(begin + at_once, plan.rows)
-        _attend(q[begin:end], cache, plan.part(begin, end), head, launch or Launch(), parts, numbers, splits,
-                out[begin:end])  # fmt: skip
+    turns = list(_turns(plan, head, splits))
+    parts, numbers = _room(q.device, splits, head, max(part.texts * _pairs(part.each, head) for _, part in turns))
+    for rows, part in turns:
+        _attend(q[rows], cache, part, head, launch or Launch(), parts, numbers, splits, out[rows])
     return out
 
 
@@ -237,10 +267,12 @@ def split_of(position: int) -> int:
     return split + (position - begin) // SPLIT_SIZES[-1]
 
 
-def room_bytes(capacity: int, head: Head, rows: int) -> int:
-    """Returns bytes that `attend` keeps for passes of up to `rows` rows over a cache of `capacity` slots."""
+def room_bytes(capacity: int, head: Head, rows: int, texts: int = 1) -> int:
+    """Returns bytes that `attend` keeps for passes of up to `rows` rows of up to `texts` texts over caches of
+    `capacity` slots."""
     splits = split_of(capacity - 1) + 1
-    return splits * _pairs(min(rows, _at_once(splits, head)), head) * (2 * head.latent + 8)
+    pairs = min(_pairs(rows, head) + (texts - 1) * TILE, max(_at_once(splits, head) + TILE, _pairs(1, head)))
+    return splits * pairs * (2 * head.latent + 8)
 
 
 def _attend(
@@ -249,26 +281,28 @@ def _attend(
 ) -> None:  # fmt: skip
     from mtp_spec.kernels import mla_kernels as kernels
 
-    padded = _pairs(plan.rows, head)
+    each, lanes = _pairs(plan.each, head), plan.lanes is not None
+    padded = plan.texts * each
     peaks, totals = numbers[: 2 * splits * padded].split(splits * padded)
     if plan.ancestors is not None:
         words = cache.words.shape[1]
         kernels._gather_kernel[(plan.rows, TAIL // GATHERED)](
-            cache.words, plan.length, plan.depths, plan.ancestors, cache.base, cache.spare, plan.ancestors.stride(0),
-            BLOCK=KEYS, WORDS=words, TAIL=TAIL, CHUNK=GATHERED, WIDE=triton.next_power_of_2(words), **late(q),
+            cache.words, *_where(plan), plan.depths, plan.ancestors, cache.base, cache.spare, plan.ancestors.stride(0),
+            plan.each, LANES=lanes, BLOCK=KEYS, WORDS=words, TAIL=TAIL, CHUNK=GATHERED,
+            WIDE=triton.next_power_of_2(words), **late(q),
         )  # fmt: skip
     flat = q.view(-1, head.width)
-    given = (plan.length, plan.depths, peaks, totals, cache.base, cache.spare, plan.rows, padded, plan.deepest,
-             head.scale * math.log2(math.e))  # fmt: skip
-    sizes = {"HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
+    given = (*_where(plan), plan.depths, peaks, totals, cache.base, cache.spare, plan.each, padded, plan.deepest,
+             head.scale * math.log2(math.e), plan.texts)  # fmt: skip
+    sizes = {"LANES": lanes, "HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
              "CHAIN": plan.ancestors is None} | late(q)  # fmt: skip
     tiles = padded // TILE
     packed = cache.layout.packed
     hopper = _hopper() if on_hopper(q.device) and not packed else None
     if hopper is not None and hopper.fits(head.latent, head.rope):
-        each = min(splits, max(1, MULTIPROCESSORS // tiles))
-        hopper.attend_kernel[(tiles * each,)](
-            *hopper.descriptors(flat, cache.store, head), parts, *given, each, R=head.rope, **sizes
+        programs = min(splits, max(1, MULTIPROCESSORS // tiles))
+        hopper.attend_kernel[(tiles * programs,)](
+            *hopper.descriptors(flat, cache.store, head), parts, *given, programs, R=head.rope, **sizes
         )
     else:
         sums = parts[: splits * padded * head.latent].view(-1, head.latent)
@@ -283,7 +317,8 @@ def _attend(
         )  # fmt: skip
     columns = min(head.latent, COLUMNS)
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
-        parts, peaks, totals, plan.length, plan.depths, out, padded, HEADS=head.padded, C=head.latent,
+        parts, peaks, totals, plan.length, plan.depths, out, padded, plan.each, each, LANES=lanes,
+        HEADS=head.padded, C=head.latent,
         COLUMNS=columns, CHUNK=COMBINED, num_warps=1, **late(q),
     )  # fmt: skip
 
@@ -331,24 +366,40 @@ def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
         raise ValueError(f"kv_lora_rank {head.latent}, qk_rope_head_dim {head.rope}: powers of two from 16 expected")
 
 
+def _where(plan: Plan) -> tuple[Tensor, Tensor]:
+    """Returns lengths and lanes, as kernels take them; without lanes the second is unused."""
+    return plan.length, plan.length if plan.lanes is None else plan.lanes
+
+
 def _pairs(rows: int, head: Head) -> int:
     """Returns node-head pairs in whole tiles."""
     return -(-rows * head.padded // TILE) * TILE
 
 
 def _at_once(splits: int, head: Head) -> int:
-    """Returns rows whose partial results fit."""
-    return max(1, PARTS_BYTES // (splits * head.padded * head.latent * 2))
+    """Returns node-head pairs whose partial results fit."""
+    return PARTS_BYTES // (splits * head.latent * 2)
+
+
+def _turns(plan: Plan, head: Head, splits: int) -> Iterator[tuple[slice, Plan]]:
+    """Yields parts of a pass whose partial results fit: some texts at once, or some rows of one."""
+    fit, each = _at_once(splits, head), _pairs(plan.each, head)
+    texts, rows = max(1, fit // each), plan.each if fit >= each else max(1, fit // head.padded)
+    for first in range(0, plan.texts, texts):
+        some = plan.some(first, min(first + texts, plan.texts))
+        for begin in range(0, plan.each, rows):
+            end = min(begin + rows, plan.each)
+            start = first * plan.each + begin
+            yield slice(start, start + some.texts * (end - begin)), some.part(begin, end)
 
 
 _rooms: dict[torch.device, tuple[Tensor, Tensor]] = {}
 _outgrown: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write there
 
 
-def _room(device: torch.device, splits: int, head: Head, rows: int) -> tuple[Tensor, Tensor, int]:
-    """Returns room for partial results `[.]` bf16 and their peaks and sums `[.]` float32, and the rows that fit."""
-    at_once = min(rows, _at_once(splits, head))
-    pairs = splits * _pairs(at_once, head)
+def _room(device: torch.device, splits: int, head: Head, pairs: int) -> tuple[Tensor, Tensor]:
+    """Returns room for partial results `[.]` bf16 of so many pairs and their peaks and sums `[.]` float32."""
+    pairs *= splits
     held = _rooms.get(device)
     if held is None or held[0].numel() < pairs * head.latent or held[1].numel() < 2 * pairs:
         _outgrown.extend([] if held is None else [held])
@@ -357,4 +408,4 @@ def _room(device: torch.device, splits: int, head: Head, rows: int) -> tuple[Ten
             sizes = max(sizes[0], held[0].numel()), max(sizes[1], held[1].numel())
         held = torch.empty(sizes[0], dtype=torch.bfloat16, device=device), torch.empty(sizes[1], device=device)
         _rooms[device] = held
-    return *held, at_once
+    return held

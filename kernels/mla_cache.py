@@ -62,7 +62,7 @@ class Cache:
 
     Attributes:
         store: `[rows, W]` bf16, or `[rows, layout.row_bytes]` uint8.
-        base: the layer's first row.  capacity: its rows, a multiple of 64.
+        base: the layer's first row.  capacity: rows of a text, a multiple of 64.
         spare: first of the rows, `TAIL` a node, where a tree's last keys are brought into order; all layers share them.
     """
 
@@ -74,7 +74,7 @@ class Cache:
 
     @property
     def slots(self) -> Tensor:
-        """The layer's rows `[capacity, .]`."""
+        """The layer's rows of its first text, `[capacity, .]`."""
         return self.store[self.base : self.base + self.capacity]
 
     @property
@@ -125,16 +125,25 @@ class Cache:
         return torch.cat((latents.bfloat16(), self.ropes[at]), 1)
 
 
-def new_caches(layers: int, capacity: int, nodes: int, layout: Layout, device: torch.device | str) -> list[Cache]:
-    """Returns empty caches of some layers with room for `capacity` tokens and trees of up to `nodes` rows."""
+def new_caches(
+    layers: int, capacity: int, nodes: int, layout: Layout, device: torch.device | str, lanes: int = 1, idle: int = 0
+) -> list[Cache]:
+    """Returns empty caches of some layers with room for `capacity` tokens and passes of up to `nodes` rows of trees.
+
+    Args:
+        lanes: texts that have so much room each: text i begins at row i * capacity of a layer.
+        idle: rows behind these in every layer, for texts that nobody reads.
+    """
     capacity = whole_blocks(capacity)
-    store = layout.empty(layers * capacity + nodes * TAIL, device)
-    return [Cache(store, layer * capacity, capacity, layers * capacity, layout) for layer in range(layers)]
+    apart = lanes * capacity + whole_blocks(idle)
+    store = layout.empty(layers * apart + nodes * TAIL, device)
+    return [Cache(store, layer * apart, capacity, layers * apart, layout) for layer in range(layers)]
 
 
-def cache_bytes(layers: int, capacity: int, nodes: int, layout: Layout) -> int:
+def cache_bytes(layers: int, capacity: int, nodes: int, layout: Layout, lanes: int = 1, idle: int = 0) -> int:
     """Returns the bytes of `new_caches`."""
-    return (layers * whole_blocks(capacity) + nodes * TAIL) * layout.row_bytes
+    rows = layers * (lanes * whole_blocks(capacity) + whole_blocks(idle)) + nodes * TAIL
+    return rows * layout.row_bytes
 
 
 def whole_blocks(tokens: int) -> int:

@@ -54,7 +54,7 @@ def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 @gluon.jit
 def _walk(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.constexpr, CHAIN: gl.constexpr):
     """Returns how a tile walks one split, as `_block_at` wants it, and how many pairs of blocks that are."""
-    start, deepest, nodes, tile, base, spare = place
+    start, deepest, nodes, tile, base, spare, _, _ = place
     first, end = _split_start(split), _split_start(split + 1)
     last = gl.minimum(end, start + deepest + 1)
     whole = start // BLOCK * BLOCK
@@ -92,7 +92,7 @@ def _copy_in(
     queries, handed, keys, key_ropes = sm
     q_bar, full, free = bars
     half: gl.constexpr = C // 2
-    q_row = place[3] * ROWS
+    q_row = place[6]
     mbarrier.expect(q_bar, ROWS * (C + R) * 2)
     load_tile(q_half, [q_row, 0], q_bar, queries.index(0))
     load_tile(q_half, [q_row, half], q_bar, queries.index(1))
@@ -172,11 +172,11 @@ def _multiply(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    tile_row = place[3] * ROWS
+    tile_row, first_pair = place[7], place[3] * ROWS
     lane = gl.arange(0, ROWS, layout=row_layout)
-    node = (tile_row + lane) // HEADS
+    node = (first_pair + lane) // HEADS
     position = place[0] + gl.load(depths + node, mask=node < place[2], other=0)
-    member = node - tile_row // HEADS
+    member = node - first_pair // HEADS
     mbarrier.wait(q_bar, 0)
     # read once: its place is one of the two through which weights are handed over
     q_rope = handed.index(1).load(gl.DotOperandLayout(0, s_layout, 2))
@@ -272,24 +272,27 @@ def _layout_with(together, rows, columns):
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, columns])
 
 
-@gluon.jit(do_not_specialize=["nodes", "deepest", "each"])
+@gluon.jit(do_not_specialize=["nodes", "deepest", "texts", "each"])
 def attend_kernel(
     q_half,  # [M H, W] in tiles [ROWS, C / 2]
     q_rope,  # [M H, W] in tiles [ROWS, R]
     k_half,  # the store in tiles [BLOCK, C / 2]
     k_rope,  # the store in tiles [BLOCK, R]
     parts,  # [S * padded, C] bf16
-    length,  # [1] int32
-    depths,  # [M] int32
+    length,  # [B] int32
+    lanes,  # [B] int32, used with LANES
+    depths,  # [nodes] int32
     peaks,  # [S, padded] float32
     totals,  # [S, padded] float32
     base,  # first row of the layer
     spare,  # first row of the nodes' tails; unused for a chain
-    nodes,
-    padded,  # M H in whole tiles
+    nodes,  # a text
+    padded,  # a text's node-head pairs in whole tiles, of all texts
     deepest,  # largest depth
     scale,
+    texts,  # B
     each,  # programs a tile
+    LANES: gl.constexpr,
     HEADS: gl.constexpr,
     C: gl.constexpr,
     R: gl.constexpr,
@@ -307,10 +310,20 @@ def attend_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    start = gl.load(length)
-    count = split_of(start + deepest) + 1
     tiles = padded // ROWS
     tile, turn = gl.program_id(0) % tiles, gl.program_id(0) // tiles
+    row = tile * ROWS
+    q_row = row
+    if LANES:  # no tile has nodes of two texts
+        text = tile // (tiles // texts)
+        tile = tile % (tiles // texts)
+        q_row = text * nodes * HEADS + tile * ROWS
+        spare += text * nodes * TAIL
+        base += gl.load(lanes + text)
+        start = gl.load(length + text)
+    else:
+        start = gl.load(length)
+    count = split_of(start + deepest) + 1
     if turn < count:
         queries = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, C // 2], q_half.layout)
         keys = gl.allocate_shared_memory(gl.bfloat16, [4, BLOCK, C // 2], k_half.layout)
@@ -330,7 +343,7 @@ def attend_kernel(
             mbarrier.init(taken.index(slot), count=1)
         fence_async_shared()
 
-        place = (start, deepest, nodes, tile, base, spare)
+        place = (start, deepest, nodes, tile, base, spare, q_row, row)
         splits = (turn, count, each)
         sm = (queries, handed, keys, key_ropes, stats)
         bars = (q_bar, full, free, shown, taken)

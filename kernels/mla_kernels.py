@@ -90,14 +90,27 @@ def _widened(x, WIDE: tl.constexpr):
 
 
 @triton.jit
+def text_of(length, lanes, base, text, LANES: tl.constexpr):
+    """Returns how many slots a text of the pass has committed, and the first row of its slots."""
+    if LANES:
+        start, first = tl.load(length + text), base + tl.load(lanes + text)
+    else:
+        start, first = tl.load(length), base
+    return start, first
+
+
+@triton.jit(do_not_specialize=["each"])
 def _gather_kernel(
     store,  # [rows of all layers, WORDS] int32
-    length,  # [1] int32
-    depths,  # [M] int32
-    ancestors,  # [M, A] int32
+    length,  # [B] int32
+    lanes,  # [B] int32, used with LANES
+    depths,  # [each] int32
+    ancestors,  # [each, A] int32
     base,  # first row of the layer
     spare,  # first row of the room for tails
     columns,  # A
+    each,  # nodes a text
+    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
     WORDS: tl.constexpr,
     TAIL: tl.constexpr,
@@ -107,7 +120,9 @@ def _gather_kernel(
 ):
     """Copies a node's last keys in position order: from the last whole block of committed slots to its own."""
     follow(PDL)
-    node, start = tl.program_id(0), tl.load(length)
+    row = tl.program_id(0)
+    text, node = row // each, row % each
+    start, base = text_of(length, lanes, base, text, LANES)
     whole = start // BLOCK * BLOCK
     at = whole + tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     lane = tl.arange(0, WIDE)
@@ -117,11 +132,11 @@ def _gather_kernel(
     mask = held[:, None] & (lane < WORDS)[None, :]
     # what lies beyond is masked later, but a NaN would survive a weight of zero
     keys = tl.load(store + (base + slot).to(tl.int64)[:, None] * WORDS + lane[None, :], mask=mask, other=0)
-    target = store + (spare + node * TAIL + at - whole).to(tl.int64)[:, None] * WORDS + lane[None, :]
+    target = store + (spare + row * TAIL + at - whole).to(tl.int64)[:, None] * WORDS + lane[None, :]
     tl.store(target, keys, mask=(lane < WORDS)[None, :])
 
 
-@triton.jit(do_not_specialize=["nodes", "deepest"])
+@triton.jit(do_not_specialize=["nodes", "deepest", "texts"])
 def _attend_kernel(
     q_latent_desc,  # [M H, W] in tiles [ROWS, WIDTH]
     q_rope_desc,  # [M H, W] in tiles [ROWS, R]
@@ -129,16 +144,19 @@ def _attend_kernel(
     rope_desc,  # [rows of all layers, R] in tiles [BLOCK, R]
     parts_desc,  # [S * padded, C] in tiles [ROWS, WIDTH]
     scales,  # [rows of all layers, ceil(C / 128)] float32, BYTES apart, used with PACKED
-    length,  # [1] int32
-    depths,  # [M] int32
+    length,  # [B] int32
+    lanes,  # [B] int32, used with LANES
+    depths,  # [nodes] int32
     peaks,  # [S, padded] float32
     totals,  # [S, padded] float32
     base,  # first row of the layer
     spare,  # first row of the nodes' tails; unused for a chain
-    nodes,
-    padded,  # M H in whole tiles
+    nodes,  # a text
+    padded,  # a text's node-head pairs in whole tiles, of all texts
     deepest,  # largest depth
     scale,
+    texts,  # B
+    LANES: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -161,20 +179,26 @@ def _attend_kernel(
     follow(PDL)
     GROUP: tl.constexpr = (ROWS + HEADS - 1) // HEADS  # nodes a tile
     TILES: tl.constexpr = C // WIDTH
-    start = tl.load(length)
-    splits = split_of(start + deepest) + 1
     in_block, lane = tl.arange(0, BLOCK), tl.arange(0, ROWS)
-    whole = start // BLOCK * BLOCK
     tiles = padded // ROWS
+    place, tile, q_row = tl.program_id(0) % tiles, tl.program_id(0) % tiles, (tl.program_id(0) % tiles) * ROWS
+    text = 0
+    if LANES:  # no tile has nodes of two texts
+        text, tile = place // (tiles // texts), place % (tiles // texts)
+        q_row = text * nodes * HEADS + tile * ROWS
+        spare += text * nodes * TAIL
+    start, base = text_of(length, lanes, base, text, LANES)
+    splits = split_of(start + deepest) + 1
+    whole = start // BLOCK * BLOCK
     # the long splits come first; programs past the last split have nothing to do
-    tile, split = tl.program_id(0) % tiles, splits - 1 - tl.program_id(0) // tiles
+    split = splits - 1 - tl.program_id(0) // tiles
     if split < 0:
         return
     first, end = _split_start(split), _split_start(split + 1)
     node = (tile * ROWS + lane) // HEADS
     position = start + tl.load(depths + node, mask=node < nodes, other=0)
-    q_latents = _tiles(q_latent_desc, tile * ROWS, TILES, WIDTH, WIDE)
-    q_rope = _widened(q_rope_desc.load([tile * ROWS, C]), WIDE)
+    q_latents = _tiles(q_latent_desc, q_row, TILES, WIDTH, WIDE)
+    q_rope = _widened(q_rope_desc.load([q_row, C]), WIDE)
     peak = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     sums = ()
@@ -207,22 +231,25 @@ def _attend_kernel(
         if not CHAIN and GROUP > 1:
             seen = seen & ((block < shared) | (node == node0 + member))[:, None]
         peak, total, sums = _absorb_block(q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, WIDE)
-    row = split * padded + tile * ROWS
+    row = split * padded + place * ROWS
     tl.store(peaks + row + lane, peak)
     tl.store(totals + row + lane, total)
     for part in tl.static_range(TILES):
         parts_desc.store([row, part * WIDTH], sums[part].to(parts_desc.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each", "pairs"])
 def _combine_kernel(
     parts,  # [S, padded, C]
     peaks,  # [S, padded] float32
     totals,  # [S, padded] float32
-    length,
-    depths,  # [M] int32
+    length,  # [B] int32
+    depths,  # [each] int32
     out,  # [M, H, C] bf16
     count,  # padded
+    each,  # nodes a text
+    pairs,  # of a text, in whole tiles
+    LANES: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -232,8 +259,12 @@ def _combine_kernel(
     """Adds a row's splits, CHUNK at a time in ascending order; one warp, so that a column is summed by one thread."""
     follow(PDL)
     node, head = tl.program_id(0), tl.program_id(1)
-    row = node * HEADS + head
-    splits = split_of(tl.load(length) + tl.load(depths + node)) + 1
+    row, place = node * HEADS + head, node
+    if LANES:
+        text, place = node // each, node % each
+        row = text * pairs + place * HEADS + head
+        length += text
+    splits = split_of(tl.load(length) + tl.load(depths + place)) + 1
     chunk, column = tl.arange(0, CHUNK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     peak, total = float("-inf"), 0.0
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)

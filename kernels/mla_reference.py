@@ -26,7 +26,8 @@ def prepare_reference(
     q, latent, rope = down.split((down.shape[1] - head.width, head.latent, head.rope), dim=-1)
     turned = _rotate(rope, table[_positions(plan)], head.interleaved)
     row = torch.cat((normed(latent, kv_norm, eps), turned), -1)
-    cache.write(plan.length.long() + plan.slots.long(), row)
+    for rows, alone, own in plan.apart(cache):
+        own.write(alone.length.long() + alone.slots.long(), row[rows])
     return None if q_norm is None else act_quant(normed(q, q_norm, eps))
 
 
@@ -51,19 +52,21 @@ def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head:
 
 def attend_reference(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     """`attend` in plain torch, one row at a time."""
-    length, out = int(plan.length), []
-    for row, depth in enumerate(plan.depths.tolist()):
-        slots = list(range(length))
-        drafted = range(depth + 1) if plan.ancestors is None else plan.ancestors[row, : depth + 1].tolist()
-        seen = torch.tensor(slots + [length + slot for slot in drafted], device=q.device)
-        keys = cache.read(seen).float()
-        weights = (q[row, : head.heads].float() @ keys.T * head.scale).softmax(-1)
-        out.append(weights @ keys[:, : head.latent])
+    out = []
+    for rows, alone, own in plan.apart(cache):
+        length = int(alone.length)
+        for query, node in zip(q[rows], range(plan.each), strict=True):
+            depth = int(plan.depths[node])
+            drafted = range(depth + 1) if plan.ancestors is None else plan.ancestors[node, : depth + 1].tolist()
+            seen = torch.tensor([*range(length), *(length + slot for slot in drafted)], device=q.device)
+            keys = own.read(seen).float()
+            weights = (query[: head.heads].float() @ keys.T * head.scale).softmax(-1)
+            out.append(weights @ keys[:, : head.latent])
     return torch.stack(out).to(q.dtype)
 
 
 def _positions(plan: Plan) -> Tensor:
-    return plan.length.long() + plan.depths.long() + plan.offset
+    return (plan.length[:, None] + plan.depths + plan.offset).long().flatten()
 
 
 def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:

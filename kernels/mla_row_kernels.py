@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from mtp_spec.kernels.launching import follow
+from mtp_spec.kernels.mla_kernels import text_of
 from mtp_spec.kernels.quant import _store_quantised, block_scaled
 
 
@@ -31,15 +32,16 @@ def _rotated(source, table, position, mask, R: tl.constexpr, WIDE_R: tl.constexp
     return values * own + swapped * other
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def _prepare_kernel(
     down,  # [M, A_ROWS + C + R] bf16: the fused down-projection
     q_norm,  # [A_ROWS], used with LORA
     kv_norm,  # [C]
     table,  # [L, 2, R] float32
-    length,  # [1] int32
-    depths,  # [M] int32
-    slots,  # [M] int32
+    length,  # [B] int32
+    lanes,  # [B] int32, used with LANES
+    depths,  # [each] int32
+    slots,  # [each] int32
     quantised,  # [M, A_ROWS] e4m3, used with LORA
     scales,  # [M, ceil(A_ROWS / 128)] float32
     latents,  # [rows of all layers, C] bf16 or e4m3, BYTES apart like the two below
@@ -48,6 +50,8 @@ def _prepare_kernel(
     base,  # first row of the layer
     offset,
     eps,
+    each,  # rows a text
+    LANES: tl.constexpr,
     A_ROWS: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
@@ -66,8 +70,9 @@ def _prepare_kernel(
     row = tl.program_id(0)
     source = down + row.to(tl.int64) * (A_ROWS + C + R)
     if tl.program_id(1) == 0:
-        start = tl.load(length)
-        at = (base + start + tl.load(slots + row)).to(tl.int64)
+        start, base = text_of(length, lanes, base, row // each, LANES)
+        place = row % each
+        at = (base + start + tl.load(slots + place)).to(tl.int64)
         lane = tl.arange(0, WIDE_C)
         normed = _normed(source + A_ROWS, kv_norm, eps, C, WIDE_C)
         if PACKED:
@@ -78,7 +83,7 @@ def _prepare_kernel(
             tl.store(latents + at * BYTES + lane, packed, mask=lane < C)
         else:
             tl.store(latents + at * (BYTES // 2) + lane, normed, mask=lane < C)
-        position = start + offset + tl.load(depths + row) + tl.zeros((1, 1), dtype=tl.int32)
+        position = start + offset + tl.load(depths + place) + tl.zeros((1, 1), dtype=tl.int32)
         turned = _rotated(source + A_ROWS + C, table, position, position >= 0, R, WIDE_R, INTERLEAVED)
         lane_r = tl.arange(0, WIDE_R)[None, :]
         tl.store(ropes + at * (BYTES // 2) + lane_r, turned.to(tl.bfloat16), mask=lane_r < R)
@@ -116,19 +121,21 @@ def _up_weight(
     return w
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "each"])
 def _absorb_kernel(
     q,  # [M, H, N + R] bf16, rows `stride` apart
     kv_b,  # [H (N + V), C]
     kv_b_scale,
     table,  # [L, 2, R] float32
-    length,
-    depths,
+    length,  # [B] int32
+    depths,  # [each] int32
     out,  # [M, padded H, W] bf16
     rows,
     stride,
     offset,
     heads,  # of the output, padded
+    each,  # rows a text
+    LANES: tl.constexpr,
     N: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -150,7 +157,11 @@ def _absorb_kernel(
         for first in range(0, rows, ROWS):
             row = first + lane
             real = row < rows
-            position = start + tl.load(depths + row, mask=real, other=0)
+            if LANES:
+                its_start = tl.load(length + row // each, mask=real, other=0) + offset
+                position = its_start + tl.load(depths + row % each, mask=real, other=0)
+            else:
+                position = start + tl.load(depths + row, mask=real, other=0)
             source = q + row.to(tl.int64) * stride + head * (N + R) + N
             turned = _rotated(source[:, None], table, position[:, None], real[:, None], R, WIDE_R, INTERLEAVED)
             lane_r = tl.arange(0, WIDE_R)[None, :]

@@ -26,16 +26,8 @@ from torch import Tensor
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, fp8_gemm
 from mtp_spec.kernels.launching import described, late, runs_triton, stages_that_fit
-from mtp_spec.kernels.moe_route import (
-    MOST_ROWS,
-    Groups,
-    Routing,
-    gate,
-    gate_reference,
-    group,
-    most_slots,
-    route,
-)
+from mtp_spec.kernels.moe_group import MOST_ROWS, Groups, group, most_slots
+from mtp_spec.kernels.moe_route import Routing, gate, gate_reference, route
 
 __all__ = ["Experts", "Launch", "Routing", "default_launch", "experts", "experts_reference", "gate", "gate_reference",
            "moe", "moe_reference", "route"]  # fmt: skip
@@ -281,7 +273,7 @@ def down(
     channels, slots, tiles = weights.outputs, groups.count.shape[0], -(-weights.outputs // launch.down_tile)
     unroll = launch.unrolled(launch.down_unroll, rows)
     step = unroll * BLOCK * (launch.down_tile + launch.slot(rows))
-    parts = torch.empty(pairs, channels, dtype=torch.float32 if rows <= MOST_ROWS else dtype, device=device)
+    parts = torch.empty(pairs, channels, device=device)
     out = torch.empty(rows, channels, dtype=dtype, device=device)
     _down_kernel[(slots * tiles,)](
         _described(weights.down, launch.down_tile), weights.down, weights.down_scale, hidden, hidden_scale,

@@ -24,6 +24,7 @@ from torch import Tensor
 from mtp_spec.kernels.checks import FLOATS, expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, row_products
 from mtp_spec.kernels.launching import late, runs_triton
+from mtp_spec.kernels.moe_group import MOST_ROWS, Groups, arrivals, empty_groups, group, most_slots
 
 try:
     import triton
@@ -31,11 +32,11 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from mtp_spec.kernels.launching import follow, pull
+    from mtp_spec.kernels.moe_group import group_few
     from mtp_spec.kernels.quant import _store_quantised
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-MOST_ROWS = 64
 STRETCH = 512  # channels a router program; part of the arithmetic
 ROUTER_EXPERTS = 8
 LOWEST = -1e38  # below every score, above the -inf of what is not there; twice it is finite
@@ -79,22 +80,6 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
-    """Pairs grouped by expert.
-
-    Attributes:
-        order: `[P]` int32, pairs sorted by expert, then by number.
-        expert: `[slots]` int32.  first: `[slots]` int32, where the slot's pairs start in `order`.
-        count: `[slots]` int32, how many they are; 0 in slots left over.
-    """
-
-    order: Tensor
-    expert: Tensor
-    first: Tensor
-    count: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Routed:
     """Result of the gate: indices `[M, K]` int32 ascending, weights `[M, K]` float32, x in FP8, pairs by expert."""
 
@@ -122,7 +107,7 @@ def route(
 
     Args:
         quantise: also quantise x, 1x128.
-        tokens: also group the pairs, up to this many a slot; None for not. Beyond 64 rows grouping costs a sort.
+        tokens: also group the pairs, up to this many a slot; None for not. Beyond 64 rows grouping is a launch more.
     """
     _check(x, weight, bias, routing)
     if not runs_triton(x):
@@ -144,10 +129,10 @@ def route(
     indices = torch.empty(rows, per_row, dtype=torch.int32, device=device)
     weights = torch.empty(rows, per_row, device=device)
     in_kernel = tokens is not None and rows <= MOST_ROWS
-    groups = _empty_groups(indices, routing.experts + routing.shared, tokens if in_kernel else None)
+    groups = empty_groups(indices, routing.experts + routing.shared, tokens if in_kernel else None)
     size = routing.experts // routing.groups
     _select_kernel[(rows,)](
-        parts, weight if bias is None else bias, indices, weights, _arrivals(device),
+        parts, weight if bias is None else bias, indices, weights, arrivals(device),
         groups.order, groups.expert, groups.first, groups.count,
         rows, routing.experts, stretches, routing.scale, groups.count.shape[0],
         STRETCHES=triton.next_power_of_2(stretches), GROUPS=routing.groups, KEPT=routing.kept_groups, SIZE=size,
@@ -157,44 +142,8 @@ def route(
         **_group_sizes(indices, routing, tokens), **late(x),
     )  # fmt: skip
     if tokens is not None and not in_kernel:
-        groups = sorted_groups(indices, routing.experts + routing.shared, tokens)
+        groups = group(indices, routing.experts + routing.shared, tokens)
     return Routed(indices, weights, quantised, scales, groups if tokens is not None else None)
-
-
-def group(indices: Tensor, experts: int, tokens: int) -> Groups:
-    """Returns the pairs of indices `[M, K]` int32 grouped by expert; `experts` counts the shared ones."""
-    if indices.shape[0] > MOST_ROWS or not runs_triton(indices):
-        return sorted_groups(indices, experts, tokens)
-    groups = _empty_groups(indices, experts, tokens)
-    _group_kernel[(1,)](
-        indices, groups.order, groups.expert, groups.first, groups.count, indices.numel(), groups.count.shape[0],
-        PAIRS=max(32, triton.next_power_of_2(indices.numel())), TOKENS=tokens,
-        WIDE_EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(groups.count.shape[0]),
-        **late(indices),
-    )  # fmt: skip
-    return groups
-
-
-def sorted_groups(indices: Tensor, experts: int, tokens: int) -> Groups:
-    """The same groups for any number of rows, by torch operations that do not wait for the device."""
-    flat = indices.flatten().long()
-    order = flat.argsort(stable=True)
-    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
-    counts.index_add_(0, flat, torch.ones_like(flat))
-    chunks = -(-counts // tokens)
-    ends = chunks.cumsum(0)
-    slots = torch.arange(most_slots(flat.numel(), experts, tokens), device=flat.device)
-    expert = torch.searchsorted(ends, slots, right=True).clamp(max=experts - 1)
-    within = (slots - (ends - chunks)[expert]) * tokens
-    first = (counts.cumsum(0) - counts)[expert] + within
-    count = (counts[expert] - within).clamp(0, tokens).where(slots < ends[-1], 0)
-    first = first.where(count > 0, 0)
-    return Groups(order.int(), expert.int(), first.int(), count.int())
-
-
-def most_slots(pairs: int, experts: int, tokens: int) -> int:
-    """Returns how many slots any routing can need."""
-    return min(pairs, experts + pairs // tokens)
 
 
 def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -227,12 +176,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> 
         expect("bias", bias, (routing.experts,), torch.float32, beside=x)
 
 
-def _empty_groups(indices: Tensor, experts: int, tokens: int | None) -> Groups:
-    slots = 1 if tokens is None else most_slots(indices.numel(), experts, tokens)
-    space = torch.empty(indices.numel() + 3 * slots, dtype=torch.int32, device=indices.device)
-    return Groups(*space.split((indices.numel(), slots, slots, slots)))
-
-
 def _group_sizes(indices: Tensor, routing: Routing, tokens: int | None) -> dict[str, int]:
     if tokens is None or indices.shape[0] > MOST_ROWS:
         return {"PAIRS": 32, "TOKENS": 16, "WIDE_EXPERTS": 1, "SLOTS": 1}
@@ -240,16 +183,6 @@ def _group_sizes(indices: Tensor, routing: Routing, tokens: int | None) -> dict[
     slots = most_slots(indices.numel(), experts, tokens)
     sizes = (max(32, triton.next_power_of_2(indices.numel())), tokens, triton.next_power_of_2(experts))
     return dict(zip(("PAIRS", "TOKENS", "WIDE_EXPERTS"), sizes, strict=True), SLOTS=triton.next_power_of_2(slots))
-
-
-_counters: dict[torch.device, Tensor] = {}
-
-
-def _arrivals(device: torch.device) -> Tensor:
-    """Returns `[1]` int32, zero before and after every launch; kept, because captured graphs write there."""
-    if device not in _counters:
-        _counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[device]
 
 
 if triton is not None:
@@ -347,7 +280,7 @@ if triton is not None:
             tl.debug_barrier()  # all threads' stores come before the one thread's arrival
             if tl.atomic_add(arrivals, 1, sem="acq_rel") == m - 1:
                 tl.debug_barrier()
-                _group(
+                group_few(
                     indices, order, slot_expert, slot_first, slot_count, m * (CHOSEN + SHARED), slots,
                     PAIRS, TOKENS, WIDE_EXPERTS, SLOTS,
                 )  # fmt: skip
@@ -371,45 +304,3 @@ if triton is not None:
             best = tl.argmax(tl.where(kept | (number >= GROUPS), float("-inf"), worth), axis=0)
             kept = kept | (number == best)
         return tl.reshape(tl.where(kept[:, None], grouped, float("-inf")), (WIDE_GROUPS * WIDE_SIZE,))
-
-    @triton.jit
-    def _group(
-        indices, order, slot_expert, slot_first, slot_count, pairs, slots,
-        PAIRS: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
-    ):  # fmt: skip
-        """Counting sort of a few pairs by one program. Loads are volatile: other programs wrote the indices."""
-        every = tl.arange(0, PAIRS)
-        # a key is unique: expert first, then number of the pair
-        keys = tl.load(indices + every, mask=every < pairs, other=1 << 20, volatile=True) * PAIRS + every
-        expert = tl.arange(0, WIDE_EXPERTS)
-        count = tl.zeros((WIDE_EXPERTS,), dtype=tl.int32)
-        for first in range(0, PAIRS, 32):
-            pair = first + tl.arange(0, 32)
-            its = tl.load(indices + pair, mask=pair < pairs, other=1 << 20, volatile=True)
-            rank = tl.sum((keys[None, :] < (its * PAIRS + pair)[:, None]).to(tl.int32), axis=1)
-            tl.store(order + rank, pair, mask=pair < pairs)
-            count += tl.sum((its[None, :] == expert[:, None]).to(tl.int32), axis=1)
-        chunks = (count + TOKENS - 1) // TOKENS
-        first_slot = tl.cumsum(chunks, axis=0) - chunks
-        first_pair = tl.cumsum(count, axis=0) - count
-        for chunk in range(tl.max(chunks, axis=0)):
-            used = chunk < chunks
-            tl.store(slot_expert + first_slot + chunk, expert, mask=used)
-            tl.store(slot_first + first_slot + chunk, first_pair + chunk * TOKENS, mask=used)
-            tl.store(slot_count + first_slot + chunk, tl.minimum(count - chunk * TOKENS, TOKENS), mask=used)
-        slot = tl.arange(0, SLOTS)
-        unused = (slot >= tl.sum(chunks, axis=0)) & (slot < slots)
-        tl.store(slot_expert + slot, 0, mask=unused)
-        tl.store(slot_first + slot, 0, mask=unused)
-        tl.store(slot_count + slot, 0, mask=unused)
-
-    @triton.jit
-    def _group_kernel(
-        indices, order, slot_expert, slot_first, slot_count, pairs, slots,
-        PAIRS: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
-        PDL: tl.constexpr,
-    ):  # fmt: skip
-        follow(PDL)
-        _group(
-            indices, order, slot_expert, slot_first, slot_count, pairs, slots, PAIRS, TOKENS, WIDE_EXPERTS, SLOTS
-        )

@@ -131,10 +131,10 @@ class DeviceModel:
         embedding = F.embedding(ids, self.embed_tokens)
         return self.mtp[module](embedding, hidden, self.table(cache.capacity), cache, plan)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Returns `[M, V]` float32 logits of normed hidden states."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns `[M, V]` float32 logits of normed hidden states, in `out` if it is given, by one rank alone."""
         launch = gemm.default_launch(self.config.vocab_size, self.config.hidden_size, "bf16")
-        return self.ranks.gather(gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32, launch=launch))
+        return self.ranks.gather(gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32, out=out, launch=launch))
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8; -inf where none may be."""
@@ -172,9 +172,9 @@ class DeviceModel:
         """What a token's row of the caches holds."""
         return self.layers[0].attention.head.layout(self.packed_cache)
 
-    def new_caches(self, tokens: int, nodes: int) -> list[Cache]:
-        """Returns caches of all layers and, last, of the MTP modules."""
-        return new_caches(len(self.layers) + len(self.mtp), tokens, nodes, self.layout, self.device)
+    def new_caches(self, tokens: int, nodes: int, lanes: int = 1, idle: int = 0) -> list[Cache]:
+        """Returns caches of all layers and, last, of the MTP modules; arguments as `mla_cache.new_caches`."""
+        return new_caches(len(self.layers) + len(self.mtp), tokens, nodes, self.layout, self.device, lanes, idle)
 
     def parameters(self) -> list[Tensor]:
         """Returns the tensors that hold weights, scales included."""

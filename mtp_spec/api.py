@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any, cast, overload
 
@@ -11,8 +12,11 @@ import torch
 
 from mtp_spec.agreement import Watch
 from mtp_spec.batch import Batch
-from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
+from mtp_spec.device_batch import DeviceBatch
+from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime, SharedDecoder
+from mtp_spec.device_group import Groups, shares
 from mtp_spec.device_guided import GuidedDecoder
+from mtp_spec.device_lanes import Lane
 from mtp_spec.device_planned import PLANNED_DEPTH, PlannedDecoder
 from mtp_spec.engine import PREFILL_CHUNK, Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
@@ -36,6 +40,7 @@ from mtp_spec.sampling import Sampler
 from mtp_spec.scoring import Scores, score_ids
 from mtp_spec.streaming import Generation, TokenStream
 from mtp_spec.text import Tokenizer
+from mtp_spec.worker import Place, Worker
 
 Message = Mapping[str, str]
 Ids = Sequence[int]
@@ -60,7 +65,7 @@ class LM:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_context, self.max_batch, self.cache_tokens = max_context, max_batch, cache_tokens
-        self._batch: Batch | None = None
+        self._batch: Worker | None = None
         self._starting = Lock()
         self._ways = ways = RowWays(model, technique) if isinstance(model, Transformer) else None
         # not by way of this object, which is to end with its last user
@@ -70,6 +75,7 @@ class LM:
         if isinstance(model, Transformer):
             self._planners = Planners(model, tokenizer, max_context, measure, progress)
         self.runtime = DeviceRuntime(model, max_context) if isinstance(model, DeviceModel) else None
+        self._groups = None if self.runtime is None else Groups(self.runtime, max_batch)
 
     @property
     def technique(self) -> Technique:
@@ -180,8 +186,11 @@ class LM:
     def _submit(self, request: Request) -> Handle:
         with self._starting:
             if self._batch is None:
-                # the batch knows the model by its texts only, so that its worker ends with a model that nobody holds
-                self._batch = Batch(self.max_batch, self._new_pages())
+                # the batch knows this object by its texts only, so that its worker ends with a model that nobody holds
+                if self._groups is not None:
+                    self._batch = DeviceBatch(self.max_batch, self._groups)
+                else:
+                    self._batch = Batch(self.max_batch, self._new_pages())
                 self._end_batch = weakref.finalize(self, self._batch.close)
             return self._batch.submit(request, self)
 
@@ -225,7 +234,8 @@ class LM:
         """Returns the model's and the MTP modules' logits for a text, teacher-forced; see `Scores`."""
         ids = checked_ids(token_ids, None, self.config, self.max_context)
         self.model.ranks.agree(request_facts(ids, {}))
-        return score_ids(self.model, ids)
+        with nullcontext() if self.runtime is None else self.runtime.turns:
+            return score_ids(self.model, ids)
 
     def _request(self, ids: list[int], options: Mapping[str, Any]) -> Request:
         given = dict(options)
@@ -245,21 +255,27 @@ class LM:
         finisher = Finisher(self.tokenizer, self.stop_ids(), params.stop_strings, limit)
         return Request(ids, sampler, speculation, limit, finisher)
 
-    def begin(self, request: Request, after: TokenStream | None = None, lease: Lease | None = None) -> TokenStream:
+    def begin(self, request: Request, after: TokenStream | None = None, lease: Place | None = None) -> TokenStream:
         """Returns the stream of a checked request: what `stream`, `generate` and a batch do."""
         # beside others "auto" drafts little or nothing, which is no sign of anything
         told = request.speculation is not None and (lease is None or self.max_batch == 1)
         watched = self._watch.ended if told else None
         return TokenStream(self._decoder(request, after, lease), request.finisher, watched)
 
-    def _decoder(self, request: Request, after: TokenStream | None, lease: Lease | None) -> Decoder | DeviceDecoder:
+    def _decoder(
+        self, request: Request, after: TokenStream | None, lease: Place | None
+    ) -> Decoder | DeviceDecoder | SharedDecoder:
         ids, sampler, speculation = request.ids, request.sampler, request.speculation
         is_last = request.finisher.push
         if self.runtime is not None:
+            assert lease is None or isinstance(lease, Lane)
+            if lease is not None and shares(request):
+                return SharedDecoder(self.runtime.model, lease, ids, sampler, is_last)
             planned = speculation is not None and speculation.adaptive
             kind = GuidedDecoder if sampler.processors else PlannedDecoder if planned else DeviceDecoder
-            return kind(self.runtime, ids, sampler, speculation, is_last)
+            return kind(self.runtime, ids, sampler, speculation, is_last, lease)
         assert isinstance(self.model, Transformer)
+        assert lease is None or isinstance(lease, Lease)
         prefix = after.decoder.prefix() if after is not None and isinstance(after.decoder, Decoder) else None
         reused = 0
         if prefix is not None and prefix.threads == torch.get_num_threads():
@@ -274,7 +290,7 @@ class LM:
         )  # fmt: skip
 
     def joint_runner(self) -> Runner | None:
-        """Returns how to run passes of several texts here; None on a GPU, where texts take turns."""
+        """Returns how to run passes of several texts here; None on a GPU's kernels, whose steps are captured."""
         if not isinstance(self.model, Transformer):
             return None
         free = self._cuts_are_free()

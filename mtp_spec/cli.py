@@ -83,7 +83,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt: of seed, seed + 1, ... (1)")
     generate.add_argument("--json", action="store_true", help="print one JSON document a text instead of the text")
     generate.add_argument("--max-batch", type=int, default=1, metavar="N",
-                          help="write up to N texts side by side, on a CPU; with --json (1)")  # fmt: skip
+                          help="write up to N texts side by side; with --json (1)")  # fmt: skip
     drafting = _add_shape(generate, "speculation (never changes the text, but for --acceptance)")
     drafting.add_argument("--trace", type=int, metavar="N", help="show N steps as trees instead of the text")
     drafting.add_argument("--acceptance", choices=ACCEPTANCE_RULES, metavar="RULE", help=", ".join(ACCEPTANCE_RULES)

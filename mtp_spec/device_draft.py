@@ -4,7 +4,7 @@ What `mtp_spec.draft` does on a CPU, at fixed shapes. Slot i of module m (from 0
 position i + m + 1 beside the output of module m - 1 at slot i (of the main model for m = 0). Past the last module it
 is reused on its own output.
 
-Legend: `R` rows, `D` hidden size, `n` position of the root, `N` nodes.
+Legend: `B` texts, `R` rows of each, `D` hidden size, `n` position of the root, `N` nodes.
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ from mtp_spec.model.device import DeviceModel
 def feed_modules(
     model: DeviceModel, state: State, constants: Constants, ids: Tensor, hidden: Tensor, first: Tensor, count: Tensor
 ) -> Tensor:
-    """Shows the modules tokens with their true hidden states; returns the first module's outputs `[R, D]`.
+    """Shows the modules tokens with their true hidden states; returns the first module's outputs `[B, R, D]`.
 
     Every module reads the same tokens: row j of module m has the output of module m - 1 that lies one slot before that
     module's row j, so it begins with what was carried over from the call before.
 
     Args:
-        ids: `[R]` int64 tokens at positions first + 1 and on.
-        hidden: `[R, D]` the main model's hidden states from position `first` on.
-        first: `[1]` int32.
-        count: `[1]` int64, rows that are there; the others are padding, whose slots are overwritten later.
+        ids: `[B, R]` int64 tokens at positions first + 1 and on.
+        hidden: `[B, R, D]` the main model's hidden states from position `first` on.
+        first: `[B]` int32.
+        count: `[B]` int64, rows that are there; the others are padding, whose slots are overwritten later.
     """
-    rows, outputs = ids.shape[0], None
-    order = constants.integers(range(rows))
+    (texts, rows), outputs = ids.shape, None
+    order, text = constants.integers(range(rows)), constants.places(range(texts))
     for module, cache in enumerate(state.mtp_caches):
-        plan = mla.Plan((first - module).clamp_min(0), order, order, None, rows - 1, offset=module + 1)
+        plan = mla.Plan((first - module).clamp_min(0), order, order, None, rows - 1, module + 1, state.lanes)
         if module == 0:
-            outputs = own = model.mtp_rows(0, ids, hidden, cache, plan)
+            own = model.mtp_rows(0, ids.flatten(), hidden.flatten(0, 1), cache, plan)
+            outputs = own = own.unflatten(0, (texts, rows))
         else:
             # a text shorter than this leaves the first rows without a slot: they go to the end, as padding
-            lacking = (module - first).clamp_min(0)
-            there = (order + lacking).clamp_max(rows - 1)
-            back = (order - lacking).clamp_min(0)
-            own = model.mtp_rows(module, ids.index_select(0, there), hidden.index_select(0, there), cache, plan)
-            own = own.index_select(0, back)
+            lacking = (module - first).clamp_min(0)[:, None]
+            there = text[:, None], (order + lacking).clamp_max(rows - 1)
+            back = text[:, None], (order - lacking).clamp_min(0)
+            own = model.mtp_rows(module, ids[there].flatten(), hidden[there].flatten(0, 1), cache, plan)
+            own = own.unflatten(0, (texts, rows))[back]
         if module + 1 < len(state.mtp_caches):
-            shifted = torch.cat((state.carried[module : module + 1], own))
-            hidden = shifted[:-1]
-            state.carried[module] = shifted.index_select(0, count)[0]
+            shifted = torch.cat((state.carried[:, module : module + 1], own), 1)
+            hidden = shifted[:, :-1]
+            state.carried[:, module] = shifted[text, count]
     assert outputs is not None
     return outputs
 
@@ -56,10 +57,10 @@ def feed_modules(
 def run_module(
     model: DeviceModel, state: State, shape: Shape, constants: Constants, nodes: list[int], ids: Tensor, hidden: Tensor
 ) -> Tensor:
-    """Runs the module of their depth on nodes of one depth; returns outputs `[R, D]`, which predict their children.
+    """Runs the module of their depth on nodes of one depth; returns outputs `[B R, D]`, which predict their children.
 
     Args:
-        ids: `[R]` int64 their tokens.  hidden: `[R, D]` the outputs that predicted them.
+        ids: `[B R]` int64 their tokens.  hidden: `[B R, D]` the outputs that predicted them.
     """
     depth = shape.depths[nodes[0]]
     module = min(depth + 1, len(state.mtp_caches)) - 1
@@ -72,6 +73,6 @@ def run_module(
         table = constants.table(paths)
     plan = mla.Plan(
         (state.length - module).clamp_min(0), constants.integers([level] * len(nodes)),
-        constants.integers(node - base for node in nodes), table, level, offset=module + begins,
+        constants.integers(node - base for node in nodes), table, level, module + begins, state.lanes,
     )  # fmt: skip
     return model.mtp_rows(module, ids, hidden, state.mtp_caches[module], plan)

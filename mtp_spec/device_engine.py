@@ -1,7 +1,9 @@
-"""The generation loop of one sequence on a GPU: prefill, then captured steps, read one step behind.
+"""The generation loop of a sequence on a GPU: prefill, then captured steps, read one step behind.
 
 Same interface and same contract as `engine.Decoder`; the difference is where things happen. A step is launched before
 the tokens of the one before it are looked at, so that the GPU never waits for text, stop strings or a terminal.
+`DeviceDecoder` is a text with steps of its own, `SharedDecoder` one of several whose steps somebody else launches
+(`device_group`).
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from mtp_spec.accept import Drawn
+from mtp_spec.device_lanes import Lane
 from mtp_spec.device_shape import Shape
 from mtp_spec.device_state import MOST, State, prefill_rows, stages_of
 from mtp_spec.device_step import Graphs, Prefill, Step
@@ -25,11 +29,13 @@ from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.memory import check_room, plan_memory, rule_bytes
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import Speculation
+from mtp_spec.passes import Turn, Work
 from mtp_spec.sampling import Sampler
 from mtp_spec.stats import GenerationStats
+from mtp_spec.turns import Turns
 
-# captured steps and passes, and what was learned of them
-KEPT = 64
+# captured steps and passes, and what was learned of them; a batch has some for every size
+KEPT = 256
 T = TypeVar("T")
 
 
@@ -38,16 +44,20 @@ class DeviceRuntime:
 
     Args:
         max_context: most tokens of prompt and text.
+    Attributes:
+        turns: to be entered by whoever uses the GPU: threads may write texts of one model.
     """
 
     def __init__(self, model: DeviceModel, max_context: int) -> None:
-        self.model, self.max_context = model, max_context
+        self.model, self.max_context, self.turns = model, max_context, Turns()
         self.graphs = Graphs(model.device, model.ranks.size > 1) if model.device.type == "cuda" else None
         self._states: list[State] = []
         self._kept: dict[Hashable, object] = {}
 
-    def acquire(self) -> State:
-        """Returns a state that no other text uses; one is made where all are in use."""
+    def acquire(self, lane: Lane | None = None) -> State:
+        """Returns a state that no other text uses, on a lane or with caches of its own."""
+        if lane is not None:
+            return self.kept((lane, "state"), lambda: State(self.model, self.max_context, lane.caches()))
         state = next((state for state in self._states if not state.busy), None)
         if state is None:
             if self.graphs is not None:
@@ -81,6 +91,11 @@ class DeviceRuntime:
         self._kept[key] = found  # the most recent last
         return cast(T, found)
 
+    def forget(self, owner: object) -> None:
+        """Drops what was made for keys that begin with an object."""
+        self._kept = {key: kept for key, kept in self._kept.items()
+                      if not (isinstance(key, tuple) and key[0] is owner)}  # fmt: skip
+
     def prefill(self, state: State, tokens: int, first: int, draft: bool) -> Prefill:
         """Returns the pass for a prompt's next chunk, captured where there is a GPU and room for its padding."""
         left = tokens - first
@@ -89,6 +104,86 @@ class DeviceRuntime:
             return Prefill(self.model, state, min(left, rows), draft)
         graphs = self.graphs
         return self.kept((id(state), rows, draft), lambda: Prefill(self.model, state, rows, draft, graphs))
+
+
+class DeviceText:
+    """What is common to texts on a GPU: their tokens, and where they end.
+
+    Args:
+        sampler: draws the tokens.  is_last: told each token; true ends the text there.
+    """
+
+    def __init__(
+        self, model: DeviceModel, prompt: Sequence[int], sampler: Sampler, is_last: Callable[[int], bool]
+    ) -> None:
+        self.model, self.sampler, self.is_last = model, sampler, is_last
+        self.tokens, self.prompt_tokens, self.stages = list(prompt), len(prompt), stages_of(sampler.params)
+        self.stats = GenerationStats()
+        self.finished = False
+
+    def _stepped(self, done: Turn) -> list[Drawn]:
+        """Commits what a step brought, and counts it."""
+        if done.failed:
+            self._fail(done.logits[done.path[-1]] if done.logits is not None else None)
+        drawn = self._take(done)
+        ranks = [done.nodes[row - 1] for row in done.path[1 : len(drawn) + 1]]
+        self.stats.record_step(done.depth, len(done.nodes), ranks, len(drawn))
+        return drawn
+
+    def _take(self, done: Turn) -> list[Drawn]:
+        """Commits tokens one by one until the text ends; row path[j] of the logits drew token j."""
+        wanted, drawn = self.sampler.params.logprobs, []
+        for j, token in enumerate(done.tokens):
+            logprob = None
+            if wanted and done.logits is not None:
+                logprob = self.sampler.logprobs(done.logits[done.path[j]], token, wanted)
+            drawn.append(Drawn(token, j + 1 if j + 1 < len(done.tokens) else 0, logprob))
+            self.tokens.append(token)
+            if self.is_last(token):
+                self.finished = True
+                break
+        return drawn
+
+    def _fail(self, row: Tensor | None) -> None:
+        reason = "no token is left after logit_bias, or the logits hold NaN or infinity"
+        if row is not None and not bool(row.isfinite().any()):
+            reason = "the logits hold no finite number"
+        position = len(self.tokens)
+        raise MTPSpecError(
+            f"no token can be drawn at position {position} or after: {reason}; check the weights, or allow more tokens"
+        )
+
+
+class SharedDecoder(DeviceText):
+    """One of several texts, whose prompt is read and whose steps are taken by somebody else.
+
+    Attributes:
+        lane: where its caches are.
+        turn: what it waits for.
+        waiting: rows that plain steps put aside for the MTP modules, see `device_planned`.
+    """
+
+    def __init__(
+        self, model: DeviceModel, lane: Lane, prompt: Sequence[int], sampler: Sampler, is_last: Callable[[int], bool]
+    ) -> None:
+        super().__init__(model, prompt, sampler, is_last)
+        self.lane, self.turn, self.waiting = lane, Turn(prompt=True), 1
+
+    def prefilling(self) -> Work[list[Drawn]]:
+        """Waits for the prompt; returns the first token."""
+        with self.stats.phase("prefill"):
+            yield self.turn
+        if self.turn.failed:
+            self._fail(self.turn.logits[0] if self.turn.logits is not None else None)
+        self.stats.record_prefill(len(self.tokens))
+        return self._take(self.turn)
+
+    def stepping(self) -> Work[list[Drawn]]:
+        """Waits for a step; returns its tokens."""
+        self.turn, start = Turn(prompt=False), perf_counter()
+        yield self.turn
+        self.stats.add_seconds("step", perf_counter() - start)
+        return self._stepped(self.turn)
 
 
 @dataclass(slots=True)
@@ -101,9 +196,11 @@ class Launched:
     ended: torch.cuda.Event | None
 
 
-class DeviceDecoder:
+class DeviceDecoder(DeviceText):
     """One sequence being generated; arguments as for `engine.Decoder`, with the runtime for the model.
 
+    Args:
+        lane: where its caches are; None for some of its own.
     Attributes:
         draws: whether steps draw their own tokens; `device_guided` draws them on the host.
     """
@@ -117,19 +214,18 @@ class DeviceDecoder:
         sampler: Sampler,
         speculation: Speculation | None,
         is_last: Callable[[int], bool],
+        lane: Lane | None = None,
     ) -> None:
-        self.runtime, self.model, self.sampler, self.is_last = runtime, runtime.model, sampler, is_last
-        self.tokens, self.prompt_tokens, self.stages = list(prompt), len(prompt), stages_of(sampler.params)
-        self.stats = GenerationStats()
-        self.finished = False
-        self.drafts = speculation is not None
-        with torch.inference_mode(), self.model.ranks.together():
-            self.state = runtime.acquire()
+        super().__init__(runtime.model, prompt, sampler, is_last)
+        self.runtime, self.drafts = runtime, speculation is not None
+        with torch.inference_mode(), runtime.turns, self.model.ranks.together():
+            self.state = runtime.acquire(lane)
             self._release = weakref.finalize(self, _free, self.state)
             self.one_step = self._prepare(speculation)
         self._launched: deque[Launched] = deque()
         cuda = self.model.device.type == "cuda"
-        self._hosts = [torch.empty(commits.record_size(MOST), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
+        size = commits.record_size(MOST)
+        self._hosts = [torch.empty(1, size, dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
 
     def _prepare(self, speculation: Speculation | None) -> Step:
         """Returns the step of this text."""
@@ -142,7 +238,7 @@ class DeviceDecoder:
     def prefill(self) -> list[Drawn]:
         """Fills the caches with the prompt and returns the first token."""
         state, prompt, model = self.state, self.tokens, self.model
-        with self.stats.phase("prefill"):
+        with self.stats.phase("prefill"), self.runtime.turns:
             state.reset(self.sampler.params, prompt)
             ids = torch.tensor(prompt, dtype=torch.int64).to(model.device)
             first, hidden = 0, None
@@ -154,11 +250,11 @@ class DeviceDecoder:
             logits = model.logits(last)
             model.ranks.wait()
             token, failed = self._first(logits)
-            state.start(token, last, len(prompt), self.stages.penalty)
+            state.start(torch.full((1,), token, device=last.device), last, len(prompt), self.stages.penalty)
         if failed:
             self._fail(logits[0])
         self.stats.record_prefill(len(prompt))
-        return self._take([token], [0], logits)
+        return self._take(Turn(True, [token], [0], logits=logits))
 
     def _first(self, logits: Tensor) -> tuple[int, bool]:
         """Returns the text's first token, drawn from the prompt's last row `[1, V]`, and whether there was none."""
@@ -170,23 +266,18 @@ class DeviceDecoder:
     @torch.inference_mode()
     def step(self) -> list[Drawn]:
         """Returns the tokens of the next step; the step after it is already on its way."""
-        with self.stats.phase("step"):
-            wanted = self.sampler.params.logprobs
+        wanted = self.sampler.params.logprobs
+        with self.stats.phase("step"), self.runtime.turns:
             while len(self._launched) < (1 if wanted else 2):
                 self._launch()
             launched = self._launched.popleft()
             self.model.ranks.wait(launched.ended)
-            count, failed, *numbers = launched.record.tolist()
-        tokens, path = numbers[:count], numbers[MOST : MOST + count]
-        shape, logits = launched.step.shape, launched.step.logits
-        if failed:
-            self._fail(logits[path[-1]] if wanted else None)
-        before = len(self.tokens)
-        drawn = self._take(tokens, path, logits)
-        accepted = [row - 1 for row in path[1 : len(self.tokens) - before + 1]]
-        ranks = [shape.ranks[node] for node in accepted]
-        self.stats.record_step(shape.depth, len(shape.parents), ranks, len(drawn))
-        self._learn(launched, accepted, len(drawn))
+            count, failed, *numbers = launched.record[0].tolist()
+            # another thread's step may write where they are
+            logits = launched.step.logits.clone() if wanted else None
+        path, shape = numbers[MOST : MOST + count], launched.step.shape
+        drawn = self._stepped(Turn(False, numbers[:count], path, bool(failed), shape.ranks, shape.depth, logits))
+        self._learn(launched, [row - 1 for row in path[1 : len(drawn) + 1]], len(drawn))
         return drawn
 
     def _launch(self) -> None:
@@ -207,28 +298,15 @@ class DeviceDecoder:
     def _learn(self, launched: Launched, accepted: list[int], committed: int) -> None:
         """Takes the outcome of a step: its accepted nodes, and how many tokens it committed."""
 
-    def _take(self, tokens: list[int], path: list[int], logits: Tensor) -> list[Drawn]:
-        """Commits tokens one by one until the text ends; row path[j] of the logits drew token j."""
-        wanted, drawn = self.sampler.params.logprobs, []
-        for j, token in enumerate(tokens):
-            logprob = self.sampler.logprobs(logits[path[j]], token, wanted) if wanted else None
-            drawn.append(Drawn(token, j + 1 if j + 1 < len(tokens) else 0, logprob))
-            self.tokens.append(token)
-            if self.is_last(token):
-                self.finished = True
-                self._release()
-                break
+    def _take(self, done: Turn) -> list[Drawn]:
+        drawn = super()._take(done)
+        if self.finished:
+            self._release()
         return drawn
 
     def _fail(self, row: Tensor | None) -> None:
         self._release()
-        reason = "no token is left after logit_bias, or the logits hold NaN or infinity"
-        if row is not None and not bool(row.isfinite().any()):
-            reason = "the logits hold no finite number"
-        position = len(self.tokens)
-        raise MTPSpecError(
-            f"no token can be drawn at position {position} or after: {reason}; check the weights, or allow more tokens"
-        )
+        super()._fail(row)
 
 
 def _free(state: State) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtp_spec.accept import Drawn, accept_coupled
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
+from mtp_spec.device_lanes import Lane
 from mtp_spec.device_shape import Shape
 from mtp_spec.errors import OptionError
 from mtp_spec.options import Speculation
@@ -40,6 +41,7 @@ class GuidedDecoder(DeviceDecoder):
         sampler: Sampler,
         speculation: Speculation | None,
         is_last: Callable[[int], bool],
+        lane: Lane | None = None,
     ) -> None:
         if speculation is not None and speculation.acceptance != "coupled":
             raise OptionError(
@@ -50,7 +52,7 @@ class GuidedDecoder(DeviceDecoder):
             # the host draws between steps, so that nothing is gained by taking turns: the depth that pays on most texts
             depth = min(speculation.depth, GUIDED_DEPTH)
             speculation = Speculation(depth, speculation.branching[:depth], speculation.budget)
-        super().__init__(runtime, prompt, sampler, speculation, is_last)
+        super().__init__(runtime, prompt, sampler, speculation, is_last, lane)
         self.history = sampler.history(prompt)
 
     def _first(self, logits: Tensor) -> tuple[int, bool]:
@@ -61,7 +63,7 @@ class GuidedDecoder(DeviceDecoder):
     @torch.inference_mode()
     def step(self) -> list[Drawn]:
         """Returns the tokens of the next step."""
-        with self.stats.phase("step"):
+        with self.stats.phase("step"), self.runtime.turns:
             self.one_step()
             self.model.ranks.wait()
             shape = self.one_step.shape
@@ -79,7 +81,7 @@ class GuidedDecoder(DeviceDecoder):
         drawn = [-1] * (len(shape.parents) + 1)
         for row, one in zip([0, *(rows[node] for node in accepted.nodes)], accepted.drawn, strict=True):
             drawn[row] = one.token
-        with self.stats.phase("step"):
+        with self.stats.phase("step"), self.runtime.turns:
             self.one_step.take(torch.tensor(drawn, dtype=torch.int32).to(self.model.device))
         return accepted.drawn
 

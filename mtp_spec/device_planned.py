@@ -48,8 +48,8 @@ class Rungs:
     constants: Constants
 
     @classmethod
-    def capture(cls, runtime: DeviceRuntime, state: State, steps: list[Step]) -> Rungs:
-        """Captures what lies between steps; the state must not hold a text."""
+    def capture(cls, runtime: DeviceRuntime, state: State, steps: list[Step], most: int = WAITING) -> Rungs:
+        """Captures what lies between steps, in passes of `most` rows; the state must not hold a text."""
 
         def captured(work: Callable[[], object]) -> Callable[[], None]:
             def run() -> None:
@@ -59,9 +59,12 @@ class Rungs:
             return run if runtime.graphs is None else runtime.graphs.capture(run)
 
         constants = Constants(runtime.model.device)
-        passes = {
-            rows: captured(partial(_catch_up, runtime.model, state, constants, rows)) for rows in CATCH_UP_ROWS
-        }
+        passes = dict[int, Callable[[], None]]()
+        for rows in CATCH_UP_ROWS:
+            some = [state.part(first, min(most // rows, state.texts - first))
+                    for first in range(0, state.texts, most // rows)]  # fmt: skip
+            passes[rows] = _one_by_one([captured(partial(_catch_up, runtime.model, part, constants, rows))
+                                        for part in some])  # fmt: skip
         return cls(steps, captured(steps[-1].show), passes, constants)
 
     def seconds(self, state: State) -> tuple[list[float], float]:
@@ -75,16 +78,11 @@ class PlannedDecoder(DeviceDecoder):
 
     def _prepare(self, speculation: Speculation | None) -> Step:
         assert speculation is not None
-        runtime, state, deepest = self.runtime, self.state, min(speculation.depth, PLANNED_DEPTH)
+        runtime, state, shapes = self.runtime, self.state, planned_shapes(speculation)
         acceptance, stages = speculation.acceptance, self.stages
-        trees = [
-            Speculation(depth, speculation.branching[:depth], speculation.budget, acceptance)
-            for depth in range(1, deepest + 1)
-        ]
-        shapes = tuple(Shape.of(tree) for tree in (None, *trees))
 
         def capture() -> Rungs:
-            steps = [runtime.step(state, shape, stages, deepest + 1, acceptance, True) for shape in shapes]
+            steps = [runtime.step(state, shape, stages, shapes[-1].depth + 1, acceptance, True) for shape in shapes]
             return Rungs.capture(runtime, state, steps)
 
         self.rungs = rungs = runtime.kept((id(state), shapes, stages, acceptance), capture)
@@ -129,12 +127,29 @@ class PlannedDecoder(DeviceDecoder):
             self.planner.learn(rung, accepted, seconds)
 
 
+def planned_shapes(speculation: Speculation) -> tuple[Shape, ...]:
+    """Returns the shapes that take turns: plain decoding, then trees of growing depth."""
+    trees = [
+        Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
+        for depth in range(1, min(speculation.depth, PLANNED_DEPTH) + 1)
+    ]
+    return tuple(Shape.of(tree) for tree in (None, *trees))
+
+
+def _one_by_one(works: list[Callable[[], None]]) -> Callable[[], None]:
+    def run() -> None:
+        for work in works:
+            work()
+
+    return run
+
+
 def _catch_up(model: DeviceModel, state: State, constants: Constants, rows: int) -> None:
     """Shows the MTP modules the rows of plain steps, but for the last one."""
     count = (state.length - 1 - state.fed).long()
-    order = constants.places(range(rows))
-    places = (state.fed + torch.minimum(order, (count - 1).clamp_min(0))) % WAITING
-    tokens, hidden = state.ring_tokens.index_select(0, places), state.ring.index_select(0, places)
+    order, text = constants.places(range(rows)), constants.places(range(len(count)))[:, None]
+    places = (state.fed[:, None] + torch.minimum(order, (count - 1).clamp_min(0)[:, None])) % WAITING
+    tokens, hidden = state.ring_tokens[text, places], state.ring[text, places]
     feed_modules(model, state, constants, tokens, hidden, state.fed, count)
     state.fed.copy_(state.length - 1)
 

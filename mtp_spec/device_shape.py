@@ -44,6 +44,11 @@ class Shape:
         return max(self.depths, default=0)
 
     @property
+    def rows(self) -> int:
+        """Rows of a pass that verifies it: the root and the nodes."""
+        return len(self.parents) + 1
+
+    @property
     def is_chain(self) -> bool:
         return self.depth == len(self.parents)
 

@@ -1,11 +1,16 @@
-"""What one sequence keeps on the device from step to step."""
+"""What sequences keep on the device from step to step: one, or several that take their steps together."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels import commit as commits
+from mtp_spec.kernels.mla_cache import Cache
 from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Settings, Stages, seed_bits, settings_row
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import MAX_DEPTH, MAX_NODES, SamplingParams
@@ -18,89 +23,154 @@ PREFILL_ROWS = (16, 64, 256)
 WAITING = 128
 # a step may run ahead of the host's decision to stop, and the one after it; what modules read late is padded
 SLACK = 2 * MOST + max(ROWS, WAITING)
+# of every text, by name; a text's settings lie beside them
+KEPT = ("length", "hidden", "fed", "ring", "ring_tokens", "carried", "path", "tokens", "record", "drawn")
 
 
 class State:
-    """Caches, the tokens of the last step, sampling parameters.
+    """Caches, the tokens of the last step, sampling parameters of B texts.
 
     Args:
         tokens: most tokens of prompt and text.
+        caches: of all layers and the MTP modules, with room for `tokens` and `SLACK`; its own if they are not given.
+        lanes: `[B]` int32, where in the caches each text's slots begin (`kernels.mla.Plan`); None for one text, whose
+            caches these are.
     Attributes:
-        length: `[1]` int32, committed slots of the main model; a module's cache has one fewer for each module before.
-        hidden: `[ROWS, D]` of the last pass.  path, tokens: of the last step, see `kernels.commit.accept`.
-        drawn: `[1]` int64, random numbers that a rule has used, see `device_rules`.
-        fed: `[1]` int32, slots of the main model that the modules have seen, where steps of several shapes take turns.
-        ring, ring_tokens: `[WAITING, D]` and `[WAITING]` int64, rows of plain steps, see `kernels.commit.keep`.
-        carried: `[modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
+        length: `[B]` int32, committed slots of the main model; a module's cache has one fewer for each module before.
+        hidden: `[B, ROWS, D]` of the last pass.  path, tokens: `[B, MOST]` of the last step, see
+            `kernels.commit.accept`, and so is record.
+        drawn: `[B]` int64, random numbers that a rule has used, see `device_rules`.
+        fed: `[B]` int32, slots of the main model that the modules have seen, where steps of several shapes take turns.
+        ring, ring_tokens: `[B, WAITING, D]` and `[B, WAITING]` int64, rows of plain steps, see `kernels.commit.keep`.
+        carried: `[B, modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
+        live: `[B]` int32, 0 for a text that nobody reads, which stays where it is; None: all are read.
+        logits: room for those of a step of several texts; None: a step has its own.
     """
 
-    def __init__(self, model: DeviceModel, tokens: int) -> None:
+    def __init__(
+        self, model: DeviceModel, tokens: int, caches: list[Cache] | None = None, lanes: Tensor | None = None
+    ) -> None:
         config, device = model.config, model.device
-        caches = model.new_caches(tokens + SLACK, ROWS)
-        self.caches, self.mtp_caches = caches[: config.num_hidden_layers], caches[config.num_hidden_layers :]
-        self.store = caches[0].store
-        model.table(caches[0].capacity + MOST)
-        self.length = torch.zeros(1, dtype=torch.int32, device=device)
-        self.hidden = torch.zeros(ROWS, config.hidden_size, dtype=torch.bfloat16, device=device)
+        self._own = caches is None
+        held = model.new_caches(tokens + SLACK, ROWS) if caches is None else caches
+        self.caches, self.mtp_caches = held[: config.num_hidden_layers], held[config.num_hidden_layers :]
+        self.store, self.lanes = held[0].store, lanes
+        self.live: Tensor | None = None
+        self.logits: Tensor | None = None
+        model.table(held[0].capacity + MOST)
+        texts, width = 1 if lanes is None else len(lanes), config.hidden_size
+        self.length = torch.zeros(texts, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(texts, ROWS, width, dtype=torch.bfloat16, device=device)
         self.fed = torch.zeros_like(self.length)
-        self.ring = self.hidden.new_zeros(WAITING, config.hidden_size)
-        self.ring_tokens = torch.zeros(WAITING, dtype=torch.int64, device=device)
-        self.carried = self.hidden.new_zeros(max(0, len(self.mtp_caches) - 1), config.hidden_size)
-        self.path = torch.zeros(MOST, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(MOST, dtype=torch.int64, device=device)
-        self.record = torch.zeros(commits.record_size(MOST), dtype=torch.int32, device=device)
+        self.ring = self.hidden.new_zeros(texts, WAITING, width)
+        self.ring_tokens = torch.zeros(texts, WAITING, dtype=torch.int64, device=device)
+        self.carried = self.hidden.new_zeros(texts, max(0, len(self.mtp_caches) - 1), width)
+        self.path = torch.zeros(texts, MOST, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros_like(self.path)
+        self.record = torch.zeros(texts, commits.record_size(MOST), dtype=torch.int32, device=device)
         vocabulary = config.vocab_size
         self.settings = Settings(
-            values=torch.zeros(1, COLUMNS, dtype=torch.float64, device=device),
-            seed=torch.zeros(1, dtype=torch.int64, device=device),
-            bias=torch.zeros(1, vocabulary, device=device),
-            seen=torch.zeros(1, vocabulary, dtype=torch.int32, device=device),
+            values=torch.tensor([settings_row()], dtype=torch.float64).expand(texts, COLUMNS).contiguous().to(device),
+            seed=torch.zeros(texts, dtype=torch.int64, device=device),
+            bias=torch.zeros(texts, vocabulary, device=device),
+            seen=torch.zeros(texts, vocabulary, dtype=torch.int32, device=device),
         )
-        self.drawn = torch.zeros(1, dtype=torch.int64, device=device)
+        self.drawn = torch.zeros(texts, dtype=torch.int64, device=device)
         self.busy = False
 
+    @property
+    def texts(self) -> int:
+        """B."""
+        return self.length.shape[0]
+
+    def part(self, first: int, count: int) -> State:
+        """Returns the state of some of the texts, which is the same memory."""
+        def some(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[first : first + count]
+
+        part = copy.copy(self)
+        for name in (*KEPT, "lanes", "live"):
+            setattr(part, name, some(getattr(self, name)))
+        settings = self.settings
+        part.settings = Settings(settings.values[first : first + count], settings.seed[first : first + count],
+                                 some(settings.bias), some(settings.seen))  # fmt: skip
+        return part
+
     def reset(self, params: SamplingParams, prompt: list[int]) -> None:
-        """Prepares for a new text."""
-        # numbers left behind could be NaN, which masks do not remove
-        self.store.zero_()
-        self.carried.zero_()
-        self.length.zero_()
-        self.fed.zero_()
-        self.ring.zero_()
-        self.ring_tokens.zero_()
-        self.drawn.zero_()
-        device, settings = self.length.device, self.settings
+        """Prepares for a new text, the only one."""
+        if self.lanes is None:
+            # numbers left behind could be NaN, which masks do not remove
+            for store in [self.store] if self._own else [cache.slots for cache in (*self.caches, *self.mtp_caches)]:
+                store.zero_()
+        torch._foreach_zero_(self._tensors())
+        settings = self.settings
         row = settings_row(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty,
                            params.presence_penalty, params.frequency_penalty)  # fmt: skip
-        settings.values.copy_(torch.tensor([row], dtype=torch.float64))
+        settings.values.copy_(self.sent([row], torch.float64))
         settings.seed.fill_(seed_bits(params.seed))
         assert settings.bias is not None
         assert settings.seen is not None
-        settings.bias.zero_()
         if params.logit_bias:
             ids, amounts = zip(*params.logit_bias.items(), strict=True)
-            settings.bias[0, torch.tensor(ids, device=device)] = torch.tensor(amounts, device=device)
-        settings.seen.zero_()
-        settings.seen[0, torch.tensor(sorted(set(prompt)), device=device)] = IN_PROMPT
+            settings.bias[0, self.sent(ids, torch.int64)] = self.sent(amounts, torch.float32)
+        settings.seen[0, self.sent(sorted(set(prompt)), torch.int64)] = IN_PROMPT
+
+    def sent(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        """Returns values on the device, on their way there: the host does not wait for the work before."""
+        given = torch.tensor(values, dtype=dtype)
+        return given.pin_memory().to(self.length.device, non_blocking=True) if self.length.is_cuda else given.to(
+            self.length.device
+        )
 
     def blank(self) -> None:
-        """Makes it that of a text of one token, for work that is captured or timed."""
+        """Makes its texts such of one token, for work that is captured or timed."""
         self.record.zero_()
-        self.record[commits.COUNT] = 1
+        self.record[:, commits.COUNT] = 1
         self.length.fill_(1)
         self.fed.zero_()
 
-    def start(self, token: int, hidden: Tensor, length: int, seen: bool) -> None:
-        """Takes the first token, drawn from the prompt's last hidden state `[1, D]`."""
+    @contextmanager
+    def set_aside(self, idle: int) -> Iterator[None]:
+        """Lends its memory to work that is captured or timed: texts that it holds have come back afterwards.
+
+        Args:
+            idle: where in the caches the work may write.
+        """
+        names = [name for name in (*KEPT, "lanes") if getattr(self, name) is not None]
+        held = {name: getattr(self, name).clone() for name in names}
+        seen = None if self.settings.seen is None else self.settings.seen.clone()
+        try:
+            if self.lanes is not None:
+                self.lanes.fill_(idle)
+            self.blank()
+            yield
+        finally:
+            for name, kept in held.items():
+                getattr(self, name).copy_(kept)
+            if self.settings.seen is not None and seen is not None:
+                self.settings.seen.copy_(seen)
+
+    def take(self, other: State) -> None:
+        """Becomes a copy of another state of as many texts; lanes apart."""
+        torch._foreach_copy_(self._tensors(), other._tensors())  # one call: texts come and go between steps
+
+    def _tensors(self) -> list[Tensor]:
+        settings = self.settings
+        parts = (settings.values, settings.seed, settings.bias, settings.seen)
+        return [*(getattr(self, name) for name in KEPT), *(part for part in parts if part is not None)]
+
+    def start(self, token: Tensor, hidden: Tensor, length: int, seen: bool) -> None:
+        """Takes the first token `[1]` int64 of the only text, drawn from the prompt's last hidden state `[1, D]`."""
         self.length.fill_(length)
         self.fed.fill_(length - 1)  # the prompt's last token waits for the one after it
-        self.hidden[:1] = hidden
+        place = (length - 1) % WAITING  # as a plain step would leave it
+        self.hidden[:, 0] = self.ring[:, place] = hidden
         self.path.zero_()
-        self.tokens.fill_(token)
+        self.tokens[:] = self.ring_tokens[:, place] = token
         self.record.zero_()
-        self.record[commits.COUNT] = 1
+        self.record[:, commits.COUNT] = 1
         if seen and self.settings.seen is not None:
-            self.settings.seen[0, token] += 1
+            self.settings.seen[0].index_add_(0, token, torch.ones_like(token, dtype=torch.int32))
 
 
 def prefill_rows(left: int) -> int:

@@ -3,7 +3,8 @@
 Everything a step needs lies on the device and everything it changes stays there, so that step follows step without
 the host, which reads the record of committed tokens one step behind. Plain decoding is the step without a tree.
 
-Legend: `M` rows of the verify pass (root and nodes), `A` = most tokens a step commits, `n` position of the root.
+Legend: `B` texts that take the step together, `E` rows of each in the verify pass (root and nodes), `M` = B E, `N`
+nodes, `A` = most tokens a step commits, `n` position of the root.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mtp_spec.model.device import DeviceModel
 
 @dataclass(slots=True)
 class Step:
-    """The step of one tree on one state; call it, after `capture` it replays a graph.
+    """The step of one tree on one state, whose texts take it together; call it, after `capture` it replays a graph.
 
     Args:
         extend: tokens that the step before may have committed, which the MTP modules have not seen; 0 without drafting.
@@ -35,7 +36,8 @@ class Step:
         acceptance: the rule; all but "coupled" draw drafts and accept them by `device_rules`.
         draws: whether the call draws and accepts; else `take` is then told what was drawn.
     Attributes:
-        logits: `[M, V]` float32 of the last call, root first.  ids: `[M]` int64, the tokens of its rows.
+        logits: `[M, V]` float32 of the last call, root first.  ids: `[M]` int64, the tokens of its rows; unless the
+            state is one of several texts, whose steps leave nothing but their logits, in the state's own room.
     """
 
     model: DeviceModel
@@ -67,6 +69,8 @@ class Step:
         """Makes later calls replay a graph; the state must not hold a text."""
         self.state.blank()
         self._graph = graphs.capture(self._run)
+        if self.state.logits is not None:
+            del self._outputs, self.ids, self.logits  # the many steps of a batch leave each other this memory
 
     def parts(self) -> dict[str, Callable[[], None]]:
         """Returns what a step does, in order; benchmarks time the parts."""
@@ -78,21 +82,25 @@ class Step:
                 part()
 
     def _propose(self) -> None:
-        root = self.state.tokens[-1:]  # the last committed token: tokens are padded with it
-        self.ids = torch.cat((root, self._draft(self.show()))) if self.shape.parents else root
+        root = self.state.tokens[:, -1:]  # the last committed token: tokens are padded with it
+        ids = torch.cat((root, self._draft(self.show())), 1) if self.shape.parents else root
+        self.ids = ids.flatten().contiguous()
 
     def _verify(self) -> None:
         state, shape, constants = self.state, self.shape, self._constants
-        depths, order = constants.integers([0, *shape.depths]), constants.integers(range(len(self.ids)))
-        plan = mla.Plan(state.length, depths, order, None if shape.is_chain else self._rows(), shape.depth)
+        depths, order = constants.integers([0, *shape.depths]), constants.integers(range(shape.rows))
+        ancestors = None if shape.is_chain else self._rows()
+        plan = mla.Plan(state.length, depths, order, ancestors, shape.depth, lanes=state.lanes)
         self._outputs = self.model.rows(self.ids, state.caches, plan)
-        self.logits = self.model.logits(self._outputs)
+        self.logits = self.model.logits(self._outputs, None if state.logits is None else state.logits[: plan.rows])
 
     def _accept(self) -> None:
         state, shape, constants, ids = self.state, self.shape, self._constants, self.ids
-        position = (state.length + constants.integers([0, *shape.depths]) + 1).long()
+        position = (state.length[:, None] + constants.integers([0, *shape.depths]) + 1).long().flatten()
         seen = state.settings.seen if self.stages.penalty else None
-        path = None if seen is None or not shape.parents else _drafted(ids, self._rows()[:, 1:])
+        path = None
+        if seen is not None and shape.parents:
+            path = _drafted(ids.unflatten(0, (-1, shape.rows)), self._rows()[:, 1:])
         drawn = self._sample(self.logits, position, path)
         tokens = drawn.tokens[:, 0].contiguous()
         if self._rule is not None and drawn.rows is not None:
@@ -108,36 +116,39 @@ class Step:
         state, shape = self.state, self.shape
         waits = self.extend and not shape.parents
         if not waits:
-            state.hidden[: len(ids)] = self._outputs
+            state.hidden[:, : shape.rows] = self._outputs.unflatten(0, (-1, shape.rows))
         parents = self._constants.integers([-1, *(parent + 1 for parent in shape.parents)])
         seen = state.settings.seen if self.stages.penalty else None
-        commits.accept(tokens, failed, ids, parents, state.path, state.tokens, state.record,
-                       None if seen is None else seen[0])  # fmt: skip
+        commits.accept(tokens, failed, ids, parents, state.path, state.tokens, state.record, seen)
         if waits:
             commits.keep(self._outputs, state.tokens, state.length, state.hidden, state.ring, state.ring_tokens)
         if not shape.is_chain:
-            commits.commit(state.caches, state.length, state.path, state.record)
-        state.length += state.record[commits.COUNT : commits.COUNT + 1]
+            commits.commit(state.caches, state.length, state.path, state.record, state.lanes)
+        count = state.record[:, commits.COUNT]
+        if state.live is None:
+            state.length += count
+        else:
+            state.length.addcmul_(count, state.live)
 
     def _rows(self) -> Tensor:
-        """Returns the rows from the root to each row `[M, A]`."""
-        count = len(self.shape.parents) + 1
-        return self._constants.table([[0, *(node + 1 for node in self.shape.path(row - 1))] for row in range(count)])
+        """Returns the rows from the root to each row `[E, A]`."""
+        shape = self.shape
+        return self._constants.table([[0, *(node + 1 for node in shape.path(row - 1))] for row in range(shape.rows)])
 
     def show(self) -> Tensor:
-        """Shows the MTP modules the tokens of the last step; returns the root's output `[1, D]`."""
+        """Shows the MTP modules the tokens of the last step; returns the roots' outputs `[B, D]`."""
         state, rows = self.state, self.extend
-        count = state.record[commits.COUNT : commits.COUNT + 1]
+        count, text = state.record[:, commits.COUNT], self._constants.places(range(state.texts))
         # rows past the count repeat the last token, so they reach few further experts
-        hidden, first = state.hidden[state.path[:rows]], state.length - count
-        out = feed_modules(self.model, state, self._constants, state.tokens[:rows], hidden, first, count.long())
+        hidden, first = state.hidden[text[:, None], state.path[:, :rows]], state.length - count
+        out = feed_modules(self.model, state, self._constants, state.tokens[:, :rows], hidden, first, count.long())
         state.fed.copy_(state.length)
-        return out.index_select(0, count.long() - 1)
+        return out[text, count.long() - 1]
 
     def _draft(self, hidden: Tensor) -> Tensor:
-        """Returns the drafted tokens of all nodes `[N]` int64; hidden `[1, D]` is the root's output."""
+        """Returns the drafted tokens of all nodes `[B, N]` int64; hidden `[B, D]` are the roots' outputs."""
         state, shape, constants = self.state, self.shape, self._constants
-        tokens = torch.zeros(len(shape.parents), dtype=torch.int64, device=self.model.device)
+        tokens = torch.zeros(state.texts, len(shape.parents), dtype=torch.int64, device=self.model.device)
         feeding = [-1]
         if self._rule is not None:
             self._rule.begin(state.settings.seed)
@@ -145,25 +156,29 @@ class Step:
             path = None
             if depth > 1:
                 above, feeding = feeding, shape.with_children(depth - 1)
-                hidden = hidden.index_select(0, constants.places(above.index(shape.parents[n]) for n in feeding))
-                ids = tokens.index_select(0, constants.places(feeding))
+                places = constants.places(above.index(shape.parents[n]) for n in feeding)
+                hidden = hidden.unflatten(0, (-1, len(above))).index_select(1, places).flatten(0, 1)
+                ids = tokens.index_select(1, constants.places(feeding)).flatten()
                 hidden = run_module(self.model, state, shape, constants, feeding, ids, hidden)
                 if self.stages.penalty:
                     path = _drafted(tokens, constants.table([shape.path(node) for node in feeding]))
             children = shape.level(depth)
             width = max(shape.ranks[node] for node in children) + 1
-            position = (state.length + depth).long().expand(len(feeding)).contiguous()
+            position = (state.length[:, None] + depth).long().expand(-1, len(feeding)).contiguous().flatten()
             drawn = self._sample(self.model.draft_logits(hidden), position, path, width if self._rule is None else 1)
             if self._rule is not None and drawn.rows is not None:
                 found = self._rule.propose(depth, drawn.rows, drawn.failed)
             else:
-                places = [feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children]
-                found = drawn.tokens.flatten().index_select(0, constants.places(places))
-            tokens[children[0] : children[-1] + 1] = found
+                places = constants.places(
+                    feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children
+                )
+                found = drawn.tokens.view(state.texts, -1).index_select(1, places)
+            tokens[:, children[0] : children[-1] + 1] = found
         return tokens
 
     def _sample(self, logits: Tensor, position: Tensor, path: Tensor | None, best: int = 1) -> Sampled:
-        request, keep = self._constants.integers([0] * len(logits)), self._rule is not None
+        texts, keep = self.state.texts, self._rule is not None
+        request = self._constants.integers(row * texts // len(logits) for row in range(len(logits)))
         return sample(logits, request, position, self.state.settings, self.stages, best, path, keep)
 
 
@@ -212,10 +227,11 @@ class Prefill:
     def _run(self) -> None:
         state, order = self.state, self._constants.integers(range(self.rows))
         self.hidden = self.model.rows(
-            self._ids[:-1], state.caches, mla.Plan(state.length, order, order, None, self.rows - 1)
+            self._ids[:-1], state.caches, mla.Plan(state.length, order, order, None, self.rows - 1, 0, state.lanes)
         )
         if self.draft:
-            feed_modules(self.model, state, self._constants, self._ids[1:], self.hidden, state.length, self._following)
+            feed_modules(self.model, state, self._constants, self._ids[None, 1:], self.hidden[None], state.length,
+                         self._following)  # fmt: skip
 
 
 class Graphs:
@@ -245,5 +261,5 @@ class Graphs:
 
 
 def _drafted(ids: Tensor, table: Tensor) -> Tensor:
-    """Returns the tokens that a table of paths `[M, A]` names, int32, -1 where it has -1."""
-    return torch.where(table >= 0, ids[table.long().clamp_min(0)], -1).int().contiguous()
+    """Returns the tokens of ids `[B, .]` that a table of paths `[E, A]` names, `[B E, A]` int32, -1 where it has -1."""
+    return torch.where(table >= 0, ids[:, table.long().clamp_min(0)], -1).int().flatten(0, 1)

@@ -52,9 +52,11 @@ def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None, limit: 
             raise cache_refused(cache_dtype, obstacle)
         return f"bfloat16 by torch, not on the FP8 kernels: {obstacle}"
     model = empty_device_model(checkpoint, "meta", draft_ids(drafts, config), packs_cache(cache_dtype))
-    plan = plan_memory(model, limit)
+    plan, more = plan_memory(model, limit), [plan_memory(model, limit, texts).total for texts in (2, 3)]
     listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in plan.parts().items())
-    return f"{plan.total / 1e6:,.0f} MB in FP8 for {limit} tokens: {listed}"
+    second, further = more[0] - plan.total, more[1] - more[0]
+    return (f"{plan.total / 1e6:,.0f} MB in FP8 for {limit} tokens: {listed}; load(max_batch=2) "
+            f"{second / 1e6:,.0f} MB more, and {further / 1e6:,.0f} with every further text")  # fmt: skip
 
 
 def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool, limit: int) -> Table:
@@ -73,8 +75,8 @@ def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool, 
         + ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary.dtypes.items())),
         "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary, packed):,} bytes of cache a token "
         f"({CACHE_DTYPES[packed]})",
-        "side by side": f"pages of {PAGE} tokens, {PAGE * cache_bytes(summary, False):,} bytes each in bfloat16; "
-        f"load(max_batch=N) plans N x {pages_for(limit + MAX_NODES + 1)} for {limit} tokens each",
+        "side by side": f"on a CPU pages of {PAGE} tokens, {PAGE * cache_bytes(summary, False):,} bytes each in "
+        f"bfloat16; load(max_batch=N) plans N x {pages_for(limit + MAX_NODES + 1)} for {limit} tokens each",
         "memory": f"{weights / 1e6:,.0f} MB of weights in bfloat16, twice that in float32, plus the cache",
         "on a GPU": on_gpu,
     }

@@ -11,6 +11,7 @@ Nothing here changes the text: it decides in the host's time, while the GPU is b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import exp, log
 
@@ -53,15 +54,21 @@ class Chances:
             return self._before.chance(depth, rank)
         return FIRST_SHARE if rank else FIRST_CHANCE
 
-    def learn(self, shape: Shape, path: Sequence[int]) -> None:
-        """Takes the nodes of the accepted path, depth 1 first."""
+    def learn(self, shape: Shape, path: Sequence[int], times: int = 1, texts: int = 1) -> None:
+        """Takes the nodes of an accepted path, depth 1 first.
+
+        Args:
+            times: texts of which it was the path.  texts: those that took the step: all of them are one observation
+                as far as it is to be forgotten.
+        """
+        keep = self._keep ** (times / texts)
         for parent in (ROOT, *path):
             for node, its_parent in enumerate(shape.parents):
                 if its_parent != parent:
                     continue
                 key, accepted = (shape.depths[node], shape.ranks[node]), node in path
                 won, tried = self._seen.get(key, (0.0, 0.0))
-                self._seen[key] = (won * self._keep + accepted, tried * self._keep + 1.0)
+                self._seen[key] = (won * keep + accepted * times, tried * keep + times)
                 if accepted:
                     break
 
@@ -82,16 +89,19 @@ class Ladder:
         shapes: the rungs' trees; the first is plain decoding.
         seconds: of each rung's step, measured.
         turning: seconds that going from drafting to plain steps and back takes.
+        chances: what was learned beside steps of other times; None: nothing yet.
 
     Raises:
         ValueError: the first shape has nodes, or the numbers do not match.
     """
 
-    def __init__(self, shapes: Sequence[Shape], seconds: Sequence[float], turning: float) -> None:
+    def __init__(
+        self, shapes: Sequence[Shape], seconds: Sequence[float], turning: float, chances: Chances | None = None
+    ) -> None:
         if shapes[PLAIN].parents or len(shapes) != len(seconds) or len(shapes) < 2 or min(seconds) <= 0:
             raise ValueError("rungs are plain decoding, then trees, each with its seconds")
         self.shapes, self._seconds, self._turning = tuple(shapes), tuple(seconds), turning
-        self.chances, self.debt = Chances(MODEL_MEMORY), 0.0
+        self.chances, self.debt = chances or Chances(MODEL_MEMORY), 0.0
         # logarithms: all rungs are slower than measured by one factor (longer contexts), each by one of its own
         self._common, self._own = 0.0, [0.0] * len(shapes)
 
@@ -117,10 +127,13 @@ class Ladder:
 
 
 class TextLadder:
-    """Chooses the rungs of one text.
+    """Chooses the rungs of one text, or of several that take their steps together.
 
     Steps are launched before the results of those before are known, so `choose` may be called several times between
     two calls of `learn`.
+
+    Attributes:
+        ladder: that of the next step; another one where another number of texts takes it.
     """
 
     def __init__(self, ladder: Ladder) -> None:
@@ -156,13 +169,18 @@ class TextLadder:
             path: the accepted nodes, depth 1 first.
             seconds: of the step; None where they were not measured.
         """
+        self.learn_all(rung, [path], seconds)
+
+    def learn_all(self, rung: int, paths: Sequence[Sequence[int]], seconds: float | None) -> None:
+        """Takes the outcome of a step of several texts, each with a path; else as `learn`."""
         if seconds is not None:
             self.ladder.learn(rung, seconds)
         if rung == PLAIN:
             return
-        self._chances.learn(self.ladder.shapes[rung], path)
-        self.ladder.chances.learn(self.ladder.shapes[rung], path)
+        for path, times in Counter(tuple(path) for path in paths).items():
+            for chances in (self._chances, self.ladder.chances):
+                chances.learn(self.ladder.shapes[rung], path, times, len(paths))
         # half chance, half expectation: either alone pauses too early or too late
-        tokens = (1.0 + len(path) + self.tokens(rung)) / 2.0
+        tokens = (1.0 + sum(map(len, paths)) / len(paths) + self.tokens(rung)) / 2.0
         self._pace.record(tokens - self.ladder.relative(rung))
         self.ladder.debt = max(0.0, self._pace.debt)

@@ -39,7 +39,7 @@ def context_limit(path: Path, max_context: int | None) -> int:
 
 def load_model(
     source: Path | Checkpoint, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
-    cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE,
+    cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE, max_batch: int = 1,
 ) -> Transformer | DeviceModel:  # fmt: skip
     """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
     packed, obstacle = packs_cache(cache_dtype), f"dtype={dtype!r} runs by torch, without the FP8 kernels"
@@ -48,7 +48,7 @@ def load_model(
     if dtype in (None, torch.float8_e4m3fn):
         found = _no_fp8_here(device) or fp8_obstacle(checkpoint)
         if found is None:
-            check_memory(empty_device_model(checkpoint, "meta", ids, packed, ranks), limit, device)
+            check_memory(empty_device_model(checkpoint, "meta", ids, packed, ranks), limit, device, max_batch)
             return load_device_model(checkpoint, device, report, ids, packed, ranks)
         obstacle = found
         if dtype is not None:
@@ -128,8 +128,6 @@ def check_batch(max_batch: int, cache_tokens: int | None, device: str, ranks: Ra
     """Refuses a number of texts side by side, or a size of their cache, that cannot be had."""
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
         raise OptionError(f"max_batch={max_batch!r}: an integer, 1 or more")
-    if max_batch > 1 and str(device).split(":")[0] != "cpu":
-        raise OptionError(f"max_batch={max_batch!r} on a GPU: only 1 is available there; texts of a list take turns")
     if max_batch > 1 and ranks.size > 1:
         # texts are admitted as they come, which is at another moment in every process
         raise OptionError(f"max_batch={max_batch!r} on {ranks.size} ranks: only 1 is available there; texts take turns")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from mtp_spec.device_state import PREFILL_ROWS, ROWS, SLACK
+from mtp_spec.device_lanes import IDLE_ROWS, STEP_ROWS, STEP_TEXTS
+from mtp_spec.device_state import PREFILL_ROWS, ROWS, SLACK, WAITING
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
-from mtp_spec.kernels.moe_route import MOST_ROWS
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint import PIECE_BYTES, Checkpoint
 from mtp_spec.model.config import ModelConfig
@@ -40,8 +40,9 @@ class MemoryPlan:
     Attributes:
         weights: as stored, FP8 with scales.
         draft_head: the copy of the head, or of part of it, that drafts read.
-        caches: latents of all layers and of the MTP modules, and a tree's last keys.
-        passes: what the largest pass keeps: partial attention, logits, hidden states; graphs share it.
+        caches: latents of all layers and of the MTP modules, and a tree's last keys; of all texts.
+        passes: what the largest pass keeps: partial attention, logits, hidden states; graphs share it. And what texts
+            side by side keep between passes.
     """
 
     weights: int
@@ -124,8 +125,12 @@ def check_host(config: ModelConfig, dtype: torch.dtype) -> None:
         )
 
 
-def plan_memory(model: DeviceModel, max_context: int) -> MemoryPlan:
-    """Returns what a model needs for one sequence of up to `max_context` tokens; it may lie on "meta"."""
+def plan_memory(model: DeviceModel, max_context: int, max_batch: int = 1) -> MemoryPlan:
+    """Returns what a model needs for one sequence of up to `max_context` tokens; it may lie on "meta".
+
+    Args:
+        max_batch: with 2 or more, so many texts side by side come to it.
+    """
     config = model.config
     capacity = whole_blocks(max_context + SLACK)
     caches = cache_bytes(len(model.layers) + len(model.mtp), capacity, ROWS, model.layout)
@@ -135,7 +140,27 @@ def plan_memory(model: DeviceModel, max_context: int) -> MemoryPlan:
     largest = max(pass_bytes(model, PREFILL_ROWS[-1]), pass_bytes(model, ROWS) + ROWS * logits)
     weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
     room = mla.room_bytes(capacity, head, max(PREFILL_ROWS[-1], ROWS))
+    if max_batch > 1:
+        rows = min(STEP_ROWS, max_batch * ROWS)
+        caches += lanes_bytes(model, max_context, max_batch)
+        settings += group_bytes(model, max_batch)
+        largest = max(largest, pass_bytes(model, rows) + rows * logits // 2)
+        room = max(room, mla.room_bytes(capacity, head, rows, min(max_batch, STEP_TEXTS)))
     return MemoryPlan(weights, drafts, caches, room + table + settings + COPIES * largest)
+
+
+def lanes_bytes(model: DeviceModel, max_context: int, count: int) -> int:
+    """Returns bytes of the caches of so many texts side by side."""
+    layers = len(model.layers) + len(model.mtp)
+    return cache_bytes(layers, max_context + SLACK, STEP_ROWS, model.layout, count, IDLE_ROWS)
+
+
+def group_bytes(model: DeviceModel, texts: int) -> int:
+    """Returns bytes that texts that step together keep besides: hidden states, settings, a step's logits."""
+    config, vocabulary = model.config, model.config.vocab_size
+    hidden = (ROWS + WAITING + config.num_nextn_predict_layers) * config.hidden_size * 2
+    # beside what texts hold, a copy while steps are captured
+    return texts * (COPIES * hidden + 3 * vocabulary * 4) + STEP_ROWS * vocabulary * 4
 
 
 def pass_bytes(model: DeviceModel, rows: int) -> int:
@@ -145,7 +170,7 @@ def pass_bytes(model: DeviceModel, rows: int) -> int:
     down = (model.layers[0].attention.a_rows + head.width) * 2
     attention = down + head.padded * head.width * 2 + max(queries, context)
     dense = 5 * config.intermediate_size if config.first_k_dense_replace else 0
-    pair = hidden * (4 if rows <= MOST_ROWS else 2) + config.moe_intermediate_size
+    pair = hidden * 4 + config.moe_intermediate_size
     experts = (config.num_experts_per_tok + config.n_shared_experts) * pair + config.n_routed_experts * 4
     return rows * (HIDDEN_STATES * hidden * 2 + max(attention, dense, experts))
 
@@ -155,13 +180,13 @@ def rule_bytes(config: ModelConfig, nodes: int) -> int:
     return COPIES * RULE_ROWS * (nodes + 1) * config.vocab_size * 8
 
 
-def check_memory(model: DeviceModel, max_context: int, device: str) -> MemoryPlan:
+def check_memory(model: DeviceModel, max_context: int, device: str, max_batch: int = 1) -> MemoryPlan:
     """Returns the plan.
 
     Raises:
         MTPSpecError: the device has not that much memory free; the message says what would fit.
     """
-    plan, free = plan_memory(model, max_context), _free(torch.device(device))
+    plan, free = plan_memory(model, max_context, max_batch), _free(torch.device(device))
     needed = plan.total + OVERHEAD_BYTES
     if needed <= free:
         return plan
@@ -169,6 +194,11 @@ def check_memory(model: DeviceModel, max_context: int, device: str) -> MemoryPla
     head = f"{needed / 1e9:.1f} GB of GPU memory are needed ({listed}) and {free / 1e9:.1f} GB are free"
     if plan.weights + plan.draft_head + OVERHEAD_BYTES > free:
         raise MTPSpecError(f"{head}: the weights alone do not fit; use a GPU with more memory, or several")
+    if max_batch > 1:
+        fits = max_batch
+        while fits > 1 and plan_memory(model, max_context, fits).total + OVERHEAD_BYTES > free:
+            fits -= 1
+        raise MTPSpecError(f"{head}: load with max_batch={fits} or less, with a smaller max_context, or free memory")
     fits = max_context
     while fits > 1 and plan_memory(model, fits).total + OVERHEAD_BYTES > free:
         fits = fits * 7 // 8

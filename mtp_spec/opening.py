@@ -48,7 +48,8 @@ def load(
             checkpoints stay FP8 and run on this library's kernels; elsewhere it is bfloat16 where the machine computes
             it in hardware, else float32. FP8 weights are dequantised to these.
         max_context: most tokens of prompt and text together; None is the model's own limit.
-        max_batch: most texts that are written side by side, of a list or of `LM.submit`; only 1 on a GPU.
+        max_batch: most texts that are written side by side, of a list or of `LM.submit`; on a GPU each has
+            memory for `max_context` tokens.
         cache_tokens: of prompts, texts and drafts side by side, on a CPU; who finds no room waits, who needs more is
             refused. None has room for `max_batch` texts of `max_context` tokens.
         draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
@@ -87,10 +88,10 @@ def load(
     bar = progress is True
     with ranks.together(), byte_progress(bar and ranks.rank == 0) as shown:
         report = progress if callable(progress) else shown
-        model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks)
+        model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks, max_batch)
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
-        return LM(model, tokenizer, "batched", limit, measure, bar)
+        return LM(model, tokenizer, "batched", limit, measure, bar, max_batch)
     model.requires_grad_(False)
     if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
         model.pack()

@@ -85,10 +85,36 @@ class HeadRows:
         return self.hidden.shape[0]
 
 
+@dataclass(slots=True, eq=False)
+class Turn:
+    """What a text waits for on a GPU, where steps are captured: its prompt to be read, or its next step.
+
+    Attributes:
+        prompt: whether it is the prompt.
+        tokens: committed by it; result, as the others.
+        path: the row of the step that drew each of them; row 0 is the root.
+        failed: whether a row had no token.
+        nodes: ranks of the tree's nodes.  depth: of the tree.
+        logits: `[E, V]` of the text's rows, where it asked for them.
+    """
+
+    prompt: bool
+    tokens: list[int] = field(default_factory=list)
+    path: list[int] = field(default_factory=list)
+    failed: bool = False
+    nodes: Sequence[int] = ()
+    depth: int = 0
+    logits: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return 1 + len(self.nodes)
+
+
 Pass = MainRows | ModuleRows | HeadRows
 T = TypeVar("T")
 # None: nothing to compute, a step has ended
-Work = Generator[Pass | None, None, T]
+Work = Generator[Pass | Turn | None, None, T]
 
 
 class Runner:
@@ -115,7 +141,7 @@ class Runner:
             except StopIteration as end:
                 result: T = end.value
                 return result
-            if wanted is not None:
+            if wanted is not None and not isinstance(wanted, Turn):
                 self.run([wanted])
 
     @torch.inference_mode()
@@ -124,7 +150,8 @@ class Runner:
         for wanted in work:
             if wanted is None:
                 return False
-            self.run([wanted])
+            if not isinstance(wanted, Turn):
+                self.run([wanted])
         return True
 
     @torch.inference_mode()

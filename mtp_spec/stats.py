@@ -117,8 +117,11 @@ class GenerationStats:
         try:
             yield
         finally:
-            spent = self.phase_seconds.get(name, 0.0) + time.perf_counter() - start
-            self.phase_seconds[name] = spent
+            self.add_seconds(name, time.perf_counter() - start)
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        """Add time to a phase."""
+        self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
 
     @property
     def histogram(self) -> Counter[int]:

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Literal
 
 from mtp_spec.accept import Drawn, TokenLogprob
-from mtp_spec.device_engine import DeviceDecoder
+from mtp_spec.device_engine import DeviceDecoder, SharedDecoder
 from mtp_spec.engine import Decoder
 from mtp_spec.finish import Finisher
 from mtp_spec.options import SamplingParams
@@ -58,7 +58,7 @@ class TokenStream(Iterator[TokenEvent]):
 
     def __init__(
         self,
-        decoder: Decoder | DeviceDecoder,
+        decoder: Decoder | DeviceDecoder | SharedDecoder,
         finisher: Finisher,
         ended: Callable[[GenerationStats, SamplingParams], None] | None = None,
     ) -> None:
@@ -85,15 +85,15 @@ class TokenStream(Iterator[TokenEvent]):
         """Returns the next event of what `work` has written so far, if there is one."""
         return self._event(self._ready.popleft(), *self._waiting.popleft()) if self._ready else None
 
-    def _write(self, decoder: Decoder | DeviceDecoder, finisher: Finisher) -> Work[None]:
+    def _write(self, decoder: Decoder | DeviceDecoder | SharedDecoder, finisher: Finisher) -> Work[None]:
         """Writes the text; whoever runs the passes it yields may run those of other texts with them."""
         step, spent = 0, 0.0
         while not decoder.finished:
             start = perf_counter()
-            if isinstance(decoder, Decoder):
-                drawn = yield from (decoder.stepping() if step else decoder.prefilling())
-            else:
+            if isinstance(decoder, DeviceDecoder):
                 drawn = decoder.step() if step else decoder.prefill()
+            else:
+                drawn = yield from (decoder.stepping() if step else decoder.prefilling())
             self._waiting.extend((token, step) for token in drawn)
             step += 1
             spent += perf_counter() - start
@@ -102,7 +102,8 @@ class TokenStream(Iterator[TokenEvent]):
             self._ready.extend(finisher.ready())
             if decoder.finished and self._ended is not None:
                 self._ended(decoder.stats, decoder.sampler.params)
-            yield None
+            if not isinstance(decoder, SharedDecoder):  # whose next turn follows at once
+                yield None
 
     def _event(self, text: str, drawn: Drawn, step: int) -> TokenEvent:
         self.result.text += text

@@ -28,10 +28,24 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mtp_spec.device_lanes import Lanes
 from mtp_spec.device_shape import Shape
 from mtp_spec.device_state import State, stages_of
 from mtp_spec.device_step import Prefill, Step
-from mtp_spec.kernels import commit, exchange, fp8, gemm, launching, mla, moe, moe_route, quant, sampler, uniform
+from mtp_spec.kernels import (
+    commit,
+    exchange,
+    fp8,
+    gemm,
+    launching,
+    mla,
+    moe,
+    moe_group,
+    moe_route,
+    quant,
+    sampler,
+    uniform,
+)
 from mtp_spec.model.config import load_config
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import SamplingParams, Speculation
@@ -115,7 +129,7 @@ def _spilled(ptx: str) -> int | None:
 def main(name: str) -> None:
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)  # type: ignore[method-assign]
     launching.overlaps = mla.on_hopper = lambda _: True
-    for module in (commit, gemm, mla, moe, moe_route, quant, sampler, uniform):
+    for module in (commit, gemm, mla, moe, moe_group, moe_route, quant, sampler, uniform):
         module.runs_triton = lambda _: True
     folder = files("mtp_spec.configs")
     if name == "demo":
@@ -134,6 +148,12 @@ def main(name: str) -> None:
             Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
         Step(model, state, Shape.of(None), stages_of(params), extend=4)._run()
         Prefill(model, state, 256, draft=True)._run()
+        several = State(model, 1000, Lanes(model, 1000, 4).caches, torch.empty(4, dtype=torch.int32, device="meta"))
+        several.live, several.logits = several.length.clone(), torch.empty(64, config.vocab_size, device="meta")
+        for speculation in (None, chain, tree):
+            shape = Shape.of(speculation)
+            Step(model, several, shape, stages_of(params), 4 if speculation else 0)._run()
+        Step(model, several, Shape.of(None), stages_of(params), extend=4)._run()
     given = [torch.empty(8, size, dtype=kind, device="meta") for size, kind in ((8192, fp8.E4M3), (64, torch.float32))]
     counts = [torch.empty(1, dtype=torch.int32, device="meta") for _ in range(2)]
     exchange.exchange(given, exchange.Rooms(0, torch.empty(2, dtype=torch.int64, device="meta"), *counts))

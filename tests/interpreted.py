@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from mtp_spec import noise as library_noise
-from mtp_spec.kernels import commit, exchange, fp8, gemm, mla, moe, quant, sampler, uniform
+from mtp_spec.kernels import commit, exchange, fp8, gemm, mla, moe, moe_group, quant, sampler, uniform
 from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
@@ -131,6 +131,22 @@ def experts() -> None:
             assert torch.equal(alone, whole[chosen])
 
 
+def grouping() -> None:
+    """Pairs by expert, for few rows by one program, for many by all."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((3, 2, 8, 16), (64, 3, 5, 16), (65, 3, 9, 32), (300, 2, 6, 32), (200, 1, 3, 16))
+    for rows, chosen, experts, tokens in sizes:
+        weights = torch.rand(rows, experts, generator=generator) * torch.arange(experts).square()
+        indices = weights.argsort(1, descending=True)[:, :chosen].sort(1).values.int()
+        got = moe_group.group(indices.to(ON), experts, tokens)
+        expected = moe_group.sorted_groups(indices, experts, tokens)
+        assert torch.equal(got.order.cpu(), expected.order)
+        assert torch.equal(got.count.cpu(), expected.count)
+        for ours, theirs in ((got.expert, expected.expert), (got.first, expected.first)):
+            assert torch.equal(ours.cpu()[expected.count > 0], theirs[expected.count > 0])
+        assert not moe_group.arrivals(got.order.device).any()
+
+
 def attention() -> None:
     """Every step against its reference; every row of a tree bitwise as if decoded alone after its ancestors."""
     generator = torch.Generator().manual_seed(0)
@@ -169,8 +185,7 @@ def attention() -> None:
             absorbed = mla.absorb_reference(q, kv_b, kv_b_scale, angles, plan, head)
             close(latent_q[:, :heads], absorbed[:, :heads], 0.01)
             mla._rooms.clear()
-            for room in mla._room(q.device, mla.split_of(cache.capacity - 1) + 1, head, 6)[:2]:
-                room.fill_(float("nan"))
+            _spoil_room(cache, head, plan)
             seen = mla.attend(latent_q, cache, plan, head)
             close(seen, mla.attend_reference(latent_q, cache, plan, head), 0.02)
             for row, depth in enumerate(depths.tolist()):
@@ -184,6 +199,57 @@ def attention() -> None:
             close(mla.attend(latent_q, cache, line, head), mla.attend_reference(latent_q, cache, line, head), 0.02)
             values = mla.up(seen, kv_b, kv_b_scale, head)
             close(fp8_values(*values), fp8_values(*mla.up_reference(seen, kv_b, kv_b_scale, head)), 0.08)
+
+
+def lanes() -> None:
+    """Several texts in one pass, by chains and trees: each bitwise as alone, whatever lies in the others' lanes."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.tensor([[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 2, 3]], dtype=torch.int32)
+    depths, order = (table >= 0).sum(1).int() - 1, torch.arange(4, dtype=torch.int32)
+    tree, plain, chain = (depths, order, table, 2), (order[:1], order[:1], None, 0), (order, order, None, 3)
+    angles = torch.randn(400, 2, 16, generator=generator)
+    for heads, packed, texts, passed in ((4, False, 3, tree), (4, True, 5, plain), (33, False, 2, chain)):
+        head = mla.Head(heads, 32, 16, 32, 32, 0.1)
+        kv_b, norms = torch.randn(heads * 64, 32, generator=generator).bfloat16(), torch.rand(2, 32) + 0.5
+        caches = new_caches(2, 190, 12, head.layout(packed), "cpu", lanes=texts, idle=64)
+        cache, length = caches[1], torch.tensor([0, 130, 63, 64, 1][:texts], dtype=torch.int32)
+        lane = torch.tensor([cache.capacity * text for text in (*range(1, texts), 0)], dtype=torch.int32)
+        _fill(cache, 1e4)
+        plan = mla.Plan(length, *passed, 1, lane)
+        for _, alone, own in plan.apart(cache):
+            context = int(alone.length)
+            own.write(torch.arange(context), torch.randn(context, head.width, generator=generator).bfloat16())
+        down = torch.randn(plan.rows, 32 + head.width, generator=generator).bfloat16()
+        q = torch.randn(plan.rows, heads * 48, generator=generator).bfloat16()
+
+        def run(
+            rows: slice, plan: mla.Plan, cache: Cache, head: mla.Head = head, kv_b: torch.Tensor = kv_b,
+            norms: torch.Tensor = norms, down: torch.Tensor = down, q: torch.Tensor = q,
+        ) -> list[torch.Tensor]:  # fmt: skip
+            latents = mla.absorb(q[rows], kv_b, None, angles, plan, head)[:, : head.heads]
+            padded = torch.nn.functional.pad(latents, (0, 0, 0, head.padded - head.heads)).contiguous()
+            prepared = mla.prepare(down[rows].contiguous(), *norms, angles, cache, plan, head, 1e-6)
+            assert prepared is not None
+            _spoil_room(cache, head, plan)
+            return [*prepared, latents, mla.attend(padded, cache, plan, head)]
+
+        parts = list(plan.apart(replace(cache, store=cache.store.clone())))
+        expected = [run(*part) for part in parts]
+        for room in (mla.PARTS_BYTES, 1):  # the second: text by text
+            mla.PARTS_BYTES, before = room, mla.PARTS_BYTES
+            together = run(slice(None), plan, cache)
+            mla.PARTS_BYTES = before
+            for (rows, *_), alone in zip(parts, expected, strict=True):
+                for ours, theirs in zip(together, alone, strict=True):
+                    assert torch.equal(ours[rows].view(torch.uint8), theirs.view(torch.uint8))
+            assert torch.equal(cache.store[: cache.spare], parts[0][2].store[: cache.spare])
+
+
+def _spoil_room(cache: Cache, head: mla.Head, plan: mla.Plan) -> None:
+    """Fills the room for partial results with numbers that would show."""
+    pairs = plan.texts * mla._pairs(plan.each, head)
+    for room in mla._room(torch.device("cpu"), mla.split_of(cache.capacity - 1) + 1, head, pairs):
+        room.fill_(float("nan"))
 
 
 def _fill(cache: Cache, value: float) -> None:
@@ -253,38 +319,37 @@ def sampling() -> None:
 def commits() -> None:
     """The walk and the moves of the cache, against the plain form, on random trees and draws from few tokens."""
     generator = torch.Generator().manual_seed(0)
-    for rows in (1, 2, 5, 16, 33):
-        for _ in range(8):
+    for texts, rows in ((1, 1), (3, 2), (2, 5), (1, 16), (2, 33)):
+        for _ in range(6):
             earlier = [int(torch.randint(0, row, (), generator=generator)) for row in range(1, rows)]
             parents = torch.tensor([-1, *earlier])
-            ids = torch.randint(0, 3, (rows,), generator=generator)
-            drawn = torch.randint(0, 3, (rows,), generator=generator).int()
-            failed = (torch.rand(rows, generator=generator) < 0.1).int()
+            ids = torch.randint(0, 3, (texts * rows,), generator=generator)
+            drawn = torch.randint(0, 3, (texts * rows,), generator=generator).int()
+            failed = (torch.rand(texts * rows, generator=generator) < 0.1).int()
+            chosen = torch.randint(0, 9, (texts, 9), generator=generator).sort().values
             got: list[list[torch.Tensor]] = []
             for kernel in (True, False):
                 place = ON if kernel else "cpu"
-                path, tokens = (torch.full((9,), -7, dtype=torch.int64, device=place) for _ in range(2))
-                record = torch.full((commit.record_size(9),), -7, dtype=torch.int32, device=place)
-                seen = torch.zeros(3, dtype=torch.int32, device=place)
+                path, tokens = (torch.full((texts, 9), -7, dtype=torch.int64, device=place) for _ in range(2))
+                record = torch.full((texts, commit.record_size(9)), -7, dtype=torch.int32, device=place)
+                seen = torch.zeros(texts, 3, dtype=torch.int32, device=place)
                 inputs = [t.to(place) for t in (drawn, failed, ids, parents.int())]
-                walk = commit.accept if kernel else commit._accept_reference
+                commit.runs_triton = (lambda _, kernel=kernel: kernel)  # else the references
                 if _depth(parents) < 9:
-                    walk(*inputs, path, tokens, record, seen)
-                caches = new_caches(3, 100, 0, Layout(64, 16, packed=rows % 2 == 1), place)
+                    commit.accept(*inputs, path, tokens, record, seen)
+                caches = new_caches(3, 100, 0, Layout(64, 16, packed=rows % 2 == 1), place, lanes=texts, idle=3)
                 held = caches[0].store
                 held.copy_(torch.arange(held.numel()).view(held.shape) % 251)
-                length = torch.tensor([40], dtype=torch.int32, device=place)
-                chosen = torch.tensor([0, 2, 3, 7, 8, 8, 8, 8, 8], device=place)
-                record[commit.COUNT] = 5
-                if kernel:
-                    commit.commit(caches, length, chosen, record)
-                else:
-                    for cache in caches:
-                        cache.slots[40:45] = cache.slots[40 + chosen[:5]].clone()
-                hidden, ring = (torch.full((count, 1300), float("nan"), device=place).bfloat16() for count in (3, 7))
-                ring_tokens = torch.full((7,), -7, dtype=torch.int64, device=place)
-                row = (torch.arange(1300, device=place) % 89).bfloat16()[None]
-                commit.keep(row, chosen + rows, length, hidden, ring, ring_tokens)
+                length = torch.tensor([40, 3, 70][:texts], dtype=torch.int32, device=place)
+                own = chosen.to(place)
+                record[:, commit.COUNT] = torch.tensor([5, 2, 9][:texts], device=place)
+                lanes = torch.arange(texts - 1, -1, -1, dtype=torch.int32, device=place) * caches[0].capacity
+                commit.commit(caches, length, own, record, lanes if texts > 1 else None)
+                hidden, ring = (torch.full((texts, count, 1300), float("nan"), device=place).bfloat16()
+                                for count in (3, 7))  # fmt: skip
+                ring_tokens = torch.full((texts, 7), -7, dtype=torch.int64, device=place)
+                row = (torch.arange(1300 * texts, device=place) % 89).bfloat16().view(texts, 1300)
+                commit.keep(row, own + rows, length, hidden, ring, ring_tokens)
                 got.append([t.cpu() for t in (path, tokens, record, seen, caches[0].store)])
                 got[-1] += [t.nan_to_num(-5.0).cpu() for t in (hidden, ring, ring_tokens)]
             assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
@@ -333,7 +398,7 @@ def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    for what in (products, quantisers, experts, attention, commits, exchanges, noise, sampling):
+    for what in (products, quantisers, experts, grouping, attention, lanes, commits, exchanges, noise, sampling):
         if what.__name__ == sys.argv[1]:
             what()
     print("passed")

@@ -163,7 +163,6 @@ def test_a_batch_that_was_interrupted_is_generated_again(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--device", "cuda"], "--batch 3: max_batch=3 on a GPU"),
         (["--bound"], "one text at a time"),
         (["--transformers", "--batch", "3"], "1 in --batch"),
     ],

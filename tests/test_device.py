@@ -293,14 +293,14 @@ def test_accept_walks_to_the_deepest_match() -> None:
     #        root -> 1: 7, 2: 8;  2 -> 3: 5;  3 -> 4: 6
     ids, parents = torch.tensor([1, 7, 8, 5, 6]), torch.tensor([-1, 0, 0, 2, 3], dtype=torch.int32)
     for drawn, path in (([8, 0, 5, 9, 0], [0, 2, 3]), ([9, 1, 1, 1, 1], [0]), ([8, 0, 5, 6, 4], [0, 2, 3, 4])):
-        places, tokens = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
-        record, seen = torch.zeros(commit.record_size(5), dtype=torch.int32), torch.zeros(10, dtype=torch.int32)
+        places, tokens = torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64)
+        record, seen = torch.zeros(1, commit.record_size(5), dtype=torch.int32), torch.zeros(1, 10, dtype=torch.int32)
         own = torch.tensor(drawn, dtype=torch.int32)
         commit.accept(own, torch.zeros(5, dtype=torch.int32), ids, parents, places, tokens, record, seen)
         count = len(path)
-        assert record[:2].tolist() == [count, 0]
-        assert places.tolist() == path + path[-1:] * (5 - count)
-        assert tokens[:count].tolist() == [drawn[row] for row in path]
+        assert record[0, :2].tolist() == [count, 0]
+        assert places[0].tolist() == path + path[-1:] * (5 - count)
+        assert tokens[0, :count].tolist() == [drawn[row] for row in path]
         assert int(seen.sum()) == count
 
 

@@ -44,6 +44,10 @@ class Script:
     def learn(self, rung: int, path: list[int], seconds: float | None) -> None:
         self.taken.append((rung, len(path)))
 
+    def learn_all(self, rung: int, paths: list[list[int]], seconds: float | None) -> None:
+        for path in paths:
+            self.learn(rung, path, seconds)
+
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:

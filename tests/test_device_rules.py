@@ -75,13 +75,13 @@ def step_on_device(
         tokens[shape.level(depth)] = found.cpu()
     rows = [targets[0], *(targets[d].roll(int(t)) for d, t in zip(shape.depths, tokens, strict=True))]
     drawn, marked = rule.judge(torch.stack(rows).to(place))
-    path, committed = torch.zeros(9, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
-    record = torch.zeros(commit.record_size(9), dtype=torch.int32)
+    path, committed = torch.zeros(1, 9, dtype=torch.int64), torch.zeros(1, 9, dtype=torch.int64)
+    record = torch.zeros(1, commit.record_size(9), dtype=torch.int32)
     parents = torch.tensor([-1, *(parent + 1 for parent in shape.parents)], dtype=torch.int32)
     failed = torch.zeros(len(rows), dtype=torch.int32)
     commit.accept(drawn.cpu(), failed, marked.cpu(), parents, path, committed, record)
-    count = int(record[commit.COUNT])
-    return tokens.tolist(), committed[:count].tolist(), path[:count].tolist()
+    count = int(record[0, commit.COUNT])
+    return tokens.tolist(), committed[0, :count].tolist(), path[0, :count].tolist()
 
 
 def logits(generator: torch.Generator, depth: int, kind: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mtp_spec.kernels import commit, fp8, gemm, moe, quant, sampler
+from mtp_spec.kernels.mla_cache import Layout, new_caches
 
 A, A_SCALE = fp8.act_quant(torch.randn(3, 256))
 W, W_SCALE = fp8.weight_quant(torch.randn(128, 256))
@@ -27,18 +28,24 @@ def _sample(logits: torch.Tensor = LOGITS, request: torch.Tensor = ZERO, **more:
 
 def _accept(**changed: torch.Tensor) -> object:
     given = {
-        "drawn": ZERO, "failed": ZERO, "ids": ZERO.long(), "parents": ZERO - 1, "path": torch.zeros(3).long(),
-        "tokens": torch.zeros(3).long(), "record": torch.zeros(commit.record_size(3), dtype=torch.int32),
+        "drawn": ZERO, "failed": ZERO, "ids": ZERO.long(), "parents": ZERO - 1, "path": torch.zeros(1, 3).long(),
+        "tokens": torch.zeros(1, 3).long(), "record": torch.zeros(1, commit.record_size(3), dtype=torch.int32),
     }  # fmt: skip
     return commit.accept(**(given | changed))
 
 
 def _keep(**changed: torch.Tensor) -> object:
     given = {
-        "outputs": X[:1], "tokens": ZERO.long(), "length": ZERO[:1], "hidden": X, "ring": X.clone(),
-        "ring_tokens": torch.zeros(3).long(),
+        "outputs": X[:1], "tokens": ZERO.long()[None], "length": ZERO[:1], "hidden": X[None], "ring": X[None].clone(),
+        "ring_tokens": torch.zeros(1, 3).long(),
     }  # fmt: skip
     return commit.keep(**(given | changed))
+
+
+def _commit(*layers: int, lanes: torch.Tensor | None = None) -> object:
+    caches = new_caches(4, 64, 0, Layout(32, 16), "cpu")
+    path, record = torch.zeros(1, 3).long(), torch.zeros(1, commit.record_size(3), dtype=torch.int32)
+    return commit.commit([caches[layer] for layer in layers], ZERO[:1], path, record, lanes)
 
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
@@ -56,10 +63,13 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "requests as int64": (lambda: _sample(request=ZERO.long()), "request is .* int64"),
     "logits in float64": (lambda: _sample(LOGITS.double()), "logits is .* float64"),
     "more tokens than there are": (lambda: _sample(best=51), "best=51"),
-    "parents of too many rows": (lambda: _accept(parents=torch.zeros(5, dtype=torch.int32)), "parents is .5."),
-    "a ring of another width": (lambda: _keep(ring=X[:, :128].contiguous()), "ring is .3, 128."),
-    "more tokens than the ring": (lambda: _keep(ring_tokens=torch.zeros(4).long()), "ring_tokens is .4."),
-    "a record of another size": (lambda: _accept(record=torch.zeros(4, dtype=torch.int32)), "record is .4."),
+    "parents of too many rows": (lambda: _accept(parents=torch.zeros(5, dtype=torch.int32)), "ids is .2."),
+    "a ring of another width": (lambda: _keep(ring=X[None, :, :128].contiguous()), "ring is .1, 3, 128."),
+    "more tokens than the ring": (lambda: _keep(ring_tokens=torch.zeros(1, 4).long()), "ring_tokens is .1, 4."),
+    "a record of another size": (lambda: _accept(record=torch.zeros(1, 4, dtype=torch.int32)), "record is .1, 4."),
+    "records of fewer texts": (lambda: _accept(path=torch.zeros(2, 3).long(), parents=ZERO[:1]), "tokens is .1, 3."),
+    "caches at unequal distances": (lambda: _commit(3, 1, 2), "unequal distances"),
+    "lanes of fewer texts": (lambda: _commit(1, 2, 3, lanes=torch.zeros(2, dtype=torch.int32)), "lanes is .2."),
 }
 
 

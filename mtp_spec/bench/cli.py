@@ -50,6 +50,7 @@ def add_bench(commands: Any) -> None:
     eight.add_argument("--sizes", type=parsing.integers, default=[1, 4, 16, 64], metavar="N,...", help="texts at once")
     eight.add_argument("--repeats", type=parsing.count, default=5, help="batches of each size (5)")
     eight.add_argument("--depths", type=parsing.depths, default=[], metavar="K,...", help="chains too (none)")
+    eight.add_argument("--turns", action="store_true", help="also one text after another, plain and auto")
     eight.add_argument("--temperature", type=float, default=0.8)
     eight.add_argument("--max-new-tokens", type=int, default=64, help="tokens a text (64)")
     five = kinds.add_parser("kernels", help="FP8 products on a GPU, against the copy rate", description=kernels.__doc__)
@@ -157,7 +158,7 @@ def run_bench(args: argparse.Namespace) -> None:
         return publish(args.run(args), None, args)
     if "check" in args:  # before anything is loaded
         args.check(args)
-    side_by_side = max(args.sizes) if args.run is batch and args.device == "cpu" else 1
+    side_by_side = max(args.sizes) if args.run is batch else 1
     lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary,
                        cache_dtype=args.cache_dtype, max_context=args.max_context, max_batch=side_by_side)  # fmt: skip
     publish(args.run(lm, args), lm, args)

@@ -11,6 +11,8 @@ from rich.progress import track
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question, spread
 
+TURNS = "one by one, "
+
 
 def batch(lm: LM, args: argparse.Namespace) -> Report:
     """Lets texts start together, in batches of each size, plain and speculative by turns, and compares tokens a second.
@@ -18,9 +20,12 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
     A batch ends with its longest text; tokens are counted until then.
     """
     ways: dict[str, Any] = {"plain": None, "auto": "auto"} | {f"chain {depth}": depth for depth in args.depths}
+    if args.turns:
+        ways |= {TURNS + "plain": None, TURNS + "auto": "auto"}
     rows, rated, wrong = list[Row](), dict[str, list[float]](), 0
-    for way in ways.values():  # the planner's measurements are no part of a batch's time
-        _run(lm, [question(lm, bundled_prompts(1)[0]["prompt"])], way, args)
+    for size in (1,) if lm.runtime is None else args.sizes:
+        for name, way in ways.items():  # the planner's measurements, and captures, are no part of a batch's time
+            _run(lm, [question(lm, item["prompt"]) for item in bundled_prompts(size)], name, way, args)
     for size in args.sizes:
         rates: dict[str, list[float]] = {name: [] for name in ways}
         steps: dict[str, list[float]] = {name: [] for name in ways}
@@ -29,7 +34,7 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
             prompts = [question(lm, item["prompt"]) for item in bundled_prompts(size, seed=repeat)]
             order = list(ways)
             for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
-                rate, per_step, texts[name] = _run(lm, prompts, ways[name], args)
+                rate, per_step, texts[name] = _run(lm, prompts, name, ways[name], args)
                 rates[name].append(rate)
                 steps[name].append(per_step)
             wrong += sum(own != plain for name in ways for own, plain in zip(texts[name], texts["plain"], strict=True))
@@ -44,13 +49,16 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
 
 
 def _run(
-    lm: LM, prompts: list[list[int]], speculation: Any, args: argparse.Namespace
+    lm: LM, prompts: list[list[int]], name: str, speculation: Any, args: argparse.Namespace
 ) -> tuple[float, float, list[list[int]]]:
     """Returns tokens a second, tokens a step and the texts."""
     options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "speculation": speculation}
     lm.close()  # no batch finds the prompts of the one before in its cache
     start = time.perf_counter()
-    out = lm.generate(prompts, **options)
+    if name.startswith(TURNS):
+        out = [lm.generate(prompt, **options) for prompt in prompts]
+    else:
+        out = lm.generate(prompts, **options)
     took = time.perf_counter() - start
     steps = sum(text.stats.steps for text in out)
     tokens = sum(text.stats.new_tokens for text in out)

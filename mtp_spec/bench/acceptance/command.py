@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--contexts", type=parsing.integers, default=[None], metavar="N,N,...",
                       help="cut or pad prompts to so many tokens (default: as they are)")  # fmt: skip
     grid.add_argument("--batch", type=parsing.integers, default=[1], metavar="N,N,...",
-                      help="texts written side by side, on a CPU (1)")  # fmt: skip
+                      help="texts written side by side (1)")  # fmt: skip
     grid.add_argument("--draft-vocabulary", type=parsing.vocabularies, default=[None], metavar="N|FILE|all,...",
                       help="draft only the first N tokens, or those in a file of ids")  # fmt: skip
     grid.add_argument("--transformers", action="store_true", help="also transformers' generate, plain and use_mtp")

@@ -1,0 +1,187 @@
+"""Pairs of rows and experts grouped by expert, as the experts' products take them, without the host.
+
+A few pairs are sorted by one program; `moe_route` lets the last one that chooses do it. Of many, every expert's program
+finds its own.
+
+Legend: `M` rows, `E` experts including the shared ones, `K` experts a row, `P` = M K pairs, pair m K + j is row m with
+its j-th expert. A slot is one expert with up to `tokens` of its pairs: what one GEMM program handles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels.launching import late, runs_triton
+
+try:
+    import triton
+    import triton.language as tl
+
+    from mtp_spec.kernels.launching import follow
+except ImportError:  # no Triton for this platform: the references remain
+    triton = None
+
+MOST_ROWS = 64  # whose pairs one program sorts
+PAIRS_AT_ONCE = 512  # that a program looks through where there are many
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Pairs grouped by expert.
+
+    Attributes:
+        order: `[P]` int32, pairs sorted by expert, then by number.
+        expert: `[slots]` int32.  first: `[slots]` int32, where the slot's pairs start in `order`.
+        count: `[slots]` int32, how many they are; 0 in slots left over.
+    """
+
+    order: Tensor
+    expert: Tensor
+    first: Tensor
+    count: Tensor
+
+
+def group(indices: Tensor, experts: int, tokens: int) -> Groups:
+    """Returns the pairs of indices `[M, K]` int32 grouped by expert; `experts` counts the shared ones."""
+    if not runs_triton(indices):
+        return sorted_groups(indices, experts, tokens)
+    groups = empty_groups(indices, experts, tokens)
+    if indices.shape[0] > MOST_ROWS:
+        _group_many_kernel[(experts,)](
+            indices, groups.order, groups.expert, groups.first, groups.count,
+            torch.empty(experts, dtype=torch.int32, device=indices.device), arrivals(indices.device),
+            indices.numel(), groups.count.shape[0], CHUNK=PAIRS_AT_ONCE, TOKENS=tokens,
+            WIDE_EXPERTS=triton.next_power_of_2(experts), **late(indices),
+        )  # fmt: skip
+        return groups
+    _group_kernel[(1,)](
+        indices, groups.order, groups.expert, groups.first, groups.count, indices.numel(), groups.count.shape[0],
+        PAIRS=max(32, triton.next_power_of_2(indices.numel())), TOKENS=tokens,
+        WIDE_EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(groups.count.shape[0]),
+        **late(indices),
+    )  # fmt: skip
+    return groups
+
+
+def sorted_groups(indices: Tensor, experts: int, tokens: int) -> Groups:
+    """`group` in plain torch."""
+    flat = indices.flatten().long()
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
+    counts.index_add_(0, flat, torch.ones_like(flat))
+    chunks = -(-counts // tokens)
+    ends = chunks.cumsum(0)
+    slots = torch.arange(most_slots(flat.numel(), experts, tokens), device=flat.device)
+    expert = torch.searchsorted(ends, slots, right=True).clamp(max=experts - 1)
+    within = (slots - (ends - chunks)[expert]) * tokens
+    first = (counts.cumsum(0) - counts)[expert] + within
+    count = (counts[expert] - within).clamp(0, tokens).where(slots < ends[-1], 0)
+    first = first.where(count > 0, 0)
+    return Groups(order.int(), expert.int(), first.int(), count.int())
+
+
+def most_slots(pairs: int, experts: int, tokens: int) -> int:
+    """Returns how many slots any routing can need."""
+    return min(pairs, experts + pairs // tokens)
+
+
+def empty_groups(indices: Tensor, experts: int, tokens: int | None) -> Groups:
+    slots = 1 if tokens is None else most_slots(indices.numel(), experts, tokens)
+    space = torch.empty(indices.numel() + 3 * slots, dtype=torch.int32, device=indices.device)
+    return Groups(*space.split((indices.numel(), slots, slots, slots)))
+
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def arrivals(device: torch.device) -> Tensor:
+    """Returns `[1]` int32, zero before and after every launch; kept, because captured graphs write there."""
+    if device not in _counters:
+        _counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[device]
+
+
+if triton is not None:
+
+    @triton.jit
+    def group_few(
+        indices, order, slot_expert, slot_first, slot_count, pairs, slots,
+        PAIRS: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+    ):  # fmt: skip
+        """Counting sort of a few pairs by one program. Loads are volatile: other programs wrote the indices."""
+        every = tl.arange(0, PAIRS)
+        # a key is unique: expert first, then number of the pair
+        keys = tl.load(indices + every, mask=every < pairs, other=1 << 20, volatile=True) * PAIRS + every
+        expert = tl.arange(0, WIDE_EXPERTS)
+        count = tl.zeros((WIDE_EXPERTS,), dtype=tl.int32)
+        for first in range(0, PAIRS, 32):
+            pair = first + tl.arange(0, 32)
+            its = tl.load(indices + pair, mask=pair < pairs, other=1 << 20, volatile=True)
+            rank = tl.sum((keys[None, :] < (its * PAIRS + pair)[:, None]).to(tl.int32), axis=1)
+            tl.store(order + rank, pair, mask=pair < pairs)
+            count += tl.sum((its[None, :] == expert[:, None]).to(tl.int32), axis=1)
+        _deal(count, expert, slot_expert, slot_first, slot_count, TOKENS)
+        slot = tl.arange(0, SLOTS)
+        unused = (slot >= tl.sum((count + TOKENS - 1) // TOKENS, axis=0)) & (slot < slots)
+        tl.store(slot_expert + slot, 0, mask=unused)
+        tl.store(slot_first + slot, 0, mask=unused)
+        tl.store(slot_count + slot, 0, mask=unused)
+
+    @triton.jit(do_not_specialize=["pairs", "slots"])
+    def _group_many_kernel(
+        indices, order, slot_expert, slot_first, slot_count, counts, arrivals, pairs, slots,
+        CHUNK: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """One program an expert puts its pairs in their place; the last to arrive deals all of them out to slots."""
+        follow(PDL)
+        own, lane = tl.program_id(0), tl.arange(0, CHUNK)
+        place = 0  # its first pair stands behind those of the experts before
+        for first in range(0, pairs, CHUNK):
+            its = tl.load(indices + first + lane, mask=first + lane < pairs, other=1 << 20)
+            place += tl.sum((its < own).to(tl.int32), axis=0)
+        count = 0
+        for first in range(0, pairs, CHUNK):
+            its = tl.load(indices + first + lane, mask=first + lane < pairs, other=1 << 20)
+            mine = (its == own).to(tl.int32)
+            tl.store(order + place + count + tl.cumsum(mine, axis=0) - 1, first + lane, mask=mine > 0)
+            count += tl.sum(mine, axis=0)
+        tl.store(counts + own, count)
+        tl.debug_barrier()  # all threads' stores come before the one thread's arrival
+        if tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.debug_barrier()
+            expert = tl.arange(0, WIDE_EXPERTS)
+            each = tl.load(counts + expert, mask=expert < tl.num_programs(0), other=0, volatile=True)
+            _deal(each, expert, slot_expert, slot_first, slot_count, TOKENS)
+            used = tl.sum((each + TOKENS - 1) // TOKENS, axis=0)
+            for first in range(used, slots, CHUNK):
+                unused = first + lane < slots
+                tl.store(slot_expert + first + lane, 0, mask=unused)
+                tl.store(slot_first + first + lane, 0, mask=unused)
+                tl.store(slot_count + first + lane, 0, mask=unused)
+            tl.store(arrivals, 0)
+
+    @triton.jit
+    def _deal(count, expert, slot_expert, slot_first, slot_count, TOKENS: tl.constexpr):
+        """Deals `count` pairs of every expert out to slots of up to TOKENS, in order."""
+        chunks = (count + TOKENS - 1) // TOKENS
+        first_slot = tl.cumsum(chunks, axis=0) - chunks
+        first_pair = tl.cumsum(count, axis=0) - count
+        for chunk in range(tl.max(chunks, axis=0)):
+            used = chunk < chunks
+            tl.store(slot_expert + first_slot + chunk, expert, mask=used)
+            tl.store(slot_first + first_slot + chunk, first_pair + chunk * TOKENS, mask=used)
+            tl.store(slot_count + first_slot + chunk, tl.minimum(count - chunk * TOKENS, TOKENS), mask=used)
+
+    @triton.jit
+    def _group_kernel(
+        indices, order, slot_expert, slot_first, slot_count, pairs, slots,
+        PAIRS: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
+        PDL: tl.constexpr,
+    ):  # fmt: skip
+        follow(PDL)
+        group_few(
+            indices, order, slot_expert, slot_first, slot_count, pairs, slots, PAIRS, TOKENS, WIDE_EXPERTS, SLOTS
+        )
