@@ -211,8 +211,8 @@ def lanes() -> None:
     for heads, packed, texts, passed in ((4, False, 3, tree), (4, True, 5, plain), (33, False, 2, chain)):
         head = mla.Head(heads, 32, 16, 32, 32, 0.1)
         kv_b, norms = torch.randn(heads * 64, 32, generator=generator).bfloat16(), torch.rand(2, 32) + 0.5
-        caches = new_caches(2, 190, 12, head.layout(packed), "cpu", lanes=texts, idle=64)
-        cache, length = caches[1], torch.tensor([0, 130, 63, 64, 1][:texts], dtype=torch.int32)
+        caches = new_caches(2, 80, 12, head.layout(packed), "cpu", lanes=texts, idle=64)
+        cache, length = caches[1], torch.tensor([0, 66, 63, 64, 1][:texts], dtype=torch.int32)
         lane = torch.tensor([cache.capacity * text for text in (*range(1, texts), 0)], dtype=torch.int32)
         _fill(cache, 1e4)
         plan = mla.Plan(length, *passed, 1, lane)
@@ -235,7 +235,7 @@ def lanes() -> None:
 
         parts = list(plan.apart(replace(cache, store=cache.store.clone())))
         expected = [run(*part) for part in parts]
-        for room in (mla.PARTS_BYTES, 1):  # the second: text by text
+        for room in (mla.PARTS_BYTES, 1)[: 1 + (texts == 3)]:  # the second: text by text
             mla.PARTS_BYTES, before = room, mla.PARTS_BYTES
             together = run(slice(None), plan, cache)
             mla.PARTS_BYTES = before
