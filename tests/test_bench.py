@@ -18,7 +18,7 @@ import mtp_spec
 import tiny
 from mtp_spec import measured
 from mtp_spec.bench import grid, step, tuning, turns
-from mtp_spec.bench.common import bundled_prompts, interval
+from mtp_spec.bench.common import bundled_prompts, interval, median_interval
 from mtp_spec.bench.exactness import SAMPLING, SHAPES
 from mtp_spec.bench.peer import transformers_ways
 from mtp_spec.bench.phases import step_phases
@@ -176,6 +176,7 @@ def test_the_best_fixed_plan_is_chosen_on_one_half_and_compared_on_the_other(
     assert setting["best"] == "chain 2"
     assert setting["auto over the best"]["median"] == pytest.approx(0.8)
     assert setting["auto over plain"]["median"] == pytest.approx(2.0)
+    assert setting["auto over plain"]["interval"] == pytest.approx([2.0, 2.0])
     assert setting["goals met"] == {"of the best": False, "of plain": True}
     assert setting["prompts that compare"] == 3
     rows = [(row["to"], row["plan"], row["prompts"]) for row in document["rows"]]
@@ -308,6 +309,11 @@ def test_prompts_come_again_with_another_seed() -> None:
 def test_interval_covers_the_ratio() -> None:
     low, high = interval([2.0, 3.0, 4.0] * 20, [1.0] * 60)
     assert low < 3.0 < high < 3.5
+
+
+def test_a_burst_does_not_move_the_interval_of_a_median() -> None:
+    low, high = median_interval([1.0, 1.1, 1.2, 1.3] * 5 + [0.01])
+    assert 1.0 < low < 1.15 < high < 1.3
 
 
 def test_a_search_keeps_the_fastest_launch_and_what_failed(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from math import ceil, log2
 from typing import Any
 
 from mtp_spec.api import LM
-from mtp_spec.bench.acceptance.metrics import BATCH, times_plain
-from mtp_spec.bench.common import Report, Row, bundled_prompts, question, spread
+from mtp_spec.bench.common import Report, Row, bundled_prompts, median_interval, question, spread
 from mtp_spec.bench.turns import Generate, Written, check_kept, in_turn, noise, ours, warm_up
 from mtp_spec.options import Speculation
 from mtp_spec.progress import step_progress
@@ -134,13 +133,11 @@ def _parts(prompts: list[Any], rounds: int) -> Iterator[list[Any]]:
 
 
 def _times(texts: Texts, name: str, other: str) -> Row:
-    """Returns tokens per second of one way over another's: of pairs of texts the median and quartiles, of sums the
-    ratio with its 95 % interval. A way that was dropped has the first prompts only."""
-    pairs = enumerate(zip(texts[name], texts[other], strict=False))
-    return times_plain([
-        {BATCH: number, "turn": 0, "plain_seconds": their.seconds, "plain_tokens": max(1, len(their.ids)),
-         "seconds": own.seconds, "new_tokens": max(1, len(own.ids))} for number, (own, their) in pairs
-    ])  # fmt: skip
+    """Returns tokens per second of one way over another's: the median over pairs of texts, its 95 % interval, the
+    quartiles. A way that was dropped has the first prompts only."""
+    ratios = [their.pace / own.pace for own, their in zip(texts[name], texts[other], strict=False)]
+    median, low, high = spread(ratios)
+    return {"median": median, "interval": median_interval(ratios), "quartiles": (low, high)}
 
 
 def _row(setting: Setting, kind: str, name: str, texts: Texts) -> Row:
@@ -172,6 +169,6 @@ def _sentence(verdict: Row) -> str:
         times = verdict[f"auto over {key.removeprefix('of ')}"]
         low, high = times["interval"]
         met = "met" if verdict["goals met"][key] else "missed"
-        parts.append(f"{times['median']:.3f} {key} (sums {low:.2f}-{high:.2f}; goal {goal} {met})")
+        parts.append(f"{times['median']:.3f} {key} (95 % {low:.2f}-{high:.2f}; goal {goal} {met})")
     kind = "random prompts" if verdict["random prompts"] else "held-out prompts"
     return f'{kind} at temperature {verdict["temperature"]:g}: best is {verdict["best"]}; "auto" {", ".join(parts)}'
