@@ -55,9 +55,9 @@ def cast_job(folder: Path, to: str, *, device: str = "cpu", scale_fmt: str | Non
     names = sorted(tensors, key=lambda name: (str(tensors[name].file), tensors[name].parts[0].start))
     if to == "bf16":
         block = (checkpoint.config.fp8_block or (BLOCK, BLOCK))[0]
-        tasks = [_widened(name, tensors, block, device) for name in names if not name.endswith(SCALE)]
+        tasks = [widened(name, tensors, block, device) for name in names if not name.endswith(SCALE)]
     else:
-        tasks = [_narrowed(name, tensors[name], device, scale_fmt == POWERS) for name in names]
+        tasks = [narrowed(name, tensors[name], device, scale_fmt == POWERS) for name in names]
     files = carried_files(folder)
     files.pop(CHECKSUMS, None)
     files["config.json"] = as_json(_config(json.loads(files["config.json"]), to, scale_fmt))
@@ -89,7 +89,8 @@ def copied(name: str, info: TensorInfo) -> Task:
     return Task((info,), (Output(info.file.name, name, info.dtype, info.shape),), lambda tensors: tensors)
 
 
-def _widened(name: str, tensors: Mapping[str, TensorInfo], block: int, device: str) -> Task:
+def widened(name: str, tensors: Mapping[str, TensorInfo], block: int, device: str) -> Task:
+    """Returns the task that writes a tensor in bfloat16 if it is FP8, else unchanged."""
     info = tensors[name]
     if info.dtype != "F8_E4M3":
         return copied(name, info)
@@ -98,7 +99,8 @@ def _widened(name: str, tensors: Mapping[str, TensorInfo], block: int, device: s
     return Task((info, tensors[name + SCALE]), (output,), work, output.bytes + CHUNK_BYTES)
 
 
-def _narrowed(name: str, info: TensorInfo, device: str, powers: bool) -> Task:
+def narrowed(name: str, info: TensorInfo, device: str, powers: bool) -> Task:
+    """Returns the task that writes a matrix with its scales, or unchanged what released checkpoints hold so."""
     if not is_packed(name, info.shape):
         return copied(name, info)
     if info.dtype not in WIDE:

@@ -56,7 +56,7 @@ def ranks_job(folder: Path, ranks: int, *, n_experts: int | None = None, config_
     _check_ranks(checkpoint, places, ranks)
     names = sorted(places, key=lambda name: _where(checkpoint.tensors[name]))
     tasks = [_divided(name, places[name], checkpoint, ranks) for name in names]
-    files, scale_fmt = _files(checkpoint, config_file)
+    files, scale_fmt = small_files(checkpoint, config_file)
     args = model_args(config, scale_fmt)
     if args is not None:
         files[ARGS] = as_json(args)
@@ -70,8 +70,8 @@ def hf_job(folder: Path, *, config_file: Path | None = None, shard_bytes: int = 
     checkpoint = open_checkpoint(folder, config_file)
     tensors = checkpoint.tensors
     outputs = [Output("", name, info.dtype, info.shape) for name, info in tensors.items()]
-    tasks = [_gathered(output, tensors[output.name]) for output in sharded(outputs, shard_bytes)]
-    return Job("convert to Hugging Face", tasks, _files(checkpoint, config_file)[0], index=True)
+    tasks = [gathered(output, tensors[output.name]) for output in sharded(outputs, shard_bytes)]
+    return Job("convert to Hugging Face", tasks, small_files(checkpoint, config_file)[0], index=True)
 
 
 def sharded(outputs: Iterable[Output], shard_bytes: int) -> list[Output]:
@@ -129,7 +129,8 @@ def _split(tensors: list[Tensor], axis: int | None, count: int) -> Iterable[Tens
     return [tensors[0]] * count if axis is None else tensors[0].chunk(count, axis)
 
 
-def _gathered(output: Output, info: TensorInfo) -> Task:
+def gathered(output: Output, info: TensorInfo) -> Task:
+    """Returns the task that writes a whole tensor, from wherever its parts lie."""
     copies = info.parts[1:] if info.axis is None else ()
     extra = info.bytes if copies else info.parts[0].shape[info.axis or 0] * info.bytes // max(1, info.shape[0])
     return Task((info,), (output,), partial(_compared, copies=copies, output=output), extra)
@@ -144,7 +145,7 @@ def _compared(tensors: list[Tensor], copies: tuple[Part, ...], output: Output) -
     yield tensors[0]
 
 
-def _files(checkpoint: Checkpoint, config_file: Path | None) -> tuple[dict[str, bytes], str | None]:
+def small_files(checkpoint: Checkpoint, config_file: Path | None) -> tuple[dict[str, bytes], str | None]:
     """Returns the small files of the new folder, and the format of scales that the config names."""
     files = carried_files(checkpoint.folder)
     for name in (CHECKSUMS, ARGS):

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
-from mtp_spec.converting import add_converting, run_cast, run_convert
+from mtp_spec.converting import add_converting, run_cast, run_convert, run_export
 from mtp_spec.inspecting import add_inspect, run_inspect
 from mtp_spec.model.joining import join_ranks
 from mtp_spec.options import ACCEPTANCE_RULES, sample_seeds
@@ -49,7 +49,8 @@ SAMPLING: dict[str, tuple[type, str]] = {
     "logprobs": (int, "report log-probabilities and this many alternatives, with --json (0: off)"),
 }
 
-VERBS = {"inspect": run_inspect, "bench": run_bench, "convert": run_convert, "cast": run_cast}
+VERBS = {"inspect": run_inspect, "bench": run_bench, "convert": run_convert, "cast": run_cast,
+         "export": run_export}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

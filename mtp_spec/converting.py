@@ -1,10 +1,11 @@
-"""`mtp-spec convert` and `mtp-spec cast`: checkpoints from one form to another."""
+"""`mtp-spec convert`, `cast` and `export`: checkpoints from one form to another."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,15 @@ CAST_EXAMPLES = """examples:
   mtp-spec cast /models/DeepSeek-V3 /models/DeepSeek-V3-bf16 --to bf16
   mtp-spec cast /models/mine-bf16 /models/mine --to fp8 --scale-fmt ue8m0
 """
+EXPORT_EXAMPLES = """examples:
+  mtp-spec export /models/V3-mp16 /models/V3-for-vllm
+  mtp-spec export /models/mine /models/mine-for-lmdeploy
+"""
 WORKERS = 2
 
 
 def add_converting(commands: Any) -> None:
-    """Adds the verbs `convert` and `cast`."""
+    """Adds the verbs `convert`, `cast` and `export`."""
     convert = _add(commands, "convert", "Hugging Face folder to DeepSeek's per-rank files, and back", CONVERT_EXAMPLES)
     convert.add_argument("--hf-ckpt-path", type=Path, metavar="PATH", help="SOURCE, as DeepSeek's program names it")
     convert.add_argument("--save-path", type=Path, metavar="PATH", help="TARGET, as DeepSeek's program names it")
@@ -41,6 +46,8 @@ def add_converting(commands: Any) -> None:
     cast.add_argument("--to", choices=("bf16", "fp8"), help="what the matrices become")
     cast.add_argument("--scale-fmt", choices=("ue8m0",), help="FP8 scales that are powers of two, as in V3.1")
     cast.add_argument("--device", default="cpu", help="where numbers are computed: cpu or cuda")
+    export = _add(commands, "export", "a folder for vLLM, SGLang, LMDeploy and transformers", EXPORT_EXAMPLES)
+    export.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of config.json")
 
 
 def _add(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
@@ -94,12 +101,22 @@ def run_cast(args: argparse.Namespace) -> None:
     _run(cast_job(source, to, device=args.device, scale_fmt=args.scale_fmt), target, args)
 
 
-def _paths(args: argparse.Namespace, source: str, target: str) -> tuple[Path, Path]:
+def run_export(args: argparse.Namespace) -> None:
+    """Writes a folder for other engines; errors as `run_convert`."""
+    from mtp_spec.model.export import export_job
+
+    source, target = _paths(args)
+    _run(export_job(source, config_file=args.config), target, args)
+
+
+def _paths(args: argparse.Namespace, *aliases: str) -> tuple[Path, Path]:
     found = []
-    for name, alias in (("source", source), ("target", target)):
-        given = [path for path in (getattr(args, name), getattr(args, alias)) if path is not None]
+    for name, alias in zip_longest(("source", "target"), aliases):
+        names = [name] if alias is None else [name, alias]
+        given = [path for path in (getattr(args, each) for each in names) if path is not None]
         if len(given) != 1:
-            raise OptionError(f"give {name.upper()} once, by place or as --{alias.replace('_', '-')}")
+            also = "" if alias is None else f", by place or as --{alias.replace('_', '-')}"
+            raise OptionError(f"give {name.upper()} once{also}")
         found.append(given[0])
     if args.workers < 1:
         raise OptionError(f"--workers {args.workers}: 1 or more")

@@ -44,8 +44,8 @@ from mtp_spec.model.jobs import Job, run_job
 STAGES = ("convert", "cast", "load")
 WORKERS = 2  # those of the commands
 READERS = (1, 4, 8)
-WRITTEN_BYTES = 4 * 10**9  # to find the disk's rate of writing
-READ_BYTES = 8 * 10**9  # and of reading
+WRITTEN_BYTES = 2 * 10**9  # to find the disk's rate of writing
+READ_BYTES = 6 * 10**9  # and of reading
 SHARD_BYTES = 10**9
 ROOM_BYTES = 10**9  # besides the files: headers, journals, others' files
 CONTEXT = 2048
