@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from mtp_spec.device_engine import SharedDecoder
-from mtp_spec.device_group import Group, Groups
+from mtp_spec.device_group import Group, Groups, drafting
 from mtp_spec.device_lanes import Lane
 from mtp_spec.device_reader import First
 from mtp_spec.device_state import PREFILL_ROWS, SLACK
@@ -96,31 +96,45 @@ class DeviceBatch(Worker):
         while self._first:
             first = self._first.popleft()
             self.groups.runtime.model.ranks.wait(first.ended)
-            token, failed = first.record.tolist()
-            turn = first.text.turn
-            turn.tokens, turn.path, turn.failed, turn.logits = [token], [0], bool(failed), first.logits
-            self._take_turns([first.text])
+            for slot, (text, token, failed) in enumerate(zip(first.texts, *first.record.tolist(), strict=False)):
+                turn = text.turn
+                turn.tokens, turn.path, turn.failed = [token], [0], bool(failed)
+                turn.logits = first.logits[slot : slot + 1]
+            self._take_turns(first.texts)
 
     def _read(self) -> int:
         """Reads some prompts; returns how many rows that were."""
         rows, unread = 0, self._unread
         while unread and (rows < PROMPT_ROWS or (2 * len(unread) > len(self._running) and rows < HURRIED_ROWS)):
-            text, decoder = unread[0], unread[0].stream.decoder
-            assert isinstance(decoder, SharedDecoder)
+            some = [unread[0]]
             try:
-                group, reader = self.groups.of(text.request), self.groups.reader
-                more, first = reader.read(decoder, group.drafts)
+                some, more, first = self._read_some()
                 if first is not None:
-                    group.join(decoder, reader.state)
-            except BaseException as error:  # the text's own: others go on
-                self._end(text, error)
+                    self._first.append(first)
+                    for slot, text in enumerate(some):
+                        unread.remove(text)
+                        text.read = 1
+                        self.groups.of(text.request).join(first.texts[slot], self.groups.reader.state.part(slot, 1))
+            except BaseException as error:  # their own: others go on
+                for text in some:
+                    self._end(text, error)
                 continue
             rows += more
-            if first is not None:
-                unread.popleft()
-                text.read = 1
-                self._first.append(first)
         return rows
+
+    def _read_some(self) -> tuple[list[Text], int, First | None]:
+        """Reads the prompt of who waits longest, with others that fit into the same pass, or a chunk of it.
+
+        Returns the texts, the pass's rows, and first tokens where the prompts have come to their end.
+        """
+        reader, oldest, drafts = self.groups.reader, self._unread[0], drafting(self._unread[0].request)
+        decoder = _shared(oldest)
+        rows = reader.rows(decoder)
+        if rows is None:
+            return [oldest], *reader.chunk(decoder, drafts)
+        some = [text for text in self._unread if drafting(text.request) == drafts
+                and len(_shared(text).tokens) <= rows][: reader.together(rows)]  # fmt: skip
+        return some, *reader.whole([_shared(text) for text in some], rows, drafts)
 
     def _leave(self, texts: Sequence[Text]) -> None:
         for text in texts:
@@ -134,3 +148,9 @@ class DeviceBatch(Worker):
                 if not group.texts:
                     group.clear()
         super()._leave(texts)
+
+
+def _shared(text: Text) -> SharedDecoder:
+    decoder = text.stream.decoder
+    assert isinstance(decoder, SharedDecoder)
+    return decoder

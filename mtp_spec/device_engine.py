@@ -250,7 +250,8 @@ class DeviceDecoder(DeviceText):
             logits = model.logits(last)
             model.ranks.wait()
             token, failed = self._first(logits)
-            state.start(torch.full((1,), token, device=last.device), last, len(prompt), self.stages.penalty)
+            drawn, length = (torch.full((1,), number, device=last.device) for number in (token, len(prompt)))
+            state.start(drawn, last, length, self.stages.penalty)
         if failed:
             self._fail(logits[0])
         self.stats.record_prefill(len(prompt))

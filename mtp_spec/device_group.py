@@ -11,7 +11,7 @@ what steps cost, and one `TextLadder` chooses by what all of them have accepted.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -22,7 +22,7 @@ from mtp_spec.device_lanes import STEP_ROWS, STEP_TEXTS, Lanes
 from mtp_spec.device_planned import CATCH_UP_ROWS, Rungs, planned_shapes
 from mtp_spec.device_reader import Reader
 from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import MOST, WAITING, State
+from mtp_spec.device_state import MOST, WAITING, State, union
 from mtp_spec.device_step import Step
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages
@@ -195,7 +195,7 @@ class Group:
         state.live.copy_(state.sent([1] * len(texts) + [0] * gone, torch.int32))
         if gone:
             state.part(len(texts), gone).blank()
-        self._stages = _union([text.stages for text in texts])
+        self._stages = union([text.stages for text in texts])
         self._changed = False
 
     def _together(self) -> int:
@@ -334,13 +334,13 @@ def shares(request: Request) -> bool:
     return not request.sampler.processors and (speculation is None or speculation.acceptance == "coupled")
 
 
+def drafting(request: Request) -> bool:
+    """Whether a text's steps may draft, so that its prompt is read for the MTP modules too."""
+    return any(shape.parents for shape in shapes_of(request.speculation))
+
+
 def shapes_of(speculation: Speculation | None) -> tuple[Shape, ...]:
     """Returns the shapes that a text's steps may have."""
     if speculation is not None and speculation.adaptive:
         return planned_shapes(speculation)
     return (Shape.of(speculation),)
-
-
-def _union(stages: list[Stages]) -> Stages:
-    """Returns the stages of sampling that some text needs: to the others they do nothing."""
-    return Stages(**{one.name: any(getattr(its, one.name) for its in stages) for one in fields(Stages)})

@@ -14,6 +14,7 @@ from mtp_spec.model.device import DeviceModel
 
 # most rows of a step's pass, and most texts of one; where there are more they step by turns
 STEP_ROWS, STEP_TEXTS = 512, 64
+READ_TEXTS = 8  # prompts that are read in one pass
 # a text that nobody reads has one token, its draft, and what modules read late
 IDLE_ROWS = ROWS + WAITING
 

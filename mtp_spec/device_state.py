@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -159,18 +160,20 @@ class State:
         parts = (settings.values, settings.seed, settings.bias, settings.seen)
         return [*(getattr(self, name) for name in KEPT), *(part for part in parts if part is not None)]
 
-    def start(self, token: Tensor, hidden: Tensor, length: int, seen: bool) -> None:
-        """Takes the first token `[1]` int64 of the only text, drawn from the prompt's last hidden state `[1, D]`."""
-        self.length.fill_(length)
-        self.fed.fill_(length - 1)  # the prompt's last token waits for the one after it
-        place = (length - 1) % WAITING  # as a plain step would leave it
-        self.hidden[:, 0] = self.ring[:, place] = hidden
+    def start(self, token: Tensor, hidden: Tensor, length: Tensor, seen: bool) -> None:
+        """Takes first tokens `[B]` int64, drawn from the last hidden states `[B, D]` of prompts of `length` tokens,
+        `[B]` int64."""
+        text, place = torch.arange(self.texts, device=length.device), (length - 1) % WAITING
+        self.length.copy_(length)
+        self.fed.copy_(length - 1)  # a prompt's last token waits for the one after it
+        self.hidden[:, 0] = self.ring[text, place] = hidden  # as a plain step would leave it
         self.path.zero_()
-        self.tokens[:] = self.ring_tokens[:, place] = token
+        self.tokens[:] = token[:, None]
+        self.ring_tokens[text, place] = token
         self.record.zero_()
         self.record[:, commits.COUNT] = 1
         if seen and self.settings.seen is not None:
-            self.settings.seen[0].index_add_(0, token, torch.ones_like(token, dtype=torch.int32))
+            self.settings.seen.scatter_add_(1, token[:, None], torch.ones_like(token, dtype=torch.int32)[:, None])
 
 
 def prefill_rows(left: int) -> int:
@@ -186,3 +189,8 @@ def stages_of(params: SamplingParams) -> Stages:
         bias=bool(params.logit_bias), penalty=any(penalised), noise=noise, top_k=noise and params.top_k > 0,
         top_p=noise and params.top_p < 1.0, min_p=noise and params.min_p > 0,
     )  # fmt: skip
+
+
+def union(stages: Sequence[Stages]) -> Stages:
+    """Returns the stages of sampling that some text needs: to the others they do nothing."""
+    return Stages(**{one.name: any(getattr(its, one.name) for its in stages) for one in fields(Stages)})

@@ -184,7 +184,8 @@ class Step:
 
 @dataclass(slots=True)
 class Prefill:
-    """A pass of `rows` prompt tokens through the model and, with `draft`, its MTP modules; captured like a step.
+    """A pass of `rows` tokens of each text's prompt through the model and, with `draft`, its MTP modules; captured
+    like a step.
 
     A shorter chunk is padded with its last token, whose slots the next pass overwrites.
 
@@ -197,23 +198,39 @@ class Prefill:
     rows: int
     draft: bool
     graphs: Graphs | None = None
-    hidden: Tensor = field(init=False)  # [rows, D]
-    _ids: Tensor = field(init=False)  # one more than rows: the MTP modules read the tokens that follow
-    _following: Tensor = field(init=False)  # [1], how many of these there are
+    hidden: Tensor = field(init=False)  # [B rows, D]
+    _ids: Tensor = field(init=False)  # [B, rows + 1]: the MTP modules read the tokens that follow
+    _following: Tensor = field(init=False)  # [B], how many of these there are
     _constants: Constants = field(init=False)
     _graph: Callable[[], None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._ids = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.model.device)
-        self._following = torch.zeros(1, dtype=torch.int64, device=self.model.device)
+        texts, device = self.state.texts, self.model.device
+        self._ids = torch.zeros(texts, self.rows + 1, dtype=torch.int64, device=device)
+        self._following = torch.zeros(texts, dtype=torch.int64, device=device)
         self._constants = Constants(self.model.device)
 
     def __call__(self, ids: Tensor, first: int) -> Tensor:
-        """Returns the hidden states `[chunk, D]` of the prompt `ids` from token `first` on; they join the caches."""
+        """Returns the hidden states `[chunk, D]` of the one text's prompt `ids` from token `first` on; they join the
+        caches."""
         chunk = ids[first : first + self.rows + 1]
         self._ids.copy_(torch.cat((chunk, chunk[-1:].expand(self.rows + 1 - len(chunk)))))
         self._following.fill_(len(chunk) - 1)
         self.state.length.fill_(first)
+        self._read()
+        return self.hidden[: min(self.rows, len(ids) - first)]
+
+    def whole(self, prompts: list[list[int]]) -> Tensor:
+        """Returns the last hidden states `[B, D]` of whole prompts, of up to `rows` tokens each."""
+        state, ends = self.state, [len(prompt) - 1 for prompt in prompts]
+        padded = [[*prompt, *prompt[-1:] * (self.rows + 1 - len(prompt))] for prompt in prompts]
+        self._ids.copy_(state.sent(padded, torch.int64))
+        self._following.copy_(state.sent(ends, torch.int64))
+        self.state.length.zero_()
+        self._read()
+        return self.hidden[state.sent([text * self.rows + end for text, end in enumerate(ends)], torch.int64)]
+
+    def _read(self) -> None:
         if self.graphs is not None and self._graph is None:
             carried = self.state.carried.clone()
             self._graph = self.graphs.capture(self._run)
@@ -222,16 +239,14 @@ class Prefill:
             self._run()
         else:
             self._graph()
-        return self.hidden[: min(self.rows, len(ids) - first)]
 
     def _run(self) -> None:
         state, order = self.state, self._constants.integers(range(self.rows))
-        self.hidden = self.model.rows(
-            self._ids[:-1], state.caches, mla.Plan(state.length, order, order, None, self.rows - 1, 0, state.lanes)
-        )
+        plan = mla.Plan(state.length, order, order, None, self.rows - 1, 0, state.lanes)
+        self.hidden = self.model.rows(self._ids[:, :-1].flatten().contiguous(), state.caches, plan)
         if self.draft:
-            feed_modules(self.model, state, self._constants, self._ids[None, 1:], self.hidden[None], state.length,
-                         self._following)  # fmt: skip
+            hidden = self.hidden.unflatten(0, (state.texts, self.rows))
+            feed_modules(self.model, state, self._constants, self._ids[:, 1:], hidden, state.length, self._following)
 
 
 class Graphs:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mtp_spec.device_lanes import IDLE_ROWS, STEP_ROWS, STEP_TEXTS
+from mtp_spec.device_lanes import IDLE_ROWS, READ_TEXTS, STEP_ROWS, STEP_TEXTS
 from mtp_spec.device_state import PREFILL_ROWS, ROWS, SLACK, WAITING
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
@@ -141,7 +141,7 @@ def plan_memory(model: DeviceModel, max_context: int, max_batch: int = 1) -> Mem
     weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
     room = mla.room_bytes(capacity, head, max(PREFILL_ROWS[-1], ROWS))
     if max_batch > 1:
-        rows = min(STEP_ROWS, max_batch * ROWS)
+        rows = STEP_ROWS
         caches += lanes_bytes(model, max_context, max_batch)
         settings += group_bytes(model, max_batch)
         largest = max(largest, pass_bytes(model, rows) + rows * logits // 2)
@@ -159,8 +159,8 @@ def group_bytes(model: DeviceModel, texts: int) -> int:
     """Returns bytes that texts that step together keep besides: hidden states, settings, a step's logits."""
     config, vocabulary = model.config, model.config.vocab_size
     hidden = (ROWS + WAITING + config.num_nextn_predict_layers) * config.hidden_size * 2
-    # beside what texts hold, a copy while steps are captured
-    return texts * (COPIES * hidden + 3 * vocabulary * 4) + STEP_ROWS * vocabulary * 4
+    # beside what texts hold, and those whose prompts are read, a copy while steps are captured
+    return (texts + READ_TEXTS) * (COPIES * hidden + 3 * vocabulary * 4) + STEP_ROWS * vocabulary * 4
 
 
 def pass_bytes(model: DeviceModel, rows: int) -> int:
