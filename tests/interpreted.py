@@ -206,7 +206,7 @@ def lanes() -> None:
     generator = torch.Generator().manual_seed(0)
     table = torch.tensor([[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 2, 3]], dtype=torch.int32)
     depths, order = (table >= 0).sum(1).int() - 1, torch.arange(4, dtype=torch.int32)
-    tree, plain, chain = (depths, order, table, 2), (order[:1], order[:1], None, 0), (order, order, None, 3)
+    tree, plain, chain = (depths, order, table, 2), (order[:1], order[:1], None, 0), (order[:2], order[:2], None, 1)
     angles = torch.randn(400, 2, 16, generator=generator)
     for heads, packed, texts, passed in ((4, False, 3, tree), (4, True, 5, plain), (33, False, 2, chain)):
         head = mla.Head(heads, 32, 16, 32, 32, 0.1)

@@ -27,6 +27,7 @@ from mtp_spec.loading import check_batch
 from mtp_spec.memory import group_bytes, lanes_bytes
 from mtp_spec.model.device_checkpoint import load_device_model
 from mtp_spec.options import Speculation
+from mtp_spec.turns import Turns
 
 # forbidding most tokens makes random drafts right now and then
 FEW = {token: -float("inf") for token in range(6, 160)}
@@ -242,6 +243,30 @@ def test_memory_of_lanes_and_groups(folder: Path) -> None:
     assert lanes.take() is None
     assert lane.caches()[0].slots[:5].isfinite().all()
     assert lane.caches()[0].slots[5:].isnan().all()
+
+
+def test_a_thread_in_a_loop_keeps_nobody_out() -> None:
+    turns, rounds, stop, inside = Turns(), list[int](), threading.Event(), threading.Event()
+
+    def loop() -> None:
+        while not stop.is_set():
+            with turns, turns:  # the thread that has it may enter again
+                inside.set()
+                rounds.append(0)
+                stop.wait(0.001)
+
+    worker = threading.Thread(target=loop)
+    worker.start()
+    assert inside.wait(60)
+    for _ in range(5):
+        before = len(rounds)
+        with turns:
+            during = len(rounds)
+            assert during - before <= 3
+            stop.wait(0.005)
+            assert len(rounds) == during
+    stop.set()
+    worker.join()
 
 
 def test_what_is_refused() -> None:
