@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -339,6 +339,7 @@ def drafting(request: Request) -> bool:
     return any(shape.parents for shape in shapes_of(request.speculation))
 
 
+@lru_cache  # asked for every text in every round while prompts are read
 def shapes_of(speculation: Speculation | None) -> tuple[Shape, ...]:
     """Returns the shapes that a text's steps may have."""
     if speculation is not None and speculation.adaptive:

@@ -324,7 +324,8 @@ def test_every_kernel_of_a_step_compiles_for_hopper(name: str) -> None:
         by_name.setdefault(kernel["kernel"], []).append(kernel)
         assert kernel["shared"] <= 227 * 1024
         assert kernel["late"] is not False, f"{kernel['kernel']} touches memory before the kernel before it has ended"
-    for main in ("_gemm_kernel", "_gate_up_kernel", "_down_kernel", "attend_kernel", "_attend_kernel"):
+    mains = ["_gemm_kernel", "_gate_up_kernel", "_down_kernel", "attend_kernel"]
+    for main in [*mains, "_attend_kernel"] if name == "v3" else mains:  # the last one reads a packed cache
         assert all(kernel["wgmma"] and kernel["tma"] for kernel in by_name[main]), main
         assert all((kernel["spilled"] or 0) <= _spared(kernel) for kernel in by_name[main]), main
 
