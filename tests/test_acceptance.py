@@ -456,6 +456,11 @@ def test_a_gpu_is_not_asked_for_more_ways_than_it_keeps() -> None:
     for number in range(KEPT // 2):
         group.add(f"shape {number}", number)
     check_model(model, [group], args)
+    assert turns.warm_tokens(model, 6) == [32, 24, 16, 16, 8, 8]  # six are left, then four, two, one
+    group.batch = 8
+    with pytest.raises(mtp_spec.OptionError, match="of 8 in batches of 8"):
+        check_model(model, [group], args)
+    group.batch = 1
     for number in range(KEPT):
         group.add(f"shape {number}", number)
     with pytest.raises(mtp_spec.OptionError, match="fewer shapes or rules"):

@@ -91,6 +91,24 @@ def test_pictures_show_the_results() -> None:
         assert picture.svg() == drawn, f"docs/images/{name}.svg is old: python docs/pictures.py --results"
 
 
+def test_what_is_said_of_shapes_is_what_was_measured() -> None:
+    document = json.loads((DOCS / "results" / "acceptance_cpu.json").read_text())
+    cells = document["details"]
+    text = " ".join((DOCS / "howto" / "trees.md").read_text().split())
+    steps = {name: f"{cell['tokens_per_step']:.2f}" for name, cell in cells.items()}
+    speed = {name: f"{cell['times_plain']['median']:.2f}" for name, cell in cells.items()}
+    for sentence in (
+        f"a chain of 5 wrote {steps['chain 5 at 0.0']} tokens a step",
+        f"the tree 2,1,1 wrote {steps['tree 2,1,1 at 0.8']} tokens a step where the chain of 3 wrote "
+        f"{steps['chain 3 at 0.8']}",
+        f"wrote {steps['tree 3,2,1 at 0.8']} tokens a step at temperature 0.8, but ran at "
+        f"{speed['tree 3,2,1 at 0.8']} times plain decoding on two CPU cores, the chain of 3 at "
+        f"{speed['chain 3 at 0.8']}",
+    ):
+        assert sentence in text, sentence
+    assert f"({document['set']['questions']} held-out prompts," in (DOCS / "guide.md").read_text()
+
+
 def test_the_cost_of_rows_is_that_of_the_results() -> None:
     document = json.loads((DOCS / "results" / "step_h100.json").read_text())
     rows = [row for row in document["rows"] if row["pass"].startswith("decode and verify")]

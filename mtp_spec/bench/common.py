@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -165,7 +166,8 @@ def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
 
 def table(report: Report) -> Table:
     """Returns a report as a table."""
-    shown = Table(title=report.title, title_justify="left")
+    shown = Table(title=report.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+                  collapse_padding=True)  # fmt: skip
     for name in report.rows[0] if report.rows else ():
         shown.add_column(name)
     for row in report.rows:

@@ -145,7 +145,7 @@ def _row(setting: Setting, kind: str, name: str, texts: Texts) -> Row:
     low, high = times["quartiles"]
     steps = sum(text.stats.steps for text in own)
     return {"T": setting.name, "to": kind, "plan": name, "prompts": len(own),
-            "tokens/s": 1 / spread([text.pace for text in own])[0], "times plain": times["median"],
+            "tok/s": 1 / spread([text.pace for text in own])[0], "x plain": times["median"],
             "quartiles": f"{low:.2f}-{high:.2f}",
             "tok/step": sum(text.stats.step_tokens for text in own) / max(1, steps)}  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 
 from mtp_spec.api import LM
 from mtp_spec.device_engine import KEPT
+from mtp_spec.device_group import GROUPS
 from mtp_spec.device_planned import PLANNED_DEPTH
 from mtp_spec.device_state import PREFILL_ROWS, prefill_rows
 from mtp_spec.errors import OptionError
@@ -64,12 +65,30 @@ def prefills(lm: LM, ids: Sequence[int]) -> frozenset[int]:
     return frozenset(prefill_rows(len(ids) - first) for first in range(0, len(ids), PREFILL_ROWS[-1]))
 
 
-def check_kept(lm: LM, ways: int) -> None:
-    """Refuses more ways in turn than a GPU keeps captured, as they would be captured again for every text."""
-    most = KEPT - OTHERS
+def check_kept(lm: LM, ways: int, batch: int = 1) -> None:
+    """Refuses more ways in turn than a GPU keeps captured, as they would be captured again for every text.
+
+    Args:
+        batch: texts side by side, whose steps are captured for 1, 2, 4, ... of them.
+    """
+    most = (KEPT - OTHERS) // (1 + _halvings(batch))
+    most = most if batch == 1 else min(most, GROUPS)
     if lm.runtime is not None and ways > most:
-        raise OptionError(f"{ways} ways to draft in turn, and a GPU keeps the captured steps of {most}: ask for fewer "
-                          "shapes or rules at a time")  # fmt: skip
+        beside = f" in batches of {batch}" if batch > 1 else ""
+        raise OptionError(f"{ways} ways to draft in turn, and a GPU keeps the captured steps of {most}{beside}: ask "
+                          "for fewer shapes or rules at a time")  # fmt: skip
+
+
+def warm_tokens(lm: LM, texts: int) -> list[int]:
+    """Returns how many tokens texts side by side write before they are timed: on a GPU fewer and fewer are left, down
+    to one, so that the steps of every number of them are captured."""
+    if lm.runtime is None:
+        return [WARM_TOKENS] * texts
+    return [WARM_TOKENS * (1 + _halvings(texts) - number.bit_length()) for number in range(texts)]
+
+
+def _halvings(texts: int) -> int:
+    return (texts - 1).bit_length()
 
 
 def warm_up(

@@ -24,7 +24,6 @@ from mtp_spec.bench.acceptance.report import csv_text, screen, table_rows
 from mtp_spec.bench.acceptance.running import Runner, check_model
 from mtp_spec.bench.common import Report, Row, document, machine, write
 from mtp_spec.errors import OptionError
-from mtp_spec.loading import check_batch
 from mtp_spec.options import ACCEPTANCE_RULES
 from mtp_spec.progress import step_progress
 
@@ -78,10 +77,6 @@ def acceptance(args: argparse.Namespace) -> None:
             need_matplotlib(f"--{option}")
     questions = read_questions(args.set, args.set_kind, args.prompts)
     groups, left_out = sweep(args)
-    try:
-        check_batch(max(args.batch), None, args.device)
-    except OptionError as error:
-        raise OptionError(f"--batch {max(args.batch)}: {error}") from None
     models = _Models(args)
     check_model(models.load(groups[0].vocabulary), groups, args)
     run = _identity(models.lm, questions, args)

@@ -19,7 +19,7 @@ from mtp_spec.bench.acceptance.journal import Journal, Text
 from mtp_spec.bench.acceptance.questions import Question
 from mtp_spec.bench.bound import FirstDepth
 from mtp_spec.bench.peer import MTP, counted_steps, transformers_ways
-from mtp_spec.bench.turns import Generate, check_kept, prefills, settled
+from mtp_spec.bench.turns import Generate, check_kept, prefills, settled, warm_tokens
 from mtp_spec.engine import Decoder
 from mtp_spec.errors import OptionError
 from mtp_spec.options import Speculation
@@ -28,8 +28,6 @@ from mtp_spec.rules import RULES
 from mtp_spec.stats import GenerationStats
 
 Load = Callable[[int | str | None], LM]
-WARM_TOKENS = 8
-
 
 @dataclass(slots=True)
 class Runner:
@@ -91,7 +89,8 @@ class Runner:
             for cell in cells[first:] + cells[:first]:
                 if any((cell.name, number, turn) not in self.journal.texts for number in prompts):
                     self._warm_up(lm, group, cell, prompts)
-                    for text in self._texts(lm, group, cell, prompts, turn, self.args.max_new_tokens):
+                    tokens = [self.args.max_new_tokens] * len(prompts)
+                    for text in self._texts(lm, group, cell, prompts, turn, tokens):
                         self.journal.add(text)
             # every way continues plain decoding's conversation: the next prompt is the same for all
             for number in prompts:
@@ -115,15 +114,16 @@ class Runner:
         # a length that takes other passes has them captured
         new = {number: ids for number, ids in prompts.items() if (cell.name, prefills(lm, ids)) not in self._warm}
         if new:
-            self._texts(lm, group, cell, new, 0, WARM_TOKENS)
+            self._texts(lm, group, cell, new, 0, warm_tokens(lm, len(new)))
             self._warm |= {(cell.name, prefills(lm, ids)) for ids in new.values()}
 
     def _texts(
-        self, lm: LM, group: Group, cell: Cell, prompts: dict[int, list[int]], turn: int, tokens: int
+        self, lm: LM, group: Group, cell: Cell, prompts: dict[int, list[int]], turn: int, tokens: Sequence[int]
     ) -> list[Text]:
+        """Returns the texts after prompts by their question, each of at most its number of tokens."""
         shape = group.ways[cell]
         options = {number: {"temperature": group.temperature, "seed": self.questions[number].seed,
-                            "max_new_tokens": tokens} for number in prompts}  # fmt: skip
+                            "max_new_tokens": most} for number, most in zip(prompts, tokens, strict=True)}  # fmt: skip
         if group.batch == 1:
             return [self._text(lm, cell, shape, ids, options[number], number, turn) for number, ids in prompts.items()]
         lm.close()  # no batch finds the prompts of the one before in its cache
@@ -184,7 +184,8 @@ def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
         raise OptionError("bench acceptance keeps one journal, of one process: start it without torchrun")
     if args.bound and lm.runtime is not None:
         raise OptionError("--bound looks at drafts' laws, which steps on a GPU keep to themselves: --device cpu")
-    check_kept(lm, max(len(group.ways) for group in groups))
+    for group in groups:
+        check_kept(lm, len(group.ways), group.batch)
 
 
 def _peer_text(
