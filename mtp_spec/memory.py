@@ -102,8 +102,13 @@ class PagePlan:
 def host_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Returns the bytes that loading to a CPU takes: the model, the processor's own copy, and tensors read ahead."""
     weights = model_bytes(checkpoint.config, dtype)
+    return weights * (2 if weights <= PACK_BYTES else 1) + read_ahead_bytes(checkpoint)
+
+
+def read_ahead_bytes(checkpoint: Checkpoint) -> int:
+    """Returns the bytes of tensors held while a model is loaded: those read ahead, one more, and the one in use."""
     whole = max((info.bytes for info in checkpoint.tensors.values() if info.dtype == "F8_E4M3"), default=0)
-    return weights * (2 if weights <= PACK_BYTES else 1) + AHEAD_BYTES + 2 * max(whole, PIECE_BYTES)
+    return AHEAD_BYTES + 2 * max(whole, PIECE_BYTES)
 
 
 def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

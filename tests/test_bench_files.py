@@ -65,6 +65,13 @@ def test_the_checkpoint_has_released_names_and_copies(run: Any, tmp_path: Path) 
     assert 0.4 < spread < 2.5  # of a size that keeps activations as large as they are
 
 
+def test_fp8_weights_as_they_are_stored(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = run("work", "--stages", "load", "--as-stored")
+    assert document["load"]["dtype"] == "float8_e4m3fn"
+    assert document["wrong"] == []
+    run("work", "--as-stored", "--device", "cuda", code=2)
+
+
 def test_tensors_that_come_back_changed_are_told(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cast, "quantise", lambda weight, block, powers: fp8_cpu.quantise(weight * 1.5, block, powers))
     document = run("work", "--stages", "cast", code=1)

@@ -109,6 +109,8 @@ def _add_files(kinds: Any) -> None:
                       help=", ".join(STAGES))  # fmt: skip
     nine.add_argument("--config", type=Path, metavar="FILE", help="another model's shape than DeepSeek-V3's")
     nine.add_argument("--device", default="cpu", help="where to load: cpu or cuda")
+    nine.add_argument("--as-stored", action="store_true", help="on a CPU, keep FP8 weights as they are, as a GPU does, "
+                      "and write the texts by the kernels' references, slowly")  # fmt: skip
     nine.add_argument("--max-new-tokens", type=parsing.count, default=8, help="of the texts after loading (8)")
 
 

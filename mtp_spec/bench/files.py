@@ -27,18 +27,20 @@ from typing import Any
 import torch
 
 import mtp_spec
+from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.disk import forget, read_rate, write_rate
 from mtp_spec.bench.synthetic import fitted, outputs, synthetic_job
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.loading import check_device
-from mtp_spec.memory import host_bytes, plan_memory
+from mtp_spec.memory import host_bytes, plan_memory, read_ahead_bytes
 from mtp_spec.model.assembly import CHECKSUMS
 from mtp_spec.model.cast import cast_job
 from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.convert import hf_job, ranks_job
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.device_checkpoint import load_device_model
 from mtp_spec.model.jobs import Job, run_job
 
 STAGES = ("convert", "cast", "load")
@@ -60,6 +62,8 @@ def files_bench(args: argparse.Namespace) -> Report:
     if not hasattr(os, "posix_fadvise") or not Path("/proc/self/status").exists():
         raise OptionError("bench files needs Linux: it tells the system to forget files, and reads /proc")
     check_device(args.device)
+    if args.as_stored and args.device != "cpu":
+        raise OptionError(f"--as-stored is for a CPU: on {args.device} FP8 weights stay as they are")
     config = _config(args)
     size = sum(output.bytes for output in outputs(config))
     folder: Path = args.folder
@@ -113,7 +117,7 @@ def _measured(folder: Path, config: ModelConfig, size: int, args: argparse.Names
     shards = _weights(whole)
     if "load" in args.stages:
         forget(shards)
-        facts = _alone(_load, whole, args.device, args.max_new_tokens)
+        facts = _alone(_load, whole, args.device, args.max_new_tokens, args.as_stored)
         best = max(READERS, key=lambda readers: reads[str(readers)])
         reads["after"] = read_rate(_first(shards, READ_BYTES), best)
         for row in _load_rows(facts, max(reads.values())):
@@ -161,7 +165,7 @@ def _run(job: Job, target: Path) -> Row:
     return {"seconds": perf_counter() - begin, "bytes": job.bytes, "planned": job.memory(WORKERS)}
 
 
-def _load(folder: Path, device: str, tokens: int) -> Row:
+def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
     """Returns how long loading took, what it took of memory, and whether texts with and without drafts agree."""
     checkpoint = open_checkpoint(folder)
     size = sum(info.bytes for info in checkpoint.tensors.values())
@@ -171,8 +175,13 @@ def _load(folder: Path, device: str, tokens: int) -> Row:
     read = list[float]()
     begin = perf_counter()
     try:
-        lm = mtp_spec.load(folder, device=device, max_context=context, measure=False,
-                           progress=lambda done, total: read.append(perf_counter() - begin))  # fmt: skip
+        def told(done: int, total: int) -> None:
+            read.append(perf_counter() - begin)
+
+        if as_stored:
+            lm = LM(load_device_model(checkpoint, device, told), None, "batched", context, False)
+        else:
+            lm = mtp_spec.load(folder, device=device, max_context=context, measure=False, progress=told)
     except MTPSpecError as error:
         return {"refused": str(error)}
     facts: Row = {"seconds": read[-1], "seconds of load": perf_counter() - begin, "bytes": size}
@@ -184,8 +193,10 @@ def _load(folder: Path, device: str, tokens: int) -> Row:
     facts |= {"seconds for texts": perf_counter() - begin, "texts": texts}
     wrong += [] if lm.score(ids).logits.isfinite().all() else ["load: a logit is not finite"]
     if isinstance(lm.model, DeviceModel):
-        peak, planned = torch.cuda.max_memory_allocated(), plan_memory(lm.model, context).total
-        return {**facts, "wrong": wrong, "device peak": peak, "planned": planned}
+        planned = plan_memory(lm.model, context).total
+        peak = None if as_stored else torch.cuda.max_memory_allocated()
+        ahead = read_ahead_bytes(checkpoint) if as_stored else 0
+        return {**facts, "wrong": wrong, "device peak": peak, "planned": planned + ahead}
     return {**facts, "wrong": wrong, "device peak": None, "planned": host_bytes(checkpoint, lm.model.dtype)}
 
 
