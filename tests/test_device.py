@@ -132,11 +132,11 @@ def test_every_place_is_filled(tmp_path: Path) -> None:
 def test_same_text_whatever_is_drafted(sampling: dict[str, Any]) -> None:
     lm = device_lm()
     prompt = lm.encode("One day a fox")
-    plain = lm.generate(prompt, max_new_tokens=14, seed=3, speculation=None, **sampling)
+    plain = lm.generate(prompt, max_new_tokens=9, seed=3, speculation=None, **sampling)
     for shape in SHAPES[1:]:
-        out = lm.generate(prompt, max_new_tokens=14, seed=3, speculation=shape, **sampling)
+        out = lm.generate(prompt, max_new_tokens=9, seed=3, speculation=shape, **sampling)
         assert (out.token_ids, out.text) == (plain.token_ids, plain.text)
-        assert out.stats.new_tokens == 14
+        assert out.stats.new_tokens == 9
         assert out.stats.accepted <= out.stats.drafted
 
 
@@ -202,12 +202,12 @@ def test_drafts_are_accepted_and_counted() -> None:
 
 def test_stops_logprobs_and_streams_agree() -> None:
     lm = device_lm()
-    whole = lm.generate("One day a fox", temperature=0, max_new_tokens=16, logprobs=2, speculation=None)
+    whole = lm.generate("One day a fox", temperature=0, max_new_tokens=11, logprobs=2, speculation=None)
     assert whole.logprobs is not None
     assert [best[0][0] for _, best in whole.logprobs] == whole.token_ids
     word = whole.text.split()[3]
     for speculation in (None, 3):
-        options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 16, "speculation": speculation}
+        options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 11, "speculation": speculation}
         logged = lm.generate("One day a fox", logprobs=2, **options)
         assert logged.logprobs == whole.logprobs
         cut = lm.generate("One day a fox", stop=word, **options)

@@ -220,7 +220,8 @@ def test_a_rank_killed_under_torchrun(tmp_path: Path) -> None:
 def test_torchrun_with_the_command_line(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Tell me about a fox\n")
-    command = ["-m", "mtp_spec", "generate", "--input-file", str(prompts), "--max-new-tokens", "8"]
+    command = ["-m", "mtp_spec", "generate", "--input-file", str(prompts), "--max-new-tokens", "8",
+               "--depth", "2"]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     one, two = (
         subprocess.run([sys.executable, "-P", *start, *command], capture_output=True, text=True, timeout=180,
