@@ -117,6 +117,11 @@ def test_the_cost_of_rows_is_that_of_the_results() -> None:
         count, ratio = row["pass"].split(", ")[1].split()[0], row["us"] / rows[0]["us"]
         numbers = f"{row['us'] / 1000:.2f} | {ratio:.2f} | {row['experts']:.1f} | {row['x floor']:.2f}"
         assert f"| {count} | {numbers} |" in text
+    whole = [f"{ms:.1f}" for ms in document["extrapolated"].values()]
+    flat = " ".join(text.split())
+    assert f"would take {whole[0]} ms for one row, {whole[1]} ms for two and {whole[2]} ms for four" in flat
+    micro = [f"{parts['accept']:.0f} us" for parts in document["accepting"].values()]
+    assert f"takes {micro[0]} at temperature 0, {micro[1]} at 0.8, {micro[2]} with top-p and {micro[3]} with" in flat
     guide = " ".join((DOCS / "guide.md").read_text().split())
     one, four, draft = (next(row["us"] for row in document["rows"] if row["pass"].endswith(name)) / 1000
                         for name in ("verify, 1 rows", "verify, 4 rows", "draft, 1 row"))  # fmt: skip
