@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtp_spec.kernels.fp8 import act_quant, fp8_gemm, weight_dequant, weight_quant
+from mtp_spec.kernels.fp8 import E4M3, act_quant, fp8_gemm, weight_dequant, weight_quant, widen
 from mtp_spec.kernels.fp8_cpu import dequantise, quantise
 
 SHAPES = [(1, 128), (63, 576), (129, 300), (128, 128), (200, 1), (5, 10944)]
@@ -106,3 +106,12 @@ def test_deepseeks_call_forms() -> None:
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     powers = kernels.act_quant(x, scale_fmt="ue8m0")[1].log2()
     assert torch.equal(powers, powers.round())
+
+
+def test_every_byte_is_widened_as_torch_does() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3)
+    expected = every.float()
+    assert expected.isnan().sum() == 2
+    torch.testing.assert_close(widen(every.view(16, 16)).flatten(), expected, rtol=0, atol=0, equal_nan=True)
+    strided = every.view(16, 16)[:, ::2]
+    torch.testing.assert_close(widen(strided), strided.float(), rtol=0, atol=0, equal_nan=True)
