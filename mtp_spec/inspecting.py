@@ -32,6 +32,7 @@ def add_inspect(commands: Any) -> None:
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
     inspect.add_argument("--agreement", action="store_true",
                          help="load it and measure how often drafts of each depth are what it writes")  # fmt: skip
+    inspect.add_argument("--device", metavar="DEVICE", help="where --agreement runs: cpu or cuda (cpu)")
     inspect.add_argument("--checksums", action="store_true", help="read everything and compare with checksums.json")
     add_load_options(inspect)
     alone = inspect.add_argument_group("of a configuration file")
@@ -47,6 +48,8 @@ def run_inspect(args: argparse.Namespace) -> None:
         OptionError: an option that does not belong to what the path is.
         MTPSpecError: a tensor differs from its checksum.
     """
+    if args.device is not None and not args.agreement:
+        raise OptionError(f"--device {args.device} belongs to --agreement: nothing else runs the model")
     for_file = [name for name in ("model_parallel", "card", "copy_rate") if getattr(args, name) is not None]
     if args.path is None or not args.path.is_file():
         if for_file:
@@ -80,8 +83,8 @@ def _agree(args: argparse.Namespace) -> None:
     from mtp_spec.agreement import SUSPICIOUS, agreement
 
     rates = agreement(
-        mtp_spec.load(args.path, draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-                      max_context=args.max_context, progress=True)
+        mtp_spec.load(args.path, device=args.device or "cpu", draft_vocabulary=args.draft_vocabulary,
+                      cache_dtype=args.cache_dtype, max_context=args.max_context, progress=True)
     )  # fmt: skip
     if args.json:
         print(json.dumps({"agreement": rates}))

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 import mtp_spec
 from mtp_spec.agreement import FEW, STEPS, Watch, agreement
@@ -82,3 +83,18 @@ def test_a_configuration_has_no_modules_to_check() -> None:
     config = Path(str(files("mtp_spec.configs") / "config_16B.json"))
     with pytest.raises(OptionError, match="belong to a checkpoint folder"):
         run_inspect(_inspect(config))
+
+
+def test_a_device_without_agreement_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "--device cpu belongs to --agreement" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_agreement_on_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", "--agreement", "--device", "cuda"])
+    assert stopped.value.code == 2
+    assert "cuda" in capsys.readouterr().err
