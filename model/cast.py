@@ -127,7 +127,6 @@ def _dequantise(tensors: list[Tensor], block: int, device: str) -> Iterator[Tens
 
 def _quantise(tensors: list[Tensor], name: str, device: str, powers: bool) -> Iterator[Tensor]:
     weight = tensors[0]
-    out, scales = torch.empty(weight.shape, dtype=E4M3), torch.empty(block_counts(*weight.shape))
 
     def chunk(rows: slice, blocks: slice) -> None:
         part = weight[rows].to(device)
@@ -139,6 +138,7 @@ def _quantise(tensors: list[Tensor], name: str, device: str, powers: bool) -> It
         if device == "cpu":
             out, scales = quantise(weight, BLOCK, powers)
         else:
+            out, scales = torch.empty(weight.shape, dtype=E4M3), torch.empty(block_counts(*weight.shape))
             _by_blocks(weight.shape, BLOCK, chunk)
     except ValueError as error:
         message = f"{name} holds NaN or infinity: FP8 cannot keep them, correct the checkpoint"

@@ -76,12 +76,17 @@ def _series(details: Mapping[str, Row]) -> dict[str, list[Row]]:
     for cell in details.values():
         axes = cell["axes"]
         if axes["draft"] not in (PLAIN, *PEERS):
-            parts = [f"T {axes['temperature']:g}"] + ([axes["rule"]] if axes["rule"] != COUPLED else [])
-            parts += [f"context {axes['context']}"] if axes["context"] is not None else []
-            parts += [f"batch {axes['batch']}"] if axes["batch"] > 1 else []
-            parts += [f"vocabulary {axes['draft_vocabulary']}"] if axes["draft_vocabulary"] is not None else []
-            found.setdefault(", ".join(parts), []).append(cell)
+            found.setdefault(_label(axes), []).append(cell)
     return found
+
+
+def _label(axes: Row) -> str:
+    """Returns what tells a cell apart from others of its draft."""
+    parts = [f"T {axes['temperature']:g}"] + ([axes["rule"]] if axes["rule"] != COUPLED else [])
+    parts += [f"context {axes['context']}"] if axes["context"] is not None else []
+    parts += [f"batch {axes['batch']}"] if axes["batch"] > 1 else []
+    parts += [f"vocabulary {axes['draft_vocabulary']}"] if axes["draft_vocabulary"] is not None else []
+    return ", ".join(parts)
 
 
 def _acceptance(details: Mapping[str, Row]) -> Any:
@@ -182,10 +187,8 @@ def _batch(details: Mapping[str, Row]) -> Any:
     for cell in details.values():
         axes = cell["axes"]
         if axes["draft"] not in PEERS:
-            parts = [axes["draft"], f"T {axes['temperature']:g}"] + ([axes["rule"]] if axes["rule"] != COUPLED else [])
-            parts += [f"context {axes['context']}"] if axes["context"] is not None else []
-            parts += [f"vocabulary {axes['draft_vocabulary']}"] if axes["draft_vocabulary"] is not None else []
-            lines.setdefault(", ".join(parts), []).append((axes["batch"], cell["cost"]["tokens_per_second"]))
+            name = f"{axes['draft']}, {_label({**axes, 'batch': 1})}"
+            lines.setdefault(name, []).append((axes["batch"], cell["cost"]["tokens_per_second"]))
     batches = sorted({batch for line in lines.values() for batch, _ in line})
     if len(batches) < 2:
         return None
