@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from mtp_spec import measured
+from mtp_spec.model.convert import ranks_job
+from mtp_spec.model.jobs import run_job
 from mtp_spec.times import StepTimes
 
 # workers side by side that each spread over every core spend their time waiting for one another
 THREADS = os.environ.get("OMP_NUM_THREADS") or ("1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+import small  # noqa: E402  # found by the line above
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,6 +39,19 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(measured, "measure", lambda *_: StepTimes.typical())
         yield
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DeepSeek-V3 in FP8, a Hugging Face folder."""
+    return small.make_fp8(tmp_path_factory.mktemp("small") / "fp8")
+
+
+@pytest.fixture(scope="module")
+def two(fp8: Path) -> Path:
+    """The same as DeepSeek's files of two ranks."""
+    run_job(ranks_job(fp8, 2), fp8.with_name("two"))
+    return fp8.with_name("two")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,11 +23,6 @@ from mtp_spec.model.jobs import run_job
 SCALE = "_scale_inv"
 
 
-@pytest.fixture(scope="module")
-def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.make_fp8(tmp_path_factory.mktemp("cast") / "fp8")
-
-
 @pytest.fixture
 def copy(fp8: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(fp8, tmp_path / "copy"))

@@ -43,17 +43,6 @@ THEIRS: dict[str, tuple[str, int | None]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.make_fp8(tmp_path_factory.mktemp("convert") / "fp8")
-
-
-@pytest.fixture(scope="module")
-def two(fp8: Path) -> Path:
-    run_job(ranks_job(fp8, 2), fp8.with_name("two"))
-    return fp8.with_name("two")
-
-
 def deepseeks(tensors: dict[str, Tensor], experts: int, ranks: int, first_mtp: int) -> list[dict[str, Tensor]]:
     """Returns what DeepSeek's program would write: its loop, with its renaming by `str.replace`."""
     out: list[dict[str, Tensor]] = [{} for _ in range(ranks)]

@@ -55,11 +55,6 @@ def released(experts: int) -> Iterator[tuple[str, bool]]:
             yield f"mlp.{owner}.{name}.weight", True
 
 
-@pytest.fixture(scope="module")
-def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.make_fp8(tmp_path_factory.mktemp("export") / "fp8")
-
-
 def exported(folder: Path, target: Path, **options: Any) -> Path:
     run_job(export_job(folder, **options), target)
     return target

@@ -28,17 +28,6 @@ from mtp_spec.model.transformer import Transformer
 MOMENTS = 14  # of a run, from its first write to its last, at which it is stopped
 
 
-@pytest.fixture(scope="module")
-def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.make_fp8(tmp_path_factory.mktemp("faults") / "fp8")
-
-
-@pytest.fixture(scope="module")
-def two(fp8: Path) -> Path:
-    run_job(ranks_job(fp8, 2), fp8.with_name("two"))
-    return fp8.with_name("two")
-
-
 class Stopped(BaseException):
     """Stands for whatever ends a process."""
 

@@ -32,11 +32,6 @@ PATIENCE = 4.0
 SECONDS = 60
 
 
-@pytest.fixture(scope="module")
-def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.make_fp8(tmp_path_factory.mktemp("fp8") / "model")
-
-
 def alone(folder: Path, dtype: str, **job: Any) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
