@@ -9,7 +9,7 @@ cached values however many heads there are. Training and scoring use the expande
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +21,12 @@ from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import apply_rope, softmax_scale
+from mtp_spec.model.steady import MOST, Limits, cancelling, probe, steadily
 
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
 # a row's numbers alike, however many rows stand beside it. The number of blocks is part of the arithmetic too, so a
 # row always reads as many as it would alone.
 CONTEXT_BLOCK = PAGE
-# a multiple of the vectors that batched products are built from, and rows a product where sizes are no multiple
-VECTOR, TAIL_ROWS = 32, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +198,13 @@ class MLA(nn.Module):
         kv_b = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.latent)
         return kv_b[:, : self.nope], kv_b[:, self.nope :]
 
+    def absorbed(self) -> tuple[Tensor, Tensor]:
+        """Returns the two halves of kv_b_proj as the absorbed form multiplies them, `[H, N, C]` and `[H, C, V]`."""
+        if self._absorbed is not None:
+            return self._absorbed
+        w_uk, w_uv = self._up()
+        return w_uk, w_uv.transpose(1, 2)
+
     def forward(self, x: Tensor, rope: Tensor, earlier: list[Tensor] | None = None) -> Tensor:
         """Expanded form over whole sequences x `[B, T, D]`, causal; autograd-capable.
 
@@ -228,11 +234,7 @@ class MLA(nn.Module):
     def rows(self, x: Tensor, layer: int, plan: JointPlan) -> Tensor:
         """Absorbed form: appends the rows x `[M, D]` to this layer of their caches and returns their outputs."""
         q_nope, q_rope, row = self._project(x, plan.rope)
-        if self._absorbed is None:
-            w_uk, w_uv = self._up()
-            w_vu = w_uv.transpose(1, 2)
-        else:
-            w_uk, w_vu = self._absorbed
+        w_uk, w_vu = self.absorbed()
         q_latent = by_head(q_nope, w_uk)  # [M, H, C]
         q = torch.cat((q_latent, q_rope), dim=-1)  # [M, H, W]
         return self._out(by_head(self._attend_each(q, row, layer, plan), w_vu))
@@ -277,13 +279,21 @@ class MLA(nn.Module):
 
 
 def by_head(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns each head's own product, `[M, H, B]` of x `[M, H, A]` and weight `[H, A, B]`."""
-    if not (weight.shape[1] % VECTOR or weight.shape[2] % VECTOR):
-        return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
-    # sizes that leave a tail (toy models) run through other routines for other numbers of rows: give them one number
-    parts = [F.pad(part, (0, 0, 0, 0, 0, TAIL_ROWS - part.shape[0])) for part in x.split(TAIL_ROWS)]
-    out = torch.cat([torch.bmm(part.transpose(0, 1), weight).transpose(0, 1) for part in parts])
-    return out[: x.shape[0]]
+    """Returns each head's own product, `[M, H, B]` of x `[M, H, A]` and weight `[H, A, B]`; limits as `steady`'s."""
+    name = (*weight.shape, *weight.stride(), weight.dtype)
+    return steadily(lambda rows: torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1), x.contiguous(), name)
+
+
+def probe_by_head(weight: Tensor) -> Limits:
+    """Returns the limits of `by_head` with matrices like these."""
+    heads, size, outputs = weight.shape
+
+    def prepare() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        x, own = cancelling((MOST, heads), (heads, outputs), size)
+        placed = torch.empty_strided(weight.shape, weight.stride(), dtype=own.dtype).copy_(own.transpose(1, 2))
+        return lambda rows: torch.bmm(rows.transpose(0, 1), placed).transpose(0, 1), x
+
+    return probe((*weight.shape, *weight.stride(), weight.dtype), prepare)
 
 
 def _draft_mask(rows: int, depths: int, device: torch.device) -> Tensor | None:

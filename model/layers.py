@@ -5,11 +5,15 @@ Legend: `M` rows (tokens), `D` hidden size, `I` intermediate size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.parallel import ALONE, Ranks
+from mtp_spec.model.steady import LARGEST, MOST, Key, Limits, cancelling, probe, steadily
 
 # the norms on MLA's latents keep this epsilon whatever `rms_norm_eps` says, as in the released weights
 LATENT_NORM_EPS = 1e-6
@@ -35,8 +39,29 @@ def packed(weight: Tensor) -> Tensor | None:
 
 
 def product(x: Tensor, weight: Tensor, layout: Tensor | None = None) -> Tensor:
-    """Returns x @ weight.T; `layout` is the weight as `packed` left it."""
-    return F.linear(x, weight) if layout is None else packed_product(x, layout)
+    """Returns x @ weight.T of rows within the limits of `steady`; `layout` is the weight as `packed` left it."""
+    multiply = partial(F.linear, weight=weight) if layout is None else partial(packed_product, layout=layout)
+    return multiply(x) if x.dim() != 2 else steadily(multiply, x, product_name(weight, layout))
+
+
+def product_name(weight: Tensor, layout: Tensor | None) -> Key:
+    """Returns what the loops of `product` may depend on besides rows and threads."""
+    return (*weight.shape, weight.dtype, layout is None)
+
+
+def probe_product(weight: Tensor, layout: Tensor | None) -> Limits:
+    """Returns the limits of `product` with a matrix like this one."""
+
+    def prepare() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        if weight.numel() > LARGEST:  # so many outputs that noise shows as well
+            generator = torch.Generator().manual_seed(0)
+            own, used, x = weight, layout, torch.randn(MOST, weight.shape[1], generator=generator).to(weight.dtype)
+        else:
+            x, own = cancelling((MOST,), (weight.shape[0],), weight.shape[1])
+            used = None if layout is None else packed(own)
+        return lambda rows: F.linear(rows, own) if used is None else packed_product(rows, used), x
+
+    return probe(product_name(weight, layout), prepare)
 
 
 def packed_product(x: Tensor, layout: Tensor) -> Tensor:

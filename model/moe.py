@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import MLP, empty_parameter, gated_silu, packed, product
+from mtp_spec.model.layers import MLP, empty_parameter, gated_silu, packed, probe_product, product
 from mtp_spec.model.parallel import ALONE, Ranks
+from mtp_spec.model.steady import Limits
 
 # a multiple of every CPU's vector length in float32 values
 VECTOR = 64
@@ -190,6 +191,11 @@ class MoE(nn.Module):
         out = (pairs if back is None else pairs[back]).view(rows, slots, -1)
         routed = weighted_sum(out, torch.tensor(weights, device=x.device))
         return routed if self.shared is None else routed + self.shared.finish(inner[-1])
+
+    def probe(self) -> list[Limits]:
+        """Returns the limits of an expert's products, see `steady`."""
+        return [probe_product(*self._matrix(self.gate_up, self.first, 0)),
+                probe_product(*self._matrix(self.down, self.first, 1))]  # fmt: skip
 
     def _matrix(self, stacked: Tensor, expert: int, which: int) -> tuple[Tensor, Tensor | None]:
         """Returns an expert's matrix and its layout."""

@@ -1,24 +1,28 @@
 """Row invariance: is a row's result bitwise the same alone and beside others, on this machine?
 
 Matrix products choose their loops by the number of rows, so a token verified in a tree can differ in its last bit
-from the same token decoded alone, and a tie broken the other way changes the text. `choose_technique` measures it
-on the loaded weights and returns how rows must be computed here:
+from the same token decoded alone, and a tie broken the other way changes the text. `choose_technique` finds the limits
+within which each of the model's products does not (`steady`), tries the whole on the loaded weights, and returns how
+rows must be computed here:
 
-- "batched": all rows in one pass. bfloat16 through oneDNN is invariant as it stands.
+- "batched": all rows in one pass. bfloat16 through oneDNN is invariant within limits that cost little.
 - "single": one row a pass, the same arithmetic as plain decoding by construction. Exact everywhere, but a verify
   pass then costs as much as the decode steps it replaces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mtp_spec.model.attention import JointPlan, RowPlan, plan_rows
+from mtp_spec.model.attention import MLA, JointPlan, RowPlan, plan_rows, probe_by_head
 from mtp_spec.model.cache import LatentCache
+from mtp_spec.model.layers import Linear, probe_product
+from mtp_spec.model.moe import MoE
+from mtp_spec.model.steady import LEAST_LIMIT, MOST, PROMPT_LIMIT, Limits
 from mtp_spec.model.transformer import Transformer
 
 Technique = Literal["batched", "single"]
@@ -60,13 +64,13 @@ def row_logits(model: Transformer, hidden: Tensor, technique: Technique) -> Tens
 
 @torch.inference_mode()
 def choose_technique(model: Transformer) -> Technique:
-    """Returns "batched" if passes of 2 to 33 rows reproduce single rows to the last bit, else "single".
+    """Returns "batched" if passes of several rows reproduce single rows to the last bit, else "single".
 
     float32 goes straight to "single": its products use another routine for one row than for several.
     """
     if model.dtype == torch.float32:
         return "single"
-    invariant = all(_is_invariant(model, context) for context in PROBE_CONTEXTS)
+    invariant = _limit(model) >= LEAST_LIMIT and all(_is_invariant(model, context) for context in PROBE_CONTEXTS)
     return "batched" if invariant else "single"
 
 
@@ -76,6 +80,8 @@ def cuts_are_free(model: Transformer, chunk: int) -> bool:
 
     Then a prompt's caches do not depend on where its passes begin.
     """
+    if _limit(model) < PROMPT_LIMIT:
+        return False
     ids = [(104729 * i + 13) % model.config.vocab_size for i in range(chunk)]
     whole, parts = (model.new_cache(chunk) for _ in range(2))
     together = model.rows(ids, whole, range(-1, chunk - 1))
@@ -115,6 +121,24 @@ class RowWays:
         if threads not in self._free:
             self._free[threads] = self.technique == "batched" and cuts_are_free(self._model, chunk)
         return self._free[threads]
+
+
+def _limit(model: Transformer) -> int:
+    """Returns the most rows up to which every product of the model has one order of summing."""
+    return min((limits.most for limits in _limits(model)), default=MOST)
+
+
+def _limits(model: Transformer) -> Iterator[Limits]:
+    if model.device.type != "cpu":
+        return
+    yield model.probe_head()
+    for module in model.modules():
+        if isinstance(module, Linear):
+            yield probe_product(module.weight, module.layout)
+        elif isinstance(module, MLA):
+            yield from map(probe_by_head, module.absorbed())
+        elif isinstance(module, MoE) and module.experts:
+            yield from module.probe()
 
 
 def _is_invariant(model: Transformer, context: int) -> bool:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from mtp_spec.model.attention import MLA, JointPlan, RowPlan, padded, plan_rows
 from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter, packed, product
+from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter, packed, probe_product, product
 from mtp_spec.model.moe import MoE
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import rope_table
+from mtp_spec.model.steady import Limits
 
 
 class Block(nn.Module):
@@ -178,6 +179,10 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[..., V]` logits of normed hidden states `[..., D]`, in the model's dtype."""
         return self.ranks.gather(product(hidden, self.lm_head, self._head_layout))
+
+    def probe_head(self) -> Limits:
+        """Returns the limits of `logits`, see `steady`."""
+        return probe_product(self.lm_head, self._head_layout)
 
     def draft_from(self, ids: Sequence[int]) -> None:
         """Lets drafts be these tokens only: fewer rows of the head are read, and a draft cannot change the text."""
