@@ -124,7 +124,7 @@ class LM:
         """
         prompts = self._prompts(prompt)
         if not is_batch(prompt) and n is None:
-            return _drain(self.begin(self._request(prompts[0], options)))
+            return self.begin(self._request(prompts[0], options)).rest()
         results = self._samples(prompts, n, options)
         return results if is_batch(prompt) else results[0]
 
@@ -171,7 +171,7 @@ class LM:
         if n is not None:
             ways = [{**options, "seed": seed} for seed in sample_seeds(n, options.get("seed", 0))]
         requests = [self._request(ids, way) for ids in prompts for way in ways]
-        texts = self._texts(requests) if self.model.ranks.size == 1 else [_drain(self.begin(one)) for one in requests]
+        texts = self._texts(requests) if self.model.ranks.size == 1 else [self.begin(one).rest() for one in requests]
         return texts if n is None else [texts[first : first + n] for first in range(0, len(texts), n)]
 
     def _texts(self, requests: list[Request]) -> list[Generation]:
@@ -361,8 +361,3 @@ class LM:
             )
         return self.tokenizer
 
-
-def _drain(stream: TokenStream) -> Generation:
-    for _ in stream:
-        pass
-    return stream.result

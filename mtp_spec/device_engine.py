@@ -12,7 +12,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import TypeVar, cast
 
 import torch
@@ -29,7 +28,7 @@ from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.memory import check_room, plan_memory, rule_bytes
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import Speculation
-from mtp_spec.passes import Turn, Work
+from mtp_spec.passes import Turn
 from mtp_spec.sampling import Sampler
 from mtp_spec.stats import GenerationStats
 from mtp_spec.turns import Turns
@@ -169,21 +168,16 @@ class SharedDecoder(DeviceText):
         super().__init__(model, prompt, sampler, is_last)
         self.lane, self.turn, self.waiting = lane, Turn(prompt=True), 1
 
-    def prefilling(self) -> Work[list[Drawn]]:
-        """Waits for the prompt; returns the first token."""
-        with self.stats.phase("prefill"):
-            yield self.turn
-        if self.turn.failed:
-            self._fail(self.turn.logits[0] if self.turn.logits is not None else None)
+    def taken(self) -> list[Drawn]:
+        """Commits what the turn has brought and waits for the next one; returns the tokens."""
+        turn = self.turn
+        if not turn.prompt:
+            return self._stepped(turn)
+        if turn.failed:
+            self._fail(turn.logits[0] if turn.logits is not None else None)
         self.stats.record_prefill(len(self.tokens))
-        return self._take(self.turn)
-
-    def stepping(self) -> Work[list[Drawn]]:
-        """Waits for a step; returns its tokens."""
-        self.turn, start = Turn(prompt=False), perf_counter()
-        yield self.turn
-        self.stats.add_seconds("step", perf_counter() - start)
-        return self._stepped(self.turn)
+        turn.prompt = False
+        return self._take(turn)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,8 @@
 
 Text, ids, log-probabilities and both caches are cut at the same token, because the answer is known when a token is
 drawn and nothing is drawn after it. Tokens are released for streaming once nothing that follows can take back their
-text: no stop string may have begun in it, no character may be incomplete.
+text: no stop string may have begun in it, no character may be incomplete. Without stop strings text is decoded when
+somebody asks for it, for whoever asks at the end at once.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ class Finisher:
         self, tokenizer: Tokenizer | None, stop_ids: frozenset[int], stops: Sequence[str], limit: int
     ) -> None:
         self.reason: Literal["stop", "length"] = "length"
-        self._stream = None if tokenizer is None else TextStream(tokenizer)
+        self._tokenizer, self._stream = tokenizer, None if tokenizer is None else TextStream(tokenizer)
         self._stop_ids, self._stops, self._limit = stop_ids, stops, limit
-        self._count = 0
+        self._count, self._ended = 0, False
+        self._unread: list[int] = []  # tokens not yet decoded
         self._held: list[str] = []  # texts of tokens not yet released
         self._released: list[str] = []
 
@@ -37,23 +39,37 @@ class Finisher:
         """Takes the next token; returns whether the text ends with it."""
         self._count += 1
         if token in self._stop_ids:
-            self.reason = "stop"
-            self._finish()
+            self.reason, self._ended = "stop", True
             return True
-        self._held.append("" if self._stream is None else self._stream.push(token))
-        if self._cut_at_stop():
-            self.reason = "stop"
-            return True
-        if self._count == self._limit:
-            self._finish()
-            return True
-        self._release()
-        return False
+        self._unread.append(token)
+        if self._stops:
+            self._read()
+            if self._cut_at_stop():
+                self.reason, self._ended = "stop", True
+                return True
+        self._ended = self._count == self._limit
+        return self._ended
 
     def ready(self) -> list[str]:
         """Returns the texts of the tokens released since the last call, one for each token."""
+        self._read()
+        if self._ended:
+            self._finish()
+        else:
+            self._release()
         released, self._released = self._released, []
         return released
+
+    def whole(self) -> tuple[str, int] | None:
+        """Returns the text that has ended and how many tokens belong to it; None once parts of it were released."""
+        if self._stops or self._count - len(self._unread) > (self.reason == "stop"):
+            return None
+        return "" if self._tokenizer is None else self._tokenizer.decode(self._unread), len(self._unread)
+
+    def _read(self) -> None:
+        stream, unread = self._stream, self._unread
+        self._held += [""] * len(unread) if stream is None else [stream.push(token) for token in unread]
+        self._unread = []
 
     def _finish(self) -> None:
         """Releases everything; bytes that never became a character appear as the replacement character."""
@@ -78,7 +94,7 @@ class Finisher:
 
     def _release(self) -> None:
         """Releases the leading tokens whose text can no longer become part of a stop string."""
-        if self._stream is not None and self._stream.pending:
+        if not self._held or (self._stream is not None and self._stream.pending):
             return
         text = "".join(self._held)
         safe = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)

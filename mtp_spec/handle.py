@@ -9,7 +9,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import Any
 
-from mtp_spec.streaming import Generation, TokenEvent
+from mtp_spec.streaming import Generation, Teller, TokenEvent
 
 
 class Handle:
@@ -28,7 +28,9 @@ class Handle:
         self._owner: object = owner  # a model lives as long as a text of it is being written
         self._future: Future[Generation] = Future()
         self._events: list[TokenEvent] = []
+        self._teller: Teller | None = None
         self._lock, self._listeners = Lock(), list[Callable[[], object]]()
+        self._heard = False  # whether anybody wants events: else none are made
         self._future.add_done_callback(self._ended)
 
     def result(self, timeout: float | None = None) -> Generation:
@@ -66,10 +68,13 @@ class Handle:
 
         with self._lock:
             self._listeners.append(wake)
+            self._heard = True
         try:
             while True:
                 news.clear()
                 done = self._future.done()  # asked first: events come before the end
+                if done and not self.cancelled():
+                    self._tell_all()
                 while seen < len(self._events):
                     seen += 1
                     yield self._events[seen - 1]
@@ -81,28 +86,41 @@ class Handle:
                 self._listeners.remove(wake)
         await self  # raises what went wrong
 
-    # what the worker does
+    # what the worker does; it alone asks for events until the text is done
 
-    def write(self, event: TokenEvent) -> None:
-        """Adds an event."""
-        self._events.append(event)
-        self._tell()
+    def begin(self, teller: Teller) -> None:
+        """Takes who tells the text's events; before this there are none."""
+        self._teller = teller
 
-    def finish(self, result: Generation) -> None:
+    def written(self) -> None:
+        """Tells what was written, if anybody listens."""
+        if self._heard and self._tell_all():
+            self._wake()
+
+    def finish(self) -> None:
         """Ends the text, unless it was cancelled."""
+        assert self._teller is not None
         if self._future.set_running_or_notify_cancel():
-            self._future.set_result(result)
+            self._future.set_result(self._teller.finish())
 
     def fail(self, error: BaseException) -> None:
         """Ends the text with an error, unless it was cancelled."""
         if self._future.set_running_or_notify_cancel():
             self._future.set_exception(error)
 
+    def _tell_all(self) -> bool:
+        """Makes events of what was written; returns whether there was any."""
+        before = len(self._events)
+        with self._lock:
+            while self._teller is not None and (event := self._teller.pop()) is not None:
+                self._events.append(event)
+        return len(self._events) > before
+
     def _ended(self, _: Future[Generation]) -> None:
         self._owner = None
-        self._tell()
+        self._wake()
 
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         with self._lock:
             for wake in self._listeners:
                 wake()

@@ -97,7 +97,8 @@ class GenerationStats:
         self.accepted += accepted
         self.step_tokens += committed
         self.new_tokens += committed
-        self.accepted_by_rank.update(accepted_path_ranks)
+        for rank in accepted_path_ranks:
+            self.accepted_by_rank[rank] += 1
         self._outcomes[proposed_depth, accepted] += 1
 
     def record_plan(self, expected_tokens: float, expected_seconds: float, tokens: int, seconds: float) -> None:

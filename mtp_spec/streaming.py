@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from time import perf_counter
 from typing import Literal
 
@@ -53,8 +55,60 @@ class Generation:
     stats: GenerationStats = field(default_factory=GenerationStats)
 
 
+class Teller:
+    """Tells what a text has written as events, when somebody asks, or all at once at its end.
+
+    Attributes:
+        result: what was told so far; whole after `finish`.
+        finisher: has seen every token taken.
+    """
+
+    def __init__(self, finisher: Finisher, result: Generation) -> None:
+        self.finisher, self.result = finisher, result
+        self._untold, self._texts = deque[tuple[Drawn, int]](), deque[str]()
+        self._whole = False
+
+    def take(self, drawn: list[Drawn], step: int) -> None:
+        """Takes the tokens of a step."""
+        self._untold.extend([(one, step) for one in drawn])
+
+    def pop(self) -> TokenEvent | None:
+        """Returns the next event, if there is one."""
+        if not self._texts:
+            self._texts.extend(self.finisher.ready())
+            if not self._texts:
+                return None
+        (drawn, step), text = self._untold.popleft(), self._texts.popleft()
+        if not self._whole:
+            self._add(text, [drawn])
+        return TokenEvent(text, drawn.token, step, drawn.depth or "target")
+
+    def finish(self) -> Generation:
+        """Returns the result of a text that has ended; events can still be asked for."""
+        whole = self.finisher.whole()
+        if whole is None:
+            self._texts.extend(self.finisher.ready())
+            whole = "".join(self._texts), len(self._texts)
+        text, count = whole
+        self._add(text, [drawn for drawn, _ in islice(self._untold, count)])
+        self._whole = True
+        return self.result
+
+    def _add(self, text: str, drawn: list[Drawn]) -> None:
+        result = self.result
+        result.text += text
+        result.token_ids += [one.token for one in drawn]
+        if result.logprobs is not None:
+            result.logprobs += [one.logprob for one in drawn if one.logprob is not None]
+
+
 class TokenStream(Iterator[TokenEvent]):
-    """Iterates over the tokens of one generation as they are committed; `result` is whole at the end."""
+    """Iterates over the tokens of one generation as they are committed; `result` is whole at the end.
+
+    Attributes:
+        work: writes the text; whoever runs the passes it yields may run those of other texts with them.
+        teller: tells what it has written.
+    """
 
     def __init__(
         self,
@@ -62,31 +116,40 @@ class TokenStream(Iterator[TokenEvent]):
         finisher: Finisher,
         ended: Callable[[GenerationStats, SamplingParams], None] | None = None,
     ) -> None:
-        self._ended = ended
-        self.result, self.decoder = Generation(stats=decoder.stats), decoder
+        self._ended, self.decoder = ended, decoder
+        self.result = Generation(stats=decoder.stats)
         if decoder.sampler.params.logprobs:
             self.result.logprobs = []
-        self._waiting, self._ready = deque[tuple[Drawn, int]](), deque[str]()
-        self.work = self._write(decoder, finisher)
+        self.teller = Teller(finisher, self.result)
+        self.work = self._share(decoder) if isinstance(decoder, SharedDecoder) else self._write(decoder)
 
     def __iter__(self) -> TokenStream:
         return self
 
     def __next__(self) -> TokenEvent:
-        while (event := self.pop()) is None:
-            if isinstance(self.decoder, Decoder):
-                if self.decoder.runner.advance(self.work):
-                    raise StopIteration
-            else:
-                next(self.work)
+        while (event := self.teller.pop()) is None:
+            self._advance()
         return event
 
-    def pop(self) -> TokenEvent | None:
-        """Returns the next event of what `work` has written so far, if there is one."""
-        return self._event(self._ready.popleft(), *self._waiting.popleft()) if self._ready else None
+    def rest(self) -> Generation:
+        """Writes the text to its end without telling it token by token."""
+        with suppress(StopIteration):
+            while True:
+                self._advance()
+        return self.teller.finish()
 
-    def _write(self, decoder: Decoder | DeviceDecoder | SharedDecoder, finisher: Finisher) -> Work[None]:
-        """Writes the text; whoever runs the passes it yields may run those of other texts with them."""
+    def _advance(self) -> None:
+        """Writes up to the next rest.
+
+        Raises:
+            StopIteration: the text has ended.
+        """
+        if not isinstance(self.decoder, Decoder):
+            next(self.work)
+        elif self.decoder.runner.advance(self.work):
+            raise StopIteration
+
+    def _write(self, decoder: Decoder | DeviceDecoder) -> Work[None]:
         step, spent = 0, 0.0
         while not decoder.finished:
             start = perf_counter()
@@ -94,20 +157,27 @@ class TokenStream(Iterator[TokenEvent]):
                 drawn = decoder.step() if step else decoder.prefill()
             else:
                 drawn = yield from (decoder.stepping() if step else decoder.prefilling())
-            self._waiting.extend((token, step) for token in drawn)
-            step += 1
             spent += perf_counter() - start
-            decoder.stats.total_seconds = spent
-            self.result.finish_reason = finisher.reason
-            self._ready.extend(finisher.ready())
-            if decoder.finished and self._ended is not None:
-                self._ended(decoder.stats, decoder.sampler.params)
-            if not isinstance(decoder, SharedDecoder):  # whose next turn follows at once
-                yield None
+            self._take(drawn, step, spent)
+            step += 1
+            yield None
 
-    def _event(self, text: str, drawn: Drawn, step: int) -> TokenEvent:
-        self.result.text += text
-        self.result.token_ids.append(drawn.token)
-        if self.result.logprobs is not None and drawn.logprob is not None:
-            self.result.logprobs.append(drawn.logprob)
-        return TokenEvent(text, drawn.token, step, drawn.depth or "target")
+    def _share(self, decoder: SharedDecoder) -> Work[None]:
+        """The same for a text whose turns somebody else takes: its next one follows at once."""
+        step, begun = 0, perf_counter()
+        while not decoder.finished:
+            start = perf_counter()
+            yield decoder.turn
+            now = perf_counter()
+            decoder.stats.add_seconds("step" if step else "prefill", now - start)
+            self._take(decoder.taken(), step, now - begun)
+            step += 1
+
+    def _take(self, drawn: list[Drawn], step: int, spent: float) -> None:
+        decoder = self.decoder
+        self.teller.take(drawn, step)
+        decoder.stats.total_seconds = spent
+        if decoder.finished:
+            self.result.finish_reason = self.teller.finisher.reason
+            if self._ended is not None:
+                self._ended(decoder.stats, decoder.sampler.params)

@@ -172,7 +172,9 @@ class Worker(ABC):
             try:
                 lease = self._place(request)
                 self._waiting.popleft()
-                self._running.append(Text(request, writer.begin(request, lease=lease), handle, lease))
+                stream = writer.begin(request, lease=lease)
+                handle.begin(stream.teller)
+                self._running.append(Text(request, stream, handle, lease))
             except Full:
                 return  # first come first served: nobody overtakes
             except BaseException as error:  # the request's own: others go on
@@ -188,8 +190,7 @@ class Worker(ABC):
             except BaseException as error:  # as above
                 self._end(text, error)
                 continue
-            while (event := text.stream.pop()) is not None:
-                text.handle.write(event)
+            text.handle.written()
             if text.wanted is None and text.stream.decoder.finished:
                 self._end(text)
 
@@ -203,6 +204,6 @@ class Worker(ABC):
     def _end(self, text: Text, error: BaseException | None = None) -> None:
         self._leave([text])
         if error is None:
-            text.handle.finish(text.stream.result)
+            text.handle.finish()
         else:
             text.handle.fail(error)

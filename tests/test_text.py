@@ -112,6 +112,25 @@ def test_streamed_text_is_the_text_up_to_the_first_stop(text: str, stop: str) ->
     assert "".join(pieces) == text.split(stop)[0]
 
 
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(2, 8191), max_size=30), ends=st.booleans())
+def test_a_text_told_at_once_is_the_pieces(tokenizer: Tokenizer, ids: list[int], ends: bool) -> None:
+    """Any ids, so also bytes that are no character."""
+    ids = [token for token in ids if token < tokenizer.raw.get_vocab_size()]
+    at_once, piecewise, late = (Finisher(tokenizer, frozenset([1]), (), len(ids) + 1 - ends) for _ in range(3))
+    pieces, tail = list[str](), ids if ends else [*ids, 1]
+    for number, token in enumerate(tail):
+        assert at_once.push(token) == piecewise.push(token) == late.push(token) == (number + 1 == len(tail))
+        pieces += piecewise.ready()
+        if number == len(ids) // 2:
+            late.ready()
+    if tail:
+        assert at_once.whole() == ("".join(pieces), len(ids)) == (tokenizer.decode(ids), len(pieces))
+    if ids:
+        assert late.whole() is None
+    assert at_once.ready() == pieces
+
+
 def test_length_ends_with_its_own_reason(tokenizer: Tokenizer) -> None:
     pieces, reason, taken = finish(tokenizer, "The quick brown fox jumps", [], limit=3)
     assert (reason, taken, len(pieces)) == ("length", 3, 3)
