@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
@@ -38,6 +39,7 @@ class DeviceBatch(Worker):
         super().__init__(most)
         self.groups = groups
         self._unread, self._first = deque[Text](), deque[First]()
+        self._shared: dict[SharedDecoder, Text] = {}  # those that share steps
 
     def _check(self, request: Request) -> None:
         """Every text fits: a lane has room for the longest."""
@@ -62,9 +64,12 @@ class DeviceBatch(Worker):
 
     def _round(self) -> None:
         self._admit()
-        self._go_on([text for text in self._running if text.wanted is None])
-        self._unread.extend(text for text in self._running if isinstance(text.wanted, Turn) and text.wanted.prompt
-                            and not text.read and text not in self._unread)  # fmt: skip
+        resting = [text for text in self._running if text.wanted is None]
+        self._go_on(resting)
+        for text in resting:
+            if isinstance(text.wanted, Turn):  # its first one: its prompt
+                self._unread.append(text)
+                self._shared[_shared(text)] = text
         self._draw_first()
         read = self._read()
         groups = self.groups.stepping()
@@ -79,27 +84,25 @@ class DeviceBatch(Worker):
         except BaseException as error:
             ours = group.texts
             group.clear()
-            for text in [text for text in self._running if text.stream.decoder in ours]:
-                self._end(text, error)
+            for decoder in ours:
+                self._end(self._shared[decoder], error)
             return
         self._take_turns(done)
 
     def _take_turns(self, decoders: Sequence[SharedDecoder]) -> None:
         """Lets texts go on to their next step, who have the results of the last one."""
-        texts = {text.stream.decoder: text for text in self._running}
-        for decoder in decoders:
-            text = texts.get(decoder)
-            if text is not None:  # else it has ended while the step was on its way
-                self._go_on([text])
+        # who is not there has ended while the step was on its way
+        self._go_on([self._shared[decoder] for decoder in decoders if decoder in self._shared])
 
     def _draw_first(self) -> None:
         while self._first:
             first = self._first.popleft()
             self.groups.runtime.model.ranks.wait(first.ended)
-            for slot, (text, token, failed) in enumerate(zip(first.texts, *first.record.tolist(), strict=False)):
+            record = self.groups.reader.done(first)
+            for slot, (text, token, failed) in enumerate(zip(first.texts, *record, strict=True)):
                 turn = text.turn
                 turn.tokens, turn.path, turn.failed = [token], [0], bool(failed)
-                turn.logits = first.logits[slot : slot + 1]
+                turn.logits = None if first.logits is None else first.logits[slot : slot + 1]
             self._take_turns(first.texts)
 
     def _read(self) -> int:
@@ -111,16 +114,24 @@ class DeviceBatch(Worker):
                 some, more, first = self._read_some()
                 if first is not None:
                     self._first.append(first)
-                    for slot, text in enumerate(some):
-                        unread.remove(text)
-                        text.read = 1
-                        self.groups.of(text.request).join(first.texts[slot], self.groups.reader.state.part(slot, 1))
+                    self._join(some, first)
             except BaseException as error:  # their own: others go on
                 for text in some:
                     self._end(text, error)
                 continue
             rows += more
         return rows
+
+    def _join(self, some: Sequence[Text], first: First) -> None:
+        """Lets texts, whose prompts were read, take their steps."""
+        state, slot = self.groups.reader.state, 0
+        for text in some:
+            self._unread.remove(text)
+            text.read = 1
+        for group, own in groupby(some, lambda text: self.groups.of(text.request)):
+            count = len(list(own))
+            group.join(first.texts[slot : slot + count], state.part(slot, count))
+            slot += count
 
     def _read_some(self) -> tuple[list[Text], int, First | None]:
         """Reads the prompt of who waits longest, with others that fit into the same pass, or a chunk of it.
@@ -143,6 +154,7 @@ class DeviceBatch(Worker):
             decoder = text.stream.decoder
             if not isinstance(decoder, SharedDecoder):
                 continue
+            self._shared.pop(decoder, None)
             for group in self.groups.stepping():
                 group.leave(decoder)
                 if not group.texts:

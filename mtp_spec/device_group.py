@@ -11,6 +11,7 @@ what steps cost, and one `TextLadder` chooses by what all of them have accepted.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
@@ -22,7 +23,7 @@ from mtp_spec.device_lanes import STEP_ROWS, STEP_TEXTS, Lanes
 from mtp_spec.device_planned import CATCH_UP_ROWS, Rungs, planned_shapes
 from mtp_spec.device_reader import Reader
 from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import MOST, WAITING, State, union
+from mtp_spec.device_state import MOST, WAITING, Mail, State, union
 from mtp_spec.device_step import Step
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages
@@ -87,6 +88,8 @@ class Group:
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
         self.state.logits = torch.empty(STEP_ROWS, model.config.vocab_size, device=device)
         self.state.blank()
+        self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
+        self._mail = Mail(2 * most, device)
         self._slots: list[SharedDecoder | None] = []
         self._launched: deque[Launched] = deque()
         self._hosts = [torch.empty(most, commits.record_size(MOST), dtype=torch.int32,
@@ -102,11 +105,16 @@ class Group:
         """Those that take its steps."""
         return [text for text in self._slots if text is not None]
 
-    def join(self, text: SharedDecoder, state: State) -> None:
-        """Gives a text, whose prompt was read, a slot; `state` holds it."""
-        place = self._slots.index(None) if None in self._slots else len(self._slots)
-        self._slots[place : place + 1] = [text]
-        self.state.part(place, 1).take(state)
+    def join(self, texts: Sequence[SharedDecoder], state: State) -> None:
+        """Gives texts, whose prompts were read, slots; `state` holds them."""
+        if None not in self._slots:
+            self.state.part(len(self._slots), len(texts)).take(state)
+            self._slots += texts
+        else:
+            for number, text in enumerate(texts):
+                place = self._slots.index(None) if None in self._slots else len(self._slots)
+                self._slots[place : place + 1] = [text]
+                self.state.part(place, 1).take(state.part(number, 1))
         self._changed = self._disturbed = True
 
     def leave(self, text: SharedDecoder) -> None:
@@ -154,7 +162,8 @@ class Group:
         done = self._launched.popleft()
         self.runtime.model.ranks.wait(done.ended)
         shape = self.shapes[done.rung]
-        for slot, (text, (count, failed, *numbers)) in enumerate(zip(done.texts, done.record.tolist(), strict=False)):
+        records = done.record[: len(done.texts)].tolist()
+        for slot, (text, (count, failed, *numbers)) in enumerate(zip(done.texts, records, strict=True)):
             turn = text.turn
             turn.tokens, turn.path = numbers[:count], numbers[MOST : MOST + count]
             turn.failed, turn.nodes, turn.depth = bool(failed), shape.ranks, shape.depth
@@ -191,8 +200,10 @@ class Group:
         assert state.lanes is not None
         assert state.live is not None
         gone = self.most - len(texts)
-        state.lanes.copy_(state.sent([*(text.lane.first for text in texts), *[self.lanes.idle] * gone], torch.int32))
-        state.live.copy_(state.sent([1] * len(texts) + [0] * gone, torch.int32))
+        places = [*(text.lane.first for text in texts), *[self.lanes.idle] * gone]
+        self._mail.send(self._inbox, [places, [1] * len(texts) + [0] * gone])
+        state.lanes.copy_(self._inbox[0])
+        state.live.copy_(self._inbox[1])
         if gone:
             state.part(len(texts), gone).blank()
         self._stages = union([text.stages for text in texts])

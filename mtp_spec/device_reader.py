@@ -1,7 +1,8 @@
 """Reads the prompts of texts side by side on a GPU and draws their first tokens.
 
-Short prompts are read whole, several in a pass; a long one chunk by chunk, between the steps of other texts. The host
-does not wait for a first token either: it looks at it when the text has taken its first step.
+Short prompts are read whole, several in a pass that also draws their first tokens: what the host says of them goes to
+the device in one copy, and one graph does the rest. A long prompt is read chunk by chunk, between the steps of other
+texts. The host does not wait for a first token either: it looks at it when the text has taken its first step.
 """
 
 from __future__ import annotations
@@ -9,24 +10,73 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mtp_spec.device_engine import DeviceRuntime, SharedDecoder
 from mtp_spec.device_lanes import READ_TEXTS, STEP_ROWS, Lanes
-from mtp_spec.device_state import PREFILL_ROWS, State, union
+from mtp_spec.device_state import PREFILL_ROWS, Mail, State, settings_of, union
 from mtp_spec.device_step import Prefill
-from mtp_spec.kernels.sampler import sample
+from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Stages, sample, seed_bits
+
+# what is sent along with a prompt: where its lane begins, its tokens, its seed, and its settings, as bits
+LANE, COUNT, SEED, SETTINGS = range(4)
+SENT = SETTINGS + COLUMNS
 
 
 @dataclass(slots=True)
 class First:
-    """First tokens on their way to the host: `[2, B]` int32, the tokens and whether there was none; logits `[B, V]`."""
+    """First tokens on their way to the host.
+
+    Attributes:
+        room: the host's memory, in which `record` is a view.
+        record: `[2, slots]` int32, the tokens and whether there was none.
+        logits: `[slots, V]`, where somebody asked for them.
+    """
 
     texts: Sequence[SharedDecoder]
+    room: Tensor
     record: Tensor
-    logits: Tensor
+    logits: Tensor | None
     ended: torch.cuda.Event | None
+
+
+class Whole:
+    """A pass that reads whole prompts of up to `rows` tokens and draws the texts' first tokens; see `Graphs.later`.
+
+    Args:
+        state: of as many texts.  drafts: whether the MTP modules read too.  stages: that some text needs.
+    Attributes:
+        inbox: `[B, rows + 1 + SENT]` int64: prompts, padded with their last token, and what is sent along.
+        record: `[2, B]` int32.  logits: `[B, V]`.  Both are results, until the next pass or step.
+    """
+
+    def __init__(self, runtime: DeviceRuntime, state: State, rows: int, drafts: bool, stages: Stages) -> None:
+        self.model, self.state, self.stages = runtime.model, state, stages
+        self._prefill = Prefill(runtime.model, state, rows, drafts)
+        device = runtime.model.device
+        self.inbox = torch.zeros(state.texts, rows + 1 + SENT, dtype=torch.int64, device=device)
+        self.record, self.logits = torch.empty(0), torch.empty(0)
+        self._text = torch.arange(state.texts, device=device)
+        self.read = self._run if runtime.graphs is None else runtime.graphs.later(self._run)
+
+    def _run(self) -> None:
+        state, prefill, settings = self.state, self._prefill, self.state.settings
+        ids, sent = self.inbox[:, : prefill.rows + 1], self.inbox[:, prefill.rows + 1 :]
+        count = sent[:, COUNT].clone()
+        state.forget()
+        assert state.lanes is not None
+        state.lanes.copy_(sent[:, LANE])
+        settings.seed.copy_(sent[:, SEED])
+        settings.values.copy_(sent[:, SETTINGS:].view(torch.float64))
+        if self.stages.penalty and settings.seen is not None:
+            settings.seen.zero_().scatter_(1, ids, IN_PROMPT)
+        prefill.ids.copy_(ids)
+        prefill.following.copy_(count - 1)
+        prefill.run()
+        last = prefill.hidden.unflatten(0, (state.texts, prefill.rows))[self._text, count - 1]
+        self.logits, self.record = draw(self.model.logits(last), state, last, self._text, count, self.stages)
 
 
 class Reader:
@@ -43,6 +93,9 @@ class Reader:
         self._one = self.state.part(0, 1)
         self._text: SharedDecoder | None = None
         self._read, self._ids = 0, torch.empty(0)
+        self._mail = Mail(READ_TEXTS * (PREFILL_ROWS[-1] + 1 + SENT), device)
+        self._rooms: list[Tensor] = []
+        self._biased: list[int] = []  # slots whose last texts had a logit_bias
 
     def rows(self, text: SharedDecoder) -> int | None:
         """Returns the rows of a pass that reads the whole prompt; None where it is to be read in chunks."""
@@ -59,22 +112,20 @@ class Reader:
         Args:
             drafts: for the MTP modules too.
         """
-        slots = 1 << (len(texts) - 1).bit_length()
+        slots, stages = 1 << (len(texts) - 1).bit_length(), union([text.stages for text in texts])
         if self.runtime.graphs is None:
             slots, rows = len(texts), max(len(text.tokens) for text in texts)
-        state, idle = self.state.part(0, slots), slots - len(texts)
-        for slot, text in enumerate(texts):
-            state.part(slot, 1).reset(text.sampler.params, text.tokens)
-        assert state.lanes is not None
-        state.lanes.copy_(state.sent([*(text.lane.first for text in texts), *[self.lanes.idle] * idle], torch.int32))
+        self._set_biases(texts)
 
-        def make() -> Prefill:
-            return Prefill(self.runtime.model, state, rows, drafts, self.runtime.graphs)
+        def make() -> Whole:
+            return Whole(self.runtime, self.state.part(0, slots), rows, drafts, stages)
 
-        read = self.runtime.kept((self, slots, rows, drafts), make) if self.runtime.graphs is not None else make()
-        prompts = [*(text.tokens for text in texts), *[[0]] * idle]
-        last = read.whole(prompts)
-        return slots * rows, self._draw(state, texts, last, [len(prompt) for prompt in prompts])
+        one = make() if self.runtime.graphs is None else self.runtime.kept((self, slots, rows, drafts, stages), make)
+        letters = [self._letter(text, rows) for text in texts]
+        nobody = [0] * (rows + 1) + [self.lanes.idle, 1, *[0] * (SENT - SEED)]
+        self._mail.send(one.inbox, letters + [nobody] * (slots - len(texts)))
+        one.read()
+        return slots * rows, self._first(texts, one.record, one.logits)
 
     def chunk(self, text: SharedDecoder, drafts: bool) -> tuple[int, First | None]:
         """Reads the next chunk of a prompt; returns its rows, and at the prompt's end the first token."""
@@ -82,6 +133,7 @@ class Reader:
         if self._text is not text:
             self._text, self._read = text, 0
             state.reset(text.sampler.params, prompt)
+            self._biased = [*{*self._biased, 0}] if text.stages.bias else self._biased
             assert state.lanes is not None
             state.lanes.fill_(text.lane.first)
             self._ids = state.sent(prompt, torch.int64)
@@ -91,19 +143,53 @@ class Reader:
         if self._read < len(prompt):
             return read.rows, None
         self._text = None
-        return read.rows, self._draw(state, [text], hidden[-1:], [len(prompt)])
+        last, count = hidden[-1:], state.sent([len(prompt)], torch.int64)
+        logits, record = draw(self.runtime.model.logits(last), state, last, torch.zeros_like(count), count, text.stages)
+        return read.rows, self._first([text], record, logits)
 
-    def _draw(self, state: State, texts: Sequence[SharedDecoder], last: Tensor, lengths: list[int]) -> First:
-        """Draws the tokens after prompts whose last hidden states are `[B, D]`, with which the state starts."""
-        logits, stages = self.runtime.model.logits(last), union([text.stages for text in texts])
-        request = torch.arange(len(last), dtype=torch.int32, device=last.device)
-        position = state.sent(lengths, torch.int64)
-        drawn = sample(logits, request, position, state.settings, stages)
-        state.start(drawn.tokens[:, 0].long(), last, position, stages.penalty)
-        host = torch.empty(2, len(last), dtype=torch.int32, pin_memory=last.is_cuda)
-        host.copy_(torch.stack((drawn.tokens[:, 0], drawn.failed)), non_blocking=True)
+    def done(self, first: First) -> list[list[int]]:
+        """Returns the record of first tokens that have arrived; its memory is used again."""
+        self._rooms.append(first.room)
+        return first.record[:, : len(first.texts)].tolist()
+
+    def _letter(self, text: SharedDecoder, rows: int) -> list[int]:
+        prompt, params = text.tokens, text.sampler.params
+        bits = np.array(settings_of(params)).view(np.int64).tolist()
+        padding = [prompt[-1]] * (rows + 1 - len(prompt))
+        return [*prompt, *padding, text.lane.first, len(prompt), seed_bits(params.seed), *bits]
+
+    def _set_biases(self, texts: Sequence[SharedDecoder]) -> None:
+        bias = self.state.settings.bias
+        assert bias is not None
+        for slot in self._biased:
+            bias[slot].zero_()
+        self._biased = [slot for slot, text in enumerate(texts) if text.stages.bias]
+        for slot in self._biased:
+            self.state.add_bias(slot, texts[slot].sampler.params)
+
+    def _first(self, texts: Sequence[SharedDecoder], record: Tensor, logits: Tensor) -> First:
+        cuda, told = record.is_cuda, any(text.sampler.params.logprobs for text in texts)
+        room = self._rooms.pop() if self._rooms else torch.empty(2 * READ_TEXTS, dtype=torch.int32, pin_memory=cuda)
+        host = room[: record.numel()].view(record.shape)
+        host.copy_(record, non_blocking=True)
         ended = None
-        if last.is_cuda:
+        if cuda:
             ended = torch.cuda.Event()
             ended.record()
-        return First(texts, host, logits, ended)
+        # what follows writes where they are
+        return First(texts, room, host, logits.clone() if told else None, ended)
+
+
+def draw(
+    logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor, stages: Stages
+) -> tuple[Tensor, Tensor]:
+    """Draws the tokens after prompts of `count` `[B]` int64 tokens, with which the state starts.
+
+    Args:
+        logits: `[B, V]` of the last hidden states `last` `[B, D]`.  text: `[B]` 0, 1, ... as int64.
+
+    Returns the logits, and `[2, B]` int32: the tokens and whether there was none.
+    """
+    drawn = sample(logits, text.int(), count, state.settings, stages)
+    state.start(drawn.tokens[:, 0].long(), last, count, stages.penalty)
+    return logits, torch.stack((drawn.tokens[:, 0], drawn.failed))

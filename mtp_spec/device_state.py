@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -22,6 +23,7 @@ MOST = MAX_DEPTH + 1
 PREFILL_ROWS = (16, 64, 256)
 # rows of plain steps that MTP modules may be behind, in steps of several shapes
 WAITING = 128
+MAIL = 8  # letters on their way at once
 # a step may run ahead of the host's decision to stop, and the one after it; what modules read late is padded
 SLACK = 2 * MOST + max(ROWS, WAITING)
 # of every text, by name; a text's settings lie beside them
@@ -78,6 +80,7 @@ class State:
         )
         self.drawn = torch.zeros(texts, dtype=torch.int64, device=device)
         self.busy = False
+        self._parts: dict[tuple[int, int], State] = {}
 
     @property
     def texts(self) -> int:
@@ -89,12 +92,17 @@ class State:
         def some(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[first : first + count]
 
+        found = self._parts.get((first, count))
+        if found is not None:
+            return found
         part = copy.copy(self)
+        part._parts = {}
         for name in (*KEPT, "lanes", "live"):
             setattr(part, name, some(getattr(self, name)))
         settings = self.settings
         part.settings = Settings(settings.values[first : first + count], settings.seed[first : first + count],
                                  some(settings.bias), some(settings.seen))  # fmt: skip
+        self._parts[first, count] = part
         return part
 
     def reset(self, params: SamplingParams, prompt: list[int]) -> None:
@@ -105,16 +113,22 @@ class State:
                 store.zero_()
         torch._foreach_zero_(self._tensors())
         settings = self.settings
-        row = settings_row(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty,
-                           params.presence_penalty, params.frequency_penalty)  # fmt: skip
-        settings.values.copy_(self.sent([row], torch.float64))
+        settings.values.copy_(self.sent([settings_of(params)], torch.float64))
         settings.seed.fill_(seed_bits(params.seed))
-        assert settings.bias is not None
         assert settings.seen is not None
-        if params.logit_bias:
-            ids, amounts = zip(*params.logit_bias.items(), strict=True)
-            settings.bias[0, self.sent(ids, torch.int64)] = self.sent(amounts, torch.float32)
+        self.add_bias(0, params)
         settings.seen[0, self.sent(sorted(set(prompt)), torch.int64)] = IN_PROMPT
+
+    def add_bias(self, text: int, params: SamplingParams) -> None:
+        """Writes a text's `logit_bias` where there was none."""
+        if params.logit_bias:
+            assert self.settings.bias is not None
+            ids, amounts = zip(*params.logit_bias.items(), strict=True)
+            self.settings.bias[text, self.sent(ids, torch.int64)] = self.sent(amounts, torch.float32)
+
+    def forget(self) -> None:
+        """Removes what texts have left, but for caches and settings."""
+        torch._foreach_zero_([getattr(self, name) for name in KEPT])
 
     def sent(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
         """Returns values on the device, on their way there: the host does not wait for the work before."""
@@ -176,6 +190,12 @@ class State:
             self.settings.seen.scatter_add_(1, token[:, None], torch.ones_like(token, dtype=torch.int32)[:, None])
 
 
+def settings_of(params: SamplingParams) -> list[float]:
+    """Returns a request's row of `Settings.values`."""
+    return settings_row(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty,
+                        params.presence_penalty, params.frequency_penalty)  # fmt: skip
+
+
 def prefill_rows(left: int) -> int:
     """Returns the rows of the pass for a prompt's next tokens, of which so many are left."""
     return next((size for size in PREFILL_ROWS if left <= size), PREFILL_ROWS[-1])
@@ -189,6 +209,34 @@ def stages_of(params: SamplingParams) -> Stages:
         bias=bool(params.logit_bias), penalty=any(penalised), noise=noise, top_k=noise and params.top_k > 0,
         top_p=noise and params.top_p < 1.0, min_p=noise and params.min_p > 0,
     )  # fmt: skip
+
+
+class Mail:
+    """Numbers on their way to the device: they wait in memory of their own, so that the host does not.
+
+    Args:
+        numbers: most of one `send`.
+    """
+
+    def __init__(self, numbers: int, device: torch.device) -> None:
+        self._cuda, self._free = device.type == "cuda", deque[tuple[Tensor, torch.cuda.Event]]()
+        if self._cuda:
+            room = torch.empty(MAIL, numbers, dtype=torch.int64, pin_memory=True)
+            self._free.extend((part, torch.cuda.Event()) for part in room)
+
+    def send(self, target: Tensor, rows: Sequence[Sequence[int]]) -> None:
+        """Copies rows of whole numbers to `target` `[len(rows), .]` int64."""
+        values = torch.tensor(rows, dtype=torch.int64)
+        if not self._cuda:
+            target.copy_(values)
+            return
+        room, arrived = self._free.popleft()
+        arrived.synchronize()
+        waiting = room[: values.numel()].view(values.shape)
+        waiting.copy_(values)
+        target.copy_(waiting, non_blocking=True)
+        arrived.record()
+        self._free.append((room, arrived))
 
 
 def union(stages: Sequence[Stages]) -> Stages:

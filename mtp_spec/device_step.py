@@ -184,13 +184,16 @@ class Step:
 
 @dataclass(slots=True)
 class Prefill:
-    """A pass of `rows` tokens of each text's prompt through the model and, with `draft`, its MTP modules; captured
-    like a step.
+    """A pass of `rows` tokens of each text's prompt through the model and, with `draft`, its MTP modules.
 
     A shorter chunk is padded with its last token, whose slots the next pass overwrites.
 
     Args:
-        graphs: replay a graph, which the first call captures, so that nothing but its chunk's own slots is written.
+        graphs: replay a graph, which the second call captures: many a length comes once only.
+    Attributes:
+        ids: `[B, rows + 1]` int64, of the pass and the next: the MTP modules read the tokens that follow.
+        following: `[B]` int64, how many of these there are.
+        hidden: `[B rows, D]`, result.
     """
 
     model: DeviceModel
@@ -198,55 +201,37 @@ class Prefill:
     rows: int
     draft: bool
     graphs: Graphs | None = None
-    hidden: Tensor = field(init=False)  # [B rows, D]
-    _ids: Tensor = field(init=False)  # [B, rows + 1]: the MTP modules read the tokens that follow
-    _following: Tensor = field(init=False)  # [B], how many of these there are
+    ids: Tensor = field(init=False)
+    following: Tensor = field(init=False)
+    hidden: Tensor = field(init=False)
     _constants: Constants = field(init=False)
-    _graph: Callable[[], None] | None = field(init=False, default=None)
+    _run: Callable[[], None] = field(init=False)
 
     def __post_init__(self) -> None:
         texts, device = self.state.texts, self.model.device
-        self._ids = torch.zeros(texts, self.rows + 1, dtype=torch.int64, device=device)
-        self._following = torch.zeros(texts, dtype=torch.int64, device=device)
+        self.ids = torch.zeros(texts, self.rows + 1, dtype=torch.int64, device=device)
+        self.following = torch.zeros(texts, dtype=torch.int64, device=device)
         self._constants = Constants(self.model.device)
+        self._run = self.run if self.graphs is None else self.graphs.later(self.run)
 
     def __call__(self, ids: Tensor, first: int) -> Tensor:
         """Returns the hidden states `[chunk, D]` of the one text's prompt `ids` from token `first` on; they join the
         caches."""
         chunk = ids[first : first + self.rows + 1]
-        self._ids.copy_(torch.cat((chunk, chunk[-1:].expand(self.rows + 1 - len(chunk)))))
-        self._following.fill_(len(chunk) - 1)
+        self.ids.copy_(torch.cat((chunk, chunk[-1:].expand(self.rows + 1 - len(chunk)))))
+        self.following.fill_(len(chunk) - 1)
         self.state.length.fill_(first)
-        self._read()
+        self._run()
         return self.hidden[: min(self.rows, len(ids) - first)]
 
-    def whole(self, prompts: list[list[int]]) -> Tensor:
-        """Returns the last hidden states `[B, D]` of whole prompts, of up to `rows` tokens each."""
-        state, ends = self.state, [len(prompt) - 1 for prompt in prompts]
-        padded = [[*prompt, *prompt[-1:] * (self.rows + 1 - len(prompt))] for prompt in prompts]
-        self._ids.copy_(state.sent(padded, torch.int64))
-        self._following.copy_(state.sent(ends, torch.int64))
-        self.state.length.zero_()
-        self._read()
-        return self.hidden[state.sent([text * self.rows + end for text, end in enumerate(ends)], torch.int64)]
-
-    def _read(self) -> None:
-        if self.graphs is not None and self._graph is None:
-            carried = self.state.carried.clone()
-            self._graph = self.graphs.capture(self._run)
-            self.state.carried.copy_(carried)  # the call below is the one that counts
-        if self._graph is None:
-            self._run()
-        else:
-            self._graph()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Reads `ids` from the state's length on."""
         state, order = self.state, self._constants.integers(range(self.rows))
         plan = mla.Plan(state.length, order, order, None, self.rows - 1, 0, state.lanes)
-        self.hidden = self.model.rows(self._ids[:, :-1].flatten().contiguous(), state.caches, plan)
+        self.hidden = self.model.rows(self.ids[:, :-1].flatten().contiguous(), state.caches, plan)
         if self.draft:
             hidden = self.hidden.unflatten(0, (state.texts, self.rows))
-            feed_modules(self.model, state, self._constants, self._ids[:, 1:], hidden, state.length, self._following)
+            feed_modules(self.model, state, self._constants, self.ids[:, 1:], hidden, state.length, self.following)
 
 
 class Graphs:
@@ -263,16 +248,38 @@ class Graphs:
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self._mode: Literal["global", "thread_local"] = "thread_local" if shared else "global"
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Runs work once, which compiles what is missing, then returns its replay from a CUDA graph."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            work()
-        torch.cuda.current_stream().wait_stream(self._stream)
+    def capture(self, work: Callable[[], None], ran: bool = False) -> Callable[[], None]:
+        """Returns the replay of work from a CUDA graph.
+
+        Args:
+            ran: whether the work has run before; else it runs once, which compiles what is missing.
+        """
+        if not ran:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                work()
+            torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self._mode):
             work()
         return graph.replay
+
+    def later(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Returns what runs work the first time, captures it the second time, and replays it from then on."""
+        replay: Callable[[], None] | None = None
+        ran = False
+
+        def run() -> None:
+            nonlocal replay, ran
+            if not ran:
+                work()
+                ran = True
+                return
+            if replay is None:
+                replay = self.capture(work, ran=True)
+            replay()
+
+        return run
 
 
 def _drafted(ids: Tensor, table: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def main(name: str) -> None:
             shape = Shape.of(speculation)
             Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
         Step(model, state, Shape.of(None), stages_of(params), extend=4)._run()
-        Prefill(model, state, 256, draft=True)._run()
+        Prefill(model, state, 256, draft=True).run()
         several = State(model, 1000, Lanes(model, 1000, 4).caches, torch.empty(4, dtype=torch.int32, device="meta"))
         several.live, several.logits = several.length.clone(), torch.empty(64, config.vocab_size, device="meta")
         for speculation in (None, chain, tree):

@@ -227,8 +227,9 @@ class OnceThenAgain(Graphs):
     def __init__(self) -> None:
         pass
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        work()
+    def capture(self, work: Callable[[], None], ran: bool = False) -> Callable[[], None]:
+        if not ran:
+            work()
         return work
 
 

@@ -87,7 +87,7 @@ def models() -> list[DeviceModel]:
 def test_passes_hold_what_is_planned(no_launches: None, model: DeviceModel) -> None:
     state = State(model, 1000)
     for rows in (64, 256):
-        peak = held(Prefill(model, state, rows, True)._run)
+        peak = held(Prefill(model, state, rows, True).run)
         assert 0.9 * pass_bytes(model, rows) < peak <= 1.05 * pass_bytes(model, rows)
     tree = Shape.of(Speculation(branching=(4, 4, 2), budget=64))
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=5, repetition_penalty=1.1)
