@@ -203,8 +203,9 @@ class LM:
 
         Args:
             after: an earlier stream of this model, finished or left where it is. What both texts begin with is not
-                read again, so the next turn of a chat costs its own tokens only; the bits are the same. On a GPU
-                everything is read again. `stream.result.stats.reused_tokens` counts.
+                read again, so the next turn of a chat costs its own tokens only; the bits are the same. On a GPU the
+                caches themselves are handed on: once, if no other text has used them since, and a stream left where it
+                is cannot go on. `stream.result.stats.reused_tokens` counts.
         """
         request = self._request(self._ids(prompt), options)
         if after is not None and (not isinstance(after, TokenStream) or after.decoder.model is not self.model):
@@ -273,7 +274,8 @@ class LM:
                 return SharedDecoder(self.runtime.model, lease, ids, sampler, is_last)
             planned = speculation is not None and speculation.adaptive
             kind = GuidedDecoder if sampler.processors else PlannedDecoder if planned else DeviceDecoder
-            return kind(self.runtime, ids, sampler, speculation, is_last, lease)
+            earlier = after.decoder if after is not None and isinstance(after.decoder, DeviceDecoder) else None
+            return kind(self.runtime, ids, sampler, speculation, is_last, lease, earlier)
         assert isinstance(self.model, Transformer)
         assert lease is None or isinstance(lease, Lease)
         prefix = after.decoder.prefix() if after is not None and isinstance(after.decoder, Decoder) else None

@@ -24,7 +24,8 @@ def feed_modules(
     """Shows the modules tokens with their true hidden states; returns the first module's outputs `[B, R, D]`.
 
     Every module reads the same tokens: row j of module m has the output of module m - 1 that lies one slot before that
-    module's row j, so it begins with what was carried over from the call before.
+    module's row j, so it begins with what was carried over from the call before. A text's first call has nothing
+    carried over: its first rows are left out in later modules, whose slots there are none, or another text's.
 
     Args:
         ids: `[B, R]` int64 tokens at positions first + 1 and on.
@@ -35,13 +36,14 @@ def feed_modules(
     (texts, rows), outputs = ids.shape, None
     order, text = constants.integers(range(rows)), constants.places(range(texts))
     for module, cache in enumerate(state.mtp_caches):
-        plan = mla.Plan((first - module).clamp_min(0), order, order, None, rows - 1, module + 1, state.lanes)
+        begin = torch.maximum(first - module, state.begun)
+        plan = mla.Plan(begin, order, order, None, rows - 1, module + 1, state.lanes)
         if module == 0:
             own = model.mtp_rows(0, ids.flatten(), hidden.flatten(0, 1), cache, plan)
             outputs = own = own.unflatten(0, (texts, rows))
         else:
-            # a text shorter than this leaves the first rows without a slot: they go to the end, as padding
-            lacking = (module - first).clamp_min(0)[:, None]
+            # rows without a slot go to the end, as padding
+            lacking = (begin - first + module)[:, None]
             there = text[:, None], (order + lacking).clamp_max(rows - 1)
             back = text[:, None], (order - lacking).clamp_min(0)
             own = model.mtp_rows(module, ids[there].flatten(), hidden[there].flatten(0, 1), cache, plan)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -29,6 +30,7 @@ from mtp_spec.memory import check_room, plan_memory, rule_bytes
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import Speculation
 from mtp_spec.passes import Turn
+from mtp_spec.prefix import Left
 from mtp_spec.sampling import Sampler
 from mtp_spec.stats import GenerationStats
 from mtp_spec.turns import Turns
@@ -53,11 +55,11 @@ class DeviceRuntime:
         self._states: list[State] = []
         self._kept: dict[Hashable, object] = {}
 
-    def acquire(self, lane: Lane | None = None) -> State:
-        """Returns a state that no other text uses, on a lane or with caches of its own."""
+    def acquire(self, lane: Lane | None = None, wanted: State | None = None) -> State:
+        """Returns a state that no other text uses, on a lane or with caches of its own; `wanted`, if given, is one."""
         if lane is not None:
             return self.kept((lane, "state"), lambda: State(self.model, self.max_context, lane.caches()))
-        state = next((state for state in self._states if not state.busy), None)
+        state = wanted or next((state for state in self._states if not state.busy), None)
         if state is None:
             if self.graphs is not None:
                 others = f" beside {len(self._states)} more" if self._states else ""
@@ -195,6 +197,7 @@ class DeviceDecoder(DeviceText):
 
     Args:
         lane: where its caches are; None for some of its own.
+        after: an earlier text with caches of its own: they become this text's if no other has used them since.
     Attributes:
         draws: whether steps draw their own tokens; `device_guided` draws them on the host.
     """
@@ -209,13 +212,22 @@ class DeviceDecoder(DeviceText):
         speculation: Speculation | None,
         is_last: Callable[[int], bool],
         lane: Lane | None = None,
+        after: DeviceDecoder | None = None,
     ) -> None:
         super().__init__(runtime.model, prompt, sampler, is_last)
         self.runtime, self.drafts = runtime, speculation is not None
+        self._read = False  # whether the caches hold the prompt
         with torch.inference_mode(), runtime.turns, self.model.ranks.together():
-            self.state = runtime.acquire(lane)
-            self._release = weakref.finalize(self, _free, self.state)
-            self.one_step = self._prepare(speculation)
+            left = None if after is None else after.leave()
+            self.state = state = runtime.acquire(lane, None if left is None or after is None else after.state)
+            self._release = weakref.finalize(self, _free, state)
+            self._user = state.user = object()
+            # the modules' caches stay where this text does not draft
+            self._undrafted = None if self.drafts else left
+            if left is not None:
+                self.stats.reused_tokens = left.shared(prompt, self.drafts)
+            with state.first_slots_aside() if self.stats.reused_tokens else nullcontext():
+                self.one_step = self._prepare(speculation)
         self._launched: deque[Launched] = deque()
         cuda = self.model.device.type == "cuda"
         size = commits.record_size(MOST)
@@ -228,14 +240,41 @@ class DeviceDecoder(DeviceText):
         acceptance = "coupled" if speculation is None else speculation.acceptance
         return self.runtime.step(self.state, shape, self.stages, extend, acceptance, self.draws)
 
+    def leave(self) -> Left | None:
+        """Gives the caches up for a text that begins alike, and this text with them; None where another text has used
+        them since."""
+        state, held, drafted = self.state, 0, 0
+        if state.user is not self._user:
+            return None
+        if self._read:
+            self._catch_up()
+            # of what was launched, steps that nobody has looked at included; these write behind the tokens known here
+            length, fed = torch.cat((state.length, state.fed)).tolist()
+            held = min(length, len(self.tokens) - 1)
+            drafted = fed - len(state.mtp_caches) + 1 if self.drafts else 0
+            if self._undrafted is not None:
+                drafted = self._undrafted.shared(self.tokens, True)
+        self._release()
+        state.user = None
+        return Left(list(self.tokens), held, drafted, len(state.mtp_caches))
+
+    def _catch_up(self) -> None:
+        """Shows the modules what plain steps have put aside."""
+
+    def _check_own(self) -> None:
+        if not self.finished and self.state.user is not self._user:
+            raise MTPSpecError("this stream was left for the one that came after it (after=), which has taken its "
+                               "caches: begin it again")  # fmt: skip
+
     @torch.inference_mode()
     def prefill(self) -> list[Drawn]:
         """Fills the caches with the prompt and returns the first token."""
         state, prompt, model = self.state, self.tokens, self.model
         with self.stats.phase("prefill"), self.runtime.turns:
-            state.reset(self.sampler.params, prompt)
+            self._check_own()
+            first, hidden = self.stats.reused_tokens, None
+            state.reset(self.sampler.params, prompt, first, self._undrafted is None)
             ids = torch.tensor(prompt, dtype=torch.int64).to(model.device)
-            first, hidden = 0, None
             while first < len(prompt):
                 hidden = self.runtime.prefill(state, len(prompt), first, self.drafts)(ids, first)
                 first += len(hidden)
@@ -246,6 +285,7 @@ class DeviceDecoder(DeviceText):
             token, failed = self._first(logits)
             drawn, length = (torch.full((1,), number, device=last.device) for number in (token, len(prompt)))
             state.start(drawn, last, length, self.stages.penalty)
+        self._read = True
         if failed:
             self._fail(logits[0])
         self.stats.record_prefill(len(prompt))
@@ -263,6 +303,7 @@ class DeviceDecoder(DeviceText):
         """Returns the tokens of the next step; the step after it is already on its way."""
         wanted = self.sampler.params.logprobs
         with self.stats.phase("step"), self.runtime.turns:
+            self._check_own()
             while len(self._launched) < (1 if wanted else 2):
                 self._launch()
             launched = self._launched.popleft()
@@ -301,6 +342,7 @@ class DeviceDecoder(DeviceText):
 
     def _fail(self, row: Tensor | None) -> None:
         self._release()
+        self._read = False
         super()._fail(row)
 
 

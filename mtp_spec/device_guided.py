@@ -42,6 +42,7 @@ class GuidedDecoder(DeviceDecoder):
         speculation: Speculation | None,
         is_last: Callable[[int], bool],
         lane: Lane | None = None,
+        after: DeviceDecoder | None = None,
     ) -> None:
         if speculation is not None and speculation.acceptance != "coupled":
             raise OptionError(
@@ -52,7 +53,7 @@ class GuidedDecoder(DeviceDecoder):
             # the host draws between steps, so that nothing is gained by taking turns: the depth that pays on most texts
             depth = min(speculation.depth, GUIDED_DEPTH)
             speculation = Speculation(depth, speculation.branching[:depth], speculation.budget)
-        super().__init__(runtime, prompt, sampler, speculation, is_last, lane)
+        super().__init__(runtime, prompt, sampler, speculation, is_last, lane, after)
         self.history = sampler.history(prompt)
 
     def _first(self, logits: Tensor) -> tuple[int, bool]:
@@ -64,6 +65,7 @@ class GuidedDecoder(DeviceDecoder):
     def step(self) -> list[Drawn]:
         """Returns the tokens of the next step."""
         with self.stats.phase("step"), self.runtime.turns:
+            self._check_own()
             self.one_step()
             self.model.ranks.wait()
             shape = self.one_step.shape

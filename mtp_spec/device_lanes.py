@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mtp_spec.device_state import ROWS, SLACK, WAITING
+from mtp_spec.device_state import SLACK, WORK_ROWS
 from mtp_spec.kernels.mla_cache import Cache
 from mtp_spec.model.device import DeviceModel
 
 # most rows of a step's pass, and most texts of one; where there are more they step by turns
 STEP_ROWS, STEP_TEXTS = 512, 64
 READ_TEXTS = 8  # prompts that are read in one pass
-# a text that nobody reads has one token, its draft, and what modules read late
-IDLE_ROWS = ROWS + WAITING
+IDLE_ROWS = WORK_ROWS  # a text that nobody reads has one token
 
 
 class Lanes:

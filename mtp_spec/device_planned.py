@@ -107,13 +107,14 @@ class PlannedDecoder(DeviceDecoder):
                 self._catch_up()
             self._waiting += 1
         else:
-            if self._waiting > 1:  # the step itself reads the last row
-                self._catch_up()
+            self._catch_up()
             self._waiting, self._unseen = 0, True
         self.one_step = self.rungs.steps[rung]
         super()._launch()
 
     def _catch_up(self) -> None:
+        if self._waiting <= 1:  # the next drafting step itself reads the last row
+            return
         rows = next(rows for rows in CATCH_UP_ROWS if self._waiting - 1 <= rows)
         self.rungs.catch_up[rows]()
         self._waiting = 1

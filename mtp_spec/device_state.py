@@ -26,8 +26,10 @@ WAITING = 128
 MAIL = 8  # letters on their way at once
 # a step may run ahead of the host's decision to stop, and the one after it; what modules read late is padded
 SLACK = 2 * MOST + max(ROWS, WAITING)
+# slots that work may write to which is captured or timed on a text of one token
+WORK_ROWS = ROWS + WAITING
 # of every text, by name; a text's settings lie beside them
-KEPT = ("length", "hidden", "fed", "ring", "ring_tokens", "carried", "path", "tokens", "record", "drawn")
+KEPT = ("length", "begun", "hidden", "fed", "ring", "ring_tokens", "carried", "path", "tokens", "record", "drawn")
 
 
 class State:
@@ -40,6 +42,8 @@ class State:
             caches these are.
     Attributes:
         length: `[B]` int32, committed slots of the main model; a module's cache has one fewer for each module before.
+        begun: `[B]` int32, slots that the text did not fill itself, in every cache: nothing is written to them.
+        user: whose text the caches hold.
         hidden: `[B, ROWS, D]` of the last pass.  path, tokens: `[B, MOST]` of the last step, see
             `kernels.commit.accept`, and so is record.
         drawn: `[B]` int64, random numbers that a rule has used, see `device_rules`.
@@ -54,7 +58,6 @@ class State:
         self, model: DeviceModel, tokens: int, caches: list[Cache] | None = None, lanes: Tensor | None = None
     ) -> None:
         config, device = model.config, model.device
-        self._own = caches is None
         held = model.new_caches(tokens + SLACK, ROWS) if caches is None else caches
         self.caches, self.mtp_caches = held[: config.num_hidden_layers], held[config.num_hidden_layers :]
         self.store, self.lanes = held[0].store, lanes
@@ -64,7 +67,7 @@ class State:
         texts, width = 1 if lanes is None else len(lanes), config.hidden_size
         self.length = torch.zeros(texts, dtype=torch.int32, device=device)
         self.hidden = torch.zeros(texts, ROWS, width, dtype=torch.bfloat16, device=device)
-        self.fed = torch.zeros_like(self.length)
+        self.begun, self.fed = torch.zeros_like(self.length), torch.zeros_like(self.length)
         self.ring = self.hidden.new_zeros(texts, WAITING, width)
         self.ring_tokens = torch.zeros(texts, WAITING, dtype=torch.int64, device=device)
         self.carried = self.hidden.new_zeros(texts, max(0, len(self.mtp_caches) - 1), width)
@@ -81,6 +84,7 @@ class State:
         self.drawn = torch.zeros(texts, dtype=torch.int64, device=device)
         self.busy = False
         self._parts: dict[tuple[int, int], State] = {}
+        self.user: object = None
 
     @property
     def texts(self) -> int:
@@ -105,13 +109,20 @@ class State:
         self._parts[first, count] = part
         return part
 
-    def reset(self, params: SamplingParams, prompt: list[int]) -> None:
-        """Prepares for a new text, the only one."""
+    def reset(self, params: SamplingParams, prompt: list[int], reused: int = 0, modules: bool = True) -> None:
+        """Prepares for a new text, the only one.
+
+        Args:
+            reused: its first slots that the caches hold already.
+            modules: whether the modules' caches are its own too; else they stay as they are.
+        """
         if self.lanes is None:
             # numbers left behind could be NaN, which masks do not remove
-            for store in [self.store] if self._own else [cache.slots for cache in (*self.caches, *self.mtp_caches)]:
-                store.zero_()
+            caches = [*self.caches, *self.mtp_caches] if modules else self.caches
+            torch._foreach_zero_([cache.slots[reused:] for cache in caches])
+            self.store[self.caches[0].spare :].zero_()
         torch._foreach_zero_(self._tensors())
+        self.begun.fill_(reused)
         settings = self.settings
         settings.values.copy_(self.sent([settings_of(params)], torch.float64))
         settings.seed.fill_(seed_bits(params.seed))
@@ -143,6 +154,17 @@ class State:
         self.record[:, commits.COUNT] = 1
         self.length.fill_(1)
         self.fed.zero_()
+        self.begun.zero_()
+
+    @contextmanager
+    def first_slots_aside(self) -> Iterator[None]:
+        """Lends the caches of one text to work that is captured or timed: what they hold has come back afterwards."""
+        held = [cache.slots[:WORK_ROWS] for cache in (*self.caches, *self.mtp_caches)]
+        kept = [slots.clone() for slots in held]
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(held, kept)
 
     @contextmanager
     def set_aside(self, idle: int) -> Iterator[None]:

@@ -39,15 +39,33 @@ class Prefix:
             drafting: whether the modules' caches are needed too.
             chunk: 1 where rows do not depend on their neighbours, else the tokens of a prefill's pass.
         """
-        same = common(self.tokens, prompt)
         modules = len(self.mtp_caches) if drafting else 0
-        # the last token's row is needed for the first draw; row i of module m also read token i + m + 1
-        held = min(same - modules, len(prompt) - 1, self.cache.length)
-        if drafting:
-            held = min(held, self.drafted)
+        left = Left(self.tokens, self.cache.length, self.drafted, len(self.mtp_caches))
+        held = left.shared(prompt, drafting)
         if chunk > 1:
             held = min(held, self.prompt - modules)
         return max(0, held) // chunk * chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a text has left in caches, wherever they are.
+
+    Attributes:
+        tokens: all ids of the text, prompt included.
+        held: slots of it in the main model's cache.  drafted: slots of it in the caches of all `modules`.
+    """
+
+    tokens: list[int]
+    held: int
+    drafted: int
+    modules: int
+
+    def shared(self, prompt: Sequence[int], drafting: bool) -> int:
+        """Returns how many of a prompt's tokens need not be read again, in modules' caches either if it drafts."""
+        # the last token's row is needed for the first draw; row i of module m also read token i + m + 1
+        found = min(common(self.tokens, prompt) - (self.modules if drafting else 0), len(prompt) - 1, self.held)
+        return max(0, min(found, self.drafted) if drafting else found)
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

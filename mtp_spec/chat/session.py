@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from mtp_spec.api import LM
-from mtp_spec.engine import Decoder
 from mtp_spec.errors import PromptError
 from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.stats import GenerationStats
@@ -117,8 +116,7 @@ class Session:
     def keep(self, draw: Draw, stream: TokenStream, interrupted: bool) -> bool:
         """Adds a turn; returns false, and adds none, where nothing was written before the answer was stopped."""
         result = stream.result
-        # on a GPU what a stream holds is what the next text needs
-        self._last = stream if isinstance(stream.decoder, Decoder) else None
+        self._last = stream
         self.totals = self.totals.merge(result.stats)
         if interrupted and not result.text:
             return False
