@@ -8,18 +8,21 @@ Legend: `B` texts, `E` rows of each (the root is row 0), `A` = depth of the tree
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.launching import late, runs_triton
-from mtp_spec.kernels.mla_cache import Cache
+from mtp_spec.kernels.mla_cache import KEYS, Cache
 
 try:
     import triton
     import triton.language as tl
 
     from mtp_spec.kernels.launching import follow
+    from mtp_spec.kernels.mla_kernels import paged_rows
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -99,33 +102,34 @@ def keep(
 
 
 def commit(
-    caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, lanes: Tensor | None = None
+    caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pages: Tensor | None = None
 ) -> None:
     """Moves each text's committed rows' latents to the slots behind its `length` `[B]`, in all layers at once.
 
     Args:
-        path: `[B, A]` int64.  record: `[B, 2 + 2 A]` int32.  lanes: `[B]` int32, see `mla.Plan`.
+        path: `[B, A]` int64.  record: `[B, 2 + 2 A]` int32.  pages: `[B, P]` int32, see `mla.Plan`.
     """
     store, (texts, most) = caches[0].words, path.shape
     expect("length", length, (texts,), torch.int32, beside=store)
     expect("path", path, (texts, most), torch.int64, beside=store)
     expect("record", record, (texts, record_size(most)), torch.int32, beside=store)
-    if lanes is not None:
-        expect("lanes", lanes, (texts,), torch.int32, beside=store)
+    if pages is not None:
+        expect("pages", pages, (texts, caches[0].capacity // KEYS), torch.int32, beside=store)
     apart = caches[1].base - caches[0].base if len(caches) > 1 else 0
     if any(cache.base != caches[0].base + layer * apart for layer, cache in enumerate(caches)):
         raise ValueError("caches lie at unequal distances: those of one model's layers, in order, are expected")
     if not runs_triton(store):
         for text in range(texts):
-            start, count = int(length[text]) + (0 if lanes is None else int(lanes[text])), int(record[text, COUNT])
+            slots = int(length[text]) + torch.arange(int(record[text, COUNT]), device=store.device)
             for cache in caches:
-                rows = cache.store[cache.base + start :]
-                rows[:count] = rows[path[text, :count]].clone()
+                own = cache if pages is None else replace(cache, pages=pages[text])
+                cache.store[own.rows(slots)] = cache.store[own.rows(length[text] + path[text, : len(slots)])]
         return
     width = store.shape[1]
     _commit_kernel[(len(caches), -(-width // COLUMNS), texts)](
-        store, length, length if lanes is None else lanes, path, record, apart, caches[0].base, width,
-        LANES=lanes is not None, MOST=triton.next_power_of_2(most), ROWS=most, COLUMNS=COLUMNS, **late(store),
+        store, length, length if pages is None else pages, 0 if pages is None else pages.shape[1], path, record, apart,
+        caches[0].base, width, PAGED=pages is not None, BLOCK=KEYS, MOST=triton.next_power_of_2(most), ROWS=most,
+        COLUMNS=COLUMNS, **late(store),
     )  # fmt: skip
 
 
@@ -202,8 +206,9 @@ if triton is not None:
 
     @triton.jit
     def _commit_kernel(
-        store, length, lanes, path, record, apart, base, width,
-        LANES: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+        store, length, pages, page_count, path, record, apart, base, width,
+        PAGED: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         follow(PDL)
         text = tl.program_id(2)
@@ -211,10 +216,15 @@ if triton is not None:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         row = tl.load(path + text * ROWS + lane, mask=lane < ROWS, other=0)
         moves = (lane < tl.load(record + text * (2 + 2 * ROWS))) & (row != lane)
-        if LANES:
-            base += tl.load(lanes + text)
-        first = store + (base + tl.program_id(0) * apart + tl.load(length + text)).to(tl.int64) * width
         mask = moves[:, None] & (column < width)[None, :]
-        values = tl.load(first + row[:, None] * width + column[None, :], mask=mask, other=0)
+        if PAGED:
+            start, own = tl.load(length + text), pages + text * page_count
+            first = store + (base + tl.program_id(0) * apart).to(tl.int64) * width
+            source = paged_rows(start + row, moves, own, BLOCK).to(tl.int64)
+            target = paged_rows(start + lane, moves, own, BLOCK).to(tl.int64)
+        else:
+            first = store + (base + tl.program_id(0) * apart + tl.load(length + text)).to(tl.int64) * width
+            source, target = row, lane
+        values = tl.load(first + source[:, None] * width + column[None, :], mask=mask, other=0)
         tl.debug_barrier()  # a slot may be read and written
-        tl.store(first + lane[:, None] * width + column[None, :], values, mask=mask)
+        tl.store(first + target[:, None] * width + column[None, :], values, mask=mask)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import HOPPER, MULTIPROCESSORS, described, interpreted, late, runs_triton
 from mtp_spec.kernels.mla_cache import KEYS, TAIL, Cache, Layout
@@ -86,8 +87,8 @@ class Plan:
             depths[e] its own. None for a chain: depths and slots rise by one from row to row.
         deepest: the largest depth.
         offset: position of slot 0.
-        lanes: `[B]` int32, the row of the cache's layer at which each text's slots begin. None for one text with a
-            cache of its own.
+        pages: `[B, P]` int32, where each text's slots are: the first row, of those of a layer, of every `KEYS` of them.
+            None for one text with a cache of its own, whose slots are in a row.
     """
 
     length: Tensor
@@ -96,7 +97,7 @@ class Plan:
     ancestors: Tensor | None
     deepest: int
     offset: int = 0
-    lanes: Tensor | None = None
+    pages: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -125,15 +126,14 @@ class Plan:
 
     def some(self, begin: int, end: int) -> Plan:
         """Returns the plan of all rows of texts begin .. end - 1."""
-        lanes = None if self.lanes is None else self.lanes[begin:end]
-        return replace(self, length=self.length[begin:end], lanes=lanes)
+        pages = None if self.pages is None else self.pages[begin:end]
+        return replace(self, length=self.length[begin:end], pages=pages)
 
     def apart(self, cache: Cache) -> Iterator[tuple[slice, Plan, Cache]]:
         """Yields each text's rows in the pass, and the plan and the cache that it has alone."""
         for text in range(self.texts):
-            first = 0 if self.lanes is None else int(self.lanes[text])
-            alone = replace(self, length=self.length[text : text + 1], lanes=None)
-            yield slice(text * self.each, (text + 1) * self.each), alone, replace(cache, base=cache.base + first)
+            alone, pages = self.some(text, text + 1), None if self.pages is None else self.pages[text]
+            yield slice(text * self.each, (text + 1) * self.each), alone, replace(cache, pages=pages)
 
 
 def chain(length: Tensor, rows: int, offset: int = 0) -> Plan:
@@ -171,8 +171,8 @@ def prepare(
     scales = torch.empty(rows if lora else 0, -(-q_rank // BLOCK), device=down.device)
     kernels._prepare_kernel[(rows, 2 if lora else 1)](
         down, kv_norm if q_norm is None else q_norm, kv_norm, table, *_where(plan), plan.depths, plan.slots, quantised,
-        scales, *cache.parts, cache.base, plan.offset, eps, plan.each, LANES=plan.lanes is not None, A_ROWS=q_rank,
-        C=head.latent, R=head.rope,
+        scales, *cache.parts, cache.base, plan.offset, eps, plan.each, PAGED=plan.pages is not None, A_ROWS=q_rank,
+        C=head.latent, R=head.rope, BLOCK=KEYS,
         WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=max(BLOCK, triton.next_power_of_2(head.latent)),
         WIDE_R=triton.next_power_of_2(head.rope), BYTES=cache.layout.row_bytes, LORA=lora, PACKED=cache.layout.packed,
         INTERLEAVED=head.interleaved, LARGEST=E4M3_MAX, **late(down),
@@ -197,7 +197,7 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
     out = torch.empty(rows, head.padded, head.width, dtype=torch.bfloat16, device=q.device)
     kernels._absorb_kernel[(head.heads, -(-head.latent // BLOCK) + 1)](
         q, kv_b, kv_b if kv_b_scale is None else kv_b_scale, table, plan.length, plan.depths, out, rows, q.stride(0),
-        plan.offset, head.padded, plan.each, LANES=plan.lanes is not None, N=head.nope, V=head.value, C=head.latent,
+        plan.offset, head.padded, plan.each, PAGED=plan.pages is not None, N=head.nope, V=head.value, C=head.latent,
         R=head.rope,
         WIDE_N=max(16, triton.next_power_of_2(head.nope)), WIDE_R=triton.next_power_of_2(head.rope), ROWS=ROW_TILE,
         PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=interpreted(), **late(q),
@@ -281,20 +281,20 @@ def _attend(
 ) -> None:  # fmt: skip
     from mtp_spec.kernels import mla_kernels as kernels
 
-    each, lanes = _pairs(plan.each, head), plan.lanes is not None
+    each, paged = _pairs(plan.each, head), plan.pages is not None
     padded = plan.texts * each
     peaks, totals = numbers[: 2 * splits * padded].split(splits * padded)
     if plan.ancestors is not None:
         words = cache.words.shape[1]
         kernels._gather_kernel[(plan.rows, TAIL // GATHERED)](
             cache.words, *_where(plan), plan.depths, plan.ancestors, cache.base, cache.spare, plan.ancestors.stride(0),
-            plan.each, LANES=lanes, BLOCK=KEYS, WORDS=words, TAIL=TAIL, CHUNK=GATHERED,
+            plan.each, PAGED=paged, BLOCK=KEYS, WORDS=words, TAIL=TAIL, CHUNK=GATHERED,
             WIDE=triton.next_power_of_2(words), **late(q),
         )  # fmt: skip
     flat = q.view(-1, head.width)
     given = (*_where(plan), plan.depths, peaks, totals, cache.base, cache.spare, plan.each, padded, plan.deepest,
              head.scale * math.log2(math.e), plan.texts)  # fmt: skip
-    sizes = {"LANES": lanes, "HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
+    sizes = {"PAGED": paged, "HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
              "CHAIN": plan.ancestors is None} | late(q)  # fmt: skip
     tiles = padded // TILE
     packed = cache.layout.packed
@@ -317,7 +317,7 @@ def _attend(
         )  # fmt: skip
     columns = min(head.latent, COLUMNS)
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
-        parts, peaks, totals, plan.length, plan.depths, out, padded, plan.each, each, LANES=lanes,
+        parts, peaks, totals, plan.length, plan.depths, out, padded, plan.each, each, PAGED=paged,
         HEADS=head.padded, C=head.latent,
         COLUMNS=columns, CHUNK=COMBINED, num_warps=1, **late(q),
     )  # fmt: skip
@@ -354,7 +354,9 @@ def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
     if q.shape != (plan.rows, head.padded, head.width) or q.dtype != torch.bfloat16 or not q.is_contiguous():
         raise ValueError(f"q {tuple(q.shape)} {q.dtype}: a contiguous [{plan.rows}, {head.padded}, {head.width}] "
                          "bfloat16 expected")  # fmt: skip
-    if cache.capacity % KEYS or cache.base + cache.capacity > cache.spare:
+    if plan.pages is not None:
+        expect("pages", plan.pages, (plan.texts, cache.capacity // KEYS), torch.int32, beside=q)
+    if cache.capacity % KEYS or (plan.pages is None and cache.base + cache.capacity > cache.spare):
         raise ValueError(f"capacity {cache.capacity}: a multiple of {KEYS} expected, with room for tails behind it")
     if plan.ancestors is not None:
         if plan.deepest > KEYS:
@@ -366,9 +368,9 @@ def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
         raise ValueError(f"kv_lora_rank {head.latent}, qk_rope_head_dim {head.rope}: powers of two from 16 expected")
 
 
-def _where(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Returns lengths and lanes, as kernels take them; without lanes the second is unused."""
-    return plan.length, plan.length if plan.lanes is None else plan.lanes
+def _where(plan: Plan) -> tuple[Tensor, Tensor, int]:
+    """Returns lengths, pages and how many a text has, as kernels take them; without pages these are unused."""
+    return (plan.length, plan.length, 0) if plan.pages is None else (plan.length, plan.pages, plan.pages.shape[1])
 
 
 def _pairs(rows: int, head: Head) -> int:

@@ -64,6 +64,7 @@ class Cache:
         store: `[rows, W]` bf16, or `[rows, layout.row_bytes]` uint8.
         base: the layer's first row.  capacity: rows of a text, a multiple of 64.
         spare: first of the rows, `TAIL` a node, where a tree's last keys are brought into order; all layers share them.
+        pages: `[capacity / KEYS]` int32, where a text's slots are (`mla.Plan`); None: in a row, from `base` on.
     """
 
     store: Tensor
@@ -71,11 +72,20 @@ class Cache:
     capacity: int
     spare: int
     layout: Layout
+    pages: Tensor | None = None
 
     @property
     def slots(self) -> Tensor:
-        """The layer's rows of its first text, `[capacity, .]`."""
-        return self.store[self.base : self.base + self.capacity]
+        """The text's slots `[capacity, .]` in the layer; a copy where they are in pages."""
+        if self.pages is None:
+            return self.store[self.base : self.base + self.capacity]
+        return self.store[self.rows(torch.arange(self.capacity, device=self.store.device))]
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Returns the store's rows of slots `[n]` int64."""
+        if self.pages is None:
+            return self.base + slots
+        return self.base + self.pages.long()[slots // KEYS] + slots % KEYS
 
     @property
     def words(self) -> Tensor:
@@ -106,7 +116,7 @@ class Cache:
 
     def write(self, slots: Tensor, rows: Tensor) -> None:
         """Puts rows `[n, W]` into slots `[n]` int64 of the layer, rounded to what it holds."""
-        at, latent = self.base + slots, rows[:, : self.layout.latent]
+        at, latent = self.rows(slots), rows[:, : self.layout.latent]
         if self.layout.packed:
             quantised, self.scales[at] = act_quant(latent, power_of_two=True)
             # as bytes: not every index operation knows e4m3
@@ -117,7 +127,7 @@ class Cache:
 
     def read(self, slots: Tensor) -> Tensor:
         """Returns what slots `[n]` int64 of the layer hold, `[n, W]` bf16."""
-        at = self.base + slots
+        at = self.rows(slots)
         if not self.layout.packed:
             return self.store[at]
         scales = self.scales[at].repeat_interleave(BLOCK, 1)[:, : self.layout.latent]
@@ -126,24 +136,23 @@ class Cache:
 
 
 def new_caches(
-    layers: int, capacity: int, nodes: int, layout: Layout, device: torch.device | str, lanes: int = 1, idle: int = 0
+    layers: int, capacity: int, nodes: int, layout: Layout, device: torch.device | str, pages: int | None = None
 ) -> list[Cache]:
     """Returns empty caches of some layers with room for `capacity` tokens and passes of up to `nodes` rows of trees.
 
     Args:
-        lanes: texts that have so much room each: text i begins at row i * capacity of a layer.
-        idle: rows behind these in every layer, for texts that nobody reads.
+        pages: what a layer has, of `KEYS` rows each, for texts that share them; None: one text's room.
     """
     capacity = whole_blocks(capacity)
-    apart = lanes * capacity + whole_blocks(idle)
+    apart = capacity if pages is None else pages * KEYS
     store = layout.empty(layers * apart + nodes * TAIL, device)
     return [Cache(store, layer * apart, capacity, layers * apart, layout) for layer in range(layers)]
 
 
-def cache_bytes(layers: int, capacity: int, nodes: int, layout: Layout, lanes: int = 1, idle: int = 0) -> int:
+def cache_bytes(layers: int, capacity: int, nodes: int, layout: Layout, pages: int | None = None) -> int:
     """Returns the bytes of `new_caches`."""
-    rows = layers * (lanes * whole_blocks(capacity) + whole_blocks(idle)) + nodes * TAIL
-    return rows * layout.row_bytes
+    apart = whole_blocks(capacity) if pages is None else pages * KEYS
+    return (layers * apart + nodes * TAIL) * layout.row_bytes
 
 
 def whole_blocks(tokens: int) -> int:

@@ -83,10 +83,21 @@ def _block_at(block, walk, BLOCK: gl.constexpr, TAIL: gl.constexpr, CHAIN: gl.co
 
 
 @gluon.jit
+def _paged_row(block, walk, table, row, at, BLOCK: gl.constexpr, CHAIN: gl.constexpr):
+    """Returns a block's first row in the store, where slots are in pages: `_block_at` takes them to be in a row."""
+    pages, page_count = table
+    # the second block of a pair may not exist
+    paged = walk[5] + gl.load(pages + gl.minimum(at // BLOCK, page_count - 1))
+    if CHAIN:
+        return paged
+    return gl.where(block < walk[1], paged, row)
+
+
+@gluon.jit
 def _copy_in(
-    q_half, q_rope, k_half, k_rope, sm, bars, place, splits,
+    q_half, q_rope, k_half, k_rope, sm, bars, place, splits, table,
     C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    HEADS: gl.constexpr, CHAIN: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup of copies: queries once, then every block as soon as its buffer is free."""
     queries, handed, keys, key_ropes = sm
@@ -102,7 +113,9 @@ def _copy_in(
         walk, pairs = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
         for pair in range(pairs):
             for slot in gl.static_range(2):
-                _, row, _ = _block_at(2 * pair + slot, walk, BLOCK, TAIL, CHAIN)
+                at, row, _ = _block_at(2 * pair + slot, walk, BLOCK, TAIL, CHAIN)
+                if PAGED:  # looked up while its buffer is still in use
+                    row = _paged_row(2 * pair + slot, walk, table, row, at, BLOCK, CHAIN)
                 mbarrier.wait(free.index(slot), (turn & 1) ^ 1)
                 bar = full.index(slot)
                 mbarrier.expect(bar, BLOCK * (C + R) * 2)
@@ -280,7 +293,8 @@ def attend_kernel(
     k_rope,  # the store in tiles [BLOCK, R]
     parts,  # [S * padded, C] bf16
     length,  # [B] int32
-    lanes,  # [B] int32, used with LANES
+    pages,  # [B, P] int32, used with PAGED
+    page_count,  # P
     depths,  # [nodes] int32
     peaks,  # [S, padded] float32
     totals,  # [S, padded] float32
@@ -292,7 +306,7 @@ def attend_kernel(
     scale,
     texts,  # B
     each,  # programs a tile
-    LANES: gl.constexpr,
+    PAGED: gl.constexpr,
     HEADS: gl.constexpr,
     C: gl.constexpr,
     R: gl.constexpr,
@@ -314,14 +328,15 @@ def attend_kernel(
     tile, turn = gl.program_id(0) % tiles, gl.program_id(0) // tiles
     row = tile * ROWS
     q_row = row
-    if LANES:  # no tile has nodes of two texts
+    if PAGED:  # no tile has nodes of two texts
         text = tile // (tiles // texts)
         tile = tile % (tiles // texts)
         q_row = text * nodes * HEADS + tile * ROWS
         spare += text * nodes * TAIL
-        base += gl.load(lanes + text)
+        table = (pages + text * page_count, page_count)
         start = gl.load(length + text)
     else:
+        table = ()  # type: ignore[assignment]
         start = gl.load(length)
     count = split_of(start + deepest) + 1
     if turn < count:
@@ -350,7 +365,7 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (_copy_in, (q_half, q_rope, k_half, k_rope, (queries, handed, keys, key_ropes), (q_bar, full, free),
-                            place, splits, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN)),
+                            place, splits, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
                              0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,

@@ -90,27 +90,34 @@ def _widened(x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def text_of(length, lanes, base, text, LANES: tl.constexpr):
-    """Returns how many slots a text of the pass has committed, and the first row of its slots."""
-    if LANES:
-        start, first = tl.load(length + text), base + tl.load(lanes + text)
+def start_of(length, text, PAGED: tl.constexpr):
+    """Returns how many slots a text of the pass has committed."""
+    if PAGED:
+        start = tl.load(length + text)
     else:
-        start, first = tl.load(length), base
-    return start, first
+        start = tl.load(length)
+    return start
+
+
+@triton.jit
+def paged_rows(slots, mask, pages, BLOCK: tl.constexpr):
+    """Returns the rows, of those of a layer, of a text's slots; `pages` are the text's own."""
+    return tl.load(pages + slots // BLOCK, mask=mask, other=0) + slots % BLOCK
 
 
 @triton.jit(do_not_specialize=["each"])
 def _gather_kernel(
     store,  # [rows of all layers, WORDS] int32
     length,  # [B] int32
-    lanes,  # [B] int32, used with LANES
+    pages,  # [B, P] int32, used with PAGED
+    page_count,  # P
     depths,  # [each] int32
     ancestors,  # [each, A] int32
     base,  # first row of the layer
     spare,  # first row of the room for tails
     columns,  # A
     each,  # nodes a text
-    LANES: tl.constexpr,
+    PAGED: tl.constexpr,
     BLOCK: tl.constexpr,
     WORDS: tl.constexpr,
     TAIL: tl.constexpr,
@@ -122,7 +129,7 @@ def _gather_kernel(
     follow(PDL)
     row = tl.program_id(0)
     text, node = row // each, row % each
-    start, base = text_of(length, lanes, base, text, LANES)
+    start = start_of(length, text, PAGED)
     whole = start // BLOCK * BLOCK
     at = whole + tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     lane = tl.arange(0, WIDE)
@@ -130,6 +137,8 @@ def _gather_kernel(
     drafted = held & (at >= start)
     slot = tl.where(drafted, start + tl.load(ancestors + node * columns + at - start, mask=drafted, other=0), at)
     mask = held[:, None] & (lane < WORDS)[None, :]
+    if PAGED:
+        slot = paged_rows(slot, held, pages + text * page_count, BLOCK)
     # what lies beyond is masked later, but a NaN would survive a weight of zero
     keys = tl.load(store + (base + slot).to(tl.int64)[:, None] * WORDS + lane[None, :], mask=mask, other=0)
     target = store + (spare + row * TAIL + at - whole).to(tl.int64)[:, None] * WORDS + lane[None, :]
@@ -145,7 +154,8 @@ def _attend_kernel(
     parts_desc,  # [S * padded, C] in tiles [ROWS, WIDTH]
     scales,  # [rows of all layers, ceil(C / 128)] float32, BYTES apart, used with PACKED
     length,  # [B] int32
-    lanes,  # [B] int32, used with LANES
+    pages,  # [B, P] int32, used with PAGED
+    page_count,  # P
     depths,  # [nodes] int32
     peaks,  # [S, padded] float32
     totals,  # [S, padded] float32
@@ -156,7 +166,7 @@ def _attend_kernel(
     deepest,  # largest depth
     scale,
     texts,  # B
-    LANES: tl.constexpr,
+    PAGED: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -183,11 +193,11 @@ def _attend_kernel(
     tiles = padded // ROWS
     place, tile, q_row = tl.program_id(0) % tiles, tl.program_id(0) % tiles, (tl.program_id(0) % tiles) * ROWS
     text = 0
-    if LANES:  # no tile has nodes of two texts
+    if PAGED:  # no tile has nodes of two texts
         text, tile = place // (tiles // texts), place % (tiles // texts)
         q_row = text * nodes * HEADS + tile * ROWS
         spare += text * nodes * TAIL
-    start, base = text_of(length, lanes, base, text, LANES)
+    start = start_of(length, text, PAGED)
     splits = split_of(start + deepest) + 1
     whole = start // BLOCK * BLOCK
     # the long splits come first; programs past the last split have nothing to do
@@ -221,6 +231,12 @@ def _attend_kernel(
             member = late // tl.maximum(own, 1)
             at0 = tl.where(block < shared, at0, tail + (late - member * own) * BLOCK)
             key0 = tl.where(block < shared, base + at0, spare + (node0 + member) * TAIL + at0 - whole)
+        if PAGED:
+            page = base + tl.load(pages + text * page_count + at0 // BLOCK)
+            if CHAIN:
+                key0 = page
+            else:
+                key0 = tl.where(block < shared, page, key0)
         if PACKED:
             its_scales = scales + (key0 + in_block).to(tl.int64) * (BYTES // 4)
             latents = _unpacked_tiles(latent_desc, key0, its_scales, TILES, WIDTH, WIDE)
@@ -249,7 +265,7 @@ def _combine_kernel(
     count,  # padded
     each,  # nodes a text
     pairs,  # of a text, in whole tiles
-    LANES: tl.constexpr,
+    PAGED: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -260,7 +276,7 @@ def _combine_kernel(
     follow(PDL)
     node, head = tl.program_id(0), tl.program_id(1)
     row, place = node * HEADS + head, node
-    if LANES:
+    if PAGED:
         text, place = node // each, node % each
         row = text * pairs + place * HEADS + head
         length += text

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from mtp_spec.kernels.launching import follow
-from mtp_spec.kernels.mla_kernels import text_of
+from mtp_spec.kernels.mla_kernels import paged_rows, start_of
 from mtp_spec.kernels.quant import _store_quantised, block_scaled
 
 
@@ -39,7 +39,8 @@ def _prepare_kernel(
     kv_norm,  # [C]
     table,  # [L, 2, R] float32
     length,  # [B] int32
-    lanes,  # [B] int32, used with LANES
+    pages,  # [B, P] int32, used with PAGED
+    page_count,  # P
     depths,  # [each] int32
     slots,  # [each] int32
     quantised,  # [M, A_ROWS] e4m3, used with LORA
@@ -51,10 +52,11 @@ def _prepare_kernel(
     offset,
     eps,
     each,  # rows a text
-    LANES: tl.constexpr,
+    PAGED: tl.constexpr,
     A_ROWS: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
+    BLOCK: tl.constexpr,
     WIDE_A: tl.constexpr,
     WIDE_C: tl.constexpr,
     WIDE_R: tl.constexpr,
@@ -70,9 +72,13 @@ def _prepare_kernel(
     row = tl.program_id(0)
     source = down + row.to(tl.int64) * (A_ROWS + C + R)
     if tl.program_id(1) == 0:
-        start, base = text_of(length, lanes, base, row // each, LANES)
+        start = start_of(length, row // each, PAGED)
         place = row % each
-        at = (base + start + tl.load(slots + place)).to(tl.int64)
+        if PAGED:
+            slot = start + tl.load(slots + place)
+            at = (base + paged_rows(slot, slot >= 0, pages + row // each * page_count, BLOCK)).to(tl.int64)
+        else:
+            at = (base + start + tl.load(slots + place)).to(tl.int64)
         lane = tl.arange(0, WIDE_C)
         normed = _normed(source + A_ROWS, kv_norm, eps, C, WIDE_C)
         if PACKED:
@@ -135,7 +141,7 @@ def _absorb_kernel(
     offset,
     heads,  # of the output, padded
     each,  # rows a text
-    LANES: tl.constexpr,
+    PAGED: tl.constexpr,
     N: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -157,7 +163,7 @@ def _absorb_kernel(
         for first in range(0, rows, ROWS):
             row = first + lane
             real = row < rows
-            if LANES:
+            if PAGED:
                 its_start = tl.load(length + row // each, mask=real, other=0) + offset
                 position = its_start + tl.load(depths + row % each, mask=real, other=0)
             else:

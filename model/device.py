@@ -172,9 +172,9 @@ class DeviceModel:
         """What a token's row of the caches holds."""
         return self.layers[0].attention.head.layout(self.packed_cache)
 
-    def new_caches(self, tokens: int, nodes: int, lanes: int = 1, idle: int = 0) -> list[Cache]:
+    def new_caches(self, tokens: int, nodes: int, pages: int | None = None) -> list[Cache]:
         """Returns caches of all layers and, last, of the MTP modules; arguments as `mla_cache.new_caches`."""
-        return new_caches(len(self.layers) + len(self.mtp), tokens, nodes, self.layout, self.device, lanes, idle)
+        return new_caches(len(self.layers) + len(self.mtp), tokens, nodes, self.layout, self.device, pages)
 
     def parameters(self) -> list[Tensor]:
         """Returns the tensors that hold weights, scales included."""

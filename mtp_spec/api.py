@@ -13,10 +13,10 @@ import torch
 from mtp_spec.agreement import Watch
 from mtp_spec.batch import Batch
 from mtp_spec.device_batch import DeviceBatch
-from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime, SharedDecoder
+from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime, SharedDecoder, late_of
 from mtp_spec.device_group import Groups, shares
 from mtp_spec.device_guided import GuidedDecoder
-from mtp_spec.device_lanes import Lane
+from mtp_spec.device_pages import DeviceLease
 from mtp_spec.device_planned import PLANNED_DEPTH, PlannedDecoder
 from mtp_spec.engine import PREFILL_CHUNK, Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
@@ -32,7 +32,7 @@ from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.rows import PROBE_ROWS, RowWays, Technique
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation, sample_seeds
-from mtp_spec.pages import Lease, Pages
+from mtp_spec.pages import HostLease, HostPages
 from mtp_spec.passes import Runner
 from mtp_spec.planner import TextPlanner
 from mtp_spec.requests import Request, checked_ids, is_batch, too_long
@@ -75,7 +75,7 @@ class LM:
         if isinstance(model, Transformer):
             self._planners = Planners(model, tokenizer, max_context, measure, progress)
         self.runtime = DeviceRuntime(model, max_context) if isinstance(model, DeviceModel) else None
-        self._groups = None if self.runtime is None else Groups(self.runtime, max_batch)
+        self._groups = None if self.runtime is None else Groups(self.runtime, max_batch, cache_tokens)
 
     @property
     def technique(self) -> Technique:
@@ -269,15 +269,15 @@ class LM:
         ids, sampler, speculation = request.ids, request.sampler, request.speculation
         is_last = request.finisher.push
         if self.runtime is not None:
-            assert lease is None or isinstance(lease, Lane)
+            assert lease is None or isinstance(lease, DeviceLease)
             if lease is not None and shares(request):
-                return SharedDecoder(self.runtime.model, lease, ids, sampler, is_last)
+                return SharedDecoder(self.runtime.model, ids, sampler, is_last, lease, late_of(speculation))
             planned = speculation is not None and speculation.adaptive
             kind = GuidedDecoder if sampler.processors else PlannedDecoder if planned else DeviceDecoder
             earlier = after.decoder if after is not None and isinstance(after.decoder, DeviceDecoder) else None
             return kind(self.runtime, ids, sampler, speculation, is_last, lease, earlier)
         assert isinstance(self.model, Transformer)
-        assert lease is None or isinstance(lease, Lease)
+        assert lease is None or isinstance(lease, HostLease)
         prefix = after.decoder.prefix() if after is not None and isinstance(after.decoder, Decoder) else None
         reused = 0
         if prefix is not None and prefix.threads == torch.get_num_threads():
@@ -298,12 +298,12 @@ class LM:
         free = self._cuts_are_free()
         return Runner(self.model, self.technique, PREFILL_CHUNK if free else PROBE_ROWS[-1], free)
 
-    def _new_pages(self) -> Pages | None:
+    def _new_pages(self) -> HostPages | None:
         """Returns the planned memory of the caches of texts side by side; None on a GPU."""
         if not isinstance(self.model, Transformer) or self.model.device.type != "cpu":
             return None
         plan = PagePlan.of(self.config, self.model.dtype, self.max_context, self.max_batch, self.cache_tokens)
-        return Pages(self.model.new_layers(plan.pages), len(self.model.mtp))
+        return HostPages(self.model.new_layers(plan.pages), len(self.model.mtp))
 
     def _cuts_are_free(self) -> bool:
         """Returns whether caches can be handed on token by token without changing a bit; else in whole chunks."""

@@ -16,9 +16,7 @@ import torch
 
 from mtp_spec import company
 from mtp_spec.engine import Decoder
-from mtp_spec.errors import MTPSpecError
-from mtp_spec.model.cache import PAGE, pages_for
-from mtp_spec.pages import Lease, Pages
+from mtp_spec.pages import HostLease, HostPages, Lease, check_pages
 from mtp_spec.passes import MainRows, ModuleRows, Runner, Turn
 from mtp_spec.requests import Request
 from mtp_spec.worker import Full, Text, Worker, Writer
@@ -35,20 +33,15 @@ class Batch(Worker):
         pages: the memory of their caches; who finds none free waits. None where texts have memory of their own.
     """
 
-    def __init__(self, most: int, pages: Pages | None) -> None:
+    def __init__(self, most: int, pages: HostPages | None) -> None:
         super().__init__(most)
         self.pages, self._round = pages, 0
         self._runner: Runner | None = None
         self._way = (0, False)  # how the caches' rows are computed: threads, and whether one way is as good as another
 
     def _check(self, request: Request) -> None:
-        needed = pages_for(request.room)
-        if self.pages is not None and needed > self.pages.total:
-            raise MTPSpecError(
-                f"this text may need {needed} pages of {PAGE} tokens ({len(request.ids)} of the prompt, up to "
-                f"{request.limit} new ones, and its drafts), and there are {self.pages.total}: shorten it, lower "
-                "max_new_tokens, or load with more cache_tokens"
-            )
+        if self.pages is not None:
+            check_pages(request, request.room, self.pages.total)
 
     def _begins(self, writer: Writer, threads: int) -> None:
         if threads != torch.get_num_threads():
@@ -80,29 +73,18 @@ class Batch(Worker):
         seconds = self._run(verifying + reading)
         company.learn(verified, seconds, drafted, perf_counter() - start - seconds)
 
-    def _place(self, request: Request) -> Lease | None:
+    def _place(self, request: Request) -> HostLease | None:
         if self.pages is None:
             return None
         prompt = request.ids if self._way[1] else []  # elsewhere rows depend on their passes: nothing is shared
+        others = [(text.lease, text.request.ids, text.request.strict) for text in self._running
+                  if isinstance(text.lease, Lease)]  # fmt: skip
         lease = None
-        if not self._is_being_read(request, prompt):
+        if not self.pages.is_being_read(prompt, request.strict, others):
             lease = self.pages.lease(prompt, request.room, request.strict)
         if lease is None:
             raise Full
         return lease
-
-    def _is_being_read(self, request: Request, prompt: Sequence[int]) -> bool:
-        """Whether a running text is about to fill pages that a prompt begins with: waiting for them costs less."""
-        assert self.pages is not None
-        for text in self._running:
-            soon = self.pages.will_share(prompt, text.request.ids)
-            if not isinstance(text.lease, Lease) or soon <= text.lease.published:
-                continue
-            if request.strict and not text.request.strict:
-                continue
-            if soon > len(self.pages.shared(prompt, request.strict)) * PAGE:
-                return True
-        return False
 
     def _reading(self) -> list[Text]:
         """Returns the texts whose prompts are read in this round: those that have waited longest."""

@@ -16,9 +16,9 @@ import torch
 
 from mtp_spec.device_engine import SharedDecoder
 from mtp_spec.device_group import Group, Groups, drafting
-from mtp_spec.device_lanes import Lane
+from mtp_spec.device_pages import DeviceLease, room_of
 from mtp_spec.device_reader import First
-from mtp_spec.device_state import PREFILL_ROWS, SLACK
+from mtp_spec.pages import check_pages
 from mtp_spec.passes import Turn
 from mtp_spec.requests import Request
 from mtp_spec.worker import Full, Text, Worker, Writer
@@ -42,19 +42,23 @@ class DeviceBatch(Worker):
         self._shared: dict[SharedDecoder, Text] = {}  # those that share steps
 
     def _check(self, request: Request) -> None:
-        """Every text fits: a lane has room for the longest."""
+        if self.most > 1:
+            check_pages(request, room_of(request, self.groups.runtime.max_context), self.groups.page_count)
 
     def _begins(self, writer: Writer, threads: int) -> None:
         """Captured steps need no preparation."""
 
-    def _place(self, request: Request) -> Lane | None:
+    def _place(self, request: Request) -> DeviceLease | None:
         if self.most == 1:
             return None
-        lane = self.groups.lanes.take()
-        if lane is None:
+        pages, drafts, lease = self.groups.pages, drafting(request), None
+        others = [(text.lease, text.request.ids, drafting(text.request)) for text in self._running
+                  if isinstance(text.lease, DeviceLease)]  # fmt: skip
+        if not pages.is_being_read(request.ids, drafts, others):
+            lease = pages.lease(request.ids, room_of(request, self.groups.runtime.max_context), drafts)
+        if lease is None:
             raise Full
-        lane.used = min(lane.capacity, len(request.ids) + max(request.limit + SLACK, PREFILL_ROWS[-1]))
-        return lane
+        return lease
 
     @torch.inference_mode()
     def turn(self) -> None:
@@ -144,7 +148,7 @@ class DeviceBatch(Worker):
         if rows is None:
             return [oldest], *reader.chunk(decoder, drafts)
         some = [text for text in self._unread if drafting(text.request) == drafts
-                and len(_shared(text).tokens) <= rows][: reader.together(rows)]  # fmt: skip
+                and reader.fits(_shared(text), rows)][: reader.together(rows)]  # fmt: skip
         return some, *reader.whole([_shared(text) for text in some], rows, drafts)
 
     def _leave(self, texts: Sequence[Text]) -> None:

@@ -37,7 +37,7 @@ def feed_modules(
     order, text = constants.integers(range(rows)), constants.places(range(texts))
     for module, cache in enumerate(state.mtp_caches):
         begin = torch.maximum(first - module, state.begun)
-        plan = mla.Plan(begin, order, order, None, rows - 1, module + 1, state.lanes)
+        plan = mla.Plan(begin, order, order, None, rows - 1, module + 1, state.pages)
         if module == 0:
             own = model.mtp_rows(0, ids.flatten(), hidden.flatten(0, 1), cache, plan)
             outputs = own = own.unflatten(0, (texts, rows))
@@ -75,6 +75,6 @@ def run_module(
         table = constants.table(paths)
     plan = mla.Plan(
         (state.length - module).clamp_min(0), constants.integers([level] * len(nodes)),
-        constants.integers(node - base for node in nodes), table, level, module + begins, state.lanes,
+        constants.integers(node - base for node in nodes), table, level, module + begins, state.pages,
     )  # fmt: skip
     return model.mtp_rows(module, ids, hidden, state.mtp_caches[module], plan)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from mtp_spec.accept import Drawn
-from mtp_spec.device_lanes import Lane
+from mtp_spec.device_pages import DeviceLease
 from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import MOST, State, prefill_rows, stages_of
+from mtp_spec.device_state import MOST, WAITING, State, prefill_rows, stages_of
 from mtp_spec.device_step import Graphs, Prefill, Step
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import commit as commits
@@ -53,14 +53,25 @@ class DeviceRuntime:
         self.model, self.max_context, self.turns = model, max_context, Turns()
         self.graphs = Graphs(model.device, model.ranks.size > 1) if model.device.type == "cuda" else None
         self._states: list[State] = []
+        self._paged: list[State] = []
         self._kept: dict[Hashable, object] = {}
 
-    def acquire(self, lane: Lane | None = None, wanted: State | None = None) -> State:
-        """Returns a state that no other text uses, on a lane or with caches of its own; `wanted`, if given, is one."""
-        if lane is not None:
-            return self.kept((lane, "state"), lambda: State(self.model, self.max_context, lane.caches()))
-        state = wanted or next((state for state in self._states if not state.busy), None)
-        if state is None:
+    def acquire(self, lease: DeviceLease | None = None, wanted: State | None = None) -> State:
+        """Returns a state that no other text uses, with caches of its own; with a lease it is still on idle pages.
+
+        Args:
+            wanted: one of those.
+        """
+        states = self._states if lease is None else self._paged
+        state = wanted or next((state for state in states if not state.busy), None)
+        if lease is not None:
+            store = lease.store
+            if state is None:
+                state = State(self.model, self.max_context, store.caches, store.one(store.idle_row))
+                states.append(state)
+            assert state.pages is not None
+            state.pages.copy_(store.tables[store.idle_row])
+        elif state is None:
             if self.graphs is not None:
                 others = f" beside {len(self._states)} more" if self._states else ""
                 check_room(plan_memory(self.model, self.max_context).caches, self.model.device, f"A text{others}")
@@ -112,15 +123,34 @@ class DeviceText:
 
     Args:
         sampler: draws the tokens.  is_last: told each token; true ends the text there.
+        lease: where its caches are; None for some of its own.
+        late: tokens that MTP modules may not have seen yet, see `late_of`; None where the text does not draft.
     """
 
     def __init__(
-        self, model: DeviceModel, prompt: Sequence[int], sampler: Sampler, is_last: Callable[[int], bool]
-    ) -> None:
+        self, model: DeviceModel, prompt: Sequence[int], sampler: Sampler, is_last: Callable[[int], bool],
+        lease: DeviceLease | None, late: int | None,
+    ) -> None:  # fmt: skip
+        self.lease, self._late = lease, late
         self.model, self.sampler, self.is_last = model, sampler, is_last
         self.tokens, self.prompt_tokens, self.stages = list(prompt), len(prompt), stages_of(sampler.params)
-        self.stats = GenerationStats()
+        self.stats = GenerationStats(reused_tokens=0 if lease is None else lease.reused)
         self.finished = False
+
+    def has_read(self, count: int) -> None:
+        """Lets others share what is read of the prompt, or about to be: its first `count` tokens."""
+        self._share(count, min(count, len(self.tokens) - 1))
+
+    def _publish(self) -> None:
+        """Lets others share what the caches hold of the text."""
+        held = len(self.tokens) - 1
+        self._share(held, held - (self._late or 0))
+
+    def _share(self, held: int, fed: int) -> None:
+        """Lets others share pages with these slots of the main model, and of the first MTP module if it drafts."""
+        if self.lease is not None:
+            drafts = self._late is not None
+            self.lease.publish(self.tokens, fed - len(self.model.mtp) + 1 if drafts else held, drafts)
 
     def _stepped(self, done: Turn) -> list[Drawn]:
         """Commits what a step brought, and counts it."""
@@ -143,6 +173,7 @@ class DeviceText:
             if self.is_last(token):
                 self.finished = True
                 break
+        self._publish()
         return drawn
 
     def _fail(self, row: Tensor | None) -> None:
@@ -156,19 +187,21 @@ class DeviceText:
 
 
 class SharedDecoder(DeviceText):
-    """One of several texts, whose prompt is read and whose steps are taken by somebody else.
+    """One of several texts, whose prompt is read and whose steps are taken by somebody else; arguments as `DeviceText`.
 
     Attributes:
-        lane: where its caches are.
         turn: what it waits for.
         waiting: rows that plain steps put aside for the MTP modules, see `device_planned`.
     """
 
+    lease: DeviceLease
+
     def __init__(
-        self, model: DeviceModel, lane: Lane, prompt: Sequence[int], sampler: Sampler, is_last: Callable[[int], bool]
-    ) -> None:
-        super().__init__(model, prompt, sampler, is_last)
-        self.lane, self.turn, self.waiting = lane, Turn(prompt=True), 1
+        self, model: DeviceModel, prompt: Sequence[int], sampler: Sampler, is_last: Callable[[int], bool],
+        lease: DeviceLease, late: int | None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, prompt, sampler, is_last, lease, late)
+        self.turn, self.waiting = Turn(prompt=True), 1
 
     def taken(self) -> list[Drawn]:
         """Commits what the turn has brought and waits for the next one; returns the tokens."""
@@ -196,7 +229,7 @@ class DeviceDecoder(DeviceText):
     """One sequence being generated; arguments as for `engine.Decoder`, with the runtime for the model.
 
     Args:
-        lane: where its caches are; None for some of its own.
+        lease: where its caches are; None for some of its own.
         after: an earlier text with caches of its own: they become this text's if no other has used them since.
     Attributes:
         draws: whether steps draw their own tokens; `device_guided` draws them on the host.
@@ -211,23 +244,26 @@ class DeviceDecoder(DeviceText):
         sampler: Sampler,
         speculation: Speculation | None,
         is_last: Callable[[int], bool],
-        lane: Lane | None = None,
+        lease: DeviceLease | None = None,
         after: DeviceDecoder | None = None,
     ) -> None:
-        super().__init__(runtime.model, prompt, sampler, is_last)
+        super().__init__(runtime.model, prompt, sampler, is_last, lease, late_of(speculation))
         self.runtime, self.drafts = runtime, speculation is not None
         self._read = False  # whether the caches hold the prompt
         with torch.inference_mode(), runtime.turns, self.model.ranks.together():
             left = None if after is None else after.leave()
-            self.state = state = runtime.acquire(lane, None if left is None or after is None else after.state)
+            state = runtime.acquire(lease, None if left is None or after is None else after.state)
+            self.state: State = state
             self._release = weakref.finalize(self, _free, state)
             self._user = state.user = object()
             # the modules' caches stay where this text does not draft
             self._undrafted = None if self.drafts else left
             if left is not None:
                 self.stats.reused_tokens = left.shared(prompt, self.drafts)
-            with state.first_slots_aside() if self.stats.reused_tokens else nullcontext():
+            with state.first_slots_aside() if left is not None and self.stats.reused_tokens else nullcontext():
                 self.one_step = self._prepare(speculation)
+            if lease is not None and state.pages is not None:
+                state.pages.copy_(lease.store.tables[lease.row])
         self._launched: deque[Launched] = deque()
         cuda = self.model.device.type == "cuda"
         size = commits.record_size(MOST)
@@ -286,6 +322,7 @@ class DeviceDecoder(DeviceText):
             drawn, length = (torch.full((1,), number, device=last.device) for number in (token, len(prompt)))
             state.start(drawn, last, length, self.stages.penalty)
         self._read = True
+        self.has_read(len(prompt))
         if failed:
             self._fail(logits[0])
         self.stats.record_prefill(len(prompt))
@@ -344,6 +381,13 @@ class DeviceDecoder(DeviceText):
         self._release()
         self._read = False
         super()._fail(row)
+
+
+def late_of(speculation: Speculation | None) -> int | None:
+    """Returns how many tokens of a text, at most, its MTP modules have not seen; None where it does not draft."""
+    if speculation is None:
+        return None
+    return 2 * MOST + (WAITING if speculation.adaptive else 0)  # of steps on their way, and put aside by plain ones
 
 
 def _free(state: State) -> None:

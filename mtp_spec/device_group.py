@@ -1,7 +1,7 @@
 """Texts on a GPU that take their steps together.
 
 Every text has a slot of one state, the first ones are taken. A step is captured for the first so many slots (1, 2, 4,
-...): where fewer texts are left, the others stay where they are, on rows that nobody reads. Which lane of the caches a
+...): where fewer texts are left, the others stay where they are, on rows that nobody reads. Which pages of the caches a
 slot has stands on the device, so texts come, go and change their slots without anything being captured again.
 
 All take a step of one shape. Where it may change from step to step ("auto"), a `Ladder` for every number of texts says
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.device_engine import DeviceRuntime, SharedDecoder
-from mtp_spec.device_lanes import STEP_ROWS, STEP_TEXTS, Lanes
+from mtp_spec.device_pages import STEP_ROWS, STEP_TEXTS, DevicePages, planned_pages
 from mtp_spec.device_planned import CATCH_UP_ROWS, Rungs, planned_shapes
 from mtp_spec.device_reader import Reader
 from mtp_spec.device_shape import Shape
@@ -28,7 +28,7 @@ from mtp_spec.device_step import Step
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages
 from mtp_spec.ladder import MODEL_MEMORY, PLAIN, Chances, Ladder, TextLadder
-from mtp_spec.memory import check_room, group_bytes, lanes_bytes
+from mtp_spec.memory import check_room, group_bytes, pages_bytes
 from mtp_spec.options import Speculation
 from mtp_spec.requests import Request
 
@@ -76,15 +76,14 @@ class Group:
         most: slots.
     """
 
-    def __init__(self, runtime: DeviceRuntime, lanes: Lanes, shapes: tuple[Shape, ...], most: int) -> None:
-        self.runtime, self.lanes, self.most = runtime, lanes, most
+    def __init__(self, runtime: DeviceRuntime, pages: DevicePages, shapes: tuple[Shape, ...], most: int) -> None:
+        self.runtime, self.pages, self.most = runtime, pages, most
         self.shapes, self.planned, deepest = shapes, len(shapes) > 1, max(shape.depth for shape in shapes)
         self.drafts, self.extend = deepest > 0, deepest + 1 if deepest else 0
         model, device = runtime.model, runtime.model.device
         if device.type == "cuda":
             check_room(group_bytes(model, most), device, f"A batch of {most} texts")
-        self.state = State(model, runtime.max_context, lanes.caches,
-                           torch.full((most,), lanes.idle, dtype=torch.int32, device=device))  # fmt: skip
+        self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
         self.state.logits = torch.empty(STEP_ROWS, model.config.vocab_size, device=device)
         self.state.blank()
@@ -197,12 +196,12 @@ class Group:
                 self.state.part(place, 1).take(self.state.part(len(self._slots) - 1, 1))
                 self._slots[place] = self._slots.pop()
         state, texts = self.state, self.texts
-        assert state.lanes is not None
+        assert state.pages is not None
         assert state.live is not None
         gone = self.most - len(texts)
-        places = [*(text.lane.first for text in texts), *[self.lanes.idle] * gone]
+        places = [*(text.lease.row for text in texts), *[self.pages.idle_row] * gone]
         self._mail.send(self._inbox, [places, [1] * len(texts) + [0] * gone])
-        state.lanes.copy_(self._inbox[0])
+        torch.index_select(self.pages.tables, 0, self._inbox[0], out=state.pages)
         state.live.copy_(self._inbox[1])
         if gone:
             state.part(len(texts), gone).blank()
@@ -226,7 +225,7 @@ class Group:
 
     def _capture(self, first: int, slots: int) -> Part:
         state, runtime = self.state.part(first, slots), self.runtime
-        with state.set_aside(self.lanes.idle):
+        with state.set_aside(self.pages.tables[self.pages.idle_row]):
             steps = [Step(runtime.model, state, shape, self._stages, self.extend) for shape in self.shapes]
             if runtime.graphs is not None:
                 for step in steps:
@@ -251,7 +250,7 @@ class Group:
         """Times the steps on tokens of all kinds, whose rows go to as many experts as those of texts."""
         seconds, turning = [0.0] * len(self.shapes), 0.0
         for part in parts:
-            with part.state.set_aside(self.lanes.idle):
+            with part.state.set_aside(self.pages.tables[self.pages.idle_row]):
                 generator = torch.Generator().manual_seed(0)
                 vocabulary, state = self.runtime.model.config.vocab_size, part.state
                 state.tokens.copy_(torch.randint(vocabulary, state.tokens.shape, generator=generator))
@@ -302,27 +301,29 @@ class Group:
 
 
 class Groups:
-    """What texts side by side share, kept from batch to batch: lanes, groups, and who reads their prompts.
+    """What texts side by side share, kept from batch to batch: pages, groups, and who reads their prompts.
 
     Args:
         most: texts side by side.
+        cache_tokens: of their pages; None for what all of them can need.
     """
 
-    def __init__(self, runtime: DeviceRuntime, most: int) -> None:
+    def __init__(self, runtime: DeviceRuntime, most: int, cache_tokens: int | None = None) -> None:
         self.runtime, self.most = runtime, most
+        self.page_count = planned_pages(runtime.max_context, most, cache_tokens)
         self._groups: dict[tuple[Shape, ...], Group] = {}
 
     @cached_property
-    def lanes(self) -> Lanes:
+    def pages(self) -> DevicePages:
         """The texts' caches, made when the first of them comes."""
         model, tokens = self.runtime.model, self.runtime.max_context
         if model.device.type == "cuda":
-            check_room(lanes_bytes(model, tokens, self.most), model.device, f"A batch of {self.most} texts")
-        return Lanes(model, tokens, self.most)
+            check_room(pages_bytes(model, tokens, self.page_count), model.device, f"A batch of {self.most} texts")
+        return DevicePages(model, tokens, self.page_count, self.most)
 
     @cached_property
     def reader(self) -> Reader:
-        return Reader(self.runtime, self.lanes)
+        return Reader(self.runtime, self.pages)
 
     def of(self, request: Request) -> Group:
         """Returns the group that a text belongs to, one that `shares`."""
@@ -330,7 +331,7 @@ class Groups:
         if shapes not in self._groups:
             for idle in [key for key, group in self._groups.items() if not group.texts][: 1 - GROUPS or None]:
                 self.runtime.forget(self._groups.pop(idle))
-            self._groups[shapes] = Group(self.runtime, self.lanes, shapes, self.most)
+            self._groups[shapes] = Group(self.runtime, self.pages, shapes, self.most)
         return self._groups[shapes]
 
     def stepping(self) -> list[Group]:

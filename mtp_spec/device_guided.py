@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtp_spec.accept import Drawn, accept_coupled
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
-from mtp_spec.device_lanes import Lane
+from mtp_spec.device_pages import DeviceLease
 from mtp_spec.device_shape import Shape
 from mtp_spec.errors import OptionError
 from mtp_spec.options import Speculation
@@ -41,7 +41,7 @@ class GuidedDecoder(DeviceDecoder):
         sampler: Sampler,
         speculation: Speculation | None,
         is_last: Callable[[int], bool],
-        lane: Lane | None = None,
+        lease: DeviceLease | None = None,
         after: DeviceDecoder | None = None,
     ) -> None:
         if speculation is not None and speculation.acceptance != "coupled":
@@ -53,7 +53,7 @@ class GuidedDecoder(DeviceDecoder):
             # the host draws between steps, so that nothing is gained by taking turns: the depth that pays on most texts
             depth = min(speculation.depth, GUIDED_DEPTH)
             speculation = Speculation(depth, speculation.branching[:depth], speculation.budget)
-        super().__init__(runtime, prompt, sampler, speculation, is_last, lane, after)
+        super().__init__(runtime, prompt, sampler, speculation, is_last, lease, after)
         self.history = sampler.history(prompt)
 
     def _first(self, logits: Tensor) -> tuple[int, bool]:
@@ -85,6 +85,7 @@ class GuidedDecoder(DeviceDecoder):
             drawn[row] = one.token
         with self.stats.phase("step"), self.runtime.turns:
             self.one_step.take(torch.tensor(drawn, dtype=torch.int32).to(self.model.device))
+        self._publish()
         return accepted.drawn
 
 

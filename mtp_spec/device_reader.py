@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from mtp_spec.device_engine import DeviceRuntime, SharedDecoder
-from mtp_spec.device_lanes import READ_TEXTS, STEP_ROWS, Lanes
+from mtp_spec.device_pages import READ_TEXTS, STEP_ROWS, DevicePages
 from mtp_spec.device_state import PREFILL_ROWS, Mail, State, settings_of, union
 from mtp_spec.device_step import Prefill
 from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Stages, sample, seed_bits
 
-# what is sent along with a prompt: where its lane begins, its tokens, its seed, and its settings, as bits
-LANE, COUNT, SEED, SETTINGS = range(4)
+# what is sent along with a prompt: its row of the table of pages, its tokens that are known and all, its seed, and its
+# settings, as bits
+TABLE, FIRST, COUNT, SEED, SETTINGS = range(5)
 SENT = SETTINGS + COLUMNS
 
 
@@ -43,17 +44,22 @@ class First:
 
 
 class Whole:
-    """A pass that reads whole prompts of up to `rows` tokens and draws the texts' first tokens; see `Graphs.later`.
+    """A pass that reads prompts of up to `rows` tokens, or all that is not known of them, and draws the texts' first
+    tokens; see `Graphs.later`.
 
     Args:
-        state: of as many texts.  drafts: whether the MTP modules read too.  stages: that some text needs.
+        tables: of pages.  state: of as many texts.
+        drafts: whether the MTP modules read too.  stages: that some text needs.
     Attributes:
-        inbox: `[B, rows + 1 + SENT]` int64: prompts, padded with their last token, and what is sent along.
+        inbox: `[B, rows + 1 + SENT]` int64: what is to be read of prompts, padded with their last token, and what is
+            sent along.
         record: `[2, B]` int32.  logits: `[B, V]`.  Both are results, until the next pass or step.
     """
 
-    def __init__(self, runtime: DeviceRuntime, state: State, rows: int, drafts: bool, stages: Stages) -> None:
-        self.model, self.state, self.stages = runtime.model, state, stages
+    def __init__(
+        self, runtime: DeviceRuntime, tables: Tensor, state: State, rows: int, drafts: bool, stages: Stages
+    ) -> None:
+        self.model, self.tables, self.state, self.stages = runtime.model, tables, state, stages
         self._prefill = Prefill(runtime.model, state, rows, drafts)
         device = runtime.model.device
         self.inbox = torch.zeros(state.texts, rows + 1 + SENT, dtype=torch.int64, device=device)
@@ -64,32 +70,35 @@ class Whole:
     def _run(self) -> None:
         state, prefill, settings = self.state, self._prefill, self.state.settings
         ids, sent = self.inbox[:, : prefill.rows + 1], self.inbox[:, prefill.rows + 1 :]
-        count = sent[:, COUNT].clone()
+        first, count = sent[:, FIRST].clone(), sent[:, COUNT].clone()
         state.forget()
-        assert state.lanes is not None
-        state.lanes.copy_(sent[:, LANE])
+        state.length.copy_(first)
+        state.begun.copy_(first)
+        assert state.pages is not None
+        torch.index_select(self.tables, 0, sent[:, TABLE].contiguous(), out=state.pages)
         settings.seed.copy_(sent[:, SEED])
         settings.values.copy_(sent[:, SETTINGS:].view(torch.float64))
         if self.stages.penalty and settings.seen is not None:
             settings.seen.zero_().scatter_(1, ids, IN_PROMPT)
         prefill.ids.copy_(ids)
-        prefill.following.copy_(count - 1)
+        end = count - first - 1
+        prefill.following.copy_(end)
         prefill.run()
-        last = prefill.hidden.unflatten(0, (state.texts, prefill.rows))[self._text, count - 1]
+        last = prefill.hidden.unflatten(0, (state.texts, prefill.rows))[self._text, end]
         self.logits, self.record = draw(self.model.logits(last), state, last, self._text, count, self.stages)
 
 
 class Reader:
-    """Reads prompts, each into its lane.
+    """Reads prompts, each into its pages.
 
     Attributes:
         state: has the texts that were read last, in its first slots.
     """
 
-    def __init__(self, runtime: DeviceRuntime, lanes: Lanes) -> None:
-        self.runtime, self.lanes, device = runtime, lanes, runtime.model.device
-        places = torch.full((READ_TEXTS,), lanes.idle, dtype=torch.int32, device=device)
-        self.state = State(runtime.model, runtime.max_context, lanes.caches, places)
+    def __init__(self, runtime: DeviceRuntime, pages: DevicePages) -> None:
+        self.runtime, self.pages, device = runtime, pages, runtime.model.device
+        places = pages.one(pages.idle_row).repeat(READ_TEXTS, 1)
+        self.state = State(runtime.model, runtime.max_context, pages.caches, places)
         self._one = self.state.part(0, 1)
         self._text: SharedDecoder | None = None
         self._read, self._ids = 0, torch.empty(0)
@@ -98,9 +107,16 @@ class Reader:
         self._biased: list[int] = []  # slots whose last texts had a logit_bias
 
     def rows(self, text: SharedDecoder) -> int | None:
-        """Returns the rows of a pass that reads the whole prompt; None where it is to be read in chunks."""
-        fitting = (rows for rows in PREFILL_ROWS if len(text.tokens) <= rows <= self._one.caches[0].capacity)
-        return None if text is self._text else next(fitting, None)
+        """Returns the rows of a pass that reads all that is not known of a prompt; None where it is to be read in
+        chunks."""
+        return None if text is self._text else next((rows for rows in PREFILL_ROWS if self.fits(text, rows)), None)
+
+    def fits(self, text: SharedDecoder, rows: int) -> bool:
+        """Whether a pass of so many rows reads all that is not known of a prompt, and writes to its own pages only."""
+        lease = text.lease
+        if lease.reused and text.stages.penalty:  # which counts the known tokens too: they are not sent
+            return False
+        return len(text.tokens) - lease.reused <= rows <= lease.slots - lease.reused
 
     def together(self, rows: int) -> int:
         """Returns how many prompts of up to so many tokens are read in one pass."""
@@ -114,32 +130,35 @@ class Reader:
         """
         slots, stages = 1 << (len(texts) - 1).bit_length(), union([text.stages for text in texts])
         if self.runtime.graphs is None:
-            slots, rows = len(texts), max(len(text.tokens) for text in texts)
+            slots, rows = len(texts), max(len(text.tokens) - text.lease.reused for text in texts)
         self._set_biases(texts)
 
         def make() -> Whole:
-            return Whole(self.runtime, self.state.part(0, slots), rows, drafts, stages)
+            return Whole(self.runtime, self.pages.tables, self.state.part(0, slots), rows, drafts, stages)
 
         one = make() if self.runtime.graphs is None else self.runtime.kept((self, slots, rows, drafts, stages), make)
         letters = [self._letter(text, rows) for text in texts]
-        nobody = [0] * (rows + 1) + [self.lanes.idle, 1, *[0] * (SENT - SEED)]
+        nobody = [0] * (rows + 1) + [self.pages.idle_row, 0, 1, *[0] * (SENT - SEED)]
         self._mail.send(one.inbox, letters + [nobody] * (slots - len(texts)))
         one.read()
+        for text in texts:
+            text.has_read(len(text.tokens))
         return slots * rows, self._first(texts, one.record, one.logits)
 
     def chunk(self, text: SharedDecoder, drafts: bool) -> tuple[int, First | None]:
         """Reads the next chunk of a prompt; returns its rows, and at the prompt's end the first token."""
         state, prompt = self._one, text.tokens
         if self._text is not text:
-            self._text, self._read = text, 0
-            state.reset(text.sampler.params, prompt)
+            self._text, self._read = text, text.lease.reused
+            state.reset(text.sampler.params, prompt, text.lease.reused)
             self._biased = [*{*self._biased, 0}] if text.stages.bias else self._biased
-            assert state.lanes is not None
-            state.lanes.fill_(text.lane.first)
+            assert state.pages is not None
+            state.pages.copy_(self.pages.tables[text.lease.row])
             self._ids = state.sent(prompt, torch.int64)
         read = self.runtime.prefill(state, len(prompt), self._read, drafts)
         hidden = read(self._ids, self._read)
         self._read += len(hidden)
+        text.has_read(self._read)
         if self._read < len(prompt):
             return read.rows, None
         self._text = None
@@ -155,8 +174,9 @@ class Reader:
     def _letter(self, text: SharedDecoder, rows: int) -> list[int]:
         prompt, params = text.tokens, text.sampler.params
         bits = np.array(settings_of(params)).view(np.int64).tolist()
-        padding = [prompt[-1]] * (rows + 1 - len(prompt))
-        return [*prompt, *padding, text.lane.first, len(prompt), seed_bits(params.seed), *bits]
+        unread = prompt[text.lease.reused :]
+        padding = [prompt[-1]] * (rows + 1 - len(unread))
+        return [*unread, *padding, text.lease.row, text.lease.reused, len(prompt), seed_bits(params.seed), *bits]
 
     def _set_biases(self, texts: Sequence[SharedDecoder]) -> None:
         bias = self.state.settings.bias

@@ -38,7 +38,7 @@ class State:
     Args:
         tokens: most tokens of prompt and text.
         caches: of all layers and the MTP modules, with room for `tokens` and `SLACK`; its own if they are not given.
-        lanes: `[B]` int32, where in the caches each text's slots begin (`kernels.mla.Plan`); None for one text, whose
+        pages: `[B, P]` int32, where in the caches each text's slots are (`kernels.mla.Plan`); None for one text, whose
             caches these are.
     Attributes:
         length: `[B]` int32, committed slots of the main model; a module's cache has one fewer for each module before.
@@ -55,16 +55,16 @@ class State:
     """
 
     def __init__(
-        self, model: DeviceModel, tokens: int, caches: list[Cache] | None = None, lanes: Tensor | None = None
+        self, model: DeviceModel, tokens: int, caches: list[Cache] | None = None, pages: Tensor | None = None
     ) -> None:
         config, device = model.config, model.device
         held = model.new_caches(tokens + SLACK, ROWS) if caches is None else caches
         self.caches, self.mtp_caches = held[: config.num_hidden_layers], held[config.num_hidden_layers :]
-        self.store, self.lanes = held[0].store, lanes
+        self.store, self.pages = held[0].store, pages
         self.live: Tensor | None = None
         self.logits: Tensor | None = None
         model.table(held[0].capacity + MOST)
-        texts, width = 1 if lanes is None else len(lanes), config.hidden_size
+        texts, width = 1 if pages is None else len(pages), config.hidden_size
         self.length = torch.zeros(texts, dtype=torch.int32, device=device)
         self.hidden = torch.zeros(texts, ROWS, width, dtype=torch.bfloat16, device=device)
         self.begun, self.fed = torch.zeros_like(self.length), torch.zeros_like(self.length)
@@ -101,7 +101,7 @@ class State:
             return found
         part = copy.copy(self)
         part._parts = {}
-        for name in (*KEPT, "lanes", "live"):
+        for name in (*KEPT, "pages", "live"):
             setattr(part, name, some(getattr(self, name)))
         settings = self.settings
         part.settings = Settings(settings.values[first : first + count], settings.seed[first : first + count],
@@ -116,7 +116,7 @@ class State:
             reused: its first slots that the caches hold already.
             modules: whether the modules' caches are its own too; else they stay as they are.
         """
-        if self.lanes is None:
+        if self.pages is None:
             # numbers left behind could be NaN, which masks do not remove
             caches = [*self.caches, *self.mtp_caches] if modules else self.caches
             torch._foreach_zero_([cache.slots[reused:] for cache in caches])
@@ -167,18 +167,18 @@ class State:
             torch._foreach_copy_(held, kept)
 
     @contextmanager
-    def set_aside(self, idle: int) -> Iterator[None]:
+    def set_aside(self, idle: Tensor) -> Iterator[None]:
         """Lends its memory to work that is captured or timed: texts that it holds have come back afterwards.
 
         Args:
-            idle: where in the caches the work may write.
+            idle: `[P]` int32, pages to which the work may write.
         """
-        names = [name for name in (*KEPT, "lanes") if getattr(self, name) is not None]
+        names = [name for name in (*KEPT, "pages") if getattr(self, name) is not None]
         held = {name: getattr(self, name).clone() for name in names}
         seen = None if self.settings.seen is None else self.settings.seen.clone()
         try:
-            if self.lanes is not None:
-                self.lanes.fill_(idle)
+            if self.pages is not None:
+                self.pages.copy_(idle)
             self.blank()
             yield
         finally:
@@ -188,7 +188,7 @@ class State:
                 self.settings.seen.copy_(seen)
 
     def take(self, other: State) -> None:
-        """Becomes a copy of another state of as many texts; lanes apart."""
+        """Becomes a copy of another state of as many texts; pages apart."""
         torch._foreach_copy_(self._tensors(), other._tensors())  # one call: texts come and go between steps
 
     def _tensors(self) -> list[Tensor]:

@@ -90,7 +90,7 @@ class Step:
         state, shape, constants = self.state, self.shape, self._constants
         depths, order = constants.integers([0, *shape.depths]), constants.integers(range(shape.rows))
         ancestors = None if shape.is_chain else self._rows()
-        plan = mla.Plan(state.length, depths, order, ancestors, shape.depth, lanes=state.lanes)
+        plan = mla.Plan(state.length, depths, order, ancestors, shape.depth, pages=state.pages)
         self._outputs = self.model.rows(self.ids, state.caches, plan)
         self.logits = self.model.logits(self._outputs, None if state.logits is None else state.logits[: plan.rows])
 
@@ -123,7 +123,7 @@ class Step:
         if waits:
             commits.keep(self._outputs, state.tokens, state.length, state.hidden, state.ring, state.ring_tokens)
         if not shape.is_chain:
-            commits.commit(state.caches, state.length, state.path, state.record, state.lanes)
+            commits.commit(state.caches, state.length, state.path, state.record, state.pages)
         count = state.record[:, commits.COUNT]
         if state.live is None:
             state.length += count
@@ -227,7 +227,7 @@ class Prefill:
     def run(self) -> None:
         """Reads `ids` from the state's length on."""
         state, order = self.state, self._constants.integers(range(self.rows))
-        plan = mla.Plan(state.length, order, order, None, self.rows - 1, 0, state.lanes)
+        plan = mla.Plan(state.length, order, order, None, self.rows - 1, 0, state.pages)
         self.hidden = self.model.rows(self.ids[:, :-1].flatten().contiguous(), state.caches, plan)
         if self.draft:
             hidden = self.hidden.unflatten(0, (state.texts, self.rows))

@@ -14,7 +14,7 @@ from torch import Tensor
 from mtp_spec.accept import Accepted, Drawn, accept_by_rule, accept_coupled
 from mtp_spec.draft import Drafter
 from mtp_spec.options import Speculation
-from mtp_spec.pages import Lease
+from mtp_spec.pages import HostLease
 from mtp_spec.passes import MainRows, Runner, Work
 from mtp_spec.planner import ALONE, TextPlanner
 from mtp_spec.prefix import Prefix
@@ -54,7 +54,7 @@ class Decoder:
         planner: TextPlanner | None = None,
         prefix: Prefix | None = None,
         reused: int = 0,
-        lease: Lease | None = None,
+        lease: HostLease | None = None,
     ) -> None:
         model = runner.model
         self.model, self.runner, self.sampler = model, runner, sampler

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mtp_spec.kernels.mla_cache import Layout
 from mtp_spec.loading import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
-from mtp_spec.memory import plan_memory
+from mtp_spec.memory import pages_bytes, plan_memory
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary, open_checkpoint
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle
@@ -55,8 +55,10 @@ def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None, limit: 
     plan, more = plan_memory(model, limit), [plan_memory(model, limit, texts).total for texts in (2, 3)]
     listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in plan.parts().items())
     second, further = more[0] - plan.total, more[1] - more[0]
+    page = pages_bytes(model, limit, 1) - pages_bytes(model, limit, 0)
     return (f"{plan.total / 1e6:,.0f} MB in FP8 for {limit} tokens: {listed}; load(max_batch=2) "
-            f"{second / 1e6:,.0f} MB more, and {further / 1e6:,.0f} with every further text")  # fmt: skip
+            f"{second / 1e6:,.0f} MB more, and {further / 1e6:,.0f} with every further text, or with cache_tokens= "
+            f"{page / 1e6:,.2f} for every {PAGE} tokens of all")  # fmt: skip
 
 
 def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool, limit: int) -> Table:

@@ -40,6 +40,7 @@ def context_limit(path: Path, max_context: int | None) -> int:
 def load_model(
     source: Path | Checkpoint, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
     cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE, max_batch: int = 1,
+    cache_tokens: int | None = None,
 ) -> Transformer | DeviceModel:  # fmt: skip
     """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
     packed, obstacle = packs_cache(cache_dtype), f"dtype={dtype!r} runs by torch, without the FP8 kernels"
@@ -48,7 +49,8 @@ def load_model(
     if dtype in (None, torch.float8_e4m3fn):
         found = _no_fp8_here(device) or fp8_obstacle(checkpoint)
         if found is None:
-            check_memory(empty_device_model(checkpoint, "meta", ids, packed, ranks), limit, device, max_batch)
+            empty = empty_device_model(checkpoint, "meta", ids, packed, ranks)
+            check_memory(empty, limit, device, max_batch, cache_tokens)
             return load_device_model(checkpoint, device, report, ids, packed, ranks)
         obstacle = found
         if dtype is not None:
@@ -61,6 +63,8 @@ def load_model(
         dtype = torch.bfloat16 if device != "cpu" or _cpu_has_bfloat16() else torch.float32
     if cache_dtype is not None:
         raise cache_refused(cache_dtype, obstacle)
+    if device != "cpu" and cache_tokens is not None:
+        raise OptionError(f"cache_tokens={cache_tokens!r} on a GPU is for the FP8 kernels: {obstacle}; leave it out")
     if device == "cpu" and ranks.size == 1:
         check_host(checkpoint.config, dtype)
     model = load_checkpoint(checkpoint, dtype=dtype, device=device, progress=report, ranks=ranks)
@@ -135,8 +139,8 @@ def check_batch(max_batch: int, cache_tokens: int | None, device: str, ranks: Ra
         return
     if isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 1:
         raise OptionError(f"cache_tokens={cache_tokens!r}: an integer, 1 or more")
-    if str(device).split(":")[0] != "cpu":
-        raise OptionError(f"cache_tokens={cache_tokens!r} is for texts side by side on a CPU: leave it out")
+    if max_batch == 1 and str(device).split(":")[0] != "cpu":
+        raise OptionError(f"cache_tokens={cache_tokens!r} is for texts side by side: give max_batch too")
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:

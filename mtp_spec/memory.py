@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mtp_spec.device_lanes import IDLE_ROWS, READ_TEXTS, STEP_ROWS, STEP_TEXTS
+from mtp_spec.device_pages import IDLE_PAGES, READ_TEXTS, STEP_ROWS, STEP_TEXTS, planned_pages
 from mtp_spec.device_state import PREFILL_ROWS, ROWS, SLACK, WAITING
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
@@ -130,11 +130,14 @@ def check_host(config: ModelConfig, dtype: torch.dtype) -> None:
         )
 
 
-def plan_memory(model: DeviceModel, max_context: int, max_batch: int = 1) -> MemoryPlan:
+def plan_memory(
+    model: DeviceModel, max_context: int, max_batch: int = 1, cache_tokens: int | None = None
+) -> MemoryPlan:
     """Returns what a model needs for one sequence of up to `max_context` tokens; it may lie on "meta".
 
     Args:
         max_batch: with 2 or more, so many texts side by side come to it.
+        cache_tokens: of their pages; None for whole contexts.
     """
     config = model.config
     capacity = whole_blocks(max_context + SLACK)
@@ -147,17 +150,18 @@ def plan_memory(model: DeviceModel, max_context: int, max_batch: int = 1) -> Mem
     room = mla.room_bytes(capacity, head, max(PREFILL_ROWS[-1], ROWS))
     if max_batch > 1:
         rows = STEP_ROWS
-        caches += lanes_bytes(model, max_context, max_batch)
+        caches += pages_bytes(model, max_context, planned_pages(max_context, max_batch, cache_tokens))
+        settings += 4 * capacity // PAGE * (2 * max_batch + READ_TEXTS)  # where whose pages are
         settings += group_bytes(model, max_batch)
         largest = max(largest, pass_bytes(model, rows) + rows * logits // 2)
         room = max(room, mla.room_bytes(capacity, head, rows, min(max_batch, STEP_TEXTS)))
     return MemoryPlan(weights, drafts, caches, room + table + settings + COPIES * largest)
 
 
-def lanes_bytes(model: DeviceModel, max_context: int, count: int) -> int:
-    """Returns bytes of the caches of so many texts side by side."""
+def pages_bytes(model: DeviceModel, max_context: int, count: int) -> int:
+    """Returns bytes of so many pages of cache for texts side by side."""
     layers = len(model.layers) + len(model.mtp)
-    return cache_bytes(layers, max_context + SLACK, STEP_ROWS, model.layout, count, IDLE_ROWS)
+    return cache_bytes(layers, max_context + SLACK, STEP_ROWS, model.layout, count + IDLE_PAGES)
 
 
 def group_bytes(model: DeviceModel, texts: int) -> int:
@@ -185,13 +189,15 @@ def rule_bytes(config: ModelConfig, nodes: int) -> int:
     return COPIES * RULE_ROWS * (nodes + 1) * config.vocab_size * 8
 
 
-def check_memory(model: DeviceModel, max_context: int, device: str, max_batch: int = 1) -> MemoryPlan:
+def check_memory(
+    model: DeviceModel, max_context: int, device: str, max_batch: int = 1, cache_tokens: int | None = None
+) -> MemoryPlan:
     """Returns the plan.
 
     Raises:
         MTPSpecError: the device has not that much memory free; the message says what would fit.
     """
-    plan, free = plan_memory(model, max_context, max_batch), _free(torch.device(device))
+    plan, free = plan_memory(model, max_context, max_batch, cache_tokens), _free(torch.device(device))
     needed = plan.total + OVERHEAD_BYTES
     if needed <= free:
         return plan
@@ -200,10 +206,14 @@ def check_memory(model: DeviceModel, max_context: int, device: str, max_batch: i
     if plan.weights + plan.draft_head + OVERHEAD_BYTES > free:
         raise MTPSpecError(f"{head}: the weights alone do not fit; use a GPU with more memory, or several")
     if max_batch > 1:
-        fits = max_batch
-        while fits > 1 and plan_memory(model, max_context, fits).total + OVERHEAD_BYTES > free:
+        fits, tokens = max_batch, planned_pages(max_context, max_batch, cache_tokens) * PAGE
+        while fits > 1 and plan_memory(model, max_context, fits, cache_tokens).total + OVERHEAD_BYTES > free:
             fits -= 1
-        raise MTPSpecError(f"{head}: load with max_batch={fits} or less, with a smaller max_context, or free memory")
+        page = pages_bytes(model, max_context, 1) - pages_bytes(model, max_context, 0)
+        tokens -= -(-(needed - free) // page) * PAGE
+        fewer = f"with cache_tokens={tokens} or less, " if tokens > 0 else ""
+        raise MTPSpecError(f"{head}: load with max_batch={fits} or less, {fewer}with a smaller max_context, or free "
+                           "memory")  # fmt: skip
     fits = max_context
     while fits > 1 and plan_memory(model, fits).total + OVERHEAD_BYTES > free:
         fits = fits * 7 // 8

@@ -48,10 +48,9 @@ def load(
             checkpoints stay FP8 and run on this library's kernels; elsewhere it is bfloat16 where the machine computes
             it in hardware, else float32. FP8 weights are dequantised to these.
         max_context: most tokens of prompt and text together; None is the model's own limit.
-        max_batch: most texts that are written side by side, of a list or of `LM.submit`; on a GPU each has
-            memory for `max_context` tokens.
-        cache_tokens: of prompts, texts and drafts side by side, on a CPU; who finds no room waits, who needs more is
-            refused. None has room for `max_batch` texts of `max_context` tokens.
+        max_batch: most texts that are written side by side, of a list or of `LM.submit`.
+        cache_tokens: of prompts, texts and drafts side by side; who finds no room waits, who needs more is refused.
+            None has room for `max_batch` texts of `max_context` tokens.
         draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
             less of the head is read for them, and the text stays what it is. None drafts any token.
         cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
@@ -88,10 +87,11 @@ def load(
     bar = progress is True
     with ranks.together(), byte_progress(bar and ranks.rank == 0) as shown:
         report = progress if callable(progress) else shown
-        model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks, max_batch)
+        model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks, max_batch,
+                           cache_tokens)  # fmt: skip
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
-        return LM(model, tokenizer, "batched", limit, measure, bar, max_batch)
+        return LM(model, tokenizer, "batched", limit, measure, bar, max_batch, cache_tokens)
     model.requires_grad_(False)
     if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
         model.pack()

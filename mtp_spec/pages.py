@@ -11,17 +11,22 @@ one or more, so a page's name includes these.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
 from mtp_spec.prefix import common
+from mtp_spec.requests import Request
 
 Name = tuple[int, tuple[int, ...]]
+L = TypeVar("L", bound="Lease")
 
 
 @dataclass(slots=True, eq=False)
@@ -43,17 +48,16 @@ class _Node:
     after: int = 0
 
 
-class Pages:
-    """The memory, its free pages and what is known of the others.
+class Pages(ABC, Generic[L]):
+    """Which pages are free, and what is known of the others.
 
     Args:
-        layers: per layer `[pages * PAGE, width]`: the main model's, then one for each MTP module.
-        modules: how many of the layers are modules'.
+        total: how many there are.
+        modules: MTP modules whose slots they hold too.
     """
 
-    def __init__(self, layers: Sequence[Tensor], modules: int) -> None:
-        self.layers, self.modules = list(layers), modules
-        self.total = self.layers[0].shape[0] // PAGE
+    def __init__(self, total: int, modules: int) -> None:
+        self.total, self.modules = total, modules
         self._free, self._uses = list(range(self.total)), [0] * self.total
         self._nodes: dict[Name, _Node] = {}
         self._named: dict[int, _Node] = {}  # by page
@@ -70,7 +74,7 @@ class Pages:
         """Pages that no text uses and a later one may share."""
         return len(self._idle)
 
-    def lease(self, prompt: Sequence[int], tokens: int, drafted: bool) -> Lease | None:
+    def lease(self, prompt: Sequence[int], tokens: int, drafted: bool) -> L | None:
         """Returns pages for a text of so many tokens; None where too many are in use.
 
         Args:
@@ -85,12 +89,35 @@ class Pages:
             return None
         for page in own:
             self._hold(page)
-        return Lease(self, [node.page for node in shared] + own, len(shared), all(node.drafted for node in shared))
+        pages = [node.page for node in shared] + own
+        return self._leased(pages, len(shared), all(node.drafted for node in shared))
 
     def will_share(self, prompt: Sequence[int], other: Sequence[int]) -> int:
         """Returns how many tokens of a prompt are in pages that another prompt's text will have filled."""
         last = min(common(prompt, other) - self.modules, len(prompt) - 1)
         return max(0, last) // PAGE * PAGE
+
+    def is_being_read(
+        self, prompt: Sequence[int], drafted: bool, others: Iterable[tuple[Lease, Sequence[int], bool]]
+    ) -> bool:
+        """Whether a running text is about to fill pages that a prompt begins with: waiting for them costs less.
+
+        Args:
+            drafted: whether the modules' slots are needed.
+            others: of each running text its lease, its prompt, and whether it fills the modules' slots.
+        """
+        known: int | None = None
+        for lease, other, drafts in others:
+            to_come = max(0, len(other) - self.modules) // PAGE * PAGE > lease.published
+            if not to_come or (drafted and not drafts) or prompt[:PAGE] != other[:PAGE]:
+                continue
+            soon = self.will_share(prompt, other)
+            if soon <= lease.published:
+                continue
+            known = len(self.shared(prompt, drafted)) * PAGE if known is None else known
+            if soon > known:
+                return True
+        return False
 
     def forget(self) -> None:
         """Forgets what is in every page, as when it would be computed otherwise now. No text may be running."""
@@ -111,25 +138,24 @@ class Pages:
         return found
 
     def _take(self, count: int, wanted: int) -> list[int] | None:
-        """Returns cleaned pages, in a row if there are such, from `wanted` on if possible."""
+        """Returns free pages."""
         while len(self._free) < count and self._evict():
             pass
         if len(self._free) < count:
             return None
-        start = self._row(count, wanted)
+        start = self._start(count, wanted)
         own = self._free[start : start + count]
         del self._free[start : start + count]
-        for layer in self.layers:
-            for page in own:
-                # attention multiplies what was never written by zero, which would not undo a NaN
-                layer[page * PAGE : (page + 1) * PAGE].zero_()
         return own
 
-    def _row(self, count: int, wanted: int) -> int:
-        """Returns where in the list of free pages `count` numbers in a row begin; 0 if nowhere."""
-        starts = range(len(self._free) - count + 1)
-        rows = [start for start in starts if count and self._free[start + count - 1] - self._free[start] == count - 1]
-        return next((start for start in rows if self._free[start] == wanted), rows[0] if rows else 0)
+    @abstractmethod
+    def _leased(self, pages: list[int], shared: int, drafted: bool) -> L:
+        """Returns a lease, arguments as `Lease`, whose own pages have been cleaned: attention multiplies what was never
+        written by zero, which would not undo a NaN."""
+
+    def _start(self, count: int, wanted: int) -> int:
+        """Returns which of the free pages, in ascending order, are the first of so many; at `wanted` if possible."""
+        return 0
 
     def _evict(self) -> bool:
         """Frees the page that was used longest ago, of those that no other builds on."""
@@ -181,18 +207,14 @@ class Lease:
     Args:
         pages: numbers, in order of position; the first `shared` are others' too and are only read.
     Attributes:
-        cache, mtp_caches: of the main model and its modules, with the shared slots committed.
-        reused: tokens in them.
+        reused: tokens in the shared ones.
         drafted: whether the modules' shared slots are written too.
     """
 
-    def __init__(self, store: Pages, pages: list[int], shared: int, drafted: bool) -> None:
+    def __init__(self, store: Pages[L], pages: list[int], shared: int, drafted: bool) -> None:
         self._store, self._pages, self._named, self.drafted = store, pages, 0, drafted
         self._last: _Node | None = None
         self.reused = shared * PAGE
-        main = len(store.layers) - store.modules
-        self.cache = LatentCache(store.layers[:main], pages, self.reused)
-        self.mtp_caches = [LatentCache([layer], pages, self.reused) for layer in store.layers[main:]]
 
     @property
     def published(self) -> int:
@@ -217,3 +239,52 @@ class Lease:
         """Gives the pages back; no harm if repeated."""
         self._store._let_go(self._pages)
         self._pages = []
+
+
+class HostPages(Pages["HostLease"]):
+    """Pages on a CPU, those of a text in a row where possible: such are read in place.
+
+    Args:
+        layers: per layer `[pages * PAGE, width]`: the main model's, then one for each MTP module.
+        modules: how many of the layers are modules'.
+    """
+
+    def __init__(self, layers: Sequence[Tensor], modules: int) -> None:
+        super().__init__(layers[0].shape[0] // PAGE, modules)
+        self.layers = list(layers)
+
+    def _leased(self, pages: list[int], shared: int, drafted: bool) -> HostLease:
+        for layer in self.layers:
+            for page in pages[shared:]:
+                layer[page * PAGE : (page + 1) * PAGE].zero_()
+        return HostLease(self, pages, shared, drafted)
+
+    def _start(self, count: int, wanted: int) -> int:
+        starts = range(len(self._free) - count + 1)
+        rows = [start for start in starts if count and self._free[start + count - 1] - self._free[start] == count - 1]
+        return next((start for start in rows if self._free[start] == wanted), rows[0] if rows else 0)
+
+
+class HostLease(Lease):
+    """Pages of a text on a CPU.
+
+    Attributes:
+        cache, mtp_caches: of the main model and its modules, with the shared slots committed.
+    """
+
+    def __init__(self, store: HostPages, pages: list[int], shared: int, drafted: bool) -> None:
+        super().__init__(store, pages, shared, drafted)
+        main = len(store.layers) - store.modules
+        self.cache = LatentCache(store.layers[:main], pages, self.reused)
+        self.mtp_caches = [LatentCache([layer], pages, self.reused) for layer in store.layers[main:]]
+
+
+def check_pages(request: Request, tokens: int, total: int) -> None:
+    """Refuses a text of up to so many tokens, drafts included, that would not fit into all pages."""
+    needed = pages_for(tokens)
+    if needed > total:
+        raise MTPSpecError(
+            f"this text may need {needed} pages of {PAGE} tokens ({len(request.ids)} of the prompt, up to "
+            f"{request.limit} new ones, and its drafts), and there are {total}: shorten it, lower max_new_tokens, or "
+            "load with more cache_tokens"
+        )

@@ -23,7 +23,7 @@ from mtp_spec.streaming import TokenStream
 
 
 class Place(Protocol):
-    """Memory that a text has while it is written: pages of a CPU's cache, or a lane of a GPU's."""
+    """Memory that a text has while it is written: pages of a CPU's cache or a GPU's."""
 
     def end(self) -> None:
         """Gives it back; no harm if repeated."""
@@ -178,6 +178,8 @@ class Worker(ABC):
             except Full:
                 return  # first come first served: nobody overtakes
             except BaseException as error:  # the request's own: others go on
+                if self._waiting and self._waiting[0][2] is handle:  # it found no place
+                    self._waiting.popleft()
                 handle.fail(error)
                 if lease is not None:
                     lease.end()

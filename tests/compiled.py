@@ -28,9 +28,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mtp_spec.device_lanes import Lanes
+from mtp_spec.device_pages import STEP_ROWS
 from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import State, stages_of
+from mtp_spec.device_state import SLACK, State, stages_of
 from mtp_spec.device_step import Prefill, Step
 from mtp_spec.kernels import (
     commit,
@@ -46,6 +46,7 @@ from mtp_spec.kernels import (
     sampler,
     uniform,
 )
+from mtp_spec.kernels.mla_cache import KEYS
 from mtp_spec.model.config import load_config
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import SamplingParams, Speculation
@@ -148,7 +149,9 @@ def main(name: str) -> None:
             Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
         Step(model, state, Shape.of(None), stages_of(params), extend=4)._run()
         Prefill(model, state, 256, draft=True).run()
-        several = State(model, 1000, Lanes(model, 1000, 4).caches, torch.empty(4, dtype=torch.int32, device="meta"))
+        caches = model.new_caches(1000 + SLACK, STEP_ROWS, 40)
+        pages = torch.empty(4, caches[0].capacity // KEYS, dtype=torch.int32, device="meta")
+        several = State(model, 1000, caches, pages)
         several.live, several.logits = several.length.clone(), torch.empty(64, config.vocab_size, device="meta")
         for speculation in (None, chain, tree):
             shape = Shape.of(speculation)

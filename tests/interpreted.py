@@ -201,24 +201,34 @@ def attention() -> None:
             close(fp8_values(*values), fp8_values(*mla.up_reference(seen, kv_b, kv_b_scale, head)), 0.08)
 
 
-def lanes() -> None:
-    """Several texts in one pass, by chains and trees: each bitwise as alone, whatever lies in the others' lanes."""
+def pages() -> None:
+    """Several texts in one pass, by chains and trees: each bitwise as alone in a cache without pages, whatever lies in
+    the others' pages, and whatever has never been written."""
     generator = torch.Generator().manual_seed(0)
     table = torch.tensor([[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 2, 3]], dtype=torch.int32)
     depths, order = (table >= 0).sum(1).int() - 1, torch.arange(4, dtype=torch.int32)
     tree, plain, chain = (depths, order, table, 2), (order[:1], order[:1], None, 0), (order[:2], order[:2], None, 1)
     angles = torch.randn(400, 2, 16, generator=generator)
-    for heads, packed, texts, passed in ((4, False, 3, tree), (4, True, 5, plain), (33, False, 2, chain)):
-        head = mla.Head(heads, 32, 16, 32, 32, 0.1)
+    for heads, packed, lengths, passed in (
+        (4, False, (0, 66, 126), tree), (4, True, (5, 63, 64, 1, 130), plain), (33, False, (0, 63), chain),
+    ):  # fmt: skip
+        head, texts = mla.Head(heads, 32, 16, 32, 32, 0.1), len(lengths)
         kv_b, norms = torch.randn(heads * 64, 32, generator=generator).bfloat16(), torch.rand(2, 32) + 0.5
-        caches = new_caches(2, 80, 12, head.layout(packed), "cpu", lanes=texts, idle=64)
-        cache, length = caches[1], torch.tensor([0, 66, 63, 64, 1][:texts], dtype=torch.int32)
-        lane = torch.tensor([cache.capacity * text for text in (*range(1, texts), 0)], dtype=torch.int32)
-        _fill(cache, 1e4)
-        plan = mla.Plan(length, *passed, 1, lane)
+        cache = new_caches(2, 130 + 4, 20, head.layout(packed), "cpu", 4 * texts)[1]
+        numbers = torch.randperm(4 * texts, generator=generator)[: 3 * texts].view(texts, 3).int()
+        if texts == 3:  # two texts that begin alike
+            numbers[2, 0] = numbers[1, 0]
+        _fill(cache, float("nan"))  # in pages that nobody has, too
+        for page in numbers.flatten().tolist():
+            cache.write(torch.arange(64) + 64 * page, torch.full((64, head.width), 1e4))
+        plan = mla.Plan(torch.tensor(lengths, dtype=torch.int32), *passed, 1, numbers * 64)
         for _, alone, own in plan.apart(cache):
-            context = int(alone.length)
-            own.write(torch.arange(context), torch.randn(context, head.width, generator=generator).bfloat16())
+            own.write(torch.arange(int(alone.length)), torch.randn(int(alone.length), head.width, generator=generator))
+        parts = []
+        for rows, alone, own in plan.apart(cache):  # the same where slots are in a row
+            single = new_caches(2, 130 + 4, 20, head.layout(packed), "cpu")[1]
+            single.store[single.base : single.base + single.capacity] = own.slots
+            parts.append((rows, replace(alone, pages=None), single))
         down = torch.randn(plan.rows, 32 + head.width, generator=generator).bfloat16()
         q = torch.randn(plan.rows, heads * 48, generator=generator).bfloat16()
 
@@ -233,16 +243,16 @@ def lanes() -> None:
             _spoil_room(cache, head, plan)
             return [*prepared, latents, mla.attend(padded, cache, plan, head)]
 
-        parts = list(plan.apart(replace(cache, store=cache.store.clone())))
         expected = [run(*part) for part in parts]
         for room in (mla.PARTS_BYTES, 1)[: 1 + (texts == 3)]:  # the second: text by text
             mla.PARTS_BYTES, before = room, mla.PARTS_BYTES
             together = run(slice(None), plan, cache)
             mla.PARTS_BYTES = before
-            for (rows, *_), alone in zip(parts, expected, strict=True):
+            for (rows, _, single), alone, (*_, own) in zip(parts, expected, plan.apart(cache), strict=True):
                 for ours, theirs in zip(together, alone, strict=True):
+                    assert ours.float().isfinite().all()
                     assert torch.equal(ours[rows].view(torch.uint8), theirs.view(torch.uint8))
-            assert torch.equal(cache.store[: cache.spare], parts[0][2].store[: cache.spare])
+                assert torch.equal(own.slots, single.slots)
 
 
 def _spoil_room(cache: Cache, head: mla.Head, plan: mla.Plan) -> None:
@@ -337,14 +347,14 @@ def commits() -> None:
                 commit.runs_triton = (lambda _, kernel=kernel: kernel)  # else the references
                 if _depth(parents) < 9:
                     commit.accept(*inputs, path, tokens, record, seen)
-                caches = new_caches(3, 100, 0, Layout(64, 16, packed=rows % 2 == 1), place, lanes=texts, idle=3)
+                caches = new_caches(3, 100, 0, Layout(64, 16, packed=rows % 2 == 1), place, 6 if texts > 1 else None)
                 held = caches[0].store
                 held.copy_(torch.arange(held.numel()).view(held.shape) % 251)
-                length = torch.tensor([40, 3, 70][:texts], dtype=torch.int32, device=place)
+                length = torch.tensor([60, 3, 70][:texts], dtype=torch.int32, device=place)
                 own = chosen.to(place)
                 record[:, commit.COUNT] = torch.tensor([5, 2, 9][:texts], device=place)
-                lanes = torch.arange(texts - 1, -1, -1, dtype=torch.int32, device=place) * caches[0].capacity
-                commit.commit(caches, length, own, record, lanes if texts > 1 else None)
+                table = torch.tensor([5, 0, 2, 4, 1, 3][: 2 * texts], dtype=torch.int32, device=place).view(-1, 2) * 64
+                commit.commit(caches, length, own, record, table if texts > 1 else None)
                 hidden, ring = (torch.full((texts, count, 1300), float("nan"), device=place).bfloat16()
                                 for count in (3, 7))  # fmt: skip
                 ring_tokens = torch.full((texts, 7), -7, dtype=torch.int64, device=place)
@@ -398,7 +408,7 @@ def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    for what in (products, quantisers, experts, grouping, attention, lanes, commits, exchanges, noise, sampling):
+    for what in (products, quantisers, experts, grouping, attention, pages, commits, exchanges, noise, sampling):
         if what.__name__ == sys.argv[1]:
             what()
     print("passed")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from mtp_spec import device_group, device_planned, device_state
 from mtp_spec.api import LM
 from mtp_spec.device_engine import SharedDecoder
 from mtp_spec.device_group import Group
-from mtp_spec.device_lanes import Lanes
+from mtp_spec.device_pages import DevicePages
 from mtp_spec.device_state import State
 from mtp_spec.device_step import Prefill
 from mtp_spec.loading import check_batch
-from mtp_spec.memory import group_bytes, lanes_bytes
+from mtp_spec.memory import group_bytes, pages_bytes
+from mtp_spec.model.cache import PAGE
 from mtp_spec.model.device_checkpoint import load_device_model
 from mtp_spec.options import Speculation
 from mtp_spec.turns import Turns
@@ -191,7 +193,8 @@ def test_turns_change_nothing(
     def watched(group: Group, text: SharedDecoder) -> None:
         if text in group._slots:
             fed = int(group.state.fed[group._slots.index(text)])
-            caches = text.lane.caches()[2:]
+            table = text.lease.store.tables[text.lease.row]
+            caches = [replace(cache, pages=table) for cache in text.lease.store.caches[2:]]
             known = [cache.slots[: fed - module].clone() for module, cache in enumerate(caches)]
             held.append((text.tokens, fed, known))
         leave(group, text)
@@ -224,25 +227,31 @@ def test_auto_writes_the_plain_texts(folder: Path) -> None:
         assert handle.result(300).token_ids == lm.generate(prompt, speculation=None, **options).token_ids
 
 
-def test_memory_of_lanes_and_groups(folder: Path) -> None:
+def test_memory_of_pages_and_groups(folder: Path) -> None:
     model = load_device_model(folder, "cpu")
-    lanes = Lanes(model, 100, 3)
-    assert lanes.caches[0].store.nbytes == lanes_bytes(model, 100, 3)
-    several = State(model, 100, lanes.caches, torch.zeros(3, dtype=torch.int32))
+    pages = DevicePages(model, 100, 7, 3)
+    store = pages.caches[0].store
+    assert store.nbytes == pages_bytes(model, 100, 7)
+    several = State(model, 100, pages.caches, pages.tables[:3])
     held = sum(x.nbytes for x in vars(several).values() if isinstance(x, torch.Tensor)) - several.store.nbytes
     assert held < group_bytes(model, 3)
-    taken = [lanes.take() for _ in range(4)]
-    assert taken[3] is None
-    lane = taken[1]
-    assert lane is not None
-    lane.caches()[0].slots.fill_(float("nan"))
-    lane.used = 5
-    lane.end()
-    lane.end()
-    assert lanes.take() is lane
-    assert lanes.take() is None
-    assert lane.caches()[0].slots[:5].isfinite().all()
-    assert lane.caches()[0].slots[5:].isnan().all()
+    store.fill_(float("nan"))
+    one, two = pages.lease([], 3 * PAGE, True), pages.lease([], 2 * PAGE + 1, True)
+    assert one is not None
+    assert two is not None
+    assert pages.lease([], 2 * PAGE, True) is None
+    clean = store[: pages.caches[0].spare].isfinite().all(1).view(len(pages.caches), -1)
+    # what was leased, in every layer, and nothing else
+    assert clean[:, : 6 * PAGE].all()
+    assert not clean[:, 6 * PAGE :].any()
+    assert sorted({*pages.tables[one.row].tolist(), *pages.tables[two.row].tolist()}) == list(range(0, 6 * PAGE, PAGE))
+    one.end()
+    one.end()
+    third = pages.lease([], 4 * PAGE, True)
+    assert third is not None
+    assert third.row == one.row
+    assert not {*pages.tables[third.row].tolist()} & {*pages.tables[two.row].tolist()}
+    assert min(pages.tables[pages.idle_row].tolist()) == 7 * PAGE
 
 
 def test_a_thread_in_a_loop_keeps_nobody_out() -> None:
@@ -271,8 +280,9 @@ def test_a_thread_in_a_loop_keeps_nobody_out() -> None:
 
 def test_what_is_refused() -> None:
     check_batch(64, None, "cuda")
-    with pytest.raises(mtp_spec.OptionError, match="cache_tokens=64 is for texts side by side on a CPU"):
-        check_batch(2, 64, "cuda")
+    check_batch(2, 64, "cuda")
+    with pytest.raises(mtp_spec.OptionError, match="cache_tokens=64 is for texts side by side"):
+        check_batch(1, 64, "cuda")
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_spec.kernels import commit, fp8, gemm, moe, quant, sampler
+from mtp_spec.kernels import commit, fp8, gemm, mla, moe, quant, sampler
 from mtp_spec.kernels.mla_cache import Layout, new_caches
 
 A, A_SCALE = fp8.act_quant(torch.randn(3, 256))
@@ -42,10 +42,16 @@ def _keep(**changed: torch.Tensor) -> object:
     return commit.keep(**(given | changed))
 
 
-def _commit(*layers: int, lanes: torch.Tensor | None = None) -> object:
+def _commit(*layers: int, pages: torch.Tensor | None = None) -> object:
     caches = new_caches(4, 64, 0, Layout(32, 16), "cpu")
     path, record = torch.zeros(1, 3).long(), torch.zeros(1, commit.record_size(3), dtype=torch.int32)
-    return commit.commit([caches[layer] for layer in layers], ZERO[:1], path, record, lanes)
+    return commit.commit([caches[layer] for layer in layers], ZERO[:1], path, record, pages)
+
+
+def _attend(pages: torch.Tensor) -> object:
+    head = mla.Head(16, 32, 16, 32, 32, 0.1)
+    plan = mla.Plan(ZERO[:1], ZERO[:1], ZERO[:1], None, 0, pages=pages)
+    return mla.attend(torch.zeros(1, 16, 48).bfloat16(), new_caches(1, 128, 0, head.layout(), "cpu")[0], plan, head)
 
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
@@ -69,7 +75,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "a record of another size": (lambda: _accept(record=torch.zeros(1, 4, dtype=torch.int32)), "record is .1, 4."),
     "records of fewer texts": (lambda: _accept(path=torch.zeros(2, 3).long(), parents=ZERO[:1]), "tokens is .1, 3."),
     "caches at unequal distances": (lambda: _commit(3, 1, 2), "unequal distances"),
-    "lanes of fewer texts": (lambda: _commit(1, 2, 3, lanes=torch.zeros(2, dtype=torch.int32)), "lanes is .2."),
+    "pages of fewer texts": (lambda: _commit(1, 2, 3, pages=torch.zeros(2, 1).int()), "pages is .2, 1."),
+    "too few pages": (lambda: _attend(torch.zeros(1, 1).int()), "pages is .1, 1."),
 }
 
 

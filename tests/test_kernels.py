@@ -19,7 +19,7 @@ V3_SHAPES = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 20
 
 
 @pytest.mark.parametrize("what", ["products", "quantisers", "experts", "noise", "sampling", "grouping", "attention",
-                                  "lanes", "commits", "exchanges"])  # fmt: skip
+                                  "pages", "commits", "exchanges"])  # fmt: skip
 def test_interpreted(what: str) -> None:
     # Triton decides at import, so the interpreter has a process of its own
     program = [sys.executable, str(Path(__file__).parent / "interpreted.py"), what]

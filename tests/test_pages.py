@@ -1,4 +1,4 @@
-"""Pages of cache: none is lost or given twice, beginnings are shared bit for bit, memory stays within the plan."""
+"""HostPages of cache: none is lost or given twice, beginnings are shared bit for bit, memory stays within the plan."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import mtp_spec
 import tiny
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
-from mtp_spec.pages import Lease, Pages
+from mtp_spec.pages import HostLease, HostPages
 
 
-def store(pages: int, modules: int = 1) -> Pages:
-    return Pages([torch.full((pages * PAGE, 2), torch.nan) for _ in range(1 + modules)], modules)
+def store(pages: int, modules: int = 1) -> HostPages:
+    return HostPages([torch.full((pages * PAGE, 2), torch.nan) for _ in range(1 + modules)], modules)
 
 
-def fill(lease: Lease, tokens: list[int], held: int, drafted: bool) -> None:
+def fill(lease: HostLease, tokens: list[int], held: int, drafted: bool) -> None:
     """Writes slots that tell which tokens they were computed from, and publishes them."""
     for cache in (lease.cache, *lease.mtp_caches):
         new = range(cache.length, held)
@@ -36,7 +36,7 @@ def fill(lease: Lease, tokens: list[int], held: int, drafted: bool) -> None:
     lease.publish(tokens, held, drafted)
 
 
-def assert_holds(lease: Lease, tokens: list[int], held: int) -> None:
+def assert_holds(lease: HostLease, tokens: list[int], held: int) -> None:
     for cache in (lease.cache, *lease.mtp_caches):
         found = cache.read(0, held)[:, 0].tolist()
         assert found == [float(hash(tuple(tokens[: slot + 1])) % 4096) for slot in range(held)]
@@ -45,7 +45,7 @@ def assert_holds(lease: Lease, tokens: list[int], held: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_thousands_of_texts_lose_no_page(seed: int) -> None:
     dice, pages = random.Random(seed), store(24, modules=seed % 3)
-    running: list[tuple[Lease, list[int], int]] = []
+    running: list[tuple[HostLease, list[int], int]] = []
     shared = refused = 0
     for _ in range(3000):
         if running and dice.random() < 0.5:
