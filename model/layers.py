@@ -53,13 +53,14 @@ def probe_product(weight: Tensor, layout: Tensor | None) -> Limits:
     """Returns the limits of `product` with a matrix like this one."""
 
     def prepare() -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        if weight.numel() > LARGEST:  # so many outputs that noise shows as well
-            generator = torch.Generator().manual_seed(0)
-            own, used, x = weight, layout, torch.randn(MOST, weight.shape[1], generator=generator).to(weight.dtype)
-        else:
-            x, own = cancelling((MOST,), (weight.shape[0],), weight.shape[1])
-            used = None if layout is None else packed(own)
-        return lambda rows: F.linear(rows, own) if used is None else packed_product(rows, used), x
+        outputs, columns = weight.shape
+        # of a large matrix some outputs tell: only where work is little do libraries part sums among threads
+        x, own = cancelling((MOST,), (min(outputs, max(1, LARGEST // columns)),), columns)
+        if layout is None:
+            return lambda rows: F.linear(rows, own), x
+        used = packed(own)
+        assert used is not None
+        return lambda rows: packed_product(rows, used), x
 
     return probe(product_name(weight, layout), prepare)
 

@@ -28,7 +28,7 @@ VERIFIED = 65
 # a limit below this makes verifying many rows too slow to be of use; from the other on prompts keep to it too
 LEAST_LIMIT, PROMPT_LIMIT = 16, 64
 SPREAD = 4  # powers of two by which operands of the probe differ, up and down
-LARGEST = 2**24  # elements of a matrix that the probe makes for itself
+LARGEST = 2**23  # elements of the probe's matrix
 
 Key = tuple[Hashable, ...]
 
