@@ -28,11 +28,16 @@ class RankError(RuntimeError):
 
 @dataclass(slots=True)
 class Control:
-    """Facts through a store that all ranks reach; each also leaves signs of life there."""
+    """Facts through a store that all ranks reach; each also leaves signs of life there.
+
+    Attributes:
+        signs: where those are, for a channel; None: in the store itself.
+    """
 
     store: PrefixStore
     rank: int
     size: int
+    signs: PrefixStore | None = None
     _count: int = 0
     _beats: dict[int, tuple[int, float]] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -50,24 +55,45 @@ class Control:
             while not self._stop.wait(BEAT):
                 self.store.add(f"beat/{self.rank}", 1)
 
-    def exchange(self, value: Any) -> list[Any]:
+    def channel(self, name: str) -> Control:
+        """Returns exchanges of their own, such as another thread's, beside the same signs of life."""
+        return Control(PrefixStore(name, self.store), self.rank, self.size, self.store)
+
+    def exchange(self, value: Any, patience: float | None = None) -> list[Any]:
         """Returns every rank's value, all of them JSON.
 
+        Args:
+            patience: seconds to wait for the others; None: as long as they are alive.
+
         Raises:
-            RankError: a rank gave no sign of life for `SILENCE` seconds, or the store is gone.
+            RankError: a rank gave no sign of life for `SILENCE` seconds or did not come, or the store is gone.
         """
-        number, self._count = self._count, self._count + 1
+        number = self.give(value)
         with explained(self.rank, self.size):
-            self.store.set(f"{number}/{self.rank}", json.dumps(value))
-            found = [self._wait(number, rank) for rank in range(self.size)]
+            found = [self._wait(number, rank, patience) for rank in range(self.size)]
             # all are here, so none still reads the exchange before
             self.store.delete_key(f"{number - 1}/{self.rank}")
         return found
 
-    def _wait(self, number: int, rank: int) -> Any:
+    def give(self, value: Any) -> int:
+        """Leaves this rank's value for the next exchange, without waiting for the others; returns its number."""
+        number, self._count = self._count, self._count + 1
+        with explained(self.rank, self.size):
+            self.store.set(f"{number}/{self.rank}", json.dumps(value))
+        return number
+
+    def given(self) -> list[tuple[int, Any]]:
+        """Returns which ranks have come to the next exchange already, and with what."""
+        with explained(self.rank, self.size):
+            return [(rank, json.loads(self.store.get(f"{self._count}/{rank}"))) for rank in range(self.size)
+                    if self.store.check([f"{self._count}/{rank}"])]  # fmt: skip
+
+    def _wait(self, number: int, rank: int, patience: float | None) -> Any:
         pause, begin = SHORT, time.monotonic()
         while not self.store.check([f"{number}/{rank}"]):
             self.look(rank, begin)
+            if patience is not None and time.monotonic() - begin > patience:
+                raise RankError(f"rank {self.rank} of {self.size} waited {patience:.0f} s for rank {rank} in vain")
             time.sleep(pause)
             pause = min(2 * pause, LONG)
         return json.loads(self.store.get(f"{number}/{rank}"))
@@ -75,7 +101,7 @@ class Control:
     def look(self, rank: int, begin: float) -> None:
         """Refuses to wait for a rank that has been silent since `begin` and for too long."""
         now = time.monotonic()
-        beats = self.store.add(f"beat/{rank}", 0)
+        beats = (self.signs or self.store).add(f"beat/{rank}", 0)
         if beats != self._beats.get(rank, (-1, 0.0))[0]:
             self._beats[rank] = (beats, now)
         if now - max(begin, self._beats[rank][1]) > SILENCE:

@@ -132,9 +132,12 @@ class DeviceModel:
         return self.mtp[module](embedding, hidden, self.table(cache.capacity), cache, plan)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Returns `[M, V]` float32 logits of normed hidden states, in `out` if it is given, by one rank alone."""
+        """Returns `[M, V]` float32 logits of normed hidden states, in `out` if it is given."""
         launch = gemm.default_launch(self.config.vocab_size, self.config.hidden_size, "bf16")
-        return self.ranks.gather(gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32, out=out, launch=launch))
+        alone = self.ranks.size == 1
+        own = gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32, out=out if alone else None, launch=launch)
+        whole = self.ranks.gather(own)
+        return whole if alone or out is None else out.copy_(whole)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8; -inf where none may be."""

@@ -12,9 +12,11 @@ the order of the computation. Facts go through the group's store (`control`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from threading import local
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -26,8 +28,18 @@ from mtp_spec.model import control
 from mtp_spec.model.config import CheckpointError
 from mtp_spec.model.control import Control, RankError
 
+FAILED = "failed"  # what a rank says instead of what was expected
+
 # its name since torch 2.13, and before
 _all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+class User(Protocol):
+    """Computes in a thread of its own."""
+
+    def rests(self) -> bool:
+        """Returns whether nothing is left to compute."""
+        ...
 
 
 class Ranks:
@@ -39,13 +51,37 @@ class Ranks:
         facts: exchanges facts; None alone.
     Attributes:
         rooms: through which GPUs of one host exchange small tensors; None where the group does it all.
+        users: who computes with them in threads of their own.
+        submitted: how often texts were given to such threads, on every rank alike.
     """
 
     def __init__(
         self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None, facts: Control | None = None
     ) -> None:
-        self.rank, self.size, self.group, self._control = rank, size, group, facts
+        self.rank, self.size, self.group, self._facts = rank, size, group, facts
         self.rooms: exchange.Rooms | None = None
+        self.users, self.submitted = WeakSet[User](), 0
+        self._here, self._channels = local(), 0
+
+    @property
+    def _control(self) -> Control | None:
+        """This thread's exchange of facts."""
+        control: Control | None = getattr(self._here, "channel", self._facts)
+        return control
+
+    def channel(self) -> Control | None:
+        """Returns an exchange of facts for another thread, to be made in the same order everywhere; None alone."""
+        self._channels += 1
+        return None if self._facts is None else self._facts.channel(f"channel {self._channels}")
+
+    @contextmanager
+    def on(self, channel: Control | None) -> Iterator[None]:
+        """Lets this thread exchange facts there, so that they do not mix with another thread's."""
+        self._here.channel = channel
+        try:
+            yield
+        finally:
+            del self._here.channel
 
     def share(self, count: int, name: str, block: int = 1) -> int:
         """Returns this rank's part of `count` things, each rank's in whole blocks.
@@ -104,7 +140,7 @@ class Ranks:
         if x.numel():
             # as bytes: not every backend knows every type
             given, taken = (t.contiguous().flatten().view(torch.uint8) for t in (x, out))
-            with control.explained(self.rank, self.size):
+            with self._explained():
                 _all_gather(taken, given, self.group)
         return out
 
@@ -139,14 +175,38 @@ class Ranks:
     def _look(self, begin: float, now: float) -> None:
         assert self._control is not None
         try:
-            with control.explained(self.rank, self.size):
+            with self._explained():
                 for rank in range(self.size):
                     self._control.look(rank, begin)
+                self._listen()
         except RankError:
             self._give_up()
             raise
         if now - begin > control.PATIENCE:
             raise self._lost("an exchange between GPUs")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns errors of torch.distributed into a `RankError`; a rank that failed, and so did not come, says why."""
+        try:
+            with control.explained(self.rank, self.size):
+                yield
+        except RankError:
+            self._listen()
+            raise
+
+    def _listen(self) -> None:
+        """Raises what another rank says that has failed."""
+        given = list[tuple[int, Any]]()
+        with suppress(RankError):  # the store is gone too
+            given = [] if self._control is None else self._control.given()
+        self._check(given)
+
+    def _check(self, given: Iterable[tuple[int, Any]]) -> None:
+        for rank, value in given:
+            if isinstance(value, dict) and FAILED in value:
+                self._give_up()
+                raise RankError(f"rank {rank} of {self.size} failed: {value[FAILED]}")
 
     def _lost(self, what: str) -> RankError:
         self._give_up()
@@ -165,26 +225,33 @@ class Ranks:
     def _on_gpu(self) -> bool:
         return self.group is not None and torch.cuda.is_available() and "nccl" in dist.get_backend_config(self.group)
 
-    def agree(self, facts: Mapping[str, object]) -> None:
+    def agree(self, facts: Mapping[str, object], doubt: bool = False) -> bool:
         """Compares facts that must be the same everywhere.
+
+        Returns:
+            Whether any rank has a `doubt`.
 
         Raises:
             RankError: they are not; on every rank, with what differs.
         """
-        if self._control is None:
-            return
-        everyone = self._control.exchange({name: str(value) for name, value in facts.items()})
-        for rank, theirs in enumerate(everyone):
-            for name in everyone[0]:
-                if theirs.get(name) != everyone[0][name]:
+        everyone = self.everyone([{name: str(value) for name, value in facts.items()}, doubt])
+        first = everyone[0][0]
+        for rank, (theirs, _) in enumerate(everyone):
+            for name in first:
+                if theirs.get(name) != first[name]:
                     raise RankError(
-                        f"ranks differ in {name}: rank 0 has {everyone[0][name]}, rank {rank} has {theirs.get(name)}; "
+                        f"ranks differ in {name}: rank 0 has {first[name]}, rank {rank} has {theirs.get(name)}; "
                         "start all with the same program, options and files"
                     )
+        return any(theirs for _, theirs in everyone)
 
-    def everyone(self, value: Any) -> list[Any]:
-        """Returns what every rank gives, JSON values, however long that takes."""
-        return [value] if self._control is None else self._control.exchange(value)
+    def everyone(self, value: Any, patience: float | None = None) -> list[Any]:
+        """Returns what every rank gives, JSON values, however long that takes, or within so many seconds."""
+        if self._control is None:
+            return [value]
+        everyone = self._control.exchange(value, patience)
+        self._check(enumerate(everyone))
+        return everyone
 
     def from_first(self, value: Any) -> Any:
         """Returns what the first rank gives, a JSON value."""
@@ -205,12 +272,31 @@ class Ranks:
         except RankError:
             raise
         except Exception as error:
-            self._control.exchange(str(error) or type(error).__name__)
+            self._control.exchange({FAILED: _words(error)})
             raise
-        for rank, message in enumerate(self._control.exchange("")):
-            if message:
-                self._give_up()
-                raise RankError(f"rank {rank} of {self.size} failed: {message}")
+        self.everyone("")
+
+    def fail_alike(self, where: str, error: BaseException) -> None:
+        """Returns where every rank has failed at the same with the same kind of error, so that all can go on.
+
+        Raises:
+            RankError: others did not, or their work cannot be joined any more: on all ranks.
+        """
+        if self._control is None:
+            return
+        if isinstance(error, RankError):
+            raise error
+        mine = {FAILED: f"{where}: {_words(error)}", "kind": [where, type(error).__name__]}
+        theirs = list[Any]()
+        with suppress(RankError):  # they wait for this one elsewhere, or have ended
+            theirs = self._control.exchange(mine, control.PATIENCE)
+        if not theirs or any(not isinstance(one, dict) or one.get("kind") != mine["kind"] for one in theirs):
+            self._give_up()
+            raise RankError(f"rank {self.rank} of {self.size} failed: {mine[FAILED]}") from error
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 ALONE = Ranks()

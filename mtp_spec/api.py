@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any, cast, overload
 
@@ -29,6 +31,7 @@ from mtp_spec.measured import Planners
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.parallel import Ranks
 from mtp_spec.model.rows import PROBE_ROWS, RowWays, Technique
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation, sample_seeds
@@ -123,7 +126,10 @@ class LM:
             PromptError: an empty prompt, an id outside the vocabulary, or a prompt longer than the context.
         """
         prompts = self._prompts(prompt)
-        if not is_batch(prompt) and n is None:
+        # ranks write a single text beside others where they write several: they compute in one thread at a time
+        shared = self.model.ranks.size > 1 and self.max_batch > 1
+        if not is_batch(prompt) and n is None and not shared:
+            self._agree(prompts, options)
             return self.begin(self._request(prompts[0], options)).rest()
         results = self._samples(prompts, n, options)
         return results if is_batch(prompt) else results[0]
@@ -148,15 +154,18 @@ class LM:
         Raises:
             OptionError, PromptError: as `generate`, at once.
         """
-        if self.model.ranks.size > 1:
-            raise OptionError("submit: processes that share a model write one text after another; use generate")
-        return self._submit(self._request(self._ids(prompt), options))
+        ids = self._ids(prompt)
+        self._agree([ids], options, beside=True)
+        request = self._request(ids, options)
+        self.model.ranks.submitted += 1
+        return self._submit([request])[0]
 
     def close(self) -> None:
         """Cancels the texts that were submitted and ends their worker; the model itself can go on."""
         with self._starting:
             if self._batch is not None:
                 self._end_batch()
+                atexit.unregister(self._end_batch)
                 self._batch = None
 
     def __enter__(self) -> LM:
@@ -170,29 +179,40 @@ class LM:
         ways = [options]
         if n is not None:
             ways = [{**options, "seed": seed} for seed in sample_seeds(n, options.get("seed", 0))]
-        requests = [self._request(ids, way) for ids in prompts for way in ways]
-        texts = self._texts(requests) if self.model.ranks.size == 1 else [self.begin(one).rest() for one in requests]
+        self._agree(prompts, {**options, **({} if n is None else {"n": n})}, beside=True)
+        texts = self._texts([self._request(ids, way) for ids in prompts for way in ways])
         return texts if n is None else [texts[first : first + n] for first in range(0, len(texts), n)]
 
     def _texts(self, requests: list[Request]) -> list[Generation]:
-        handles = [self._submit(request) for request in requests]
+        handles, ranks = self._submit(requests), self.model.ranks
         try:
-            return [handle.result() for handle in handles]
+            texts = [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
                 handle.cancel()
+            ranks.submitted += 1
             raise
+        if ranks.size > 1:  # the caller's thread may compute next
+            all(user.rests() for user in ranks.users)
+        return texts
 
-    def _submit(self, request: Request) -> Handle:
+    def _submit(self, requests: list[Request]) -> list[Handle]:
         with self._starting:
             if self._batch is None:
+                ranks = self.model.ranks
                 # the batch knows this object by its texts only, so that its worker ends with a model that nobody holds
-                if self._groups is not None:
-                    self._batch = DeviceBatch(self.max_batch, self._groups)
-                else:
-                    self._batch = Batch(self.max_batch, self._new_pages())
+                with ranks.together():
+                    self._batch = self._new_batch()
                 self._end_batch = weakref.finalize(self, self._batch.close)
-            return self._batch.submit(request, self)
+                if ranks.size > 1:
+                    ranks.users.add(self._batch)
+                    atexit.register(self._end_batch)  # before the ranks leave one another, which was registered first
+            return self._batch.submit(requests, self)
+
+    def _new_batch(self) -> Worker:
+        if self._groups is not None:
+            return DeviceBatch(self.max_batch, self._groups)
+        return Batch(self.max_batch, self._new_pages(), self.model.ranks)
 
     def stream(
         self, prompt: str | Ids | Sequence[Message], *, after: TokenStream | None = None, **options: Any
@@ -207,10 +227,15 @@ class LM:
                 caches themselves are handed on: once, if no other text has used them since, and a stream left where it
                 is cannot go on. `stream.result.stats.reused_tokens` counts.
         """
-        request = self._request(self._ids(prompt), options)
+        ids = self._ids(prompt)
+        self._agree([ids], options)
+        request = self._request(ids, options)
         if after is not None and (not isinstance(after, TokenStream) or after.decoder.model is not self.model):
             raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
-        return self.begin(request, after)
+        stream, ranks = self.begin(request, after), self.model.ranks
+        if ranks.size > 1:
+            stream.allowed = partial(_check_first, ranks, ranks.submitted)
+        return stream
 
     def explain(self, prompt: str | Ids | Sequence[Message], steps: int = 3, **options: Any) -> Explanation:
         """Returns what the first verify steps drafted, what both models thought of it and what was accepted.
@@ -234,13 +259,31 @@ class LM:
     def score(self, token_ids: Ids) -> Scores:
         """Returns the model's and the MTP modules' logits for a text, teacher-forced; see `Scores`."""
         ids = checked_ids(token_ids, None, self.config, self.max_context)
-        self.model.ranks.agree(request_facts(ids, {}))
+        self._agree([ids], {})
         with nullcontext() if self.runtime is None else self.runtime.turns:
             return score_ids(self.model, ids)
 
+    def _agree(self, prompts: Sequence[list[int]], options: Mapping[str, Any], beside: bool = False) -> None:
+        """Compares what ranks are asked for.
+
+        Args:
+            beside: it is written beside the texts that this model's worker has.
+
+        Raises:
+            MTPSpecError: a worker's thread computes, and this one is to do so too.
+        """
+        ranks = self.model.ranks
+        if ranks.size == 1:
+            return
+        busy = any(not user.rests() for user in ranks.users if not beside or user is not self._batch)
+        if ranks.agree(request_facts(prompts, options), busy):
+            raise MTPSpecError(
+                "submitted texts are still being written, and ranks do one thing at a time: wait for their handles, or "
+                "close the model, then call again"
+            )
+
     def _request(self, ids: list[int], options: Mapping[str, Any]) -> Request:
         given = dict(options)
-        self.model.ranks.agree(request_facts(ids, given))
         if "n" in given:
             raise OptionError(f"n={given['n']!r}: generate and chat take it; ask for one text for each of the seeds")
         speculation = self.speculation_for(given.pop("speculation", "auto"))
@@ -363,3 +406,10 @@ class LM:
             )
         return self.tokenizer
 
+
+def _check_first(ranks: Ranks, submitted: int) -> None:
+    if ranks.submitted != submitted:
+        raise MTPSpecError(
+            "texts were submitted after this stream had begun, and ranks do one thing at a time: read a stream to its "
+            "end first, or submit its text too"
+        )

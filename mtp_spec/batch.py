@@ -16,6 +16,7 @@ import torch
 
 from mtp_spec import company
 from mtp_spec.engine import Decoder
+from mtp_spec.model.parallel import Ranks
 from mtp_spec.pages import HostLease, HostPages, Lease, check_pages
 from mtp_spec.passes import MainRows, ModuleRows, Runner, Turn
 from mtp_spec.requests import Request
@@ -31,10 +32,11 @@ class Batch(Worker):
     Args:
         most: texts that run side by side; others wait.
         pages: the memory of their caches; who finds none free waits. None where texts have memory of their own.
+        ranks: those that share the model.
     """
 
-    def __init__(self, most: int, pages: HostPages | None) -> None:
-        super().__init__(most)
+    def __init__(self, most: int, pages: HostPages | None, ranks: Ranks) -> None:
+        super().__init__(most, ranks)
         self.pages, self._round = pages, 0
         self._runner: Runner | None = None
         self._way = (0, False)  # how the caches' rows are computed: threads, and whether one way is as good as another
@@ -71,7 +73,7 @@ class Batch(Worker):
         for text in verifying:
             text.rows = text.wanted.rows if text.wanted is not None else 1
         seconds = self._run(verifying + reading)
-        company.learn(verified, seconds, drafted, perf_counter() - start - seconds)
+        company.learn(verified, seconds, drafted, perf_counter() - start - seconds, self.lockstep.ranks)
 
     def _place(self, request: Request) -> HostLease | None:
         if self.pages is None:
@@ -107,8 +109,7 @@ class Batch(Worker):
         try:
             self._runner.run(wanted)
         except BaseException as error:
-            for text in texts:
-                self._end(text, error)
+            self._fail(texts, error)
             return 0.0
         seconds = perf_counter() - start
         self._go_on(texts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mtp_spec.engine import Decoder
+from mtp_spec.model.parallel import ALONE as NO_OTHERS
+from mtp_spec.model.parallel import Ranks
 from mtp_spec.planner import ALONE, Beside
 
 
@@ -46,11 +48,18 @@ def foresee(drafting: Sequence[tuple[Decoder, int]], first: bool) -> float:
     return times.level(len(drafting), context) + times.extend(rows, context) - times.extend(len(drafting), context)
 
 
-def learn(verified: Sequence[tuple[Decoder, int]], verifying: float, drafted: float, others: float) -> None:
-    """Takes the times of a step of several texts, with so many rows each; arguments as `Planner.learn_round`."""
+def learn(
+    verified: Sequence[tuple[Decoder, int]], verifying: float, drafted: float, others: float, ranks: Ranks = NO_OTHERS
+) -> None:
+    """Takes the times of a step of several texts, with so many rows each; arguments as `Planner.learn_round`.
+
+    Args:
+        ranks: of which the first one's times count.
+    """
     planners = [decoder.planner for decoder, _ in verified if decoder.planner is not None]
     if planners and len(verified) > 1 and verifying > 0:
         rows, context = sum(rows for _, rows in verified), _context(verified)
+        verifying, others = ranks.first((verifying, others))
         planners[0].planner.learn_round(rows, context, verifying, drafted, others)
 
 

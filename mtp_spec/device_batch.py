@@ -36,7 +36,7 @@ class DeviceBatch(Worker):
     """
 
     def __init__(self, most: int, groups: Groups) -> None:
-        super().__init__(most)
+        super().__init__(most, groups.runtime.model.ranks)
         self.groups = groups
         self._unread, self._first = deque[Text](), deque[First]()
         self._shared: dict[SharedDecoder, Text] = {}  # those that share steps
@@ -86,12 +86,15 @@ class DeviceBatch(Worker):
             group.launch(alone)
             done = group.finish()
         except BaseException as error:
-            ours = group.texts
-            group.clear()
-            for decoder in ours:
-                self._end(self._shared[decoder], error)
+            self._fail([self._shared[decoder] for decoder in group.texts], error)
             return
         self._take_turns(done)
+
+    def _measured(self) -> list[float]:
+        return self.groups.measured()
+
+    def _learn(self, times: Sequence[float]) -> None:
+        self.groups.learn(times)
 
     def _take_turns(self, decoders: Sequence[SharedDecoder]) -> None:
         """Lets texts go on to their next step, who have the results of the last one."""
@@ -120,8 +123,7 @@ class DeviceBatch(Worker):
                     self._first.append(first)
                     self._join(some, first)
             except BaseException as error:  # their own: others go on
-                for text in some:
-                    self._end(text, error)
+                self._fail(some, error)
                 continue
             rows += more
         return rows

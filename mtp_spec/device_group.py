@@ -96,6 +96,7 @@ class Group:
         self._chances = Chances(MODEL_MEMORY)
         self._planner: TextLadder | None = None
         self._stages = Stages(noise=False)
+        self.untold = list[tuple[Ladder, int, float]]()  # steps' seconds, of which the first rank's will count
         self._changed = self._disturbed = self._unseen = False
         self._ended: torch.cuda.Event | None = None
 
@@ -259,6 +260,7 @@ class Group:
                 steps, between = part.rungs.seconds(state)
             seconds, turning = [a + b for a, b in zip(seconds, steps, strict=True)], turning + between
         self._disturbed = True
+        *seconds, turning = self.runtime.model.ranks.first((*seconds, turning))
         return Ladder(self.shapes, seconds, turning, self._chances)
 
     def _turn(self, rungs: list[Rungs], rung: int, texts: list[SharedDecoder]) -> None:
@@ -295,9 +297,15 @@ class Group:
     def _learn(self, done: Launched, planner: TextLadder) -> None:
         paths = [[row - 1 for row in text.turn.path[1:]] for text in done.texts if not text.finished]
         if done.ladder is not None and done.begun is not None and done.ended is not None:
-            done.ladder.learn(done.rung, done.begun.elapsed_time(done.ended) / 1e3)
+            self._took(done.ladder, done.rung, done.begun.elapsed_time(done.ended) / 1e3)
         if paths:
             planner.learn_all(done.rung, paths, None)
+
+    def _took(self, ladder: Ladder, rung: int, seconds: float) -> None:
+        if self.runtime.model.ranks.size == 1:
+            ladder.learn(rung, seconds)
+        else:
+            self.untold.append((ladder, rung, seconds))
 
 
 class Groups:
@@ -337,6 +345,18 @@ class Groups:
     def stepping(self) -> list[Group]:
         """Returns the groups that have texts."""
         return [group for group in self._groups.values() if group.texts]
+
+    def measured(self) -> list[float]:
+        """Returns the seconds of steps that ranks have measured and nothing was learned from yet."""
+        return [seconds for group in self._groups.values() for *_, seconds in group.untold]
+
+    def learn(self, times: Sequence[float]) -> None:
+        """Takes the first rank's in their place."""
+        told = iter(times)
+        for group in self._groups.values():
+            for ladder, rung, _ in group.untold:
+                ladder.learn(rung, next(told))
+            group.untold.clear()
 
 
 def shares(request: Request) -> bool:

@@ -126,8 +126,10 @@ class Decoder:
             if self.planner.beside is ALONE:
                 self.stats.record_plan(self.planner.tokens, self.planner.seconds, len(accepted.drawn), ended - start)
             if not accepted.stopped:
-                drafting, rest = self.model.ranks.first((drafted - start, ended - drafted))
-                self.planner.learn(tree, accepted.nodes, drafting, rest)
+                times = [drafted - start, ended - drafted]
+                if self.planner.beside is ALONE:  # else they are not looked at
+                    times = self.model.ranks.first(times)
+                self.planner.learn(tree, accepted.nodes, *times)
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
         self._at_rest = True

@@ -34,12 +34,16 @@ def start_facts(checkpoint: Checkpoint, device: str) -> dict[str, object]:
     }
 
 
-def request_facts(ids: Sequence[int], options: Mapping[str, Any]) -> dict[str, object]:
-    """Returns a prompt and the options of a text."""
+def request_facts(prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> dict[str, object]:
+    """Returns prompts, and the options of their texts."""
     facts: dict[str, object] = {name: repr(value) for name, value in sorted(options.items())}
     if "logits_processor" in facts:  # functions have no value to compare
         facts["logits_processor"] = "given"
-    return {"options": ", ".join(facts), **facts, "prompt": f"{len(ids)} tokens {_digest(str(list(ids)).encode())}"}
+    facts = {"options": ", ".join(facts), **facts, "prompts": len(prompts)}
+    for number, ids in enumerate(prompts):
+        name = "prompt" if len(prompts) == 1 else f"prompt {number}"
+        facts[name] = f"{len(ids)} tokens {_digest(str(list(ids)).encode())}"
+    return facts
 
 
 def _weights(checkpoint: Checkpoint) -> str:

@@ -128,13 +128,10 @@ def check_device(device: str) -> None:
         )
 
 
-def check_batch(max_batch: int, cache_tokens: int | None, device: str, ranks: Ranks = ALONE) -> None:
+def check_batch(max_batch: int, cache_tokens: int | None, device: str) -> None:
     """Refuses a number of texts side by side, or a size of their cache, that cannot be had."""
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
         raise OptionError(f"max_batch={max_batch!r}: an integer, 1 or more")
-    if max_batch > 1 and ranks.size > 1:
-        # texts are admitted as they come, which is at another moment in every process
-        raise OptionError(f"max_batch={max_batch!r} on {ranks.size} ranks: only 1 is available there; texts take turns")
     if cache_tokens is None:
         return
     if isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 1:

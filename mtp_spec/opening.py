@@ -77,11 +77,12 @@ def load(
     ranks = join_ranks(parallel, str(device))
     with ranks.together():
         device = local_device(str(device), ranks)
-        check_batch(max_batch, cache_tokens, device, ranks)
+        check_batch(max_batch, cache_tokens, device)
         limit = context_limit(config_file or folder, max_context)
         checkpoint = open_checkpoint(folder, config_file)
         chosen = dtype_of(dtype)
-    facts = {"max_context": limit, "dtype": chosen, "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype}
+    facts = {"max_context": limit, "max_batch": max_batch, "cache_tokens": cache_tokens, "dtype": chosen,
+             "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype}  # fmt: skip
     ranks.agree(facts | start_facts(checkpoint, device))
     open_rooms(ranks, device)
     bar = progress is True

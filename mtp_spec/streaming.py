@@ -108,6 +108,7 @@ class TokenStream(Iterator[TokenEvent]):
     Attributes:
         work: writes the text; whoever runs the passes it yields may run those of other texts with them.
         teller: tells what it has written.
+        allowed: asked before every step; raises where the text cannot go on.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class TokenStream(Iterator[TokenEvent]):
         if decoder.sampler.params.logprobs:
             self.result.logprobs = []
         self.teller = Teller(finisher, self.result)
+        self.allowed: Callable[[], None] | None = None
         self.work = self._share(decoder) if isinstance(decoder, SharedDecoder) else self._write(decoder)
 
     def __iter__(self) -> TokenStream:
@@ -144,6 +146,8 @@ class TokenStream(Iterator[TokenEvent]):
         Raises:
             StopIteration: the text has ended.
         """
+        if self.allowed is not None:
+            self.allowed()
         if not isinstance(self.decoder, Decoder):
             next(self.work)
         elif self.decoder.runner.advance(self.work):

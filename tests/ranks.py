@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,13 @@ import torch
 
 import mtp_spec
 from mtp_spec.api import LM
+from mtp_spec.handle import Handle
 from mtp_spec.model import control
 from mtp_spec.model.device_checkpoint import load_device_model
 from mtp_spec.model.joining import join_ranks
+from mtp_spec.worker import Worker
 
+SUBMIT = Worker.submit
 PROMPT = list(range(2, 40))
 SHAPES: dict[str, Any] = {
     "plain": None, "chain": 3, "tree": mtp_spec.Speculation(branching=(3, 2, 1)), "auto": "auto",
@@ -43,12 +50,110 @@ def short_text(lm: mtp_spec.LM) -> list[Any]:
     return [one.token_ids, repr(one.logprobs)]
 
 
+class Wishes:
+    """A processor that forbids most tokens, and fails at its third if it is to.
+
+    Args:
+        fails: whether it does.
+    """
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.calls = fails, 0
+
+    def __call__(self, ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.fails and self.calls > 2:
+            raise LookupError("a processor's own error")
+        return torch.where(torch.arange(len(logits)) < 40, logits, -torch.inf)
+
+
+def wishes(tokens: int) -> list[tuple[list[int], dict[str, Any]]]:
+    """Returns seven prompts, two with a page in common, and options of all kinds."""
+    common = {"temperature": 0.9, "logprobs": 2}
+    return [
+        (2 * PROMPT, {**common, "max_new_tokens": tokens, "speculation": "auto"}),
+        (PROMPT[:5], {**common, "max_new_tokens": 2 * tokens, "speculation": None, "top_p": 0.8}),
+        (PROMPT[3:20], {"max_new_tokens": tokens // 2, "speculation": SHAPES["tree"], "temperature": 0.0}),
+        (PROMPT[:1], {**common, "max_new_tokens": tokens, "speculation": 2, "logits_processor": Wishes()}),
+        (2 * PROMPT, {**common, "max_new_tokens": tokens, "speculation": "auto", "min_p": 0.01, "seed": 5}),
+        (PROMPT[:30], {"max_new_tokens": 1, "speculation": "auto"}),
+        (PROMPT[:9], {**common, "max_new_tokens": tokens, "speculation": 3, "presence_penalty": 1.0}),
+    ]
+
+
+def one_by_one(lm: mtp_spec.LM, tokens: int) -> list[Any]:
+    """Returns the texts of `wishes`, each written alone."""
+    return [written(lm.generate(prompt, **options)) for prompt, options in wishes(tokens)]
+
+
+def written(one: mtp_spec.Generation) -> list[Any]:
+    return [one.token_ids, repr(one.logprobs), one.finish_reason, one.stats.new_tokens]
+
+
+def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
+    """Returns the texts of `wishes`, submitted at other moments on each rank, and what became of others."""
+
+    def late(self: Worker, *given: Any) -> list[Handle]:
+        time.sleep(0.02 * rank)
+        return SUBMIT(self, *given)
+
+    Worker.submit = late  # type: ignore[method-assign]
+    endless = lm.submit(PROMPT[:3], max_new_tokens=250)
+    handles = [lm.submit(prompt, **options) for prompt, options in wishes(tokens)]
+    found: dict[str, Any] = {"busy": said(lm.score, PROMPT), "beside": said(lm.stream, PROMPT)}
+    failing = lm.submit(PROMPT[:4], max_new_tokens=9, logits_processor=Wishes(fails=True))
+    if rank:
+        endless.cancel()
+    asyncio.run(listen(handles[1], heard := []))
+    found["texts"] = [written(handle.result()) for handle in handles]
+    found["heard"] = heard == handles[1].result().token_ids
+    found["failing"], found["cancelled"] = said(failing.result), said(endless.result)
+    stream = lm.stream(PROMPT, max_new_tokens=9)
+    next(stream)
+    last = lm.submit(PROMPT[:3], max_new_tokens=2)
+    found["stream"] = said(next, stream)
+    last.result()
+    found["list"] = [written(one) for one in lm.generate([PROMPT[:4]] * 2, n=2, max_new_tokens=3)[1]]
+    lm.score(PROMPT[:4])
+    lm.close()
+    found["again"] = lm.submit(PROMPT[:3], max_new_tokens=2).result().token_ids == last.result().token_ids
+    return found
+
+
+async def listen(handle: Handle, heard: list[int]) -> None:
+    heard += [event.token_id async for event in handle]
+
+
+def said(call: Callable[..., Any], *given: Any) -> str:
+    """Returns the error of a call."""
+    try:
+        return f"none, but {call(*given)!r}"
+    except (Exception, CancelledError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def parted(lm: mtp_spec.LM, rank: int) -> dict[str, str]:
+    """Returns what is said where the model is closed on one rank, and where a text fails on one."""
+    found, endless = {}, lm.submit(PROMPT[:3], max_new_tokens=150)
+    if rank:
+        lm.close()
+    found["closed"] = said(endless.result)
+    lm.close()
+    handles = [lm.submit(PROMPT[:4], max_new_tokens=99, logits_processor=Wishes(fails=bool(rank and one)))
+               for one in range(2)]  # fmt: skip
+    found["failed"], found["beside"] = said(handles[1].result), said(handles[0].result)
+    with suppress(mtp_spec.RankError):
+        lm.submit([1])
+    return found
+
+
 def start(job: dict[str, Any], count: int, folder: Path, absent: Sequence[int] = ()) -> list[subprocess.Popen[str]]:
     """Starts the processes of a job, but for `absent` ranks; what they find goes to folder/RANK.json.
 
     Args:
         job: "model": a folder, or one for each rank; "kernels": on the kernels' references; "patience": seconds;
-            "forever": texts without end; "names", "tokens": of `texts`.
+            "names", "tokens": of `texts`; "batch": tokens of `side_by_side`, which comes after; in place of both
+            "forever": texts without end, so many side by side, or "parted".
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -92,15 +197,24 @@ def main(out: Path, job: dict[str, Any]) -> None:
     model = job["model"] if isinstance(job["model"], str) else job["model"][int(os.environ["RANK"])]
     if job.get("kernels"):
         shared = join_ranks("auto", "cpu")
-        lm = LM(load_device_model(Path(model), "cpu", ranks=shared), None, "batched", 200)
-        out.write_text(json.dumps(short_text(lm)))
+        lm = LM(load_device_model(Path(model), "cpu", ranks=shared), None, "batched", 200, max_batch=3)
+        found: Any = [short_text(lm), side_by_side(lm, 4, shared.rank)]
+        out.write_text(json.dumps(found))
         return
-    lm = mtp_spec.load(model, dtype=job.get("dtype"), measure=False)
+    rank, most = int(os.environ["RANK"]), job.get("forever", 2 if job.get("parted") else 1)
+    lm = mtp_spec.load(model, dtype=job.get("dtype"), measure=False, max_batch=most)
     if job.get("forever"):
         out.write_text("{}")
         while True:
-            lm.generate(PROMPT, max_new_tokens=100)
-    out.write_text(json.dumps(texts(lm, job.get("names", tuple(SHAPES)), job.get("tokens", 20))))
+            lm.generate([PROMPT] * most if most > 1 else PROMPT, max_new_tokens=100)
+    if job.get("parted"):
+        out.write_text(json.dumps(parted(lm, rank)))
+        return
+    found = texts(lm, job.get("names", tuple(SHAPES)), job.get("tokens", 20))
+    if job.get("batch"):
+        other = mtp_spec.load(model, dtype=job.get("dtype"), measure=False, max_batch=3)
+        found = [found, side_by_side(other, job["batch"], rank)]
+    out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

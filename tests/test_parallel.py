@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,46 @@ PATIENCE = 4.0
 SECONDS = 60
 
 
-def alone(folder: Path, dtype: str, **job: Any) -> dict[str, Any]:
+def as_a_rank(work: Callable[[], Any]) -> Any:
+    """Returns what one process finds, as ranks would write it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = ranks.texts(mtp_spec.load(folder, dtype=dtype, measure=False), **job)
+        return json.loads(json.dumps(work()))
     finally:
         torch.set_num_threads(threads)
-    return json.loads(json.dumps(found))
 
 
 def test_two_ranks_are_one_process_bit_for_bit(fp8: Path, tmp_path: Path) -> None:
-    expected = alone(fp8, "bfloat16")
+    lm = mtp_spec.load(fp8, dtype="bfloat16", measure=False)
+    expected, texts = as_a_rank(lambda: [ranks.texts(lm), ranks.one_by_one(lm, 20)])
     assert len({str(expected[f"{name} 0.9"]) for name in ranks.SHAPES}) == 1
-    assert ranks.run({"model": str(fp8), "dtype": "bfloat16"}, 2, tmp_path) == [expected] * 2
+    found = ranks.run({"model": str(fp8), "dtype": "bfloat16", "batch": 20}, 2, tmp_path)
+    assert [one for one, _ in found] == [expected] * 2
+    assert_side_by_side([beside for _, beside in found], texts)
+
+
+def assert_side_by_side(found: list[dict[str, Any]], texts: list[Any]) -> None:
+    """Texts side by side on every rank are those of one process, one by one; see `ranks.side_by_side`."""
+    assert all(one == found[0] for one in found)
+    first = found[0]
+    assert first["texts"] == texts
+    assert first["heard"]
+    assert first["again"]
+    assert first["cancelled"].startswith("CancelledError")  # by one rank
+    assert first["failing"] == "LookupError: a processor's own error"
+    for name in ("busy", "beside"):
+        assert first[name].startswith("MTPSpecError: submitted texts are still being written")
+    assert first["stream"].startswith("MTPSpecError: texts were submitted after this stream had begun")
+
+
+def test_a_rank_that_closes_or_fails_alone_ends_the_texts_of_all(fp8: Path, tmp_path: Path) -> None:
+    job = {"model": str(fp8), "dtype": "bfloat16", "parted": True, "patience": PATIENCE}
+    first, second = ranks.run(job, 2, tmp_path)
+    assert first["closed"].startswith("RankError: rank 1 of 2 closed the model or ended, and rank 0 did not within 4 s")
+    assert second["closed"].startswith("CancelledError")
+    for found in (first, second):
+        assert found["failed"] == found["beside"] == "RankError: rank 1 of 2 failed: text 1: a processor's own error"
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +87,10 @@ def three_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_on_the_kernels_references(three_blocks: Path, tmp_path: Path) -> None:
     lm = LM(load_device_model(three_blocks, "cpu"), None, "batched", 200)
-    expected = ranks.short_text(lm)
-    assert ranks.run({"model": str(three_blocks), "kernels": True}, 2, tmp_path) == [expected] * 2
+    expected, texts = as_a_rank(lambda: [ranks.short_text(lm), ranks.one_by_one(lm, 4)])
+    found = ranks.run({"model": str(three_blocks), "kernels": True}, 2, tmp_path)
+    assert [one for one, _ in found] == [expected] * 2
+    assert_side_by_side([beside for _, beside in found], texts)
 
 
 def test_a_rank_of_the_kernels_reads_whole_blocks(three_blocks: Path) -> None:
@@ -84,7 +113,8 @@ def test_fewer_blocks_than_ranks_are_refused(fp8: Path) -> None:
 def test_four_ranks_with_a_head_each(tmp_path: Path) -> None:
     tiny.make(tmp_path / "model", "v3_two_modules")
     few: dict[str, Any] = {"names": ["plain", "tree"], "tokens": 8}
-    expected = alone(tmp_path / "model", "bfloat16", **few)
+    lm = mtp_spec.load(tmp_path / "model", dtype="bfloat16", measure=False)
+    expected = as_a_rank(lambda: ranks.texts(lm, **few))
     assert ranks.run({"model": str(tmp_path / "model"), "dtype": "bfloat16", **few}, 4, tmp_path) == [expected] * 4
 
 
@@ -135,11 +165,11 @@ def test_an_error_without_words_is_heard_all_the_same() -> None:
 
     with pytest.raises(LookupError), Ranks(0, 2, None, Facts()).together():  # type: ignore[arg-type]
         raise LookupError
-    assert said == ["LookupError"]
+    assert said == [{"failed": "LookupError"}]
 
 
 def test_a_killed_rank_ends_the_other(fp8: Path, tmp_path: Path) -> None:
-    processes = ranks.start({"model": str(fp8), "forever": True}, 2, tmp_path)
+    processes = ranks.start({"model": str(fp8), "forever": 2}, 2, tmp_path)
     wait_for(tmp_path / "0.json", tmp_path / "1.json")
     processes[1].kill()
     said = ranks.failures(processes[:1], SECONDS)[0]
@@ -148,7 +178,7 @@ def test_a_killed_rank_ends_the_other(fp8: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_stops_answering_ends_the_other(fp8: Path, tmp_path: Path) -> None:
-    processes = ranks.start({"model": str(fp8), "forever": True, "patience": PATIENCE}, 2, tmp_path)
+    processes = ranks.start({"model": str(fp8), "forever": 1, "patience": PATIENCE}, 2, tmp_path)
     wait_for(tmp_path / "0.json", tmp_path / "1.json")
     processes[1].send_signal(signal.SIGSTOP)
     try:
@@ -214,9 +244,9 @@ def test_a_rank_killed_under_torchrun(tmp_path: Path) -> None:
 
 def test_torchrun_with_the_command_line(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("Tell me about a fox\n")
+    prompts.write_text("Tell me about a fox\nTell me about rain\nAnd the sea?\n")
     command = ["-m", "mtp_spec", "generate", "--input-file", str(prompts), "--max-new-tokens", "8",
-               "--depth", "2"]  # fmt: skip
+               "--depth", "2", "--max-batch", "2", "--json"]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     one, two = (
         subprocess.run([sys.executable, "-P", *start, *command], capture_output=True, text=True, timeout=180,
@@ -224,5 +254,7 @@ def test_torchrun_with_the_command_line(tmp_path: Path) -> None:
         for start in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"])
     )  # fmt: skip
     assert two.returncode == 0, two.stderr
-    assert one.stdout == two.stdout
-    assert one.stdout.startswith("Prompt: Tell me about a fox\nCompletion: ")
+    found, expected = ([json.loads(line) for line in run.stdout.splitlines()] for run in (two, one))
+    assert [one["prompt"] for one in expected] == prompts.read_text().splitlines()
+    for mine, alone in zip(found, expected, strict=True):
+        assert {**mine, "stats": None} == {**alone, "stats": None}

@@ -30,7 +30,7 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
         rates: dict[str, list[float]] = {name: [] for name in ways}
         steps: dict[str, list[float]] = {name: [] for name in ways}
         texts: dict[str, list[list[int]]] = {}
-        for repeat in track(range(args.repeats), f"{size} texts", transient=True):
+        for repeat in track(range(args.repeats), f"{size} texts", transient=True, disable=lm.model.ranks.rank > 0):
             prompts = [question(lm, item["prompt"]) for item in bundled_prompts(size, seed=repeat)]
             order = list(ways)
             for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
@@ -45,7 +45,8 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
                          "quartiles": f"{low:.2f}-{high:.2f}", "tokens a step": spread(steps[name])[0]})  # fmt: skip
             rated[f"{size} {name}"] = rates[name]
     title = f"Texts side by side, median of {args.repeats} batches, temperature {args.temperature}"
-    return Report(title, rows, {"tokens per second": rated, "texts unlike plain": wrong}, failed=wrong > 0)
+    facts = {"tokens per second": rated, "texts unlike plain": wrong, "ranks": lm.model.ranks.size}
+    return Report(title, rows, facts, failed=wrong > 0, silent=lm.model.ranks.rank > 0)
 
 
 def _run(
