@@ -5,6 +5,7 @@ On a CPU by the kernels' references, on a GPU (`pytest -m gpu`) as they are.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from test_prefix import assert_same_bits, finished
 
 import mtp_spec
 from mtp_spec.api import LM
+from mtp_spec.chat.session import Session
 from mtp_spec.device_engine import DeviceDecoder
-from mtp_spec.options import Speculation
+from mtp_spec.options import SamplingParams, Speculation
 
 # forbidding most tokens makes random drafts right now and then
 FEW = {token: -float("inf") for token in range(6, 160)}
@@ -136,6 +138,20 @@ def test_capturing_leaves_what_is_reused(folder: Path, monkeypatch: pytest.Monke
         turn = lm.stream(question, speculation=shape, after=turn, **OPTIONS)
         assert_same_bits(finished(turn), finished(fresh.stream(question, speculation=shape, **OPTIONS)))
         assert turn.result.stats.reused_tokens > len(PROMPT)
+
+
+def test_a_chat_reads_its_new_turn() -> None:
+    lm = device_lm(context=200)
+    session = Session(lm, SamplingParams(max_new_tokens=3, temperature=0.0), 1)
+    draw, answer = session.ask("Hello")
+    session.keep(draw, finished(answer), interrupted=False)
+    plain = session.draw(replace(draw, speculation=None))  # as /parity does
+    session.follow(finished(plain))
+    before = len(lm.chat_ids(draw.messages))
+    assert (answer.result.stats.reused_tokens, plain.result.stats.reused_tokens) == (0, before - 1)
+    draw, answer = session.ask("And then?")
+    assert finished(answer).result.stats.reused_tokens >= before
+    assert_same_bits(answer, finished(device_lm(context=200).stream(draw.messages, max_new_tokens=3, temperature=0.0)))
 
 
 @pytest.mark.gpu

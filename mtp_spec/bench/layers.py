@@ -63,9 +63,9 @@ def tree(length: Tensor, m: int) -> mla.Plan:
         parent = max(0, (row - 1) // 2 * 2 - 1)
         paths.append([*paths[parent], row])
     most = max(len(path) for path in paths)
-    table = torch.tensor([path + [-1] * (most - len(path)) for path in paths], dtype=torch.int32, device="cuda")
-    depths = torch.tensor([len(path) - 1 for path in paths], dtype=torch.int32, device="cuda")
-    return mla.Plan(length, depths, torch.arange(m, dtype=torch.int32, device="cuda"), table, most - 1)
+    table = torch.tensor([path + [-1] * (most - len(path)) for path in paths], dtype=torch.int32, device=length.device)
+    depths = torch.tensor([len(path) - 1 for path in paths], dtype=torch.int32, device=length.device)
+    return mla.Plan(length, depths, torch.arange(m, dtype=torch.int32, device=length.device), table, most - 1)
 
 
 def decoded_alone(q: Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> Tensor:

@@ -28,6 +28,7 @@ def parity(chat: Chat) -> None:
     stream = chat.session.draw(Draw(turn.draw.messages, params, None))
     with interruptible(chat.screen.rich) as interrupt:
         chat.interrupted = chat.screen.count(stream, len(ids), lambda: interrupt.asked)
+    chat.session.follow(stream)
     plain = stream.result.token_ids
     if chat.interrupted:
         chat.screen.say(f"stopped after {len(plain)} of {len(ids)} tokens, {_equal(plain, ids[: len(plain)])}")

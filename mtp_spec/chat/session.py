@@ -116,12 +116,16 @@ class Session:
     def keep(self, draw: Draw, stream: TokenStream, interrupted: bool) -> bool:
         """Adds a turn; returns false, and adds none, where nothing was written before the answer was stopped."""
         result = stream.result
-        self._last = stream
+        self.follow(stream)
         self.totals = self.totals.merge(result.stats)
         if interrupted and not result.text:
             return False
         self.turns.append(Turn(draw.messages[-1]["content"], result.text, draw, result, interrupted))
         return True
+
+    def follow(self, stream: TokenStream) -> None:
+        """Makes this the stream whose caches the next one takes over; on a GPU nobody else has them."""
+        self._last = stream
 
     def set(self, name: str, value: Any) -> None:
         """Changes one of the sampling parameters."""
