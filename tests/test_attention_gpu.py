@@ -44,28 +44,28 @@ def test_attention_of_chains_and_trees(heads: int, latent: int, packed: bool) ->
 @pytest.mark.parametrize("packed", [False, True], ids=["bf16", "packed"])
 @pytest.mark.parametrize("latent", [512, 64])
 @pytest.mark.parametrize("heads", [128, 16])
-def test_pages_are_read_as_slots_in_a_row(heads: int, latent: int, packed: bool, device: str = "cuda") -> None:
+def test_pages_are_read_as_slots_in_a_row(heads: int, latent: int, packed: bool) -> None:
     """Several texts on pages in any order, two with a common beginning, among pages that hold no numbers."""
     torch.manual_seed(heads)
-    head, rows_of_page = mla.Head(heads, 128, 64, latent, 128, 192**-0.5), torch.arange(KEYS, device=device)
+    head, rows_of_page = mla.Head(heads, 128, 64, latent, 128, 192**-0.5), torch.arange(KEYS, device="cuda")
     lengths = (0, 63, 64, 65, 127, 191, 192, 1000, 1025, 1535)
-    cache = new_caches(2, 1536 + KEYS, 64 * len(lengths), head.layout(packed), device, 200)[1]
+    cache = new_caches(2, 1536 + KEYS, 64 * len(lengths), head.layout(packed), "cuda", 200)[1]
     columns = cache.capacity // KEYS
     cache.store.view(torch.bfloat16).fill_(float("nan"))
-    length = torch.tensor(lengths, dtype=torch.int32, device=device)
+    length = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     for rows in (1, 3, 8, 64):
         free = iter(torch.randperm(200).tolist())
         pages = [[next(free) for _ in range((context + rows + KEYS - 1) // KEYS)] for context in lengths]
         pages[-1][:5] = pages[-2][:5]
         for page in {page for own in pages for page in own}:
-            cache.write(rows_of_page + page * KEYS, torch.randn(KEYS, head.width, device=device))
-        table = torch.tensor([own + own[-1:] * (columns - len(own)) for own in pages]).int().to(device) * KEYS
+            cache.write(rows_of_page + page * KEYS, torch.randn(KEYS, head.width, device="cuda"))
+        table = torch.tensor([own + own[-1:] * (columns - len(own)) for own in pages]).int().cuda() * KEYS
         for plan in (mla.chain(length, rows), replace(tree(length[:1], rows), length=length)):
-            q = torch.randn(rows * len(lengths), head.padded, head.width, device=device).bfloat16()
+            q = torch.randn(rows * len(lengths), head.padded, head.width, device="cuda").bfloat16()
             paged = replace(plan, pages=table)
             got = mla.attend(q, cache, paged, head)
             for part, alone, own in paged.apart(cache):
-                single = new_caches(2, cache.capacity, rows, head.layout(packed), device)[1]
+                single = new_caches(2, cache.capacity, rows, head.layout(packed), "cuda")[1]
                 single.slots.copy_(own.slots)
                 expected = mla.attend(q[part].contiguous(), single, replace(alone, pages=None), head)
                 assert torch.equal(got[part], expected), (rows, int(alone.length))
