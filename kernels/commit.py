@@ -27,7 +27,7 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 COUNT, FAILED, HEADER = 0, 1, 2  # places of a record
-COLUMNS, KEPT_COLUMNS = 64, 1024
+COLUMNS, KEPT_COLUMNS, CLEANED_COLUMNS = 64, 1024, 4096
 
 
 def record_size(most: int) -> int:
@@ -115,9 +115,7 @@ def commit(
     expect("record", record, (texts, record_size(most)), torch.int32, beside=store)
     if pages is not None:
         expect("pages", pages, (texts, caches[0].capacity // KEYS), torch.int32, beside=store)
-    apart = caches[1].base - caches[0].base if len(caches) > 1 else 0
-    if any(cache.base != caches[0].base + layer * apart for layer, cache in enumerate(caches)):
-        raise ValueError("caches lie at unequal distances: those of one model's layers, in order, are expected")
+    apart = _distance(caches)
     if not runs_triton(store):
         for text in range(texts):
             slots = int(length[text]) + torch.arange(int(record[text, COUNT]), device=store.device)
@@ -131,6 +129,28 @@ def commit(
         caches[0].base, width, PAGED=pages is not None, BLOCK=KEYS, MOST=triton.next_power_of_2(most), ROWS=most,
         COLUMNS=COLUMNS, **late(store),
     )  # fmt: skip
+
+
+def clean(caches: list[Cache], pages: Tensor) -> None:
+    """Writes zeros to pages `[n]` int64, by number from the caches' first row on, in all layers at once."""
+    store, apart = caches[0].words, _distance(caches)
+    expect("pages", pages, (None,), torch.int64, beside=store)
+    if not runs_triton(store):
+        for cache in caches:
+            cache.store[cache.base :].unflatten(0, (-1, KEYS)).index_fill_(0, pages, 0)
+        return
+    width = store.shape[1]
+    _clean_kernel[(len(caches), len(pages))](
+        store, pages, apart, caches[0].base, width, ROWS=KEYS, COLUMNS=CLEANED_COLUMNS, **late(store),
+    )  # fmt: skip
+
+
+def _distance(caches: list[Cache]) -> int:
+    """Returns the rows from one layer to the next."""
+    apart = caches[1].base - caches[0].base if len(caches) > 1 else 0
+    if any(cache.base != caches[0].base + layer * apart for layer, cache in enumerate(caches)):
+        raise ValueError("caches lie at unequal distances: those of one model's layers, in order, are expected")
+    return apart
 
 
 def _accept_reference(
@@ -228,3 +248,14 @@ if triton is not None:
         values = tl.load(first + source[:, None] * width + column[None, :], mask=mask, other=0)
         tl.debug_barrier()  # a slot may be read and written
         tl.store(first + target[:, None] * width + column[None, :], values, mask=mask)
+
+    @triton.jit
+    def _clean_kernel(
+        store, pages, apart, base, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        follow(PDL)
+        row = base + tl.program_id(0) * apart + tl.load(pages + tl.program_id(1)) * ROWS
+        column, words = tl.arange(0, COLUMNS), width * ROWS
+        for first in range(0, words, COLUMNS):
+            target = store + row.to(tl.int64) * width + first + column
+            tl.store(target, tl.zeros((COLUMNS,), dtype=tl.int32), mask=first + column < words)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.device_state import PREFILL_ROWS, SLACK, WORK_ROWS, Mail
+from mtp_spec.kernels import commit
 from mtp_spec.kernels.mla_cache import KEYS
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.device import DeviceModel
@@ -50,9 +51,6 @@ class DevicePages(Pages["DeviceLease"]):
         self.tables = idle.int().repeat(most + 1, 1).to(model.device)
         self._inbox = torch.zeros(1, columns, dtype=torch.int64, device=model.device)
         self._mail = Mail(columns, model.device)
-        layers, store = len(self.caches), self.caches[0].store
-        # [layers, pages, a page's numbers]
-        self._memory = store[: self.caches[0].spare].view(layers, total + IDLE_PAGES, -1)
 
     def lease(self, prompt: Sequence[int], tokens: int, drafted: bool) -> DeviceLease | None:
         return super().lease(prompt, tokens, drafted) if self._rows else None
@@ -60,7 +58,7 @@ class DevicePages(Pages["DeviceLease"]):
     def _leased(self, pages: list[int], shared: int, drafted: bool) -> DeviceLease:
         row, sent = self._rows.pop(), self._inbox[:, : len(pages)]
         self._mail.send(sent, [pages])
-        self._memory.index_fill_(1, sent[0, shared:], 0)
+        commit.clean(self.caches, sent[0, shared:])
         # what is never read, but for blocks that are masked as a whole, is the text's own
         self.tables[row].fill_(pages[-1] * KEYS)
         self.tables[row, : len(pages)] = sent[0] * KEYS

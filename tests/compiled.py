@@ -151,6 +151,7 @@ def main(name: str) -> None:
         Prefill(model, state, 256, draft=True).run()
         caches = model.new_caches(1000 + SLACK, STEP_ROWS, 40)
         pages = torch.empty(4, caches[0].capacity // KEYS, dtype=torch.int32, device="meta")
+        commit.clean(caches, torch.empty(3, dtype=torch.int64, device="meta"))
         several = State(model, 1000, caches, pages)
         several.live, several.logits = several.length.clone(), torch.empty(64, config.vocab_size, device="meta")
         for speculation in (None, chain, tree):

@@ -355,6 +355,8 @@ def commits() -> None:
                 record[:, commit.COUNT] = torch.tensor([5, 2, 9][:texts], device=place)
                 table = torch.tensor([5, 0, 2, 4, 1, 3][: 2 * texts], dtype=torch.int32, device=place).view(-1, 2) * 64
                 commit.commit(caches, length, own, record, table if texts > 1 else None)
+                if texts > 1:
+                    commit.clean(caches[1:], torch.tensor([3, 0], device=place))
                 hidden, ring = (torch.full((texts, count, 1300), float("nan"), device=place).bfloat16()
                                 for count in (3, 7))  # fmt: skip
                 ring_tokens = torch.full((texts, 7), -7, dtype=torch.int64, device=place)

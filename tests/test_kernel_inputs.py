@@ -76,6 +76,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "records of fewer texts": (lambda: _accept(path=torch.zeros(2, 3).long(), parents=ZERO[:1]), "tokens is .1, 3."),
     "caches at unequal distances": (lambda: _commit(3, 1, 2), "unequal distances"),
     "pages of fewer texts": (lambda: _commit(1, 2, 3, pages=torch.zeros(2, 1).int()), "pages is .2, 1."),
+    "numbers of pages as int32": (lambda: commit.clean(new_caches(1, 64, 0, Layout(32, 16), "cpu"), ZERO), "pages is .* int32"),
     "too few pages": (lambda: _attend(torch.zeros(1, 1).int()), "pages is .1, 1."),
 }
 
