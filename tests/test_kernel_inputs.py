@@ -17,6 +17,7 @@ X, NORM = torch.randn(3, 256).bfloat16(), torch.ones(256).bfloat16()
 GATE_UP, DOWN = torch.zeros(4, 256, 256).to(fp8.E4M3), torch.zeros(4, 256, 128).to(fp8.E4M3)
 EXPERTS = moe.Experts(GATE_UP, torch.ones(4, 2, 2), DOWN, torch.ones(4, 2, 1))
 CHOSEN = torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2)
+CACHES = new_caches(1, 64, 0, Layout(32, 16), "cpu")
 LOGITS, ZERO = torch.randn(2, 50), torch.zeros(2, dtype=torch.int32)
 VALUES = torch.tensor([sampler.settings_row()], dtype=torch.float64)
 SETTINGS = sampler.Settings(VALUES, torch.zeros(1, dtype=torch.int64))
@@ -76,7 +77,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "records of fewer texts": (lambda: _accept(path=torch.zeros(2, 3).long(), parents=ZERO[:1]), "tokens is .1, 3."),
     "caches at unequal distances": (lambda: _commit(3, 1, 2), "unequal distances"),
     "pages of fewer texts": (lambda: _commit(1, 2, 3, pages=torch.zeros(2, 1).int()), "pages is .2, 1."),
-    "numbers of pages as int32": (lambda: commit.clean(new_caches(1, 64, 0, Layout(32, 16), "cpu"), ZERO), "pages is .* int32"),
+    "numbers of pages as int32": (lambda: commit.clean(CACHES, ZERO), "pages is .* int32"),
     "too few pages": (lambda: _attend(torch.zeros(1, 1).int()), "pages is .1, 1."),
 }
 
