@@ -40,8 +40,13 @@ def packed(weight: Tensor) -> Tensor | None:
 
 def product(x: Tensor, weight: Tensor, layout: Tensor | None = None) -> Tensor:
     """Returns x @ weight.T of rows within the limits of `steady`; `layout` is the weight as `packed` left it."""
-    multiply = partial(F.linear, weight=weight) if layout is None else partial(packed_product, layout=layout)
-    return multiply(x) if x.dim() != 2 else steadily(multiply, x, product_name(weight, layout))
+    if x.dim() != 2:
+        return _multiplied(x, weight, layout)
+    return steadily(partial(_multiplied, weight=weight, layout=layout), x, product_name(weight, layout))
+
+
+def _multiplied(x: Tensor, weight: Tensor, layout: Tensor | None) -> Tensor:
+    return F.linear(x, weight) if layout is None else packed_product(x, layout)
 
 
 def product_name(weight: Tensor, layout: Tensor | None) -> Key:
@@ -53,14 +58,11 @@ def probe_product(weight: Tensor, layout: Tensor | None) -> Limits:
     """Returns the limits of `product` with a matrix like this one."""
 
     def prepare() -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        outputs, columns = weight.shape
-        # of a large matrix some outputs tell: only where work is little do libraries part sums among threads
-        x, own = cancelling((MOST,), (min(outputs, max(1, LARGEST // columns)),), columns)
-        if layout is None:
-            return lambda rows: F.linear(rows, own), x
-        used = packed(own)
-        assert used is not None
-        return lambda rows: packed_product(rows, used), x
+        if weight.numel() > LARGEST:  # it has so many outputs that noise tells as well
+            noise = torch.randn(MOST, weight.shape[1], generator=torch.Generator().manual_seed(0))
+            return partial(_multiplied, weight=weight, layout=layout), noise.to(weight.dtype)
+        x, own = cancelling((MOST,), (weight.shape[0],), weight.shape[1])
+        return partial(_multiplied, weight=own, layout=None if layout is None else packed(own)), x
 
     return probe(product_name(weight, layout), prepare)
 

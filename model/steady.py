@@ -28,7 +28,7 @@ VERIFIED = 65
 # a limit below this makes verifying many rows too slow to be of use; from the other on prompts keep to it too
 LEAST_LIMIT, PROMPT_LIMIT = 16, 64
 SPREAD = 4  # powers of two by which operands of the probe differ, up and down
-LARGEST = 2**23  # elements of the probe's matrix
+LARGEST = 2**22  # elements of a matrix that the probe makes for itself
 
 Key = tuple[Hashable, ...]
 
@@ -80,16 +80,21 @@ def probe(name: Key, prepare: Callable[[], tuple[Callable[[Tensor], Tensor], Ten
 
 
 def _limits(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Limits:
-    passes = {rows: multiply(x[:rows]).clone() for rows in ROWS}
-    found = NONE
+    passes, found = dict[int, Tensor](), NONE
+
+    def of(rows: int) -> Tensor:
+        if rows not in passes:
+            passes[rows] = multiply(x[:rows]).clone()
+        return passes[rows]
+
     for least in COMPANY:
         most, before = least, least
         for rows in ROWS[ROWS.index(least) + 1 :]:
-            if not torch.equal(passes[rows][:before], passes[before]):
+            if not torch.equal(of(rows)[:before], of(before)):
                 break
             most, before = rows, rows
         useful = most >= LEAST_LIMIT and most > max(least, found.most)
-        if useful and _anywhere(multiply, x, passes[most], least):
+        if useful and _anywhere(multiply, x, of(most), least):
             found = Limits(least, most)
         if most >= PROMPT_LIMIT:
             break

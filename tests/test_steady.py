@@ -13,8 +13,8 @@ from mtp_spec.model.attention import by_head, probe_by_head
 from mtp_spec.model.layers import packed, probe_product, product
 from mtp_spec.model.steady import FREE, NONE, Limits, cancelling, probe, steadily
 
-# of toy models, of the bundled one, of DeepSeek-V2-Lite (its hidden size, query and expert widths)
-MATRICES = [(48, 64), (32, 96), (24, 112), (24, 48), (512, 256), (1024, 384), (2048, 576), (1408, 2048)]
+# of toy models, of the bundled one, of DeepSeek-V2-Lite (its hidden size, down-projections, expert widths)
+MATRICES = [(48, 64), (32, 96), (24, 112), (24, 48), (512, 256), (1024, 384), (1408, 2048), (2048, 3648)]
 HEADS = [(4, 16, 24), (4, 24, 12), (8, 64, 128), (16, 128, 512), (16, 512, 128)]
 PASSES = (2, 3, 5, 8, 14, 16, 20, 33, 65, 100, 256)
 
