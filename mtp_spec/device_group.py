@@ -244,7 +244,7 @@ class Group:
         ladder = self.runtime.kept(key, lambda: self._measured(parts))
         if self._planner is None:
             self._planner = TextLadder(ladder)
-        self._planner.ladder = ladder
+        self._planner.ladder, self._planner.texts = ladder, len(self.texts)
         return self._planner.choose()
 
     def _measured(self, parts: list[Part]) -> Ladder:

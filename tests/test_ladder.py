@@ -101,6 +101,20 @@ def test_wrong_first_times_are_mended() -> None:
             assert hopeful.seconds(rung) == pytest.approx(seconds, rel=0.1)
 
 
+@pytest.mark.parametrize(("texts", "drafts"), [(1, True), (4, True), (16, False), (64, False)])
+def test_many_texts_want_more_of_drafting(texts: int, drafts: bool) -> None:
+    """They end with the slowest of them, so a tenth more tokens a second on the average brings nothing."""
+    times = (1.0, 1.63, 2.3, 3.0, 3.7)
+    planner = climbing(times)()
+    planner.texts = texts
+    rungs = list[int]()
+    for _ in range(400):
+        rung = planner.choose()
+        rungs.append(rung)
+        planner.learn_all(rung, [[*range(rung)] if text % 5 else [] for text in range(5)], times[rung])
+    assert (sum(rung > PLAIN for rung in rungs[100:]) > 250) == drafts
+
+
 def test_chances_are_learned_by_depth_and_rank() -> None:
     shape, chances, draw = Shape.of(Speculation(branching=(2, 1))), Chances(2000.0), random.Random(1)
     truth = {(1, 0): 0.6, (1, 1): 0.5, (2, 0): 0.3}
