@@ -64,7 +64,7 @@ class Wishes:
         self.calls += 1
         if self.fails and self.calls > 2:
             raise LookupError("a processor's own error")
-        return torch.where(torch.arange(len(logits)) < 40, logits, -torch.inf)
+        return torch.where(torch.arange(len(logits), device=logits.device) < 40, logits, -torch.inf)
 
 
 def wishes(tokens: int) -> list[tuple[list[int], dict[str, Any]]]:
@@ -98,7 +98,7 @@ def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
         return SUBMIT(self, *given)
 
     Worker.submit = late  # type: ignore[method-assign]
-    endless = lm.submit(PROMPT[:3], max_new_tokens=250)
+    endless = lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm))
     handles = [lm.submit(prompt, **options) for prompt, options in wishes(tokens)]
     found: dict[str, Any] = {"busy": said(lm.score, PROMPT), "beside": said(lm.stream, PROMPT)}
     failing = lm.submit(PROMPT[:4], max_new_tokens=9, logits_processor=Wishes(fails=True))
@@ -120,6 +120,10 @@ def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
     return found
 
 
+def no_end(lm: mtp_spec.LM) -> dict[int, float]:
+    return dict.fromkeys(lm.stop_ids(), -float("inf"))
+
+
 async def listen(handle: Handle, heard: list[int]) -> None:
     heard += [event.token_id async for event in handle]
 
@@ -134,7 +138,7 @@ def said(call: Callable[..., Any], *given: Any) -> str:
 
 def parted(lm: mtp_spec.LM, rank: int) -> dict[str, str]:
     """Returns what is said where the model is closed on one rank, and where a text fails on one."""
-    found, endless = {}, lm.submit(PROMPT[:3], max_new_tokens=150)
+    found, endless = {}, lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm))
     if rank:
         lm.close()
     found["closed"] = said(endless.result)
@@ -151,7 +155,8 @@ def start(job: dict[str, Any], count: int, folder: Path, absent: Sequence[int] =
     """Starts the processes of a job, but for `absent` ranks; what they find goes to folder/RANK.json.
 
     Args:
-        job: "model": a folder, or one for each rank; "kernels": on the kernels' references; "patience": seconds;
+        job: "model": a folder, one for each rank, or None, the bundled one; "device", "dtype"; "patience": seconds;
+            "kernels": on the kernels' references;
             "names", "tokens": of `texts`; "batch": tokens of `side_by_side`, which comes after; in place of both
             "forever": texts without end, so many side by side, or "parted".
     """
@@ -194,7 +199,7 @@ def failures(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list
 def main(out: Path, job: dict[str, Any]) -> None:
     control.PATIENCE = job.get("patience", control.PATIENCE)
     control.SILENCE = job.get("patience", control.SILENCE)
-    model = job["model"] if isinstance(job["model"], str) else job["model"][int(os.environ["RANK"])]
+    model = job["model"][int(os.environ["RANK"])] if isinstance(job["model"], list) else job["model"]
     if job.get("kernels"):
         shared = join_ranks("auto", "cpu")
         lm = LM(load_device_model(Path(model), "cpu", ranks=shared), None, "batched", 200, max_batch=3)
@@ -202,7 +207,8 @@ def main(out: Path, job: dict[str, Any]) -> None:
         out.write_text(json.dumps(found))
         return
     rank, most = int(os.environ["RANK"]), job.get("forever", 2 if job.get("parted") else 1)
-    lm = mtp_spec.load(model, dtype=job.get("dtype"), measure=False, max_batch=most)
+    options = {"dtype": job.get("dtype"), "device": job.get("device", "cpu"), "measure": False}
+    lm = mtp_spec.load(model, max_batch=most, **options)
     if job.get("forever"):
         out.write_text("{}")
         while True:
@@ -212,7 +218,7 @@ def main(out: Path, job: dict[str, Any]) -> None:
         return
     found = texts(lm, job.get("names", tuple(SHAPES)), job.get("tokens", 20))
     if job.get("batch"):
-        other = mtp_spec.load(model, dtype=job.get("dtype"), measure=False, max_batch=3)
+        other = mtp_spec.load(model, max_batch=3, **options)
         found = [found, side_by_side(other, job["batch"], rank)]
     out.write_text(json.dumps(found))
 

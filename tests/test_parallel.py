@@ -68,8 +68,13 @@ def assert_side_by_side(found: list[dict[str, Any]], texts: list[Any]) -> None:
 
 def test_a_rank_that_closes_or_fails_alone_ends_the_texts_of_all(fp8: Path, tmp_path: Path) -> None:
     job = {"model": str(fp8), "dtype": "bfloat16", "parted": True, "patience": PATIENCE}
-    first, second = ranks.run(job, 2, tmp_path)
-    assert first["closed"].startswith("RankError: rank 1 of 2 closed the model or ended, and rank 0 did not within 4 s")
+    assert_parted(*ranks.run(job, 2, tmp_path), PATIENCE)
+
+
+def assert_parted(first: dict[str, str], second: dict[str, str], patience: float) -> None:
+    """What one rank closes or fails at alone is said everywhere; see `ranks.parted`."""
+    assert first["closed"].startswith("RankError: rank 1 of 2 closed the model or ended, and rank 0 did not within "
+                                      f"{patience:.0f} s")  # fmt: skip
     assert second["closed"].startswith("CancelledError")
     for found in (first, second):
         assert found["failed"] == found["beside"] == "RankError: rank 1 of 2 failed: text 1: a processor's own error"
@@ -258,3 +263,15 @@ def test_torchrun_with_the_command_line(tmp_path: Path) -> None:
     assert [one["prompt"] for one in expected] == prompts.read_text().splitlines()
     for mine, alone in zip(found, expected, strict=True):
         assert {**mine, "stats": None} == {**alone, "stats": None}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_texts_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
+    lm = mtp_spec.load(device="cuda", measure=False)
+    expected, texts = as_a_rank(lambda: [ranks.texts(lm), ranks.one_by_one(lm, 40)])
+    found = ranks.run({"model": None, "device": "cuda", "batch": 40}, 2, tmp_path)
+    assert [one for one, _ in found] == [expected] * 2
+    assert_side_by_side([beside for _, beside in found], texts)
+    job = {"model": None, "device": "cuda", "parted": True, "patience": 20.0}
+    assert_parted(*ranks.run(job, 2, tmp_path), 20)
