@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -176,23 +177,32 @@ class Worker(ABC):
         error: BaseException | None = None
         if self._device >= 0:
             torch.cuda.set_device(self._device)
-        try:
-            with self.lockstep.held():
+        with self.lockstep.held():
+            try:
                 while self._work_arrives():
                     self.turn()
-        except BaseException as failure:  # nobody may wait for a worker that is gone
-            error = failure
+            except BaseException as failure:  # nobody may wait for a worker that is gone
+                error = failure
+            self._stop(error)
+
+    def _stop(self, error: BaseException | None) -> None:
+        """Ends what is left."""
         with self._wake:
-            self._closed, self._resting, self._error = True, True, error
+            self._closed, self._error = True, error
             left = [asked.handle for asked in self._waiting] + [text.handle for text in self._running]
             self._waiting.clear()
-            self._leave(self._running)
-            self._wake.notify_all()
         for handle in left:
             if error is None:
                 handle.cancel()
             else:
                 handle.fail(error)
+        try:
+            with suppress(RankError):  # what is on its way to a rank that is gone does not come back
+                self._leave(self._running)
+        finally:
+            with self._wake:
+                self._resting = True
+                self._wake.notify_all()
 
     def _work_arrives(self) -> bool:
         """Waits for something to do and takes the news; returns whether the worker goes on."""
@@ -200,8 +210,8 @@ class Worker(ABC):
             resting = not self._running and self._next() is None
             if resting:
                 self._wait()
-            threads, mine = self._threads, self._news()
-        if not self._take(mine, resting):
+            threads = self._threads
+        if not self._take_news(resting):
             return False
         first = self._next()
         if first is not None and not self._running:
@@ -225,18 +235,18 @@ class Worker(ABC):
         left = [(text.number, text.handle) for texts in (self._running, self._waiting) for text in texts]
         return News(self._arrived, frozenset(number for number, handle in left if handle.cancelled()), closing)
 
-    def _take(self, news: News, resting: bool) -> bool:
+    def _take_news(self, resting: bool) -> bool:
         """Takes the news, as all ranks have it where there are several; returns whether the worker goes on."""
         lockstep = self.lockstep
-        if lockstep.alone:
-            pass
-        elif resting:
+        if not (lockstep.alone or resting or lockstep.due()):
+            return True
+        with self._wake:
+            news = self._news()
+        if resting and not lockstep.alone:
             news = lockstep.rest(news)
-        elif lockstep.due():
+        elif not lockstep.alone:
             news, times = lockstep.point(news, self._measured())
             self._learn(times)
-        else:
-            return True
         if news.closing:
             self._close_with(news.closing[0])
             return False
