@@ -53,7 +53,7 @@ def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 @gluon.jit
 def _walk(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns how a tile walks one split, as `_block_at` wants it, and how many pairs of blocks that are."""
+    """Returns how a tile walks one split, as `_block_at` wants it, and how many blocks that are."""
     start, deepest, nodes, tile, base, spare, _, _ = place
     first, end = _split_start(split), _split_start(split + 1)
     last = gl.minimum(end, start + deepest + 1)
@@ -65,7 +65,7 @@ def _walk(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.const
         shared = gl.maximum(gl.minimum(end, whole) - first, 0) // BLOCK
         own = gl.maximum(gl.cdiv(last - tail, BLOCK), 0)
         blocks = shared + own * gl.minimum((ROWS + HEADS - 1) // HEADS, nodes - node0)
-    return (first, shared, own, tail, whole, base, spare, node0), gl.cdiv(blocks, 2)
+    return (first, shared, own, tail, whole, base, spare, node0), blocks
 
 
 @gluon.jit
@@ -83,11 +83,9 @@ def _block_at(block, walk, BLOCK: gl.constexpr, TAIL: gl.constexpr, CHAIN: gl.co
 
 
 @gluon.jit
-def _paged_row(block, walk, table, row, at, BLOCK: gl.constexpr, CHAIN: gl.constexpr):
+def _paged_row(block, walk, pages, row, at, BLOCK: gl.constexpr, CHAIN: gl.constexpr):
     """Returns a block's first row in the store, where slots are in pages: `_block_at` takes them to be in a row."""
-    pages, page_count = table
-    # the second block of a pair may not exist
-    paged = walk[5] + gl.load(pages + gl.minimum(at // BLOCK, page_count - 1))
+    paged = walk[5] + gl.load(pages + at // BLOCK)
     if CHAIN:
         return paged
     return gl.where(block < walk[1], paged, row)
@@ -110,12 +108,14 @@ def _copy_in(
     load_tile(q_rope, [q_row, C], q_bar, handed.index(1))
     turn = 0
     for split in range(splits[0], splits[1], splits[2]):
-        walk, pairs = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
-        for pair in range(pairs):
+        walk, blocks = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
+        for pair in range(gl.cdiv(blocks, 2)):
             for slot in gl.static_range(2):
-                at, row, _ = _block_at(2 * pair + slot, walk, BLOCK, TAIL, CHAIN)
+                # a pair's second block may not exist: the first comes again, for what is nobody's could be NaN
+                block = gl.minimum(2 * pair + slot, blocks - 1)
+                at, row, _ = _block_at(block, walk, BLOCK, TAIL, CHAIN)
                 if PAGED:  # looked up while its buffer is still in use
-                    row = _paged_row(2 * pair + slot, walk, table, row, at, BLOCK, CHAIN)
+                    row = _paged_row(block, walk, table, row, at, BLOCK, CHAIN)
                 mbarrier.wait(free.index(slot), (turn & 1) ^ 1)
                 bar = full.index(slot)
                 mbarrier.expect(bar, BLOCK * (C + R) * 2)
@@ -197,10 +197,10 @@ def _multiply(
     acc = gl.zeros([ROWS, half], gl.float32, o_layout)
     target = parts + (splits[0] * padded + tile_row).to(gl.int64) * C + OWN * half
     for split in range(splits[0], splits[1], splits[2]):
-        walk, pairs = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
+        walk, blocks = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
         peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = gl.zeros([ROWS], gl.float32, row_layout)
-        for pair in range(pairs):
+        for pair in range(gl.cdiv(blocks, 2)):
             phase = turn & 1
             zero = turn >> 30  # unknown to the compiler, which else keeps fifty addresses in registers and spills
             turn += 1
@@ -333,10 +333,10 @@ def attend_kernel(
         tile = tile % (tiles // texts)
         q_row = text * nodes * HEADS + tile * ROWS
         spare += text * nodes * TAIL
-        table = (pages + text * page_count, page_count)
+        table = pages + text * page_count
         start = gl.load(length + text)
     else:
-        table = ()  # type: ignore[assignment]
+        table = pages
         start = gl.load(length)
     count = split_of(start + deepest) + 1
     if turn < count:
