@@ -47,7 +47,8 @@ class Control:
         self.store.add(f"beat/{self.rank}", 1)
         thread = threading.Thread(target=self._beat, name="mtp_spec ranks", daemon=True)
         thread.start()
-        atexit.register(thread.join, BEAT)
+        # a thread inside the store while the interpreter ends would end the process
+        atexit.register(thread.join, PATIENCE)
         atexit.register(self._stop.set)  # the last to be registered is the first to be called
 
     def _beat(self) -> None:

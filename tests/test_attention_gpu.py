@@ -51,7 +51,7 @@ def test_pages_are_read_as_slots_in_a_row(heads: int, latent: int, packed: bool)
     lengths = (0, 63, 64, 65, 127, 191, 192, 1000, 1025, 1535)
     cache = new_caches(2, 1536 + KEYS, 64 * len(lengths), head.layout(packed), "cuda", 200)[1]
     columns = cache.capacity // KEYS
-    cache.store.view(torch.bfloat16).fill_(float("nan"))
+    cache.store[: cache.spare].view(torch.bfloat16).fill_(float("nan"))
     length = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     for rows in (1, 3, 8, 64):
         free = iter(torch.randperm(200).tolist())

@@ -222,11 +222,10 @@ def test_what_one_rank_cannot_read_ends_all(fp8: Path, tmp_path: Path) -> None:
     assert f"CheckpointError: {nowhere} does not exist" in second
 
 
-@pytest.mark.parametrize("absent", [0, 1])
-def test_a_rank_that_never_comes(absent: int, fp8: Path, tmp_path: Path) -> None:
-    started = ranks.start({"model": str(fp8), "patience": PATIENCE}, 2, tmp_path, absent=[absent])
+def test_a_rank_that_never_comes(fp8: Path, tmp_path: Path) -> None:
+    started = ranks.start({"model": str(fp8), "patience": PATIENCE}, 2, tmp_path, absent=[0])
     (said,) = ranks.failures(started, SECONDS)
-    assert f"RankError: rank {1 - absent} of 2 found not all others at 127.0.0.1:" in said
+    assert "RankError: rank 1 of 2 found not all others at 127.0.0.1:" in said
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the rank among the processes of Linux")
