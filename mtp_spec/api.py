@@ -314,7 +314,8 @@ class LM:
         if self.runtime is not None:
             assert lease is None or isinstance(lease, DeviceLease)
             if lease is not None and shares(request):
-                return SharedDecoder(self.runtime.model, ids, sampler, is_last, lease, late_of(speculation))
+                late = late_of(speculation)
+                return SharedDecoder(self.runtime.model, ids, sampler, is_last, lease, late, request.limit)
             planned = speculation is not None and speculation.adaptive
             kind = GuidedDecoder if sampler.processors else PlannedDecoder if planned else DeviceDecoder
             earlier = after.decoder if after is not None and isinstance(after.decoder, DeviceDecoder) else None

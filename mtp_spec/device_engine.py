@@ -189,8 +189,11 @@ class DeviceText:
 class SharedDecoder(DeviceText):
     """One of several texts, whose prompt is read and whose steps are taken by somebody else; arguments as `DeviceText`.
 
+    Args:
+        limit: most tokens that it will get.
     Attributes:
         turn: what it waits for.
+        end: tokens of the prompt and of the longest text.
         waiting: rows that plain steps put aside for the MTP modules, see `device_planned`.
     """
 
@@ -198,10 +201,10 @@ class SharedDecoder(DeviceText):
 
     def __init__(
         self, model: DeviceModel, prompt: Sequence[int], sampler: Sampler, is_last: Callable[[int], bool],
-        lease: DeviceLease, late: int | None,
+        lease: DeviceLease, late: int | None, limit: int,
     ) -> None:  # fmt: skip
         super().__init__(model, prompt, sampler, is_last, lease, late)
-        self.turn, self.waiting = Turn(prompt=True), 1
+        self.turn, self.waiting, self.end = Turn(prompt=True), 1, len(prompt) + limit
 
     def taken(self) -> list[Drawn]:
         """Commits what the turn has brought and waits for the next one; returns the tokens."""

@@ -244,8 +244,10 @@ class Group:
         ladder = self.runtime.kept(key, lambda: self._measured(parts))
         if self._planner is None:
             self._planner = TextLadder(ladder)
-        self._planner.ladder, self._planner.texts = ladder, len(self.texts)
-        return self._planner.choose()
+        planner, texts = self._planner, self.texts
+        planner.ladder, planner.texts = ladder, len(texts)
+        planner.left = max(text.end - len(text.tokens) for text in texts)
+        return planner.choose()
 
     def _measured(self, parts: list[Part]) -> Ladder:
         """Times the steps on tokens of all kinds, whose rows go to as many experts as those of texts."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from math import exp, log, log2
+from math import exp, log, log2, sqrt
 
 from mtp_spec.device_shape import Shape
 from mtp_spec.pace import ALLOWED, LEAST_PRICE, Pace
@@ -28,9 +28,9 @@ TEXT_MEMORY, MODEL_MEMORY, CARRIED = 40.0, 400.0, 8.0
 CREDIT = 8.0
 # steps are plain where the best tree is expected to bring less than this part of plain decoding's tokens per second
 LOSING = 0.95
-# texts side by side end with the slowest of them, which accepts less than their mean: what drafting must promise more
-# with every doubling of their number
-LAG = 0.04
+# texts side by side end with the slowest of them, which accepts less than their mean, the more so the shorter they are:
+# what drafting must promise more with every doubling of their number, if `LAG_TOKENS` are left; it falls with the root
+LAG, LAG_TOKENS = 0.125, 64
 # weights of a step's time in the corrections: of its rung, and of all; it is taken to be at most this far from expected
 OWN, COMMON, MOST_SURPRISE = 0.1, 0.01, log(1.5)
 
@@ -137,11 +137,11 @@ class TextLadder:
 
     Attributes:
         ladder: that of the next step; another one where another number of texts takes it.
-        texts: that take it.
+        texts: that take it.  left: tokens that the longest of them may still get.
     """
 
     def __init__(self, ladder: Ladder) -> None:
-        self.ladder, self.texts = ladder, 1
+        self.ladder, self.texts, self.left = ladder, 1, LAG_TOKENS
         self._chances = Chances(TEXT_MEMORY, ladder.chances)
         self._pace = Pace(ladder.debt, CREDIT)
         self._saved = 0.0  # for looking deeper
@@ -152,7 +152,8 @@ class TextLadder:
         drafting = range(1, len(ladder.shapes))
         rate, best = max((self.tokens(rung) / ladder.relative(rung), -rung) for rung in drafting)
         best = -best
-        least = LOSING if self.texts == 1 else 1.0 + LAG * log2(self.texts)
+        lag = LAG * log2(self.texts) * sqrt(LAG_TOKENS / max(self.left, 1))
+        least = LOSING if self.texts == 1 else 1.0 + lag
         if not self._pace.drafts(ladder.turning, losing=rate < least):
             return PLAIN
         if best + 1 < len(ladder.shapes):

@@ -98,7 +98,7 @@ def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
         return SUBMIT(self, *given)
 
     Worker.submit = late  # type: ignore[method-assign]
-    endless = lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm))
+    endless = lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm), logits_processor=in_no_hurry)
     handles = [lm.submit(prompt, **options) for prompt, options in wishes(tokens)]
     found: dict[str, Any] = {"busy": said(lm.score, PROMPT), "beside": said(lm.stream, PROMPT)}
     failing = lm.submit(PROMPT[:4], max_new_tokens=9, logits_processor=Wishes(fails=True))
@@ -120,6 +120,12 @@ def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
     return found
 
 
+def in_no_hurry(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """Lets a text last on a GPU too."""
+    time.sleep(0.01)
+    return logits
+
+
 def no_end(lm: mtp_spec.LM) -> dict[int, float]:
     return dict.fromkeys(lm.stop_ids(), -float("inf"))
 
@@ -138,7 +144,8 @@ def said(call: Callable[..., Any], *given: Any) -> str:
 
 def parted(lm: mtp_spec.LM, rank: int) -> dict[str, str]:
     """Returns what is said where the model is closed on one rank, and where a text fails on one."""
-    found, endless = {}, lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm))
+    endless = lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm), logits_processor=in_no_hurry)
+    found = dict[str, str]()
     if rank:
         lm.close()
     found["closed"] = said(endless.result)

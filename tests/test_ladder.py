@@ -101,12 +101,15 @@ def test_wrong_first_times_are_mended() -> None:
             assert hopeful.seconds(rung) == pytest.approx(seconds, rel=0.1)
 
 
-@pytest.mark.parametrize(("texts", "drafts"), [(1, True), (4, True), (16, False), (64, False)])
-def test_many_texts_want_more_of_drafting(texts: int, drafts: bool) -> None:
-    """They end with the slowest of them, so a tenth more tokens a second on the average brings nothing."""
+@pytest.mark.parametrize(
+    ("texts", "left", "drafts"),
+    [(1, 64, True), (4, 1024, True), (4, 64, False), (16, 4096, True), (16, 256, False), (64, 64, False)],
+)
+def test_many_short_texts_want_more_of_drafting(texts: int, left: int, drafts: bool) -> None:
+    """They end with the slowest of them, so a seventh more tokens a second on the average brings nothing."""
     times = (1.0, 1.63, 2.3, 3.0, 3.7)
     planner = climbing(times)()
-    planner.texts = texts
+    planner.texts, planner.left = texts, left
     rungs = list[int]()
     for _ in range(400):
         rung = planner.choose()
