@@ -199,12 +199,12 @@ def lm() -> mtp_spec.LM:
     return mtp_spec.load()
 
 
-@pytest.mark.parametrize("name", ["coupled", "block", "hybrid"])
+@pytest.mark.parametrize("name", ["coupled", "hybrid"])
 def test_texts_have_the_targets_law_on_the_bundled_model(lm: mtp_spec.LM, name: str) -> None:
     """Every pair of first tokens: its share of many seeds against its exact probability."""
     prompt, options = lm.encode("One day a"), {"temperature": 1.5, "top_k": 3}
     counts: dict[tuple[int, ...], int] = {}
-    shape = Speculation(depth=1, acceptance=name) if name == "block" else Speculation(branching=(2,), acceptance=name)
+    shape = Speculation(branching=(2,), acceptance=name)
     number = 120
     for seed in range(number):
         # the last token is never drafted for, so a third is asked for

@@ -46,7 +46,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_same_text_whatever_the_tree(folder: Path, dtype: str, sampling: str) -> None:
     lm = mtp_spec.load(folder, dtype=dtype)
     # float32 computes rows one by one: exact by construction, slow
-    shapes = SHAPES if dtype == "bfloat16" else SHAPES[2:10:4]
+    shapes = SHAPES if dtype == "bfloat16" else SHAPES[-1:]
     for seed, prompt in enumerate(([3], list(range(60)))):
         options = {"max_new_tokens": 12, "seed": seed, "logprobs": 2, **SAMPLING[sampling]}
         plain = lm.generate(prompt, speculation=None, **options)
