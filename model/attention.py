@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import apply_rope, softmax_scale
-from mtp_spec.model.steady import MOST, Limits, cancelling, probe, steadily
+from mtp_spec.model.steady import MOST, Key, Limits, cancelling, probe, steadily
 
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
 # a row's numbers alike, however many rows stand beside it. The number of blocks is part of the arithmetic too, so a
@@ -280,8 +281,7 @@ class MLA(nn.Module):
 
 def by_head(x: Tensor, weight: Tensor) -> Tensor:
     """Returns each head's own product, `[M, H, B]` of x `[M, H, A]` and weight `[H, A, B]`; limits as `steady`'s."""
-    name = (*weight.shape, *weight.stride(), weight.dtype)
-    return steadily(lambda rows: torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1), x.contiguous(), name)
+    return steadily(partial(_by_head, weight=weight), x.contiguous(), _by_head_name(weight))
 
 
 def probe_by_head(weight: Tensor) -> Limits:
@@ -291,9 +291,18 @@ def probe_by_head(weight: Tensor) -> Limits:
     def prepare() -> tuple[Callable[[Tensor], Tensor], Tensor]:
         x, own = cancelling((MOST, heads), (heads, outputs), size)
         placed = torch.empty_strided(weight.shape, weight.stride(), dtype=own.dtype).copy_(own.transpose(1, 2))
-        return lambda rows: torch.bmm(rows.transpose(0, 1), placed).transpose(0, 1), x
+        return partial(_by_head, weight=placed), x
 
-    return probe((*weight.shape, *weight.stride(), weight.dtype), prepare)
+    return probe(_by_head_name(weight), prepare)
+
+
+def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+
+
+def _by_head_name(weight: Tensor) -> Key:
+    """Returns what the loops of `by_head` may depend on besides rows and threads."""
+    return (*weight.shape, *weight.stride(), weight.dtype)
 
 
 def _draft_mask(rows: int, depths: int, device: torch.device) -> Tensor | None:

@@ -46,7 +46,10 @@ def product(x: Tensor, weight: Tensor, layout: Tensor | None = None) -> Tensor:
 
 
 def _multiplied(x: Tensor, weight: Tensor, layout: Tensor | None) -> Tensor:
-    return F.linear(x, weight) if layout is None else packed_product(x, layout)
+    if layout is None:
+        return F.linear(x, weight)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layout, None, "none", [], "")
+    return out
 
 
 def product_name(weight: Tensor, layout: Tensor | None) -> Key:
@@ -65,11 +68,6 @@ def probe_product(weight: Tensor, layout: Tensor | None) -> Limits:
         return partial(_multiplied, weight=own, layout=None if layout is None else packed(own)), x
 
     return probe(product_name(weight, layout), prepare)
-
-
-def packed_product(x: Tensor, layout: Tensor) -> Tensor:
-    """Returns x @ weight.T of the weight that `packed` brought into `layout`."""
-    return torch.ops.mkldnn._linear_pointwise(x, layout, None, "none", [], "")
 
 
 class Linear(nn.Module):

@@ -85,7 +85,8 @@ class Whole:
         prefill.following.copy_(end)
         prefill.run()
         last = prefill.hidden.unflatten(0, (state.texts, prefill.rows))[self._text, end]
-        self.logits, self.record = draw(self.model.logits(last), state, last, self._text, count, self.stages)
+        self.logits = self.model.logits(last)
+        self.record = draw(self.logits, state, last, self._text, count, self.stages)
 
 
 class Reader:
@@ -163,7 +164,8 @@ class Reader:
             return read.rows, None
         self._text = None
         last, count = hidden[-1:], state.sent([len(prompt)], torch.int64)
-        logits, record = draw(self.runtime.model.logits(last), state, last, torch.zeros_like(count), count, text.stages)
+        logits = self.runtime.model.logits(last)
+        record = draw(logits, state, last, torch.zeros_like(count), count, text.stages)
         return read.rows, self._first([text], record, logits)
 
     def done(self, first: First) -> list[list[int]]:
@@ -200,16 +202,14 @@ class Reader:
         return First(texts, room, host, logits.clone() if told else None, ended)
 
 
-def draw(
-    logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor, stages: Stages
-) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor, stages: Stages) -> Tensor:
     """Draws the tokens after prompts of `count` `[B]` int64 tokens, with which the state starts.
 
     Args:
         logits: `[B, V]` of the last hidden states `last` `[B, D]`.  text: `[B]` 0, 1, ... as int64.
 
-    Returns the logits, and `[2, B]` int32: the tokens and whether there was none.
+    Returns `[2, B]` int32: the tokens and whether there was none.
     """
     drawn = sample(logits, text.int(), count, state.settings, stages)
     state.start(drawn.tokens[:, 0].long(), last, count, stages.penalty)
-    return logits, torch.stack((drawn.tokens[:, 0], drawn.failed))
+    return torch.stack((drawn.tokens[:, 0], drawn.failed))
