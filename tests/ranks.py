@@ -101,7 +101,7 @@ def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
     endless = lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm), logits_processor=in_no_hurry)
     handles = [lm.submit(prompt, **options) for prompt, options in wishes(tokens)]
     found: dict[str, Any] = {"busy": said(lm.score, PROMPT), "beside": said(lm.stream, PROMPT)}
-    failing = lm.submit(PROMPT[:4], max_new_tokens=9, logits_processor=Wishes(fails=True))
+    failing = lm.submit(PROMPT[:4], max_new_tokens=9, logit_bias=no_end(lm), logits_processor=Wishes(fails=True))
     if rank:
         endless.cancel()
     asyncio.run(listen(handles[1], heard := []))
@@ -150,8 +150,8 @@ def parted(lm: mtp_spec.LM, rank: int) -> dict[str, str]:
         lm.close()
     found["closed"] = said(endless.result)
     lm.close()
-    handles = [lm.submit(PROMPT[:4], max_new_tokens=99, logits_processor=Wishes(fails=bool(rank and one)))
-               for one in range(2)]  # fmt: skip
+    handles = [lm.submit(PROMPT[:4], max_new_tokens=99, logit_bias=no_end(lm),
+                         logits_processor=Wishes(fails=bool(rank and one))) for one in range(2)]  # fmt: skip
     found["failed"], found["beside"] = said(handles[1].result), said(handles[0].result)
     with suppress(mtp_spec.RankError):
         lm.submit([1])
