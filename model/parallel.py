@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from threading import local
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -221,8 +222,9 @@ class Ranks:
             with suppress(Exception):  # whatever is left of the group
                 dist.distributed_c10d._abort_process_group(self.group)
 
-    @property
+    @cached_property
     def _on_gpu(self) -> bool:
+        """Whether the group's exchanges run on GPUs; kept, for a group that was given up does not tell any more."""
         return self.group is not None and torch.cuda.is_available() and "nccl" in dist.get_backend_config(self.group)
 
     def agree(self, facts: Mapping[str, object], doubt: bool = False) -> bool:
