@@ -135,7 +135,7 @@ class Transformer(nn.Module):
         self._head_layout: Tensor | None = None
         self._draft_ids: Tensor | None = None
         self._draft_layout: Tensor | None = None
-        self._table = rope_table(config, 0, device)
+        self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=device)  # grows with the text
         self.eval()
 
     def pack(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -88,13 +89,18 @@ class Tokenizer:
         plain = [self._message(message) for message in messages]
         if not plain[-1]["content"]:
             raise PromptError("the last message is empty: give it some text")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
-            return environment.from_string(self.template).render(
+            return self._compiled.render(
                 messages=plain, add_generation_prompt=add_generation_prompt, **self._special
             )
         except TemplateError as error:
             raise MTPSpecError(f"the checkpoint's chat template failed: {error}") from error
+
+    @cached_property
+    def _compiled(self) -> Template:
+        """The chat template, which takes longer to compile than to apply."""
+        assert self.template is not None
+        return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
 
     def _message(self, message: Mapping[str, str]) -> dict[str, str]:
         role, content = message.get("role"), message.get("content")
