@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mtp_spec.device_engine import DeviceRuntime, SharedDecoder
 from mtp_spec.device_pages import STEP_ROWS, STEP_TEXTS, DevicePages, planned_pages
-from mtp_spec.device_planned import CATCH_UP_ROWS, Rungs, planned_shapes
+from mtp_spec.device_planned import CATCH_UP_ROWS, Rungs, ladder_of, planned_shapes
 from mtp_spec.device_reader import Reader
 from mtp_spec.device_shape import Shape
 from mtp_spec.device_state import MOST, WAITING, Mail, State, union
@@ -207,7 +207,7 @@ class Group:
         if gone:
             state.part(len(texts), gone).blank()
         self._stages = union([text.stages for text in texts])
-        self._changed = False
+        self._changed, self._disturbed = False, True
 
     def _together(self) -> int:
         """Returns the most slots of a captured step: what fits, by powers of two."""
@@ -247,11 +247,12 @@ class Group:
         planner, texts = self._planner, self.texts
         planner.ladder, planner.texts = ladder, len(texts)
         planner.left = max(text.end - len(text.tokens) for text in texts)
+        planner.behind = max(text.waiting for text in texts)
         return planner.choose()
 
     def _measured(self, parts: list[Part]) -> Ladder:
         """Times the steps on tokens of all kinds, whose rows go to as many experts as those of texts."""
-        seconds, turning = [0.0] * len(self.shapes), 0.0
+        measured = list[list[float]]()
         for part in parts:
             with part.state.set_aside(self.pages.tables[self.pages.idle_row]):
                 generator = torch.Generator().manual_seed(0)
@@ -259,11 +260,10 @@ class Group:
                 state.tokens.copy_(torch.randint(vocabulary, state.tokens.shape, generator=generator))
                 state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator))
                 assert part.rungs is not None
-                steps, between = part.rungs.seconds(state)
-            seconds, turning = [a + b for a, b in zip(seconds, steps, strict=True)], turning + between
+                measured.append(part.rungs.seconds(state))
         self._disturbed = True
-        *seconds, turning = self.runtime.model.ranks.first((*seconds, turning))
-        return Ladder(self.shapes, seconds, turning, self._chances)
+        seconds = [sum(times) for times in zip(*measured, strict=True)]
+        return ladder_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances)
 
     def _turn(self, rungs: list[Rungs], rung: int, texts: list[SharedDecoder]) -> None:
         """Does what lies between steps, as `PlannedDecoder`; texts may be behind by different numbers of rows."""

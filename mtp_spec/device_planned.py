@@ -7,7 +7,7 @@ when the ring is full.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -20,7 +20,7 @@ from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime, Launched
 from mtp_spec.device_shape import Constants, Shape
 from mtp_spec.device_state import WAITING, State
 from mtp_spec.device_step import Step
-from mtp_spec.ladder import PLAIN, Ladder, TextLadder
+from mtp_spec.ladder import PLAIN, Chances, Ladder, TextLadder
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.options import Speculation
 
@@ -67,10 +67,9 @@ class Rungs:
                                         for part in some])  # fmt: skip
         return cls(steps, captured(steps[-1].show), passes, constants)
 
-    def seconds(self, state: State) -> tuple[list[float], float]:
-        """Returns the seconds of each step, and of going from drafting to plain steps and back."""
-        settle, back = (_time(state, work) for work in (self.settle, self.catch_up[CATCH_UP_ROWS[0]]))
-        return [_time(state, step) for step in self.steps], settle + back
+    def seconds(self, state: State) -> list[float]:
+        """Returns the seconds of each step, of settling, and of catching up by each number of rows."""
+        return [_time(state, work) for work in (*self.steps, self.settle, *self.catch_up.values())]
 
 
 class PlannedDecoder(DeviceDecoder):
@@ -86,18 +85,17 @@ class PlannedDecoder(DeviceDecoder):
             return Rungs.capture(runtime, state, steps)
 
         self.rungs = rungs = runtime.kept((id(state), shapes, stages, acceptance), capture)
-        ladder = runtime.kept((shapes, stages, acceptance), lambda: Ladder(shapes, *self._seconds(rungs)))
-        self.planner = TextLadder(ladder)
+
+        def measure() -> Ladder:
+            return ladder_of(shapes, runtime.model.ranks.first(rungs.seconds(self.state)))
+
+        self.planner = TextLadder(runtime.kept((shapes, stages, acceptance), measure))
         # rows that plain steps put aside, and whether a drafting step's tokens are still to be shown to the modules
         self._waiting, self._unseen = 0, True
         return rungs.steps[-1]
 
-    def _seconds(self, rungs: Rungs) -> tuple[list[float], float]:
-        steps, turning = rungs.seconds(self.state)
-        *steps, turning = self.model.ranks.first((*steps, turning))
-        return steps, turning
-
     def _launch(self) -> None:
+        self.planner.behind = self._waiting
         rung = self.planner.choose()
         if rung == PLAIN:
             if self._unseen:  # what a drafting step committed lies where the next step writes
@@ -126,6 +124,12 @@ class PlannedDecoder(DeviceDecoder):
             self.stats.record_plan(self.planner.tokens(rung), self.planner.ladder.seconds(rung), committed, seconds)
         if committed == len(accepted) + 1:  # else the text ended within the step
             self.planner.learn(rung, accepted, seconds)
+
+
+def ladder_of(shapes: Sequence[Shape], seconds: Sequence[float], chances: Chances | None = None) -> Ladder:
+    """Returns the ladder of measured times, in the order of `Rungs.seconds`."""
+    steps, (settling, *reading) = seconds[: len(shapes)], seconds[len(shapes) :]
+    return Ladder(shapes, steps, settling, dict(zip(CATCH_UP_ROWS, reading, strict=True)), chances)
 
 
 def planned_shapes(speculation: Speculation) -> tuple[Shape, ...]:

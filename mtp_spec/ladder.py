@@ -12,8 +12,8 @@ Nothing here changes the text: it decides in the host's time, while the GPU is b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from math import exp, log, log2, sqrt
+from collections.abc import Mapping, Sequence
+from math import exp, inf, log, log2
 
 from mtp_spec.device_shape import Shape
 from mtp_spec.pace import ALLOWED, LEAST_PRICE, Pace
@@ -28,9 +28,9 @@ TEXT_MEMORY, MODEL_MEMORY, CARRIED = 40.0, 400.0, 8.0
 CREDIT = 8.0
 # steps are plain where the best tree is expected to bring less than this part of plain decoding's tokens per second
 LOSING = 0.95
-# texts side by side end with the slowest of them, which accepts less than their mean, the more so the shorter they are:
-# what drafting must promise more with every doubling of their number, if `LAG_TOKENS` are left; it falls with the root
-LAG, LAG_TOKENS = 0.125, 64
+# texts side by side end with the slowest of them, which accepts less than their mean: what drafting must promise more
+# with every doubling of their number
+LAG = 0.02
 # weights of a step's time in the corrections: of its rung, and of all; it is taken to be at most this far from expected
 OWN, COMMON, MOST_SURPRISE = 0.1, 0.01, log(1.5)
 
@@ -91,7 +91,8 @@ class Ladder:
     Args:
         shapes: the rungs' trees; the first is plain decoding.
         seconds: of each rung's step, measured.
-        turning: seconds that going from drafting to plain steps and back takes.
+        settling: seconds that going from drafting to plain steps takes.
+        catching_up: and of going back, by the most rows that the MTP modules then read.
         chances: what was learned beside steps of other times; None: nothing yet.
 
     Raises:
@@ -99,11 +100,13 @@ class Ladder:
     """
 
     def __init__(
-        self, shapes: Sequence[Shape], seconds: Sequence[float], turning: float, chances: Chances | None = None
-    ) -> None:
+        self, shapes: Sequence[Shape], seconds: Sequence[float], settling: float, catching_up: Mapping[int, float],
+        chances: Chances | None = None,
+    ) -> None:  # fmt: skip
         if shapes[PLAIN].parents or len(shapes) != len(seconds) or len(shapes) < 2 or min(seconds) <= 0:
             raise ValueError("rungs are plain decoding, then trees, each with its seconds")
-        self.shapes, self._seconds, self._turning = tuple(shapes), tuple(seconds), turning
+        self.shapes, self._seconds = tuple(shapes), tuple(seconds)
+        self._settling, self._catching_up = settling, sorted(catching_up.items())
         self.chances, self.debt = chances or Chances(MODEL_MEMORY), 0.0
         # logarithms: all rungs are slower than measured by one factor (longer contexts), each by one of its own
         self._common, self._own = 0.0, [0.0] * len(shapes)
@@ -116,10 +119,15 @@ class Ladder:
         """Returns the time of a rung's step, a plain step being 1."""
         return self.seconds(rung) / self.seconds(PLAIN)
 
-    @property
-    def turning(self) -> float:
-        """The time of going from drafting to plain steps and back, in plain steps."""
-        return self._turning / self._seconds[PLAIN]
+    def turning(self, behind: int) -> float:
+        """Returns the time of going from plain steps to drafting and back, in plain steps.
+
+        Args:
+            behind: rows that the MTP modules have not read; the drafting step itself reads one.
+        """
+        passes = ((0, 0.0), *self._catching_up)
+        reading = next((seconds for rows, seconds in passes if behind - 1 <= rows), passes[-1][1])
+        return (self._settling + reading) / self._seconds[PLAIN]
 
     def learn(self, rung: int, seconds: float) -> None:
         """Takes the seconds that a rung's step took."""
@@ -138,10 +146,11 @@ class TextLadder:
     Attributes:
         ladder: that of the next step; another one where another number of texts takes it.
         texts: that take it.  left: tokens that the longest of them may still get.
+        behind: rows of theirs that the MTP modules have not read.
     """
 
     def __init__(self, ladder: Ladder) -> None:
-        self.ladder, self.texts, self.left = ladder, 1, LAG_TOKENS
+        self.ladder, self.texts, self.left, self.behind = ladder, 1, inf, 0
         self._chances = Chances(TEXT_MEMORY, ladder.chances)
         self._pace = Pace(ladder.debt, CREDIT)
         self._saved = 0.0  # for looking deeper
@@ -152,9 +161,11 @@ class TextLadder:
         drafting = range(1, len(ladder.shapes))
         rate, best = max((self.tokens(rung) / ladder.relative(rung), -rung) for rung in drafting)
         best = -best
-        lag = LAG * log2(self.texts) * sqrt(LAG_TOKENS / max(self.left, 1))
-        least = LOSING if self.texts == 1 else 1.0 + lag
-        if not self._pace.drafts(ladder.turning, losing=rate < least):
+        least = LOSING if self.texts == 1 else 1.0 + LAG * log2(self.texts)
+        losing, turning = rate < least, ladder.turning(self.behind)
+        if self.behind > 1 and not losing and self.left * (1.0 - 1.0 / rate) < turning:
+            return PLAIN  # what is left to win is less than what beginning again costs
+        if not self._pace.drafts(turning, losing):
             return PLAIN
         if best + 1 < len(ladder.shapes):
             forgone = rate * ladder.relative(best + 1) - self.tokens(best + 1)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.resources import files
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from mtp_spec import measured
+from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.convert import ranks_job
 from mtp_spec.model.jobs import run_job
+from mtp_spec.model.parallel import ALONE
 from mtp_spec.times import StepTimes
 
 # workers side by side that each spread over every core spend their time waiting for one another
@@ -34,10 +40,20 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is kept in the user's own directory, and no test waits for times to be measured: they are typical."""
+    """Nothing is kept in the user's own directory, and no test waits for times to be measured: they are typical.
+
+    So they are for the bundled model in processes that tests start, which find them in that directory.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(measured, "measure", lambda *_: StepTimes.typical())
+        checkpoint = open_checkpoint(Path(str(files("mtp_spec.configs") / "demo")))
+        with safe_open(checkpoint.tensors["model.norm.weight"].parts[0].file, "pt") as file:
+            norm = file.get_tensor("model.norm.weight")
+        model = SimpleNamespace(config=checkpoint.config, norm=norm, dtype=norm.dtype, device=norm.device, ranks=ALONE)
+        for technique, ranks in product(("batched", "single"), (1, 2)):
+            subject = measured.times_subject(model, technique)  # type: ignore[arg-type]
+            measured.write({**subject, "threads": int(THREADS), "ranks": ranks}, StepTimes.typical().to_json())
         yield
 
 

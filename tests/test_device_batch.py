@@ -175,7 +175,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(module, "WAITING", RING)
     for module in (device_planned, device_group):
         monkeypatch.setattr(module, "CATCH_UP_ROWS", (4, RING))
-    monkeypatch.setattr(device_planned.Rungs, "seconds", lambda rungs, _: ([1.0] * len(rungs.steps), 1.0))
+    monkeypatch.setattr(device_planned.Rungs, "seconds", lambda rungs, _: [1.0] * (len(rungs.steps) + 3))
 
     def use(rungs: list[int]) -> None:
         monkeypatch.setattr(device_group, "TextLadder", lambda ladder: Script(rungs, ladder))
