@@ -12,7 +12,7 @@ rows must be computed here:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ Technique = Literal["batched", "single"]
 PROBE_ROWS = (2, 3, 4, 5, 6, 7, 8, 9, 16, 33)
 # what is tried, by the tokens before; the second one's rows cross a context block
 PROBES = {1: PROBE_ROWS, 250: (3, 9)}
+_tried: dict[Hashable, Technique] = {}
 
 
 def verify_rows(
@@ -67,12 +68,16 @@ def row_logits(model: Transformer, hidden: Tensor, technique: Technique) -> Tens
 def choose_technique(model: Transformer) -> Technique:
     """Returns "batched" if passes of several rows reproduce single rows to the last bit, else "single".
 
-    float32 goes straight to "single": its products use another routine for one row than for several.
+    float32 goes straight to "single": its products use another routine for one row than for several. The order of a sum
+    depends on shapes, not on values, so a model of the same shape is not tried again.
     """
     if model.dtype == torch.float32:
         return "single"
-    invariant = _limit(model) >= LEAST_LIMIT and all(_is_invariant(model, *probe) for probe in PROBES.items())
-    return "batched" if invariant else "single"
+    key = (torch.get_num_threads(), model.dtype, model.ranks.size, model.is_packed, repr(model.config))
+    if key not in _tried:
+        invariant = _limit(model) >= LEAST_LIMIT and all(_is_invariant(model, *probe) for probe in PROBES.items())
+        _tried[key] = "batched" if invariant else "single"
+    return _tried[key]
 
 
 @torch.inference_mode()

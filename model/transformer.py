@@ -147,6 +147,11 @@ class Transformer(nn.Module):
         if self._draft_ids is not None and len(self._draft_ids):
             self._draft_layout = packed(self._draft_head)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether `pack` was called."""
+        return self._head_layout is not None
+
     # whole sequences
 
     def forward(self, ids: Tensor) -> Tensor:

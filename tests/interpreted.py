@@ -154,8 +154,8 @@ def attention() -> None:
     table = torch.tensor([[0, -1, -1, -1], [0, 1, -1, -1], [0, 2, -1, -1], [0, 2, 3, -1], [0, 2, 3, 4], [0, 1, 5, -1]])
     depths = (table >= 0).sum(1) - 1
     sizes = (
-        (4, 32, 64, True, (0, 62, 130), False), (3, 128, 64, True, (1, 1022), False), (33, 32, 64, False, (64,), False),
-        (4, 32, 64, True, (130,), True), (3, 128, 256, True, (62,), True),
+        (4, 32, 64, True, (0, 62), False), (3, 128, 64, True, (1022,), False), (33, 32, 64, False, (1,), False),
+        (4, 32, 64, True, (130,), True), (3, 128, 256, True, (64,), True),
     )  # fmt: skip
     for heads, value, latent, packed, contexts, packed_cache in sizes:
         head = mla.Head(heads, 32, 16, latent, value, 0.1, interleaved=packed)

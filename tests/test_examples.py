@@ -128,7 +128,7 @@ def test_training_from_chats_to_a_checkpoint(tmp_path: Path) -> None:
             file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
     data = tmp_path / "packed.npz.xz"
     assert "1783 chats" in run(ROOT / "examples" / "demo_data.py", chats, demo, data)
-    small = ["--steps", 2, "--batch", 2, "--context", 32, "--no-compile"]
+    small = ["--steps", 1, "--batch", 2, "--context", 32, "--no-compile"]
     train = ROOT / "examples" / "train_demo.py"
     run(train, "main", data, tmp_path / "one", *small)
     texts = ["--texts", 4, "--text-seconds", 0]
