@@ -1,19 +1,12 @@
-"""FP8 weights to wider numbers and back on a CPU: bit for bit what `fp8` computes, at the pace of memory.
-
-torch converts e4m3 number by number there. Moved seven places up, the bits of an e4m3 number are those of a float16
-that is 256 times smaller, subnormal ones included, and integer steps and conversions from float16 are vectorised.
-"""
+"""FP8 weights to wider numbers and back on a CPU: bit for bit what `fp8` computes, at the pace of memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, block_counts, block_scale, weight_dequant
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, RATIO, block_counts, block_scale, lowered, weight_dequant
 
-PLACES = 128  # a factor that moves bits by e4m3's seven
-SIGN_AND_NUMBER = -0x4080  # 0xBF80: float16's bits that come from e4m3's; the sign was copied to one more
-RATIO = 256.0  # of e4m3's numbers to float16's with these bits
 NAN = 0xFE  # without its sign, moved one place up
 CHUNK_NUMBERS = 2**20  # at once: what a processor's caches hold
 
@@ -45,8 +38,7 @@ def dequantise(
             out[first : first + step] = part.float() * plain[blocks].repeat_interleave(block, 0)[: len(part)]
             continue
         bits, numbers = half[: len(part)], wide[: len(part)]
-        bits.copy_(part.view(torch.int8)).mul_(PLACES).bitwise_and_(SIGN_AND_NUMBER)
-        numbers.copy_(bits.view(torch.float16))
+        numbers.copy_(lowered(part, bits))
         for row, line in enumerate(lifted[blocks]):
             numbers[row * block : (row + 1) * block].mul_(line)
         out[first : first + step] = numbers

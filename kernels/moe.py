@@ -205,22 +205,28 @@ def experts_reference(
     x: Tensor, indices: Tensor, pair_weights: Tensor, weights: Experts, residual: Tensor | None = None,
     exchange: Exchange | None = None,
 ) -> Tensor:  # fmt: skip
-    """`experts` in plain torch, one pair at a time."""
+    """`experts` in plain torch, a pair's numbers as if it were alone."""
     quantised, scales = act_quant(x)
-    per_row, blocks, pairs = indices.shape[1], weights.gate_up_scale.shape[1] // 2, list[tuple[Tensor, Tensor]]()
-    for pair, expert in enumerate(indices.flatten().tolist()):
-        row = slice(pair // per_row, pair // per_row + 1)
+    per_row, blocks, chosen = indices.shape[1], weights.gate_up_scale.shape[1] // 2, indices.flatten()
+    by_expert = [(expert, (chosen == expert).nonzero().flatten()) for expert in chosen.unique().tolist()]
+    activated = dict[int, tuple[Tensor, Tensor]]()
+    for expert, pairs in by_expert:
         halves = weights.gate_up[expert].split(weights.inner), weights.gate_up_scale[expert].split(blocks)
-        gate_part, up = (fp8_gemm(quantised[row], scales[row], *half) for half in zip(*halves, strict=True))
-        pairs.append(act_quant(F.silu(gate_part) * up))
-    hidden, hidden_scale = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        rows = quantised[pairs // per_row], scales[pairs // per_row]
+        gate_part, up = (fp8_gemm(*rows, *half).split(1) for half in zip(*halves, strict=True))
+        for pair, one, other in zip(pairs.tolist(), gate_part, up, strict=True):
+            activated[pair] = act_quant(F.silu(one) * other)
+    hidden, hidden_scale = (torch.cat(parts) for parts in zip(*(activated[pair] for pair in range(len(chosen))),
+                                                              strict=True))  # fmt: skip
     if exchange is not None:
         hidden, hidden_scale = exchange(hidden, hidden_scale)
+    parts = torch.empty(len(chosen), weights.outputs, device=x.device)
+    for expert, pairs in by_expert:
+        parts[pairs] = fp8_gemm(hidden[pairs], hidden_scale[pairs], weights.down[expert], weights.down_scale[expert])
     out = torch.zeros(x.shape[0], weights.outputs, device=x.device)
-    for pair, expert in enumerate(indices.flatten().tolist()):
-        one = hidden[pair : pair + 1], hidden_scale[pair : pair + 1]
-        part = fp8_gemm(*one, weights.down[expert], weights.down_scale[expert])
-        out[pair // per_row] += pair_weights.flatten()[pair] * part[0]
+    weighted = (parts * pair_weights.flatten()[:, None]).unflatten(0, (-1, per_row))
+    for place in range(per_row):
+        out += weighted[:, place]
     return (out if residual is None else out + residual.float()).to(x.dtype)
 
 

@@ -144,7 +144,8 @@ def main(name: str) -> None:
     for packed in (False, True) if name == "v3" else (False,):
         model = DeviceModel(config, "meta", packed_cache=packed)
         state = State(model, 1000)
-        for speculation, rule in ((None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")):
+        rules = [(None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")]
+        for speculation, rule in rules if name == "v3" else rules[1:2]:
             shape = Shape.of(speculation)
             Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
         Step(model, state, Shape.of(None), stages_of(params), extend=4)._run()
@@ -154,7 +155,7 @@ def main(name: str) -> None:
         commit.clean(caches, torch.empty(3, dtype=torch.int64, device="meta"))
         several = State(model, 1000, caches, pages)
         several.live, several.logits = several.length.clone(), torch.empty(64, config.vocab_size, device="meta")
-        for speculation in (None, chain, tree):
+        for speculation in (None, chain, tree) if name == "v3" else (chain,):
             shape = Shape.of(speculation)
             Step(model, several, shape, stages_of(params), 4 if speculation else 0)._run()
         Step(model, several, Shape.of(None), stages_of(params), extend=4)._run()
