@@ -81,6 +81,8 @@ def test_batch(tmp_path: Path) -> None:
     assert document["texts unlike plain"] == 0
     assert len(document["tokens per second"]["3 auto"]) == 2
     assert all(row["times plain"] == 1 and row["tokens a step"] == 1 for row in document["rows"][::3])
+    document = run(["batch", "--sizes", "2", "--repeats", "1", "--adversarial", "--max-new-tokens", "2"], tmp_path)
+    assert document["texts unlike plain"] == 0
 
 
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

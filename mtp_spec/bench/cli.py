@@ -51,6 +51,7 @@ def add_bench(commands: Any) -> None:
     eight.add_argument("--repeats", type=parsing.count, default=5, help="batches of each size (5)")
     eight.add_argument("--depths", type=parsing.depths, default=[], metavar="K,...", help="chains too (none)")
     eight.add_argument("--turns", action="store_true", help="also one text after another, plain and auto")
+    eight.add_argument("--adversarial", action="store_true", help="prompts of random tokens; try it at temperature 2")
     eight.add_argument("--temperature", type=float, default=0.8)
     eight.add_argument("--max-new-tokens", type=int, default=64, help="tokens a text (64)")
     five = kinds.add_parser("kernels", help="FP8 products on a GPU, against the copy rate", description=kernels.__doc__)

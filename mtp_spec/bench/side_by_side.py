@@ -11,6 +11,7 @@ from rich.progress import track
 
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question, spread
+from mtp_spec.bench.turns import noise
 
 TURNS = "one by one, "
 
@@ -30,7 +31,7 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
         steps: dict[str, list[float]] = {name: [] for name in ways}
         texts: dict[str, list[list[int]]] = {}
         for repeat in track(range(args.repeats), f"{size} texts", transient=True, disable=lm.model.ranks.rank > 0):
-            prompts = _prompts(lm, size, repeat)
+            prompts = _prompts(lm, size, repeat, args.adversarial)
             order = list(ways)
             for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
                 rate, per_step, texts[name] = _run(lm, prompts, name, ways[name], args)
@@ -55,12 +56,14 @@ def _warm_up(lm: LM, size: int, ways: dict[str, Any], args: argparse.Namespace) 
         for name, way in ways.items():
             if size == 1 or not name.startswith(TURNS):
                 for _ in range(1 if lm.runtime is None else 2):
-                    _run(lm, _prompts(lm, size, repeat), name, way, args)
+                    _run(lm, _prompts(lm, size, repeat, args.adversarial), name, way, args)
     gc.collect()
     gc.freeze()
 
 
-def _prompts(lm: LM, size: int, repeat: int) -> list[list[int]]:
+def _prompts(lm: LM, size: int, repeat: int, adversarial: bool) -> list[list[int]]:
+    if adversarial:
+        return [noise(lm, repeat * size + number) for number in range(size)]
     return [question(lm, item["prompt"]) for item in bundled_prompts(size, seed=repeat)]
 
 
