@@ -44,6 +44,7 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
             rows.append({"batch": size, "way": name, "tokens/s": spread(rates[name])[0], "times plain": median,
                          "quartiles": f"{low:.2f}-{high:.2f}", "tokens a step": spread(steps[name])[0]})  # fmt: skip
             rated[f"{size} {name}"] = rates[name]
+    gc.unfreeze()
     title = f"Texts side by side, median of {args.repeats} batches, temperature {args.temperature}"
     facts = {"tokens per second": rated, "texts unlike plain": wrong, "ranks": lm.model.ranks.size}
     return Report(title, rows, facts, failed=wrong > 0, silent=lm.model.ranks.rank > 0)
