@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +90,11 @@ class Tokenizer:
         if not plain[-1]["content"]:
             raise PromptError("the last message is empty: give it some text")
         try:
-            return self._compiled.render(
+            return _compiled(self.template).render(
                 messages=plain, add_generation_prompt=add_generation_prompt, **self._special
             )
         except TemplateError as error:
             raise MTPSpecError(f"the checkpoint's chat template failed: {error}") from error
-
-    @cached_property
-    def _compiled(self) -> Template:
-        """The chat template, which takes longer to compile than to apply."""
-        assert self.template is not None
-        return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
 
     def _message(self, message: Mapping[str, str]) -> dict[str, str]:
         role, content = message.get("role"), message.get("content")
@@ -169,3 +163,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}): download it again") from error
     return value if isinstance(value, dict) else {}
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Template:
+    """Returns a chat template, which takes longer to compile than to apply."""
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
