@@ -113,7 +113,7 @@ def row_products(x: Tensor, weight: Tensor) -> Tensor:
 
     Without gradients, that is: training takes the one product, which is faster.
     """
-    if x.requires_grad or weight.requires_grad:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return F.linear(x, weight)
     return torch.stack([torch.mv(weight, row) for row in x])
 
