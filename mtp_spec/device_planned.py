@@ -69,7 +69,8 @@ class Rungs:
 
     def seconds(self, state: State) -> list[float]:
         """Returns the seconds of each step, of settling, and of catching up by each number of rows."""
-        return [_time(state, work) for work in (*self.steps, self.settle, *self.catch_up.values())]
+        works: list[Callable[[], None]] = [*self.steps, self.settle, *self.catch_up.values()]
+        return [_time(state, work) for work in works]
 
 
 class PlannedDecoder(DeviceDecoder):
