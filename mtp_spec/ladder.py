@@ -163,7 +163,7 @@ class TextLadder:
         best = -best
         least = LOSING if self.texts == 1 else 1.0 + LAG * log2(self.texts)
         losing, turning = rate < least, ladder.turning(self.behind)
-        if self.behind > 1 and not losing and self.left * (1.0 - 1.0 / rate) < turning:
+        if self.behind > 1 and not losing and rate > 1.0 and self.left * (1.0 - 1.0 / rate) < turning:
             return PLAIN  # what is left to win is less than what beginning again costs
         if not self._pace.drafts(turning, losing):
             return PLAIN

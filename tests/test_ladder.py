@@ -156,6 +156,14 @@ def test_a_text_near_its_end_does_not_begin_again() -> None:
         assert (steps.choose() > PLAIN) == drafts
 
 
+def test_drafting_that_is_about_as_fast_goes_on() -> None:
+    """Also where a text has no end that is known: steps that look three parts in a hundred slower teach something."""
+    times = (1.0, 2.0 / 0.97, 9.0, 9.0, 9.0)
+    steps = TextLadder(Ladder(SHAPES, times, 0.0, {128: 10.0}, certain()))
+    steps.behind = 100
+    assert sum(steps.choose() > PLAIN for _ in range(200)) > 150
+
+
 def test_tries_lose_a_fixed_share_however_dear_they_are() -> None:
     """Drafting that never pays is tried the less often the more there is to be read before."""
     for cost in (1.0, 10.0):
