@@ -71,6 +71,11 @@ def _leave() -> None:
             dist.distributed_c10d._abort_process_group()  # destroying would wait for graphs that are still held
         else:
             dist.destroy_process_group()
+            # the group's threads may still hold tensors of an exchange, and a thread that gives one back while the
+            # interpreter ends aborts the process; they end with the group, once nobody has it
+            for ranks in _places.values():
+                ranks.group = None
+            _places.clear()
 
 
 def local_device(device: str, ranks: Ranks) -> str:
