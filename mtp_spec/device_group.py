@@ -115,7 +115,7 @@ class Group:
                 place = self._slots.index(None) if None in self._slots else len(self._slots)
                 self._slots[place : place + 1] = [text]
                 self.state.part(place, 1).take(state.part(number, 1))
-        self._changed = self._disturbed = True
+        self._changed = True
 
     def leave(self, text: SharedDecoder) -> None:
         """Takes a text out, if it is there."""
