@@ -133,11 +133,13 @@ def chat(*options: str, given: str | bytes = "", shell: str = "") -> subprocess.
 
 
 def test_once_and_scripts_from_a_pipe() -> None:
-    one = chat("--once", "-", given="List three fruits\n")
+    one = chat("--once", "List three fruits")
     assert one.returncode == 0
     assert len(one.stdout.split()) >= 4
     assert one.stdout.count("\n") >= 1
     assert "tok/s" in one.stderr
+    again = chat("--once", "-", given="List three fruits\n")
+    assert again.stdout == one.stdout
     both = chat(given=b"List three fruits\n/quit \xff\n/set stats off\nWhy?\n/exit\nnot asked\n")
     assert both.returncode == 0
     assert both.stdout.startswith(one.stdout)

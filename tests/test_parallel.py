@@ -117,6 +117,14 @@ def test_fewer_blocks_than_ranks_are_refused(fp8: Path) -> None:
         load_device_model(fp8, "cpu", ranks=Ranks(0, 4))
 
 
+def test_four_ranks_with_a_head_each(tmp_path: Path) -> None:
+    tiny.make(tmp_path / "model", "v3_two_modules")
+    few: dict[str, Any] = {"names": ["plain", "tree"], "tokens": 8}
+    lm = mtp_spec.load(tmp_path / "model", dtype="bfloat16", measure=False)
+    expected = as_a_rank(lambda: ranks.texts(lm, **few))
+    assert ranks.run({"model": str(tmp_path / "model"), "dtype": "bfloat16", **few}, 4, tmp_path) == [expected] * 4
+
+
 def bytes_of(checkpoint: Checkpoint) -> int:
     return sum(info.bytes for info in checkpoint.tensors.values())
 
@@ -167,6 +175,15 @@ def test_an_error_without_words_is_heard_all_the_same() -> None:
     assert said == [{"failed": "LookupError"}]
 
 
+def test_a_killed_rank_ends_the_other(fp8: Path, tmp_path: Path) -> None:
+    processes = ranks.start({"model": str(fp8), "forever": 2}, 2, tmp_path)
+    wait_for(tmp_path / "0.json", tmp_path / "1.json")
+    processes[1].kill()
+    said = ranks.failures(processes[:1], SECONDS)[0]
+    processes[1].communicate()
+    assert "RankError: rank 0 of 2 lost the others: one of them ended" in said
+
+
 def test_a_rank_that_stops_answering_ends_the_other(fp8: Path, tmp_path: Path) -> None:
     processes = ranks.start({"model": str(fp8), "forever": 1, "patience": PATIENCE}, 2, tmp_path)
     wait_for(tmp_path / "0.json", tmp_path / "1.json")
@@ -207,10 +224,11 @@ def test_what_one_rank_cannot_read_ends_all(fp8: Path, tmp_path: Path) -> None:
     assert f"CheckpointError: {nowhere} does not exist" in second
 
 
-def test_a_rank_that_never_comes(fp8: Path, tmp_path: Path) -> None:
-    started = ranks.start({"model": str(fp8), "patience": PATIENCE}, 2, tmp_path, absent=[0])
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_never_comes(absent: int, fp8: Path, tmp_path: Path) -> None:
+    started = ranks.start({"model": str(fp8), "patience": PATIENCE}, 2, tmp_path, absent=[absent])
     (said,) = ranks.failures(started, SECONDS)
-    assert "RankError: rank 1 of 2 found not all others at 127.0.0.1:" in said
+    assert f"RankError: rank {1 - absent} of 2 found not all others at 127.0.0.1:" in said
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the rank among the processes of Linux")
