@@ -177,11 +177,11 @@ def test_a_shard_cut_while_the_model_is_loaded(fp8: Path, tmp_path: Path, monkey
 
 
 LOADING = """
-import sys, time
+import os, sys, time
 from mtp_spec.model import stored
 whole = stored.read_tensor
 def slow(info):
-    print("reading", flush=True)
+    os.write(1, b"reading\\n")  # at once: several threads are here, and print writes a line in two parts
     time.sleep(0.4)
     return whole(info)
 stored.read_tensor = slow
