@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-import triton.backends.nvidia
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -86,14 +84,15 @@ def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
     tensors = [place for place, value in enumerate(bound.values()) if isinstance(value, torch.Tensor)]
     aligned = {(place,): [["tt.divisibility", 16]] for place in tensors}
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options.get("num_warps", 4)}
-    )
+    with redirect_stdout(StringIO()) as log:  # the assembler's
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options.get("num_warps", 4)}
+        )
     ptx = compiled.asm["ptx"]
     print(json.dumps({
         "kernel": kernel.fn.__name__, "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+\S*)", ptx))),
         "tma": "cp.async.bulk.tensor" in ptx, "late": _late(ptx), "shared": compiled.metadata.shared,
-        "spilled": _spilled(ptx),
+        "spilled": max(int(size) for size in re.findall(r"(\d+) bytes spill stores", log.getvalue())),
         "constants": {k: v for k, v in constants.items() if isinstance(v, int)},
     }), flush=True)  # fmt: skip
 
@@ -106,28 +105,9 @@ def _late(ptx: str) -> bool | None:
     return "launch_dependents" in ptx and not re.search(r"\b((ld|st|red|atom)\.(global|v\d)|bulk\.tensor)", before)
 
 
-def _spilled(ptx: str) -> int | None:
-    """Returns bytes of spill stores, or None where no assembler is at hand."""
-    folder = Path(triton.backends.nvidia.__file__).parent / "bin"
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "kernel.ptx"
-        for assembler in sorted(folder.glob("ptxas*")):
-            version = re.search(r"release (\d+)\.(\d+)", subprocess.run(
-                [assembler, "--version"], capture_output=True, text=True, check=False).stdout)  # fmt: skip
-            if version is None:
-                continue
-            # CUDA 13.x reads PTX 9.x, the last versions of CUDA 12 read PTX up to 8.7
-            wanted = f"9.{version[2]}" if int(version[1]) > 12 else "8.7"
-            file.write_text(re.sub(r"\.version [\d.]+", f".version {wanted}", ptx))
-            command = [assembler, "-v", "--gpu-name=sm_90a", file, "-o", os.devnull]
-            ran = subprocess.run(command, capture_output=True, text=True, check=False)
-            found = re.search(r"(\d+) bytes spill stores", ran.stderr)
-            if ran.returncode == 0 and found:
-                return int(found[1])
-    return None
-
-
 def main(name: str) -> None:
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # the cache keeps no log
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)  # type: ignore[method-assign]
     launching.overlaps = mla.on_hopper = lambda _: True
     for module in (commit, gemm, mla, moe, moe_group, moe_route, quant, sampler, uniform):

@@ -328,15 +328,18 @@ def test_every_kernel_of_a_step_compiles_for_hopper(name: str) -> None:
     mains = ["_gemm_kernel", "_gate_up_kernel", "_down_kernel", "attend_kernel"]
     for main in [*mains, "_attend_kernel"] if name == "v3" else mains:  # the last one reads a packed cache
         assert all(kernel["wgmma"] and kernel["tma"] for kernel in by_name[main]), main
-        assert all((kernel["spilled"] or 0) <= _spared(kernel) for kernel in by_name[main]), main
+        assert all(kernel["spilled"] <= _spared(kernel) for kernel in by_name[main]), main
 
 
 def _spared(kernel: dict[str, Any]) -> int:
-    """Returns bytes that may be spilled outside a kernel's loop."""
+    """Returns bytes that may be spilled: outside the loop over keys or inner dimensions, which only reads some back.
+
+    Triton 3.6 spills fewer: none, 108 and 116. 3.9 calls CUDA 13's assembler with --regAllocOptLevel=2.
+    """
     if kernel["kernel"] == "attend_kernel":
-        return 64  # Triton 3.9 puts a few addresses aside between splits, 3.6 none
+        return 256  # addresses, between splits
     if kernel["kernel"] == "_attend_kernel":
-        return 96  # of a packed cache: beside the sums of 512 columns
+        return 512  # of a packed cache: beside the sums of 512 columns
     if kernel["kernel"] == "_down_kernel" and kernel["constants"]["TOKENS"] > 16:
         return 1024  # prefill: the sums of many rows at its end
     return 0
