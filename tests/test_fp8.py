@@ -53,6 +53,20 @@ def test_a_processor_widens_every_number_as_the_reference_does(shape: tuple[int,
         dequantise(weight, scales[:, :0])
 
 
+@pytest.mark.parametrize("flush", [False, True])
+def test_bits_are_the_references_with_zeros_signs_and_where_subnormal_numbers_are_flushed(flush: bool) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(129 * 2).view(129, 512)
+    weight = torch.where(codes % 128 == 127, 128, codes).view(torch.float8_e4m3fn)
+    scales = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    expected = weight_dequant(weight, scales)
+    torch.set_flush_denormal(flush)
+    try:
+        got = dequantise(weight, scales)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 @pytest.mark.parametrize("powers", [False, True])
