@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_spec.model.config import CheckpointError
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.stored import DTYPES, INDEX, LENGTH_BYTES, read_header
 
 PART = ".part"

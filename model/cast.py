@@ -19,7 +19,7 @@ from mtp_spec.kernels.fp8 import BLOCK, E4M3, block_counts, weight_dequant, weig
 from mtp_spec.kernels.fp8_cpu import dequantise, quantise
 from mtp_spec.model.assembly import CHECKSUMS, Output, as_json
 from mtp_spec.model.checkpoint import SCALE, open_checkpoint
-from mtp_spec.model.config import CheckpointError
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.jobs import Job, Task, carried_files
 from mtp_spec.model.ranks import rank_files
 from mtp_spec.model.stored import TensorInfo, widen_scales

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import E4M3, weight_quant
 from mtp_spec.kernels.fp8_cpu import dequantise
-from mtp_spec.model.config import CheckpointError, ModelConfig, load_config
+from mtp_spec.model.config import ModelConfig, load_config
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.ranks import FILE, layer_of
 from mtp_spec.model.stored import INDEX, TensorInfo, listing, read_ahead, read_headers, widen_scales

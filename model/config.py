@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mtp_spec.model.errors import CheckpointError
+
 SUPPORTED = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 SCORING = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
@@ -29,10 +31,6 @@ DEEPSEEK_KEYS = {
     "route_scale": "routed_scaling_factor",
     "score_func": "scoring_func",
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or its description that cannot be used; the message names the cause and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

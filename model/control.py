@@ -17,13 +17,11 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore
 
+from mtp_spec.model.errors import RankError
+
 # seconds: to find one another, and for an exchange; between signs of life; without one until a rank counts as dead
 PATIENCE, BEAT, SILENCE = 30.0, 2.0, 25.0
 SHORT, LONG = 0.0005, 0.02  # pauses between looks at the store
-
-
-class RankError(RuntimeError):
-    """Another rank failed, differs or does not answer."""
 
 
 @dataclass(slots=True)

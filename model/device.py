@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mtp_spec.kernels import fp8, gemm, mla, quant
 from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
-from mtp_spec.model.config import CheckpointError, ModelConfig
+from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device_layers import BLOCK, Layer, Matrix, Slots
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import rope_table
 

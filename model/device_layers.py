@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mtp_spec.kernels import fp8, gemm, mla, moe, quant
 from mtp_spec.kernels.mla_cache import Cache
-from mtp_spec.model.config import CheckpointError, ModelConfig
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.layers import LATENT_NORM_EPS
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import softmax_scale

@@ -18,8 +18,9 @@ from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.model.assembly import Output, as_json
 from mtp_spec.model.cast import POWERS, is_packed, narrowed, widened
 from mtp_spec.model.checkpoint import SCALE, Checkpoint, open_checkpoint, shared_copies
-from mtp_spec.model.config import CheckpointError, ModelConfig
+from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.convert import SHARD_BYTES, gathered, sharded, small_files
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.jobs import Job, Task
 
 # fields that engines read and DeepSeek's programs do without

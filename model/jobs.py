@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.model.assembly import PART, Assembly, Output
-from mtp_spec.model.config import CheckpointError
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.stored import TensorInfo, read_tensor
 
 SMALL_BYTES = 64 * 2**20

@@ -16,8 +16,8 @@ from torch._C._distributed_c10d import PrefixStore
 from mtp_spec.kernels import exchange
 from mtp_spec.kernels.launching import runs_triton
 from mtp_spec.model import control
-from mtp_spec.model.config import CheckpointError
-from mtp_spec.model.control import Control, RankError, first_line
+from mtp_spec.model.control import Control, first_line
+from mtp_spec.model.errors import CheckpointError, RankError
 from mtp_spec.model.parallel import ALONE, Ranks
 
 _places: dict[dist.ProcessGroup, Ranks] = {}

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from mtp_spec.kernels import exchange
 from mtp_spec.model import control
-from mtp_spec.model.config import CheckpointError
-from mtp_spec.model.control import Control, RankError
+from mtp_spec.model.control import Control
+from mtp_spec.model.errors import CheckpointError, RankError
 
 FAILED = "failed"  # what a rank says instead of what was expected
 

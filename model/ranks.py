@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtp_spec.model.config import CheckpointError
+from mtp_spec.model.errors import CheckpointError
 
 # the component before the last: Hugging Face's -> (DeepSeek's, axis that is divided)
 KEYS: dict[str, tuple[str, int | None]] = {

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_spec.model.config import CheckpointError
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.ranks import hf_name, place, rank_files
 
 INDEX = "model.safetensors.index.json"

@@ -8,8 +8,7 @@
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.handle import Handle
-from mtp_spec.model.config import CheckpointError
-from mtp_spec.model.control import RankError
+from mtp_spec.model.errors import CheckpointError, RankError
 from mtp_spec.opening import load
 from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.processors import LogitsProcessor

@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _chat(args)
         else:
             _generate(args)
-    except (mtp_spec.MTPSpecError, mtp_spec.CheckpointError, mtp_spec.RankError) as error:
+    except mtp_spec.MTPSpecError as error:
         print(f"mtp-spec: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -1,8 +1,6 @@
-"""Errors that name what was given, what is allowed and the remedy."""
+"""Errors of options and prompts, beside those of `mtp_spec.model.errors`."""
 
-
-class MTPSpecError(ValueError):
-    """Base of every error of the library."""
+from mtp_spec.model.errors import MTPSpecError
 
 
 class OptionError(MTPSpecError):

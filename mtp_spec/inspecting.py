@@ -82,10 +82,11 @@ def _agree(args: argparse.Namespace) -> None:
     import mtp_spec
     from mtp_spec.agreement import SUSPICIOUS, agreement
 
-    rates = agreement(
-        mtp_spec.load(args.path, device=args.device or "cpu", draft_vocabulary=args.draft_vocabulary,
-                      cache_dtype=args.cache_dtype, max_context=args.max_context, progress=True)
-    )  # fmt: skip
+    lm = mtp_spec.load(args.path, device=args.device or "cpu", draft_vocabulary=args.draft_vocabulary,
+                       cache_dtype=args.cache_dtype, max_context=args.max_context, progress=True)  # fmt: skip
+    rates = agreement(lm)
+    if lm.model.ranks.rank:
+        return
     if args.json:
         print(json.dumps({"agreement": rates}))
     else:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mtp_spec.model.control import RankError
+from mtp_spec.model.errors import RankError
 from mtp_spec.model.parallel import Ranks
 
 # rounds between two points at which running workers tell news: an exchange costs a tenth of a millisecond

@@ -67,12 +67,16 @@ def load(
         CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, or the processes
             of `parallel` cannot divide it.
         RankError: another rank failed, differs or does not answer.
-        OptionError: an impossible device, dtype, max_context, max_batch, cache_tokens, draft_vocabulary or cache_dtype.
+        OptionError: an impossible device, dtype, max_context, max_batch, cache_tokens, draft_vocabulary, cache_dtype or
+            progress.
+        MTPSpecError: weights and caches do not fit in memory. It is the base of the others too.
     """
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
     if config is not None and path is None:
         raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
     config_file = None if config is None else Path(config)
+    if not isinstance(progress, bool) and not callable(progress):
+        raise OptionError(f"progress={progress!r}: allowed are True, False or a function of (bytes read, bytes in all)")
     check_device(device)
     ranks = join_ranks(parallel, str(device))
     with ranks.together():

@@ -327,5 +327,5 @@ def _check_acceptance(name: object, widths: Sequence[int], budget: int | None, a
     if rule.chains_only and max(widths, default=1) > 1:
         raise _bad("branching", tuple(widths), f'1 at every depth: "{name}" judges chains, "traversal" trees')
     if rule.samples and (budget is not None or adaptive):
-        given = ("budget", budget) if budget is not None else ("adaptive", adaptive)
-        raise _bad(*given, f'not with acceptance="{name}", which allows no pruning by what was drawn')
+        option, value, only = ("adaptive", adaptive, False) if budget is None else ("budget", budget, None)
+        raise _bad(option, value, f'{only} with acceptance="{name}", which allows no pruning by what was drawn')

@@ -61,10 +61,9 @@ def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) 
 
 def too_long(tokens: int, config: ModelConfig, max_context: int) -> PromptError:
     """Returns the error of a prompt that leaves no room for a token of text."""
-    return PromptError(
-        f"the prompt has {tokens} tokens and the context is {max_context}: shorten it, or load with a larger "
-        f"max_context (the model allows {config.max_position_embeddings})"
-    )
+    more = config.max_position_embeddings
+    other = f", or load with a larger max_context (the model allows {more})" if more > max_context else ""
+    return PromptError(f"the prompt has {tokens} tokens and the context is {max_context}: shorten it{other}")
 
 
 def is_batch(prompt: Any) -> bool:

@@ -1,6 +1,6 @@
 """What a generation did and how long it took.
 
-Definitions (notes/engines.md): tokens_per_step = tokens committed by verify steps / verify steps; the first token
+Definitions: tokens_per_step = tokens committed by verify steps / verify steps; the first token
 comes from the prefill and belongs to no step. A plain decoding step is a verify step without drafts.
 """
 

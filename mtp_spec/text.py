@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RawTokenizer
 
 from mtp_spec.errors import MTPSpecError, PromptError
-from mtp_spec.model.config import CheckpointError
+from mtp_spec.model.errors import CheckpointError
 
 ROLES = ("system", "user", "assistant")
 

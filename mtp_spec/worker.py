@@ -21,7 +21,7 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.handle import Handle
 from mtp_spec.lockstep import Lockstep, News
 from mtp_spec.model import control
-from mtp_spec.model.control import RankError
+from mtp_spec.model.errors import RankError
 from mtp_spec.model.parallel import Ranks
 from mtp_spec.passes import Pass, Runner, Turn
 from mtp_spec.requests import Request

@@ -182,6 +182,8 @@ def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
             lm = LM(load_device_model(checkpoint, device, told), None, "batched", context, False)
         else:
             lm = mtp_spec.load(folder, device=device, max_context=context, measure=False, progress=told)
+    except mtp_spec.CheckpointError:
+        raise
     except MTPSpecError as error:
         return {"refused": str(error)}
     facts: Row = {"seconds": read[-1], "seconds of load": perf_counter() - begin, "bytes": size}

@@ -20,8 +20,7 @@ from mtp_spec.chat.session import MAX_NEW_TOKENS, Session
 from mtp_spec.chat.settings import shape_text
 from mtp_spec.chat.status import counted
 from mtp_spec.errors import MTPSpecError
-from mtp_spec.model.config import CheckpointError
-from mtp_spec.model.control import RankError
+from mtp_spec.model.errors import RankError
 from mtp_spec.options import SamplingParams
 
 
@@ -53,7 +52,7 @@ def _answer(chat: Chat, text: str) -> None:
         raise
     except KeyboardInterrupt:
         chat.interrupted = True
-    except (MTPSpecError, CheckpointError) as error:
+    except MTPSpecError as error:
         chat.screen.complain(str(error))
     except Exception as error:  # a conversation is worth more than a clean end
         chat.screen.complain(f"{type(error).__name__}: {error}. The chat goes on; /save FILE keeps it")

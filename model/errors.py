@@ -1,0 +1,13 @@
+"""Errors that name what was given, what is allowed and the remedy."""
+
+
+class MTPSpecError(ValueError):
+    """Base of every error of the library; itself, what cannot be done now or does not fit in memory."""
+
+
+class CheckpointError(MTPSpecError):
+    """A checkpoint or its description that cannot be used; the message names the cause and the remedy."""
+
+
+class RankError(MTPSpecError, RuntimeError):
+    """Another rank failed, differs or does not answer."""
