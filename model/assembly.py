@@ -206,7 +206,8 @@ def wrong_checksums(folder: Path) -> list[str]:
     file = folder / CHECKSUMS
     try:
         sums = json.loads(file.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sums = {name: dict(tensors.items()) for name, tensors in sums.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): only cast and convert write it") from error
     wrong = []
     for name, tensors in sums.items():

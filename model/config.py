@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ class YarnConfig:
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            _require(number and 0 < value < inf, f"rope scaling's {name}", value, "a number above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +125,14 @@ class ModelConfig:
             pool = self.n_routed_experts
         _require(self.num_experts_per_tok <= pool, "num_experts_per_tok", self.num_experts_per_tok, f"at most {pool}")
         for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+            _require(0 < getattr(self, name) < inf, name, getattr(self, name), "above 0")
+        for name in ("norm_topk_prob", "rope_interleave", "tie_word_embeddings"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        ends = self.eos_token_ids
+        _require(all(type(end) is int for end in ends), "eos_token_id", list(ends), "an id or a list of ids")
+        block = self.fp8_block
+        fits = block is None or (len(block) == 2 and all(type(size) is int and size > 0 for size in block))
+        _require(fits, "weight_block_size", block, "two integers of at least 1")
 
     def _is_int(self, name: str, low: int) -> bool:
         value = getattr(self, name)
@@ -184,14 +198,17 @@ def load_config(path: Path) -> ModelConfig:
     Raises:
         CheckpointError: the file is missing, is not JSON, or describes something else.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give the folder of a DeepSeek-V2/V3 checkpoint")
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no config.json: download the checkpoint's whole folder")
+    try:
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist: give the folder of a DeepSeek-V2/V3 checkpoint")
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise CheckpointError(f"{path} has no config.json: download the checkpoint's whole folder")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked into ({error}): give yourself the right to read it") from error
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}): download it again") from error
     if not isinstance(given, dict):
         raise CheckpointError(f"{file} holds {type(given).__name__}, not an object: download it again")
@@ -199,7 +216,7 @@ def load_config(path: Path) -> ModelConfig:
         return ModelConfig.from_dict(given)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{file}: a value has the wrong kind ({error})") from error
 
 

@@ -97,8 +97,12 @@ def run_job(job: Job, target: Path, *, workers: int = 2, progress: Report | None
     Raises:
         CheckpointError: the folder exists, another run writes it, the disk is full or fails, a source ends early.
     """
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} exists: give a new folder, nothing is overwritten")
+    part = target.with_name(target.name + PART)
+    for folder in (part, *target.absolute().parents):
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file, so {target} cannot be written: give another folder")
     try:
         with Assembly(target, job.outputs, job.identity()) as folder:
             _run(job, folder, workers, progress)
@@ -156,4 +160,7 @@ def carried_files(folder: Path) -> dict[str, bytes]:
     """Returns a folder's small files: config, generation config, tokenizer, code, licence; no weights."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
     small = [file for file in files if not file.name.endswith(NOT_CARRIED) and file.stat().st_size <= SMALL_BYTES]
-    return {file.name: file.read_bytes() for file in small}
+    try:
+        return {file.name: file.read_bytes() for file in small}
+    except OSError as error:
+        raise CheckpointError(f"a file to be carried along cannot be read ({error}): make it readable") from error

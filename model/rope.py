@@ -18,11 +18,11 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def softmax_scale(config: ModelConfig) -> float:
     """Returns `qk_head_dim^-1/2`, times the squared YaRN temperature where the model asks for it.
 
-    V2 checkpoints state `mscale_all_dim` too, and DeepSeek's own code applies it to both families.
+    V2 checkpoints state `mscale_all_dim` as V3's do, and DeepSeek's own code applies it to both families.
     """
     scale = float(config.qk_head_dim**-0.5)
     yarn = config.rope_scaling
-    if yarn is not None and yarn.mscale_all_dim and config.model_type != "deepseek_v2":
+    if yarn is not None and yarn.mscale_all_dim:
         scale *= yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
     return scale
 

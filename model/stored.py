@@ -159,7 +159,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         return None
     try:
         return {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a weight index ({error!r}): download it again") from error
 
 

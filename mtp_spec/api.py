@@ -393,7 +393,7 @@ class LM:
 
     def _ids(self, prompt: str | Ids | Sequence[Message]) -> list[int]:
         """Returns the ids of one prompt or conversation."""
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.chat_ids(cast("Sequence[Message]", prompt))
         elif is_batch(prompt):
             raise PromptError("one prompt is expected: call once for each, or use generate")

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
+from io import TextIOWrapper
 from itertools import product
 from pathlib import Path
 from types import FrameType
@@ -139,6 +140,9 @@ def _add_sampling(parser: argparse.ArgumentParser, options: dict[str, tuple[type
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; errors of use end with one line on standard error and exit code 2."""
     args = build_parser().parse_args(arguments)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, TextIOWrapper):
+            output.reconfigure(errors="replace")  # a character that cannot be shown is no reason to end
     try:
         if args.command in VERBS:
             VERBS[args.command](args)
@@ -146,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _chat(args)
         else:
             _generate(args)
+        sys.stdout.flush()
     except mtp_spec.MTPSpecError as error:
         print(f"mtp-spec: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -154,6 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(141) from None
+    except OSError as error:
+        print(f"mtp-spec: {error}", file=sys.stderr)
+        if sys.stdout is sys.__stdout__:
+            with suppress(OSError):
+                sys.stdout.close()  # what it still holds cannot be written
+        raise SystemExit(2) from None
 
 
 def _generate(args: argparse.Namespace) -> None:

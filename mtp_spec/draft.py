@@ -77,6 +77,7 @@ class Drafter:
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
         self.pending = 0  # committed positions that the first module has not seen
         self._left_out = 0  # tokens before those of slot 0
+        self._root_hidden: Tensor | None = None  # the first module's output at the last position it has seen
 
     def take(self, caches: Sequence[LatentCache], length: int) -> None:
         """Begins with what an earlier text's modules held of the first `length` positions."""
@@ -161,7 +162,8 @@ class Drafter:
 
     def _extend(self, tokens: Sequence[int]) -> Work[Tensor]:
         """Brings every module's cache up to the committed tokens; returns the root's hidden state `[1, D]`."""
-        root_hidden = None
+        if not self._pending[0] and self._root_hidden is not None:  # settled since
+            return self._root_hidden
         for module, cache in enumerate(self.caches):
             hidden = torch.cat(self._pending[module])
             # rows whose token is known
@@ -169,11 +171,11 @@ class Drafter:
             outputs = yield from self._run(module, tokens, hidden[:ready])
             self._pending[module] = [hidden[ready:]] if ready < hidden.shape[0] else []
             if module == 0:
-                root_hidden, self.pending = outputs[-1:], hidden.shape[0] - ready
+                self._root_hidden, self.pending = outputs[-1:], hidden.shape[0] - ready
             if module + 1 < len(self.caches):
                 self._pending[module + 1].append(outputs)
-        assert root_hidden is not None
-        return root_hidden
+        assert self._root_hidden is not None
+        return self._root_hidden
 
     def _run(self, module: int, tokens: Sequence[int], hidden: Tensor) -> Work[Tensor]:
         """Appends and commits rows with true hidden states; returns the module's outputs."""

@@ -38,17 +38,20 @@ class Finisher:
     def push(self, token: int) -> bool:
         """Takes the next token; returns whether the text ends with it."""
         self._count += 1
-        if token in self._stop_ids:
-            self.reason, self._ended = "stop", True
-            return True
-        self._unread.append(token)
+        last = token in self._stop_ids
+        if last:
+            self.reason = "stop"
+        else:
+            self._unread.append(token)
+            last = self._count == self._limit
         if self._stops:
             self._read()
+            if last:  # bytes that never became a character hold back text that may hold a stop string
+                self._flush()
             if self._cut_at_stop():
-                self.reason, self._ended = "stop", True
-                return True
-        self._ended = self._count == self._limit
-        return self._ended
+                self.reason, last = "stop", True
+        self._ended = last
+        return last
 
     def ready(self) -> list[str]:
         """Returns the texts of the tokens released since the last call, one for each token."""
@@ -72,11 +75,15 @@ class Finisher:
         self._unread = []
 
     def _finish(self) -> None:
-        """Releases everything; bytes that never became a character appear as the replacement character."""
-        if self._held and self._stream is not None:
-            self._held[-1] += self._stream.flush()
+        """Releases everything."""
+        self._flush()
         self._released += self._held
         self._held = []
+
+    def _flush(self) -> None:
+        """Ends the last token's text; bytes that never became a character appear as the replacement character."""
+        if self._held and self._stream is not None:
+            self._held[-1] += self._stream.flush()
 
     def _cut_at_stop(self) -> bool:
         text = "".join(self._held)

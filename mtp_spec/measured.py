@@ -98,11 +98,19 @@ def processor_name() -> str:
 
 
 def cache_folder() -> Path:
-    """Returns the user's cache directory for this library."""
+    """Returns the user's cache directory for this library.
+
+    Raises:
+        OSError: the user has no home.
+    """
     base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
     if base:
         return Path(base) / "mtp_spec"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mtp_spec"
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "mtp_spec"
 
 
 def read(subject: dict[str, Any]) -> dict[str, Any] | None:
@@ -117,16 +125,16 @@ def read(subject: dict[str, Any]) -> dict[str, Any] | None:
 
 def write(subject: dict[str, Any], values: dict[str, Any]) -> None:
     """Keeps values about a subject; warns where that is not possible."""
-    file = file_of(subject)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
+        file = file_of(subject)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
         file.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps({"of": {**subject, **_versions()}, "values": values}), encoding="utf-8")
         part.replace(file)
     except OSError as error:
         warnings.warn(
-            f"step times cannot be kept in {file.parent} ({error}) and will be measured again at the next start: make "
-            "it writable, or load with measure=False", stacklevel=2,
+            f"step times cannot be kept ({error}) and will be measured again at the next start: set "
+            "XDG_CACHE_HOME to a folder that is writable, or load with measure=False", stacklevel=2,
         )  # fmt: skip
 
 

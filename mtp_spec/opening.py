@@ -71,6 +71,8 @@ def load(
             progress.
         MTPSpecError: weights and caches do not fit in memory. It is the base of the others too.
     """
+    if path is not None and not isinstance(path, str | Path):
+        raise OptionError(f"path={path!r}: give a folder's name, or None for the bundled model")
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
     if config is not None and path is None:
         raise OptionError(f"config={config!r} needs a path: the bundled model has its own")

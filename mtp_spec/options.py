@@ -19,6 +19,7 @@ from mtp_spec.rules import RULES
 
 MAX_DEPTH = 8
 MAX_NODES = 64
+LARGEST = 1e30  # what counts and logits may be multiplied with in float32
 DEFAULT_DEPTH = 3
 ACCEPTANCE_RULES = ("coupled", *RULES)
 
@@ -73,13 +74,15 @@ class SamplingParams:
         for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("logprobs", 0)):
             self._store(name, _integer(name, getattr(self, name), minimum, None, f"an integer, {minimum} or more"))
         self._store("seed", _integer("seed", self.seed, 0, _SEED_LIMIT - 1, "an integer from 0 to 2**64 - 1"))
-        self._store("temperature", _real("temperature", self.temperature, "a number, 0 (greedy) or more", low=0.0))
+        allowed = f"a number from 0 (greedy) to {LARGEST:g}"
+        self._store("temperature", _real("temperature", self.temperature, allowed, low=0.0))
         self._store("top_p", _real("top_p", self.top_p, "a number above 0 and up to 1 (off)", above=0.0, high=1.0))
         self._store("min_p", _real("min_p", self.min_p, "a number from 0 (off) to 1", low=0.0, high=1.0))
-        repetition = _real("repetition_penalty", self.repetition_penalty, "a number above 0; 1 is off", above=0.0)
+        allowed = f"a number from {1 / LARGEST:g} to {LARGEST:g}; 1 is off"
+        repetition = _real("repetition_penalty", self.repetition_penalty, allowed, low=1 / LARGEST)
         self._store("repetition_penalty", repetition)
         for name in ("presence_penalty", "frequency_penalty"):
-            self._store(name, _real(name, getattr(self, name), "a finite number; 0 is off"))
+            self._store(name, _real(name, getattr(self, name), f"a number from -{LARGEST:g} to {LARGEST:g}; 0 is off"))
         self._store("logit_bias", _logit_bias(self.logit_bias))
         self._store("stop", _stop_strings(self.stop))
         resolve_processors(self.logits_processor)
@@ -265,23 +268,33 @@ def _real(
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _bad(name, value, allowed)
-    number = float(value)
-    if not math.isfinite(number) or not low <= number <= high or number <= above:
+    number = _float(value)
+    if not abs(number) <= LARGEST or not low <= number <= high or number <= above:
         raise _bad(name, value, allowed)
     return number
+
+
+def _float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _logit_bias(value: object) -> dict[int, float] | None:
     if value is None:
         return None
-    allowed = "a dictionary of token id -> finite number (or -inf, which forbids the token)"
+    allowed = f"a dictionary of token id -> number from -{LARGEST:g} to {LARGEST:g} (or -inf, which forbids the token)"
     if not isinstance(value, Mapping):
         raise _bad("logit_bias", value, allowed)
     bias: dict[int, float] = {}
     for token, amount in value.items():
-        if isinstance(amount, bool) or not isinstance(amount, Real) or not float(amount) < math.inf:
+        if isinstance(amount, bool) or not isinstance(amount, Real):
             raise _bad("logit_bias", {token: amount}, allowed)
-        bias[_integer("logit_bias token", token, 0, None, "a token id, 0 or more")] = float(amount)
+        number = _float(amount)
+        if not (abs(number) <= LARGEST or number == -math.inf):
+            raise _bad("logit_bias", {token: amount}, allowed)
+        bias[_integer("logit_bias token", token, 0, None, "a token id, 0 or more")] = number
     return bias
 
 

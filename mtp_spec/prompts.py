@@ -34,11 +34,24 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             "give one prompt (- for standard input), --prompts FILE.jsonl, --input-file FILE, or --interactive"
         )
     if args.prompt is not None:
-        return [sys.stdin.read().strip() if args.prompt == "-" else args.prompt]
-    if args.input_file is not None:
-        return [line.strip() for line in _lines("--input-file", args.input_file) if line.strip()]
-    lines = _lines("--prompts", args.prompts)
-    return [_prompt(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        return [standard_input() if args.prompt == "-" else args.prompt]
+    option, file = ("--prompts", args.prompts) if args.input_file is None else ("--input-file", args.input_file)
+    lines = [(line.strip(), number) for number, line in enumerate(_lines(option, file), start=1)]
+    prompts = [line if option == "--input-file" else _prompt(line, number) for line, number in lines if line]
+    if not prompts:
+        raise OptionError(f"{option} {file} holds no prompt: give one a line")
+    return prompts
+
+
+def standard_input() -> str:
+    """Returns all of it.
+
+    Raises:
+        OptionError: it is closed.
+    """
+    if sys.stdin is None:
+        raise OptionError("standard input is closed: give the prompt on the command line")
+    return sys.stdin.read().strip()
 
 
 def check_interactive(args: argparse.Namespace) -> None:
@@ -51,10 +64,10 @@ def check_interactive(args: argparse.Namespace) -> None:
 
 
 def _lines(option: str, file: Path) -> list[str]:
-    if not file.is_file():
-        raise OptionError(f"{option} {file}: there is no such file")
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        if not file.is_file():
+            raise OptionError(f"{option} {file}: there is no such file")
+        return file.read_text(encoding="utf-8-sig").split("\n")  # other line ends may be part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{option} {file} cannot be read: {error}") from error
 
@@ -62,7 +75,7 @@ def _lines(option: str, file: Path) -> list[str]:
 def _prompt(line: str, number: int) -> str:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"--prompts line {number} is not JSON: {error}") from error
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from numpy import ndarray
 from torch import Tensor
 
 from mtp_spec.errors import PromptError
@@ -46,9 +47,11 @@ def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) 
     Raises:
         PromptError: none, too many, or one outside the vocabulary.
     """
-    if isinstance(ids, Tensor):
+    if isinstance(ids, Tensor | ndarray):
         ids = ids.tolist()
-    if given == "" or not isinstance(ids, Sequence) or len(ids) == 0:
+    if isinstance(ids, str | bytes | bytearray) or not isinstance(ids, Sequence):
+        raise PromptError(f"the prompt {ids!r} is neither text nor ids: give a str or a list of integers")
+    if (isinstance(given, str) and not given) or not len(ids):
         raise PromptError(f"the prompt {given if given is not None else ids!r} is empty: give text or ids")
     vocab = config.vocab_size
     for i, token in enumerate(ids):
@@ -68,6 +71,6 @@ def too_long(tokens: int, config: ModelConfig, max_context: int) -> PromptError:
 
 def is_batch(prompt: Any) -> bool:
     """Whether a prompt is a list of prompts."""
-    if isinstance(prompt, str | Tensor) or not isinstance(prompt, Sequence):
+    if isinstance(prompt, str | bytes | bytearray | Tensor) or not isinstance(prompt, Sequence):
         return False
-    return len(prompt) == 0 or isinstance(prompt[0], str | Sequence | Tensor)
+    return len(prompt) == 0 or isinstance(prompt[0], str | Sequence | Tensor | ndarray)

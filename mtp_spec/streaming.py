@@ -74,6 +74,8 @@ class Teller:
 
     def pop(self) -> TokenEvent | None:
         """Returns the next event, if there is one."""
+        if not self._untold:  # the finisher has seen more if a step failed halfway
+            return None
         if not self._texts:
             self._texts.extend(self.finisher.ready())
             if not self._texts:

@@ -35,7 +35,7 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{file} is not a readable tokenizer ({error}): download it again") from error
         config = _read_json(folder / "tokenizer_config.json")
-        self.template: str | None = config.get("chat_template")
+        self.template = _default_template(config.get("chat_template"), folder)
         self._special = {
             name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")
         }
@@ -51,6 +51,8 @@ class Tokenizer:
     def _eos_ids(self, generation: Mapping[str, Any]) -> frozenset[int]:
         given = generation.get("eos_token_id")
         ids = [] if given is None else given if isinstance(given, list) else [given]
+        if not all(isinstance(token, int) for token in ids):
+            raise CheckpointError(f"eos_token_id of generation_config.json is {given!r}: an id or a list of ids")
         own = self._id(self._special["eos_token"])
         return frozenset([*ids, *([] if own is None else [own])])
 
@@ -59,19 +61,38 @@ class Tokenizer:
 
         Special tokens written out in the text are recognised, as in the model's own tokenizer: a prompt may
         contain a chat prefix. Messages of `chat_ids` are different: there a user's text stays text.
+
+        Raises:
+            PromptError: it is no text, or none that UTF-8 can hold.
         """
-        ids = list(self.raw.encode(text, add_special_tokens=False).ids)
+        ids = self._ids_of(text)
         if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
 
+    def _ids_of(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise PromptError(f"{text!r} is no text: give a str")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the text cannot be encoded: {error}; give it as UTF-8") from None
+        return list(self.raw.encode(text, add_special_tokens=False).ids)
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, special tokens left out."""
-        return str(self.raw.decode(list(ids), skip_special_tokens=True))
+        """Returns the text of ids, special tokens left out.
+
+        Raises:
+            PromptError: something that is no id.
+        """
+        try:
+            return str(self.raw.decode(list(ids), skip_special_tokens=True))
+        except (TypeError, OverflowError) as error:
+            raise PromptError(f"{ids!r} are no token ids ({error}): give integers of 0 or more") from None
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of a conversation through the checkpoint's chat template; errors as `chat_text`."""
-        return list(self.raw.encode(self.chat_text(messages, add_generation_prompt), add_special_tokens=False).ids)
+        return self._ids_of(self.chat_text(messages, add_generation_prompt))
 
     def chat_text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns a conversation as the text that the checkpoint's chat template makes of it.
@@ -84,6 +105,8 @@ class Tokenizer:
         """
         if self.template is None:
             raise MTPSpecError("tokenizer_config.json has no chat_template: use generate with a text")
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise PromptError(f'{messages!r}: give a list of {{"role": ..., "content": ...}}')
         if not messages:
             raise PromptError("no messages given: chat needs at least one")
         plain = [self._message(message) for message in messages]
@@ -93,10 +116,12 @@ class Tokenizer:
             return _compiled(self.template).render(
                 messages=plain, add_generation_prompt=add_generation_prompt, **self._special
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise MTPSpecError(f"the checkpoint's chat template failed: {error}") from error
 
     def _message(self, message: Mapping[str, str]) -> dict[str, str]:
+        if not isinstance(message, Mapping):
+            raise PromptError(f'message {message!r}: give {{"role": ..., "content": ...}}')
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str):
             raise PromptError(
@@ -122,6 +147,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._known = 0  # ids whose text is out
+        self._shown = 0  # characters out of the text of those after
         self.pending = False
 
     def push(self, token: int) -> str:
@@ -129,15 +155,18 @@ class TextStream:
         self._ids.append(token)
         text = self._new_text()
         # a replacement character at the end may be the beginning of a character of several tokens
-        self.pending = text.endswith("\ufffd")
+        whole = text.rstrip("\ufffd")
+        self.pending = len(whole) < len(text)
+        new = whole[self._shown :]
         if self.pending:
-            return ""
-        self._forget()
-        return text
+            self._shown += len(new)
+        else:
+            self._forget()
+        return new
 
     def flush(self) -> str:
         """Returns what is held back; unfinished characters appear as the replacement character."""
-        text = self._new_text() if self.pending else ""
+        text = self._new_text()[self._shown :] if self.pending else ""
         self.pending = False
         self._forget()
         return text
@@ -148,11 +177,24 @@ class TextStream:
 
     def _forget(self) -> None:
         self._ids = self._ids[-self.CONTEXT :]
-        self._known = len(self._ids)
+        self._known, self._shown = len(self._ids), 0
 
 
 def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, dict) else value
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise CheckpointError(f"a special token of tokenizer_config.json is {value!r}: a text is needed")
+    return text
+
+
+def _default_template(given: Any, folder: Path) -> str | None:
+    """Returns the chat template; of several with names the one called default."""
+    if isinstance(given, list):
+        named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
+        given = named.get("default")
+    if given is not None and not isinstance(given, str):
+        raise CheckpointError(f"chat_template in {folder / 'tokenizer_config.json'} is no text: download it again")
+    return given
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -160,7 +202,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}): download it again") from error
     return value if isinstance(value, dict) else {}
 

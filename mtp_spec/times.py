@@ -61,17 +61,18 @@ class Curve:
     def __call__(self, rows: int, context: int) -> float:
         upper = min(max(1, bisect_right(self.rows, rows)), len(self.rows) - 1)
         share = (rows - self.rows[upper - 1]) / (self.rows[upper] - self.rows[upper - 1])
-        further = (context - self.contexts[0]) / (self.contexts[1] - self.contexts[0])
+        further = max(0.0, (context - self.contexts[0]) / (self.contexts[1] - self.contexts[0]))
         low, high = (near + further * (far - near) for near, far in self.seconds[upper - 1 : upper + 1])
-        return low + share * (high - low)
+        return max(low + share * max(0.0, high - low), low / 2)
 
     @classmethod
     def rising(cls, contexts: tuple[int, int], points: dict[int, tuple[float, float]]) -> Curve:
-        """Returns the curve through points, raised where a pass of more rows seemed to take less time."""
-        rows, seconds, least = tuple(sorted(points)), [], (0.0, 0.0)
+        """Returns the curve through points, raised where more rows, or more context, seemed to take less time."""
+        rows, seconds, near, far = tuple(sorted(points)), [], 0.0, 0.0
         for count in rows:
-            least = (max(least[0], points[count][0]), max(least[1], points[count][1]))
-            seconds.append(least)
+            near = max(near, points[count][0])
+            far = max(far, points[count][1], near)
+            seconds.append((near, far))
         return cls(contexts, rows, tuple(seconds))
 
 
@@ -123,9 +124,10 @@ class StepTimes:
             near, far = (int(context) for context in part["contexts"])
             rows = tuple(int(count) for count in part["rows"])
             seconds = tuple((float(first), float(second)) for first, second in part["seconds"])
-            if len(rows) < 2 or len(rows) != len(seconds) or min(min(pair) for pair in seconds) <= 0 or near >= far:
+            apart = len(set(rows)) > 1 and len(rows) == len(seconds) and near < far
+            if not apart or min(min(pair) for pair in seconds) <= 0:
                 raise ValueError(f"{name}: not times of rows")
-            curves[name] = Curve((near, far), rows, seconds)
+            curves[name] = Curve.rising((near, far), dict(zip(rows, seconds, strict=True)))
         return cls(**curves)
 
 

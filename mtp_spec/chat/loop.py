@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from io import TextIOWrapper
+from contextlib import suppress
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mtp_spec.chat.status import counted
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.errors import RankError
 from mtp_spec.options import SamplingParams
+from mtp_spec.prompts import standard_input
 
 
 def converse(chat: Chat) -> None:
@@ -84,7 +86,7 @@ def run_chat(
     if prompt is not None:
         ranks = lm.model.ranks
         if prompt == "-":
-            prompt = ranks.from_first(sys.stdin.read().strip() if ranks.rank == 0 else None)
+            prompt = ranks.from_first(standard_input() if ranks.rank == 0 else None)
         chat.ask(prompt)
         if chat.interrupted:
             raise KeyboardInterrupt
@@ -110,19 +112,24 @@ def open_chat(session: Session, console: Console | None = None, history: Path | 
         return Chat(session, Screen(silent, silent), SharedReader(None, ranks))
     console = console or Console(highlight=False)
     screen = Screen(console, Console(stderr=True, highlight=False))
-    reader: Reader = LineReader(sys.stdin)
-    if sys.stdin.isatty() and console.is_terminal and not console.is_dumb_terminal:
+    reader: Reader = LineReader(StringIO() if sys.stdin is None else sys.stdin)
+    if sys.stdin is not None and sys.stdin.isatty() and console.is_terminal and not console.is_dumb_terminal:
         reader = TerminalReader(suggestions, _writable(history or _history_file(), screen))
     return Chat(session, screen, reader if ranks.size == 1 else SharedReader(reader, ranks))
 
 
-def _history_file() -> Path:
+def _history_file() -> Path | None:
+    """Returns where what is typed is kept; None for a user without a home."""
     state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "mtp-spec" / "chat_history"
+    with suppress(RuntimeError):
+        return (Path(state) if state else Path.home() / ".local" / "state") / "mtp-spec" / "chat_history"
+    return None
 
 
-def _writable(file: Path, screen: Screen) -> Path | None:
+def _writable(file: Path | None, screen: Screen) -> Path | None:
     """Returns the file if what is typed can be kept there."""
+    if file is None:
+        return None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a"):
