@@ -150,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _chat(args)
         else:
             _generate(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except mtp_spec.MTPSpecError as error:
         print(f"mtp-spec: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(141) from None
     except OSError as error:
         print(f"mtp-spec: {error}", file=sys.stderr)
-        if sys.stdout is sys.__stdout__:
+        if sys.stdout is not None and sys.stdout is sys.__stdout__:
             with suppress(OSError):
                 sys.stdout.close()  # what it still holds cannot be written
         raise SystemExit(2) from None

@@ -2,6 +2,8 @@
 
 from mtp_spec.model.errors import MTPSpecError
 
+__all__ = ["MTPSpecError", "OptionError", "PromptError"]
+
 
 class OptionError(MTPSpecError):
     """An option that is unknown, of the wrong kind or outside its range."""

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -132,10 +133,47 @@ def test_no_mtp_module(folder: Path) -> None:
     assert len(lm.generate([1, 2], max_new_tokens=3).token_ids) == 3
 
 
-@pytest.mark.parametrize("prompt", ["", [], [96], [-1], [1.5], [True]])
+@pytest.mark.parametrize("prompt", ["", [], [96], [-1], [1.5], [True], b"ab", bytearray(b"ab"), 5, {}, [b"ab"],
+                                    np.array(3), np.array([1.5]), np.array([], dtype=int)])  # fmt: skip
 def test_bad_prompts(lm: mtp_spec.LM, prompt: Any) -> None:
-    with pytest.raises(mtp_spec.MTPSpecError):
-        lm.generate(prompt)
+    for ask in (lm.generate, lm.stream, lm.submit, lm.score):
+        with pytest.raises(mtp_spec.MTPSpecError):
+            ask(prompt)
+
+
+def test_arrays_are_ids(lm: mtp_spec.LM) -> None:
+    expected = lm.generate([1, 2, 3], max_new_tokens=4).token_ids
+    for prompt in (np.array([1, 2, 3]), torch.tensor([1, 2, 3]), (1, 2, 3)):
+        assert lm.generate(prompt, max_new_tokens=4).token_ids == expected
+        assert lm.generate([prompt], max_new_tokens=4)[0].token_ids == expected
+
+
+@pytest.mark.parametrize("options", [
+    {"temperature": 10**400}, {"temperature": 1e39}, {"logit_bias": {5: 10**400}}, {"logit_bias": {5: 1e39}},
+    {"presence_penalty": -1e39}, {"frequency_penalty": 1e39}, {"repetition_penalty": 1e-39},
+])  # fmt: skip
+def test_numbers_that_float32_cannot_hold(lm: mtp_spec.LM, options: dict[str, Any]) -> None:
+    with pytest.raises(mtp_spec.OptionError, match=next(iter(options))):
+        lm.generate([1, 2], **options)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("norm_topk_prob", "false"), ("rope_interleave", "no"), ("eos_token_id", "</s>"), ("eos_token_id", [[1]]),
+    ("rope_theta", "abc"), ("rope_theta", 1e400), ("quantization_config", {"weight_block_size": [0, 0]}),
+    ("quantization_config", {"weight_block_size": ["a", "b"]}), ("rope_scaling", {"type": "yarn", "factor": "x"}),
+    ("rope_scaling", {"type": "yarn", "factor": 4, "beta_fast": 0}), ("rope_scaling", {"type": "yarn", "factor": 0}),
+    ("rope_scaling", {"type": "yarn", "factor": 4, "original_max_position_embeddings": 0}),
+])  # fmt: skip
+def test_config_values_of_the_wrong_kind(folder: Path, name: str, value: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps({**config, name: value}))
+    refuses(folder, r"config\.json: ")
+
+
+def test_json_nested_beyond_reading(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a":' * 100_000)
+    refuses(folder, "config.json is not readable JSON")
 
 
 def test_prompt_longer_than_the_context(lm: mtp_spec.LM) -> None:

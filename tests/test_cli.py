@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mtp_spec
 from mtp_spec.cli import main
+from mtp_spec.prompts import read_prompts
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "config_671B.json")
 SHORT = ["--max-new-tokens", "12"]
@@ -168,3 +173,27 @@ def test_estimates_of_the_largest_model(capsys: pytest.CaptureFixture[str]) -> N
     assert many["tokens_per_second_at_best"] == many["copy_rate_tb_per_s"] * 1e12 / many["read_bytes_per_token"]
     main(["inspect", CONFIG, "--copy-rate", "3"])
     assert "estimate, bytes read over 3.0 TB/s" in " ".join(capsys.readouterr().out.replace("│", "").split())
+
+
+def test_lines_of_prompts_are_those_of_json(tmp_path: Path) -> None:
+    def read(**given: Any) -> list[str]:
+        return read_prompts(argparse.Namespace(**{"prompt": None, "prompts": None, "input_file": None, **given}))
+
+    file = tmp_path / "prompts"
+    file.write_text('\ufeff{"prompt": "Hi\u2028there\x85"}\r\n\n"second"\n', encoding="utf-8", newline="")
+    assert read(prompts=file) == ["Hi\u2028there\x85", "second"]
+    file.write_text("\ufeffone\u2028more\r\n\n two\n", encoding="utf-8", newline="")
+    assert read(input_file=file) == ["one\u2028more", "two"]
+    file.write_text("\n\n")
+    for option in ("prompts", "input_file"):
+        with pytest.raises(mtp_spec.OptionError, match="holds no prompt"):
+            read(**{option: file})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_an_output_that_takes_nothing_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-P", "-m", "mtp_spec", "inspect"], stdout=full, stderr=subprocess.PIPE,
+                             text=True, check=False)  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr == "mtp-spec: [Errno 28] No space left on device\n"

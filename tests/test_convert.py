@@ -304,3 +304,13 @@ def test_signals_at_any_moment(fp8: Path, two: Path, tmp_path: Path, sent: signa
 
 def _lines(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def test_a_target_that_cannot_become_a_folder_is_refused_before_work(fp8: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "new.part").write_text("")
+    for target, said in (("file/new", "file is a file"), ("dangling", "exists"), ("new", "new.part is a file")):
+        with pytest.raises(mtp_spec.CheckpointError, match=said):
+            run_job(ranks_job(fp8, 1), tmp_path / target)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dangling", "file", "new.part"]

@@ -180,3 +180,14 @@ def test_drafts_are_accepted_after_a_long_pause(monkeypatch: pytest.MonkeyPatch)
     assert out.token_ids == plain.token_ids
     assert out.stats.histogram[0] >= 90
     assert out.stats.accepted > 0.6 * out.stats.drafted > 20
+
+
+def test_times_are_positive_wherever_they_are_asked_for() -> None:
+    falling = {1: (1.0, 0.7), 4: (1.2, 0.9), 16: (9.0, 1.0)}
+    times = StepTimes(**dict.fromkeys(("verify", "tree", "level", "extend"), Curve.rising((32, 512), falling)))
+    for curve in (times.verify, StepTimes.from_json(times.to_json()).level):
+        for context in (0, 1, 32, 512, 2048, 163840):
+            seconds = [curve(rows, context) for rows in range(65)]
+            assert min(seconds) > 0
+            assert seconds == sorted(seconds)
+            assert seconds[1] >= 1.0 or context < 32

@@ -144,6 +144,17 @@ def test_a_step_cut_short_is_not_trusted(tmp_path: Path, monkeypatch: pytest.Mon
     assert_same_bits(again, finished(lm.stream([1, 2, 3, 4, 5], max_new_tokens=8, **OPTIONS)))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_earlier_stream_goes_on(folder: Path, shape: Any) -> None:
+    lm = mtp_spec.load(folder, dtype="bfloat16")
+    options = {"max_new_tokens": 20, "speculation": shape, **OPTIONS}
+    alone = finished(lm.stream([3, 1, 4, 1, 5], **options))
+    first = finished(lm.stream([3, 1, 4, 1, 5], **options), 4)
+    finished(lm.stream([3, 1, 4, 1, 5, 9, 2], after=first, **options))
+    assert_same_bits(finished(first), alone)
+    assert_same_caches(first, alone)
+
+
 def test_only_streams_of_this_model(tmp_path: Path) -> None:
     folder = tiny.make(tmp_path / "model").folder
     lm, other = (mtp_spec.load(folder, dtype="bfloat16") for _ in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,3 +166,28 @@ def test_a_row_of_its_own_is_left_alone(lm: mtp_spec.LM) -> None:
     kept = own.clone()
     lm.generate([1], logits_processor=lambda ids, logits: own, max_new_tokens=5, temperature=0.7, top_k=3)
     assert torch.equal(own, kept)
+
+
+@pytest.mark.parametrize("speculation", [None, 4])
+def test_an_error_in_the_middle_of_a_step_is_the_one_that_is_told(lm: mtp_spec.LM, speculation: int | None) -> None:
+    whole = lm.generate([5, 6, 7], max_new_tokens=12, temperature=0, speculation=speculation)
+    for last in range(3, 9):
+
+        def fails(ids: list[int], logits: torch.Tensor, last: int = last) -> torch.Tensor:
+            if len(ids) > 3 + last:
+                raise LookupError("a processor's own error")
+            return logits
+
+        options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "speculation": speculation}
+        stream, told = lm.stream([5, 6, 7], logits_processor=fails, **options), list[int]()
+        with pytest.raises(LookupError, match="own error"):
+            told += [event.token_id for event in stream]
+        assert list(stream) == []
+        handle = lm.submit([5, 6, 7], logits_processor=fails, **options)
+
+        async def listen(handle: mtp_spec.Handle = handle) -> list[int]:
+            return [event.token_id async for event in handle]
+
+        with pytest.raises(LookupError, match="own error"):
+            asyncio.run(listen())
+        assert told == whole.token_ids[: len(told)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtp_spec
+from mtp_spec import CheckpointError, MTPSpecError, PromptError
 from mtp_spec.finish import Finisher
 from mtp_spec.text import TextStream, Tokenizer
 
@@ -137,3 +139,41 @@ def test_length_ends_with_its_own_reason(tokenizer: Tokenizer) -> None:
     held, reason, _ = finish(tokenizer, "The quick brown fox", ["brown fox jumped"], limit=3)
     assert "".join(held) == "".join(stream(tokenizer, tokenizer.raw.encode("The quick brown fox").ids[:3]))
     assert reason == "length"
+
+
+def test_a_stop_in_a_token_that_begins_another_character(tokenizer: Tokenizer) -> None:
+    (unfinished,) = [i for i in range(tokenizer.raw.get_vocab_size()) if tokenizer.raw.decode([i]) == " \ufffd"]
+    finisher = Finisher(tokenizer, frozenset(), (" ",), 6)
+    assert finisher.push(unfinished)
+    assert (finisher.reason, "".join(finisher.ready())) == ("stop", "")
+    replaced = Finisher(tokenizer, frozenset(), ("\ufffd",), 2)  # only the end tells that it stays unfinished
+    assert not replaced.push(unfinished)
+    assert replaced.push(unfinished)
+    assert (replaced.reason, "".join(replaced.ready())) == ("stop", " ")
+
+
+def test_what_is_no_text_and_what_is_no_id(tokenizer: Tokenizer) -> None:
+    for text in ("caf\udce9", 5, b"abc"):
+        with pytest.raises(PromptError, match=r"encoded|no text"):
+            tokenizer.encode(text)  # type: ignore[arg-type]
+    for messages in ("hi", {"role": "user"}, [5], [{"role": "user", "content": "\ud800"}]):
+        with pytest.raises(PromptError, match=r"give|encoded"):
+            tokenizer.chat_ids(messages)  # type: ignore[arg-type]
+    for ids in ([-1], ["a"], [10**30]):
+        with pytest.raises(PromptError, match="no token ids"):
+            tokenizer.decode(ids)  # type: ignore[arg-type]
+
+
+def test_templates_by_name_and_odd_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def opened(**config: object) -> Tokenizer:
+        tokenizer.raw.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return Tokenizer(tmp_path)
+
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}"}]
+    assert opened(chat_template=named).chat_text([{"role": "user", "content": "hi"}]) == "hi"
+    with pytest.raises(MTPSpecError, match="chat template failed"):
+        opened(chat_template="{{ 1 // 0 }}").chat_text([{"role": "user", "content": "hi"}])
+    for wrong in ({"bos_token": 5}, {"eos_token": ["a"]}, {"chat_template": 5}):
+        with pytest.raises(CheckpointError):
+            opened(**wrong)

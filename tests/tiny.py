@@ -57,7 +57,9 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "v3_no_query_lora": ({"q_lora_rank": None}, 1),
     "v3_halves": ({"rope_interleave": False}, 1),
     "v2": ({"topk_method": "group_limited_greedy", "model_type": "deepseek_v2"}, 0),
-    "v2_lite": ({"topk_method": "greedy", "q_lora_rank": None, "model_type": "deepseek_v2"}, 0),
+    "v2_lite": (
+        {"topk_method": "greedy", "q_lora_rank": None, "model_type": "deepseek_v2", "rope_parameters": YARN}, 0,
+    ),
 }
 
 
