@@ -100,9 +100,9 @@ def run_job(job: Job, target: Path, *, workers: int = 2, progress: Report | None
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} exists: give a new folder, nothing is overwritten")
     part = target.with_name(target.name + PART)
-    for folder in (part, *target.absolute().parents):
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file, so {target} cannot be written: give another folder")
+    for place in (part, *target.absolute().parents):
+        if place.exists() and not place.is_dir():
+            raise CheckpointError(f"{place} is a file, so {target} cannot be written: give another folder")
     try:
         with Assembly(target, job.outputs, job.identity()) as folder:
             _run(job, folder, workers, progress)

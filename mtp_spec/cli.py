@@ -162,9 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(141) from None
     except OSError as error:
         print(f"mtp-spec: {error}", file=sys.stderr)
-        if sys.stdout is not None and sys.stdout is sys.__stdout__:
+        output = sys.__stdout__
+        if output is not None and output is sys.stdout:
             with suppress(OSError):
-                sys.stdout.close()  # what it still holds cannot be written
+                output.close()  # what it still holds cannot be written
         raise SystemExit(2) from None
 
 
