@@ -192,4 +192,6 @@ class Decoder:
             drafted = self.drafter is not None and not self.drafter.skips
             held = self.drafter.held if self.drafter is not None and drafted else self.cache.length
             self.lease.publish(self.tokens, held, drafted)
+            if self.planner is not None and (self.stats.steps or self.finished):  # others need not wait for drafts
+                self.lease.publish(self.tokens, self.cache.length, False)
         return accepted.drawn

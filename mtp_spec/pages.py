@@ -192,6 +192,8 @@ class Pages(ABC, Generic[L]):
             node = self._nodes[name] = self._named[page] = _Node(self._numbers, name, before, page, drafted)
             if before is not None:
                 before.after += 1
+        elif drafted and node.page == page:
+            node.drafted = True
         elif drafted and not node.drafted and page not in self._named:
             del self._named[node.page]
             if self._idle.pop(node.page, None) is not None:
@@ -212,14 +214,15 @@ class Lease:
     """
 
     def __init__(self, store: Pages[L], pages: list[int], shared: int, drafted: bool) -> None:
-        self._store, self._pages, self._named, self.drafted = store, pages, 0, drafted
-        self._last: _Node | None = None
+        self._store, self._pages, self.drafted = store, pages, drafted
+        # pages known without the modules' slots, and with them, and the last of each
+        self._known: dict[bool, tuple[int, _Node | None]] = {False: (0, None), True: (0, None)}
         self.reused = shared * PAGE
 
     @property
     def published(self) -> int:
         """Tokens in pages that others may share by now."""
-        return self._named * PAGE
+        return max(count for count, _ in self._known.values()) * PAGE
 
     def publish(self, tokens: Sequence[int], held: int, drafted: bool) -> None:
         """Lets other texts share the pages that are full by now.
@@ -228,12 +231,12 @@ class Lease:
             tokens: of the text so far.
             held: slots that all caches hold, the main model's alone if not `drafted`.
         """
-        store, first = self._store, self._named * PAGE
-        while first + PAGE <= held and first + PAGE + store.modules <= len(tokens):
-            part = tokens[first : first + PAGE + store.modules]
-            self._last = store._name(self._last, part, self._pages[self._named], drafted)
-            self._named += 1
-            first += PAGE
+        store, known = self._store, self._known
+        count, last = known[True] if drafted else max(known.values(), key=lambda pages: pages[0])
+        for first in range(count * PAGE, min(held - PAGE, len(tokens) - PAGE - store.modules) + 1, PAGE):
+            last = store._name(last, tokens[first : first + PAGE + store.modules], self._pages[count], drafted)
+            count += 1
+        known[drafted] = count, last
 
     def end(self) -> None:
         """Gives the pages back; no harm if repeated."""

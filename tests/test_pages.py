@@ -291,3 +291,25 @@ def test_the_plan_is_checked_against_the_machine(folder: Path) -> None:
     for wrong in (0, 1.5, True):
         with pytest.raises(mtp_spec.OptionError, match="cache_tokens"):
             mtp_spec.load(folder, cache_tokens=wrong)  # type: ignore[arg-type]
+
+
+def test_pages_known_without_drafts_become_known_with_them() -> None:
+    pages, tokens = store(8), list(range(3 * PAGE))
+    lease = pages.lease(tokens, len(tokens), True)
+    assert lease is not None
+    lease.publish(tokens, 2 * PAGE, False)
+    assert (len(pages.shared(tokens, False)), len(pages.shared(tokens, True))) == (2, 0)
+    lease.publish(tokens, PAGE, True)
+    assert (len(pages.shared(tokens, False)), len(pages.shared(tokens, True))) == (2, 1)
+    lease.publish(tokens, 2 * PAGE + 9, True)
+    assert (len(pages.shared(tokens, False)), len(pages.shared(tokens, True))) == (2, 2)
+    assert lease.published == 2 * PAGE
+    lease.end()
+    assert pages.free + pages.idle == 8
+
+
+def test_a_text_that_never_drafted_leaves_its_pages(tmp_path: Path) -> None:
+    lm = mtp_spec.load(tiny.make(tmp_path / "model", "v3").folder, dtype="bfloat16", max_batch=2, measure=False)
+    prompt = [(7 * i) % 90 for i in range(PAGE + 20)]
+    lm.submit(prompt, max_new_tokens=1).result()  # "auto", at its end before a step
+    assert lm.submit([*prompt, 5], max_new_tokens=4).result().stats.reused_tokens == PAGE
