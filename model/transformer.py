@@ -2,7 +2,7 @@
 
 Legend: `B` sequences, `T` tokens, `M` rows of one pass, `D` hidden size, `V` vocabulary.
 
-Two ways through the same weights. `forward` and `mtp_forward` take whole sequences (training, scoring).
+Two ways through the same weights. `forward` and `mtp_forward` take whole sequences (training).
 `rows` and `mtp_rows` append rows to a latent cache: prefill, decode, draft and verify are all this one function,
 which is why a row's logits do not depend on which of them computed it.
 """

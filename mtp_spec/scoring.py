@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels import mla
+from mtp_spec.model.attention import plan_rows
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.transformer import Transformer
 
@@ -32,25 +33,33 @@ class Scores:
 
 
 def score_ids(model: Transformer | DeviceModel, ids: Sequence[int]) -> Scores:
-    """Returns the scores of token ids."""
-    if isinstance(model, DeviceModel):
-        return _score_rows(model, ids)
-    tokens = torch.tensor([list(ids)], device=model.device)
-    count, vocab = tokens.shape[1], model.config.vocab_size
-    hidden = model(tokens)
-    mtp_logits = torch.full((len(model.mtp), count, vocab), float("nan"))
-    deeper = hidden
-    for module in range(len(model.mtp)):
-        depth = module + 1
-        if count <= depth:
-            break
-        deeper = model.mtp_forward(module, tokens[:, depth:], deeper[:, : count - depth], depth)
-        mtp_logits[module, : count - depth] = model.logits(deeper)[0].float().cpu()
-    return Scores(model.logits(hidden)[0].float().cpu(), mtp_logits)
+    """Returns the scores of token ids, computed as `generate` does: rows over caches, a chunk at a time."""
+    return _of_device(model, ids) if isinstance(model, DeviceModel) else _of_host(model, ids)
 
 
-def _score_rows(model: DeviceModel, ids: Sequence[int]) -> Scores:
-    """The same through the caches, a chunk of rows at a time."""
+def _of_host(model: Transformer, ids: Sequence[int]) -> Scores:
+    count, table = len(ids), model.table(len(ids) + len(model.mtp))
+    cache, parts = model.new_cache(count), list[Tensor]()
+    for chunk in _chunks(ids):
+        parts.append(model.rows(chunk, cache, range(-1, len(chunk) - 1)))
+        cache.commit(range(len(chunk)))
+    hidden = torch.cat(parts)
+    scores = _empty(model, count)
+    _fill(scores.logits, model, hidden)
+    for module in range(min(len(model.mtp), count - 1)):
+        following, cache = ids[module + 1 :], model.new_mtp_cache(count)
+        parts.clear()
+        for chunk in _chunks(following):
+            plan = plan_rows(table, cache.length, range(-1, len(chunk) - 1), module + 1)
+            given = hidden[cache.length : cache.length + len(chunk)]
+            parts.append(model.mtp_rows(module, chunk, given, cache, plan))
+            cache.commit(range(len(chunk)))
+        hidden = torch.cat(parts)
+        _fill(scores.mtp_logits[module], model, hidden)
+    return scores
+
+
+def _of_device(model: DeviceModel, ids: Sequence[int]) -> Scores:
     tokens, count = torch.tensor(list(ids)).to(model.device), len(ids)
     caches = model.new_caches(count, 0)
     own = caches[: len(model.layers)]
@@ -63,16 +72,27 @@ def _score_rows(model: DeviceModel, ids: Sequence[int]) -> Scores:
             yield part, mla.chain(length, part.stop - first, offset)
 
     hidden = torch.cat([model.rows(tokens[part], own, plan) for part, plan in chunks(tokens, 0)])
-    logits = torch.cat([model.logits(rows).cpu() for rows in hidden.split(CHUNK)])
-    mtp_logits = torch.full((len(model.mtp), count, model.config.vocab_size), float("nan"))
-    for module, cache in enumerate(caches[len(model.layers) :]):
-        following = tokens[module + 1 :]
-        if not len(following):
-            break
+    scores = _empty(model, count)
+    _fill(scores.logits, model, hidden)
+    for module, cache in enumerate(caches[len(model.layers) :][: count - 1]):
         hidden = torch.cat([
-            model.mtp_rows(module, following[part], hidden[part], cache, plan)
-            for part, plan in chunks(following, module + 1)
+            model.mtp_rows(module, tokens[module + 1 :][part], hidden[part], cache, plan)
+            for part, plan in chunks(tokens[module + 1 :], module + 1)
         ])  # fmt: skip
-        for place, rows in zip(mtp_logits[module, : len(hidden)].split(CHUNK), hidden.split(CHUNK), strict=True):
-            place.copy_(model.logits(rows))
-    return Scores(logits, mtp_logits)
+        _fill(scores.mtp_logits[module], model, hidden)
+    return scores
+
+
+def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (ids[first : first + CHUNK] for first in range(0, len(ids), CHUNK))
+
+
+def _empty(model: Transformer | DeviceModel, count: int) -> Scores:
+    vocab = model.config.vocab_size
+    return Scores(torch.empty(count, vocab), torch.full((len(model.mtp), count, vocab), torch.nan))
+
+
+def _fill(logits: Tensor, model: Transformer | DeviceModel, hidden: Tensor) -> None:
+    """Writes the logits of hidden states to the first rows."""
+    for place, rows in zip(logits[: len(hidden)].split(CHUNK), hidden.split(CHUNK), strict=True):
+        place.copy_(model.logits(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import mtp_spec
 
@@ -36,3 +37,15 @@ def test_stop_string_cuts_text_and_ids(lm: mtp_spec.LM) -> None:
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
     stream = lm.stream(chat, max_new_tokens=30, temperature=0.0, stop=stop)
     assert "".join(event.text for event in stream) == cut.text
+
+
+def test_scores_are_what_texts_are_written_from() -> None:
+    lm = mtp_spec.load(dtype="bfloat16", measure=False)
+    prompt = lm.encode("Tell me a story about a fox")
+    out = lm.generate(prompt, temperature=0, max_new_tokens=60, speculation=None, logprobs=1)
+    rows = lm.score([*prompt, *out.token_ids]).logits[len(prompt) - 1 : -1]
+    assert rows.argmax(-1).tolist() == out.token_ids
+    assert out.logprobs is not None
+    found = rows.log_softmax(-1)[range(len(rows)), out.token_ids]
+    # bits of rows are the same; what is left is log_softmax's
+    assert torch.allclose(found, torch.tensor([one for one, _ in out.logprobs]), rtol=0, atol=1e-5)
