@@ -22,6 +22,7 @@ import ranks
 import small
 import tiny
 from mtp_spec.api import LM
+from mtp_spec.cli import main
 from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
 from mtp_spec.model.convert import ranks_job
 from mtp_spec.model.device_checkpoint import load_device_model
@@ -249,19 +250,17 @@ def test_a_rank_killed_under_torchrun(tmp_path: Path) -> None:
     assert "mtp-spec: rank 0 of 2 lost the others" in errors or "mtp-spec: told to stop" in errors, errors
 
 
-def test_torchrun_with_the_command_line(tmp_path: Path) -> None:
+def test_torchrun_with_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Tell me about a fox\nTell me about rain\nAnd the sea?\n")
-    command = ["-m", "mtp_spec", "generate", "--input-file", str(prompts), "--max-new-tokens", "8",
-               "--depth", "2", "--max-batch", "2", "--json"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    one, two = (
-        subprocess.run([sys.executable, "-P", *start, *command], capture_output=True, text=True, timeout=180,
-                       cwd=tmp_path, env=environment)
-        for start in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"])
-    )  # fmt: skip
+    command = ["generate", "--input-file", str(prompts), "--max-new-tokens", "8", "--depth", "2", "--max-batch", "2",
+               "--json"]  # fmt: skip
+    start = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mtp_spec"]
+    two = subprocess.run([*start, *command], capture_output=True, text=True, timeout=180, cwd=tmp_path,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)  # fmt: skip
     assert two.returncode == 0, two.stderr
-    found, expected = ([json.loads(line) for line in run.stdout.splitlines()] for run in (two, one))
+    one = as_a_rank(lambda: [main(command), capsys.readouterr().out][1])
+    found, expected = ([json.loads(line) for line in lines.splitlines()] for lines in (two.stdout, one))
     assert [one["prompt"] for one in expected] == prompts.read_text().splitlines()
     for mine, alone in zip(found, expected, strict=True):
         assert {**mine, "stats": None} == {**alone, "stats": None}
