@@ -32,6 +32,7 @@ class Scores:
     mtp_logits: Tensor
 
 
+@torch.inference_mode()
 def score_ids(model: Transformer | DeviceModel, ids: Sequence[int]) -> Scores:
     """Returns the scores of token ids, computed as `generate` does: rows over caches, a chunk at a time."""
     return _of_device(model, ids) if isinstance(model, DeviceModel) else _of_host(model, ids)
