@@ -255,7 +255,6 @@ class LM:
         assert isinstance(decoder, Decoder)
         return explain(decoder, steps, lambda ids: self.decode(ids) if self.tokenizer else str(ids))
 
-    @torch.inference_mode()
     def score(self, token_ids: Ids) -> Scores:
         """Returns the model's and the MTP modules' logits for a text, teacher-forced; see `Scores`."""
         ids = checked_ids(token_ids, None, self.config, self.max_context)

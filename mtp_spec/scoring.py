@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtp_spec.engine import PREFILL_CHUNK
 from mtp_spec.kernels import mla
 from mtp_spec.model.attention import plan_rows
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.transformer import Transformer
-
-# rows of a text that pass through the model at once
-CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +65,9 @@ def _of_device(model: DeviceModel, ids: Sequence[int]) -> Scores:
     length = torch.zeros(1, dtype=torch.int32, device=model.device)
 
     def chunks(rows: Tensor, offset: int) -> Iterator[tuple[slice, mla.Plan]]:
-        for first in range(0, len(rows), CHUNK):
+        for first in range(0, len(rows), PREFILL_CHUNK):
             length.fill_(first)
-            part = slice(first, min(first + CHUNK, len(rows)))
+            part = slice(first, min(first + PREFILL_CHUNK, len(rows)))
             yield part, mla.chain(length, part.stop - first, offset)
 
     hidden = torch.cat([model.rows(tokens[part], own, plan) for part, plan in chunks(tokens, 0)])
@@ -85,7 +83,7 @@ def _of_device(model: DeviceModel, ids: Sequence[int]) -> Scores:
 
 
 def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (ids[first : first + CHUNK] for first in range(0, len(ids), CHUNK))
+    return (ids[first : first + PREFILL_CHUNK] for first in range(0, len(ids), PREFILL_CHUNK))
 
 
 def _empty(model: Transformer | DeviceModel, count: int) -> Scores:
@@ -95,5 +93,5 @@ def _empty(model: Transformer | DeviceModel, count: int) -> Scores:
 
 def _fill(logits: Tensor, model: Transformer | DeviceModel, hidden: Tensor) -> None:
     """Writes the logits of hidden states to the first rows."""
-    for place, rows in zip(logits[: len(hidden)].split(CHUNK), hidden.split(CHUNK), strict=True):
+    for place, rows in zip(logits[: len(hidden)].split(PREFILL_CHUNK), hidden.split(PREFILL_CHUNK), strict=True):
         place.copy_(model.logits(rows))

@@ -78,10 +78,8 @@ def run_chat(
     speculation = given.pop("speculation", "auto")
     session = Session(lm, SamplingParams.from_options(given), speculation, system)
     lm.speculation_for(speculation)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            # a character that cannot be read or shown is no reason to end
-            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a character that cannot be read is no reason to end
     chat = open_chat(session, history=history)
     if prompt is not None:
         ranks = lm.model.ranks
