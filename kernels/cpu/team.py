@@ -1,0 +1,95 @@
+"""Threads that help with the engine's passes.
+
+They are Python's, so that no system's own are needed, and spend their time in one call of the library, without Python's
+lock. After some milliseconds without work they sleep. Who calls never waits for them to wake up: a pass is divided into
+pieces that whoever is there takes (team.h).
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mtp_spec.kernels.cpu.engine import Library, library
+
+PATIENCE = 6000  # looks at nothing to do before a helper sleeps: some milliseconds
+
+
+class Team:
+    """The helpers of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a model may be collected in the middle of another's call
+        self._helpers: list[_Helper] = []
+        self._calling, self._released = False, list[object]()
+
+    @contextmanager
+    def called(self, threads: int) -> Iterator[int]:
+        """Yields how many threads a call may use: `threads`, or one while another call has the helpers."""
+        if threads == 1 or self._calling or not self._lock.acquire(blocking=False):
+            yield 1
+            return
+        self._calling = True
+        try:
+            while len(self._helpers) < threads - 1:
+                self._helpers.append(_Helper(library(), len(self._helpers) + 1))
+            for helper in self._helpers[: threads - 1]:
+                helper.wake()
+            yield threads
+        finally:
+            self._calling = False
+            if self._released:
+                self.release()
+            self._lock.release()
+
+    def release(self, *things: object) -> None:
+        """Lets go of memory that passes were given, once no helper looks at it any more."""
+        with self._lock:
+            self._released += things
+            if self._calling:
+                return  # by the call that goes on
+            if self._helpers:
+                library().rest()
+            self._released.clear()
+
+    def forget(self) -> None:
+        """After a fork: the helpers are the parent's."""
+        if self._helpers:
+            library().forked()
+        self._lock, self._helpers, self._calling = threading.RLock(), [], False
+
+
+class _Helper:
+    def __init__(self, engine: Library, number: int) -> None:
+        self._engine, self._number = engine, number
+        self._work, self._asleep = threading.Event(), False
+        threading.Thread(target=self._serve, name=f"mtp-spec helper {number}", daemon=True).start()
+
+    def wake(self) -> None:
+        if self._asleep:
+            self._work.set()
+
+    def _serve(self) -> None:
+        while True:
+            self._engine.help(self._number, PATIENCE)
+            self._asleep = True
+            self._work.wait()
+            self._work.clear()
+            self._asleep = False
+
+
+TEAM = Team()
+
+
+def _end() -> None:
+    if TEAM._helpers:
+        library().close(1)
+
+
+_fork: Callable[..., None] | None = getattr(os, "register_at_fork", None)
+if _fork is not None:
+    _fork(after_in_child=TEAM.forget)
+atexit.register(_end)
