@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_spec.kernels import ordered
+
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 BLOCK = 128
@@ -100,10 +102,5 @@ def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size:
     columns = b_scale.repeat_interleave(block_size, 0)[: b.shape[0]]
     out, blocks = torch.zeros(a.shape[0], b.shape[0], device=a.device), (widen(x).split(block_size, 1) for x in (a, b))
     for block, (left, right) in enumerate(zip(*blocks, strict=True)):
-        out += row_products(left, right) * a_scale[:, block, None] * columns[:, block]
+        out += ordered.products(left, right) * a_scale[:, block, None] * columns[:, block]
     return out
-
-
-def row_products(x: Tensor, w: Tensor) -> Tensor:
-    """Returns x `[M, K]` @ w `[N, K]`.T one row at a time: a library's product of several rows may sum otherwise."""
-    return torch.stack([w @ row for row in x]) if x.device.type == "cpu" else x @ w.T

@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels import ordered
 from mtp_spec.kernels.checks import FLOATS, expect
-from mtp_spec.kernels.fp8 import BLOCK, row_products
+from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.kernels.fp8 import fp8_gemm as reference
 from mtp_spec.kernels.launching import MULTIPROCESSORS, described, interpreted, late, runs_triton, stages_that_fit
 
@@ -210,7 +211,7 @@ def bf16_gemm(
         out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     expect("out", out, (rows, outputs), FLOATS, beside=a)
     if not runs_triton(a):
-        return out.copy_(row_products(a.float(), w.float()))
+        return out.copy_(ordered.products(a.float(), w.float()))
     return _launch(a, w, None, None, out, launch or default_launch(outputs, w.shape[1], "bf16"))
 
 

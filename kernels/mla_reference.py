@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels import ordered
 from mtp_spec.kernels.fp8 import act_quant, weight_dequant
 from mtp_spec.kernels.mla_cache import Cache
 from mtp_spec.kernels.quant import normed
@@ -37,7 +38,7 @@ def absorb_reference(
     """`absorb` in plain torch."""
     nope, rope = q.unflatten(-1, (head.heads, -1)).split((head.nope, head.rope), dim=-1)
     w_uk = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, : head.nope]
-    latent = torch.stack([torch.einsum("hn,hnc->hc", row, w_uk) for row in nope.float()])
+    latent = ordered.products(nope.float().transpose(0, 1), w_uk.mT).transpose(0, 1)
     turned = _rotate(rope, table[_positions(plan)].unsqueeze(1), head.interleaved)
     absorbed = torch.cat((latent.to(q.dtype), turned.to(q.dtype)), -1)
     return torch.nn.functional.pad(absorbed, (0, 0, 0, head.padded - head.heads))
@@ -46,7 +47,7 @@ def absorb_reference(
 def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
     """`up` in plain torch."""
     w_uv = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, head.nope :]
-    values = torch.stack([torch.einsum("hc,hvc->hv", row, w_uv) for row in context.float()])
+    values = ordered.products(context.float().transpose(0, 1), w_uv).transpose(0, 1)
     return act_quant(values.to(context.dtype).flatten(1))
 
 
@@ -60,8 +61,8 @@ def attend_reference(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
             drafted = range(depth + 1) if plan.ancestors is None else plan.ancestors[node, : depth + 1].tolist()
             seen = torch.tensor([*range(length), *(length + slot for slot in drafted)], device=q.device)
             keys = own.read(seen).float()
-            weights = (query[: head.heads].float() @ keys.T * head.scale).softmax(-1)
-            out.append(weights @ keys[:, : head.latent])
+            weights = ordered.softmax(ordered.products(query[: head.heads].float(), keys) * head.scale)
+            out.append(ordered.products(weights, keys[:, : head.latent].T))
     return torch.stack(out).to(q.dtype)
 
 

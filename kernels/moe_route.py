@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels import ordered
 from mtp_spec.kernels.checks import FLOATS, expect
-from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, row_products
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
 from mtp_spec.kernels.launching import late, runs_triton
 from mtp_spec.kernels.moe_group import MOST_ROWS, Groups, arrivals, empty_groups, group, most_slots
 
@@ -148,12 +149,12 @@ def route(
 
 def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
     """`gate` in plain torch."""
-    logits = row_products(x.float(), weight.float())
-    scores = logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(-1)
+    logits = ordered.products(x.float(), weight.float())
+    scores = ordered.by_row(torch.sigmoid, logits) if routing.scoring == "sigmoid" else ordered.softmax(logits)
     choice = scores if bias is None else scores + bias
     if routing.kept_groups < routing.groups:
         grouped = choice.unflatten(-1, (routing.groups, -1))
-        worth = grouped.topk(min(routing.best, grouped.shape[-1]), dim=-1).values.sum(-1)
+        worth = ordered.total(grouped.topk(min(routing.best, grouped.shape[-1]), dim=-1).values)
         # a stable sort: among equals the lowest index wins
         best = worth.argsort(dim=-1, descending=True, stable=True)[:, : routing.kept_groups]
         keep = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
@@ -162,7 +163,7 @@ def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Rout
     indices = chosen.sort(dim=-1).values
     weights = scores.gather(-1, indices)
     if routing.normalise:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights / (ordered.total(weights).unsqueeze(-1) + 1e-20)
     rows = x.shape[0]
     shared = torch.arange(routing.experts, routing.experts + routing.shared, device=x.device).expand(rows, -1)
     ones = torch.ones(rows, routing.shared, device=x.device)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_spec.kernels import ordered
 from mtp_spec.kernels.checks import FLOATS, expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
 from mtp_spec.kernels.launching import late, runs_triton
@@ -57,7 +58,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm in plain torch: float32 inside, rounded to x's dtype before and after the weight."""
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    square = ordered.total(wide.square()).unsqueeze(-1) / x.shape[-1]
+    return weight * (wide * torch.rsqrt(square + eps)).to(x.dtype)
 
 
 def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
@@ -91,7 +93,7 @@ def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor,
         raise ValueError(f"gate_up is {list(gate_up.shape)}: gate and up of one size beside each other are expected")
     if not runs_triton(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
-        return act_quant(F.silu(gate.float()) * up.float(), power_of_two=power_of_two)
+        return act_quant(ordered.by_row(F.silu, gate.float()) * up.float(), power_of_two=power_of_two)
     quantised, scales = _outputs(gate_up, rows, channels)
     _silu_mul_quant_kernel[(rows, -(-channels // STRETCH))](
         gate_up, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX,
