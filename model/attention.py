@@ -9,9 +9,8 @@ cached values however many heads there are. Training and scoring use the expande
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import apply_rope, softmax_scale
-from mtp_spec.model.steady import MOST, Key, Limits, cancelling, probe, steadily
 
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
 # a row's numbers alike, however many rows stand beside it. The number of blocks is part of the arithmetic too, so a
@@ -32,11 +30,64 @@ CONTEXT_BLOCK = PAGE
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What the rows of one pass may see, computed once and shared by every layer.
+    """Where the rows of one pass stand and what they may see.
+
+    Row m is written to slot `start + m`. It sees the first `runs[m]` slots and then those of `more[m]`, which it reads
+    in this order.
 
     Attributes:
-        start: committed slots; row m is written to slot start + m.
-        rope: `[M, 1, 2, R / 2]` angles of the rows' positions.
+        table: `rope_table`.
+        positions: of each row.
+        exact: whether rows must be computed as plain decoding computes them, to the last bit; drafts need not be.
+    """
+
+    table: Tensor
+    start: int
+    positions: Sequence[int]
+    runs: Sequence[int]
+    more: Sequence[Sequence[int]] = ()
+    exact: bool = True
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return len(self.positions)
+
+    def row(self, row: int) -> RowPlan:
+        """Returns the plan of one row by itself."""
+        one = slice(row, row + 1)
+        return RowPlan(self.table, self.start + row, self.positions[one], self.runs[one], self.more[one], self.exact)
+
+    def masks(self) -> Masks:
+        """Returns the same for attention by torch."""
+        device, count = self.table.device, self.count
+        lengths = [run + (len(self.more[row]) if self.more else 0) for row, run in enumerate(self.runs)]
+        positions = torch.tensor(list(self.positions), device=device)
+        rope = self.table[positions].unsqueeze(1)
+        if not self.more:
+            size = padded(max(lengths))
+            visible = torch.arange(size) < torch.tensor(lengths)[:, None]
+            return Masks(self.start, rope, _additive(visible, device), None, tuple(map(padded, lengths)))
+        if not self.exact:
+            visible = torch.arange(padded(self.start + count)) < torch.tensor(self.runs)[:, None]
+            for row, slots in enumerate(self.more):
+                visible[row, list(slots)] = True
+            return Masks(self.start, rope, _additive(visible, device), None, None)
+        size = padded(max(lengths))
+        gather = torch.zeros(count, size, dtype=torch.long)
+        for row, run in enumerate(self.runs):
+            gather[row, :run] = torch.arange(run)
+            gather[row, run : lengths[row]] = torch.tensor(list(self.more[row]), dtype=torch.long)
+        visible = torch.arange(size) < torch.tensor(lengths)[:, None]
+        return Masks(self.start, rope, _additive(visible, device), gather.to(device), tuple(map(padded, lengths)))
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """A `RowPlan` as tensors, computed once and shared by every layer.
+
+    Attributes:
+        rope: `[M, 1, 2, R]` angles of the rows' positions.
         mask: `[M, 1, 1, P]` float32, 0 for visible slots and -inf for the others; P a multiple of the block.
         gather: None when slots are in position order (a chain). For a tree: `[M, P]` the slots of each row's
             ancestors in position order (padded with slot 0), and `mask` refers to these.
@@ -46,8 +97,8 @@ class RowPlan:
     start: int
     rope: Tensor
     mask: Tensor
-    gather: Tensor | None = None
-    sizes: tuple[int, ...] | None = None
+    gather: Tensor | None
+    sizes: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +107,37 @@ class JointPlan:
 
     Attributes:
         parts: each sequence's cache and the plan of its rows.
-        rope: `[M, 1, 2, R / 2]` angles of all rows.
     """
 
     parts: tuple[tuple[LatentCache, RowPlan], ...]
-    rope: Tensor
 
     @classmethod
     def of(cls, *parts: tuple[LatentCache, RowPlan]) -> JointPlan:
-        ropes = [plan.rope for _, plan in parts]
-        return cls(parts, ropes[0] if len(ropes) == 1 else torch.cat(ropes))
+        return cls(parts)
 
     @property
     def counts(self) -> list[int]:
         """Rows of each sequence."""
-        return [plan.rope.shape[0] for _, plan in self.parts]
+        return [plan.count for _, plan in self.parts]
+
+    def masks(self) -> JointMasks:
+        """Returns the same for attention by torch."""
+        parts = tuple((cache, plan.masks()) for cache, plan in self.parts)
+        ropes = [plan.rope for _, plan in parts]
+        return JointMasks(parts, ropes[0] if len(ropes) == 1 else torch.cat(ropes), self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class JointMasks:
+    """A `JointPlan` as tensors.
+
+    Attributes:
+        rope: `[M, 1, 2, R]` angles of all rows.  counts: rows of each sequence.
+    """
+
+    parts: tuple[tuple[LatentCache, Masks], ...]
+    rope: Tensor
+    counts: Sequence[int]
 
 
 def padded(length: int) -> int:
@@ -85,20 +152,17 @@ def plan_rows(table: Tensor, start: int, parents: Sequence[int], offset: int = 0
         table: `rope_table`.
         parents: for each row the row it follows, -1 for one that follows the committed context directly.
         offset: position of slot 0 (MTP caches begin at a later position than the main one).
-    Rows of a chain share one mask. A tree's rows see the first `start` slots and their own ancestors, brought
-    into position order: every row is computed as plain decoding would.
+    A tree's rows see the first `start` slots and their own ancestors, in position order: every row is computed as plain
+    decoding would.
     """
-    device, count = table.device, len(parents)
-    depth = [0] * count
-    for row, parent in enumerate(parents):
-        depth[row] = 0 if parent < 0 else depth[parent] + 1
-    sizes = tuple(padded(start + d + 1) for d in depth)
+    count = len(parents)
     if list(parents) == list(range(-1, count - 1)):
-        first = start + offset
-        rope = table[first : first + count].unsqueeze(1)
-        return RowPlan(start, rope, _causal_mask(start, count, device), None, sizes)
-    rope = table[torch.tensor(depth, device=device) + (start + offset)].unsqueeze(1)
-    return RowPlan(start, rope, *_ancestor_slots(start, parents, depth, device), sizes)
+        return RowPlan(table, start, range(start + offset, start + offset + count), range(start + 1, start + count + 1))
+    lines: list[tuple[int, ...]] = []
+    for row, parent in enumerate(parents):
+        lines.append((*(lines[parent] if parent >= 0 else ()), start + row))
+    positions = [start + offset + len(line) - 1 for line in lines]
+    return RowPlan(table, start, positions, [start] * count, lines)
 
 
 def plan_drafts(
@@ -109,40 +173,15 @@ def plan_drafts(
     Args:
         committed: slots that every row sees.
         ancestors: for each row the slots at or after `committed` that it sees besides its own.
-    Drafts may differ in their last bit from any other way to compute them, so nothing is gathered.
     """
     count = len(ancestors)
-    visible = torch.zeros(count, padded(start + count), dtype=torch.bool)
-    visible[:, :committed] = True
-    for row, slots in enumerate(ancestors):
-        visible[row, [*slots, start + row]] = True
-    rope = table[position].expand(count, 1, *table.shape[1:])
-    return RowPlan(start, rope, _additive(visible).to(table.device))
+    more = [(*slots, start + row) for row, slots in enumerate(ancestors)]
+    return RowPlan(table, start, [position] * count, [committed] * count, more, exact=False)
 
 
-def _additive(visible: Tensor) -> Tensor:
+def _additive(visible: Tensor, device: torch.device) -> Tensor:
     mask = torch.zeros(visible.shape, dtype=torch.float32)
-    return mask.masked_fill_(~visible, float("-inf"))[:, None, None]
-
-
-def _causal_mask(start: int, count: int, device: torch.device) -> Tensor:
-    mask = torch.full((count, padded(start + count)), float("-inf"), device=device)
-    return mask.triu_(start + 1)[:, None, None]
-
-
-def _ancestor_slots(
-    start: int, parents: Sequence[int], depth: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    size = padded(start + max(depth) + 1)
-    slots = torch.zeros(len(parents), size, dtype=torch.long)
-    slots[:, :start] = torch.arange(start)
-    for row, parent in enumerate(parents):
-        if parent >= 0:
-            slots[row, start : start + depth[row]] = slots[parent, start : start + depth[row]]
-        slots[row, start + depth[row]] = start + row
-    lengths = torch.tensor(depth) + start + 1
-    visible = torch.arange(size) < lengths[:, None]
-    return _additive(visible).to(device), slots.to(device)
+    return mask.masked_fill_(~visible, float("-inf"))[:, None, None].to(device)
 
 
 class MLA(nn.Module):
@@ -175,12 +214,6 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(kv_b_rows, self.latent, dtype, device)
         columns = config.num_attention_heads * self.v_dim
         self.o_proj = Linear(ranks.share(hidden, "hidden_size"), columns, dtype, device)
-        self._absorbed: tuple[Tensor, Tensor] | None = None
-
-    def pack(self) -> None:
-        """Prepares for inference: the two halves of kv_b_proj side by side as the absorbed form multiplies them."""
-        w_uk, w_uv = self._up()
-        self._absorbed = w_uk.detach().contiguous(), w_uv.detach().transpose(1, 2).contiguous()
 
     def _project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns q_nope `[..., H, N]`, q_rope `[..., H, R]`, latent row `[..., W]` of rows x `[..., D]`."""
@@ -201,8 +234,6 @@ class MLA(nn.Module):
 
     def absorbed(self) -> tuple[Tensor, Tensor]:
         """Returns the two halves of kv_b_proj as the absorbed form multiplies them, `[H, N, C]` and `[H, C, V]`."""
-        if self._absorbed is not None:
-            return self._absorbed
         w_uk, w_uv = self._up()
         return w_uk, w_uv.transpose(1, 2)
 
@@ -232,7 +263,7 @@ class MLA(nn.Module):
         )[..., : self.v_dim]
         return self._out(out.transpose(-3, -2))
 
-    def rows(self, x: Tensor, layer: int, plan: JointPlan) -> Tensor:
+    def rows(self, x: Tensor, layer: int, plan: JointMasks) -> Tensor:
         """Absorbed form: appends the rows x `[M, D]` to this layer of their caches and returns their outputs."""
         q_nope, q_rope, row = self._project(x, plan.rope)
         w_uk, w_vu = self.absorbed()
@@ -244,15 +275,15 @@ class MLA(nn.Module):
         """Returns the outputs `[..., D]` of this rank's heads' values `[..., H, V]`."""
         return self.ranks.gather(self.o_proj(self.ranks.gather(values.flatten(-2))))
 
-    def _attend_each(self, q: Tensor, row: Tensor, layer: int, plan: JointPlan) -> Tensor:
+    def _attend_each(self, q: Tensor, row: Tensor, layer: int, plan: JointMasks) -> Tensor:
         """Every sequence by itself over its own context, as if it were alone; everything else is one product."""
         if len(plan.parts) == 1:
             return self._attend_one(q, row, layer, *plan.parts[0])
-        counts = plan.counts
+        counts = list(plan.counts)
         pieces = zip(q.split(counts), row.split(counts), plan.parts, strict=True)
         return torch.cat([self._attend_one(own_q, own_row, layer, *part) for own_q, own_row, part in pieces])
 
-    def _attend_one(self, q: Tensor, row: Tensor, layer: int, cache: LatentCache, plan: RowPlan) -> Tensor:
+    def _attend_one(self, q: Tensor, row: Tensor, layer: int, cache: LatentCache, plan: Masks) -> Tensor:
         slots = cache.put(layer, plan.start, row, max(plan.mask.shape[-1], plan.start + len(row)))
         whole = self.config.num_attention_heads
         if self.heads == whole:
@@ -280,29 +311,8 @@ class MLA(nn.Module):
 
 
 def by_head(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns each head's own product, `[M, H, B]` of x `[M, H, A]` and weight `[H, A, B]`; limits as `steady`'s."""
-    return steadily(partial(_by_head, weight=weight), x.contiguous(), _by_head_name(weight))
-
-
-def probe_by_head(weight: Tensor) -> Limits:
-    """Returns the limits of `by_head` with matrices like these."""
-    heads, size, outputs = weight.shape
-
-    def prepare() -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        x, own = cancelling((MOST, heads), (heads, outputs), size)
-        placed = torch.empty_strided(weight.shape, weight.stride(), dtype=own.dtype).copy_(own.transpose(1, 2))
-        return partial(_by_head, weight=placed), x
-
-    return probe(_by_head_name(weight), prepare)
-
-
-def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns each head's own product, `[M, H, B]` of x `[M, H, A]` and weight `[H, A, B]`."""
     return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
-
-
-def _by_head_name(weight: Tensor) -> Key:
-    """Returns what the loops of `by_head` may depend on besides rows and threads."""
-    return (*weight.shape, *weight.stride(), weight.dtype)
 
 
 def _draft_mask(rows: int, depths: int, device: torch.device) -> Tensor | None:
@@ -314,7 +324,7 @@ def _draft_mask(rows: int, depths: int, device: torch.device) -> Tensor | None:
     return torch.cat([causal] + [own] * (depths - 1), dim=1)
 
 
-def attend(q: Tensor, slots: Tensor, plan: RowPlan, latent: int, scale: float) -> Tensor:
+def attend(q: Tensor, slots: Tensor, plan: Masks, latent: int, scale: float) -> Tensor:
     """Returns the attention-weighted latents `[M, H, C]` of queries q `[M, H, W]` over cached slots.
 
     Every row is a batch of its own: its heads share the latents, and its arithmetic is that of a row alone. A row of

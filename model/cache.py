@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+IntArray = npt.NDArray[np.int64]
 # slots of a page: as many as attention reads at once
 PAGE = 64
 
@@ -41,6 +44,7 @@ class LatentCache:
         self.capacity, self.length, self._begin = len(pages) * PAGE, length, 0
         self.slots = list(layers)
         self._address: Tensor | None = None
+        self._places: tuple[IntArray, IntArray] | None = None
         first = pages[0] if pages else 0
         if list(pages) == list(range(first, first + len(pages))):
             self.slots = [slots[first * PAGE : first * PAGE + self.capacity] for slots in layers]
@@ -57,6 +61,14 @@ class LatentCache:
         # zeros: padded reads multiply unwritten slots by a weight of zero, which a NaN would survive
         memory = [torch.zeros(pages * PAGE, width, dtype=dtype, device=device) for _ in range(layers)]
         return cls(memory, range(pages))
+
+    def places(self) -> tuple[IntArray, IntArray]:
+        """Returns the address of each layer's memory, and of each page its first slot there, int64."""
+        if self._places is None:
+            addresses = np.array([slots.data_ptr() for slots in self.slots], np.int64)
+            pages = np.arange(0, self.capacity, PAGE) if self._address is None else self._address[::PAGE].numpy()
+            self._places = addresses, np.ascontiguousarray(pages, np.int64)
+        return self._places
 
     def put(self, layer: int, start: int, rows: Tensor, reach: int) -> Tensor:
         """Writes rows to the slots from `start` on; returns at least the first `reach` slots, in order of position."""
@@ -96,6 +108,7 @@ class LatentCache:
         Pages before it may be read by others, so they are left as they are.
         """
         moved = position // PAGE * PAGE - self._begin
+        self._places = None
         if self._address is None:
             self.slots = [slots[moved:] for slots in self.slots]
         else:

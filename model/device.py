@@ -86,6 +86,8 @@ class DeviceModel:
         ranks: that share the work, see `parallel`; this model then holds one rank's part of the matrices.
     """
 
+    runs_on = "the FP8 kernels"
+
     def __init__(
         self,
         config: ModelConfig,

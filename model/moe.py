@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import MLP, empty_parameter, gated_silu, packed, probe_product, product
+from mtp_spec.model.layers import MLP, empty_parameter, gated_silu
 from mtp_spec.model.parallel import ALONE, Ranks
-from mtp_spec.model.steady import Limits
 
 # a multiple of every CPU's vector length in float32 values
 VECTOR = 64
@@ -134,7 +133,6 @@ class MoE(nn.Module):
         self.gate = Gate(config, device)
         self.gate_up = empty_parameter(experts, 2 * size, hidden, dtype=dtype, device=device)
         self.down = empty_parameter(experts, hidden, size, dtype=dtype, device=device)
-        self.layouts: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * experts
         # rows seen by each expert since the trainer last looked: what its balancing bias follows
         self.load: Tensor
         self.register_buffer("load", torch.zeros(experts, device=device), persistent=False)
@@ -147,10 +145,6 @@ class MoE(nn.Module):
             routed = self._all_experts(x, *self.gate(x))
             return routed if self.shared is None else routed + self.shared(x)
         return self._hit_experts(x, *self.gate.choose(x))
-
-    def pack(self) -> None:
-        """Prepares the experts for inference, see `layers.packed`."""
-        self.layouts = [(packed(up), packed(down)) for up, down in zip(self.gate_up, self.down, strict=True)]
 
     def _all_experts(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """The path with gradients: every expert on every row as two large products, unchosen ones weighed zero.
@@ -180,26 +174,17 @@ class MoE(nn.Module):
         if rows > 1 and hit:
             own = torch.tensor([pair // slots for pair in order if flat[pair] in here])
             parts = list(x[own].split([counts[e] for e in hit]))
-        ups = [product(part, *self._matrix(self.gate_up, e, 0)) for part, e in zip(parts, hit, strict=True)]
+        ups = [F.linear(part, self.gate_up[e - self.first]) for part, e in zip(parts, hit, strict=True)]
         if self.shared is not None:
             ups.append(self.shared.begin(x))
         # one activation for all of them: a decode step has more operations than arithmetic
         inner = self._activated(ups)
-        outs = [product(h, *self._matrix(self.down, e, 1)) for h, e in zip(inner, hit, strict=False)]
+        outs = [F.linear(h, self.down[e - self.first]) for h, e in zip(inner, hit, strict=False)]
         by_rank = [sum(e // self.experts == rank for e in flat) for rank in range(self.ranks.size)]
         pairs = self.ranks.join(torch.cat(outs) if outs else x[:0], by_rank)
         out = (pairs if back is None else pairs[back]).view(rows, slots, -1)
         routed = weighted_sum(out, torch.tensor(weights, device=x.device))
         return routed if self.shared is None else routed + self.shared.finish(inner[-1])
-
-    def probe(self) -> list[Limits]:
-        """Returns the limits of an expert's products, see `steady`."""
-        return [probe_product(*self._matrix(self.gate_up, self.first, 0)),
-                probe_product(*self._matrix(self.down, self.first, 1))]  # fmt: skip
-
-    def _matrix(self, stacked: Tensor, expert: int, which: int) -> tuple[Tensor, Tensor | None]:
-        """Returns an expert's matrix and its layout."""
-        return stacked[expert - self.first], self.layouts[expert - self.first][which]
 
     def _activated(self, ups: list[Tensor]) -> list[Tensor]:
         """Returns silu(gate) * up of each expert's `[rows, 2 I]`; the shared expert may have another I."""

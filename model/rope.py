@@ -1,18 +1,35 @@
-"""Rotary position embedding with YaRN scaling (Su et al. 2104.09864; Peng et al. 2309.00071)."""
+"""Rotary position embedding with YaRN scaling (Su et al. 2104.09864; Peng et al. 2309.00071).
+
+The table is the same to the last bit on every machine: powers and logarithms are decimal arithmetic, sine and cosine
+polynomials in float64, where libraries' own differ in their last bit.
+"""
 
 from __future__ import annotations
 
 import math
+from decimal import Context, Decimal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mtp_spec.model.config import ModelConfig, YarnConfig
 
+Float64Array = npt.NDArray[np.float64]
+_EXACT = Context(prec=40)
+# pi / 2 in three parts, of which the first two have 33 bits: their products with a small integer are exact
+_HALF_PI = (1.57079632673412561417e00, 6.07710050630396597660e-11, 2.02226624879595063154e-21)
+# minimax polynomials of sine and cosine within pi / 4, of odd and even powers from the third and fourth on (fdlibm)
+_SINE = (-1.66666666666666324348e-01, 8.33333333332248946124e-03, -1.98412698298579493134e-04,
+         2.75573137070700676789e-06, -2.50507602534068634195e-08, 1.58969099521155010221e-10)  # fmt: skip
+_COSINE = (4.16666666666666019037e-02, -1.38888888888741095749e-03, 2.48015872894767294178e-05,
+           -2.75573143513906633035e-07, 2.08757232129817482790e-09, -1.13596475577881948265e-11)  # fmt: skip
+
 
 def yarn_mscale(factor: float, mscale: float) -> float:
     """Returns YaRN's attention temperature `0.1 * mscale * ln(factor) + 1` (2309.00071 eq. 22)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+    return 1.0 if factor <= 1 else 0.1 * mscale * _log(factor) + 1.0
 
 
 def softmax_scale(config: ModelConfig) -> float:
@@ -29,11 +46,11 @@ def softmax_scale(config: ModelConfig) -> float:
 
 def _yarn_frequencies(theta: float, dim: int, yarn: YarnConfig) -> Tensor:
     """Blends extrapolated and interpolated frequencies (2309.00071 section 3.2)."""
-    base = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    base = _powers(theta, dim)
 
     def correction(rotations: float) -> float:
         length = yarn.original_max_position_embeddings
-        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * _log(length / (rotations * 2 * math.pi)) / (2 * _log(theta))
 
     low, high = correction(yarn.beta_fast), correction(yarn.beta_slow)
     if yarn.truncate:
@@ -56,6 +73,34 @@ def _table_scale(yarn: YarnConfig | None) -> float:
     return yarn_mscale(yarn.factor, 1.0)
 
 
+def _log(value: float) -> float:
+    return float(_EXACT.ln(Decimal(value)))
+
+
+def _powers(theta: float, dim: int) -> Tensor:
+    """Returns `theta^(2 i / dim)` for i < dim / 2, rounded to float32."""
+    steps = (torch.arange(0, dim, 2, dtype=torch.float32) / dim).tolist()
+    return torch.tensor([float(_EXACT.power(Decimal(theta), Decimal(step))) for step in steps], dtype=torch.float32)
+
+
+def sine_cosine(angles: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """Returns sines and cosines of angles up to a million, to about 1e-16; made of additions and products only."""
+    quarters = np.rint(angles * (2 / math.pi))
+    rest = angles
+    for part in _HALF_PI:
+        rest = rest - quarters * part
+    square = rest * rest
+    sine, cosine = np.zeros_like(rest), np.zeros_like(rest)
+    for odd, even in zip(reversed(_SINE), reversed(_COSINE), strict=True):
+        sine, cosine = sine * square + odd, cosine * square + even
+    sine, cosine = rest + rest * square * sine, 1.0 - 0.5 * square + square * square * cosine
+    turned = quarters.astype(np.int64) % 4
+    swapped = turned % 2 == 1
+    sines = np.where(swapped, cosine, sine)
+    cosines = np.where(swapped, sine, cosine)
+    return np.where(turned >= 2, -sines, sines), np.where((turned == 1) | (turned == 2), -cosines, cosines)
+
+
 def rope_table(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> Tensor:
     """Returns `[length, 2, R]` float32: for each position what a vector and its swapped copy are multiplied with.
 
@@ -63,13 +108,12 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str = "c
     """
     dim = config.qk_rope_head_dim
     if config.rope_scaling is None:
-        steps = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        frequencies = 1.0 / (config.rope_theta**steps)
+        frequencies = 1.0 / _powers(config.rope_theta, dim)
     else:
         frequencies = _yarn_frequencies(config.rope_theta, dim, config.rope_scaling)
     angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
     scale = _table_scale(config.rope_scaling)
-    cos, sin = angles.cos() * scale, angles.sin() * scale
+    sin, cos = (torch.from_numpy(part.astype(np.float32)) * scale for part in sine_cosine(angles.double().numpy()))
     if config.rope_interleave:
         own, other = torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
     else:

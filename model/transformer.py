@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_spec.model.attention import MLA, JointPlan, RowPlan, padded, plan_rows
-from mtp_spec.model.cache import PAGE, LatentCache
+from mtp_spec.model.attention import MLA, JointMasks, JointPlan
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter, packed, probe_product, product
+from mtp_spec.model.host import HostModel
+from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter
 from mtp_spec.model.moe import MoE
 from mtp_spec.model.parallel import ALONE, Ranks
-from mtp_spec.model.rope import rope_table
-from mtp_spec.model.steady import Limits
 
 
 class Block(nn.Module):
@@ -51,7 +49,7 @@ class Block(nn.Module):
         branch = self.mlp(self.post_attention_layernorm(x).flatten(0, -2)).view_as(x)
         return x + F.dropout(branch, self.dropout, self.training)
 
-    def rows(self, x: Tensor, layer: int, plan: JointPlan) -> Tensor:
+    def rows(self, x: Tensor, layer: int, plan: JointMasks) -> Tensor:
         """Rows x `[M, D]` appended to this layer of their caches."""
         x = x + self.self_attn.rows(self.input_layernorm(x), layer, plan)
         out: Tensor = self.mlp(self.post_attention_layernorm(x))
@@ -98,7 +96,7 @@ class MTPModule(nn.Module):
         }
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, HostModel):
     """The verifier and its MTP modules. Parameters start uninitialised; `checkpoint_slots` names them.
 
     Args:
@@ -115,7 +113,7 @@ class Transformer(nn.Module):
         ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
-        self.config, self.dtype, self.device, self.ranks = config, dtype, torch.device(device), ranks
+        HostModel.__init__(self, config, dtype, torch.device(device), ranks)
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = empty_parameter(*shape, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
@@ -132,25 +130,8 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(
             MTPModule(config, dtype, device, ranks) for _ in range(config.num_nextn_predict_layers)
         )
-        self._head_layout: Tensor | None = None
         self._draft_ids: Tensor | None = None
-        self._draft_layout: Tensor | None = None
-        self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=device)  # grows with the text
         self.eval()
-
-    def pack(self) -> None:
-        """Prepares the matrices for inference; costs their memory again, see `layers.packed`."""
-        for module in self.modules():
-            if isinstance(module, Linear | MoE | MLA | RMSNorm):
-                module.pack()
-        self._head_layout = packed(self.lm_head)
-        if self._draft_ids is not None and len(self._draft_ids):
-            self._draft_layout = packed(self._draft_head)
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether `pack` was called."""
-        return self._head_layout is not None
 
     # whole sequences
 
@@ -183,14 +164,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[..., V]` logits of normed hidden states `[..., D]`, in the model's dtype."""
-        return self.ranks.gather(product(hidden, self.lm_head, self._head_layout))
+        return self.ranks.gather(F.linear(hidden, self.lm_head))
 
-    def probe_head(self) -> Limits:
-        """Returns the limits of `logits`, see `steady`."""
-        return probe_product(self.lm_head, self._head_layout)
+    def fingerprint(self) -> float:
+        return float(self.norm.weight.double().sum())
 
     def draft_from(self, ids: Sequence[int]) -> None:
-        """Lets drafts be these tokens only: fewer rows of the head are read, and a draft cannot change the text."""
         own = range(self.config.vocab_size)[self.ranks.own(self.config.vocab_size)]
         places = [token - own.start for token in ids if token in own]
         self._draft_ids = torch.tensor(places, dtype=torch.int64, device=self.device)
@@ -200,69 +179,28 @@ class Transformer(nn.Module):
         """Returns `[M, V]` logits that propose drafts, -inf where none may be."""
         if self._draft_ids is None:
             return self.logits(hidden)
-        some = product(hidden, self._draft_head, self._draft_layout)
+        some = F.linear(hidden, self._draft_head)
         row = some.new_full((len(some), len(self.lm_head)), -torch.inf)
         return self.ranks.gather(row.index_copy_(1, self._draft_ids, some))
 
     # rows over a cache
 
-    def new_cache(self, tokens: int) -> LatentCache:
-        """Returns an empty cache of the main model with room for `tokens` slots (whole blocks)."""
-        return self._cache(self.config.num_hidden_layers, tokens)
-
-    def new_mtp_cache(self, tokens: int) -> LatentCache:
-        """Returns an empty cache of one MTP module."""
-        return self._cache(1, tokens)
-
-    def new_layers(self, pages: int) -> list[Tensor]:
-        """Returns memory for caches of many sequences, of every layer and module: `[pages * PAGE, W]`, unwritten."""
-        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        count = self.config.num_hidden_layers + len(self.mtp)
-        return [torch.empty(pages * PAGE, width, dtype=self.dtype, device=self.device) for _ in range(count)]
-
-    def _cache(self, layers: int, tokens: int) -> LatentCache:
-        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        return LatentCache.alone(layers, tokens, width, self.dtype, self.device)
-
-    def rows(self, ids: Sequence[int], cache: LatentCache, parents: Sequence[int]) -> Tensor:
-        """Appends rows to the cache (uncommitted) and returns their normed hidden states `[M, D]`.
-
-        Args:
-            ids: M token ids.
-            parents: the row that each one follows; -1 follows the committed context.
-        """
-        return self.joint_rows(ids, JointPlan.of((cache, plan_rows(self.table(cache.capacity), cache.length, parents))))
-
     def joint_rows(self, ids: Sequence[int], plan: JointPlan) -> Tensor:
-        """The same for the rows of several sequences."""
-        x = self.embed(ids)
+        x, masks = self.embed(ids), plan.masks()
         for number, layer in enumerate(self.blocks()):
-            x = layer.rows(x, number, plan)
+            x = layer.rows(x, number, masks)
         out: Tensor = self.norm(x)
         return out
 
-    def mtp_rows(
-        self, module: int, ids: Sequence[int], hidden: Tensor, cache: LatentCache, plan: RowPlan
-    ) -> Tensor:
-        """Appends rows to a module's cache and returns the module's normed outputs `[M, D]`."""
-        return self.joint_mtp_rows(module, ids, hidden, JointPlan.of((cache, plan)))
-
     def joint_mtp_rows(self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan) -> Tensor:
-        """The same for the rows of several sequences."""
         mtp = self._module(module)
-        x = mtp.block.rows(mtp.mix(self.embed(ids), hidden), 0, plan)
+        x = mtp.block.rows(mtp.mix(self.embed(ids), hidden), 0, plan.masks())
         out: Tensor = mtp.norm(x)
         return out
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Returns embeddings `[M, D]`."""
         return F.embedding(torch.tensor(ids, device=self.device), self.embed_tokens)
-
-    def table(self, length: int) -> Tensor:
-        """Returns a rope table of at least `length` positions, grown on demand."""
-        if self._table.shape[0] < length:
-            self._table = rope_table(self.config, padded(length) + 64, self.device)
-        return self._table
 
     def blocks(self) -> list[Block]:
         """Returns the main model's layers."""

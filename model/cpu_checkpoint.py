@@ -1,0 +1,113 @@
+"""A checkpoint onto the CPU engine: weights as they are stored.
+
+Small models are read. The files of large ones are mapped into memory: they load in the time of a look, share their
+memory with other processes and take no more of it than is used. Who cuts such a file while a model runs ends its
+process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels.cpu.engine import library
+from mtp_spec.kernels.fp8_cpu import dequantise
+from mtp_spec.model.checkpoint import SCALE, Checkpoint, Report, shared_copies
+from mtp_spec.model.cpu import CPUModel
+from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.parallel import ALONE, Ranks
+from mtp_spec.model.stored import DTYPES, Part, TensorInfo, read_part, read_tensor, widen_scales
+
+COMPARED_ROWS = 4096  # of two embeddings at once
+MAPPED_BYTES = 2**30  # models from this size on are mapped
+
+
+def load_cpu_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    progress: Report | None = None,
+    draft_ids: Sequence[int] | None = None,
+    ranks: Ranks = ALONE,
+) -> CPUModel:
+    """Returns the model with its weights as they are stored.
+
+    Args:
+        dtype: bfloat16 or float16: matrices stored otherwise are rounded to it, in memory of their own. None and
+            float32 leave them as they are; arithmetic is float32 in any case.
+        progress: told (bytes done, bytes in all) after each tensor.
+        draft_ids: the tokens that drafts may be; None for all.
+        ranks: that share the work. Each maps all files and reads its own parts of the matrices.
+
+    Raises:
+        CheckpointError: a matrix holds NaN, or a copy of embedding or head differs from its original.
+    """
+    tensors = {n: info for n, info in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    total, done = sum(info.bytes for info in tensors.values()), 0
+    files, block = _Files(total >= MAPPED_BYTES), checkpoint.config.fp8_block or (128, 128)
+    weights: dict[str, Tensor] = {}
+    for name in sorted(tensors, key=lambda name: not name.endswith(SCALE)):  # a matrix comes after its scales
+        info = tensors[name]
+        weight = files.read(info)
+        if name.endswith(SCALE):
+            weights[name] = widen_scales(weight).contiguous()
+        else:
+            if weight.dtype == torch.float8_e4m3fn:
+                _check_numbers(name, weight, info)
+            weights[name] = weight
+            if weight.dim() == 2 and dtype in (torch.bfloat16, torch.float16) and weight.dtype != dtype:
+                scale = weights.pop(name + SCALE, None)
+                weights[name] = weight.to(dtype) if scale is None else dequantise(weight, scale, block[0], dtype)
+        done += info.bytes
+        if progress is not None:
+            progress(done, total)
+    for copy, original in shared_copies(checkpoint.config).items():
+        if copy in weights and copy != original:
+            _compare(copy, weights.pop(copy), original, weights[original])
+    model = CPUModel(checkpoint.config, weights, ranks)
+    if draft_ids is not None:
+        model.draft_from(draft_ids)
+    return model
+
+
+class _Files:
+    """Bytes of files, mapped into memory or read, each once."""
+
+    def __init__(self, mapped: bool) -> None:
+        self._mapped, self._bytes = mapped, dict[Path, Tensor]()
+
+    def read(self, info: TensorInfo) -> Tensor:
+        """Returns a tensor, in place where it lies in one piece and where its numbers may begin."""
+        kind, part = DTYPES[info.dtype], info.parts[0]
+        if info.dtype == "F64" or (info.axis is not None and len(info.parts) > 1) or part.start % kind.itemsize:
+            tensor = read_tensor(info)
+            return tensor.float() if info.dtype == "F64" else tensor
+        if part.file not in self._bytes:
+            self._bytes[part.file] = self._open(part.file)
+        found = self._bytes[part.file][part.start : part.start + info.bytes]
+        if len(found) < info.bytes:
+            raise CheckpointError(f"{part.file} ended early: another program cut it while it was read")
+        return found.view(kind).view(info.shape)
+
+    def _open(self, file: Path) -> Tensor:
+        try:
+            size = file.stat().st_size
+            if not self._mapped:
+                return read_part(Part(file, 0, (size,)), "U8")
+            return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _check_numbers(name: str, weight: Tensor, info: TensorInfo) -> None:
+    if not library().finite(ctypes.c_void_p(weight.data_ptr()), ctypes.c_int64(weight.numel())):
+        raise CheckpointError(f"{name} in {info.file} holds NaN: download the file again")
+
+
+def _compare(copy: str, value: Tensor, original: str, rows: Tensor) -> None:
+    for own, other in zip(value.split(COMPARED_ROWS), rows.split(COMPARED_ROWS), strict=True):
+        if not torch.equal(own.to(other.dtype), other):
+            raise CheckpointError(f"{copy} differs from {original}: in DeepSeek models the two are shared")

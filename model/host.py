@@ -1,0 +1,130 @@
+"""What models on the host's memory have in common: rows over caches of latents.
+
+Prefill, decode, draft and verify are all one function, `rows`, which is why a row's logits do not depend on which of
+them computed it. `Transformer` computes them by torch, `CPUModel` by the CPU engine.
+
+Legend: `M` rows of one pass, `D` hidden size, `V` vocabulary, `W` width of a cached latent.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mtp_spec.model.attention import JointPlan, RowPlan, padded, plan_rows
+from mtp_spec.model.cache import PAGE, LatentCache
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.parallel import Ranks
+from mtp_spec.model.rope import rope_table
+
+Technique = Literal["batched", "single"]
+
+
+class HostModel:
+    """The verifier and its MTP modules.
+
+    Attributes:
+        dtype: of hidden states and caches.
+        mtp: the MTP modules; their number is what counts.
+        runs_on: what computes it, in words.
+        technique: "batched" where a row's bits depend on nothing but its context, so that any rows share a pass and a
+            prompt may be cut anywhere; "single" where a library's products choose their loops by the number of rows,
+            so that each is verified by itself, as plain decoding computes it.
+        stored: dtypes of its matrices, in words: what times depend on besides its shape.
+        ranks: that share the work.
+    """
+
+    mtp: Any  # a collection of modules, or of their numbers
+    runs_on = "torch"
+    technique: Technique = "single"
+    stored: str
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> None:
+        self.config, self.dtype, self.device, self.ranks = config, dtype, device, ranks
+        self.stored = str(dtype).removeprefix("torch.")
+        self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=device)  # grows with the text
+
+    @abstractmethod
+    def joint_rows(self, ids: Sequence[int], plan: JointPlan) -> Tensor:
+        """Appends rows of several sequences to their caches (uncommitted); returns normed hidden states `[M, D]`."""
+
+    @abstractmethod
+    def joint_mtp_rows(self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan) -> Tensor:
+        """Appends rows to caches of a module; returns the module's normed outputs `[M, D]`."""
+
+    def scored_rows(
+        self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns `joint_rows`, and the logits `[S, V]` of those of its rows that `scored` counts."""
+        hidden = self.joint_rows(ids, plan)
+        return hidden, self.logits(hidden[list(scored)])
+
+    def scored_mtp_rows(
+        self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan, scored: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns `joint_mtp_rows`, and the logits `[S, V]` for drafts of those of its rows that `scored` counts."""
+        outputs = self.joint_mtp_rows(module, ids, hidden, plan)
+        return outputs, self.draft_logits(outputs[list(scored)])
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns `[M, V]` logits of normed hidden states `[M, D]`."""
+
+    @abstractmethod
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Returns `[M, V]` logits that propose drafts, -inf where none may be."""
+
+    @abstractmethod
+    def draft_from(self, ids: Sequence[int]) -> None:
+        """Lets drafts be these tokens only: fewer rows of the head are read, and a draft cannot change the text."""
+
+    @abstractmethod
+    def fingerprint(self) -> float:
+        """Returns a number that differs between models of one shape: the sum of the last norm's weights."""
+
+    @abstractmethod
+    def checkpoint_slots(self) -> dict[str, Tensor]:
+        """Returns every weight by its name in a checkpoint."""
+
+    def rows(self, ids: Sequence[int], cache: LatentCache, parents: Sequence[int]) -> Tensor:
+        """Appends rows to the cache (uncommitted) and returns their normed hidden states `[M, D]`.
+
+        Args:
+            ids: M token ids.
+            parents: the row that each one follows; -1 follows the committed context.
+        """
+        return self.joint_rows(ids, JointPlan.of((cache, plan_rows(self.table(cache.capacity), cache.length, parents))))
+
+    def mtp_rows(
+        self, module: int, ids: Sequence[int], hidden: Tensor, cache: LatentCache, plan: RowPlan
+    ) -> Tensor:
+        """Appends rows to a module's cache and returns the module's normed outputs `[M, D]`."""
+        return self.joint_mtp_rows(module, ids, hidden, JointPlan.of((cache, plan)))
+
+    def new_cache(self, tokens: int) -> LatentCache:
+        """Returns an empty cache of the main model with room for `tokens` slots (whole blocks)."""
+        return self._cache(self.config.num_hidden_layers, tokens)
+
+    def new_mtp_cache(self, tokens: int) -> LatentCache:
+        """Returns an empty cache of one MTP module."""
+        return self._cache(1, tokens)
+
+    def new_layers(self, pages: int) -> list[Tensor]:
+        """Returns memory for caches of many sequences, of every layer and module: `[pages * PAGE, W]`, unwritten."""
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        count = self.config.num_hidden_layers + len(self.mtp)
+        return [torch.empty(pages * PAGE, width, dtype=self.dtype, device=self.device) for _ in range(count)]
+
+    def _cache(self, layers: int, tokens: int) -> LatentCache:
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return LatentCache.alone(layers, tokens, width, self.dtype, self.device)
+
+    def table(self, length: int) -> Tensor:
+        """Returns a rope table of at least `length` positions, grown on demand."""
+        if self._table.shape[0] < length:
+            self._table = rope_table(self.config, padded(length) + 64, self.device)
+        return self._table
