@@ -12,6 +12,8 @@ from mtp_spec.bench.acceptance.command import acceptance, add_options
 from mtp_spec.bench.acceptance.comparing import add_compare
 from mtp_spec.bench.cache import cache
 from mtp_spec.bench.common import publish
+from mtp_spec.bench.cpu import SHAPES as CPU_SHAPES
+from mtp_spec.bench.cpu import cpu
 from mtp_spec.bench.exactness import same_text
 from mtp_spec.bench.files import STAGES, files_bench
 from mtp_spec.bench.grid import TREES
@@ -32,6 +34,7 @@ def add_bench(commands: Any) -> None:
     one = _add(kinds, "same-text", same_text, "texts equal to plain decoding, any shape and sampling", 200, 40)
     one.add_argument("--shapes", type=int, default=3, help="shapes tried a prompt (3)")
     one.add_argument("--all", action="store_true", help="every shape for every prompt")
+    one.add_argument("--digest", action="store_true", help="print one number made of 100 texts instead, to compare")
     two = _add(kinds, "rows", rows, "bitwise equality of verified and decoded rows", None, None)
     two.add_argument("--threads", type=parsing.integers, default=[1, 2, 3], metavar="N,...", help="numbers of threads")
     three = kinds.add_parser("acceptance", help="tokens per step, acceptance and speed-up over shapes, rules, contexts",
@@ -74,6 +77,7 @@ def add_bench(commands: Any) -> None:
                      help="what to measure (all): " + ", ".join(PARTS))  # fmt: skip
     six.add_argument("--layers", type=parsing.count, help="MoE layers (default: as many as fit)")
     six.add_argument("--library", action="store_true", help="ranks exchange through NCCL, not in one another's memory")
+    _add_cpu(kinds)
     _add_files(kinds)
     four.add_argument("--depths", type=parsing.depths, default=[2, 3, 4, 5], metavar="K,K,...", help="chains to time")
     four.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...")
@@ -94,6 +98,19 @@ def _add_plan(kinds: Any) -> None:
     kind.add_argument("--prompts", type=parsing.count, metavar="N",
                       help=f"held-out prompts ({TAUGHT}; --grid: {SEARCHED}, one half chooses)")  # fmt: skip
     kind.add_argument("--max-new-tokens", type=parsing.count, default=96, help="tokens a text (96)")
+
+
+def _add_cpu(kinds: Any) -> None:
+    ten = kinds.add_parser("cpu", help="passes of the CPU engine against the memory's rate", description=cpu.__doc__)
+    ten.set_defaults(run=cpu)
+    ten.add_argument("--model", type=Path, help="checkpoint folder (default: the bundled model)")
+    ten.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
+    ten.add_argument("--shape", choices=sorted(CPU_SHAPES), help="a published shape, with random weights")
+    ten.add_argument("--folder", type=Path, metavar="FOLDER", help="where --shape writes them (the temporary folder)")
+    ten.add_argument("--rows", type=parsing.integers, default=[1, 2, 3, 4, 8, 16], metavar="M,...", help="rows to time")
+    ten.add_argument("--context", type=parsing.count, default=256, help="committed tokens (256)")
+    ten.add_argument("--repeats", type=parsing.count, default=15, help="rounds (15)")
+    ten.add_argument("--acceptance", type=float, default=0.8, metavar="P", help="of each draft, for the notes (0.8)")
 
 
 def _add_files(kinds: Any) -> None:
@@ -157,7 +174,7 @@ def run_bench(args: argparse.Namespace) -> None:
     """Loads the model if there is one, runs the benchmark, prints and writes its report."""
     if getattr(args, "whole", False):  # it does all of this itself
         return args.run(args)
-    if args.run in (kernels, step, files_bench):
+    if args.run in (cpu, kernels, step, files_bench):
         return publish(args.run(args), None, args)
     if "check" in args:  # before anything is loaded
         args.check(args)

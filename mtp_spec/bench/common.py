@@ -97,8 +97,9 @@ def _model(lm: LM) -> Row:
     return {
         "digest": weights_digest(lm),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "runs on": lm.model.runs_on,
         "rows": lm.technique,
-        "parameters": sum(p.numel() for p in lm.model.parameters()),
+        "parameters": sum(slot.numel() for slot in lm.model.checkpoint_slots().values()),
     }
 
 

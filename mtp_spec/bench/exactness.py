@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from typing import Any
 
 from rich.progress import track
@@ -28,12 +30,18 @@ SHAPES: dict[str, Speculation] = {
 }
 
 
+DIGEST_TEXTS = 100
+
+
 def same_text(lm: LM, args: argparse.Namespace) -> Report:
     """Counts texts that equal plain decoding's, ids and text, for every shape and way of sampling.
 
     Each prompt is generated plainly in one way of sampling and with `--shapes` shapes, taken in turn, so that all
-    combinations are covered over the prompts; `--all` takes every shape for every prompt.
+    combinations are covered over the prompts; `--all` takes every shape for every prompt. `--digest` writes 100 texts
+    and prints one number made of them, which is the same on every processor that the CPU engine runs on.
     """
+    if args.digest:
+        return _digest(lm, args)
     names, ways = list(SHAPES), list(SAMPLING)
     equal, total = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     by_way = {way: [0, 0] for way in ways}
@@ -59,3 +67,21 @@ def same_text(lm: LM, args: argparse.Namespace) -> Report:
     facts = {"by_sampling": {w: {"equal": a, "texts": b} for w, (a, b) in by_way.items()}, "wrong": wrong}
     title = f"Texts equal to plain decoding: {sums[0]} of {sums[1]} over {args.prompts} prompts"
     return Report(title, rows, facts, failed=bool(wrong))
+
+
+def _digest(lm: LM, args: argparse.Namespace) -> Report:
+    number = texts_digest(lm, DIGEST_TEXTS, args.max_new_tokens)
+    rows: list[Row] = [{"texts": DIGEST_TEXTS, "tokens a text": args.max_new_tokens, "runs on": lm.model.runs_on,
+                        "digest": number}]  # fmt: skip
+    return Report("Digest of texts, held-out prompts in six ways of sampling", rows, {"digest": number})
+
+
+def texts_digest(lm: LM, count: int, max_new_tokens: int) -> str:
+    """Returns 16 digits made of the ids of so many texts: their SHA-256, cut."""
+    hashed = hashlib.sha256()
+    for number, item in enumerate(track(bundled_prompts(count), "texts", transient=True)):
+        options = SAMPLING[list(SAMPLING)[number % len(SAMPLING)]]
+        out = lm.generate(question(lm, item["prompt"]), speculation=None, seed=item["seed"] + number,
+                          max_new_tokens=max_new_tokens, **options)  # fmt: skip
+        hashed.update(json.dumps(out.token_ids).encode())
+    return hashed.hexdigest()[:16]

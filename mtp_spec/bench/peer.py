@@ -1,4 +1,4 @@
-"""transformers' own DeepSeek-V3, plain and with `use_mtp`, on a bfloat16 copy of the same weights."""
+"""transformers' own DeepSeek-V3, plain and with `use_mtp`, on a copy of the weights in our arithmetic's dtype."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ import torch
 from mtp_spec.api import LM
 from mtp_spec.bench.turns import Generate, Written
 from mtp_spec.errors import OptionError
+from mtp_spec.loading import cpu_has_bfloat16
 from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
-from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.cpu import CPUModel
+from mtp_spec.model.transformer import Transformer
 from mtp_spec.stats import GenerationStats
 
 PLAIN, MTP = "transformers plain", "transformers use_mtp"
+# where our arithmetic is float32 and the processor multiplies bfloat16 faster
+BFLOAT16 = "transformers plain, bfloat16"
 
 
 def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[dict[str, Generate], dict[str, str]]:
@@ -33,17 +37,19 @@ def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[d
     except ImportError:
         raise OptionError("--transformers needs the library: pip install transformers") from None
     ours = lm.model
-    if isinstance(ours, DeviceModel):  # FP8 there needs kernels from a hub: bfloat16 it is
+    if not isinstance(ours, Transformer):  # FP8 there needs kernels from a hub
         source = Path(str(files("mtp_spec.configs") / "demo")) if args.model is None else args.model
-        ours = load_checkpoint(source, dtype=torch.bfloat16)
+        ours = load_checkpoint(source, dtype=torch.float32 if isinstance(ours, CPUModel) else torch.bfloat16)
     save_checkpoint(ours, folder / "copy", fp8=False)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype=ours.dtype)
-    model = model.to(lm.model.device).eval()
     stops = sorted(lm.stop_ids())
 
-    def way(**more: Any) -> Generate:
+    def loaded(dtype: torch.dtype) -> Any:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype=dtype)
+        return model.to(lm.model.device).eval()
+
+    def way(model: Any, **more: Any) -> Generate:
         def generate(ids: list[int], options: dict[str, Any]) -> Written:
             tokens = torch.tensor([ids], device=model.device)
             start = time.perf_counter()
@@ -55,12 +61,16 @@ def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[d
 
         return generate
 
+    model, ways = loaded(ours.dtype), dict[str, Generate]()
+    ways[PLAIN] = way(model)
+    if ours.dtype == torch.float32 and cpu_has_bfloat16():
+        ways[BFLOAT16] = way(loaded(torch.bfloat16))
     try:
         _prepare_mtp(model, lm)
-        way(use_mtp=True)([0, 2, 400], {"max_new_tokens": 4})
+        way(model, use_mtp=True)([0, 2, 400], {"max_new_tokens": 4})
     except Exception as error:  # whatever it raises: each version wants another layout, or has none
-        return {PLAIN: way()}, {MTP: f"not in transformers {transformers.__version__}: {error}"[:200]}
-    return {PLAIN: way(), MTP: way(use_mtp=True)}, {}
+        return ways, {MTP: f"not in transformers {transformers.__version__}: {error}"[:200]}
+    return {**ways, MTP: way(model, use_mtp=True)}, {}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from mtp_spec.engine import Decoder
 from mtp_spec.errors import OptionError
 from mtp_spec.ladder import Ladder
 from mtp_spec.measured import file_of, read, times_subject
-from mtp_spec.model.transformer import Transformer
+from mtp_spec.model.host import HostModel
 from mtp_spec.planner import Planner
 from mtp_spec.progress import step_progress
 from mtp_spec.stats import GenerationStats
@@ -90,7 +90,7 @@ def _write(lm: LM, temperature: float, args: argparse.Namespace) -> tuple[Decode
 
 def _kept(lm: LM) -> str:
     """Says where the times come from."""
-    if not isinstance(lm.model, Transformer):
+    if not isinstance(lm.model, HostModel):
         return "times: measured when steps are captured and while they run, kept in memory only"
     subject = times_subject(lm.model, lm.technique)
     if read(subject) is not None:

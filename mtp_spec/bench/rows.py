@@ -12,8 +12,8 @@ from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.kernels import mla
 from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.rows import Technique, row_logits, verify_rows
-from mtp_spec.model.transformer import Transformer
+from mtp_spec.model.host import HostModel, Technique
+from mtp_spec.model.rows import row_logits, verify_rows
 
 COUNTS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (1, 60, 250, 700)
@@ -23,7 +23,7 @@ CHILDREN = (2, 3, 5)
 class _Torch:
     """A text on the torch path."""
 
-    def __init__(self, model: Transformer, technique: Technique, prefix: Sequence[int], room: int) -> None:
+    def __init__(self, model: HostModel, technique: Technique, prefix: Sequence[int], room: int) -> None:
         self.model, self.technique = model, technique
         self.cache = model.new_cache(len(prefix) + 2 * room)
         model.rows(prefix, self.cache, range(-1, len(prefix) - 1))

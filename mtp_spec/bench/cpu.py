@@ -1,0 +1,178 @@
+"""`bench cpu`: passes of the CPU engine against the memory that they read.
+
+A pass of few rows is as fast as the machine reads the weights it needs. What it reads is counted, expert by expert, and
+the rate of plain reading is measured in the same run, in turn with the passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import mtp_spec
+from mtp_spec.api import LM
+from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.synthetic import synthetic_job
+from mtp_spec.errors import OptionError
+from mtp_spec.kernels.cpu.engine import library
+from mtp_spec.model.attention import plan_rows
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.cpu import CPUModel
+from mtp_spec.model.jobs import run_job
+
+# published shapes, which are written with random weights in FP8
+SHAPES = {
+    "gigachat3.1-10b": ModelConfig(
+        vocab_size=128256, hidden_size=1536, intermediate_size=8960, moe_intermediate_size=1280, num_hidden_layers=26,
+        num_attention_heads=32, n_routed_experts=64, num_experts_per_tok=4, n_shared_experts=1, kv_lora_rank=512,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=192, first_k_dense_replace=1,
+        num_nextn_predict_layers=1, max_position_embeddings=262144, fp8_block=(128, 128),
+    ),
+}  # fmt: skip
+READ_BYTES = 2**28  # that are read again and again to find the rate: more than processors keep
+SHARD_BYTES = 2**31
+# of the context's latents: what all rows read alike must not drown what their own tokens say to the routers
+QUIET = 0.001
+
+
+def cpu(args: argparse.Namespace) -> Report:
+    """Times passes of 1 to 16 rows, in turn, and a draft level; says what they read and how fast the memory is.
+
+    Ids are random, so that rows choose experts independently: the worst case for reading them once; the experts that
+    were read are shown. With --shape a model of a published shape is written with random weights first, and deleted at
+    the end.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mtp_spec.", dir=args.folder)) if args.shape else None
+    try:
+        source = args.model
+        if folder is not None:
+            source = folder / "model"
+            run_job(synthetic_job(SHAPES[args.shape], SHARD_BYTES), source)
+        return _measure(args, source)
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measure(args: argparse.Namespace, source: Path | None) -> Report:
+    begin = time.perf_counter()
+    lm = mtp_spec.load(source, max_context=None if source is None else args.context + 64, measure=False)
+    loaded = time.perf_counter() - begin
+    model = lm.model
+    if not isinstance(model, CPUModel):
+        raise OptionError("bench cpu: models do not run on the CPU engine here, see mtp-spec inspect")
+    passes = _passes(lm, model, args)
+    for run in passes.values():  # experts that were never read are still in the file
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in passes}
+    rates, hits = list[float](), dict[str, list[int]]()
+    buffer = torch.ones(READ_BYTES, dtype=torch.uint8)
+    for _ in range(args.repeats):
+        rates.append(_read_rate(buffer))
+        for name, run in passes.items():
+            model.hits = ctypes.c_int64(0)
+            start = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - start)
+            hits.setdefault(name, []).append(model.hits.value)
+    model.hits = None
+    rate, one = median(rates), median(taken["1 row"])
+    rows = list[Row]()
+    for name in passes:
+        size = _bytes(model, name, median(hits[name]))
+        seconds = median(taken[name])
+        rows.append({"pass": name, "ms": 1e3 * seconds, "times one row": seconds / one,
+                     "experts a layer": median(hits[name]) / _routed_layers(model, name), "GB read": size / 1e9,
+                     "of the memory's rate": size / seconds / rate})  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    facts = {"read rate GB/s": rate / 1e9, "load seconds": loaded, "peak GB": peak / 1e9, "shape": args.shape,
+             "runs on": model.runs_on, "context": args.context}  # fmt: skip
+    notes = [f"the memory is read at {rate / 1e9:.1f} GB/s by {torch.get_num_threads()} threads; loaded in "
+             f"{loaded:.1f} s; peak memory, mapped files included, {peak / 1e9:.1f} GB"]  # fmt: skip
+    if "draft level" in taken:
+        for depth in (1, 2, 3):
+            step = median(taken[f"{depth + 1} rows"]) if f"{depth + 1} rows" in taken else None
+            if step is not None:
+                cost = (step + depth * median(taken["draft level"])) / one
+                tokens = sum(args.acceptance**level for level in range(depth + 1))
+                notes.append(f"a chain of {depth} whose drafts are each accepted at {args.acceptance:.0%}: "
+                             f"{tokens / cost:.2f} times plain")  # fmt: skip
+    return Report("Passes of the CPU engine", rows, facts, notes=notes)
+
+
+def _passes(lm: LM, model: CPUModel, args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    generator = torch.Generator().manual_seed(0)
+    context, vocab = args.context, model.config.vocab_size
+    cache = model.new_cache(context + max(args.rows))
+    for slots in cache.slots:
+        slots.normal_(std=QUIET, generator=generator)
+    cache.length = context
+
+    def ids(count: int) -> list[int]:
+        drawn: list[int] = torch.randint(vocab, (count,), generator=generator).tolist()
+        return drawn
+
+    def verify(rows: int) -> Callable[[], object]:
+        return lambda: model.logits(model.rows(ids(rows), cache, range(-1, rows - 1)))
+
+    found = {f"{count} row{'s' * (count > 1)}": verify(count) for count in args.rows}
+    if model.mtp:
+        drafts = model.new_mtp_cache(context + 1)
+        drafts.slots[0].normal_(std=QUIET, generator=generator)
+        drafts.length = context
+        hidden = torch.randn(1, model.config.hidden_size, generator=generator)
+        table = model.table(context + 2)
+        found["draft level"] = lambda: model.draft_logits(
+            model.mtp_rows(0, ids(1), hidden, drafts, plan_rows(table, context, [-1], 1))
+        )
+    return found
+
+
+def _bytes(model: CPUModel, name: str, hits: float) -> float:
+    """Returns the bytes of weights that a pass reads, given the experts that it read."""
+    config, weights = model.config, {**model.checkpoint_slots(), **model.scales()}
+    draft = name == "draft level"
+    total = 0.0
+    for weight, tensor in weights.items():
+        own = weight.startswith("model.layers.") and (int(weight.split(".")[2]) >= config.num_hidden_layers) == draft
+        if ".mlp.experts." not in weight and own:
+            total += tensor.nbytes
+    expert = [tensor.nbytes for weight, tensor in weights.items() if ".mlp.experts.0." in weight]
+    layers = sum(1 for n in weights if n.endswith(".experts.0.down_proj.weight"))
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    # drafts read the head in FP8
+    return total + hits * sum(expert) / max(1, layers) + (head.numel() if draft else head.nbytes)
+
+
+def _routed_layers(model: CPUModel, name: str) -> int:
+    """Returns how many layers of a pass have experts."""
+    first = model.config.num_hidden_layers
+    routers = [int(n.split(".")[2]) for n in model.checkpoint_slots() if n.endswith("mlp.gate.weight")]
+    return max(1, sum((layer >= first) == (name == "draft level") for layer in routers))
+
+
+def _read_rate(buffer: Tensor) -> float:
+    """Returns bytes a second of plain reading by as many threads as compute."""
+    parts = buffer.chunk(torch.get_num_threads())
+
+    def read(part: Tensor) -> None:
+        library().finite(ctypes.c_void_p(part.data_ptr()), ctypes.c_int64(part.numel()))
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        list(pool.map(read, parts))
+        start = time.perf_counter()
+        list(pool.map(read, parts))
+        return len(buffer) / (time.perf_counter() - start)
+
