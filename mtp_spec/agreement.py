@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mtp_spec.options import SamplingParams, Speculation
@@ -41,10 +40,10 @@ class Watch:
     """Warns once for a model if its texts commit hardly more than a token a step although drafts were asked for.
 
     Args:
-        pays: whether drafts would be fast here at all; told by the machine, asked only before a warning.
+        pays: whether drafts would be fast here at all.
     """
 
-    def __init__(self, pays: Callable[[], bool]) -> None:
+    def __init__(self, pays: bool) -> None:
         self._pays, self._seen, self._warned = pays, GenerationStats(), False
 
     def ended(self, stats: GenerationStats, params: SamplingParams) -> None:
@@ -60,7 +59,7 @@ class Watch:
 
     def _cause(self, params: SamplingParams) -> str:
         first = self._seen.accepted_per_depth["unconditional"][:1]
-        if not self._pays():
+        if not self._pays:
             return "rows run one by one on this machine, so drafts do not pay; see lm.technique"
         if first and first[0] > SUSPICIOUS:
             return f"{first[0]:.0%} of first drafts were accepted, but drafting costs more here than it brings"

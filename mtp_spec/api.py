@@ -31,9 +31,8 @@ from mtp_spec.measured import Planners
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.parallel import Ranks
-from mtp_spec.model.rows import PROBE_ROWS, RowWays, Technique
-from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation, sample_seeds
 from mtp_spec.pages import HostLease, HostPages
 from mtp_spec.passes import Runner
@@ -57,7 +56,7 @@ class LM:
 
     def __init__(
         self,
-        model: Transformer | DeviceModel,
+        model: HostModel | DeviceModel,
         tokenizer: Tokenizer | None,
         technique: Technique,
         max_context: int,
@@ -70,20 +69,24 @@ class LM:
         self.max_context, self.max_batch, self.cache_tokens = max_context, max_batch, cache_tokens
         self._batch: Worker | None = None
         self._starting = Lock()
-        self._ways = ways = RowWays(model, technique) if isinstance(model, Transformer) else None
-        # not by way of this object, which is to end with its last user
-        self._watch = Watch(lambda: ways is None or ways.technique == "batched")
+        self._technique = technique
+        self._watch = Watch(technique == "batched")
         self._grammars: Grammars | None = None
         self._planners: Planners | None = None
-        if isinstance(model, Transformer):
+        if isinstance(model, HostModel):
             self._planners = Planners(model, tokenizer, max_context, measure, progress)
         self.runtime = DeviceRuntime(model, max_context) if isinstance(model, DeviceModel) else None
         self._groups = None if self.runtime is None else Groups(self.runtime, max_batch, cache_tokens)
 
     @property
     def technique(self) -> Technique:
-        """How rows are computed here ("batched" or "single"); tested again if torch's number of threads changes."""
-        return "batched" if self._ways is None else self._ways.technique
+        """How rows are computed here: "batched", or "single", one by one, where torch computes them."""
+        return self._technique
+
+    @property
+    def drafts_pay(self) -> bool:
+        """Whether "auto" may draft: where rows must run one by one, verifying costs as much as it saves."""
+        return self.technique == "batched"
 
     @property
     def config(self) -> ModelConfig:
@@ -319,12 +322,12 @@ class LM:
             kind = GuidedDecoder if sampler.processors else PlannedDecoder if planned else DeviceDecoder
             earlier = after.decoder if after is not None and isinstance(after.decoder, DeviceDecoder) else None
             return kind(self.runtime, ids, sampler, speculation, is_last, lease, earlier)
-        assert isinstance(self.model, Transformer)
+        assert isinstance(self.model, HostModel)
         assert lease is None or isinstance(lease, HostLease)
         prefix = after.decoder.prefix() if after is not None and isinstance(after.decoder, Decoder) else None
         reused = 0
         if prefix is not None and prefix.threads == torch.get_num_threads():
-            unit = 1 if self._cuts_are_free() else PREFILL_CHUNK
+            unit = 1 if self.technique == "batched" else PREFILL_CHUNK
             reused = prefix.shared(ids, speculation is not None, unit)
         planner = None
         if speculation is not None and speculation.adaptive and self._planners is not None:
@@ -336,21 +339,16 @@ class LM:
 
     def joint_runner(self) -> Runner | None:
         """Returns how to run passes of several texts here; None on a GPU's kernels, whose steps are captured."""
-        if not isinstance(self.model, Transformer):
+        if not isinstance(self.model, HostModel):
             return None
-        free = self._cuts_are_free()
-        return Runner(self.model, self.technique, PREFILL_CHUNK if free else PROBE_ROWS[-1], free)
+        return Runner(self.model, self.technique, PREFILL_CHUNK)
 
     def _new_pages(self) -> HostPages | None:
         """Returns the planned memory of the caches of texts side by side; None on a GPU."""
-        if not isinstance(self.model, Transformer) or self.model.device.type != "cpu":
+        if not isinstance(self.model, HostModel) or self.model.device.type != "cpu":
             return None
         plan = PagePlan.of(self.config, self.model.dtype, self.max_context, self.max_batch, self.cache_tokens)
         return HostPages(self.model.new_layers(plan.pages), len(self.model.mtp))
-
-    def _cuts_are_free(self) -> bool:
-        """Returns whether caches can be handed on token by token without changing a bit; else in whole chunks."""
-        return self._ways is not None and self._ways.cuts_are_free(PREFILL_CHUNK)
 
     def speculation_for(self, value: object) -> Speculation | None:
         """Returns what `speculation=value` means for this model; None is off.
@@ -361,9 +359,8 @@ class LM:
         speculation = resolve_speculation(value)
         modules = len(self.model.mtp)
         if speculation == "auto":
-            # where rows must run one by one, verifying costs as much as it saves
             automatic = AUTO if self.runtime is None else AUTO_DEVICE
-            return automatic if modules and self.technique == "batched" else None
+            return automatic if modules and self.drafts_pay else None
         if speculation is not None and not modules:
             raise OptionError(
                 f"speculation={value!r} needs a multi-token-prediction module and this checkpoint has none "

@@ -49,7 +49,7 @@ class Batch(Worker):
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
         self._runner = writer.joint_runner()
-        way = (threads, self._runner is not None and self._runner.cuts_are_free)
+        way = (threads, self._runner is not None and self._runner.technique == "batched")
         if self.pages is not None and way != self._way:
             self.pages.forget()
             self._way = way

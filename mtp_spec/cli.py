@@ -114,7 +114,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                         help="checkpoint folder, per-rank files too (default: the bundled model)")  # fmt: skip
     parser.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of its config.json")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the machine computes fast)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored on a CPU)")
     add_load_options(parser)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.cache import LatentCache
-from mtp_spec.model.transformer import Transformer
+from mtp_spec.model.host import HostModel
 from mtp_spec.options import Speculation
 from mtp_spec.passes import HeadRows, ModuleRows, Work
 from mtp_spec.planner import TextPlanner
@@ -62,7 +62,7 @@ class Drafter:
 
     def __init__(
         self,
-        model: Transformer,
+        model: HostModel,
         caches: Sequence[LatentCache],
         rule: Rule | None = None,
         choices: Choices | None = None,
@@ -77,7 +77,9 @@ class Drafter:
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
         self.pending = 0  # committed positions that the first module has not seen
         self._left_out = 0  # tokens before those of slot 0
-        self._root_hidden: Tensor | None = None  # the first module's output at the last position it has seen
+        # the first module's output at the last position it has seen, and its logits, where these are known
+        self._root_hidden: Tensor | None = None
+        self._root_logits: Tensor | None = None
 
     def take(self, caches: Sequence[LatentCache], length: int) -> None:
         """Begins with what an earlier text's modules held of the first `length` positions."""
@@ -147,13 +149,18 @@ class Drafter:
                 leaves = [leaves[i] for i in planner.deeper([leaf.score for leaf in leaves], len(tree))]
             if not leaves:
                 break
-            if level > 1:
-                yield from self._advance(tree, leaves, level, root)
-            rated = HeadRows(torch.cat([leaf.hidden for leaf in leaves]))
-            yield rated
-            leaves = self._grow(tree, leaves, rated.logits, level, root + level, speculation, sampler)
+            logits = yield from self._advance(tree, leaves, level, root) if level > 1 else self._root_scores(hidden)
+            leaves = self._grow(tree, leaves, logits, level, root + level, speculation, sampler)
             chances += [leaf.score for leaf in leaves]
         return tree if planner is None else self._chosen(tree, planner.choose(tree, chances))
+
+    def _root_scores(self, hidden: Tensor) -> Work[Tensor]:
+        """Returns the logits `[1, V]` that the root's children come from."""
+        if self._root_logits is None:
+            rated = HeadRows(hidden)
+            yield rated
+            self._root_logits = rated.logits
+        return self._root_logits
 
     def _chosen(self, tree: TokenTree, nodes: Sequence[int]) -> TokenTree:
         if self.explaining:
@@ -186,14 +193,16 @@ class Drafter:
             offset = self._left_out + module + 1
             ids = tokens[offset + cache.length :][: part.shape[0]]
             plan = plan_rows(table, cache.length, range(-1, len(ids) - 1), offset)
-            extended = ModuleRows(module, ids, part, cache, plan, prompt)
+            extended = ModuleRows(module, ids, part, cache, plan, prompt, scored=int(module == 0))
             yield extended
             outputs.append(extended.outputs)
+            if module == 0:
+                self._root_logits = extended.logits
             cache.commit(range(len(ids)))
         return torch.cat(outputs)
 
-    def _advance(self, tree: TokenTree, leaves: list[Leaf], level: int, root: int) -> Work[None]:
-        """Runs the module of this level on the leaves' own tokens; their hidden states then predict children."""
+    def _advance(self, tree: TokenTree, leaves: list[Leaf], level: int, root: int) -> Work[Tensor]:
+        """Runs the module of this level on the leaves' own tokens; returns the logits `[M, V]` of their children."""
         module = min(level, len(self.caches)) - 1
         cache = self.caches[module]
         if level <= len(self.caches):  # a module's first level: nothing drafted is in its cache yet
@@ -205,10 +214,11 @@ class Drafter:
         plan = plan_drafts(table, start, cache.length, root + level - 1, ancestors)
         ids = [tree.tokens[leaf.node] for leaf in leaves]
         hidden = torch.cat([leaf.hidden for leaf in leaves])
-        drafted = ModuleRows(module, ids, hidden, cache, plan, prompt=False)
+        drafted = ModuleRows(module, ids, hidden, cache, plan, prompt=False, scored=len(ids))
         yield drafted
         for row, leaf in enumerate(leaves):
             leaf.hidden, leaf.slots = drafted.outputs[row : row + 1], (*leaf.slots, start + row)
+        return drafted.logits
 
     def _grow(
         self,

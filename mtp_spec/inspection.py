@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mtp_spec.kernels.cpu import engine
 from mtp_spec.kernels.mla_cache import Layout
 from mtp_spec.loading import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
 from mtp_spec.memory import pages_bytes, plan_memory
@@ -17,8 +18,6 @@ from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary, open_checkpoint
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle
 from mtp_spec.options import MAX_NODES
-
-BF16_BYTES = 2
 
 
 def show_checkpoint(
@@ -61,10 +60,23 @@ def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None, limit: 
             f"{page / 1e6:,.2f} for every {PAGE} tokens of all")  # fmt: skip
 
 
+def _cpu(summary: CheckpointSummary, limit: int) -> str:
+    """Returns what runs the model on a CPU, and in how much memory."""
+    obstacle, config = engine.why_not(), summary.config
+    item, weights = 4, f"{summary.bytes / 1e6:,.0f} MB of weights as stored, mapped from the files"
+    if obstacle is not None:
+        item, count = 2, summary.parameters + summary.mtp_parameters
+        weights = f"{count * 2 / 1e6:,.0f} MB of weights in bfloat16, twice that in float32"
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    page = PAGE * layers * (config.kv_lora_rank + config.qk_rope_head_dim) * item
+    runs = f"the engine ({engine.library().level})" if obstacle is None else f"torch: {obstacle}"
+    return (f"{runs}; {weights}; caches in pages of {PAGE} tokens, {page:,} bytes each; load(max_batch=N) plans N x "
+            f"{pages_for(limit + MAX_NODES + 1)} for {limit} tokens each")  # fmt: skip
+
+
 def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool, limit: int) -> Table:
     config = summary.config
     modules = config.num_nextn_predict_layers
-    weights = (summary.parameters + summary.mtp_parameters) * BF16_BYTES
     query = "direct queries" if config.q_lora_rank is None else f"query LoRA {config.q_lora_rank}"
     rows = {
         "architecture": f"{config.model_type}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
@@ -77,9 +89,7 @@ def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool, 
         + ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary.dtypes.items())),
         "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary, packed):,} bytes of cache a token "
         f"({CACHE_DTYPES[packed]})",
-        "side by side": f"on a CPU pages of {PAGE} tokens, {PAGE * cache_bytes(summary, False):,} bytes each in "
-        f"bfloat16; load(max_batch=N) plans N x {pages_for(limit + MAX_NODES + 1)} for {limit} tokens each",
-        "memory": f"{weights / 1e6:,.0f} MB of weights in bfloat16, twice that in float32, plus the cache",
+        "on a CPU": _cpu(summary, limit),
         "on a GPU": on_gpu,
     }
     table = Table(title=str(folder), show_header=False)

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from mtp_spec.errors import OptionError
+from mtp_spec.kernels.cpu import engine
 from mtp_spec.kernels.launching import runs_triton
 from mtp_spec.memory import check_host, check_memory
 from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
+from mtp_spec.model.cpu_checkpoint import load_cpu_model
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle, load_device_model
+from mtp_spec.model.host import HostModel
 from mtp_spec.model.parallel import ALONE, Ranks
-from mtp_spec.model.transformer import Transformer
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -41,7 +43,7 @@ def load_model(
     source: Path | Checkpoint, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
     cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE, max_batch: int = 1,
     cache_tokens: int | None = None,
-) -> Transformer | DeviceModel:  # fmt: skip
+) -> HostModel | DeviceModel:  # fmt: skip
     """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
     packed, obstacle = packs_cache(cache_dtype), f"dtype={dtype!r} runs by torch, without the FP8 kernels"
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
@@ -60,11 +62,16 @@ def load_model(
                 f"{checkpoint.folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}. Text is "
                 "the same with and without speculation, but nothing is fast", stacklevel=3,
             )  # fmt: skip
-        dtype = torch.bfloat16 if device != "cpu" or _cpu_has_bfloat16() else torch.float32
+        if device == "cpu" and runs_engine():
+            dtype = torch.float32
+        else:
+            dtype = torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
     if cache_dtype is not None:
         raise cache_refused(cache_dtype, obstacle)
     if device != "cpu" and cache_tokens is not None:
         raise OptionError(f"cache_tokens={cache_tokens!r} on a GPU is for the FP8 kernels: {obstacle}; leave it out")
+    if device == "cpu" and runs_engine():
+        return load_cpu_model(checkpoint, dtype, report, ids, ranks)
     if device == "cpu" and ranks.size == 1:
         check_host(checkpoint.config, dtype)
     model = load_checkpoint(checkpoint, dtype=dtype, device=device, progress=report, ranks=ranks)
@@ -105,6 +112,11 @@ def _listed_ids(file: Path, whole: int, name: str) -> set[int]:
     if not lines:
         raise OptionError(f"{name}: {file} is empty; list token ids, one a line")
     return {int(line) for line in lines}
+
+
+def runs_engine() -> bool:
+    """Whether models on a CPU run on the library's own engine here."""
+    return engine.why_not() is None
 
 
 def _no_fp8_here(device: str) -> str | None:
@@ -163,7 +175,11 @@ def cache_refused(cache_dtype: str | torch.dtype, obstacle: str) -> OptionError:
     return OptionError(f"cache_dtype={cache_dtype!r} is for the FP8 kernels: {obstacle}; leave cache_dtype out")
 
 
-def _cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+def cpu_has_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 in hardware here (AVX512-BF16 or AMX).
+
+    Its checks ask the processor, also where torch was told to do without (ATEN_CPU_CAPABILITY=avx2).
+    """
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
+    told = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return told and any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)

@@ -14,18 +14,28 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
 
 import mtp_spec
+from mtp_spec.engine import Decoder
 from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.rows import Technique
-from mtp_spec.model.transformer import Transformer
+from mtp_spec.model.host import HostModel, Technique
+from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.passes import Runner
 from mtp_spec.planner import Planner
 from mtp_spec.progress import step_progress
+from mtp_spec.sampling import Sampler
 from mtp_spec.text import Tokenizer
-from mtp_spec.times import PASSES, StepTimes, measure
+from mtp_spec.times import NEAR, PASSES, TEXT, StepTimes, measure
+
+# steps of a text, plain and with a chain so deep, that times are brought to; the first ones warm up
+STEPS, WARM, CHAIN = 20, 4, 2
+# drafts have to promise so much more than plain decoding: times that are measured in a moment are not surer
+MARGIN = 1.1
 
 
 class Planners:
@@ -38,7 +48,7 @@ class Planners:
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None, longest: int, measuring: bool, show: bool
+        self, model: HostModel, tokenizer: Tokenizer | None, longest: int, measuring: bool, show: bool
     ) -> None:
         self._model, self._tokenizer, self._longest = model, tokenizer, longest
         self._measuring, self._show = measuring, show
@@ -61,15 +71,46 @@ class Planners:
             times = measure(self._model, technique, self._tokenizer, self._longest, report)
         if times is None:  # the machine is too busy: the next start tries again
             return StepTimes.typical()
+        times = calibrated(times, self._model, technique, self._tokenizer)
         if ranks.rank == 0:
             write(subject, times.to_json())
         return times
 
 
-def subject_of(model: Transformer | DeviceModel) -> dict[str, Any]:
+@torch.inference_mode()
+def calibrated(
+    times: StepTimes, model: HostModel, technique: Technique, tokenizer: Tokenizer | None
+) -> StepTimes:
+    """Returns the times of passes brought to what whole steps take in a text, one plain and one with drafts.
+
+    Passes that follow their like find more in the processor's caches than passes taken in turn, and a step is more than
+    its passes.
+    """
+    ids = tokenizer.encode(TEXT) if tokenizer is not None else [i % model.config.vocab_size for i in range(NEAR)]
+    sampler = Sampler(SamplingParams(temperature=1.0), model.config.vocab_size)
+
+    def step(speculation: Speculation | None) -> float:
+        length = STEPS * (1 + CHAIN)
+        decoder = Decoder(Runner(model, technique), ids[:NEAR], sampler, speculation, length, lambda _: False)
+        decoder.prefill()
+        taken = list[float]()
+        for _ in range(STEPS):
+            start = perf_counter()
+            decoder.step()
+            taken.append(perf_counter() - start)
+        return median(taken[WARM:])
+
+    plain, drafted = model.ranks.first([step(None), step(Speculation(depth=CHAIN))])
+    expected = times.extend(2, NEAR) + (CHAIN - 1) * times.level(1, NEAR) + times.verify(1 + CHAIN, NEAR)
+    # the first level is the last row of what was appended, and its head
+    expected += max(0.0, times.level(1, NEAR) - times.extend(1, NEAR))
+    return times.scaled(plain, MARGIN * drafted / expected)
+
+
+def subject_of(model: HostModel | DeviceModel) -> dict[str, Any]:
     """Returns what times depend on: the machine and the model."""
-    weights = model.norm.weight if isinstance(model, Transformer) else model.norm
-    text = json.dumps(asdict(model.config), sort_keys=True, default=str) + str(weights.double().sum().item())
+    fingerprint = model.fingerprint() if isinstance(model, HostModel) else model.norm.double().sum().item()
+    text = json.dumps(asdict(model.config), sort_keys=True, default=str) + str(fingerprint)
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -79,11 +120,11 @@ def subject_of(model: Transformer | DeviceModel) -> dict[str, Any]:
     }
 
 
-def times_subject(model: Transformer, technique: Technique) -> dict[str, Any]:
+def times_subject(model: HostModel, technique: Technique) -> dict[str, Any]:
     """Returns what a model's step times depend on, with torch's present number of threads."""
     return {
         **subject_of(model), "threads": torch.get_num_threads(), "rows": technique, "ranks": model.ranks.size,
-        "passes": PASSES,
+        "passes": PASSES, "runs on": model.runs_on, "stored": model.stored,
     }  # fmt: skip
 
 

@@ -21,8 +21,6 @@ from mtp_spec.model.stored import AHEAD_BYTES
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_NODES
 
-# larger models are not given a second copy in the processor's own layout
-PACK_BYTES = 2**31
 # what graphs themselves, products' partial sums, several steps' logits and fragmentation take besides
 OVERHEAD_BYTES = 256 * 2**20
 # work runs once before it is captured, and that memory is not the graphs'
@@ -100,9 +98,8 @@ class PagePlan:
 
 
 def host_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Returns the bytes that loading to a CPU takes: the model, the processor's own copy, and tensors read ahead."""
-    weights = model_bytes(checkpoint.config, dtype)
-    return weights * (2 if weights <= PACK_BYTES else 1) + read_ahead_bytes(checkpoint)
+    """Returns the bytes that loading to a CPU by torch takes: the model, and tensors read ahead."""
+    return model_bytes(checkpoint.config, dtype) + read_ahead_bytes(checkpoint)
 
 
 def read_ahead_bytes(checkpoint: Checkpoint) -> int:

@@ -12,11 +12,10 @@ from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
 from mtp_spec.facts import start_facts
 from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
-from mtp_spec.memory import PACK_BYTES
 from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.joining import join_ranks, local_device, open_rooms
-from mtp_spec.model.rows import choose_technique
+from mtp_spec.model.transformer import Transformer
 from mtp_spec.progress import Report, byte_progress
 from mtp_spec.text import Tokenizer
 
@@ -44,9 +43,11 @@ def load(
         config: a JSON file that describes the model in place of the folder's config.json, in Hugging Face's fields or
             DeepSeek's; folders made by DeepSeek's convert.py need it.
         device: "cpu" or "cuda".
-        dtype: "float32", "bfloat16", "float16", "float8_e4m3fn" or the torch dtype. None chooses: on a GPU FP8
-            checkpoints stay FP8 and run on this library's kernels; elsewhere it is bfloat16 where the machine computes
-            it in hardware, else float32. FP8 weights are dequantised to these.
+        dtype: "float32", "bfloat16", "float16", "float8_e4m3fn" or the torch dtype. None keeps weights as they are
+            stored: on a GPU FP8 checkpoints run on this library's kernels, on a CPU any of these on its engine, with
+            float32 arithmetic; "float32" is the same there, "bfloat16" and "float16" round matrices to them. Where
+            torch computes, weights, FP8 included, become this dtype; None is bfloat16 there where it is fast, else
+            float32.
         max_context: most tokens of prompt and text together; None is the model's own limit.
         max_batch: most texts that are written side by side, of a list or of `LM.submit`.
         cache_tokens: of prompts, texts and drafts side by side; who finds no room waits, who needs more is refused.
@@ -99,7 +100,6 @@ def load(
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
         return LM(model, tokenizer, "batched", limit, measure, bar, max_batch, cache_tokens)
-    model.requires_grad_(False)
-    if sum(p.nbytes for p in model.parameters()) <= PACK_BYTES:
-        model.pack()
-    return LM(model, tokenizer, choose_technique(model), limit, measure, bar, max_batch, cache_tokens)
+    if isinstance(model, Transformer):
+        model.requires_grad_(False)
+    return LM(model, tokenizer, model.technique, limit, measure, bar, max_batch, cache_tokens)

@@ -2,7 +2,7 @@
 
 A text is a generator (`Work`): it yields each pass it needs and goes on once the pass holds its results. So the same
 code writes one text, or many whose rows share passes: only who runs the passes differs. A row's bits do not
-depend on the rows beside it where `choose_technique` and `cuts_are_free` found so; elsewhere passes are run apart.
+depend on the rows beside it where the model's technique is "batched"; elsewhere passes are run apart.
 
 Legend: `M` rows, `D` hidden size, `V` vocabulary.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mtp_spec.model.attention import JointPlan, RowPlan, plan_rows
 from mtp_spec.model.cache import LatentCache
-from mtp_spec.model.rows import Technique, row_logits, verify_rows
-from mtp_spec.model.transformer import Transformer
+from mtp_spec.model.host import HostModel, Technique
+from mtp_spec.model.rows import row_logits, verify_rows
 
 _NONE = torch.empty(0)
 
@@ -56,7 +56,8 @@ class ModuleRows:
     Attributes:
         hidden: `[M, D]` what the module is given.
         prompt: whether they stand for a prompt, which may wait where others are in a hurry.
-        outputs: `[M, D]`; result.
+        scored: so many of the last rows get logits that propose drafts.
+        outputs: `[M, D]`.  logits: `[scored, V]`; results.
     """
 
     module: int
@@ -65,7 +66,9 @@ class ModuleRows:
     cache: LatentCache
     plan: RowPlan
     prompt: bool
+    scored: int = 0
     outputs: Tensor = field(default=_NONE, repr=False)
+    logits: Tensor = field(default=_NONE, repr=False)
 
     @property
     def rows(self) -> int:
@@ -123,13 +126,10 @@ class Runner:
     Args:
         technique: how rows are computed on this machine (`model.rows`).
         together: most rows of a joint pass; 0 runs every text's passes apart.
-        cuts_are_free: whether a prompt's rows are the same however it is cut into passes (`model.rows`).
     """
 
-    def __init__(
-        self, model: Transformer, technique: Technique, together: int = 0, cuts_are_free: bool = False
-    ) -> None:
-        self.model, self.technique, self.cuts_are_free = model, technique, cuts_are_free
+    def __init__(self, model: HostModel, technique: Technique, together: int = 0) -> None:
+        self.model, self.technique = model, technique
         self.together = together if technique == "batched" else 0
 
     @torch.inference_mode()
@@ -186,28 +186,39 @@ class Runner:
 
     def _main(self, group: list[MainRows]) -> None:
         model = self.model
-        if len(group) == 1 and not group[0].prompt:
+        if len(group) == 1 and not group[0].prompt and self.technique != "batched":
             one = group[0]
             one.hidden = verify_rows(model, one.ids, one.cache, one.parents, self.technique)
             one.logits = row_logits(model, one.hidden[-one.scored :], self.technique)
             return
         plans = [plan_rows(model.table(one.cache.capacity), one.cache.length, one.parents) for one in group]
-        parts = zip((one.cache for one in group), plans, strict=True)
-        hidden = model.joint_rows([token for one in group for token in one.ids], JointPlan.of(*parts))
-        for one, own in zip(group, hidden.split([one.rows for one in group]), strict=True):
-            one.hidden = own
-        scored = [one for one in group if one.scored]
-        if scored:
-            logits = model.logits(torch.cat([one.hidden[-one.scored :] for one in scored]))
-            for one, own in zip(scored, logits.split([one.scored for one in scored]), strict=True):
-                one.logits = own
+        plan = JointPlan.of(*zip((one.cache for one in group), plans, strict=True))
+        _share(group, *model.scored_rows([token for one in group for token in one.ids], plan, _scored(group)))
 
     def _module(self, module: int, group: list[ModuleRows]) -> None:
         ids = [token for one in group for token in one.ids]
-        hidden = torch.cat([one.hidden for one in group])
+        hidden = group[0].hidden if len(group) == 1 else torch.cat([one.hidden for one in group])
         plan = JointPlan.of(*((one.cache, one.plan) for one in group))
-        outputs = self.model.joint_mtp_rows(module, ids, hidden, plan)
-        for one, own in zip(group, outputs.split([one.rows for one in group]), strict=True):
+        _share(group, *self.model.scored_mtp_rows(module, ids, hidden, plan, _scored(group)))
+
+
+def _scored(group: Sequence[MainRows | ModuleRows]) -> list[int]:
+    """Returns which rows of a joint pass get logits."""
+    found, end = list[int](), 0
+    for one in group:
+        end += one.rows
+        found += range(end - one.scored, end)
+    return found
+
+
+def _share(group: Sequence[MainRows | ModuleRows], hidden: Tensor, logits: Tensor) -> None:
+    """Gives each pass its own results."""
+    shares = zip(hidden.split([one.rows for one in group]), logits.split([one.scored for one in group]), strict=True)
+    for one, (own, own_logits) in zip(group, shares, strict=True):
+        one.logits = own_logits
+        if isinstance(one, MainRows):
+            one.hidden = own
+        else:
             one.outputs = own
 
 

@@ -279,11 +279,11 @@ def _keep_top_p(row: Float32Array, top_p: float) -> None:
     The largest entry is 0. Tokens below (1 - top_p) / V cannot belong to it: all of them together weigh less than
     1 - top_p. Only the others, few in a language model's row, are sorted; half that edge leaves room for rounding.
     """
-    weights = np.exp(row)
-    total = float(weights.sum(dtype=np.float64))
+    weights = np.exp(row.astype(np.float64))  # in float32 libraries differ too often in the last bit
+    total = float(weights.sum())
     candidates = np.flatnonzero(weights >= 0.5 * (1.0 - top_p) / len(row) * total)
     order = candidates[np.argsort(-weights[candidates], kind="stable")]
-    mass = np.cumsum(weights[order], dtype=np.float64)
+    mass = np.cumsum(weights[order])
     kept = order[: int(np.searchsorted(mass, top_p * total)) + 1]
     values = row[kept]
     row.fill(_NEGATIVE_INFINITY)

@@ -12,7 +12,7 @@ from mtp_spec.engine import PREFILL_CHUNK
 from mtp_spec.kernels import mla
 from mtp_spec.model.attention import plan_rows
 from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.transformer import Transformer
+from mtp_spec.model.host import HostModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class Scores:
 
 
 @torch.inference_mode()
-def score_ids(model: Transformer | DeviceModel, ids: Sequence[int]) -> Scores:
+def score_ids(model: HostModel | DeviceModel, ids: Sequence[int]) -> Scores:
     """Returns the scores of token ids, computed as `generate` does: rows over caches, a chunk at a time."""
     return _of_device(model, ids) if isinstance(model, DeviceModel) else _of_host(model, ids)
 
 
-def _of_host(model: Transformer, ids: Sequence[int]) -> Scores:
+def _of_host(model: HostModel, ids: Sequence[int]) -> Scores:
     count, table = len(ids), model.table(len(ids) + len(model.mtp))
     cache, parts = model.new_cache(count), list[Tensor]()
     for chunk in _chunks(ids):
@@ -86,12 +86,12 @@ def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
     return (ids[first : first + PREFILL_CHUNK] for first in range(0, len(ids), PREFILL_CHUNK))
 
 
-def _empty(model: Transformer | DeviceModel, count: int) -> Scores:
+def _empty(model: HostModel | DeviceModel, count: int) -> Scores:
     vocab = model.config.vocab_size
     return Scores(torch.empty(count, vocab), torch.full((len(model.mtp), count, vocab), torch.nan))
 
 
-def _fill(logits: Tensor, model: Transformer | DeviceModel, hidden: Tensor) -> None:
+def _fill(logits: Tensor, model: HostModel | DeviceModel, hidden: Tensor) -> None:
     """Writes the logits of hidden states to the first rows."""
     for place, rows in zip(logits[: len(hidden)].split(PREFILL_CHUNK), hidden.split(PREFILL_CHUNK), strict=True):
         place.copy_(model.logits(rows))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mtp_spec.model.attention import plan_rows
 from mtp_spec.model.cache import LatentCache
-from mtp_spec.model.rows import Technique, row_logits, verify_rows
-from mtp_spec.model.transformer import Transformer
+from mtp_spec.model.host import HostModel, Technique
+from mtp_spec.model.rows import row_logits, verify_rows
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
 from mtp_spec.text import Tokenizer
@@ -35,12 +35,15 @@ NEAR, FAR = 32, 512
 VERIFY_ROWS, TREE_ROWS, LEVEL_ROWS, EXTEND_ROWS = (1, 2, 4, 8, 16, 64), (3, 8), (1, 4, 16), (1, 8, 32)
 # what is kept of other passes than these is of no use
 PASSES = str((NEAR, FAR, VERIFY_ROWS, TREE_ROWS, LEVEL_ROWS, EXTEND_ROWS))
-# A pass's time is the least of so many, taken in turn: a neighbour's work only ever adds. Time in which the processor
-# was given to others is not counted, where the clock of the thread is fine enough
-ROUNDS, MOST_SECONDS = 4, 4.0
+# Passes are timed in turn, so many rounds. What counts is how many plain steps of the same round a pass takes, at the
+# median: a machine that is slower for a while is so for all of them. Time in which the processor was given to others is
+# not counted, where the clock of the thread is fine enough
+ROUNDS, MOST_SECONDS = 5, 2.0
 FINE = 1e-6
-# on a machine whose passes vary by more than this, times would mislead; and after so long nobody wants to wait
-STEADY, TOO_LONG = 1.15, 30.0
+FEW = 16  # passes of fewer rows follow one of their kind, as they do in a text, so that caches hold what they would
+OTHERS = 4  # times as many tokens as the longest pass has: passes take the next ones each time, as a text does
+# where this varies by more from round to round, times would mislead; and after so long nobody wants to wait
+STEADY, TOO_LONG = 1.4, 30.0
 Report = Callable[[int, int], None]
 
 
@@ -131,13 +134,28 @@ class StepTimes:
         return cls(**curves)
 
 
+    def scaled(self, plain: float, factor: float) -> StepTimes:
+        """Returns times in which a plain step takes so many seconds, and everything else `factor` times as long."""
+        near, far = self.verify.seconds[0]
+        single = plain, plain * far / near
+        curves = {}
+        for name, curve in (("verify", self.verify), ("tree", self.tree), ("level", self.level),
+                            ("extend", self.extend)):  # fmt: skip
+            points = {rows: (factor * one, factor * two)
+                      for rows, (one, two) in zip(curve.rows, curve.seconds, strict=True)}  # fmt: skip
+            if name == "verify":
+                points[1] = single
+            curves[name] = Curve.rising(curve.contexts, points)
+        return StepTimes(**curves)
+
+
 def _flat(points: dict[int, float]) -> Curve:
     return Curve.rising((NEAR, FAR), {rows: (seconds, seconds) for rows, seconds in points.items()})
 
 
 @torch.inference_mode()
 def measure(
-    model: Transformer, technique: Technique, tokenizer: Tokenizer | None, longest: int, report: Report | None = None
+    model: HostModel, technique: Technique, tokenizer: Tokenizer | None, longest: int, report: Report | None = None
 ) -> StepTimes | None:
     """Returns the times of this model on this machine.
 
@@ -149,8 +167,9 @@ def measure(
         report: told (done, all) measurements.
     """
     ids = tokenizer.encode(TEXT) if tokenizer is not None else []
-    need = NEAR + max(VERIFY_ROWS + EXTEND_ROWS) + 1
-    ids = (ids + [(31 * i + 7) % model.config.vocab_size for i in range(need)])[:need]
+    need = NEAR + OTHERS * max(VERIFY_ROWS + EXTEND_ROWS) + 1
+    ids = ids or [(31 * i + 7) % model.config.vocab_size for i in range(need)]
+    ids = (ids * -(-need // len(ids)))[:need]
     contexts = (NEAR, max(2 * NEAR, min(FAR, longest)))
     passes = {context: _passes(model, technique, ids, context) for context in contexts}
     taken: dict[tuple[str, int, int], list[float]] = {key: [] for key in _points(contexts)}
@@ -161,13 +180,19 @@ def measure(
         if spent > (MOST_SECONDS if number > 1 else TOO_LONG):
             break
         kind, rows, context = key
+        if rows < FEW:
+            passes[context][kind](rows)
         begin = clock()
         passes[context][kind](rows)
         taken[key].append(clock() - begin)
         if report is not None:
             report(sum(map(len, taken.values())), ROUNDS * len(taken))
     taken = {key: ranks.first(times) for key, times in taken.items()}
-    return _curves(taken, contexts) if _steady(taken.values()) else None
+    plain = taken["verify", 1, contexts[0]]
+    steps = {key: [time / step for time, step in zip(times, plain, strict=False)] for key, times in taken.items()}
+    if not _steady(steps.values()):
+        return None
+    return _curves({key: median(ratios) * min(plain) for key, ratios in steps.items()}, contexts)
 
 
 def _points(contexts: tuple[int, int]) -> Iterator[tuple[str, int, int]]:
@@ -177,22 +202,22 @@ def _points(contexts: tuple[int, int]) -> Iterator[tuple[str, int, int]]:
 
 
 def _steady(taken: Iterable[list[float]]) -> bool:
-    """Whether every pass was timed twice, and the two least times agree in most."""
+    """Whether every pass was timed twice, and in most the middle of its times agrees with the least."""
     lists = [sorted(times) for times in taken]
-    return min(map(len, lists)) > 1 and median(times[1] / times[0] for times in lists) < STEADY
+    return min(map(len, lists)) > 1 and median(times[-len(times) // 2] / times[0] for times in lists) < STEADY
 
 
-def _curves(taken: dict[tuple[str, int, int], list[float]], contexts: tuple[int, int]) -> StepTimes:
+def _curves(taken: dict[tuple[str, int, int], float], contexts: tuple[int, int]) -> StepTimes:
     curves = {}
     for kind in dict.fromkeys(kind for kind, _, _ in taken):
         counts = [rows for name, rows, context in taken if name == kind and context == contexts[0]]
-        points = {rows: (min(taken[kind, rows, contexts[0]]), min(taken[kind, rows, contexts[1]])) for rows in counts}
+        points = {rows: (taken[kind, rows, contexts[0]], taken[kind, rows, contexts[1]]) for rows in counts}
         curves[kind] = Curve.rising(contexts, points)
     return StepTimes(**curves)
 
 
 def _passes(
-    model: Transformer, technique: Technique, ids: Sequence[int], context: int
+    model: HostModel, technique: Technique, ids: Sequence[int], context: int
 ) -> dict[str, Callable[[int], object]]:
     """Returns the passes at a context: the text's first tokens, repeated as often as it takes."""
     most = max(VERIFY_ROWS + EXTEND_ROWS)
@@ -202,16 +227,25 @@ def _passes(
     model.mtp_rows(0, ids[1 : NEAR + 1], hidden, drafts, plan)
     for one in (cache, drafts):
         _repeat(one, context)
+    taken = 0
+
+    def some(rows: int) -> Sequence[int]:
+        """Returns the text's next tokens: neighbours have experts in common."""
+        nonlocal taken
+        first = NEAR + taken % (len(ids) - NEAR - rows)
+        taken += rows
+        return ids[first : first + rows]
+
     sampler = Sampler(SamplingParams(temperature=1.0), model.config.vocab_size)
     history = sampler.history(ids[:1])
 
     def verify(rows: int, parents: Sequence[int] | None = None) -> None:
         after = range(-1, rows - 1) if parents is None else parents
-        row_logits(model, verify_rows(model, ids[NEAR : NEAR + rows], cache, after, technique), technique)
+        row_logits(model, verify_rows(model, some(rows), cache, after, technique), technique)
 
     def extend(rows: int) -> Tensor:
         plan = plan_rows(model.table(context + rows + 2), context, range(-1, rows - 1), offset=1)
-        return model.mtp_rows(0, ids[NEAR : NEAR + rows], hidden[:rows], drafts, plan)
+        return model.mtp_rows(0, some(rows), hidden[:rows], drafts, plan)
 
     def level(rows: int) -> None:
         for row in model.draft_logits(extend(rows)):

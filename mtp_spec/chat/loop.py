@@ -21,6 +21,7 @@ from mtp_spec.chat.session import MAX_NEW_TOKENS, Session
 from mtp_spec.chat.settings import shape_text
 from mtp_spec.chat.status import counted
 from mtp_spec.errors import MTPSpecError
+from mtp_spec.kernels.cpu import engine
 from mtp_spec.model.errors import RankError
 from mtp_spec.options import SamplingParams
 from mtp_spec.prompts import standard_input
@@ -100,6 +101,8 @@ def greet(chat: Chat) -> None:
         f"{lm.config.model_type}, {lm.config.num_hidden_layers} layers, {counted(len(lm.model.mtp), 'MTP module')}, "
         f"context {lm.max_context}, speculation {shape_text(chat.session.speculation)}. /help lists the commands"
     )
+    if lm.model.device.type == "cpu" and (obstacle := engine.why_not()) is not None:
+        chat.screen.say(f"runs by torch, slowly: {obstacle}")
 
 
 def open_chat(session: Session, console: Console | None = None, history: Path | None = None) -> Chat:

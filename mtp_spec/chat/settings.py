@@ -105,7 +105,7 @@ def describe(session: Session) -> dict[str, str]:
     config = lm.config
     return {
         "model": f"{config.model_type}, {config.num_hidden_layers} layers, {counted(len(lm.model.mtp), 'MTP module')}, "
-        f"{str(lm.model.dtype).removeprefix('torch.')} on {lm.model.device}",
+        f"{str(lm.model.dtype).removeprefix('torch.')} on {lm.model.device} by {lm.model.runs_on}",
         "context": f"{used} of {lm.max_context} tokens, {counted(len(session.turns), 'turn')}",
         "system": session.system or "off",
         "speculation": shape_text(session.speculation),
