@@ -9,16 +9,17 @@ from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from mtp_spec import measured
-from mtp_spec.model.checkpoint import open_checkpoint
+from mtp_spec.api import LM
+from mtp_spec.kernels.cpu.engine import SWITCH
+from mtp_spec.loading import load_model
 from mtp_spec.model.convert import ranks_job
 from mtp_spec.model.jobs import run_job
-from mtp_spec.model.parallel import ALONE
 from mtp_spec.times import StepTimes
 
 # workers side by side that each spread over every core spend their time waiting for one another
@@ -26,7 +27,8 @@ THREADS = os.environ.get("OMP_NUM_THREADS") or ("1" if "PYTEST_XDIST_WORKER" in 
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import small  # noqa: E402  # found by the line above
+import quick  # noqa: E402  # found by the line above
+import small  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -47,14 +49,30 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(measured, "measure", lambda *_: StepTimes.typical())
-        checkpoint = open_checkpoint(Path(str(files("mtp_spec.configs") / "demo")))
-        with safe_open(checkpoint.tensors["model.norm.weight"].parts[0].file, "pt") as file:
-            norm = file.get_tensor("model.norm.weight")
-        model = SimpleNamespace(config=checkpoint.config, norm=norm, dtype=norm.dtype, device=norm.device, ranks=ALONE)
-        for technique, ranks in product(("batched", "single"), (1, 2)):
-            subject = measured.times_subject(model, technique)  # type: ignore[arg-type]
+        patch.setattr(measured, "calibrated", lambda times, *_: times)
+        folder = Path(str(files("mtp_spec.configs") / "demo"))
+        engine: Any = load_model(folder, None, "cpu", 64, None, None)
+        norm = getattr(engine.norm, "weight", engine.norm)
+        fields = {"config": engine.config, "device": engine.device, "norm": norm, "ranks": engine.ranks}
+        models = [engine]
+        for dtype in ("bfloat16", "float32"):  # the same by torch
+            models.append(SimpleNamespace(**fields, dtype=getattr(torch, dtype), runs_on="torch", stored=dtype))
+        for model, technique, ranks in product(models, ("batched", "single"), (1, 2)):
+            subject = measured.times_subject(model, technique)
             measured.write({**subject, "threads": int(THREADS), "ranks": ranks}, StepTimes.typical().to_json())
         yield
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models on a CPU run as they do where the engine cannot."""
+    monkeypatch.setenv(SWITCH, "torch")
+
+
+@pytest.fixture
+def auto_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what "auto" drafts: it plans from typical times even where rows run one by one, and none would."""
+    monkeypatch.setattr(LM, "drafts_pay", True)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +89,10 @@ def two(fp8: Path) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    chosen = quick.names()
+    for item in items:
+        if (item.path.stem, item.name.partition("[")[0]) in chosen:
+            item.add_marker("quick")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,7 +1,7 @@
-"""Kernels on a CPU: run as a program, with Triton's interpreter and its casts corrected. See test_kernels.py.
+"""Kernels on a CPU: run as a program, in Triton's interpreter. See test_kernels.py.
 
-The interpreter truncates float32 to bfloat16 and rounds float32 to e4m3 wrongly (triton issue 8322), so both casts go
-through torch here. What remains is the kernels' own logic: indices, masks, order of sums.
+What the interpreter does otherwise than a GPU is corrected by `interpreter`. What remains is the kernels' own logic:
+indices, masks, order of sums.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ os.environ["TRITON_INTERPRET"] = "0" if "KERNELS_ON" in os.environ else "1"
 
 import numpy as np
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
+from interpreter import correct
 from mtp_spec import noise as library_noise
 from mtp_spec.kernels import commit, exchange, fp8, gemm, mla, moe, moe_group, quant, sampler, uniform
 from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
@@ -25,21 +24,8 @@ from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
 
 ON = os.environ.get("KERNELS_ON", "cpu")  # on a GPU the kernels run as they are
-WRONG = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
-original = interpreter._convert_float
-
-
-def _convert(value: Any, source: Any, target: Any, rounding: Any) -> Any:
-    if source.scalar == tl.float32 and target.scalar in WRONG:
-        wide = torch.from_numpy(np.ascontiguousarray(value)).view(torch.float32)
-        kind = WRONG[target.scalar]
-        narrow = wide.clamp(-448, 448).to(kind) if kind == torch.float8_e4m3fn else wide.to(kind)
-        return narrow.view(torch.uint8 if kind == torch.float8_e4m3fn else torch.uint16).numpy()
-    return original(value, source, target, rounding)
-
-
 if ON == "cpu":
-    interpreter._convert_float = _convert
+    correct()
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -67,9 +53,7 @@ def products() -> None:
                 assert torch.equal(out, whole[part]), "rows depend on their neighbours"
                 assert not gemm._spaces[a.device][1].any(), "arrival counts must return to zero"
 
-
-    # whole numbers: NumPy, which multiplies here, may sum in any order
-    w, x = (torch.randint(-8, 9, (n, 264), generator=generator).bfloat16() for n in (130, 70))
+    w, x = (torch.randn(n, 264, generator=generator).bfloat16() for n in (130, 70))
     for launch in launches:
         whole = gemm.bf16_gemm(x, w, dtype=torch.float32, launch=launch)
         close(whole, x.float() @ w.float().T, 1e-5)

@@ -73,6 +73,7 @@ def interrupting(error: type[BaseException], after: int) -> Callable[..., Text]:
     return careless
 
 
+@pytest.mark.usefixtures("auto_drafts")
 def test_numbers_agree_with_one_another(tmp_path: Path) -> None:
     document = run([*TINY, "--depths", "2", "--auto", "--temperatures", "0,0.8"], tmp_path)
     details = document["details"]
@@ -278,6 +279,7 @@ class Resources(HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.mark.usefixtures("auto_drafts")
 def test_a_page_stands_alone(tmp_path: Path) -> None:
     html, folder = tmp_path / "page.html", tmp_path / "pictures"
     main(["bench", "acceptance", *TINY, "--depths", "1,2", "--auto", "--html", str(html), "--png", str(folder)])

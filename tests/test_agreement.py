@@ -58,7 +58,7 @@ def _inspect(folder: Path) -> argparse.Namespace:
     ],
 )
 def test_warns_once_and_says_why(text: GenerationStats, temperature: float, pays: bool, cause: str) -> None:
-    watch, params = Watch(lambda: pays), SamplingParams(temperature=temperature)
+    watch, params = Watch(pays), SamplingParams(temperature=temperature)
     with pytest.warns(UserWarning, match=cause):
         watch.ended(text, params)
     with warnings.catch_warnings():
@@ -69,8 +69,8 @@ def test_warns_once_and_says_why(text: GenerationStats, temperature: float, pays
 def test_does_not_warn_of_few_steps_or_of_good_drafts() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Watch(lambda: True).ended(stats(STEPS - 1, STEPS - 1, 0), SamplingParams())
-        Watch(lambda: True).ended(stats(STEPS, STEPS, int(STEPS * (FEW - 1.0)) + 1), SamplingParams())
+        Watch(True).ended(stats(STEPS - 1, STEPS - 1, 0), SamplingParams())
+        Watch(True).ended(stats(STEPS, STEPS, int(STEPS * (FEW - 1.0)) + 1), SamplingParams())
 
 
 def test_texts_of_a_model_with_untrained_modules_warn(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_text_is_the_same_beside_any_others(lm: mtp_spec.LM, seed: int) -> Non
         assert_same(handle.result(), lm.generate(prompt, **options))
 
 
-def test_rows_one_by_one_are_the_same_too(folder: Path) -> None:
+def test_rows_one_by_one_are_the_same_too(by_torch: None, folder: Path) -> None:
     lm = mtp_spec.load(folder, dtype="float32", max_batch=4)
     assert lm.technique == "single"
     asked = wishes(6, 11)

@@ -179,6 +179,7 @@ def test_regen_undo_and_clear(run: Run) -> None:
     assert run("one", "/clear")[0].session.turns == []
 
 
+@pytest.mark.usefixtures("auto_drafts")
 def test_parity_repeats_what_was_drawn(run: Run) -> None:
     _, out = run(QUESTION, "/spec off", "/set temperature 0", "/parity")
     assert f"{LENGTH} tokens, the same without drafts" in out
@@ -262,6 +263,7 @@ def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return press
 
 
+@pytest.mark.usefixtures("auto_drafts")
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_keeps_what_is_written(run: Run, ctrl_c: Callable[[int, int], None], times: int) -> None:
     whole = run(QUESTION)[0].session.turns[0]

@@ -17,6 +17,9 @@ import torch
 import mtp_spec
 
 ROOT = Path(__file__).parent.parent
+# runs an example as the fixture `auto_drafts` has it: these two show drafts, which "auto" leaves out where none pays
+DRAFTING = ["-c", "import runpy, sys\nfrom mtp_spec.api import LM\nLM.drafts_pay = True\ndel sys.argv[0]\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')"]  # fmt: skip
 
 
 def run(*arguments: object) -> str:
@@ -66,7 +69,7 @@ def test_short_examples_are_short() -> None:
 
 
 def test_a_page_in_the_browser_gets_the_text_as_it_is_written(lm: mtp_spec.LM) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "stream_web.py"), "0"]
+    command = [sys.executable, *DRAFTING, str(ROOT / "examples" / "stream_web.py"), "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     try:
@@ -110,7 +113,7 @@ def test_a_server_for_many(lm: mtp_spec.LM) -> None:
 
 def test_a_picture_of_a_chat(tmp_path: Path) -> None:
     file = tmp_path / "chat.svg"
-    assert " steps" in run(ROOT / "examples" / "chat_picture.py", file)
+    assert " steps" in run(*DRAFTING, ROOT / "examples" / "chat_picture.py", file)
     picture = file.read_text()
     assert "the&#160;same&#160;without&#160;drafts" in picture
     assert picture.count("&gt;&#160;") == 6

@@ -178,13 +178,15 @@ def test_a_shard_cut_while_the_model_is_loaded(fp8: Path, tmp_path: Path, monkey
 
 LOADING = """
 import os, sys, time
-from mtp_spec.model import stored
-whole = stored.read_tensor
-def slow(info):
-    os.write(1, b"reading\\n")  # at once: several threads are here, and print writes a line in two parts
-    time.sleep(0.4)
-    return whole(info)
-stored.read_tensor = slow
+from mtp_spec.model import cpu_checkpoint, stored
+def slowly(read):
+    def slow(*what):
+        os.write(1, b"reading\\n")  # at once: several threads are here, and print writes a line in two parts
+        time.sleep(0.4)
+        return read(*what)
+    return slow
+stored.read_tensor = slowly(stored.read_tensor)  # by torch
+cpu_checkpoint.read_part = slowly(stored.read_part)  # onto the engine
 from mtp_spec.cli import main
 main(["generate", "--model", sys.argv[1], "--raw", "x"])
 """

@@ -120,7 +120,7 @@ def test_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cpu_without_room_for_the_weights_is_refused_before_reading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_torch: None
 ) -> None:
     folder = small.make(tmp_path / "model")
     read: list[tuple[int, int]] = []

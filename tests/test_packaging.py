@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 
+import quick
+
 ROOT = Path(__file__).parent.parent
 ALLOWED = {"kernels": {"mtp_spec.kernels"}, "model": {"mtp_spec.kernels", "mtp_spec.model"}}
+
+
+def test_the_quick_tests_exist() -> None:
+    for file, function in quick.names():
+        assert f"def {function}(" in (ROOT / "tests" / f"{file}.py").read_text(), (file, function)
 
 
 @pytest.mark.parametrize("folder", sorted(ALLOWED))

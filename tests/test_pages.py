@@ -204,7 +204,7 @@ def test_auto_takes_over_what_was_read_without_drafts(folder: Path) -> None:
     assert [text.stats.reused_tokens for text in (plain, auto, strict)] == [0, 128, 0]
 
 
-def test_rows_that_depend_on_their_passes_are_not_shared(folder: Path) -> None:
+def test_rows_that_depend_on_their_passes_are_not_shared(by_torch: None, folder: Path) -> None:
     lm = mtp_spec.load(folder, dtype="float32", max_batch=3)
     prompt = list(range(90))
     texts = [lm.submit(prompt, max_new_tokens=4, logprobs=2).result() for _ in range(2)]

@@ -10,8 +10,6 @@ import torch
 
 import mtp_spec
 import tiny
-from mtp_spec.engine import PREFILL_CHUNK
-from mtp_spec.model.rows import cuts_are_free
 from mtp_spec.prefix import Prefix
 
 OPTIONS: dict[str, Any] = {"temperature": 0.9, "seed": 5, "logprobs": 3}
@@ -79,7 +77,7 @@ def test_drafts_are_the_same_too(folder: Path, rule: str) -> None:
     assert second.result.stats.reused_tokens > 16
 
 
-def test_rows_that_depend_on_their_neighbours_are_reused_in_whole_chunks(tmp_path: Path) -> None:
+def test_rows_that_depend_on_their_neighbours_are_reused_in_whole_chunks(by_torch: None, tmp_path: Path) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path / "model").folder, dtype="float32", max_context=200)
     assert lm.technique == "single"
     short = finished(lm.stream(list(range(60)), max_new_tokens=4, **OPTIONS))
@@ -88,7 +86,7 @@ def test_rows_that_depend_on_their_neighbours_are_reused_in_whole_chunks(tmp_pat
 
 @pytest.mark.parametrize("speculation", [None, 2])
 def test_whole_chunks_of_a_long_prompt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speculation: int | None
+    by_torch: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speculation: int | None
 ) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path / "model", "v3_two_modules", seed=4).folder, dtype="float32")
     for module in ("mtp_spec.engine", "mtp_spec.api"):
@@ -179,13 +177,12 @@ def test_what_is_shared() -> None:
 
 def test_the_bundled_model_reuses_every_token() -> None:
     lm = mtp_spec.load()
-    if lm.technique == "single":
-        pytest.skip("this machine's products depend on the number of rows")
-    assert cuts_are_free(lm.model, PREFILL_CHUNK)  # type: ignore[arg-type]
+    batched = lm.technique == "batched"
     said = [{"role": "user", "content": "Tell me a story about a fox"}]
     options = {"max_new_tokens": 24, **OPTIONS}
     first = finished(lm.stream(said, **options))
     said += [{"role": "assistant", "content": first.result.text}, {"role": "user", "content": "And then?"}]
     second, fresh = finished(lm.stream(said, after=first, **options)), finished(lm.stream(said, **options))
     assert_same_bits(second, fresh)
-    assert second.result.stats.reused_tokens > 24
+    # else whole chunks are, of which so short a text has none
+    assert second.result.stats.reused_tokens > 24 if batched else second.result.stats.reused_tokens == 0

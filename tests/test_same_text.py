@@ -12,7 +12,7 @@ import torch
 import mtp_spec
 import tiny
 from mtp_spec.draft import Drafter
-from mtp_spec.model.rows import choose_technique, row_logits, verify_rows
+from mtp_spec.model.rows import row_logits, verify_rows
 from mtp_spec.passes import Work
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -59,7 +59,7 @@ def test_same_text_whatever_the_tree(folder: Path, dtype: str, sampling: str) ->
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_are_bitwise_those_of_plain_decoding(folder: Path, dtype: str) -> None:
     lm = mtp_spec.load(folder, dtype=dtype)
-    model, technique = lm.model, choose_technique(lm.model)
+    model, technique = lm.model, lm.technique
     with torch.inference_mode():
         for context in (1, 30, 63, 64, 100):
             ids = [(5 * i + 2) % 96 for i in range(context + 33)]
@@ -137,14 +137,13 @@ def test_streams_and_lists_agree_with_generate(folder: Path) -> None:
 
 
 def test_rows_follow_the_number_of_threads() -> None:
-    """Products may divide their work otherwise among other numbers of threads: the technique is tested for each."""
+    """Products may divide their work otherwise among other numbers of threads."""
     from mtp_spec.bench.rows import _chain_is_equal
 
     lm, before = mtp_spec.load(), torch.get_num_threads()
     try:
         for threads in (before + 2, before):
             torch.set_num_threads(threads)
-            assert lm.technique == choose_technique(lm.model)
             with torch.inference_mode():
                 assert all(_chain_is_equal(lm, 250, rows) for rows in (4, 7))
     finally:
