@@ -175,9 +175,7 @@ def load_checkpoint(
         CheckpointError: as `open_checkpoint`, or ranks that do not divide the model.
     """
     opened = open_checkpoint(source) if isinstance(source, Path) else source
-    config, block = opened.config, opened.config.fp8_block or (128, 128)
-    if block[0] != block[1]:
-        raise CheckpointError(f"weight_block_size {list(block)}: only square blocks are supported")
+    config, block = opened.config, square_block(opened.config)
     model = Transformer(config, dtype, device, ranks)
     slots = model.checkpoint_slots()
     with torch.no_grad():
@@ -187,11 +185,23 @@ def load_checkpoint(
             elif scale is None:
                 slots[name][first : first + len(value)] = value
             elif slots[name].device == value.device and slots[name].shape == value.shape:
-                dequantise(value, scale, block[0], out=slots[name])
+                dequantise(value, scale, block, out=slots[name])
             else:
-                whole = dequantise(value, scale, block[0], slots[name].dtype)
+                whole = dequantise(value, scale, block, slots[name].dtype)
                 slots[name].copy_(whole[len(whole) - len(slots[name]) :])  # rows that only complete a block come first
     return model
+
+
+def square_block(config: ModelConfig) -> int:
+    """Returns the side of FP8 weights' blocks.
+
+    Raises:
+        CheckpointError: they are not square.
+    """
+    rows, columns = config.fp8_block or (128, 128)
+    if rows != columns:
+        raise CheckpointError(f"weight_block_size {[rows, columns]}: only square blocks are supported")
+    return rows
 
 
 def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks) -> Checkpoint:

@@ -144,14 +144,14 @@ class CPUModel(HostModel):
         scored: Sequence[int],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         rows, picked = len(ids), np.asarray(scored, np.int32)
-        after, logits = torch.empty(rows, self.config.hidden_size), torch.empty(len(picked), head.rows)
+        after, logits = _floats(rows, self.config.hidden_size), _floats(len(picked), head.rows)
         if not rows:
             return after, logits
         given = _Rows(plan)
         tokens = np.asarray(ids, np.int64)
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise ValueError(f"ids from {tokens.min()} to {tokens.max()}: the vocabulary has {self.config.vocab_size}")
-        before = None if hidden is None else hidden.contiguous()
+        before = None if hidden is None else hidden.float().contiguous()
         threads, exchange = torch.get_num_threads(), EXCHANGE()
         if self.ranks.size > 1:
             exchange = EXCHANGE(self._exchanged)
@@ -173,14 +173,14 @@ class CPUModel(HostModel):
 
     def _multiplied(self, hidden: Tensor, head: _Head) -> Tensor:
         rows, threads = hidden.shape[0], torch.get_num_threads()
-        out = torch.empty(rows, head.rows)
+        out = _floats(rows, head.rows)
         if not rows:
             return out
-        given = hidden.contiguous()
+        given = hidden.float().contiguous()
         try:
             most, room = self._head_memories.pop()
         except IndexError:
-            most, room = 0, torch.empty(0)
+            most, room = 0, _zeros(0)
         if most < threads:
             TEAM.release(room)
             most, room = threads, _zeros(self._engine.head_memory(ctypes.byref(head.struct), threads))
@@ -217,7 +217,7 @@ class CPUModel(HostModel):
         try:
             found = self._memories.pop()
         except IndexError:
-            found = _Memory(0, 0, 0, torch.empty(0))
+            found = _Memory(0, 0, 0, _zeros(0))
         if found.rows >= rows and found.context >= context and found.threads >= threads:
             return found
         TEAM.release(found)
@@ -308,6 +308,11 @@ class CPUModel(HostModel):
             data = dequantise(data, matrix.scale, matrix.block[0], torch.float32)
         stored, scale = weight_quant(data if self._draft_ids is None else data[self._draft_ids])
         return _Head(Matrix(stored.contiguous(), scale.contiguous()))
+
+
+def _floats(*shape: int) -> Tensor:
+    """Returns room for what the engine writes, whatever torch's default type and device are."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 def _zeros(count: int) -> Tensor:

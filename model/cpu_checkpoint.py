@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels.cpu.engine import library
+from mtp_spec.kernels.cpu.engine import KINDS, library
 from mtp_spec.kernels.fp8_cpu import dequantise
-from mtp_spec.model.checkpoint import SCALE, Checkpoint, Report, shared_copies
+from mtp_spec.model.checkpoint import SCALE, Checkpoint, Report, shared_copies, square_block
 from mtp_spec.model.cpu import CPUModel
 from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.stored import DTYPES, Part, TensorInfo, read_part, read_tensor, widen_scales
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 COMPARED_ROWS = 4096  # of two embeddings at once
 MAPPED_BYTES = 2**30  # models from this size on are mapped
 
@@ -47,7 +48,7 @@ def load_cpu_model(
     """
     tensors = {n: info for n, info in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     total, done = sum(info.bytes for info in tensors.values()), 0
-    files, block = _Files(total >= MAPPED_BYTES), checkpoint.config.fp8_block or (128, 128)
+    files, block = _Files(total >= MAPPED_BYTES), square_block(checkpoint.config)
     weights: dict[str, Tensor] = {}
     for name in sorted(tensors, key=lambda name: not name.endswith(SCALE)):  # a matrix comes after its scales
         info = tensors[name]
@@ -57,10 +58,9 @@ def load_cpu_model(
         else:
             if weight.dtype == torch.float8_e4m3fn:
                 _check_numbers(name, weight, info)
-            weights[name] = weight
-            if weight.dim() == 2 and dtype in (torch.bfloat16, torch.float16) and weight.dtype != dtype:
-                scale = weights.pop(name + SCALE, None)
-                weights[name] = weight.to(dtype) if scale is None else dequantise(weight, scale, block[0], dtype)
+            kind = _kind(name, weight, dtype)
+            scale = weights.pop(name + SCALE, None) if kind != weight.dtype else None
+            weights[name] = weight.to(kind) if scale is None else dequantise(weight, scale, block, kind)
         done += info.bytes
         if progress is not None:
             progress(done, total)
@@ -71,6 +71,15 @@ def load_cpu_model(
     if draft_ids is not None:
         model.draft_from(draft_ids)
     return model
+
+
+def _kind(name: str, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Returns the type that a weight is kept in: its own, the one asked for, or float32 where neither can be."""
+    if weight.dim() == 2 and dtype in (torch.bfloat16, torch.float16):
+        return dtype
+    # single rows of embeddings are read, and vectors whole: without block scales. Integers have no products
+    plain = weight.dim() != 2 or name.endswith("embed_tokens.weight") or weight.dtype not in KINDS
+    return torch.float32 if plain and weight.dtype not in FLOATS else weight.dtype
 
 
 class _Files:

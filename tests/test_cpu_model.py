@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -29,16 +30,19 @@ from cpu_models import (
     use,
     wide,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 
 import small
 import tiny
 from mtp_spec.kernels.cpu.engine import SWITCH, levels, why_not
+from mtp_spec.kernels.fp8 import weight_dequant, weight_quant
 from mtp_spec.model.attention import JointPlan, plan_drafts, plan_rows
 from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint
-from mtp_spec.model.cpu import CPUModel
+from mtp_spec.model.cpu import SCALE, CPUModel
 from mtp_spec.model.cpu_checkpoint import load_cpu_model
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.scoring import score_ids
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -288,3 +292,44 @@ def test_another_model_has_other_numbers() -> None:
     scenarios = [scenario(random_model(stored=stored)) for stored in STORED]
     assert len({digest(parts) for parts in scenarios}) == len(STORED)
     assert all(part.isfinite().all() for parts in scenarios for part in parts)
+
+
+def test_torchs_default_type_is_not_the_engines() -> None:
+    model = random_model()
+    expected = scenario(model)
+    try:
+        for default in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(default)
+            again = random_model()
+            assert all(one.dtype == torch.float32 for one in scenario(again))
+            assert all(torch.equal(a, b) for a, b in zip(scenario(model), expected, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_embeddings_in_fp8_have_their_scales(tmp_path: Path) -> None:
+    folder, plain = small.make_fp8(tmp_path / "model"), tmp_path / "plain"
+    weights = small.tensors(folder)
+    name = "model.embed_tokens.weight"
+    stored, scale = weight_quant(weights[name].float() * 3)
+    for copy in [key for key in weights if key.endswith("embed_tokens.weight")]:
+        weights[copy], weights[copy + SCALE] = stored, scale
+    for file in folder.glob("model*"):
+        file.unlink()
+    plain.mkdir()
+    for file in folder.iterdir():
+        (plain / file.name).write_bytes(file.read_bytes())
+    save_file(weights, folder / "model.safetensors")
+    wide_table = weight_dequant(stored, scale, 128, torch.float32)
+    others = {key: value for key, value in weights.items() if "embed_tokens" not in key}
+    save_file({**others, name: wide_table}, plain / "model.safetensors")
+    one, other = (load_cpu_model(open_checkpoint(place)) for place in (folder, plain))
+    ids = [(7 * i) % 256 for i in range(9)]
+    assert torch.equal(score_ids(one, ids).logits, score_ids(other, ids).logits)
+
+
+def test_blocks_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(small.make_fp8(tmp_path / "model"))
+    odd = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, fp8_block=(128, 64)))
+    with pytest.raises(CheckpointError, match="only square blocks"):
+        load_cpu_model(odd)
