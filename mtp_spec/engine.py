@@ -181,8 +181,9 @@ class Decoder:
         """Keeps the cache slots of these rows and shows their hidden states to the drafter."""
         self.cache.commit(rows)
         if self.drafter is not None:
-            # a copy in any case: other texts' rows, which may lie beside these, are not to be held with them
-            self.drafter.observe(hidden[:1].clone() if len(rows) == 1 else hidden[list(rows)])
+            # a copy where other rows, of this text or of others, lie beside these: they are not to be held with them
+            whole = hidden.shape[0] == 1 and hidden.untyped_storage().nbytes() == hidden.nbytes
+            self.drafter.observe(hidden if whole else hidden[list(rows)])
 
     def _take(self, accepted: Accepted) -> list[Drawn]:
         self.tokens += [drawn.token for drawn in accepted.drawn]

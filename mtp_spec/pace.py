@@ -8,6 +8,8 @@ little and seldom where they lose much. Whether a step drafts never changes the 
 
 from __future__ import annotations
 
+from math import inf
+
 # all in plain steps: the debts at which drafting is doubted and at which it stops; the share of plain time that tries
 # may lose; the least price of a try
 DOUBTED_DEBT, MOST_DEBT, ALLOWED, LEAST_PRICE = 0.25, 1.0, 0.004, 0.05
@@ -18,14 +20,14 @@ class Pace:
 
     Args:
         debt: what the texts before left.
+        saved: what they left for tries; without end, so that a first step may always try.
         credit: what drafting has won may be lost again, up to this many plain steps. Without, gains must be expected
             ones: of single steps the chance ones would soon amount to a debt.
     """
 
-    def __init__(self, debt: float = 0.0, credit: float = 0.0) -> None:
-        self.debt, self._credit = debt, credit
-        # a text's first step may always try: what the last text taught may not hold for it
-        self._saved, self._price = float("inf"), LEAST_PRICE
+    def __init__(self, debt: float = 0.0, credit: float = 0.0, saved: float = inf) -> None:
+        self.debt, self.saved, self._credit = debt, saved, credit
+        self._price = LEAST_PRICE
 
     @property
     def doubted(self) -> bool:
@@ -37,6 +39,13 @@ class Pace:
         """Whether steps are plain, but for tries."""
         return self.debt >= MOST_DEBT
 
+    def saving(self) -> bool:
+        """Returns whether the next step is plain because no try is due yet, whatever catching up costs."""
+        if not self.paused or self.saved >= self._price:
+            return False
+        self.saved += ALLOWED
+        return True
+
     def drafts(self, catching_up: float = 0.0, losing: bool = False) -> bool:
         """Returns whether the next step should draft.
 
@@ -46,10 +55,10 @@ class Pace:
         """
         if not self.paused and not losing:
             return True
-        if self._saved >= self._price + catching_up:
-            self._saved = 0.0
+        if self.saved >= self._price + catching_up:
+            self.saved = 0.0
             return True
-        self._saved += ALLOWED
+        self.saved += ALLOWED
         return False
 
     def record(self, gain: float) -> None:

@@ -213,8 +213,12 @@ def _scored(group: Sequence[MainRows | ModuleRows]) -> list[int]:
 
 def _share(group: Sequence[MainRows | ModuleRows], hidden: Tensor, logits: Tensor) -> None:
     """Gives each pass its own results."""
-    shares = zip(hidden.split([one.rows for one in group]), logits.split([one.scored for one in group]), strict=True)
-    for one, (own, own_logits) in zip(group, shares, strict=True):
+    if len(group) == 1:
+        parts = [(hidden, logits)]
+    else:
+        rows, scored = [one.rows for one in group], [one.scored for one in group]
+        parts = list(zip(hidden.split(rows), logits.split(scored), strict=True))
+    for one, (own, own_logits) in zip(group, parts, strict=True):
         one.logits = own_logits
         if isinstance(one, MainRows):
             one.hidden = own

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 
 from mtp_spec.confidence import Confidence, Outcome
 from mtp_spec.options import MAX_DEPTH
@@ -36,6 +36,8 @@ MOST_SURPRISE = log(2.0)
 # beside others drafting must promise so much more than plain decoding, as their times are guessed from fewer rows;
 # chains that are tried for that; and in how many steps
 CLEAR_GAIN, TRIED_DEPTH, SOON = 1.05, 4, 32
+# while drafting is paused the time of one plain step in so many is looked at
+LOOKED = 16
 # what drafting costs several texts beyond its passes, as the logarithm of a factor, before anything was seen; so slowly
 # it is forgotten while none drafts, for it to be tried again
 FIRST_BESIDE, FADING = 0.2, 0.0002
@@ -93,12 +95,13 @@ class Planner:
     Attributes:
         rate: tokens in the time of a plain step, of drafted steps.
         debt: what drafting lost to plain decoding at the end of the last text.
+        saved: what was saved for tries since drafting is paused.
         best: the chance of a best child.
     """
 
     def __init__(self, times: StepTimes) -> None:
         self.times, self.speed, self.confidence = times, Speed(), Confidence()
-        self.rate, self.debt, self.best = FIRST_RATE, 0.0, FIRST_CHANCE
+        self.rate, self.debt, self.saved, self.best = FIRST_RATE, 0.0, inf, FIRST_CHANCE
 
     def pays(self, texts: int, context: int, pending: int) -> bool:
         """Returns whether so many texts would gain if each drafted the best chain, with chances as they were so far.
@@ -147,10 +150,12 @@ class TextPlanner:
     def __init__(self, planner: Planner) -> None:
         self.beside = ALONE
         self.planner, self._times, self._speed = planner, planner.times, planner.speed
-        self._pace, self._confidence = Pace(planner.debt), planner.confidence.for_text()
+        # what texts save for tries is theirs together: short ones could not pay for one each
+        self._pace, self._confidence = Pace(planner.debt, saved=planner.saved), planner.confidence.for_text()
         self._rate, self._best = planner.rate, planner.best
         self._promised = self._kept = TRUSTED
         self.tokens, self.seconds, self._doubted = 1.0, 0.0, False
+        self._steps, self._idle = 0, False
         self._start(0, 1)
 
     @property
@@ -167,11 +172,19 @@ class TextPlanner:
         """
         if self.beside.hopeless:
             return False
+        self._steps += 1
+        self._idle = self._steps % LOOKED > 0 and self._pace.saving()
+        self.planner.saved = self._pace.saved
+        if self._idle:
+            self._drafting, self.tokens, self.seconds = 0.0, 1.0, self._plain
+            return False
         self._start(context, pending)
         self._doubted = self._pace.doubted
         if self._pace.paused:
             self._rate = 1.0  # what the time would bring elsewhere is plain decoding
-        return self._pace.drafts(self._catching_up)
+        drafts = self._pace.drafts(self._catching_up)
+        self.planner.saved = self._pace.saved
+        return drafts
 
     def _start(self, context: int, pending: int) -> None:
         self._context, beside = context, self.beside
@@ -234,8 +247,8 @@ class TextPlanner:
         chain = [node for node in order if not any(tree.ranks[step] for step in tree.path(node))]
         found = [self._prefix(nodes, chances, chain) for nodes in (chain, order)]
         kept, self.tokens, time = max(found, key=lambda one: one[1] - self._rate * one[2])
-        if self._doubted and not kept:  # only a verified draft tells
-            kept, self.tokens, time = order[:1], 1.0 + chances[order[0]], self._drafting + self._pass(2)
+        if self._doubted and not kept:  # only a verified draft tells, and the best child tells most
+            kept, self.tokens, time = chain[:1], 1.0 + chances[chain[0]], self._drafting + self._pass(2)
         self.seconds = time * self._plain
         numbers = {ROOT: ROOT, **{node: number for number, node in enumerate(sorted(kept))}}
         self._leads = {numbers[node]: lead for node, lead in self._leads.items() if node in numbers}
@@ -256,7 +269,7 @@ class TextPlanner:
 
     def learn(self, tree: TokenTree, accepted: Sequence[int], drafting: float, rest: float) -> None:
         """Takes what was accepted of the verified tree, and the seconds of drafting it and of the rest of the step."""
-        if self.beside.hopeless:
+        if self.beside.hopeless or self._idle:
             return
         if self._drafting:
             if self.beside is ALONE:
