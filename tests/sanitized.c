@@ -9,15 +9,21 @@
 // What a thread does while another one is writing a job for it: this runs between two words of the job.
 static void (*between_words)(void);
 static _Atomic int words_left = -1;
+#undef atomic_store
 #undef atomic_store_explicit
 #if defined(__clang__)
-#define PUT(p, v) __c11_atomic_store(p, v, __ATOMIC_RELAXED)
+#define PUT(p, v, order) __c11_atomic_store(p, v, order)
 #else
-#define PUT(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
+#define PUT(p, v, order) __atomic_store_n(p, v, order)
 #endif
+// The caller waits a little after it has told of a job, so that helpers get first pieces too.
+static void wait_a_little(void) {
+    for (volatile int i = 0; i < 3000; i++) {}
+}
+#define atomic_store(p, v) (PUT(p, v, __ATOMIC_SEQ_CST), wait_a_little())
 #define atomic_store_explicit(p, v, order)                                     \
     do {                                                                       \
-        PUT(p, v);                                                             \
+        PUT(p, v, __ATOMIC_RELAXED);                                           \
         if (words_left >= 0 && words_left-- == 0) between_words();             \
     } while (0)
 #include "engine.c"
