@@ -44,7 +44,7 @@ from mtp_spec.model.rope import softmax_scale
 T = TypeVar("T")
 SCALE = "_scale_inv"
 METHODS = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}
-ATTENDED_AT_ONCE = 4  # rows of a sequence, as engine.c has it
+ATTENDED_AT_ONCE = 4  # rows of a sequence, as pass.h has it
 CONTEXT_STEP = 512  # memory for scores grows by so many slots
 HEAD_UNIT = 64  # rows of a head that ranks divide
 NO_MATRIX = MatrixStruct()

@@ -1,4 +1,4 @@
-"""Calls the compiled engine; see lanes.h for the order of its sums and engine.c for a pass.
+"""Calls the compiled engine; see lanes.h for the order of its sums and phases.h for a pass.
 
 The library holds the same source for several kinds of processors, which differ in speed and not in a bit. Where there
 is no library, or the processor lacks fused multiply-add, `why_not` says so and the models run by torch.
@@ -62,7 +62,7 @@ class Matrix:
 
 
 class LayerStruct(Structure):
-    """A layer as engine.c has it."""
+    """A layer as pass.h has it."""
 
     _fields_ = (
         *((name, MatrixStruct) for name in ("q_a", "kv_a", "q_b", "kv_b", "o", "router", "gate", "up", "down")),
@@ -88,7 +88,7 @@ class RoutingStruct(Structure):
 
 
 class ModelStruct(Structure):
-    """A model as engine.c has it."""
+    """A model as pass.h has it."""
 
     _fields_ = (
         *((name, c_int64) for name in (
@@ -105,7 +105,7 @@ EXCHANGE = CFUNCTYPE(c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64)
 
 
 class PassStruct(Structure):
-    """A pass as engine.c has it."""
+    """A pass as pass.h has it."""
 
     _fields_ = (
         ("model", POINTER(ModelStruct)),
@@ -120,7 +120,7 @@ class PassStruct(Structure):
 
 
 class HeadStruct(Structure):
-    """Logits of hidden states, as engine.c has it."""
+    """Logits of hidden states, as pass.h has it."""
 
     _fields_ = (
         ("head", MatrixStruct), ("hidden", c_void_p), ("logits", c_void_p), ("rows", c_int64),
