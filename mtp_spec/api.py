@@ -6,6 +6,7 @@ import atexit
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import Any, cast, overload
@@ -33,13 +34,14 @@ from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.parallel import Ranks
-from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation, sample_seeds
+from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation
 from mtp_spec.pages import HostLease, HostPages
 from mtp_spec.passes import Runner
 from mtp_spec.planner import TextPlanner
 from mtp_spec.requests import Request, checked_ids, is_batch, too_long
 from mtp_spec.sampling import Sampler
 from mtp_spec.scoring import Scores, score_ids
+from mtp_spec.seeds import fresh_seed, text_seeds
 from mtp_spec.streaming import Generation, TokenStream
 from mtp_spec.text import Tokenizer
 from mtp_spec.worker import Place, Worker
@@ -119,10 +121,12 @@ class LM:
 
         Args:
             prompt: text, token ids, or a list of either.
-            n: return a list of n continuations in place of each one; number i is the one of `seed + i`.
+            n: return a list of n continuations in place of each one.
             **options: `SamplingParams` (max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
                 presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, logits_processor,
-                response_format) and `speculation`: "auto", None (off), a chain depth, or a `Speculation`.
+                response_format) and `speculation`: "auto", None (off), a chain depth, or a `Speculation`. Every text
+                has a seed of its own, `Generation.seed`, which gives it again alone: an int is that of the first, and
+                the others' derive from it (`mtp_spec.seeds`); a list has one for each; None draws a fresh one.
 
         Raises:
             OptionError: an unknown option or a value outside its range.
@@ -179,11 +183,10 @@ class LM:
 
     def _samples(self, prompts: list[list[int]], n: int | None, options: Mapping[str, Any]) -> list[Any]:
         """Returns for each prompt its text, or n of them, all written side by side."""
-        ways = [options]
-        if n is not None:
-            ways = [{**options, "seed": seed} for seed in sample_seeds(n, options.get("seed", 0))]
         self._agree(prompts, {**options, **({} if n is None else {"n": n})}, beside=True)
-        texts = self._texts([self._request(ids, way) for ids in prompts for way in ways])
+        seeds = text_seeds(options.get("seed"), len(prompts), n, self._fresh_seed)
+        texts = self._texts([self._request(ids, {**options, "seed": seed})
+                             for ids, own in zip(prompts, seeds, strict=True) for seed in own])  # fmt: skip
         return texts if n is None else [texts[first : first + n] for first in range(0, len(texts), n)]
 
     def _texts(self, requests: list[Request]) -> list[Generation]:
@@ -290,6 +293,8 @@ class LM:
             raise OptionError(f"n={given['n']!r}: generate and chat take it; ask for one text for each of the seeds")
         speculation = self.speculation_for(given.pop("speculation", "auto"))
         params = SamplingParams.from_options(given, also_allowed=("speculation",))
+        if params.seed is None:
+            params = replace(params, seed=self._fresh_seed())
         processors = () if params.response_format is None else (self._grammar(params.response_format),)
         sampler = Sampler(params, self.config.vocab_size, None, processors, self.stop_ids())
         room = self.max_context - len(ids)
@@ -300,6 +305,10 @@ class LM:
             self._text()
         finisher = Finisher(self.tokenizer, self.stop_ids(), params.stop_strings, limit)
         return Request(ids, sampler, speculation, limit, finisher)
+
+    def _fresh_seed(self) -> int:
+        """Returns a seed that nobody gave, the same on all ranks."""
+        return int(self.model.ranks.from_first(fresh_seed()))
 
     def begin(self, request: Request, after: TokenStream | None = None, lease: Place | None = None) -> TokenStream:
         """Returns the stream of a checked request: what `stream`, `generate` and a batch do."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from mtp_spec.errors import OptionError
 from mtp_spec.processors import LogitsProcessor, Processor, resolve_processors
 from mtp_spec.rules import RULES
+from mtp_spec.seeds import checked_seed
 
 MAX_DEPTH = 8
 MAX_NODES = 64
@@ -25,9 +26,6 @@ ACCEPTANCE_RULES = ("coupled", *RULES)
 
 # formats of a text, and what each needs to be told
 RESPONSE_FORMATS = {"json_object": None, "json_schema": "schema", "regex": "regex", "lark": "lark"}
-
-_SEED_LIMIT = 1 << 64
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -43,7 +41,8 @@ class SamplingParams:
         presence_penalty: subtracted from the logit of every token already generated; 0 is off.
         frequency_penalty: subtracted once for each time the token was generated; 0 is off.
         logit_bias: token id -> number added to its logit; -inf forbids the token.
-        seed: 0 .. 2**64 - 1; the same seed gives the same text with or without speculation.
+        seed: 0 .. 2**64 - 1; the same seed gives the same text with or without speculation. None draws a fresh one,
+            below 2**53, which the result reports.
         stop: a string, or several; generation ends before the first one to appear.
         logprobs: 0 is off; n reports each token's log-probability and the n best alternatives.
         logits_processor: a function of (ids so far, logits `[V]`) that returns logits, a `LogitsProcessor` with a
@@ -64,7 +63,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
-    seed: int = 0
+    seed: int | None = None
     stop: str | Sequence[str] | None = None
     logprobs: int = 0
     logits_processor: Processor | Sequence[Processor] | None = None
@@ -73,7 +72,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("logprobs", 0)):
             self._store(name, _integer(name, getattr(self, name), minimum, None, f"an integer, {minimum} or more"))
-        self._store("seed", _integer("seed", self.seed, 0, _SEED_LIMIT - 1, "an integer from 0 to 2**64 - 1"))
+        self._store("seed", checked_seed(self.seed))
         allowed = f"a number from 0 (greedy) to {LARGEST:g}"
         self._store("temperature", _real("temperature", self.temperature, allowed, low=0.0))
         self._store("top_p", _real("top_p", self.top_p, "a number above 0 and up to 1 (off)", above=0.0, high=1.0))
@@ -112,6 +111,17 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple, empty when there are none."""
         return tuple(self.stop or ())
+
+    @property
+    def known_seed(self) -> int:
+        """The seed of a text that is being drawn: a `Sampler` has drawn it where none was given.
+
+        Raises:
+            OptionError: none was given or drawn.
+        """
+        if self.seed is None:
+            raise OptionError("seed=None: no seed was drawn for these parameters yet; give one")
+        return self.seed
 
     @property
     def processors(self) -> list[LogitsProcessor[Any]]:
@@ -224,18 +234,6 @@ def resolve_speculation(value: object) -> Speculation | Literal["auto"] | None:
     allowed = f'"auto", None (off), a chain depth from 0 to {MAX_DEPTH}, or mtp_spec.Speculation(...)'
     depth = _integer("speculation", value, 0, MAX_DEPTH, allowed)
     return Speculation(depth=depth) if depth else None
-
-
-def sample_seeds(n: object, seed: object) -> range:
-    """The seeds of `n` samples: `seed`, `seed + 1`, ...
-
-    Raises:
-        OptionError: n is not a positive integer, or a seed lies outside its range.
-    """
-    count = _integer("n", n, 1, None, "an integer, 1 or more")
-    allowed = f"an integer from 0 to 2**64 - {count}, as n={count} takes that many seeds"
-    first = _integer("seed", seed, 0, _SEED_LIMIT - count, allowed)
-    return range(first, first + count)
 
 
 def _bad(name: str, value: object, allowed: str) -> OptionError:

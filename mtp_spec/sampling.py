@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.noise import GumbelNoise
 from mtp_spec.options import SamplingParams
 from mtp_spec.processors import LogitsProcessor, Trail
+from mtp_spec.seeds import fresh_seed
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -92,9 +94,9 @@ class Sampler:
     """Draws the tokens of one request.
 
     Args:
-        params: sampling parameters.
+        params: sampling parameters; where they have no seed, one is drawn.
         vocab_size: V, the width of the logits.
-        noise: the noise of the request; made from ``params.seed`` by default.
+        noise: the noise of the request; made from the seed by default.
         processors: further processors, applied before those of ``params``.
         stop_ids: tokens that end the text; no processor is asked about what would follow them.
 
@@ -113,9 +115,9 @@ class Sampler:
         stop_ids: frozenset[int] = frozenset(),
     ) -> None:
         params.validate(vocab_size)
-        self.params = params
+        self.params = params = params if params.seed is not None else replace(params, seed=fresh_seed())
         self.vocab_size = vocab_size
-        self.noise = GumbelNoise(params.seed, vocab_size) if noise is None else noise
+        self.noise = GumbelNoise(params.known_seed, vocab_size) if noise is None else noise
         if self.noise.vocab_size != vocab_size:
             raise OptionError(f"noise has {self.noise.vocab_size} columns, the logits {vocab_size}: they must agree")
         bias = params.logit_bias or {}

@@ -27,7 +27,7 @@ def parse_setting(name: str, text: str) -> Any:
     """
     if text == "off":
         return getattr(SamplingParams(), name)
-    kind = _KINDS[name]
+    kind = int if name == "seed" else _KINDS[name]
     if kind in (int, float):
         try:
             return kind(text)
