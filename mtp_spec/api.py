@@ -25,7 +25,6 @@ from mtp_spec.engine import PREFILL_CHUNK, Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.explain import Explanation, explain
 from mtp_spec.facts import request_facts
-from mtp_spec.finish import Finisher
 from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.handle import Handle
 from mtp_spec.measured import Planners
@@ -38,8 +37,7 @@ from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_spe
 from mtp_spec.pages import HostLease, HostPages
 from mtp_spec.passes import Runner
 from mtp_spec.planner import TextPlanner
-from mtp_spec.requests import Request, checked_ids, is_batch, too_long
-from mtp_spec.sampling import Sampler
+from mtp_spec.requests import Request, checked_ids, is_batch, new_request
 from mtp_spec.scoring import Scores, score_ids
 from mtp_spec.seeds import fresh_seed, text_seeds
 from mtp_spec.streaming import Generation, TokenStream
@@ -123,10 +121,11 @@ class LM:
             prompt: text, token ids, or a list of either.
             n: return a list of n continuations in place of each one.
             **options: `SamplingParams` (max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
-                presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, logits_processor,
-                response_format) and `speculation`: "auto", None (off), a chain depth, or a `Speculation`. Every text
-                has a seed of its own, `Generation.seed`, which gives it again alone: an int is that of the first, and
-                the others' derive from it (`mtp_spec.seeds`); a list has one for each; None draws a fresh one.
+                presence_penalty, frequency_penalty, logit_bias, seed, stop, stop_token_ids, ignore_eos, min_new_tokens,
+                logprobs, logits_processor, response_format) and `speculation`: "auto", None (off), a chain depth, or a
+                `Speculation`. Every text has a seed of its own, `Generation.seed`, which gives it again alone: an int
+                is that of the first, and the others' derive from it (`mtp_spec.seeds`); a list has one for each; None
+                draws a fresh one.
 
         Raises:
             OptionError: an unknown option or a value outside its range.
@@ -296,15 +295,10 @@ class LM:
         if params.seed is None:
             params = replace(params, seed=self._fresh_seed())
         processors = () if params.response_format is None else (self._grammar(params.response_format),)
-        sampler = Sampler(params, self.config.vocab_size, None, processors, self.stop_ids())
-        room = self.max_context - len(ids)
-        if room < 1:
-            raise too_long(len(ids), self.config, self.max_context)
-        limit = min(params.max_new_tokens, room)
         if params.stop_strings:
             self._text()
-        finisher = Finisher(self.tokenizer, self.stop_ids(), params.stop_strings, limit)
-        return Request(ids, sampler, speculation, limit, finisher)
+        return new_request(ids, params, speculation, self.config, self.max_context, processors, self.tokenizer,
+                           self.stop_ids())  # fmt: skip
 
     def _fresh_seed(self) -> int:
         """Returns a seed that nobody gave, the same on all ranks."""
@@ -328,7 +322,7 @@ class LM:
                 late = late_of(speculation)
                 return SharedDecoder(self.runtime.model, ids, sampler, is_last, lease, late, request.limit)
             planned = speculation is not None and speculation.adaptive
-            kind = GuidedDecoder if sampler.processors else PlannedDecoder if planned else DeviceDecoder
+            kind = GuidedDecoder if sampler.on_host else PlannedDecoder if planned else DeviceDecoder
             earlier = after.decoder if after is not None and isinstance(after.decoder, DeviceDecoder) else None
             return kind(self.runtime, ids, sampler, speculation, is_last, lease, earlier)
         assert isinstance(self.model, HostModel)

@@ -39,6 +39,7 @@ EXAMPLES = """examples:
 """
 SAMPLING: dict[str, tuple[type, str]] = {
     "max_new_tokens": (int, "most tokens to generate (128)"),
+    "min_new_tokens": (int, "fewest tokens: until then nothing ends the text (0)"),
     "temperature": (float, "0 is greedy (0.8)"),
     "top_p": (float, "keep the most probable tokens up to this mass (1: off)"),
     "top_k": (int, "keep the k most probable tokens (0: off)"),
@@ -131,6 +132,9 @@ def _add_sampling(parser: argparse.ArgumentParser, options: dict[str, tuple[type
     for name, (kind, text) in options.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    sampling.add_argument("--stop-token-ids", metavar="N,N,...", help="token ids that end the text too")
+    sampling.add_argument("--ignore-eos", action="store_true", default=None,
+                          help="go on after end-of-sequence tokens")  # fmt: skip
     formats = sampling.add_mutually_exclusive_group()
     formats.add_argument("--json-object", action="store_true", help="write a JSON object (needs mtp-spec[grammar])")
     formats.add_argument("--json-schema", type=Path, metavar="FILE", help="write JSON that follows this schema")
@@ -267,8 +271,10 @@ def statistics_line(stats: mtp_spec.GenerationStats, seed: int) -> str:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name, None) for name in (*SAMPLING, "stop")}
+    given = {name: getattr(args, name, None) for name in (*SAMPLING, "stop", "ignore_eos")}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if args.stop_token_ids is not None:
+        options["stop_token_ids"] = _numbers("--stop-token-ids", args.stop_token_ids, "1,2")
     if (response_format := _response_format(args)) is not None:
         options["response_format"] = response_format
     if args.no_speculation and (args.depth is not None or args.branching or args.acceptance):
@@ -283,16 +289,20 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     if args.no_speculation:
         options["speculation"] = None
     elif args.branching:
-        try:
-            widths = tuple(int(part) for part in args.branching.split(","))
-        except ValueError:
-            raise mtp_spec.OptionError(f"--branching {args.branching!r}: give numbers such as 3,2,1") from None
+        widths = _numbers("--branching", args.branching, "3,2,1")
         options["speculation"] = mtp_spec.Speculation(depth=args.depth, branching=widths, acceptance=rule)
     elif args.depth is not None or args.acceptance:
         options["speculation"] = mtp_spec.Speculation(args.depth, acceptance=rule) if args.depth != 0 else None
     # checked before the model is loaded
     mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name != "speculation"})
     return options
+
+
+def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise mtp_spec.OptionError(f"{option} {text!r}: give numbers such as {example}") from None
 
 
 def _response_format(args: argparse.Namespace) -> dict[str, Any] | None:
