@@ -15,6 +15,7 @@ import torch
 
 from mtp_spec.agreement import Watch
 from mtp_spec.batch import Batch
+from mtp_spec.defaults import Defaults
 from mtp_spec.device_batch import DeviceBatch
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime, SharedDecoder, late_of
 from mtp_spec.device_group import Groups, shares
@@ -24,7 +25,7 @@ from mtp_spec.device_planned import PLANNED_DEPTH, PlannedDecoder
 from mtp_spec.engine import PREFILL_CHUNK, Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.explain import Explanation, explain
-from mtp_spec.facts import request_facts
+from mtp_spec.facts import check_first, request_facts
 from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.handle import Handle
 from mtp_spec.measured import Planners
@@ -32,7 +33,6 @@ from mtp_spec.memory import PagePlan
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
-from mtp_spec.model.parallel import Ranks
 from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation
 from mtp_spec.pages import HostLease, HostPages
 from mtp_spec.passes import Runner
@@ -64,8 +64,10 @@ class LM:
         progress: bool = False,
         max_batch: int = 1,
         cache_tokens: int | None = None,
+        defaults: Defaults | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.defaults = Defaults() if defaults is None else defaults
         self.max_context, self.max_batch, self.cache_tokens = max_context, max_batch, cache_tokens
         self._batch: Worker | None = None
         self._starting = Lock()
@@ -125,7 +127,7 @@ class LM:
                 logprobs, logits_processor, response_format) and `speculation`: "auto", None (off), a chain depth, or a
                 `Speculation`. Every text has a seed of its own, `Generation.seed`, which gives it again alone: an int
                 is that of the first, and the others' derive from it (`mtp_spec.seeds`); a list has one for each; None
-                draws a fresh one.
+                draws a fresh one. `defaults`: "library" or "checkpoint", as for `load`.
 
         Raises:
             OptionError: an unknown option or a value outside its range.
@@ -239,7 +241,7 @@ class LM:
             raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
         stream, ranks = self.begin(request, after), self.model.ranks
         if ranks.size > 1:
-            stream.allowed = partial(_check_first, ranks, ranks.submitted)
+            stream.allowed = partial(check_first, ranks, ranks.submitted)
         return stream
 
     def explain(self, prompt: str | Ids | Sequence[Message], steps: int = 3, **options: Any) -> Explanation:
@@ -287,11 +289,11 @@ class LM:
             )
 
     def _request(self, ids: list[int], options: Mapping[str, Any]) -> Request:
-        given = dict(options)
+        given = self.defaults.applied(options)
         if "n" in given:
             raise OptionError(f"n={given['n']!r}: generate and chat take it; ask for one text for each of the seeds")
         speculation = self.speculation_for(given.pop("speculation", "auto"))
-        params = SamplingParams.from_options(given, also_allowed=("speculation",))
+        params = SamplingParams.from_options(given, also_allowed=("speculation", "defaults"))
         if params.seed is None:
             params = replace(params, seed=self._fresh_seed())
         processors = () if params.response_format is None else (self._grammar(params.response_format),)
@@ -405,11 +407,3 @@ class LM:
                 "model's tokenizer.json and tokenizer_config.json into its folder"
             )
         return self.tokenizer
-
-
-def _check_first(ranks: Ranks, submitted: int) -> None:
-    if ranks.submitted != submitted:
-        raise MTPSpecError(
-            "texts were submitted after this stream had begun, and ranks do one thing at a time: read a stream to its "
-            "end first, or submit its text too"
-        )

@@ -19,6 +19,7 @@ from rich.console import Console
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
 from mtp_spec.converting import add_converting, run_cast, run_convert, run_export
+from mtp_spec.defaults import CHOICES
 from mtp_spec.inspecting import add_inspect, run_inspect
 from mtp_spec.model.joining import join_ranks
 from mtp_spec.options import ACCEPTANCE_RULES
@@ -132,6 +133,8 @@ def _add_sampling(parser: argparse.ArgumentParser, options: dict[str, tuple[type
     for name, (kind, text) in options.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    sampling.add_argument("--defaults", choices=CHOICES, help="of these: the library's, or those of the checkpoint's "
+                          "generation_config.json (library)")  # fmt: skip
     sampling.add_argument("--stop-token-ids", metavar="N,N,...", help="token ids that end the text too")
     sampling.add_argument("--ignore-eos", action="store_true", default=None,
                           help="go on after end-of-sequence tokens")  # fmt: skip
@@ -271,7 +274,7 @@ def statistics_line(stats: mtp_spec.GenerationStats, seed: int) -> str:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name, None) for name in (*SAMPLING, "stop", "ignore_eos")}
+    given = {name: getattr(args, name, None) for name in (*SAMPLING, "stop", "ignore_eos", "defaults")}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.stop_token_ids is not None:
         options["stop_token_ids"] = _numbers("--stop-token-ids", args.stop_token_ids, "1,2")
@@ -294,7 +297,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     elif args.depth is not None or args.acceptance:
         options["speculation"] = mtp_spec.Speculation(args.depth, acceptance=rule) if args.depth != 0 else None
     # checked before the model is loaded
-    mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name != "speculation"})
+    own = ("speculation", "defaults")
+    mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name not in own})
     return options
 
 
