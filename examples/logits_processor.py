@@ -45,7 +45,7 @@ class NoRepeat:
 
 chat = [{"role": "user", "content": "Tell me a story about a fox"}]
 for processor in (no_comma, NoRepeat(2), [no_comma, NoRepeat(2)]):
-    plain = lm.chat(chat, logits_processor=processor, max_new_tokens=60, speculation=None)
-    drafted = lm.chat(chat, logits_processor=processor, max_new_tokens=60, speculation=3)
+    plain = lm.chat(chat, logits_processor=processor, max_new_tokens=60, seed=0, speculation=None)
+    drafted = lm.chat(chat, logits_processor=processor, max_new_tokens=60, seed=0, speculation=3)
     assert drafted.token_ids == plain.token_ids
     print(f"{drafted.text}\n[{drafted.stats.tokens_per_step:.2f} tokens per step]\n")

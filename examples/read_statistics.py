@@ -7,7 +7,7 @@ import mtp_spec
 lm = mtp_spec.load()
 chat = [{"role": "user", "content": "Explain how rain forms"}]
 tree = mtp_spec.Speculation(branching=(2, 2, 1))
-stats = lm.chat(chat, speculation=tree, max_new_tokens=100).stats
+stats = lm.chat(chat, speculation=tree, max_new_tokens=100, seed=0).stats
 
 print(f"{stats.new_tokens} tokens: 1 from the prefill, {stats.step_tokens} from {stats.steps} verify steps")
 print(f"{stats.tokens_per_step:.2f} tokens per step; plain decoding has 1")

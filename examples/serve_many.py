@@ -25,7 +25,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         async for event in text:
             writer.write(f"data: {json.dumps({'text': event.text, 'source': event.source})}\n\n".encode())
             await writer.drain()
-        writer.write(b"event: end\ndata: {}\n\n")
+        writer.write(f"event: end\ndata: {json.dumps({'seed': (await text).seed})}\n\n".encode())
     except ConnectionError:
         pass  # the visitor has left
     finally:

@@ -46,9 +46,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         question = parse_qs(address.query).get("q", ["Tell me a story"])[0]
         with writing:
-            for event in lm.stream([{"role": "user", "content": question}], max_new_tokens=200):
+            stream = lm.stream([{"role": "user", "content": question}], max_new_tokens=200)
+            for event in stream:
                 self.wfile.write(f"data: {json.dumps({'text': event.text, 'source': event.source})}\n\n".encode())
-        self.wfile.write(b"event: end\ndata: {}\n\n")
+        self.wfile.write(f"event: end\ndata: {json.dumps({'seed': stream.result.seed})}\n\n".encode())
 
 
 server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1]) if len(sys.argv) > 1 else 8000), Handler)

@@ -6,6 +6,7 @@ import atexit
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import Any, cast, overload
@@ -14,6 +15,7 @@ import torch
 
 from mtp_spec.agreement import Watch
 from mtp_spec.batch import Batch
+from mtp_spec.defaults import Defaults
 from mtp_spec.device_batch import DeviceBatch
 from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime, SharedDecoder, late_of
 from mtp_spec.device_group import Groups, shares
@@ -23,8 +25,7 @@ from mtp_spec.device_planned import PLANNED_DEPTH, PlannedDecoder
 from mtp_spec.engine import PREFILL_CHUNK, Decoder
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.explain import Explanation, explain
-from mtp_spec.facts import request_facts
-from mtp_spec.finish import Finisher
+from mtp_spec.facts import check_first, request_facts
 from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.handle import Handle
 from mtp_spec.measured import Planners
@@ -32,14 +33,13 @@ from mtp_spec.memory import PagePlan
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
-from mtp_spec.model.parallel import Ranks
-from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation, sample_seeds
+from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation
 from mtp_spec.pages import HostLease, HostPages
 from mtp_spec.passes import Runner
 from mtp_spec.planner import TextPlanner
-from mtp_spec.requests import Request, checked_ids, is_batch, too_long
-from mtp_spec.sampling import Sampler
+from mtp_spec.requests import Request, checked_ids, is_batch, new_request
 from mtp_spec.scoring import Scores, score_ids
+from mtp_spec.seeds import fresh_seed, text_seeds
 from mtp_spec.streaming import Generation, TokenStream
 from mtp_spec.text import Tokenizer
 from mtp_spec.worker import Place, Worker
@@ -64,8 +64,10 @@ class LM:
         progress: bool = False,
         max_batch: int = 1,
         cache_tokens: int | None = None,
+        defaults: Defaults | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.defaults = Defaults() if defaults is None else defaults
         self.max_context, self.max_batch, self.cache_tokens = max_context, max_batch, cache_tokens
         self._batch: Worker | None = None
         self._starting = Lock()
@@ -119,10 +121,13 @@ class LM:
 
         Args:
             prompt: text, token ids, or a list of either.
-            n: return a list of n continuations in place of each one; number i is the one of `seed + i`.
+            n: return a list of n continuations in place of each one.
             **options: `SamplingParams` (max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
-                presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, logits_processor,
-                response_format) and `speculation`: "auto", None (off), a chain depth, or a `Speculation`.
+                presence_penalty, frequency_penalty, logit_bias, seed, stop, stop_token_ids, ignore_eos, min_new_tokens,
+                logprobs, logits_processor, response_format) and `speculation`: "auto", None (off), a chain depth, or a
+                `Speculation`. Every text has a seed of its own, `Generation.seed`, which gives it again alone: an int
+                is that of the first, and the others' derive from it (`mtp_spec.seeds`); a list has one for each; None
+                draws a fresh one. `defaults`: "library" or "checkpoint", as for `load`.
 
         Raises:
             OptionError: an unknown option or a value outside its range.
@@ -179,11 +184,10 @@ class LM:
 
     def _samples(self, prompts: list[list[int]], n: int | None, options: Mapping[str, Any]) -> list[Any]:
         """Returns for each prompt its text, or n of them, all written side by side."""
-        ways = [options]
-        if n is not None:
-            ways = [{**options, "seed": seed} for seed in sample_seeds(n, options.get("seed", 0))]
         self._agree(prompts, {**options, **({} if n is None else {"n": n})}, beside=True)
-        texts = self._texts([self._request(ids, way) for ids in prompts for way in ways])
+        seeds = text_seeds(options.get("seed"), len(prompts), n, self._fresh_seed)
+        texts = self._texts([self._request(ids, {**options, "seed": seed})
+                             for ids, own in zip(prompts, seeds, strict=True) for seed in own])  # fmt: skip
         return texts if n is None else [texts[first : first + n] for first in range(0, len(texts), n)]
 
     def _texts(self, requests: list[Request]) -> list[Generation]:
@@ -237,7 +241,7 @@ class LM:
             raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
         stream, ranks = self.begin(request, after), self.model.ranks
         if ranks.size > 1:
-            stream.allowed = partial(_check_first, ranks, ranks.submitted)
+            stream.allowed = partial(check_first, ranks, ranks.submitted)
         return stream
 
     def explain(self, prompt: str | Ids | Sequence[Message], steps: int = 3, **options: Any) -> Explanation:
@@ -285,21 +289,22 @@ class LM:
             )
 
     def _request(self, ids: list[int], options: Mapping[str, Any]) -> Request:
-        given = dict(options)
+        given = self.defaults.applied(options)
         if "n" in given:
             raise OptionError(f"n={given['n']!r}: generate and chat take it; ask for one text for each of the seeds")
         speculation = self.speculation_for(given.pop("speculation", "auto"))
-        params = SamplingParams.from_options(given, also_allowed=("speculation",))
+        params = SamplingParams.from_options(given, also_allowed=("speculation", "defaults"))
+        if params.seed is None:
+            params = replace(params, seed=self._fresh_seed())
         processors = () if params.response_format is None else (self._grammar(params.response_format),)
-        sampler = Sampler(params, self.config.vocab_size, None, processors, self.stop_ids())
-        room = self.max_context - len(ids)
-        if room < 1:
-            raise too_long(len(ids), self.config, self.max_context)
-        limit = min(params.max_new_tokens, room)
         if params.stop_strings:
             self._text()
-        finisher = Finisher(self.tokenizer, self.stop_ids(), params.stop_strings, limit)
-        return Request(ids, sampler, speculation, limit, finisher)
+        return new_request(ids, params, speculation, self.config, self.max_context, processors, self.tokenizer,
+                           self.stop_ids())  # fmt: skip
+
+    def _fresh_seed(self) -> int:
+        """Returns a seed that nobody gave, the same on all ranks."""
+        return int(self.model.ranks.from_first(fresh_seed()))
 
     def begin(self, request: Request, after: TokenStream | None = None, lease: Place | None = None) -> TokenStream:
         """Returns the stream of a checked request: what `stream`, `generate` and a batch do."""
@@ -319,7 +324,7 @@ class LM:
                 late = late_of(speculation)
                 return SharedDecoder(self.runtime.model, ids, sampler, is_last, lease, late, request.limit)
             planned = speculation is not None and speculation.adaptive
-            kind = GuidedDecoder if sampler.processors else PlannedDecoder if planned else DeviceDecoder
+            kind = GuidedDecoder if sampler.on_host else PlannedDecoder if planned else DeviceDecoder
             earlier = after.decoder if after is not None and isinstance(after.decoder, DeviceDecoder) else None
             return kind(self.runtime, ids, sampler, speculation, is_last, lease, earlier)
         assert isinstance(self.model, HostModel)
@@ -402,11 +407,3 @@ class LM:
                 "model's tokenizer.json and tokenizer_config.json into its folder"
             )
         return self.tokenizer
-
-
-def _check_first(ranks: Ranks, submitted: int) -> None:
-    if ranks.submitted != submitted:
-        raise MTPSpecError(
-            "texts were submitted after this stream had begun, and ranks do one thing at a time: read a stream to its "
-            "end first, or submit its text too"
-        )

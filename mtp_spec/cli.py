@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
 from io import TextIOWrapper
-from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,10 +19,12 @@ from rich.console import Console
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
 from mtp_spec.converting import add_converting, run_cast, run_convert, run_export
+from mtp_spec.defaults import CHOICES
 from mtp_spec.inspecting import add_inspect, run_inspect
 from mtp_spec.model.joining import join_ranks
-from mtp_spec.options import ACCEPTANCE_RULES, sample_seeds
+from mtp_spec.options import ACCEPTANCE_RULES
 from mtp_spec.prompts import add_prompts, check_interactive, read_prompts
+from mtp_spec.seeds import fresh_seed, text_seeds
 
 EXAMPLES = """examples:
   mtp-spec generate "Tell me a story about a fox"
@@ -39,6 +40,7 @@ EXAMPLES = """examples:
 """
 SAMPLING: dict[str, tuple[type, str]] = {
     "max_new_tokens": (int, "most tokens to generate (128)"),
+    "min_new_tokens": (int, "fewest tokens: until then nothing ends the text (0)"),
     "temperature": (float, "0 is greedy (0.8)"),
     "top_p": (float, "keep the most probable tokens up to this mass (1: off)"),
     "top_k": (int, "keep the k most probable tokens (0: off)"),
@@ -46,7 +48,7 @@ SAMPLING: dict[str, tuple[type, str]] = {
     "repetition_penalty": (float, "above 1 discourages tokens already seen (1: off)"),
     "presence_penalty": (float, "subtracted once from tokens already generated (0: off)"),
     "frequency_penalty": (float, "subtracted for every earlier occurrence (0: off)"),
-    "seed": (int, "same seed, same text, whatever the speculation (0)"),
+    "seed": (int, "same seed, same text, whatever the speculation (a fresh one, which is told)"),
     "logprobs": (int, "report log-probabilities and this many alternatives, with --json (0: off)"),
 }
 
@@ -82,7 +84,7 @@ def _add_generate(commands: Any) -> None:
     add_prompts(generate)
     _add_model(generate)
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
-    generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt: of seed, seed + 1, ... (1)")
+    generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt, each of its own seed (1)")
     generate.add_argument("--json", action="store_true", help="print one JSON document a text instead of the text")
     generate.add_argument("--max-batch", type=int, default=1, metavar="N",
                           help="write up to N texts side by side; with --json (1)")  # fmt: skip
@@ -131,6 +133,11 @@ def _add_sampling(parser: argparse.ArgumentParser, options: dict[str, tuple[type
     for name, (kind, text) in options.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    sampling.add_argument("--defaults", choices=CHOICES, help="of these: the library's, or those of the checkpoint's "
+                          "generation_config.json (library)")  # fmt: skip
+    sampling.add_argument("--stop-token-ids", metavar="N,N,...", help="token ids that end the text too")
+    sampling.add_argument("--ignore-eos", action="store_true", default=None,
+                          help="go on after end-of-sequence tokens")  # fmt: skip
     formats = sampling.add_mutually_exclusive_group()
     formats.add_argument("--json-object", action="store_true", help="write a JSON object (needs mtp-spec[grammar])")
     formats.add_argument("--json-schema", type=Path, metavar="FILE", help="write JSON that follows this schema")
@@ -178,8 +185,9 @@ def _generate(args: argparse.Namespace) -> None:
     with ranks.together():
         given = read_prompts(args) if ranks.rank == 0 else None
         options = _options(args)
-        seeds = sample_seeds(args.n, options.get("seed", 0))
-    prompts = ranks.from_first(given)
+        text_seeds(options.get("seed"), 1, args.n)  # checked before the model is loaded
+    prompts, seed = ranks.from_first([given, options.pop("seed", fresh_seed())])
+    seeds = text_seeds(seed, len(prompts), args.n)
     lm = _load(args)
     with ExitStack() as stack:
         if ranks.rank:  # the first rank speaks for all
@@ -192,21 +200,23 @@ def _stopped(number: int, frame: FrameType | None) -> None:
 
 
 def _write(
-    args: argparse.Namespace, lm: mtp_spec.LM, prompts: list[str], seeds: Sequence[int], options: dict[str, Any]
+    args: argparse.Namespace, lm: mtp_spec.LM, prompts: list[str], seeds: list[list[int]], options: dict[str, Any]
 ) -> None:
     chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
     asked: list[tuple[str, int, Any]]
     asked = [(prompt, seed, [{"role": "user", "content": prompt}] if chat else prompt)
-             for prompt, seed in product(prompts, seeds)]  # fmt: skip
+             for prompt, own in zip(prompts, seeds, strict=True) for seed in own]  # fmt: skip
     if args.max_batch > 1:
         handles = [lm.submit(question, **{**options, "seed": seed}) for _, seed, question in asked]
-        for (prompt, seed, _), handle in zip(asked, handles, strict=True):
-            print(json.dumps(_document(prompt, seed, handle.result()), ensure_ascii=False), flush=True)
+        for (prompt, _, _), handle in zip(asked, handles, strict=True):
+            print(json.dumps(_document(prompt, handle.result()), ensure_ascii=False), flush=True)
         return
     for prompt, seed, question in asked:
         options["seed"] = seed
         if args.trace is not None:
             Console().print(lm.explain(question, steps=args.trace, **options))
+            if lm.model.ranks.rank == 0:
+                print(f"[seed {seed}]", file=sys.stderr)
             continue
         if args.input_file is not None and not args.json:
             print(f"Prompt: {prompt}\nCompletion: ", end="")
@@ -215,11 +225,11 @@ def _write(
             if not args.json:
                 print(event.text, end="", flush=True)
         if args.json:
-            print(json.dumps(_document(prompt, seed, stream.result), ensure_ascii=False), flush=True)
+            print(json.dumps(_document(prompt, stream.result), ensure_ascii=False), flush=True)
         else:
             print(flush=True)
             if lm.model.ranks.rank == 0:
-                print(statistics_line(stream.result.stats), file=sys.stderr)
+                print(statistics_line(stream.result.stats, seed), file=sys.stderr)
 
 
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
@@ -240,10 +250,10 @@ def _chat(args: argparse.Namespace) -> None:
     run_chat(lm, options, system=args.system, prompt=args.once, history=args.history)
 
 
-def _document(prompt: str, seed: int, result: mtp_spec.Generation) -> dict[str, Any]:
+def _document(prompt: str, result: mtp_spec.Generation) -> dict[str, Any]:
     return {
         "prompt": prompt,
-        "seed": seed,
+        "seed": result.seed,
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
@@ -252,20 +262,22 @@ def _document(prompt: str, seed: int, result: mtp_spec.Generation) -> dict[str, 
     }
 
 
-def statistics_line(stats: mtp_spec.GenerationStats) -> str:
-    """Returns speed, tokens per step and acceptance by depth in one line."""
+def statistics_line(stats: mtp_spec.GenerationStats, seed: int) -> str:
+    """Returns speed, tokens per step, acceptance by depth and the seed in one line."""
     parts = [f"{stats.new_tokens} tokens", f"{stats.tokens_per_second:.0f} tok/s"]
     if stats.drafted:
         rates = "/".join(f"{rate:.2f}" for rate in stats.accepted_per_depth["conditional"])
         parts += [f"{stats.tokens_per_step:.2f} tokens per step", f"accepted by depth {rates}"]
     else:
         parts.append("no speculation")
-    return "[" + ", ".join(parts) + "]"
+    return "[" + ", ".join([*parts, f"seed {seed}"]) + "]"
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name, None) for name in (*SAMPLING, "stop")}
+    given = {name: getattr(args, name, None) for name in (*SAMPLING, "stop", "ignore_eos", "defaults")}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if args.stop_token_ids is not None:
+        options["stop_token_ids"] = _numbers("--stop-token-ids", args.stop_token_ids, "1,2")
     if (response_format := _response_format(args)) is not None:
         options["response_format"] = response_format
     if args.no_speculation and (args.depth is not None or args.branching or args.acceptance):
@@ -280,16 +292,21 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     if args.no_speculation:
         options["speculation"] = None
     elif args.branching:
-        try:
-            widths = tuple(int(part) for part in args.branching.split(","))
-        except ValueError:
-            raise mtp_spec.OptionError(f"--branching {args.branching!r}: give numbers such as 3,2,1") from None
+        widths = _numbers("--branching", args.branching, "3,2,1")
         options["speculation"] = mtp_spec.Speculation(depth=args.depth, branching=widths, acceptance=rule)
     elif args.depth is not None or args.acceptance:
         options["speculation"] = mtp_spec.Speculation(args.depth, acceptance=rule) if args.depth != 0 else None
     # checked before the model is loaded
-    mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name != "speculation"})
+    own = ("speculation", "defaults")
+    mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name not in own})
     return options
+
+
+def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise mtp_spec.OptionError(f"{option} {text!r}: give numbers such as {example}") from None
 
 
 def _response_format(args: argparse.Namespace) -> dict[str, Any] | None:

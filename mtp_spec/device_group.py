@@ -365,7 +365,7 @@ def shares(request: Request) -> bool:
     """Whether a text can take its steps together with others: drafts are accepted by the coupled rule, and the host
     draws nothing."""
     speculation = request.speculation
-    return not request.sampler.processors and (speculation is None or speculation.acceptance == "coupled")
+    return not request.sampler.on_host and (speculation is None or speculation.acceptance == "coupled")
 
 
 def drafting(request: Request) -> bool:

@@ -1,4 +1,4 @@
-"""Generation on a GPU with logits processors, which are Python and see every row.
+"""Generation on a GPU with logits processors, which are Python and see every row, or with `min_new_tokens`.
 
 Drafts and verification stay captured; then the rows come to the host, where tokens are drawn as on a CPU, and what was
 drawn goes back. So the GPU waits for the host in every step, and copies `M` rows of the vocabulary to it. Drafts do not
@@ -46,8 +46,8 @@ class GuidedDecoder(DeviceDecoder):
     ) -> None:
         if speculation is not None and speculation.acceptance != "coupled":
             raise OptionError(
-                f'acceptance="{speculation.acceptance}" with logits_processor or response_format runs on the CPU only: '
-                'use "coupled" on a GPU'
+                f'acceptance="{speculation.acceptance}" with logits_processor, response_format or min_new_tokens '
+                'runs on the CPU only: use "coupled" on a GPU'
             )
         if speculation is not None and speculation.adaptive:
             # the host draws between steps, so that nothing is gained by taking turns: the depth that pays on most texts

@@ -178,7 +178,7 @@ class Reader:
         bits = np.array(settings_of(params)).view(np.int64).tolist()
         unread = prompt[text.lease.reused :]
         padding = [prompt[-1]] * (rows + 1 - len(unread))
-        return [*unread, *padding, text.lease.row, text.lease.reused, len(prompt), seed_bits(params.seed), *bits]
+        return [*unread, *padding, text.lease.row, text.lease.reused, len(prompt), seed_bits(params.known_seed), *bits]
 
     def _set_biases(self, texts: Sequence[SharedDecoder]) -> None:
         bias = self.state.settings.bias

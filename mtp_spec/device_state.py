@@ -125,7 +125,7 @@ class State:
         self.begun.fill_(reused)
         settings = self.settings
         settings.values.copy_(self.sent([settings_of(params)], torch.float64))
-        settings.seed.fill_(seed_bits(params.seed))
+        settings.seed.fill_(seed_bits(params.known_seed))
         assert settings.seen is not None
         self.add_bias(0, params)
         settings.seen[0, self.sent(sorted(set(prompt)), torch.int64)] = IN_PROMPT

@@ -145,7 +145,7 @@ class Drafter:
         self.laws.clear()
         self.chances.clear()
         for level in range(1, min(depth, speculation.depth) + 1):
-            if planner is not None:
+            if planner is not None and leaves:
                 leaves = [leaves[i] for i in planner.deeper([leaf.score for leaf in leaves], len(tree))]
             if not leaves:
                 break

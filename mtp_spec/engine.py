@@ -66,7 +66,7 @@ class Decoder:
         self.lease = lease
         self.cache = model.new_cache(room + 1) if lease is None else lease.cache
         self.rule = None if speculation is None else RULES.get(speculation.acceptance)
-        self.choices = SeededChoices(sampler.params.seed)
+        self.choices = SeededChoices(sampler.params.known_seed)
         self.planner, self.drafter = planner, None
         if speculation is not None:
             caches = [model.new_mtp_cache(room + 1) for _ in model.mtp] if lease is None else lease.mtp_caches

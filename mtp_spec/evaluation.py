@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import mtp_spec
 from mtp_spec.errors import OptionError
+from mtp_spec.seeds import checked_seed, text_seeds
 from mtp_spec.text import Tokenizer
 
 # most tokens of an answer where a task does not say
@@ -35,7 +36,7 @@ class SpeculativeLM(TemplateLM):
         pretrained: folder of a checkpoint; None is the bundled model.
         speculation: "auto", "off", a chain depth, or a tree such as "3x2x1". Answers do not depend on it.
         batch_size: texts written side by side, as `load(max_batch=)`.
-        seed: of sampled answers.
+        seed: of the first sampled answer, from which those of the others derive; None draws one.
         max_gen_toks: most tokens of an answer where a task does not say.
         device, options: as `mtp_spec.load`.
 
@@ -45,13 +46,14 @@ class SpeculativeLM(TemplateLM):
 
     def __init__(
         self, pretrained: str | None = None, speculation: Any = "auto", batch_size: int | str = 1,
-        max_batch_size: int | None = None, device: str | None = None, seed: int = 0,
+        max_batch_size: int | None = None, device: str | None = None, seed: Any = 0,
         max_gen_toks: int = DEFAULT_TOKENS, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if not str(batch_size).isdigit() or max_batch_size is not None:
             raise OptionError(f"batch_size={batch_size!r}, max_batch_size={max_batch_size!r}: give batch_size a number")
-        self.batch_size, self.seed, self.max_gen_toks = int(batch_size), seed, max_gen_toks
+        self.batch_size, self.max_gen_toks = int(batch_size), max_gen_toks
+        self.seed = None if seed == "None" else checked_seed(seed)  # as lm-eval reads its command line
         self.speculation, self._name = _speculation(speculation), pretrained or "bundled"
         self.lm = mtp_spec.load(pretrained, device=device or "cpu", max_batch=self.batch_size, **options)
         self.lm.speculation_for(self.speculation)
@@ -90,8 +92,11 @@ class SpeculativeLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Returns the answer to each request's (context, generation options)."""
         texts: list[str] = []
+        # one for each request, whatever texts are written beside it
+        seeds = [seed for (seed,) in text_seeds(self.seed, len(requests))]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
             for options, group in self._groups(requests):
+                options.setdefault("seed", seeds[len(texts) : len(texts) + len(group)])
                 prompts = [self._cut(self.lm.encode(request.args[0]), options["max_new_tokens"]) for request in group]
                 for request, out in zip(group, self.lm.generate(prompts, **options), strict=True):
                     self.cache_hook.add_partial("generate_until", request.args, out.text)
@@ -115,7 +120,7 @@ class SpeculativeLM(TemplateLM):
         known.pop("do_sample")  # temperature 0 says it
         options = {RENAMED.get(name, name): value for name, value in known.items()}
         options["stop"] = [stop for stop in options["stop"] if stop] or None
-        return {"temperature": 0.0, "seed": self.seed, **options, "speculation": self.speculation}
+        return {"temperature": 0.0, **options, "speculation": self.speculation}
 
     def _cut(self, ids: list[int], room: int) -> list[int]:
         """Returns the end of a prompt that leaves room for an answer."""

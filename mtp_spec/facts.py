@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 import mtp_spec
+from mtp_spec.errors import MTPSpecError
 from mtp_spec.measured import processor_name
 from mtp_spec.model.checkpoint import Checkpoint
+from mtp_spec.model.parallel import Ranks
 from mtp_spec.model.stored import read_tensor
 
 # matrices of which one row is compared
@@ -44,6 +46,15 @@ def request_facts(prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) 
         name = "prompt" if len(prompts) == 1 else f"prompt {number}"
         facts[name] = f"{len(ids)} tokens {_digest(str(list(ids)).encode())}"
     return facts
+
+
+def check_first(ranks: Ranks, submitted: int) -> None:
+    """Refuses to go on with a stream that began when so many texts had been submitted, if more have been since."""
+    if ranks.submitted != submitted:
+        raise MTPSpecError(
+            "texts were submitted after this stream had begun, and ranks do one thing at a time: read a stream to its "
+            "end first, or submit its text too"
+        )
 
 
 def _weights(checkpoint: Checkpoint) -> str:

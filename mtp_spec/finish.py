@@ -1,17 +1,31 @@
-"""Where a text ends, decided token by token: end-of-sequence, stop string or length.
+"""Where a text ends, decided token by token: end-of-sequence, stop token, stop string or length.
 
 Text, ids, log-probabilities and both caches are cut at the same token, because the answer is known when a token is
 drawn and nothing is drawn after it. Tokens are released for streaming once nothing that follows can take back their
 text: no stop string may have begun in it, no character may be incomplete. Without stop strings text is decoded when
 somebody asks for it, for whoever asks at the end at once.
+
+Stop strings are looked for twice: in the text that is shown, and in the text with its special tokens written out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mtp_spec.text import TextStream, Tokenizer
+
+
+class _Piece(NamedTuple):
+    """What a token adds: the text that is shown, and for a special token, which shows nothing, its own.
+
+    Attributes:
+        begun: whether all it has is the beginning of a character.
+    """
+
+    shown: str
+    special: str = ""
+    begun: bool = False
 
 
 class Finisher:
@@ -22,24 +36,31 @@ class Finisher:
         stop_ids: tokens that end the text and do not belong to it.
         stops: strings that end the text and do not belong to it.
         limit: most tokens.
+        least: tokens that a text has at least; a stop string that begins in their text is none.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, stop_ids: frozenset[int], stops: Sequence[str], limit: int
+        self,
+        tokenizer: Tokenizer | None,
+        stop_ids: frozenset[int],
+        stops: Sequence[str],
+        limit: int,
+        least: int = 0,
     ) -> None:
         self.reason: Literal["stop", "length"] = "length"
         self._tokenizer, self._stream = tokenizer, None if tokenizer is None else TextStream(tokenizer)
-        self._stop_ids, self._stops, self._limit = stop_ids, stops, limit
+        self._stop_ids, self._stops, self._limit, self._least = stop_ids, stops, limit, least
         self._count, self._ended = 0, False
         self._unread: list[int] = []  # tokens not yet decoded
-        self._held: list[str] = []  # texts of tokens not yet released
+        self._held: list[_Piece] = []  # of tokens not yet released
         self._released: list[str] = []
+        self._gone = 0  # tokens released so far
 
     def push(self, token: int) -> bool:
         """Takes the next token; returns whether the text ends with it."""
         self._count += 1
-        last = token in self._stop_ids
-        if last:
+        last = ends = token in self._stop_ids
+        if ends:
             self.reason = "stop"
         else:
             self._unread.append(token)
@@ -48,8 +69,10 @@ class Finisher:
             self._read()
             if last:  # bytes that never became a character hold back text that may hold a stop string
                 self._flush()
-            if self._cut_at_stop():
+            if self._cut_at_stop(self._special(token) if ends else ""):
                 self.reason, last = "stop", True
+            elif not last:  # so that what is looked through stays short
+                self._release()
         self._ended = last
         return last
 
@@ -57,7 +80,8 @@ class Finisher:
         """Returns the texts of the tokens released since the last call, one for each token."""
         self._read()
         if self._ended:
-            self._finish()
+            self._flush()
+            self._let_go(len(self._held))
         else:
             self._release()
         released, self._released = self._released, []
@@ -69,50 +93,95 @@ class Finisher:
             return None
         return "" if self._tokenizer is None else self._tokenizer.decode(self._unread), len(self._unread)
 
+    def _special(self, token: int) -> str:
+        return "" if self._tokenizer is None else self._tokenizer.special_text(token)
+
     def _read(self) -> None:
-        stream, unread = self._stream, self._unread
-        self._held += [""] * len(unread) if stream is None else [stream.push(token) for token in unread]
+        stream = self._stream
+        for token in self._unread:
+            shown = "" if stream is None else stream.push(token)
+            begun = stream is not None and stream.pending and not shown
+            self._held.append(_Piece(shown, self._special(token) if self._stops else "", begun))
         self._unread = []
 
-    def _finish(self) -> None:
-        """Releases everything."""
-        self._flush()
-        self._released += self._held
-        self._held = []
-
     def _flush(self) -> None:
-        """Ends the last token's text; bytes that never became a character appear as the replacement character."""
-        if self._held and self._stream is not None:
-            self._held[-1] += self._stream.flush()
-
-    def _cut_at_stop(self) -> bool:
-        text = "".join(self._held)
-        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
-        if not ends:
-            return False
-        _, cut = min(ends)
-        for piece in self._held:
-            if cut <= 0:
-                break
-            self._released.append(piece[:cut])
-            cut -= len(piece)
-        self._held = []
-        return True
+        """Ends the text of the tokens so far; bytes that never became a character appear as the replacement one."""
+        if not self._held or self._stream is None or not (rest := self._stream.flush()):
+            return
+        ordinary = [place for place, piece in enumerate(self._held) if not piece.special]
+        place = ordinary[-1] if ordinary else len(self._held) - 1
+        piece = self._held[place]
+        self._held[place] = piece._replace(shown=piece.shown + rest)
 
     def _release(self) -> None:
         """Releases the leading tokens whose text can no longer become part of a stop string."""
-        if not self._held or (self._stream is not None and self._stream.pending):
-            return
-        text = "".join(self._held)
-        safe = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        if self._stream is None or not self._stream.pending:
+            self._let_go(min(self._free(False), self._free(True)))
+
+    def _let_go(self, count: int) -> None:
+        """Releases the first tokens held."""
+        self._released += [piece.shown for piece in self._held[:count]]
+        self._held = self._held[count:]
+        self._gone += count
+
+    def _texts(self, written_out: bool) -> tuple[list[str], int]:
+        """Returns the texts of the tokens held, and where in their sum the first stop string may begin."""
+        texts = [piece.shown + piece.special if written_out else piece.shown for piece in self._held]
+        return texts, sum(map(len, texts[: max(0, self._least - self._gone)]))
+
+    def _cut_at_stop(self, ending: str) -> bool:
+        """Cuts the text before the first stop string, if there is one.
+
+        Args:
+            ending: the special token that ends the text: a stop string may end with it.
+        """
+        found = [place for place in (self._find(False, ""), self._find(True, ending)) if place is not None]
+        if not found:
+            return False
+        _, (at, offset) = min(found)
+        if not offset:  # what began a character of the stop string
+            while at and self._held[at - 1].begun and not self._held[at - 1].shown:
+                at -= 1
+        cut = self._held[at] if offset and at < len(self._held) else None
+        self._let_go(at)
+        if cut is not None:
+            self._held = [cut._replace(shown=cut.shown[:offset])]
+            self._let_go(1)
+        self._held = []
+        return True
+
+    def _find(self, written_out: bool, ending: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Returns the last and the first character of the stop string that is complete first: token and offset."""
+        texts, begin = self._texts(written_out)
+        text = "".join(texts) + ending
+        starts = [(text.find(stop, begin), len(stop)) for stop in self._stops]
+        ends = [(start + length, start) for start, length in starts if start >= 0]
+        if not ends:
+            return None
+        end, start = min(ends)
+        return _place(texts, end - 1), _place(texts, start)
+
+    def _free(self, written_out: bool) -> int:
+        """Returns how many of the tokens held no stop string can begin in."""
+        texts, begin = self._texts(written_out)
+        text = "".join(texts)
+        safe = len(text) - max((_overlap(text[begin:], stop) for stop in self._stops), default=0)
         done = 0
-        for piece in self._held:
+        for piece in texts:
             safe -= len(piece)
             if safe < 0:
                 break
             done += 1
-        self._released += self._held[:done]
-        self._held = self._held[done:]
+        return done
+
+
+def _place(texts: Sequence[str], at: int) -> tuple[int, int]:
+    """Returns which text holds a character of their sum, and where; beyond them is one more."""
+    for number, text in enumerate(texts):
+        if at < len(text):
+            return number, at
+        at -= len(text)
+    return len(texts), at
 
 
 def _overlap(text: str, stop: str) -> int:

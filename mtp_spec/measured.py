@@ -87,7 +87,7 @@ def calibrated(
     its passes.
     """
     ids = tokenizer.encode(TEXT) if tokenizer is not None else [i % model.config.vocab_size for i in range(NEAR)]
-    sampler = Sampler(SamplingParams(temperature=1.0), model.config.vocab_size)
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=0), model.config.vocab_size)
 
     def step(speculation: Speculation | None) -> float:
         length = STEPS * (1 + CHAIN)

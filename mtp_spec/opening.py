@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mtp_spec.api import LM
+from mtp_spec.defaults import FILE, Defaults
 from mtp_spec.errors import OptionError
 from mtp_spec.facts import start_facts
 from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
@@ -31,6 +32,7 @@ def load(
     cache_tokens: int | None = None,
     draft_vocabulary: int | str | Path | None = None,
     cache_dtype: str | torch.dtype | None = None,
+    defaults: str = "library",
     measure: bool = True,
     progress: bool | Report = False,
     parallel: Any = "auto",
@@ -56,6 +58,8 @@ def load(
             less of the head is read for them, and the text stays what it is. None drafts any token.
         cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
             which holds nearly twice the tokens and rounds them, so it changes the text (docs/howto/gpu.md).
+        defaults: what options of generation are where a call leaves them out: "library", those of `SamplingParams`, or
+            "checkpoint", those of the folder's generation_config.json (docs/howto/sampling.md).
         measure: time the passes of a step at the first use of "auto", a few seconds, and keep the times in the user's
             cache directory; False plans from typical times and writes nothing.
         progress: show a bar over the bytes read, and over the measurements; or a function that is told (bytes read,
@@ -65,11 +69,11 @@ def load(
             (docs/howto/parallel.md).
 
     Raises:
-        CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, or the processes
-            of `parallel` cannot divide it.
+        CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, its generation_config.json
+            has values that are not possible and are asked for, or the processes of `parallel` cannot divide it.
         RankError: another rank failed, differs or does not answer.
-        OptionError: an impossible device, dtype, max_context, max_batch, cache_tokens, draft_vocabulary, cache_dtype or
-            progress.
+        OptionError: an impossible device, dtype, max_context, max_batch, cache_tokens, draft_vocabulary, cache_dtype,
+            defaults or progress.
         MTPSpecError: weights and caches do not fit in memory. It is the base of the others too.
     """
     if path is not None and not isinstance(path, str | Path):
@@ -87,9 +91,10 @@ def load(
         check_batch(max_batch, cache_tokens, device)
         limit = context_limit(config_file or folder, max_context)
         checkpoint = open_checkpoint(folder, config_file)
+        own = Defaults(folder / FILE, defaults, checkpoint.config.vocab_size)
         chosen = dtype_of(dtype)
     facts = {"max_context": limit, "max_batch": max_batch, "cache_tokens": cache_tokens, "dtype": chosen,
-             "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype}  # fmt: skip
+             "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype, "defaults": defaults}  # fmt: skip
     ranks.agree(facts | start_facts(checkpoint, device))
     open_rooms(ranks, device)
     bar = progress is True
@@ -99,7 +104,7 @@ def load(
                            cache_tokens)  # fmt: skip
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
-        return LM(model, tokenizer, "batched", limit, measure, bar, max_batch, cache_tokens)
+        return LM(model, tokenizer, "batched", limit, measure, bar, max_batch, cache_tokens, own)
     if isinstance(model, Transformer):
         model.requires_grad_(False)
-    return LM(model, tokenizer, model.technique, limit, measure, bar, max_batch, cache_tokens)
+    return LM(model, tokenizer, model.technique, limit, measure, bar, max_batch, cache_tokens, own)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
+import numpy as np
+from torch import Tensor
+
 from mtp_spec.errors import OptionError
 from mtp_spec.processors import LogitsProcessor, Processor, resolve_processors
 from mtp_spec.rules import RULES
+from mtp_spec.seeds import checked_seed
 
 MAX_DEPTH = 8
 MAX_NODES = 64
@@ -25,9 +29,6 @@ ACCEPTANCE_RULES = ("coupled", *RULES)
 
 # formats of a text, and what each needs to be told
 RESPONSE_FORMATS = {"json_object": None, "json_schema": "schema", "regex": "regex", "lark": "lark"}
-
-_SEED_LIMIT = 1 << 64
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -43,8 +44,16 @@ class SamplingParams:
         presence_penalty: subtracted from the logit of every token already generated; 0 is off.
         frequency_penalty: subtracted once for each time the token was generated; 0 is off.
         logit_bias: token id -> number added to its logit; -inf forbids the token.
-        seed: 0 .. 2**64 - 1; the same seed gives the same text with or without speculation.
-        stop: a string, or several; generation ends before the first one to appear.
+        seed: 0 .. 2**64 - 1; the same seed gives the same text with or without speculation. None draws a fresh one,
+            below 2**53, which the result reports.
+        stop: a string, or several; generation ends before the first one to appear, in the text or in the text with its
+            special tokens written out.
+        stop_token_ids: token ids that end the text beside the model's own end-of-sequence tokens; they do not belong to
+            it.
+        ignore_eos: the model's end-of-sequence tokens are tokens like others; only `stop_token_ids`, `stop` and the
+            length end the text.
+        min_new_tokens: a text has at least so many tokens: until then no token may end it, and a stop string that
+            begins there is part of it.
         logprobs: 0 is off; n reports each token's log-probability and the n best alternatives.
         logits_processor: a function of (ids so far, logits `[V]`) that returns logits, a `LogitsProcessor` with a
             state of its own, or a list of these; called for every row, also of drafts.
@@ -64,16 +73,19 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
-    seed: int = 0
+    seed: int | None = None
     stop: str | Sequence[str] | None = None
+    stop_token_ids: int | Sequence[int] | None = None
+    ignore_eos: bool = False
+    min_new_tokens: int = 0
     logprobs: int = 0
     logits_processor: Processor | Sequence[Processor] | None = None
     response_format: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("logprobs", 0)):
+        for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("logprobs", 0), ("min_new_tokens", 0)):
             self._store(name, _integer(name, getattr(self, name), minimum, None, f"an integer, {minimum} or more"))
-        self._store("seed", _integer("seed", self.seed, 0, _SEED_LIMIT - 1, "an integer from 0 to 2**64 - 1"))
+        self._store("seed", checked_seed(self.seed))
         allowed = f"a number from 0 (greedy) to {LARGEST:g}"
         self._store("temperature", _real("temperature", self.temperature, allowed, low=0.0))
         self._store("top_p", _real("top_p", self.top_p, "a number above 0 and up to 1 (off)", above=0.0, high=1.0))
@@ -85,8 +97,15 @@ class SamplingParams:
             self._store(name, _real(name, getattr(self, name), f"a number from -{LARGEST:g} to {LARGEST:g}; 0 is off"))
         self._store("logit_bias", _logit_bias(self.logit_bias))
         self._store("stop", _stop_strings(self.stop))
+        self._store("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if not isinstance(self.ignore_eos, bool):
+            raise _bad("ignore_eos", self.ignore_eos, "True or False")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise _bad("min_new_tokens", self.min_new_tokens, f"at most max_new_tokens, {self.max_new_tokens}")
         resolve_processors(self.logits_processor)
         _check_response_format(self.response_format)
+        if self.ignore_eos and self.response_format is not None:
+            raise _bad("ignore_eos", True, "False with response_format: a text that is whole ends by such a token")
 
     def _store(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -114,6 +133,23 @@ class SamplingParams:
         return tuple(self.stop or ())
 
     @property
+    def known_seed(self) -> int:
+        """The seed of a text that is being drawn: a `Sampler` has drawn it where none was given.
+
+        Raises:
+            OptionError: none was given or drawn.
+        """
+        if self.seed is None:
+            raise OptionError("seed=None: no seed was drawn for these parameters yet; give one")
+        return self.seed
+
+    def ends(self, model_ends: frozenset[int]) -> frozenset[int]:
+        """The tokens that end a text, where these are the model's own."""
+        own = () if self.stop_token_ids is None else self.stop_token_ids
+        assert not isinstance(own, int)  # a tuple since construction
+        return frozenset(own) if self.ignore_eos else model_ends | frozenset(own)
+
+    @property
     def processors(self) -> list[LogitsProcessor[Any]]:
         """The logits processors, in order."""
         return resolve_processors(self.logits_processor)
@@ -127,9 +163,12 @@ class SamplingParams:
         """Check what depends on the model.
 
         Raises:
-            OptionError: a token of ``logit_bias`` or the number of ``logprobs`` is beyond the vocabulary, or
-                ``logit_bias`` forbids all of it.
+            OptionError: a token of ``logit_bias`` or ``stop_token_ids`` or the number of ``logprobs`` is beyond the
+                vocabulary, or ``logit_bias`` forbids all of it.
         """
+        for token in self.ends(frozenset()):
+            if token >= vocab_size:
+                raise _bad("stop_token_ids", [token], f"token ids from 0 to {vocab_size - 1}")
         bias = self.logit_bias or {}
         for token in bias:
             if not 0 <= token < vocab_size:
@@ -226,18 +265,6 @@ def resolve_speculation(value: object) -> Speculation | Literal["auto"] | None:
     return Speculation(depth=depth) if depth else None
 
 
-def sample_seeds(n: object, seed: object) -> range:
-    """The seeds of `n` samples: `seed`, `seed + 1`, ...
-
-    Raises:
-        OptionError: n is not a positive integer, or a seed lies outside its range.
-    """
-    count = _integer("n", n, 1, None, "an integer, 1 or more")
-    allowed = f"an integer from 0 to 2**64 - {count}, as n={count} takes that many seeds"
-    first = _integer("seed", seed, 0, _SEED_LIMIT - count, allowed)
-    return range(first, first + count)
-
-
 def _bad(name: str, value: object, allowed: str) -> OptionError:
     return OptionError(f"{name}={value!r} is not possible: allowed is {allowed}")
 
@@ -309,6 +336,18 @@ def _stop_strings(value: object) -> tuple[str, ...] | None:
         if not isinstance(string, str) or not string:
             raise _bad("stop", value, allowed)
     return tuple(strings)
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    allowed = "a token id or a list of token ids, 0 or more each"
+    if isinstance(value, Tensor | np.ndarray):
+        value = value.tolist()
+    listed = [value] if isinstance(value, Integral) else value
+    if isinstance(listed, str | bytes | bytearray) or not isinstance(listed, Sequence | Set):
+        raise _bad(name, value, allowed)
+    return tuple(dict.fromkeys(_integer(name, token, 0, None, allowed) for token in listed))
 
 
 def _check_response_format(value: object) -> None:

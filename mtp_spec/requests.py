@@ -12,8 +12,10 @@ from torch import Tensor
 from mtp_spec.errors import PromptError
 from mtp_spec.finish import Finisher
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.options import Speculation
+from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.processors import LogitsProcessor
 from mtp_spec.sampling import Sampler
+from mtp_spec.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,30 @@ class Request:
         return len(self.ids) + self.limit + (0 if self.speculation is None else self.speculation.nodes) + 1
 
 
+def new_request(
+    ids: list[int], params: SamplingParams, speculation: Speculation | None, config: ModelConfig, max_context: int,
+    processors: Sequence[LogitsProcessor[Any]], tokenizer: Tokenizer | None, model_ends: frozenset[int],
+) -> Request:  # fmt: skip
+    """Returns the request for the text after checked ids.
+
+    Args:
+        processors: come before those of `params`.
+        model_ends: the model's own tokens that end a text.
+
+    Raises:
+        OptionError: parameters that do not fit the vocabulary.
+        PromptError: the context leaves no room for a token, or not for `min_new_tokens`.
+    """
+    ends = params.ends(model_ends)
+    sampler = Sampler(params, config.vocab_size, None, processors, ends)
+    room = max_context - len(ids)
+    if room < max(1, params.min_new_tokens):
+        raise too_long(len(ids), config, max_context, params.min_new_tokens)
+    limit = min(params.max_new_tokens, room)
+    finisher = Finisher(tokenizer, ends, params.stop_strings, limit, params.min_new_tokens)
+    return Request(ids, sampler, speculation, limit, finisher)
+
+
 def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) -> list[int]:
     """Returns a prompt's ids; `given` is what they were made from, for the message.
 
@@ -62,11 +88,12 @@ def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) 
     return list(ids)
 
 
-def too_long(tokens: int, config: ModelConfig, max_context: int) -> PromptError:
-    """Returns the error of a prompt that leaves no room for a token of text."""
+def too_long(tokens: int, config: ModelConfig, max_context: int, least: int = 0) -> PromptError:
+    """Returns the error of a prompt that leaves no room for a token of text, or for the least that it is to have."""
     more = config.max_position_embeddings
     other = f", or load with a larger max_context (the model allows {more})" if more > max_context else ""
-    return PromptError(f"the prompt has {tokens} tokens and the context is {max_context}: shorten it{other}")
+    wanted = f" and min_new_tokens is {least}" if tokens < max_context else ""
+    return PromptError(f"the prompt has {tokens} tokens{wanted} and the context is {max_context}: shorten it{other}")
 
 
 def is_batch(prompt: Any) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.noise import GumbelNoise
 from mtp_spec.options import SamplingParams
 from mtp_spec.processors import LogitsProcessor, Trail
+from mtp_spec.seeds import fresh_seed
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -40,9 +42,11 @@ class History:
 
     Args:
         trail: where the path's logits processor stands; None where there is none.
+    Attributes:
+        length: tokens generated.
     """
 
-    __slots__ = ("_counts", "_prompt", "_recent", "trail")
+    __slots__ = ("_counts", "_prompt", "_recent", "length", "trail")
 
     def __init__(self, prompt_ids: Sequence[int], vocab_size: int, trail: Trail | None = None) -> None:
         self.trail = trail
@@ -50,6 +54,7 @@ class History:
         self._prompt[np.asarray(prompt_ids, dtype=np.int64)] = True
         self._counts: Int64Array = np.zeros(vocab_size, dtype=np.int64)
         self._recent: tuple[int, ...] = ()
+        self.length = 0
 
     def child(self, token: int) -> History:
         """The history after one more generated token."""
@@ -63,6 +68,7 @@ class History:
         for token in tokens:
             after.trail = None if after.trail is None else after.trail.after(token)
         after._recent = (*self._recent, *tokens)
+        after.length = self.length + len(tokens)
         if len(after._recent) > _MAX_RECENT:
             after._counts, after._recent = after.counts(), ()
         return after
@@ -92,17 +98,19 @@ class Sampler:
     """Draws the tokens of one request.
 
     Args:
-        params: sampling parameters.
+        params: sampling parameters; where they have no seed, one is drawn.
         vocab_size: V, the width of the logits.
-        noise: the noise of the request; made from ``params.seed`` by default.
+        noise: the noise of the request; made from the seed by default.
         processors: further processors, applied before those of ``params``.
-        stop_ids: tokens that end the text; no processor is asked about what would follow them.
+        stop_ids: tokens that end the text; no processor is asked about what would follow them, and they are forbidden
+            before `min_new_tokens`.
 
     Raises:
         OptionError: a parameter that does not fit the vocabulary, or noise of another width.
     """
 
-    __slots__ = ("_bias_ids", "_bias_values", "_log_min_p", "_stop_ids", "noise", "params", "processors", "vocab_size")
+    __slots__ = ("_bias_ids", "_bias_values", "_early", "_log_min_p", "_stop_ids", "noise", "params", "processors",
+                 "vocab_size")  # fmt: skip
 
     def __init__(
         self,
@@ -113,9 +121,9 @@ class Sampler:
         stop_ids: frozenset[int] = frozenset(),
     ) -> None:
         params.validate(vocab_size)
-        self.params = params
+        self.params = params = params if params.seed is not None else replace(params, seed=fresh_seed())
         self.vocab_size = vocab_size
-        self.noise = GumbelNoise(params.seed, vocab_size) if noise is None else noise
+        self.noise = GumbelNoise(params.known_seed, vocab_size) if noise is None else noise
         if self.noise.vocab_size != vocab_size:
             raise OptionError(f"noise has {self.noise.vocab_size} columns, the logits {vocab_size}: they must agree")
         bias = params.logit_bias or {}
@@ -124,6 +132,19 @@ class Sampler:
         self._log_min_p = np.float32(math.log(params.min_p)) if params.min_p > 0 else None
         self.processors = (*processors, *params.processors)
         self._stop_ids = stop_ids
+        self._early = np.array(sorted(stop_ids), dtype=np.int64)
+        if params.min_new_tokens and len(stop_ids) == vocab_size:
+            raise OptionError(f"min_new_tokens={params.min_new_tokens} leaves nothing: every token ends the text")
+
+    @property
+    def on_host(self) -> bool:
+        """Whether rows are changed in ways that only this class knows, so that a GPU's rows come to it."""
+        return bool(self.processors) or self.forbids_ends
+
+    @property
+    def forbids_ends(self) -> bool:
+        """Whether tokens that end the text are forbidden at first."""
+        return self.params.min_new_tokens > 0 and len(self._early) > 0
 
     def history(self, prompt_ids: Sequence[int]) -> History:
         """The history at the end of the prompt."""
@@ -133,9 +154,9 @@ class Sampler:
         """The row that a token is drawn from: unnormalised log-probabilities, removed tokens at -inf.
 
         Stages, in order, those switched off skipped: logit bias, repetition penalty, presence and frequency penalty,
-        logits processors (where transformers has them), temperature, top-k, top-p, min-p. At temperature 0 those from
-        temperature on do not apply; above it the best token is shifted to 0, which loses no precision when the noise is
-        added and changes no probability.
+        logits processors (where transformers has them), no end before `min_new_tokens`, temperature, top-k, top-p,
+        min-p. At temperature 0 those from temperature on do not apply; above it the best token is shifted to 0, which
+        loses no precision when the noise is added and changes no probability.
 
         Args:
             logits_row: [V], any float dtype; left untouched.
@@ -150,6 +171,8 @@ class Sampler:
         self._penalise(row, history)
         if history.trail is not None:
             row = history.trail.apply(row)
+        if history.length < self.params.min_new_tokens:
+            row[self._early] = _NEGATIVE_INFINITY
         # a row without a finite best token is left as it is, for draw to report
         if self.params.greedy or not math.isfinite(row.max()):
             return torch.from_numpy(row)
@@ -177,7 +200,7 @@ class Sampler:
         best = int(scores.argmax())
         # argmax stops at the first NaN, so looking at the winner is enough
         if not math.isfinite(scores[best]):
-            raise _no_token(scores[best], position)
+            raise self._no_token(scores[best], position)
         return best
 
     def top(self, processed: torch.Tensor, position: int, k: int) -> list[int]:
@@ -193,7 +216,7 @@ class Sampler:
         scores = self._scores(processed, position)
         best = [token for token in _best(scores, k) if scores[token] != _NEGATIVE_INFINITY]
         if not best or not math.isfinite(scores[best[0]]):
-            raise _no_token(scores.max(), position)
+            raise self._no_token(scores.max(), position)
         return best
 
     def lead(self, processed: torch.Tensor, position: int, best: int) -> float:
@@ -212,7 +235,7 @@ class Sampler:
         row: Float32Array = processed.numpy()
         best = int(row.argmax())
         if not math.isfinite(row[best]):
-            raise _no_token(row[best], position)
+            raise self._no_token(row[best], position)
         if self.params.greedy:
             certain = np.zeros(len(row))
             certain[best] = 1.0
@@ -230,6 +253,17 @@ class Sampler:
         shifted = row - row.max()
         values = shifted - np.log(np.exp(shifted).sum(dtype=np.float32))
         return float(values[token]), [(best, float(values[best])) for best in _best(values, k)]
+
+    def _no_token(self, score: float, position: int) -> MTPSpecError:
+        if score != -math.inf:
+            why = f"the logits contain {float(score)}; check the weights and dtype"
+        elif self.forbids_ends:
+            least = self.params.min_new_tokens
+            why = (f"min_new_tokens={least} forbids the end of the text, and logit_bias, logits_processor or "
+                   "response_format all else; lower min_new_tokens, or allow more tokens")  # fmt: skip
+        else:
+            why = "no token is left after logit_bias and logits_processor; check the weights, or allow more tokens"
+        return MTPSpecError(f"no token can be drawn at position {position}: {why}")
 
     def _float_row(self, row: torch.Tensor) -> Float32Array:
         """[V] float32 array, sharing storage where it can."""
@@ -303,11 +337,3 @@ def _best(values: Float32Array, k: int) -> list[int]:
         best.append(index)
         values[index] = _NEGATIVE_INFINITY
     return best
-
-
-def _no_token(score: float, position: int) -> MTPSpecError:
-    left = "no token is left after logit_bias and logits_processor"
-    reason = left if score == -math.inf else f"the logits contain {float(score)}"
-    return MTPSpecError(
-        f"no token can be drawn at position {position}: {reason}; check the weights and dtype, or allow more tokens"
-    )

@@ -46,6 +46,7 @@ class Generation:
         finish_reason: "stop" (end-of-sequence token or stop string) or "length".
         logprobs: None, or for each token its log-probability and the best alternatives.
         stats: counts, rates and seconds.
+        seed: gives this text again; None for a result that no model has drawn.
     """
 
     text: str = ""
@@ -53,6 +54,7 @@ class Generation:
     finish_reason: Literal["stop", "length"] = "length"
     logprobs: list[TokenLogprob] | None = None
     stats: GenerationStats = field(default_factory=GenerationStats)
+    seed: int | None = None
 
 
 class Teller:
@@ -120,7 +122,7 @@ class TokenStream(Iterator[TokenEvent]):
         ended: Callable[[GenerationStats, SamplingParams], None] | None = None,
     ) -> None:
         self._ended, self.decoder = ended, decoder
-        self.result = Generation(stats=decoder.stats)
+        self.result = Generation(stats=decoder.stats, seed=decoder.sampler.params.known_seed)
         if decoder.sampler.params.logprobs:
             self.result.logprobs = []
         self.teller = Teller(finisher, self.result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,14 @@ class Tokenizer:
             return str(self.raw.decode(list(ids), skip_special_tokens=True))
         except (TypeError, OverflowError) as error:
             raise PromptError(f"{ids!r} are no token ids ({error}): give integers of 0 or more") from None
+
+    def special_text(self, token: int) -> str:
+        """Returns the text of a special token, which `decode` leaves out; none for any other."""
+        return self._special_of.get(token, "")
+
+    @cached_property
+    def _special_of(self) -> dict[int, str]:
+        return {token: one.content for token, one in self.raw.get_added_tokens_decoder().items() if one.special}
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of a conversation through the checkpoint's chat template; errors as `chat_text`."""

@@ -236,7 +236,7 @@ def _passes(
         taken += rows
         return ids[first : first + rows]
 
-    sampler = Sampler(SamplingParams(temperature=1.0), model.config.vocab_size)
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=0), model.config.vocab_size)
     history = sampler.history(ids[:1])
 
     def verify(rows: int, parents: Sequence[int] | None = None) -> None:

@@ -69,14 +69,14 @@ class Wishes:
 
 def wishes(tokens: int) -> list[tuple[list[int], dict[str, Any]]]:
     """Returns seven prompts, two with a page in common, and options of all kinds."""
-    common = {"temperature": 0.9, "logprobs": 2}
+    common = {"temperature": 0.9, "logprobs": 2, "seed": 0}
     return [
         (2 * PROMPT, {**common, "max_new_tokens": tokens, "speculation": "auto"}),
         (PROMPT[:5], {**common, "max_new_tokens": 2 * tokens, "speculation": None, "top_p": 0.8}),
-        (PROMPT[3:20], {"max_new_tokens": tokens // 2, "speculation": SHAPES["tree"], "temperature": 0.0}),
+        (PROMPT[3:20], {"seed": 0, "max_new_tokens": tokens // 2, "speculation": SHAPES["tree"], "temperature": 0.0}),
         (PROMPT[:1], {**common, "max_new_tokens": tokens, "speculation": 2, "logits_processor": Wishes()}),
         (2 * PROMPT, {**common, "max_new_tokens": tokens, "speculation": "auto", "min_p": 0.01, "seed": 5}),
-        (PROMPT[:30], {"max_new_tokens": 1, "speculation": "auto"}),
+        (PROMPT[:30], {"seed": 0, "max_new_tokens": 1, "speculation": "auto"}),
         (PROMPT[:9], {**common, "max_new_tokens": tokens, "speculation": 3, "presence_penalty": 1.0}),
     ]
 
@@ -113,10 +113,14 @@ def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
     last = lm.submit(PROMPT[:3], max_new_tokens=2)
     found["stream"] = said(next, stream)
     last.result()
-    found["list"] = [written(one) for one in lm.generate([PROMPT[:4]] * 2, n=2, max_new_tokens=3)[1]]
+    found["list"] = [written(one) for one in lm.generate([PROMPT[:4]] * 2, n=2, max_new_tokens=3, seed=0)[1]]
     lm.score(PROMPT[:4])
     lm.close()
-    found["again"] = lm.submit(PROMPT[:3], max_new_tokens=2).result().token_ids == last.result().token_ids
+    again = lm.submit(PROMPT[:3], max_new_tokens=2, seed=last.result().seed).result()
+    found["again"] = again.token_ids == last.result().token_ids
+    # drawn once for all ranks
+    drawn = [lm.submit(PROMPT[:3], max_new_tokens=2).result(), *lm.generate([PROMPT[:3]] * 2, max_new_tokens=2)]
+    found["drawn"] = [[one.seed, one.token_ids] for one in drawn]
     return found
 
 

@@ -370,7 +370,7 @@ def test_later_turns_follow_plain_decodings_answer(tmp_path: Path, lm: mtp_spec.
     file.write_text(json.dumps({"question_id": 81, "category": "writing", "turns": turns}) + "\n")
     document = run(["--set", str(file), "--max-new-tokens", "8", "--depths", "2", "--temperatures", "0.8"], tmp_path)
     first, second = document["details"]["chain 2 at 0.8"]["texts"]
-    answer = lm.chat([{"role": "user", "content": turns[0]}], max_new_tokens=8, temperature=0.8).text
+    answer = lm.chat([{"role": "user", "content": turns[0]}], max_new_tokens=8, temperature=0.8, seed=0).text
     talk = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": answer},
             {"role": "user", "content": turns[1]}]  # fmt: skip
     assert second["prompt_tokens"] == len(lm.chat_ids(talk)) > first["prompt_tokens"]

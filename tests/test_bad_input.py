@@ -130,7 +130,7 @@ def test_no_mtp_module(folder: Path) -> None:
     lm = mtp_spec.load(folder)
     with pytest.raises(mtp_spec.OptionError, match="multi-token-prediction"):
         lm.generate([1, 2], speculation=2)
-    assert len(lm.generate([1, 2], max_new_tokens=3).token_ids) == 3
+    assert len(lm.generate([1, 2], max_new_tokens=3, seed=0).token_ids) == 3
 
 
 @pytest.mark.parametrize("prompt", ["", [], [96], [-1], [1.5], [True], b"ab", bytearray(b"ab"), 5, {}, [b"ab"],
@@ -142,10 +142,10 @@ def test_bad_prompts(lm: mtp_spec.LM, prompt: Any) -> None:
 
 
 def test_arrays_are_ids(lm: mtp_spec.LM) -> None:
-    expected = lm.generate([1, 2, 3], max_new_tokens=4).token_ids
+    expected = lm.generate([1, 2, 3], max_new_tokens=4, seed=0).token_ids
     for prompt in (np.array([1, 2, 3]), torch.tensor([1, 2, 3]), (1, 2, 3)):
-        assert lm.generate(prompt, max_new_tokens=4).token_ids == expected
-        assert lm.generate([prompt], max_new_tokens=4)[0].token_ids == expected
+        assert lm.generate(prompt, max_new_tokens=4, seed=0).token_ids == expected
+        assert lm.generate([prompt], max_new_tokens=4, seed=0)[0].token_ids == expected
 
 
 @pytest.mark.parametrize("options", [
@@ -179,7 +179,7 @@ def test_json_nested_beyond_reading(folder: Path) -> None:
 def test_prompt_longer_than_the_context(lm: mtp_spec.LM) -> None:
     with pytest.raises(mtp_spec.PromptError, match="context is 256"):
         lm.generate([1] * 256)
-    cut = lm.generate([1] * 250, max_new_tokens=50, speculation=3)
+    cut = lm.generate([1] * 250, max_new_tokens=50, speculation=3, seed=0)
     assert len(cut.token_ids) == 6
     assert cut.finish_reason == "length"
 

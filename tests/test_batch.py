@@ -114,9 +114,9 @@ def test_who_comes_later_does_not_wait_for_the_others_to_end(lm: mtp_spec.LM) ->
             go.wait(60)
         return logits
 
-    first = lm.submit([1, 2], max_new_tokens=100, logits_processor=waits, speculation=None)
+    first = lm.submit([1, 2], max_new_tokens=100, logits_processor=waits, speculation=None, seed=0)
     assert reached.wait(60)
-    second = lm.submit([3, 4], max_new_tokens=2)
+    second = lm.submit([3, 4], max_new_tokens=2, seed=0)
     go.set()
     assert second.result(60).finish_reason == "length"
     assert not first.done()
@@ -137,9 +137,9 @@ def test_a_long_prompt_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: 
         return look
 
     gate = threading.Event()
-    lm.submit([9], max_new_tokens=1, logits_processor=lambda ids, row: (gate.wait(60), row)[1])
-    long = lm.submit([5] * 160, max_new_tokens=2, logits_processor=watch("long"), speculation=None)
-    short = lm.submit([6], max_new_tokens=30, logits_processor=watch("short"), speculation=None)
+    lm.submit([9], max_new_tokens=1, logits_processor=lambda ids, row: (gate.wait(60), row)[1], seed=0)
+    long = lm.submit([5] * 160, max_new_tokens=2, logits_processor=watch("long"), speculation=None, seed=0)
+    short = lm.submit([6], max_new_tokens=30, logits_processor=watch("short"), speculation=None, seed=0)
     gate.set()
     long.result()
     assert len(seen["short"]) >= 160 // 16 - 4, "the short text stood still while the long prompt was read"
@@ -151,8 +151,8 @@ def test_lists_and_samples(lm: mtp_spec.LM) -> None:
     prompts = [[1, 2], [3] * 70, [4]]
     several = lm.generate(prompts, n=3, **options)
     for prompt, samples in zip(prompts, several, strict=True):
-        for number, sample in enumerate(samples):
-            assert sample.token_ids == lm.generate(prompt, **{**options, "seed": 3 + number}).token_ids
+        for sample in samples:
+            assert sample.token_ids == lm.generate(prompt, **{**options, "seed": sample.seed}).token_ids
 
 
 def test_a_list_raises_the_error_of_one_and_leaves_nothing_behind(lm: mtp_spec.LM) -> None:
@@ -161,11 +161,12 @@ def test_a_list_raises_the_error_of_one_and_leaves_nothing_behind(lm: mtp_spec.L
 
     with pytest.raises(LookupError, match="own error"):
         lm.generate([[1], [2]], logits_processor=fails)
-    assert lm.generate([[1], [2]], max_new_tokens=2)[0].token_ids == lm.generate([1], max_new_tokens=2).token_ids
+    options = {"max_new_tokens": 2, "seed": 0}
+    assert lm.generate([[1], [2]], **options)[0].token_ids == lm.generate([1], **options).token_ids
 
 
 def test_a_request_that_cannot_be_served_is_refused_at_once(lm: mtp_spec.LM) -> None:
-    running = lm.submit([1], max_new_tokens=20)
+    running = lm.submit([1], max_new_tokens=20, seed=0)
     with pytest.raises(mtp_spec.PromptError, match="300 tokens and the context is 256"):
         lm.submit([1] * 300)
     with pytest.raises(mtp_spec.OptionError, match="n=2"):
@@ -192,13 +193,13 @@ def test_from_asyncio(lm: mtp_spec.LM) -> None:
         assert text.token_ids == [event.token_id for event in expected]
         assert text.logprobs is not None
         assert len(text.logprobs) == len(expected)
-        handle = lm.submit([1], max_new_tokens=200)
+        handle = lm.submit([1], max_new_tokens=200, seed=0)
         async for _ in handle:
             handle.cancel()
             break
         with pytest.raises(asyncio.CancelledError):
             await handle
-        slow = lm.submit([1], max_new_tokens=200)
+        slow = lm.submit([1], max_new_tokens=200, seed=0)
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(slow, 0.001)
         assert slow.cancelled()
@@ -209,11 +210,11 @@ def test_from_asyncio(lm: mtp_spec.LM) -> None:
 def test_closing_ends_every_text_and_the_worker(folder: Path) -> None:
     before = set(threading.enumerate())
     with mtp_spec.load(folder, dtype="bfloat16", max_batch=2) as lm:
-        handles = [lm.submit([i], max_new_tokens=200) for i in range(5)]
+        handles = [lm.submit([i], max_new_tokens=200, seed=0) for i in range(5)]
     assert all(handle.done() for handle in handles)
     assert any(handle.cancelled() for handle in handles)
     # the model itself can go on, with a new worker
-    assert len(lm.submit([1], max_new_tokens=3).result().token_ids) == 3
+    assert len(lm.submit([1], max_new_tokens=3, seed=0).result().token_ids) == 3
     lm.close()
     assert set(threading.enumerate()) <= before
 
@@ -221,7 +222,7 @@ def test_closing_ends_every_text_and_the_worker(folder: Path) -> None:
 def test_a_model_that_nobody_holds_ends_its_worker(tmp_path: Path) -> None:
     folder = tiny.make(tmp_path / "model").folder
     before = {thread.ident for thread in threading.enumerate()}
-    assert len(mtp_spec.load(folder, dtype="bfloat16").submit([1], max_new_tokens=3).result().token_ids) == 3
+    assert len(mtp_spec.load(folder, dtype="bfloat16").submit([1], max_new_tokens=3, seed=0).result().token_ids) == 3
     for thread in threading.enumerate():
         if thread.ident not in before:
             thread.join(30)
@@ -232,9 +233,11 @@ def test_on_the_kernels_texts_take_turns_by_default(tmp_path: Path) -> None:
     model = load_device_model(small.make_fp8(tmp_path / "model"), "cpu")
     lm = mtp_spec.LM(model, None, "batched", 100)
     prompts, options = [[1, 2], [3], [4, 5, 6]], {"max_new_tokens": 6, "speculation": 2}
-    texts = [lm.generate(prompt, **options).token_ids for prompt in prompts]
-    assert [text.token_ids for text in lm.generate(prompts, **options)] == texts
-    assert [lm.submit(prompt, **options).result().token_ids for prompt in prompts] == texts
+    listed = lm.generate(prompts, seed=0, **options)
+    texts = [text.token_ids for text in listed]
+    asked = [(prompt, {**options, "seed": text.seed}) for prompt, text in zip(prompts, listed, strict=True)]
+    assert [lm.generate(prompt, **own).token_ids for prompt, own in asked] == texts
+    assert [lm.submit(prompt, **own).result().token_ids for prompt, own in asked] == texts
 
 
 @pytest.mark.parametrize("count", [1, 4, 16, 64])
@@ -245,4 +248,4 @@ def test_many_at_once(tmp_path: Path, count: int) -> None:
         warnings.simplefilter("error")  # of few drafts, which are to be expected here
         texts = lm.generate([[i, 2 * i % 96] for i in range(count)], **options)
     for i in range(0, count, 9):
-        assert texts[i].token_ids == lm.generate([i, 2 * i % 96], **options).token_ids
+        assert texts[i].token_ids == lm.generate([i, 2 * i % 96], seed=texts[i].seed, **options).token_ids

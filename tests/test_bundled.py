@@ -19,9 +19,9 @@ def lm() -> mtp_spec.LM:
 def test_same_text(lm: mtp_spec.LM, temperature: float) -> None:
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
-        plain = lm.chat(chat, max_new_tokens=30, temperature=temperature, speculation=None)
+        plain = lm.chat(chat, max_new_tokens=30, temperature=temperature, speculation=None, seed=0)
         for speculation in (3, mtp_spec.Speculation(branching=(2, 2, 1))):
-            drafted = lm.chat(chat, max_new_tokens=30, temperature=temperature, speculation=speculation)
+            drafted = lm.chat(chat, max_new_tokens=30, temperature=temperature, speculation=speculation, seed=0)
             assert drafted.token_ids == plain.token_ids
             assert drafted.text == plain.text
             assert drafted.stats.tokens_per_step > 1.2

@@ -120,6 +120,9 @@ def test_a_disk_that_fills_up_later_is_none_either(
     assert typed(f"one{ENTER}two{ENTER}", 2, history=tmp_path / "history") == ["one", "two"]
 
 
+SEED = ("--seed", "0")
+
+
 def chat(*options: str, given: str | bytes = "", shell: str = "") -> subprocess.CompletedProcess[str]:
     """Runs `mtp-spec chat` as a process, its output through a shell command if given."""
     command = [sys.executable, "-P", "-m", "mtp_spec", "chat", "--max-new-tokens", "8", *options]
@@ -133,14 +136,14 @@ def chat(*options: str, given: str | bytes = "", shell: str = "") -> subprocess.
 
 
 def test_once_and_scripts_from_a_pipe() -> None:
-    one = chat("--once", "List three fruits")
+    one = chat("--once", "List three fruits", *SEED)
     assert one.returncode == 0
     assert len(one.stdout.split()) >= 4
     assert one.stdout.count("\n") >= 1
     assert "tok/s" in one.stderr
-    again = chat("--once", "-", given="List three fruits\n")
+    again = chat("--once", "-", *SEED, given="List three fruits\n")
     assert again.stdout == one.stdout
-    both = chat(given=b"List three fruits\n/quit \xff\n/set stats off\nWhy?\n/exit\nnot asked\n")
+    both = chat(*SEED, given=b"List three fruits\n/quit \xff\n/set stats off\nWhy?\n/exit\nnot asked\n")
     assert both.returncode == 0
     assert both.stdout.startswith(one.stdout)
     assert "/exit?" in both.stderr

@@ -47,7 +47,7 @@ def test_same_text_with_and_without_speculation(lm: LM, sampling: dict[str, Any]
 
 def test_drafts_are_accepted_and_the_text_is_the_one_without(lm: LM) -> None:
     """A processor that changes nothing: what the host draws and hands back is what the step would have drawn."""
-    options: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.4, "frequency_penalty": 0.1}
+    options: dict[str, Any] = {"max_new_tokens": 16, "seed": 0, "temperature": 0.4, "frequency_penalty": 0.1}
     options["logit_bias"] = {7: 9.0, 9: 8.5}  # what both sides of a random model can agree on
     for shape in SHAPES[2:4]:
         without = lm.generate([3, 1, 4], speculation=shape, **options)
@@ -83,7 +83,7 @@ def test_json_on_the_gpu() -> None:
     lm = mtp_spec.load(device="cuda")
     schema = {"type": "object", "properties": {"legs": {"type": "integer", "minimum": 0, "maximum": 9}},
               "required": ["legs"], "additionalProperties": False}  # fmt: skip
-    options: dict[str, Any] = {"response_format": {"type": "json_schema", "schema": schema}}
+    options: dict[str, Any] = {"response_format": {"type": "json_schema", "schema": schema}, "seed": 0}
     plain = lm.generate("A fox as JSON: ", speculation=None, **options)
     assert 0 <= json.loads(plain.text)["legs"] <= 9
     assert lm.generate("A fox as JSON: ", **options).token_ids == plain.token_ids

@@ -57,16 +57,16 @@ def test_stop_strings_across_tokens_and_steps(lm: mtp_spec.LM) -> None:
 @pytest.mark.parametrize("rule", ACCEPTANCE_RULES)
 def test_streams_and_stops_under_every_rule(lm: mtp_spec.LM, rule: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.9, "speculation": shape_of(rule)}
-    whole = lm.generate(PROMPT, **options)
+    whole = lm.generate(PROMPT, seed=0, **options)
     assert whole.stats.accepted > 0
-    events = list(lm.stream(PROMPT, **options))
+    events = list(lm.stream(PROMPT, seed=0, **options))
     assert "".join(event.text for event in events) == whole.text
     assert [event.token_id for event in events] == whole.token_ids
     stop = whole.text[20:26]
-    cut = lm.generate(PROMPT, stop=stop, **options)
+    cut = lm.generate(PROMPT, stop=stop, seed=0, **options)
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
-    stream = lm.stream(PROMPT, stop=stop, **options)
+    stream = lm.stream(PROMPT, stop=stop, seed=0, **options)
     assert "".join(event.text for event in stream) == cut.text
     assert everything(stream.result) == everything(cut)
 
@@ -90,14 +90,14 @@ def test_logprobs_are_bitwise_those_of_plain_decoding(lm: mtp_spec.LM, rule: str
     out = lm.generate(prompt, speculation=shape_of(rule), seed=5, **options)
     assert out.stats.accepted > 0
     forced = along(len(prompt), out.token_ids)
-    plain = lm.generate(prompt, speculation=None, logits_processor=forced, **options)
+    plain = lm.generate(prompt, speculation=None, logits_processor=forced, seed=0, **options)
     assert plain.token_ids == out.token_ids
     assert plain.logprobs == out.logprobs
 
 
 def test_an_end_inside_an_accepted_run(small: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, options = [4, 2], {"max_new_tokens": 20, "logprobs": 1}
-    plain = small.generate(prompt, speculation=None, **options)
+    plain = small.generate(prompt, speculation=None, seed=0, **options)
     true = [*prompt, *plain.token_ids]
 
     def draft(self: Drafter, known: list[int], speculation: Any, depth: int, *_: Any) -> Work[TokenTree]:
@@ -114,9 +114,9 @@ def test_an_end_inside_an_accepted_run(small: mtp_spec.LM, monkeypatch: pytest.M
         if end in plain.token_ids[:length]:
             continue
         monkeypatch.setattr(small, "stop_ids", lambda end=end: frozenset([end]))
-        expected = small.generate(prompt, speculation=None, **options)
+        expected = small.generate(prompt, speculation=None, seed=0, **options)
         assert expected.token_ids == plain.token_ids[:length]
-        stream = small.stream(prompt, speculation=7, **options)
+        stream = small.stream(prompt, speculation=7, seed=0, **options)
         list(stream)
         assert everything(stream.result) == everything(expected)
         assert stream.decoder.tokens == true[: len(prompt) + length + 1]
@@ -129,23 +129,23 @@ def test_an_end_inside_an_accepted_run(small: mtp_spec.LM, monkeypatch: pytest.M
 def test_every_depth(small: mtp_spec.LM, rule: str) -> None:
     """A constant of four once broke what lay beyond it (SGLang PR 33872)."""
     options: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 14}
-    plain = small.generate([3, 1], speculation=None, **options)
+    plain = small.generate([3, 1], speculation=None, seed=0, **options)
     for depth in range(1, MAX_DEPTH + 1):
         shape = Speculation(depth=depth, acceptance=rule)
-        ids = small.generate([3, 1], speculation=shape, **options).token_ids
+        ids = small.generate([3, 1], speculation=shape, seed=0, **options).token_ids
         assert len(ids) == 14
         if rule not in RULES or RULES[rule].lossless:
             assert ids == plain.token_ids, depth
 
 
 def test_forbidden_tokens_never_come_and_a_single_allowed_one_always_does(small: mtp_spec.LM) -> None:
-    plain = small.generate([3], speculation=None, max_new_tokens=30, temperature=1.0)
+    plain = small.generate([3], speculation=None, max_new_tokens=30, temperature=1.0, seed=0)
     forbidden = {token: -float("inf") for token in plain.token_ids[:20]}
     options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.0, "logit_bias": forbidden}
     for rule in ACCEPTANCE_RULES:
-        out = small.generate([3], speculation=shape_of(rule), **options)
+        out = small.generate([3], speculation=shape_of(rule), seed=0, **options)
         assert not set(out.token_ids) & set(forbidden)
         alone = {token: -float("inf") for token in range(96) if token != 7}
-        out = small.generate([3], speculation=shape_of(rule), **{**options, "logit_bias": alone})
+        out = small.generate([3], speculation=shape_of(rule), seed=0, **{**options, "logit_bias": alone})
         assert out.token_ids == [7] * 30
         assert out.stats.accepted > 0

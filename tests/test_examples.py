@@ -83,9 +83,10 @@ def test_a_page_in_the_browser_gets_the_text_as_it_is_written(lm: mtp_spec.LM) -
     finally:
         server.terminate()
         server.wait(timeout=30)
-    assert lines[-3:] == ["event: end", "data: {}", ""]
+    assert (lines[-3], lines[-1]) == ("event: end", "")
+    seed = json.loads(lines[-2].removeprefix("data: "))["seed"]
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-3] if line]
-    expected = lm.chat([{"role": "user", "content": "Name a bird"}], max_new_tokens=200)
+    expected = lm.chat([{"role": "user", "content": "Name a bird"}], max_new_tokens=200, seed=seed)
     assert "".join(event["text"] for event in events) == expected.text
     assert len({event["source"] for event in events}) > 1
 
@@ -106,8 +107,10 @@ def test_a_server_for_many(lm: mtp_spec.LM) -> None:
         server.terminate()
         server.wait(timeout=30)
     for question, answer in zip(questions, answers, strict=True):
-        events = [json.loads(line.removeprefix("data: ")) for line in answer.splitlines()[:-3] if line]
-        expected = lm.chat([{"role": "user", "content": question}], max_new_tokens=200)
+        *lines, _, end, _ = answer.splitlines()
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+        seed = json.loads(end.removeprefix("data: "))["seed"]
+        expected = lm.chat([{"role": "user", "content": question}], max_new_tokens=200, seed=seed)
         assert "".join(event["text"] for event in events) == expected.text
 
 
@@ -138,6 +141,6 @@ def test_training_from_chats_to_a_checkpoint(tmp_path: Path) -> None:
     out = run(train, "mtp", data, tmp_path / "two", "--model", tmp_path / "one", *texts, *small)
     assert '"after": "mtp"' in out
     lm = mtp_spec.load(tmp_path / "two")
-    ids = lm.generate([0, 2, 77, 3], max_new_tokens=6, speculation=3).token_ids
-    assert ids == lm.generate([0, 2, 77, 3], max_new_tokens=6, speculation=None).token_ids
+    ids = lm.generate([0, 2, 77, 3], max_new_tokens=6, seed=0, speculation=3).token_ids
+    assert ids == lm.generate([0, 2, 77, 3], max_new_tokens=6, seed=0, speculation=None).token_ids
     assert json.loads((tmp_path / "two" / "mtp.json").read_text())

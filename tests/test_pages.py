@@ -187,8 +187,8 @@ def test_texts_that_begin_together_read_their_prompt_once(folder: Path, speculat
     prompt, options = [(5 * i) % 96 for i in range(150)], {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
     texts = lm.generate([prompt], n=5, speculation=speculation, **options)[0]
     assert [text.stats.reused_tokens for text in texts] == [0, 128, 128, 128, 128]
-    for number, text in enumerate(texts):
-        assert text.token_ids == lm.generate(prompt, speculation=None, **{**options, "seed": 3 + number}).token_ids
+    for text in texts:
+        assert text.token_ids == lm.generate(prompt, speculation=None, **{**options, "seed": text.seed}).token_ids
 
 
 def test_auto_takes_over_what_was_read_without_drafts(folder: Path) -> None:
@@ -207,19 +207,19 @@ def test_auto_takes_over_what_was_read_without_drafts(folder: Path) -> None:
 def test_rows_that_depend_on_their_passes_are_not_shared(by_torch: None, folder: Path) -> None:
     lm = mtp_spec.load(folder, dtype="float32", max_batch=3)
     prompt = list(range(90))
-    texts = [lm.submit(prompt, max_new_tokens=4, logprobs=2).result() for _ in range(2)]
+    texts = [lm.submit(prompt, max_new_tokens=4, logprobs=2, seed=0).result() for _ in range(2)]
     assert texts[1].stats.reused_tokens == 0
-    assert texts[0].logprobs == texts[1].logprobs == lm.generate(prompt, max_new_tokens=4, logprobs=2).logprobs
+    assert texts[0].logprobs == texts[1].logprobs == lm.generate(prompt, max_new_tokens=4, logprobs=2, seed=0).logprobs
 
 
 def test_few_pages_make_texts_wait_and_refuse_the_longest(folder: Path) -> None:
     lm = mtp_spec.load(folder, dtype="bfloat16", max_batch=8, cache_tokens=2 * PAGE)
     with pytest.raises(mtp_spec.MTPSpecError, match=r"3 pages of 64 tokens .100 of the prompt, up to 40 new ones"):
-        lm.submit([1] * 100, max_new_tokens=40, speculation=None)
+        lm.submit([1] * 100, max_new_tokens=40, speculation=None, seed=0)
     prompts = [[i] * 20 for i in range(9)]
-    texts = [lm.submit(prompt, max_new_tokens=20, speculation=2) for prompt in prompts]
+    texts = [lm.submit(prompt, max_new_tokens=20, speculation=2, seed=0) for prompt in prompts]
     for prompt, text in zip(prompts, texts, strict=True):
-        assert text.result().token_ids == lm.generate(prompt, max_new_tokens=20, speculation=2).token_ids
+        assert text.result().token_ids == lm.generate(prompt, max_new_tokens=20, speculation=2, seed=0).token_ids
     assert lm._batch is not None
     pages = lm._batch.pages
     assert pages is not None
@@ -247,12 +247,12 @@ def test_cancelled_and_broken_texts_give_their_pages_back(folder: Path) -> None:
         options: dict[str, Any] = {"max_new_tokens": dice.randrange(1, 30), "speculation": dice.choice((None, 2))}
         if dice.random() < 0.3:
             options["logits_processor"] = fails
-        texts.append(lm.submit([dice.randrange(3)] * dice.randrange(1, 150), **options))
+        texts.append(lm.submit([dice.randrange(3)] * dice.randrange(1, 150), seed=0, **options))
         if dice.random() < 0.2:
             texts[-1].cancel()
     done.set()
     other.join()
-    assert len(lm.submit([1], max_new_tokens=1).result().token_ids) == 1
+    assert len(lm.submit([1], max_new_tokens=1, seed=0).result().token_ids) == 1
     pages = lm._batch.pages  # type: ignore[union-attr]
     lm.close()
     assert pages is not None
@@ -261,7 +261,7 @@ def test_cancelled_and_broken_texts_give_their_pages_back(folder: Path) -> None:
 
 def test_closing_frees_the_memory(folder: Path) -> None:
     lm = mtp_spec.load(folder, dtype="bfloat16", max_batch=2)
-    texts = [lm.submit([1, 2], max_new_tokens=100), lm.submit([3], max_new_tokens=5)]
+    texts = [lm.submit([1, 2], max_new_tokens=100, seed=0), lm.submit([3], max_new_tokens=5, seed=0)]
     texts[1].result()
     assert lm._batch is not None
     memory = weakref.ref(lm._batch.pages)
@@ -311,5 +311,5 @@ def test_pages_known_without_drafts_become_known_with_them() -> None:
 def test_a_text_that_never_drafted_leaves_its_pages(tmp_path: Path) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path / "model", "v3").folder, dtype="bfloat16", max_batch=2, measure=False)
     prompt = [(7 * i) % 90 for i in range(PAGE + 20)]
-    lm.submit(prompt, max_new_tokens=1).result()  # "auto", at its end before a step
-    assert lm.submit([*prompt, 5], max_new_tokens=4).result().stats.reused_tokens == PAGE
+    lm.submit(prompt, max_new_tokens=1, seed=0).result()  # "auto", at its end before a step
+    assert lm.submit([*prompt, 5], max_new_tokens=4, seed=0).result().stats.reused_tokens == PAGE

@@ -177,11 +177,11 @@ def test_drafts_are_accepted_after_a_long_pause(monkeypatch: pytest.MonkeyPatch)
     lm = mtp_spec.load()
     options = {"max_new_tokens": 150, "temperature": 0.0}
     prompt = [{"role": "user", "content": "Tell me a story about a fox"}]
-    plain = lm.chat(prompt, speculation=None, **options)
+    plain = lm.chat(prompt, speculation=None, seed=0, **options)
     monkeypatch.setattr(Speed, "learn", lambda *_: None)  # planned from typical times, however busy the machine is
     steps = iter([*[True] * 3, *[False] * 90, *[True] * 100])
     monkeypatch.setattr(Pace, "drafts", lambda *_: next(steps))
-    out = lm.chat(prompt, speculation="auto", **options)
+    out = lm.chat(prompt, speculation="auto", seed=0, **options)
     assert out.token_ids == plain.token_ids
     assert out.stats.histogram[0] >= 90
     # of first drafts: how wide and deep trees are depends on how sure the modules are of this very text
@@ -193,8 +193,8 @@ def test_auto_drafts_nothing_where_rows_run_one_by_one(tmp_path: Path) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path / "model").folder, dtype="float32", measure=False)
     lm = mtp_spec.LM(lm.model, None, "single", lm.max_context, measure=False)
     assert lm.speculation_for("auto") is None
-    assert lm.generate([1, 2, 3], max_new_tokens=4).stats.drafted == 0
-    assert lm.generate([1, 2, 3], max_new_tokens=4, speculation=2).stats.drafted > 0
+    assert lm.generate([1, 2, 3], max_new_tokens=4, seed=0).stats.drafted == 0
+    assert lm.generate([1, 2, 3], max_new_tokens=4, speculation=2, seed=0).stats.drafted > 0
 
 
 def test_times_are_positive_wherever_they_are_asked_for() -> None:

@@ -63,20 +63,21 @@ class NoRepeats:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_same_text_with_and_without_speculation(lm: mtp_spec.LM, shape: Any, temperature: float) -> None:
     options: dict[str, Any] = {"max_new_tokens": 24, "temperature": temperature, "logprobs": 1, "presence_penalty": 0.2}
-    plain = lm.generate([1, 2], speculation=None, logits_processor=no_repeats, **options)
+    plain = lm.generate([1, 2], speculation=None, logits_processor=no_repeats, seed=0, **options)
     for processor in (no_repeats, NoRepeats(), [no_repeats, lambda ids, logits: logits.double()]):
-        out = lm.generate([1, 2], speculation=shape, logits_processor=processor, **options)
+        out = lm.generate([1, 2], speculation=shape, logits_processor=processor, seed=0, **options)
         assert out.token_ids == plain.token_ids
         assert out.logprobs == plain.logprobs
     ids = [1, 2, *plain.token_ids]
     assert all(ids[i] not in ids[max(0, i - 6) : i] for i in range(2, len(ids)))
-    assert plain.token_ids != lm.generate([1, 2], speculation=None, **options).token_ids
+    assert plain.token_ids != lm.generate([1, 2], speculation=None, seed=0, **options).token_ids
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_keeps_to_what_a_processor_allows(lm: mtp_spec.LM, name: str) -> None:
     shape = Speculation(branching=(1, 1) if RULES[name].chains_only else (2, 2), acceptance=name)
-    out = lm.generate([1, 2], speculation=shape, logits_processor=NoRepeats(), max_new_tokens=30, temperature=1.0)
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.0, "seed": 0}
+    out = lm.generate([1, 2], speculation=shape, logits_processor=NoRepeats(), **options)
     ids = [1, 2, *out.token_ids]
     assert out.stats.accepted > 0
     assert all(ids[i] not in ids[max(0, i - 6) : i] for i in range(2, len(ids)))
@@ -84,7 +85,8 @@ def test_every_rule_keeps_to_what_a_processor_allows(lm: mtp_spec.LM, name: str)
 
 def test_a_state_is_computed_once_for_all_rows_of_a_path(lm: mtp_spec.LM) -> None:
     processor = NoRepeats()
-    out = lm.generate([1, 2], speculation=Speculation(branching=(2, 2)), logits_processor=processor, max_new_tokens=30)
+    tree = Speculation(branching=(2, 2))
+    out = lm.generate([1, 2], speculation=tree, logits_processor=processor, max_new_tokens=30, seed=0)
     assert out.stats.accepted > 0
     # drafts and targets ask about the same paths
     assert len(processor.advanced) < processor.asked
@@ -103,20 +105,20 @@ def test_what_follows_the_end_is_not_asked_about(lm: mtp_spec.LM, monkeypatch: p
 
     for name in ("coupled", *RULES):
         shape = Speculation(branching=(1,) * 4 if name == "block" else (2, 2, 1, 1), acceptance=name)
-        out = lm.generate([1, 2], speculation=shape, logits_processor=towards_the_end, temperature=1.0)
+        out = lm.generate([1, 2], speculation=shape, logits_processor=towards_the_end, temperature=1.0, seed=0)
         assert out.finish_reason == "stop"
         assert STOP not in out.token_ids[:-1]
     assert max(map(len, asked)) > 8
 
 
 def test_paths_without_a_token_end_the_draft_and_only_there(lm: mtp_spec.LM) -> None:
-    plain = lm.generate([1, 2], speculation=None, max_new_tokens=12)
+    plain = lm.generate([1, 2], speculation=None, max_new_tokens=12, seed=0)
 
     def only_plain(ids: list[int], logits: Tensor) -> Tensor:
         return logits if ids[2:] == plain.token_ids[: len(ids) - 2] else torch.full_like(logits, -torch.inf)
 
     for shape in SHAPES:
-        out = lm.generate([1, 2], speculation=shape, max_new_tokens=12, logits_processor=only_plain)
+        out = lm.generate([1, 2], speculation=shape, max_new_tokens=12, logits_processor=only_plain, seed=0)
         assert out.token_ids == plain.token_ids
     with pytest.raises(mtp_spec.MTPSpecError, match="logits_processor"):
         lm.generate([1, 2], logits_processor=lambda ids, logits: logits - torch.inf, speculation=None)
@@ -124,9 +126,9 @@ def test_paths_without_a_token_end_the_draft_and_only_there(lm: mtp_spec.LM) -> 
 
 def test_streams_lists_and_samples_take_it(lm: mtp_spec.LM) -> None:
     options: dict[str, Any] = {"max_new_tokens": 10, "logits_processor": NoRepeats()}
-    first, second = lm.generate([[1, 2], [3]], **options)
-    assert [event.token_id for event in lm.stream([1, 2], **options)] == first.token_ids
-    assert lm.generate([3], n=2, **options)[0].token_ids == second.token_ids
+    first, second = lm.generate([[1, 2], [3]], seed=0, **options)
+    assert [event.token_id for event in lm.stream([1, 2], seed=0, **options)] == first.token_ids
+    assert lm.generate([3], n=2, seed=second.seed, **options)[0].token_ids == second.token_ids
 
 
 def test_it_comes_where_transformers_has_it(made: tiny.Tiny) -> None:
@@ -158,13 +160,13 @@ def test_what_is_no_processor_is_refused(lm: mtp_spec.LM, value: Any) -> None:
 )
 def test_what_is_no_row_is_refused(lm: mtp_spec.LM, result: Any) -> None:
     with pytest.raises(OptionError, match=r"logits_processor returned .* shape \(96,\)"):
-        lm.generate([1], logits_processor=lambda ids, logits: result)
+        lm.generate([1], logits_processor=lambda ids, logits: result, seed=0)
 
 
 def test_a_row_of_its_own_is_left_alone(lm: mtp_spec.LM) -> None:
     own = torch.linspace(-1, 1, 96)
     kept = own.clone()
-    lm.generate([1], logits_processor=lambda ids, logits: own, max_new_tokens=5, temperature=0.7, top_k=3)
+    lm.generate([1], logits_processor=lambda ids, logits: own, max_new_tokens=5, temperature=0.7, top_k=3, seed=0)
     assert torch.equal(own, kept)
 
 
@@ -179,11 +181,11 @@ def test_an_error_in_the_middle_of_a_step_is_the_one_that_is_told(lm: mtp_spec.L
             return logits
 
         options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "speculation": speculation}
-        stream, told = lm.stream([5, 6, 7], logits_processor=fails, **options), list[int]()
+        stream, told = lm.stream([5, 6, 7], logits_processor=fails, seed=0, **options), list[int]()
         with pytest.raises(LookupError, match="own error"):
             told += [event.token_id for event in stream]
         assert list(stream) == []
-        handle = lm.submit([5, 6, 7], logits_processor=fails, **options)
+        handle = lm.submit([5, 6, 7], logits_processor=fails, seed=0, **options)
 
         async def listen(handle: mtp_spec.Handle = handle) -> list[int]:
             return [event.token_id async for event in handle]

@@ -11,6 +11,7 @@ import pytest
 
 from mtp_spec.bench.acceptance.questions import read_questions
 from mtp_spec.errors import OptionError
+from mtp_spec.seeds import derived_seed
 
 SPEC_BENCH = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorter."], "reference": []},
@@ -74,7 +75,8 @@ def test_a_number_chooses_at_random_and_repeats_with_other_seeds(tmp_path: Path)
     assert [q.turns[0] for q in whole.questions] == [f"Number {i}" for i in range(5)]
     assert some.questions == more.questions[:3]
     assert len({q.turns for q in more.questions}) == 5
-    assert [q.seed for q in more.questions] == [0] * 5 + [1] * 2
+    assert [q.seed for q in more.questions] == [derived_seed(0, i) for i in range(7)]
+    assert [q.seed for q in whole.questions] == [q.seed for q in more.questions][:5]
     assert len({whole.digest, some.digest, more.digest}) == 3
     assert len(read_questions("bundled", None, None).questions) == 60
 

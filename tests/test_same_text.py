@@ -14,6 +14,7 @@ import tiny
 from mtp_spec.draft import Drafter
 from mtp_spec.model.rows import row_logits, verify_rows
 from mtp_spec.passes import Work
+from mtp_spec.seeds import SAMPLES, derived_seed
 from mtp_spec.tree import ROOT, TokenTree
 
 SHAPES = [
@@ -104,9 +105,9 @@ def _oracle(tokens: list[int], wrong: int) -> Callable[..., TokenTree]:
 def test_any_drafter(folder: Path, wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = mtp_spec.load(folder, dtype="bfloat16")
     prompt = [4, 2]
-    plain = lm.generate(prompt, max_new_tokens=25, speculation=None)
+    plain = lm.generate(prompt, max_new_tokens=25, speculation=None, seed=0)
     monkeypatch.setattr(Drafter, "draft", _oracle(prompt + plain.token_ids, wrong))
-    drafted = lm.generate(prompt, max_new_tokens=25, speculation=4)
+    drafted = lm.generate(prompt, max_new_tokens=25, speculation=4, seed=0)
     assert drafted.token_ids == plain.token_ids
     expected = [0.0] * 4 if wrong else [1.0] * 4
     assert drafted.stats.accepted_per_depth["conditional"][:1] == expected[:1]
@@ -115,10 +116,10 @@ def test_any_drafter(folder: Path, wrong: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_caches_after_rollback_equal_a_fresh_run(folder: Path) -> None:
     lm = mtp_spec.load(folder, dtype="bfloat16")
-    ids = lm.generate([1, 2, 3], max_new_tokens=40, speculation=None, temperature=1.0).token_ids
-    again = lm.generate([1, 2, 3], max_new_tokens=40, speculation=5, temperature=1.0).token_ids
+    ids = lm.generate([1, 2, 3], max_new_tokens=40, speculation=None, temperature=1.0, seed=0).token_ids
+    again = lm.generate([1, 2, 3], max_new_tokens=40, speculation=5, temperature=1.0, seed=0).token_ids
     assert ids == again
-    longer = lm.generate([1, 2, 3], max_new_tokens=60, speculation=2, temperature=1.0).token_ids
+    longer = lm.generate([1, 2, 3], max_new_tokens=60, speculation=2, temperature=1.0, seed=0).token_ids
     assert longer[:40] == ids
 
 
@@ -126,9 +127,10 @@ def test_streams_and_lists_agree_with_generate(folder: Path) -> None:
     lm = mtp_spec.load(folder)
     options: dict[str, Any] = {"max_new_tokens": 12, "speculation": 3}
     prompts = [[1, 2], [3, 4, 5], [6]]
-    together = lm.generate(prompts, **options)
-    assert [one.token_ids for one in together] == [lm.generate(p, **options).token_ids for p in prompts]
-    events = list(lm.stream(prompts[0], **options))
+    together = lm.generate(prompts, seed=0, **options)
+    alone = [lm.generate(p, seed=one.seed, **options) for p, one in zip(prompts, together, strict=True)]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    events = list(lm.stream(prompts[0], seed=0, **options))
     assert [event.token_id for event in events] == together[0].token_ids
     assert events[0].step == 0
     assert events[0].source == "target"
@@ -150,17 +152,18 @@ def test_rows_follow_the_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
-def test_samples_are_the_texts_of_the_seeds_that_follow(folder: Path) -> None:
+def test_samples_are_the_texts_of_the_seeds_that_they_report(folder: Path) -> None:
     lm = mtp_spec.load(folder, dtype="bfloat16")
     options: dict[str, Any] = {"max_new_tokens": 10, "temperature": 1.0}
-    plain = [lm.generate([4, 2], seed=7 + i, speculation=None, **options).token_ids for i in range(3)]
+    seeds = [derived_seed(7, i, SAMPLES) for i in range(3)]
+    plain = [lm.generate([4, 2], seed=seed, speculation=None, **options).token_ids for seed in seeds]
     assert len(set(map(tuple, plain))) == 3
     assert [one.token_ids for one in lm.generate([4, 2], n=3, seed=7, speculation=3, **options)] == plain
     lists = lm.generate([[4, 2], [5]], n=2, seed=7, speculation=3, **options)
     assert [len(samples) for samples in lists] == [2, 2]
     assert [one.token_ids for one in lists[0]] == plain[:2]
     assert len(lm.generate([4, 2], n=1, **options)) == 1
-    for wrong in ({"n": 0}, {"n": 1.5}, {"n": 2, "seed": 2**64 - 1}):
+    for wrong in ({"n": 0}, {"n": 1.5}):
         with pytest.raises(mtp_spec.OptionError, match="=" + str(wrong["n"])):
             lm.generate([4, 2], **wrong)
     with pytest.raises(mtp_spec.OptionError, match="n=2"):

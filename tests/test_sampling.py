@@ -81,7 +81,7 @@ def test_draws_follow_the_processed_law(law: str) -> None:
 
 
 def test_siblings_are_distinct_and_begin_with_the_draw() -> None:
-    sampler = Sampler(SamplingParams(temperature=1.0), 50)
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=0), 50)
     row = sampler.process(torch.randn(50, generator=torch.Generator().manual_seed(0)), sampler.history([1]))
     for position in range(20):
         top = sampler.top(row, position, 5)

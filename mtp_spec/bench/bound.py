@@ -73,7 +73,7 @@ class FirstDepth:
         assert decoder.drafter is not None
         self.decoder, self.rule, self.width = decoder, rule, width
         self.nodes, self.accepted, self.bound, self.redrawn = 0, 0, 0.0, 0.0
-        self._random = np.random.default_rng(decoder.sampler.params.seed)
+        self._random = np.random.default_rng(decoder.sampler.params.known_seed)
         decoder.watch = self._watch
 
     def _watch(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:

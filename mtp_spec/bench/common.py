@@ -28,6 +28,7 @@ import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
 from mtp_spec.measured import processor_name
+from mtp_spec.seeds import derived_seed
 
 Row = dict[str, Any]
 
@@ -56,14 +57,14 @@ class Report:
 def bundled_prompts(count: int, seed: int = 0) -> list[Row]:
     """Returns `count` held-out prompts {"category", "prompt", "seed"} in random order.
 
-    Past the end of the list they come again with another generation seed.
+    Past the end of the list they come again. Every one has a generation seed of its own (`mtp_spec.seeds`).
     """
     if count < 1:
         raise OptionError(f"--prompts {count}: give 1 or more")
     lines = (files("mtp_spec.configs") / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts: list[Row] = [json.loads(line) for line in lines]
     random.Random(seed).shuffle(prompts)
-    return [{**prompts[i % len(prompts)], "seed": seed + i // len(prompts)} for i in range(count)]
+    return [{**prompts[i % len(prompts)], "seed": derived_seed(seed, i)} for i in range(count)]
 
 
 def question(lm: LM, prompt: str) -> list[int]:

@@ -48,7 +48,7 @@ def same_text(lm: LM, args: argparse.Namespace) -> Report:
     wrong: list[Row] = []
     for number, item in enumerate(track(bundled_prompts(args.prompts), "prompts", transient=True)):
         ids, way = question(lm, item["prompt"]), ways[number % len(ways)]
-        options = {**SAMPLING[way], "seed": item["seed"] + number, "max_new_tokens": args.max_new_tokens}
+        options = {**SAMPLING[way], "seed": number, "max_new_tokens": args.max_new_tokens}
         plain = lm.generate(ids, speculation=None, **options)
         turn = number // len(ways) * args.shapes
         chosen = names if args.all else [names[(turn + i) % len(names)] for i in range(args.shapes)]
@@ -81,7 +81,7 @@ def texts_digest(lm: LM, count: int, max_new_tokens: int) -> str:
     hashed = hashlib.sha256()
     for number, item in enumerate(track(bundled_prompts(count), "texts", transient=True)):
         options = SAMPLING[list(SAMPLING)[number % len(SAMPLING)]]
-        out = lm.generate(question(lm, item["prompt"]), speculation=None, seed=item["seed"] + number,
+        out = lm.generate(question(lm, item["prompt"]), speculation=None, seed=number,
                           max_new_tokens=max_new_tokens, **options)  # fmt: skip
         hashed.update(json.dumps(out.token_ids).encode())
     return hashed.hexdigest()[:16]

@@ -190,7 +190,8 @@ def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
     facts |= {"host after load": _memory("VmHWM"), "dtype": str(lm.model.dtype).removeprefix("torch.")}
     ids = [(31 * i) % lm.config.vocab_size for i in range(PROMPT)]
     begin = perf_counter()
-    texts = [lm.generate(ids, max_new_tokens=tokens, temperature=0.8, speculation=way).token_ids for way in (None, 1)]
+    texts = [lm.generate(ids, max_new_tokens=tokens, temperature=0.8, seed=0, speculation=way).token_ids
+             for way in (None, 1)]  # fmt: skip
     wrong = [] if texts[0] == texts[1] and len(texts[0]) == tokens else ["load: texts differ"]
     facts |= {"seconds for texts": perf_counter() - begin, "texts": texts}
     wrong += [] if lm.score(ids).logits.isfinite().all() else ["load: a logit is not finite"]

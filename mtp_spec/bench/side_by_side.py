@@ -12,8 +12,10 @@ from rich.progress import track
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question, spread
 from mtp_spec.bench.turns import noise
+from mtp_spec.seeds import text_seeds
 
 TURNS = "one by one, "
+SEED = 0
 
 
 def batch(lm: LM, args: argparse.Namespace) -> Report:
@@ -73,12 +75,13 @@ def _run(
 ) -> tuple[float, float, list[list[int]]]:
     """Returns tokens a second, tokens a step and the texts."""
     options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "speculation": speculation}
+    seeds = text_seeds(SEED, len(prompts))
     lm.close()  # no batch finds the prompts of the one before in its cache
     start = time.perf_counter()
     if name.startswith(TURNS):
-        out = [lm.generate(prompt, **options) for prompt in prompts]
+        out = [lm.generate(prompt, seed=seed, **options) for prompt, (seed,) in zip(prompts, seeds, strict=True)]
     else:
-        out = lm.generate(prompts, **options)
+        out = lm.generate(prompts, seed=SEED, **options)
     took = time.perf_counter() - start
     steps = sum(text.stats.steps for text in out)
     tokens = sum(text.stats.new_tokens for text in out)

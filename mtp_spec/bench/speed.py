@@ -25,7 +25,7 @@ import mtp_spec
 imported = time.perf_counter()
 lm = mtp_spec.load(sys.argv[1] if len(sys.argv) > 1 else None)
 loaded = time.perf_counter()
-lm.generate([0, 2, 400], max_new_tokens=32)
+lm.generate([0, 2, 400], max_new_tokens=32, seed=0)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"import_s": imported - start, "load_s": loaded - imported, "peak_mb": peak / 1024}))
 """
@@ -59,7 +59,7 @@ def _parts(lm: LM, speculations: dict[str, Any], temperature: float) -> dict[str
     """Returns microseconds of the parts of captured steps, which the loop runs in one."""
     prompt, parts = question(lm, bundled_prompts(1, seed=1)[0]["prompt"]), {}
     for name, speculation in speculations.items():
-        options = {"speculation": speculation, "temperature": temperature, "max_new_tokens": 64}
+        options = {"speculation": speculation, "temperature": temperature, "seed": 0, "max_new_tokens": 64}
         found = step_phases(lm, prompt, options)
         parts[name] = {"draft": found["draft"], "verify": found["verify"], "sample": found["accept"]}
         parts[name]["total"] = sum(found.values())

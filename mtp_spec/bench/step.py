@@ -104,7 +104,7 @@ def measure(
         full: the whole model, of which `model` is a slice.  rate: TB/s of a copy.
     """
     rows, facts, notes, seconds = list[Row](), dict[str, Any](), list[str](), dict[str, float]()
-    state.reset(SamplingParams(temperature=0.8), [0])
+    state.reset(SamplingParams(temperature=0.8, seed=0), [0])
     state.store.normal_()
     for part in [part for part in args.parts if part != TEXT]:
         start, context = time.perf_counter(), args.context
@@ -193,7 +193,7 @@ def _accepting(
     (whole,) = _extrapolated(layers, full, [CHAIN + 1]).values()
     for name, params in ACCEPTED.items():
         step = Step(model, state, shape, stages_of(params), CHAIN + 1)
-        state.reset(params, [0])
+        state.reset(replace(params, seed=0), [0])
         state.store.normal_()
         state.blank()
         state.length.fill_(context)

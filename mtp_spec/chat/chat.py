@@ -31,7 +31,7 @@ class Chat:
             del self.session.turns[: full.drop]
             draw, stream = self.session.ask(question)
         with interruptible(self.screen.rich) as interrupt:
-            self.interrupted = self.screen.answer(stream, draw.params.seed, lambda: interrupt.asked)
+            self.interrupted = self.screen.answer(stream, draw.params.known_seed, lambda: interrupt.asked)
         kept = self.session.keep(draw, stream, self.interrupted)
         self._comment(kept)
         return kept

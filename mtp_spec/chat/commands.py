@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from mtp_spec.chat.report import statistics
 from mtp_spec.chat.settings import NAMES, SHAPES, describe, parse_setting, parse_shape, shape_text
 from mtp_spec.chat.status import counted
 from mtp_spec.errors import OptionError
+from mtp_spec.seeds import LIMIT
 
 # of the two words' letters, for a suggestion
 SIMILAR = 0.4
-# seeds that are short to type; there are 2**64
-SHORT_SEEDS = 1 << 32
 SWITCHES = {"colour": "coloured", "stats": "statistics"}
 KEYS = """Alt-Enter begins a new line, as does Enter between three quotes. Tab completes commands.
 Ctrl-C stops an answer and keeps what is written; once more at an empty prompt, or Ctrl-D, leaves.
@@ -149,8 +147,8 @@ def _regen(chat: Chat, argument: str) -> None:
         session.set("seed", parse_setting("seed", argument))
     elif session.params.greedy:
         chat.screen.say("at temperature 0 the words change only if something else did")
-    else:
-        session.set("seed", (session.params.seed + 1) % (1 << 64))
+    elif session.params.seed is not None:
+        session.set("seed", (session.params.seed + 1) % LIMIT)
     turn, kept = session.turns.pop(), False
     try:
         kept = chat.ask(turn.question)
@@ -177,9 +175,9 @@ def _system(chat: Chat, argument: str) -> None:
 
 def _seed(chat: Chat, argument: str) -> None:
     if argument:
-        seed = random.randrange(SHORT_SEEDS) if argument == "random" else parse_setting("seed", argument)
-        chat.session.set("seed", seed)
-    chat.screen.say(f"seed {chat.session.params.seed}")
+        chat.session.set("seed", None if argument == "random" else parse_setting("seed", argument))
+    seed = chat.session.params.seed
+    chat.screen.say("a fresh seed for each answer, told below it" if seed is None else f"seed {seed}")
 
 
 def _spec(chat: Chat, argument: str) -> None:
@@ -232,10 +230,10 @@ COMMANDS = {
     "set": Command("/set NAME VALUE", "a sampling parameter; colour on shows who proposed a token; stats off", _set),
     "show": Command("/show [history]", "model, context and settings, or the conversation", _show),
     "clear": Command("/clear [N]", "forget the conversation, or its N oldest turns", _clear),
-    "regen": Command("/regen [SEED]", "answer the last question again, with the next seed", _regen),
+    "regen": Command("/regen [SEED]", "answer the last question again, with the next seed or a fresh one", _regen),
     "undo": Command("/undo", "forget the last question and its answer", _undo),
     "system": Command("/system [TEXT|off]", "the system message", _system),
-    "seed": Command("/seed [N|random]", "same seed and settings, same answers", _seed),
+    "seed": Command("/seed [N|random]", "same seed and settings, same answers; random is a fresh one for each", _seed),
     "spec": Command("/spec off|K|tree|auto", "what is drafted: nothing, a chain of K, a tree, what pays", _spec),
     "stats": Command("/stats", "what drafting did, last answer and whole chat", _stats),
     "save": Command("/save FILE", "write conversation and settings as JSON", _save),

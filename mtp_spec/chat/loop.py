@@ -75,7 +75,7 @@ def run_chat(
         prompt: where given, this one question is answered; "-" reads it from standard input.
         history: a file of one's own for what is typed.
     """
-    given = {"max_new_tokens": MAX_NEW_TOKENS, **options}
+    given = {"max_new_tokens": MAX_NEW_TOKENS, **lm.defaults.applied(options)}
     speculation = given.pop("speculation", "auto")
     session = Session(lm, SamplingParams.from_options(given), speculation, system)
     lm.speculation_for(speculation)

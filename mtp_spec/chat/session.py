@@ -25,7 +25,7 @@ class Draw:
 
     Attributes:
         messages: what was answered, the question last.
-        params: the sampling, seed included.
+        params: the sampling, with the seed that was drawn where there was none.
         speculation: as given to `LM.stream`.
     """
 
@@ -67,7 +67,7 @@ class Session:
 
     Args:
         lm: a model with a chat template.
-        params: how answers are drawn.
+        params: how answers are drawn; without a seed each answer draws its own.
         speculation: as for `LM.stream`.
         system: the system message.
     Attributes:
@@ -106,7 +106,8 @@ class Session:
         """
         self._check_room(question)
         draw = Draw(self.messages(question), self.params, self.speculation)
-        return draw, self.draw(draw)
+        stream = self.draw(draw)
+        return replace(draw, params=replace(self.params, seed=stream.result.seed)), stream
 
     def draw(self, draw: Draw) -> TokenStream:
         """Returns the stream that a draw describes; what it has in common with the last turn is not read again."""

@@ -27,7 +27,11 @@ def parse_setting(name: str, text: str) -> Any:
     """
     if text == "off":
         return getattr(SamplingParams(), name)
-    kind = _KINDS[name]
+    kind = int if name == "seed" else _KINDS[name]
+    if kind is bool:
+        if text != "on":
+            raise OptionError(f"{name} {text!r}: give on or off")
+        return True
     if kind in (int, float):
         try:
             return kind(text)
@@ -53,6 +57,8 @@ def setting_text(value: Any) -> str:
     """Returns a value as `/set` takes it."""
     if value is None:
         return "off"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | tuple | Mapping) else str(value)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from mtp_spec.bench.common import bundled_prompts, digest
 from mtp_spec.errors import OptionError
+from mtp_spec.seeds import derived_seed
 from mtp_spec.text import ROLES
 
 Record = Mapping[str, Any]
@@ -65,7 +66,7 @@ def read_questions(file: str, kind: str | None, count: int | None) -> QuestionSe
     Args:
         file: a path, or "bundled".
         kind: one of `KINDS`; None looks at the fields.
-        count: so many in random order, which come again with the next seed past the end; None is the whole file in its
+        count: so many in random order, which come again with other seeds past the end; None is the whole file in its
             order, or 60 of the bundled set.
 
     Raises:
@@ -86,12 +87,13 @@ def read_questions(file: str, kind: str | None, count: int | None) -> QuestionSe
         records = [(number, _record(path, number, line)) for number, line in lines]
         kind = kind or _kind(path, [record for _, record in records])
         found = [_question(path, number, kind, record) for number, record in records]
-    return QuestionSet(path.name, kind, found if count is None else _choose(found, count))
+    chosen = found if count is None else _choose(found, count)
+    return QuestionSet(path.name, kind, [replace(one, seed=derived_seed(0, i)) for i, one in enumerate(chosen)])
 
 
 def _choose(questions: list[Question], count: int) -> list[Question]:
     shuffled = random.Random(0).sample(questions, len(questions))
-    return [replace(shuffled[i % len(shuffled)], seed=i // len(shuffled)) for i in range(count)]
+    return [shuffled[i % len(shuffled)] for i in range(count)]
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
