@@ -5,6 +5,7 @@ V3 report (2412.19437) eq. 12-16: scores s choose with a correction bias, weigh 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
@@ -55,6 +56,7 @@ class Gate(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.config.routed_scaling_factor, indices
 
+    @np.errstate(all="ignore")  # NaN and infinity are looked for
     def choose(self, x: Tensor) -> tuple[list[list[float]], list[list[int]]]:
         """The same choice in plain Python: for a decode step's few numbers that is faster than torch's dispatch."""
         logits: npt.NDArray[np.float32] = row_products(x.float(), self.weight).detach().cpu().numpy()
@@ -66,7 +68,11 @@ class Gate(nn.Module):
         bias = self.e_score_correction_bias
         choice = scores if bias is None else scores + bias.cpu().numpy()
         rows = [self._choose_row(*row) for row in zip(scores.tolist(), choice.tolist(), strict=True)]
-        return [weights for weights, _ in rows], [indices for _, indices in rows]
+        weights, indices = [own for own, _ in rows], [own for _, own in rows]
+        if not math.isfinite((logits + choice).sum()):  # which order and sigmoid would hide: it is passed on
+            for row in np.flatnonzero(~np.isfinite(logits + choice).all(-1)):
+                weights[row] = [math.nan] * len(weights[row])
+        return weights, indices
 
     def _choose_row(self, scores: list[float], choice: list[float]) -> tuple[list[float], list[int]]:
         config = self.config

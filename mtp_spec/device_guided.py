@@ -57,7 +57,8 @@ class GuidedDecoder(DeviceDecoder):
         self.history = sampler.history(prompt)
 
     def _first(self, logits: Tensor) -> tuple[int, bool]:
-        token = self.sampler.draw(self.sampler.process(logits[0], self.history), len(self.tokens))
+        row = self.sampler.process(logits[0], self.history, len(self.tokens))
+        token = self.sampler.draw(row, len(self.tokens))
         self.history = self.history.child(token)
         return token, False
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.errors import MTPSpecError, NotFiniteError, OptionError
 from mtp_spec.noise import GumbelNoise
 from mtp_spec.options import SamplingParams
 from mtp_spec.processors import LogitsProcessor, Trail
@@ -129,7 +129,7 @@ class Sampler:
         """The history at the end of the prompt."""
         return History(prompt_ids, self.vocab_size, Trail.begin(self.processors, prompt_ids, self._stop_ids))
 
-    def process(self, logits_row: torch.Tensor, history: History) -> torch.Tensor:
+    def process(self, logits_row: torch.Tensor, history: History, position: int | None = None) -> torch.Tensor:
         """The row that a token is drawn from: unnormalised log-probabilities, removed tokens at -inf.
 
         Stages, in order, those switched off skipped: logit bias, repetition penalty, presence and frequency penalty,
@@ -140,11 +140,21 @@ class Sampler:
         Args:
             logits_row: [V], any float dtype; left untouched.
             history: the path that leads to this row.
+            position: of the token that is to be drawn from it, where it is the main model's; a row that only proposes
+                drafts may hold anything, and `leaves_nothing` tells.
 
         Returns:
             [V] float32 on the CPU.
+
+        Raises:
+            NotFiniteError: the main model's row holds NaN or +inf.
         """
         row = self._float_row(logits_row).copy()
+        highest = float(row.max())
+        if not math.isfinite(highest):  # looked at before bias, penalties and processors, which may hide it
+            if position is not None and highest != -math.inf:
+                raise NotFiniteError(_no_token(highest, position))
+            return torch.from_numpy(row)
         if len(self._bias_ids):
             row[self._bias_ids] += self._bias_values
         self._penalise(row, history)
@@ -163,9 +173,19 @@ class Sampler:
             row[row < self._log_min_p] = _NEGATIVE_INFINITY
         return torch.from_numpy(row)
 
+    def check(self, logits_row: torch.Tensor, position: int) -> None:
+        """Refuses a row of a model that holds -inf, which only processors may put there; `process` looks for the rest.
+
+        Raises:
+            NotFiniteError: it does.
+        """
+        if not math.isfinite(lowest := float(logits_row.min())):
+            raise NotFiniteError(f"no token can be drawn at position {position}: the logits contain {lowest}")
+
     def leaves_nothing(self, processed: torch.Tensor) -> bool:
-        """Whether every token was removed: an error in a text, the end of a draft."""
-        return float(processed.max()) == -math.inf
+        """Whether no token can be drawn: all were removed, or one is NaN or +inf. An error in a text, the end of a
+        draft."""
+        return not math.isfinite(float(processed.max()))
 
     def draw(self, processed: torch.Tensor, position: int) -> int:
         """The token at an absolute position: argmax of the row plus the position's noise; lowest id among equals.
@@ -177,7 +197,7 @@ class Sampler:
         best = int(scores.argmax())
         # argmax stops at the first NaN, so looking at the winner is enough
         if not math.isfinite(scores[best]):
-            raise _no_token(scores[best], position)
+            raise MTPSpecError(_no_token(scores[best], position))
         return best
 
     def top(self, processed: torch.Tensor, position: int, k: int) -> list[int]:
@@ -193,7 +213,7 @@ class Sampler:
         scores = self._scores(processed, position)
         best = [token for token in _best(scores, k) if scores[token] != _NEGATIVE_INFINITY]
         if not best or not math.isfinite(scores[best[0]]):
-            raise _no_token(scores.max(), position)
+            raise MTPSpecError(_no_token(scores.max(), position))
         return best
 
     def lead(self, processed: torch.Tensor, position: int, best: int) -> float:
@@ -212,7 +232,7 @@ class Sampler:
         row: Float32Array = processed.numpy()
         best = int(row.argmax())
         if not math.isfinite(row[best]):
-            raise _no_token(row[best], position)
+            raise MTPSpecError(_no_token(row[best], position))
         if self.params.greedy:
             certain = np.zeros(len(row))
             certain[best] = 1.0
@@ -305,9 +325,7 @@ def _best(values: Float32Array, k: int) -> list[int]:
     return best
 
 
-def _no_token(score: float, position: int) -> MTPSpecError:
-    left = "no token is left after logit_bias and logits_processor"
-    reason = left if score == -math.inf else f"the logits contain {float(score)}"
-    return MTPSpecError(
-        f"no token can be drawn at position {position}: {reason}; check the weights and dtype, or allow more tokens"
-    )
+def _no_token(score: float, position: int) -> str:
+    left = "no token is left after logit_bias and logits_processor; allow more tokens"
+    reason = left if score == -math.inf else f"the logits contain {float(score)}; check the weights and dtype"
+    return f"no token can be drawn at position {position}: {reason}"
