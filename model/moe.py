@@ -141,7 +141,7 @@ class MoE(nn.Module):
         self.down = empty_parameter(experts, hidden, size, dtype=dtype, device=device)
         # rows seen by each expert since the trainer last looked: what its balancing bias follows
         self.load: Tensor
-        self.register_buffer("load", torch.zeros(experts, device=device), persistent=False)
+        self.register_buffer("load", torch.zeros(experts, dtype=torch.float32, device=device), persistent=False)
         self.shared: MLP | None = None
         if config.n_shared_experts:
             self.shared = MLP(hidden, size * config.n_shared_experts, dtype, device, ranks)
@@ -158,7 +158,7 @@ class MoE(nn.Module):
         At the few small experts of a trainable model this beats sorting rows, and it compiles to dense code.
         """
         rows = x.shape[0]
-        dense = torch.zeros(rows, self.experts, device=x.device).scatter(1, indices, weights)
+        dense = torch.zeros(rows, self.experts, dtype=torch.float32, device=x.device).scatter(1, indices, weights)
         with torch.no_grad():
             self.load += (dense > 0).sum(0)
         inner = gated_silu(F.linear(x, self.gate_up.flatten(0, 1)).view(rows, self.experts, -1))
@@ -189,7 +189,7 @@ class MoE(nn.Module):
         by_rank = [sum(e // self.experts == rank for e in flat) for rank in range(self.ranks.size)]
         pairs = self.ranks.join(torch.cat(outs) if outs else x[:0], by_rank)
         out = (pairs if back is None else pairs[back]).view(rows, slots, -1)
-        routed = weighted_sum(out, torch.tensor(weights, device=x.device))
+        routed = weighted_sum(out, torch.tensor(weights, dtype=torch.float32, device=x.device))
         return routed if self.shared is None else routed + self.shared.finish(inner[-1])
 
     def _activated(self, ups: list[Tensor]) -> list[Tensor]:

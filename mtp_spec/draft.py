@@ -282,8 +282,9 @@ class Drafter:
         model.unsound.add(module)
         name = f"model.layers.{model.config.num_hidden_layers + module}"
         warnings.warn(
-            f"MTP module {module + 1} of {len(self.caches)} ({name}) gives NaN or infinity: its drafts are dropped, and the "
-            "text goes on as without them; check the module's weights, or load with a wider dtype", stacklevel=2,
+            f"MTP module {module + 1} of {len(self.caches)} ({name}) gives NaN or infinity: its drafts are dropped, "
+            "and the text goes on as without them; check its weights, or load with a wider dtype",
+            stacklevel=2,
         )  # fmt: skip
 
     def _propose(

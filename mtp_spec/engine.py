@@ -15,6 +15,7 @@ from torch import Tensor
 from mtp_spec.accept import Accepted, Drawn, accept_by_rule, accept_coupled
 from mtp_spec.draft import Drafter
 from mtp_spec.errors import MTPSpecError, NotFiniteError
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.options import Speculation
 from mtp_spec.pages import HostLease
 from mtp_spec.passes import MainRows, Runner, Work
@@ -140,7 +141,7 @@ class Decoder:
         self._at_rest = True
         return self._take(accepted)
 
-    @torch.inference_mode()
+    @undisturbed()
     def prefix(self) -> Prefix | None:
         """Returns the caches for the next text; None where a step was cut short."""
         if not self._at_rest:
