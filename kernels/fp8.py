@@ -100,7 +100,8 @@ def weight_dequant(
 def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, block_size: int = BLOCK) -> Tensor:
     """Returns a `[M, K]` @ b `[N, K]`.T in float32, scaled block by block of K as the kernels do."""
     columns = b_scale.repeat_interleave(block_size, 0)[: b.shape[0]]
-    out, blocks = torch.zeros(a.shape[0], b.shape[0], device=a.device), (widen(x).split(block_size, 1) for x in (a, b))
+    out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
+    blocks = (widen(x).split(block_size, 1) for x in (a, b))
     for block, (left, right) in enumerate(zip(*blocks, strict=True)):
         out += ordered.products(left, right) * a_scale[:, block, None] * columns[:, block]
     return out

@@ -50,18 +50,19 @@ def _times(x: Tensor, factors: Tensor, out: Tensor) -> None:
     that multiplies two types in one pass, in place of three through float32. A bias of -0 keeps the sign of a zero.
     """
     channels = len(factors)
-    bias, mean, variance = (torch.full((channels,), value) for value in (-0.0, 0.0, 1.0))
+    bias, mean, variance = (torch.full((channels,), value, dtype=torch.float32) for value in (-0.0, 0.0, 1.0))
     torch.ops.aten.native_batch_norm.out(
         x.view(len(x), channels, -1), factors, bias, mean, variance, False, 0.0, 0.0,
-        out=out.view(len(x), channels, -1), save_mean=torch.empty(0), save_invstd=torch.empty(0),
+        out=out.view(len(x), channels, -1), save_mean=factors.new_empty(0), save_invstd=factors.new_empty(0),
     )  # fmt: skip
 
 
 def _keeps_subnormals() -> bool:
     """Returns whether no thread takes bfloat16's subnormal numbers for 0, as `torch.set_flush_denormal` has it do."""
-    smallest = torch.full((torch.get_num_threads(), BLOCK), torch.finfo(torch.bfloat16).smallest_normal / 2)
+    value, wide = torch.finfo(torch.bfloat16).smallest_normal / 2, torch.float32
+    smallest = torch.full((torch.get_num_threads(), BLOCK), value, dtype=wide)
     found = torch.empty(smallest.shape, dtype=torch.bfloat16)
-    _times(smallest.bfloat16(), torch.tensor([RATIO]), found)
+    _times(smallest.bfloat16(), torch.tensor([RATIO], dtype=wide), found)
     return bool(found.all())
 
 
@@ -72,8 +73,9 @@ def quantise(weight: Tensor, block: int = BLOCK, power_of_two: bool = False) -> 
         ValueError: a number is NaN or infinite.
     """
     rows, columns = weight.shape
-    out, scales = torch.empty(rows, columns, dtype=E4M3), torch.empty(block_counts(rows, columns, block))
-    padded = torch.zeros(scales.shape[1] * block)
+    out, wide = torch.empty(rows, columns, dtype=E4M3), torch.float32
+    scales = torch.empty(block_counts(rows, columns, block), dtype=wide)
+    padded = torch.zeros(scales.shape[1] * block, dtype=wide)
     for number, first in enumerate(range(0, rows, block)):
         part = weight[first : first + block].to(torch.float32, copy=True)
         padded[:columns] = part.abs().amax(0)

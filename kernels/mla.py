@@ -168,7 +168,7 @@ def prepare(
 
     lora = q_norm is not None
     quantised = torch.empty(rows if lora else 0, q_rank, dtype=E4M3, device=down.device)
-    scales = torch.empty(rows if lora else 0, -(-q_rank // BLOCK), device=down.device)
+    scales = torch.empty(rows if lora else 0, -(-q_rank // BLOCK), dtype=torch.float32, device=down.device)
     kernels._prepare_kernel[(rows, 2 if lora else 1)](
         down, kv_norm if q_norm is None else q_norm, kv_norm, table, *_where(plan), plan.depths, plan.slots, quantised,
         scales, *cache.parts, cache.base, plan.offset, eps, plan.each, PAGED=plan.pages is not None, A_ROWS=q_rank,
@@ -218,7 +218,7 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
     rows, columns = context.shape[0], head.heads * head.value
     whole = head.value % BLOCK == 0
     out = torch.empty(rows, columns, dtype=E4M3 if whole else torch.bfloat16, device=context.device)
-    scales = torch.empty(rows, -(-columns // BLOCK), device=context.device)
+    scales = torch.empty(rows, -(-columns // BLOCK), dtype=torch.float32, device=context.device)
     kernels._up_kernel[(head.heads, -(-head.value // BLOCK))](
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads,
         N=head.nope, V=head.value, C=head.latent, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),

@@ -220,10 +220,10 @@ def experts_reference(
                                                               strict=True))  # fmt: skip
     if exchange is not None:
         hidden, hidden_scale = exchange(hidden, hidden_scale)
-    parts = torch.empty(len(chosen), weights.outputs, device=x.device)
+    parts = torch.empty(len(chosen), weights.outputs, dtype=torch.float32, device=x.device)
     for expert, pairs in by_expert:
         parts[pairs] = fp8_gemm(hidden[pairs], hidden_scale[pairs], weights.down[expert], weights.down_scale[expert])
-    out = torch.zeros(x.shape[0], weights.outputs, device=x.device)
+    out = torch.zeros(x.shape[0], weights.outputs, dtype=torch.float32, device=x.device)
     weighted = (parts * pair_weights.flatten()[:, None]).unflatten(0, (-1, per_row))
     for place in range(per_row):
         out += weighted[:, place]
@@ -255,11 +255,11 @@ def gate_up(
     unroll = launch.unrolled(launch.up_unroll, rows)
     step = unroll * BLOCK * (2 * launch.up_tile + tokens)
     hidden = torch.empty(pairs, inner, dtype=E4M3, device=device)
-    hidden_scale = torch.empty(pairs, inner_blocks, device=device)
+    hidden_scale = torch.empty(pairs, inner_blocks, dtype=torch.float32, device=device)
     _gate_up_kernel[(slots * -(-inner // launch.up_tile),)](
         _described(weights.gate_up, launch.up_tile), weights.gate_up, weights.gate_up_scale, x, x_scale,
         groups.order, groups.expert, groups.first, groups.count,
-        hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, device=device),
+        hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, dtype=torch.float32, device=device),
         _arrivals(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row, slots, weights.count,
         TILE=launch.up_tile, TOKENS=tokens, STAGES=stages_that_fit(launch.up_stages, step), UNROLL=unroll,
         EVEN=channels % BLOCK == 0, SHARED=shared, AHEAD=launch.up_ahead, LARGEST=E4M3_MAX,
@@ -279,7 +279,7 @@ def down(
     channels, slots, tiles = weights.outputs, groups.count.shape[0], -(-weights.outputs // launch.down_tile)
     unroll = launch.unrolled(launch.down_unroll, rows)
     step = unroll * BLOCK * (launch.down_tile + launch.slot(rows))
-    parts = torch.empty(pairs, channels, device=device)
+    parts = torch.empty(pairs, channels, dtype=torch.float32, device=device)
     out = torch.empty(rows, channels, dtype=dtype, device=device)
     _down_kernel[(slots * tiles,)](
         _described(weights.down, launch.down_tile), weights.down, weights.down_scale, hidden, hidden_scale,

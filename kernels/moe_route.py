@@ -118,9 +118,9 @@ def route(
     rows, channels = x.shape
     device, per_row = x.device, routing.per_row
     stretches = -(-channels // STRETCH)
-    parts = torch.empty(rows, stretches, routing.experts, device=device)
+    parts = torch.empty(rows, stretches, routing.experts, dtype=torch.float32, device=device)
     quantised = torch.empty(rows if quantise else 0, channels, dtype=E4M3, device=device)
-    scales = torch.empty(rows if quantise else 0, -(-channels // BLOCK), device=device)
+    scales = torch.empty(rows if quantise else 0, -(-channels // BLOCK), dtype=torch.float32, device=device)
     row_parts = -(-rows // MOST_ROWS)
     _router_kernel[(-(-routing.experts // ROUTER_EXPERTS), stretches, row_parts)](
         x, weight, parts, quantised, scales, rows, channels, routing.experts, scales.shape[1],
@@ -128,7 +128,7 @@ def route(
         **late(x),
     )  # fmt: skip
     indices = torch.empty(rows, per_row, dtype=torch.int32, device=device)
-    weights = torch.empty(rows, per_row, device=device)
+    weights = torch.empty(rows, per_row, dtype=torch.float32, device=device)
     in_kernel = tokens is not None and rows <= MOST_ROWS
     groups = empty_groups(indices, routing.experts + routing.shared, tokens if in_kernel else None)
     size = routing.experts // routing.groups
@@ -166,7 +166,7 @@ def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Rout
         weights = weights / (ordered.total(weights).unsqueeze(-1) + 1e-20)
     rows = x.shape[0]
     shared = torch.arange(routing.experts, routing.experts + routing.shared, device=x.device).expand(rows, -1)
-    ones = torch.ones(rows, routing.shared, device=x.device)
+    ones = torch.ones(rows, routing.shared, dtype=torch.float32, device=x.device)
     return torch.cat((indices, shared), -1).int(), torch.cat((weights * routing.scale, ones), -1)
 
 

@@ -118,7 +118,7 @@ def quant(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
 
 def _outputs(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor]:
     quantised = torch.empty(rows, channels, dtype=E4M3, device=x.device)
-    return quantised, torch.empty(rows, -(-channels // BLOCK), device=x.device)
+    return quantised, torch.empty(rows, -(-channels // BLOCK), dtype=torch.float32, device=x.device)
 
 
 if triton is not None:

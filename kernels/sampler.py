@@ -125,8 +125,8 @@ def sample(
     device, stretch = logits.device, stretch_of(vocabulary)
     stretches = -(-vocabulary // stretch)
     wide = triton.next_power_of_2(stretches)
-    work = torch.empty(rows, vocabulary, device=device)
-    highest = torch.empty(rows, stretches, device=device)
+    work = torch.empty(rows, vocabulary, dtype=torch.float32, device=device)
+    highest = torch.empty(rows, stretches, dtype=torch.float32, device=device)
     depth = 0 if path is None else path.shape[1]
     grid = (rows, stretches)
     kernels._penalise_kernel[grid](
@@ -135,7 +135,7 @@ def sample(
         **late(work),
     )  # fmt: skip
     edge, ties = _search(work, highest, request, settings, stages, stretch)
-    best_value = torch.empty(rows, stretches, best, device=device)
+    best_value = torch.empty(rows, stretches, best, dtype=torch.float32, device=device)
     best_token = torch.empty(rows, stretches, best, dtype=torch.int32, device=device)
     kernels._draw_kernel[grid](
         work, highest, request, settings.values, settings.seed, position, edge, ties, best_value, best_token,
@@ -145,7 +145,7 @@ def sample(
         **late(work),
     )  # fmt: skip
     tokens = torch.empty(rows, best, dtype=torch.int32, device=device)
-    scores = torch.empty(rows, best, device=device)
+    scores = torch.empty(rows, best, dtype=torch.float32, device=device)
     failed = torch.empty(rows, dtype=torch.int32, device=device)
     kernels._pick_kernel[(rows,)](
         best_value, best_token, highest, tokens, scores, failed, stretches,
@@ -164,7 +164,7 @@ def gumbel(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     from mtp_spec.kernels import sampler_kernels as kernels
 
     stretch = stretch_of(vocabulary)
-    out = torch.empty(seed.shape[0], vocabulary, device=seed.device)
+    out = torch.empty(seed.shape[0], vocabulary, dtype=torch.float32, device=seed.device)
     kernels._gumbel_kernel[(seed.shape[0], -(-vocabulary // stretch))](
         seed, position, out, vocabulary, STRETCH=stretch, **late(out)
     )

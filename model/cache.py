@@ -96,6 +96,22 @@ class LatentCache:
                 slots[to] = slots[index]
         self.length = start + count
 
+    def clean(self, count: int) -> None:
+        """Zeros so many slots after the committed ones: what a reader multiplies by zero must not be NaN."""
+        for slots in self.slots:
+            if self._address is None:
+                slots[self.length : self.length + count] = 0
+            else:
+                slots[self._address[self.length : self.length + count]] = 0
+
+    def first_unsound(self, slots: Sequence[int]) -> tuple[int, int] | None:
+        """Returns the first layer where one of these slots holds NaN or infinity, and which of them is the first."""
+        for layer in range(len(self.slots)):
+            sound = self.read(layer, max(slots, default=-1) + 1)[list(slots)].isfinite().all(-1)
+            if not bool(sound.all()):
+                return layer, int((~sound).nonzero()[0])
+        return None
+
     def rewind(self, length: int) -> None:
         """Forgets every slot from `length` on."""
         if not 0 <= length <= self.length:

@@ -119,7 +119,7 @@ class DeviceModel:
         self.draft_head = Matrix.empty(rows, config.hidden_size, self.device) if drafts else None
         modules = config.num_nextn_predict_layers
         self.mtp = [Module(config, self.device, eh_packed, router, ranks) for _ in range(modules)]
-        self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=self.device)
+        self._table = torch.empty(0, 2, config.qk_rope_head_dim, dtype=torch.float32, device=self.device)
 
     def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan) -> Tensor:
         """Returns the normed hidden states `[M, D]` of tokens ids `[M]` int64, which join the caches."""
@@ -148,7 +148,7 @@ class DeviceModel:
         assert head is not None
         assert head.scale is not None
         if self.draft_ids is not None and not len(self.draft_ids):  # all of them are other ranks'
-            none = torch.full((len(hidden), len(self.lm_head)), -torch.inf, device=self.device)
+            none = torch.full((len(hidden), len(self.lm_head)), -torch.inf, dtype=torch.float32, device=self.device)
             return self.ranks.gather(none)
         some = gemm.fp8_gemm(*quant.quant(hidden), head.weight, head.scale, dtype=torch.float32)
         if self.draft_ids is not None:

@@ -43,7 +43,8 @@ class Matrix:
         if not packed:
             return cls(torch.empty(rows, columns, dtype=torch.bfloat16, device=device), None, whole or rows)
         weight = torch.empty(rows, columns, dtype=fp8.E4M3, device=device)
-        return cls(weight, torch.empty(_blocks(rows), _blocks(columns), device=device), whole or rows)
+        scales = torch.empty(_blocks(rows), _blocks(columns), dtype=torch.float32, device=device)
+        return cls(weight, scales, whole or rows)
 
     def __call__(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Returns x @ weight.T in bfloat16; x `[M, K]` bfloat16, or e4m3 with scales for an FP8 weight."""
@@ -172,13 +173,13 @@ class Mixture:
             scale=config.routed_scaling_factor,
         )  # fmt: skip
         self.router = torch.empty(self.routed, hidden, dtype=router, device=device)
-        self.bias = torch.empty(self.routed, device=device) if config.has_gate_bias else None
+        self.bias = torch.empty(self.routed, dtype=torch.float32, device=device) if config.has_gate_bias else None
         count, outputs, inner = self.routed + shared, len(ranks.part(hidden, BLOCK)), config.moe_intermediate_size
         self.experts = moe.Experts(
             torch.empty(count, 2 * self.inner, hidden, dtype=fp8.E4M3, device=device),
-            torch.empty(count, 2 * _blocks(self.inner), _blocks(hidden), device=device),
+            torch.empty(count, 2 * _blocks(self.inner), _blocks(hidden), dtype=torch.float32, device=device),
             torch.empty(count, outputs, inner, dtype=fp8.E4M3, device=device),
-            torch.empty(count, _blocks(outputs), _blocks(inner), device=device),
+            torch.empty(count, _blocks(outputs), _blocks(inner), dtype=torch.float32, device=device),
         )
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -45,8 +45,10 @@ class HostModel:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> None:
         self.config, self.dtype, self.device, self.ranks = config, dtype, device, ranks
+        self.unsound: set[int] = set()  # MTP modules that were found to give NaN or infinity
         self.stored = str(dtype).removeprefix("torch.")
-        self._table = torch.empty(0, 2, config.qk_rope_head_dim, device=device)  # grows with the text
+        # grows with the text
+        self._table = torch.empty(0, 2, config.qk_rope_head_dim, dtype=torch.float32, device=device)
 
     @abstractmethod
     def joint_rows(self, ids: Sequence[int], plan: JointPlan) -> Tensor:

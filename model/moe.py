@@ -5,6 +5,7 @@ V3 report (2412.19437) eq. 12-16: scores s choose with a correction bias, weigh 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
@@ -55,6 +56,7 @@ class Gate(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.config.routed_scaling_factor, indices
 
+    @np.errstate(all="ignore")  # NaN and infinity are looked for
     def choose(self, x: Tensor) -> tuple[list[list[float]], list[list[int]]]:
         """The same choice in plain Python: for a decode step's few numbers that is faster than torch's dispatch."""
         logits: npt.NDArray[np.float32] = row_products(x.float(), self.weight).detach().cpu().numpy()
@@ -66,7 +68,11 @@ class Gate(nn.Module):
         bias = self.e_score_correction_bias
         choice = scores if bias is None else scores + bias.cpu().numpy()
         rows = [self._choose_row(*row) for row in zip(scores.tolist(), choice.tolist(), strict=True)]
-        return [weights for weights, _ in rows], [indices for _, indices in rows]
+        weights, indices = [own for own, _ in rows], [own for _, own in rows]
+        if not math.isfinite((logits + choice).sum()):  # which order and sigmoid would hide: it is passed on
+            for row in np.flatnonzero(~np.isfinite(logits + choice).all(-1)):
+                weights[row] = [math.nan] * len(weights[row])
+        return weights, indices
 
     def _choose_row(self, scores: list[float], choice: list[float]) -> tuple[list[float], list[int]]:
         config = self.config
@@ -135,7 +141,7 @@ class MoE(nn.Module):
         self.down = empty_parameter(experts, hidden, size, dtype=dtype, device=device)
         # rows seen by each expert since the trainer last looked: what its balancing bias follows
         self.load: Tensor
-        self.register_buffer("load", torch.zeros(experts, device=device), persistent=False)
+        self.register_buffer("load", torch.zeros(experts, dtype=torch.float32, device=device), persistent=False)
         self.shared: MLP | None = None
         if config.n_shared_experts:
             self.shared = MLP(hidden, size * config.n_shared_experts, dtype, device, ranks)
@@ -152,7 +158,7 @@ class MoE(nn.Module):
         At the few small experts of a trainable model this beats sorting rows, and it compiles to dense code.
         """
         rows = x.shape[0]
-        dense = torch.zeros(rows, self.experts, device=x.device).scatter(1, indices, weights)
+        dense = torch.zeros(rows, self.experts, dtype=torch.float32, device=x.device).scatter(1, indices, weights)
         with torch.no_grad():
             self.load += (dense > 0).sum(0)
         inner = gated_silu(F.linear(x, self.gate_up.flatten(0, 1)).view(rows, self.experts, -1))
@@ -183,7 +189,7 @@ class MoE(nn.Module):
         by_rank = [sum(e // self.experts == rank for e in flat) for rank in range(self.ranks.size)]
         pairs = self.ranks.join(torch.cat(outs) if outs else x[:0], by_rank)
         out = (pairs if back is None else pairs[back]).view(rows, slots, -1)
-        routed = weighted_sum(out, torch.tensor(weights, device=x.device))
+        routed = weighted_sum(out, torch.tensor(weights, dtype=torch.float32, device=x.device))
         return routed if self.shared is None else routed + self.shared.finish(inner[-1])
 
     def _activated(self, ups: list[Tensor]) -> list[Tensor]:

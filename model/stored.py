@@ -227,7 +227,7 @@ def widen_scales(scales: Tensor) -> Tensor:
     """Returns block scales as float32; bytes are exponents of two ("ue8m0", biased by 127)."""
     if scales.dtype != torch.uint8:
         return scales.float()
-    return torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
+    return torch.ldexp(torch.ones(scales.shape, dtype=torch.float32), scales.int() - 127)
 
 
 def read_ahead(tensors: Mapping[Key, TensorInfo]) -> Iterator[tuple[Key, Tensor]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mtp_spec.errors import NotFiniteError
 from mtp_spec.rules import Choices, Rule
 from mtp_spec.rules.base import Law
 from mtp_spec.sampling import History, Sampler
@@ -71,11 +72,14 @@ def accept_coupled(
         history: tokens up to and including the root.
         position: absolute position of the token that row 0 predicts.
         is_last: told each token as it is drawn; true ends the text there.
+
+    Raises:
+        NotFiniteError: a row that a token is to be drawn from holds NaN or infinity.
     """
     node, nodes, drawn = ROOT, list[int](), list[Drawn]()
     while True:
         row = logits[node + 1]
-        token = sampler.draw(sampler.process(row, history), position + len(drawn))
+        token = sampler.draw(_processed(sampler, row, history, position + len(drawn), node), position + len(drawn))
         history = history.child(token)
         child = tree.child(node, token)
         wanted = sampler.params.logprobs
@@ -110,7 +114,7 @@ def accept_by_rule(
     def target(node: int) -> Law:
         own = history.extend(tree.path_tokens(node))
         depth = 0 if node == ROOT else tree.depths[node]
-        return sampler.law(sampler.process(logits[node + 1], own), position + depth)
+        return sampler.law(_processed(sampler, logits[node + 1], own, position + depth, node), position + depth)
 
     verdict = rule.judge(tree, laws, target, choices)
     tokens = [*(tree.tokens[node] for node in verdict.nodes), verdict.token]
@@ -124,3 +128,11 @@ def accept_by_rule(
             break
     history = history.extend(one.token for one in drawn)
     return Accepted(verdict.nodes[: len(drawn)], drawn, history, stopped)
+
+
+def _processed(sampler: Sampler, row: Tensor, history: History, position: int, node: int) -> Tensor:
+    try:
+        return sampler.process(row, history, position)
+    except NotFiniteError as error:
+        error.node = node
+        raise

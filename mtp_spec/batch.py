@@ -17,6 +17,7 @@ import torch
 from mtp_spec import company
 from mtp_spec.engine import Decoder
 from mtp_spec.model.parallel import Ranks
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.pages import HostLease, HostPages, Lease, check_pages
 from mtp_spec.passes import MainRows, ModuleRows, Runner, Turn
 from mtp_spec.requests import Request
@@ -54,7 +55,7 @@ class Batch(Worker):
             self.pages.forget()
             self._way = way
 
-    @torch.inference_mode()
+    @undisturbed()
     def turn(self) -> None:
         """Admits who fits and runs one round."""
         self._admit()

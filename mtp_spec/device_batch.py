@@ -12,12 +12,11 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import groupby
 
-import torch
-
 from mtp_spec.device_engine import SharedDecoder
 from mtp_spec.device_group import Group, Groups, drafting
 from mtp_spec.device_pages import DeviceLease, room_of
 from mtp_spec.device_reader import First
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.pages import check_pages
 from mtp_spec.passes import Turn
 from mtp_spec.requests import Request
@@ -60,7 +59,7 @@ class DeviceBatch(Worker):
             raise Full
         return lease
 
-    @torch.inference_mode()
+    @undisturbed()
     def turn(self) -> None:
         """Admits who fits and runs one round."""
         with self.groups.runtime.turns:

@@ -28,6 +28,7 @@ from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.memory import check_room, plan_memory, rule_bytes
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.options import Speculation
 from mtp_spec.passes import Turn
 from mtp_spec.prefix import Left
@@ -253,7 +254,7 @@ class DeviceDecoder(DeviceText):
         super().__init__(runtime.model, prompt, sampler, is_last, lease, late_of(speculation))
         self.runtime, self.drafts = runtime, speculation is not None
         self._read = False  # whether the caches hold the prompt
-        with torch.inference_mode(), runtime.turns, self.model.ranks.together():
+        with undisturbed(), runtime.turns, self.model.ranks.together():
             left = None if after is None else after.leave()
             state = runtime.acquire(lease, None if left is None or after is None else after.state)
             self.state: State = state
@@ -305,7 +306,7 @@ class DeviceDecoder(DeviceText):
             raise MTPSpecError("this stream was left for the one that came after it (after=), which has taken its "
                                "caches: begin it again")  # fmt: skip
 
-    @torch.inference_mode()
+    @undisturbed()
     def prefill(self) -> list[Drawn]:
         """Fills the caches with the prompt and returns the first token."""
         state, prompt, model = self.state, self.tokens, self.model
@@ -338,7 +339,7 @@ class DeviceDecoder(DeviceText):
         drawn = sample(logits, request, position, self.state.settings, self.stages)
         return int(drawn.tokens[0, 0]), bool(drawn.failed[0])
 
-    @torch.inference_mode()
+    @undisturbed()
     def step(self) -> list[Drawn]:
         """Returns the tokens of the next step; the step after it is already on its way."""
         wanted = self.sampler.params.logprobs

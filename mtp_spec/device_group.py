@@ -85,7 +85,7 @@ class Group:
             check_room(group_bytes(model, most), device, f"A batch of {most} texts")
         self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
-        self.state.logits = torch.empty(STEP_ROWS, model.config.vocab_size, device=device)
+        self.state.logits = torch.empty(STEP_ROWS, model.config.vocab_size, dtype=torch.float32, device=device)
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)

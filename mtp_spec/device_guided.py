@@ -18,6 +18,7 @@ from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime
 from mtp_spec.device_pages import DeviceLease
 from mtp_spec.device_shape import Shape
 from mtp_spec.errors import OptionError
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.options import Speculation
 from mtp_spec.sampling import Sampler
 from mtp_spec.tree import ROOT, TokenTree
@@ -57,11 +58,12 @@ class GuidedDecoder(DeviceDecoder):
         self.history = sampler.history(prompt)
 
     def _first(self, logits: Tensor) -> tuple[int, bool]:
-        token = self.sampler.draw(self.sampler.process(logits[0], self.history), len(self.tokens))
+        row = self.sampler.process(logits[0], self.history, len(self.tokens))
+        token = self.sampler.draw(row, len(self.tokens))
         self.history = self.history.child(token)
         return token, False
 
-    @torch.inference_mode()
+    @undisturbed()
     def step(self) -> list[Drawn]:
         """Returns the tokens of the next step."""
         with self.stats.phase("step"), self.runtime.turns:

@@ -78,7 +78,7 @@ class State:
         self.settings = Settings(
             values=torch.tensor([settings_row()], dtype=torch.float64).expand(texts, COLUMNS).contiguous().to(device),
             seed=torch.zeros(texts, dtype=torch.int64, device=device),
-            bias=torch.zeros(texts, vocabulary, device=device),
+            bias=torch.zeros(texts, vocabulary, dtype=torch.float32, device=device),
             seen=torch.zeros(texts, vocabulary, dtype=torch.int32, device=device),
         )
         self.drawn = torch.zeros(texts, dtype=torch.int64, device=device)

@@ -10,6 +10,8 @@ Legend: `n` position of the root (the last committed token), `D` hidden size.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +60,7 @@ class Drafter:
         laws: for each node of the last tree the law it was drawn from, where a rule drew it.
         chances: for each node its probability under the draft, where `explaining` asks for it.
         root_row: the processed row that the root's children were drawn from.
+        dropped: rows so far that held NaN or infinity, so that no draft came of them.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Drafter:
     ) -> None:
         self.model, self.rule, self.choices, self.planner = model, rule, choices, planner
         self.laws: list[Law] = []
+        self.dropped = 0
         self.explaining, self.chances = False, list[float]()
         self.root_row: Tensor | None = None
         self.caches = list(caches)
@@ -140,7 +144,7 @@ class Drafter:
         """
         root, planner = len(tokens) - 1, self.planner
         hidden = yield from self._extend(tokens)
-        tree, chances = TokenTree(), list[float]()
+        tree, chances, dropped = TokenTree(), list[float](), self.dropped
         leaves = [Leaf(ROOT, hidden, history, (), 0.0 if planner is None else 1.0)]
         self.laws.clear()
         self.chances.clear()
@@ -152,6 +156,9 @@ class Drafter:
             logits = yield from self._advance(tree, leaves, level, root) if level > 1 else self._root_scores(hidden)
             leaves = self._grow(tree, leaves, logits, level, root + level, speculation, sampler)
             chances += [leaf.score for leaf in leaves]
+        if self.dropped > dropped:
+            for cache in self.caches:
+                cache.clean(speculation.nodes)
         return tree if planner is None else self._chosen(tree, planner.choose(tree, chances))
 
     def _root_scores(self, hidden: Tensor) -> Work[Tensor]:
@@ -239,6 +246,8 @@ class Drafter:
             if parent.node == ROOT:
                 self.root_row = processed
             if sampler.leaves_nothing(processed):
+                if float(processed.max()) != -math.inf:
+                    self._drop(level, row)
                 continue
             top, laws = self._propose(processed, position, width, sampler)
             if self.explaining:
@@ -263,6 +272,20 @@ class Drafter:
                 self.laws.append(law)
             grown.append(Leaf(node, parent.hidden, parent.history.child(token), parent.slots, score))
         return grown
+
+    def _drop(self, level: int, row: Tensor) -> None:
+        """Counts a row that no draft can be drawn from, and warns once of the module that it came from."""
+        self.dropped += 1
+        module, model = min(level, len(self.caches)) - 1, self.model
+        if module in model.unsound or not bool((row.isnan() | row.isposinf()).any()):  # a logits processor's
+            return
+        model.unsound.add(module)
+        name = f"model.layers.{model.config.num_hidden_layers + module}"
+        warnings.warn(
+            f"MTP module {module + 1} of {len(self.caches)} ({name}) gives NaN or infinity: its drafts are dropped, "
+            "and the text goes on as without them; check its weights, or load with a wider dtype",
+            stacklevel=2,
+        )  # fmt: skip
 
     def _propose(
         self, processed: Tensor, position: int, width: int, sampler: Sampler

@@ -5,6 +5,7 @@ Plain decoding is the same loop with an empty tree; it runs the same rows and ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from mtp_spec.accept import Accepted, Drawn, accept_by_rule, accept_coupled
 from mtp_spec.draft import Drafter
+from mtp_spec.errors import MTPSpecError, NotFiniteError
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.options import Speculation
 from mtp_spec.pages import HostLease
 from mtp_spec.passes import MainRows, Runner, Work
@@ -22,8 +25,9 @@ from mtp_spec.rules import RULES
 from mtp_spec.rules.base import SeededChoices
 from mtp_spec.sampling import History, Sampler
 from mtp_spec.stats import GenerationStats
-from mtp_spec.tree import TokenTree
+from mtp_spec.tree import ROOT, TokenTree
 
+_NONE = torch.empty(0)
 # prompt tokens that pass through the main model at once
 PREFILL_CHUNK = 256
 
@@ -97,7 +101,7 @@ class Decoder:
 
     def prefilling(self) -> Work[list[Drawn]]:
         """`prefill`, pass by pass."""
-        prompt, logits = self.tokens, torch.empty(0)
+        prompt, hidden, logits = self.tokens, _NONE, _NONE
         with self.stats.phase("prefill"):
             for first in range(self.cache.length, len(prompt), PREFILL_CHUNK):
                 chunk = prompt[first : first + PREFILL_CHUNK]
@@ -105,10 +109,10 @@ class Decoder:
                 read = MainRows(chunk, self.cache, range(-1, len(chunk) - 1), scored=int(last), prompt=True)
                 yield read
                 self._commit(read.hidden, range(len(chunk)))
-                logits = read.logits
+                hidden, logits = read.hidden[-1:], read.logits
         self.stats.record_prefill(len(prompt))
         self._at_rest = True
-        return self._take(self._accept(TokenTree(), logits))
+        return self._take(self._accept(TokenTree(), hidden, logits))
 
     def stepping(self) -> Work[list[Drawn]]:
         """`step`, pass by pass."""
@@ -117,10 +121,12 @@ class Decoder:
         drafted = perf_counter()
         hidden, logits = yield from self._verify(tree)
         before = self.history
-        accepted = self._accept(tree, logits)
+        accepted = self._accept(tree, hidden, logits)
         if self.watch is not None:
             self.watch(tree, logits, before, accepted)
         self._commit(hidden, [0, *(node + 1 for node in accepted.nodes)])
+        if len(tree) and self.runner.technique != "batched" and not math.isfinite(float(hidden.sum())):
+            self.cache.clean(len(tree))  # a draft that was not accepted may have left NaN there
         if self.planner is not None:
             ended = perf_counter()
             if self.planner.beside is ALONE:
@@ -135,7 +141,7 @@ class Decoder:
         self._at_rest = True
         return self._take(accepted)
 
-    @torch.inference_mode()
+    @undisturbed()
     def prefix(self) -> Prefix | None:
         """Returns the caches for the next text; None where a step was cut short."""
         if not self._at_rest:
@@ -158,7 +164,9 @@ class Decoder:
             self.drafter.rest()
             return TokenTree()
         with self.stats.phase("draft"):
-            return (yield from self.drafter.draft(self.tokens, self.speculation, depth, self.sampler, self.history))
+            tree = yield from self.drafter.draft(self.tokens, self.speculation, depth, self.sampler, self.history)
+            self.stats.dropped = self.drafter.dropped
+            return tree
 
     def _verify(self, tree: TokenTree) -> Work[tuple[Tensor, Tensor]]:
         """Returns hidden states `[1 + N, D]` and logits `[1 + N, V]` of the root and the tree's nodes."""
@@ -169,13 +177,37 @@ class Decoder:
             yield verified
             return verified.hidden, verified.logits
 
-    def _accept(self, tree: TokenTree, logits: Tensor) -> Accepted:
+    def _accept(self, tree: TokenTree, hidden: Tensor, logits: Tensor) -> Accepted:
         with self.stats.phase("sample"):
             position = len(self.tokens)
             common = (logits, self.sampler, self.history, position, self.is_last)
-            if self.rule is None or self.drafter is None or not len(tree):
-                return accept_coupled(tree, *common)
-            return accept_by_rule(self.rule, self.choices, tree, self.drafter.laws, *common)
+            try:
+                if self.rule is None or self.drafter is None or not len(tree):
+                    accepted = accept_coupled(tree, *common)
+                else:
+                    accepted = accept_by_rule(self.rule, self.choices, tree, self.drafter.laws, *common)
+                for node in (ROOT, *accepted.nodes):
+                    self.sampler.check(logits[node + 1], position)
+                return accepted
+            except NotFiniteError as error:
+                raise MTPSpecError(f"{error}; {self._origin(tree, error.node, hidden[error.node + 1])}") from error
+
+    def _origin(self, tree: TokenTree, node: int, hidden: Tensor) -> str:
+        """Returns where the first NaN or infinity is, as far as caches and a row's hidden state `[D]` tell."""
+        path, start = tree.path(node), self.cache.length
+        rows = [] if start == len(self.tokens) else [start, *(start + 1 + one for one in path)]  # of the last pass
+        tokens = [*self.tokens[: start + 1], *(tree.tokens[one] for one in path)]
+        found = self.cache.first_unsound([*range(start), *rows])
+        if found is not None:
+            layer, place = found
+            before = f"model.layers.{layer - 1}" if layer else "the embedding"
+            return (
+                f"the first one is at token position {place} (id {tokens[place]}): made by {before}, or by the input "
+                f"norm or kv_a_proj of model.layers.{layer}"
+            )
+        if bool(hidden.isfinite().all()):
+            return "the row's hidden state is finite: made by lm_head"
+        return f"the caches hold none: made by model.layers.{len(self.cache.slots) - 1} or model.norm"
 
     def _commit(self, hidden: Tensor, rows: Sequence[int]) -> None:
         """Keeps the cache slots of these rows and shows their hidden states to the drafter."""

@@ -2,11 +2,21 @@
 
 from mtp_spec.model.errors import MTPSpecError
 
-__all__ = ["MTPSpecError", "OptionError", "PromptError"]
+__all__ = ["MTPSpecError", "NotFiniteError", "OptionError", "PromptError"]
 
 
 class OptionError(MTPSpecError):
     """An option that is unknown, of the wrong kind or outside its range."""
+
+
+class NotFiniteError(MTPSpecError):
+    """A row of the model's logits holds NaN or infinity.
+
+    Attributes:
+        node: of the tree whose row it is; -1 is the root.
+    """
+
+    node = -1
 
 
 class PromptError(MTPSpecError):

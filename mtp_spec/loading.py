@@ -60,7 +60,7 @@ def load_model(
         if device != "cpu" and cache_dtype is None:
             warnings.warn(
                 f"{checkpoint.folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}. Text is "
-                "the same with and without speculation, but nothing is fast", stacklevel=3,
+                "the same with and without speculation, but nothing is fast", stacklevel=4,
             )  # fmt: skip
         if device == "cpu" and runs_engine():
             dtype = torch.float32

@@ -24,6 +24,7 @@ import mtp_spec
 from mtp_spec.engine import Decoder
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.passes import Runner
 from mtp_spec.planner import Planner
@@ -77,7 +78,7 @@ class Planners:
         return times
 
 
-@torch.inference_mode()
+@undisturbed()
 def calibrated(
     times: StepTimes, model: HostModel, technique: Technique, tokenizer: Tokenizer | None
 ) -> StepTimes:

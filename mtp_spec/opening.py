@@ -17,10 +17,12 @@ from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.joining import join_ranks, local_device, open_rooms
 from mtp_spec.model.transformer import Transformer
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.progress import Report, byte_progress
 from mtp_spec.text import Tokenizer
 
 
+@undisturbed(inference=False)
 def load(
     path: str | Path | None = None,
     *,

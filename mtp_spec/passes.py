@@ -21,6 +21,7 @@ from mtp_spec.model.attention import JointPlan, RowPlan, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.rows import row_logits, verify_rows
+from mtp_spec.model.undisturbed import undisturbed
 
 _NONE = torch.empty(0)
 
@@ -132,7 +133,7 @@ class Runner:
         self.model, self.technique = model, technique
         self.together = together if technique == "batched" else 0
 
-    @torch.inference_mode()
+    @undisturbed()
     def finish(self, work: Work[T]) -> T:
         """Runs a text's work to its end, alone; returns what it returns."""
         while True:
@@ -144,7 +145,7 @@ class Runner:
             if wanted is not None and not isinstance(wanted, Turn):
                 self.run([wanted])
 
-    @torch.inference_mode()
+    @undisturbed()
     def advance(self, work: Work[T]) -> bool:
         """Runs a text's work up to its next rest, alone; returns whether it has ended."""
         for wanted in work:
@@ -154,7 +155,7 @@ class Runner:
                 self.run([wanted])
         return True
 
-    @torch.inference_mode()
+    @undisturbed()
     def run(self, passes: Sequence[Pass]) -> None:
         """Computes the results of passes of different texts, those of a kind together."""
         for _, some in groupby(sorted(passes, key=_kind), key=_kind):

@@ -247,7 +247,7 @@ class TextPlanner:
         chain = [node for node in order if not any(tree.ranks[step] for step in tree.path(node))]
         found = [self._prefix(nodes, chances, chain) for nodes in (chain, order)]
         kept, self.tokens, time = max(found, key=lambda one: one[1] - self._rate * one[2])
-        if self._doubted and not kept:  # only a verified draft tells, and the best child tells most
+        if self._doubted and chain and not kept:  # only a verified draft tells, and the best child tells most
             kept, self.tokens, time = chain[:1], 1.0 + chances[chain[0]], self._drafting + self._pass(2)
         self.seconds = time * self._plain
         numbers = {ROOT: ROOT, **{node: number for number, node in enumerate(sorted(kept))}}

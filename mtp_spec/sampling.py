@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.errors import MTPSpecError, NotFiniteError, OptionError
 from mtp_spec.noise import GumbelNoise
 from mtp_spec.options import SamplingParams
 from mtp_spec.processors import LogitsProcessor, Trail
@@ -150,7 +150,7 @@ class Sampler:
         """The history at the end of the prompt."""
         return History(prompt_ids, self.vocab_size, Trail.begin(self.processors, prompt_ids, self._stop_ids))
 
-    def process(self, logits_row: torch.Tensor, history: History) -> torch.Tensor:
+    def process(self, logits_row: torch.Tensor, history: History, position: int | None = None) -> torch.Tensor:
         """The row that a token is drawn from: unnormalised log-probabilities, removed tokens at -inf.
 
         Stages, in order, those switched off skipped: logit bias, repetition penalty, presence and frequency penalty,
@@ -161,11 +161,21 @@ class Sampler:
         Args:
             logits_row: [V], any float dtype; left untouched.
             history: the path that leads to this row.
+            position: of the token that is to be drawn from it, where it is the main model's; a row that only proposes
+                drafts may hold anything, and `leaves_nothing` tells.
 
         Returns:
             [V] float32 on the CPU.
+
+        Raises:
+            NotFiniteError: the main model's row holds NaN or +inf.
         """
         row = self._float_row(logits_row).copy()
+        highest = float(row.max())
+        if not math.isfinite(highest):  # looked at before bias, penalties and processors, which may hide it
+            if position is not None and highest != -math.inf:
+                raise NotFiniteError(str(self._no_token(highest, position)))
+            return torch.from_numpy(row)
         if len(self._bias_ids):
             row[self._bias_ids] += self._bias_values
         self._penalise(row, history)
@@ -186,9 +196,19 @@ class Sampler:
             row[row < self._log_min_p] = _NEGATIVE_INFINITY
         return torch.from_numpy(row)
 
+    def check(self, logits_row: torch.Tensor, position: int) -> None:
+        """Refuses a row of a model that holds -inf, which only processors may put there; `process` looks for the rest.
+
+        Raises:
+            NotFiniteError: it does.
+        """
+        if not math.isfinite(lowest := float(logits_row.min())):
+            raise NotFiniteError(f"no token can be drawn at position {position}: the logits contain {lowest}")
+
     def leaves_nothing(self, processed: torch.Tensor) -> bool:
-        """Whether every token was removed: an error in a text, the end of a draft."""
-        return float(processed.max()) == -math.inf
+        """Whether no token can be drawn: all were removed, or one is NaN or +inf. An error in a text, the end of a
+        draft."""
+        return not math.isfinite(float(processed.max()))
 
     def draw(self, processed: torch.Tensor, position: int) -> int:
         """The token at an absolute position: argmax of the row plus the position's noise; lowest id among equals.

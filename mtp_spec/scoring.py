@@ -13,6 +13,7 @@ from mtp_spec.kernels import mla
 from mtp_spec.model.attention import plan_rows
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.host import HostModel
+from mtp_spec.model.undisturbed import undisturbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Scores:
     mtp_logits: Tensor
 
 
-@torch.inference_mode()
+@undisturbed()
 def score_ids(model: HostModel | DeviceModel, ids: Sequence[int]) -> Scores:
     """Returns the scores of token ids, computed as `generate` does: rows over caches, a chunk at a time."""
     return _of_device(model, ids) if isinstance(model, DeviceModel) else _of_host(model, ids)
@@ -88,7 +89,8 @@ def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
 
 def _empty(model: HostModel | DeviceModel, count: int) -> Scores:
     vocab = model.config.vocab_size
-    return Scores(torch.empty(count, vocab), torch.full((len(model.mtp), count, vocab), torch.nan))
+    drafts = torch.full((len(model.mtp), count, vocab), torch.nan, dtype=torch.float32)
+    return Scores(torch.empty(count, vocab, dtype=torch.float32), drafts)
 
 
 def _fill(logits: Tensor, model: HostModel | DeviceModel, hidden: Tensor) -> None:

@@ -14,7 +14,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 PHASES = ("prefill", "draft", "verify", "sample")
-SUMS = ("prompt_tokens", "reused_tokens", "new_tokens", "steps", "drafted", "accepted", "step_tokens", "total_seconds")
+SUMS = (
+    "prompt_tokens", "reused_tokens", "new_tokens", "steps", "drafted", "dropped", "accepted", "step_tokens",
+    "total_seconds",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class GenerationStats:
         new_tokens: tokens generated, the first one included.
         steps: verify steps.
         drafted: draft tokens proposed (nodes of all trees).
+        dropped: times that nothing was proposed because a row to draft from held NaN or infinity.
         accepted: draft tokens accepted.
         step_tokens: tokens committed by verify steps.
         accepted_by_rank: sibling rank (0 = best) -> accepted tokens.
@@ -61,6 +65,7 @@ class GenerationStats:
     new_tokens: int = 0
     steps: int = 0
     drafted: int = 0
+    dropped: int = 0
     accepted: int = 0
     step_tokens: int = 0
     accepted_by_rank: Counter[int] = field(default_factory=Counter)
@@ -198,6 +203,7 @@ class GenerationStats:
             "new_tokens": self.new_tokens,
             "steps": self.steps,
             "drafted": self.drafted,
+            "dropped": self.dropped,
             "accepted": self.accepted,
             "tokens_per_step": self.tokens_per_step,
             "accepted_per_depth": self.accepted_per_depth,

@@ -15,13 +15,13 @@ from statistics import median
 from time import get_clock_info, perf_counter, thread_time
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtp_spec.model.attention import plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.rows import row_logits, verify_rows
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import Sampler
 from mtp_spec.text import Tokenizer
@@ -153,7 +153,7 @@ def _flat(points: dict[int, float]) -> Curve:
     return Curve.rising((NEAR, FAR), {rows: (seconds, seconds) for rows, seconds in points.items()})
 
 
-@torch.inference_mode()
+@undisturbed()
 def measure(
     model: HostModel, technique: Technique, tokenizer: Tokenizer | None, longest: int, report: Report | None = None
 ) -> StepTimes | None:

@@ -195,6 +195,6 @@ def _library(level: str) -> Library:
 
 
 def library(level: str | None = None) -> Library:
-    """Returns the engine, at the fastest level unless another is asked for; `why_not` is None."""
+    """Returns the engine, at the fastest level unless another is asked for; one is here, even if switched off since."""
     wanted = level or os.environ.get(SWITCH, "auto")
-    return _library(levels()[0] if wanted == "auto" else wanted)
+    return _library(wanted if wanted in levels() else levels()[0])

@@ -14,7 +14,9 @@ static void norm(const float *x, const float *weight, float eps, int64_t n, floa
         vec v = widen_some(F32, (const char *)(x + i), n - i);
         sum = fused(v, v, sum);
     }
-    float factor = 1.0f / __builtin_sqrtf(total(sum) / (float)n + eps);
+    float square = total(sum);
+    float factor = 1.0f / __builtin_sqrtf(square / (float)n + eps);
+    if (square == __builtin_inff()) factor = __builtin_nanf("");  // else infinity would become zeros
     for (i = 0; i < n; i++) out[i] = (x[i] * factor) * weight[i];
     for (; i < pitch; i++) out[i] = 0.0f;
 }
@@ -61,11 +63,14 @@ typedef struct {
 
 // A row's experts in ascending order, and their weights (V3 report, 2412.19437, eq. 12-16; V2, 2405.04434, eq. 20-22).
 //
-// scores: the gate's logits, overwritten; room: 3 x experts floats. Of equals the lower number is taken.
+// scores: the gate's logits, overwritten; room: 3 x experts floats. Of equals the lower number is taken. Where a logit or
+// a bias is NaN or infinite, which comparisons and the sigmoid would hide, every weight becomes NaN.
 static void choose(const Routing *routing, float *scores, const float *bias, float *room, int32_t *index, float *weight) {
     const int64_t E = routing->experts;
     float *choice = room, *worth = room + E;
     uint8_t *taken = (uint8_t *)(room + 2 * E);
+    float unsound = 0.0f;  // or NaN
+    for (int64_t e = 0; e < E; e++) unsound += (scores[e] + (bias ? bias[e] : 0.0f)) * 0.0f;
     if (routing->scoring == SIGMOID) {
         for (int64_t e = 0; e < E; e++) scores[e] = 1.0f / (1.0f + exponential_of(-scores[e]));
     } else {
@@ -104,5 +109,5 @@ static void choose(const Routing *routing, float *scores, const float *bias, flo
     float sum = 0.0f;
     for (int64_t k = 0; k < routing->chosen; k++) sum += weight[k] = scores[index[k]];
     float factor = routing->normalised ? routing->factor / (sum + 1e-20f) : routing->factor;
-    for (int64_t k = 0; k < routing->chosen; k++) weight[k] *= factor;
+    for (int64_t k = 0; k < routing->chosen; k++) weight[k] = weight[k] * factor + unsound;
 }

@@ -175,12 +175,13 @@ def attend(q: Array, latents: Array, slots: Sequence[int], values: int, scale: f
 
 
 def norm(x: Array, weight: Array, eps: float) -> Array:
-    """Returns x `[n]` / sqrt(mean(x^2) + eps) * weight."""
+    """Returns x `[n]` / sqrt(mean(x^2) + eps) * weight; NaN where the sum of squares is infinite."""
     sums, padded = np.zeros(LANES, np.float32), np.pad(x, (0, -len(x) % LANES))
     for part in padded.reshape(-1, LANES):
         sums = fused(part, part, sums)
     with np.errstate(all="ignore"):
-        mean = np.float32(total(sums)) / np.float32(len(x))
+        square = np.float32(total(sums))
+        mean = (np.float32(np.nan) if np.isposinf(square) else square) / np.float32(len(x))
         factor = np.float32(1.0) / np.sqrt(mean + np.float32(eps))
         return np.asarray((x * factor) * weight)
 
@@ -215,7 +216,8 @@ class Routing:
 def choose(routing: Routing, logits: Array, bias: Array | None) -> tuple[Index, Array]:
     """Returns a row's experts in ascending order and their weights; of equals the lower number is taken.
 
-    NaN compares as no greater and no less: an expert whose score is NaN is taken if it is the first that is open.
+    NaN compares as no greater and no less: an expert whose score is NaN is taken if it is the first that is open. Where
+    a logit or a bias is NaN or infinite, all weights are NaN.
 
     Args:
         logits: `[E]` of the gate.
@@ -253,7 +255,8 @@ def choose(routing: Routing, logits: Array, bias: Array | None) -> tuple[Index, 
             for weight in out:
                 whole = np.float32(whole + weight)
             factor = factor / np.float32(whole + TINY)
-        return index, np.asarray(out * factor)
+        sound = bool(np.isfinite(logits if bias is None else logits + bias).all())
+        return index, np.asarray(out * factor if sound else np.full_like(out, np.nan))
 
 
 def _worth(routing: Routing, choice: Array) -> np.float32:

@@ -35,6 +35,8 @@ def _rows(stats: GenerationStats) -> dict[str, str]:
         "drafted": str(stats.drafted),
         "accepted": str(stats.accepted),
     }
+    if stats.dropped:
+        rows["dropped (NaN)"] = str(stats.dropped)
     rates = stats.accepted_per_depth
     for depth, (given, overall) in enumerate(zip(rates["conditional"], rates["unconditional"], strict=True), start=1):
         rows[f"depth {depth}"] = f"{overall:.0%} ({given:.0%})"

@@ -44,6 +44,8 @@ def _steps(stats: GenerationStats) -> list[tuple[str, str]]:
                   (f"accepted {'/'.join(rates)} %", f"{'/'.join(rates[:SHORT_DEPTHS])} %")]  # fmt: skip
     else:
         parts.append(("no drafts", "no drafts"))
+    if stats.dropped:
+        parts.append((f"{counted(stats.dropped, 'draft')} dropped (NaN)", f"{stats.dropped} NaN"))
     names = [name for name in ("step", "draft", "verify") if stats.phase_seconds.get(name)]
     times = [f"{1000 * stats.phase_seconds[name] / stats.steps:.1f}" for name in names]
     if times:
