@@ -1,0 +1,218 @@
+"""Markers stay the template's: the ids of a conversation in which no message makes a token that is a marker."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import nodes
+from tokenizers import Tokenizer
+
+from mtp_spec.errors import MTPSpecError, PromptError
+from mtp_spec.text.environment import environment
+from mtp_spec.text.messages import Conversation, strings
+from mtp_spec.text.provenance import OWN, is_own, provenance
+from mtp_spec.text.template import rendered
+
+ROLE_NAMES = frozenset(
+    ("system", "developer", "user", "human", "assistant", "model", "bot", "gpt", "ai", "tool", "function",
+     "observation", "ipython", "environment")
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A marker in a rendered text.
+
+    Attributes:
+        start, end: its characters.
+        stays: whether it may be one token.
+    """
+
+    token: int
+    start: int
+    end: int
+    stays: bool
+
+
+class Markers:
+    """Finds markers in rendered conversations, and keeps those of messages apart from the template's.
+
+    Args:
+        raw: the tokenizer.
+    """
+
+    def __init__(self, raw: Tokenizer) -> None:
+        self._raw = raw
+        self._added = {number: token for number, token in raw.get_added_tokens_decoder().items() if token.content}
+        self._renamed: dict[frozenset[int], tuple[Tokenizer, dict[int, str]]] = {}
+        self._allowed: dict[str, frozenset[int]] = {}
+
+    def ids(self, asked: Conversation, text: str) -> list[int]:
+        """Returns the ids of a rendered conversation.
+
+        Raises:
+            PromptError: a message holds a marker, and the template or the tokenizer gives no way to keep it text.
+        """
+        encoding = self._raw.encode(text, add_special_tokens=False)
+        ids, markers = list(encoding.ids), self._markers(asked.source)
+        places = [(token, *place) for token, place in zip(ids, encoding.offsets, strict=True) if token in markers]
+        if not places:
+            return ids
+        found = self._judged(asked, text, places)
+        return ids if all(marker.stays for marker in found) else self._apart(text, found, markers)
+
+    def _markers(self, source: str) -> frozenset[int]:
+        """Returns the added tokens that are markers: all but ordinary words and blanks that no template writes."""
+        written = literals(source)
+        return frozenset(
+            number for number, token in self._added.items()
+            if token.special or not _is_word(token.content)
+            or (token.content in written and not token.content.isspace())
+        )  # fmt: skip
+
+    def _judged(self, asked: Conversation, text: str, places: Iterable[tuple[int, int, int]]) -> list[Found]:
+        allowed = self._assistants(asked)
+        contents = [self._added[number].content for number in allowed]
+        barred = re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True)))) if contents else None
+        spelt = provenance(asked, text, barred)
+        if spelt is None:
+            return self._unproven(asked, places)
+        found = []
+        for token, start, end in places:
+            marker = spelt[start:end]
+            plain = not any(c >= chr(OWN) for c in marker)
+            found.append(Found(token, start, end, is_own(marker) or (plain and token in allowed)))
+        return found
+
+    def _unproven(self, asked: Conversation, places: Iterable[tuple[int, int, int]]) -> list[Found]:
+        """Returns the markers of a template that does not tell its own, where messages can have none."""
+        given = strings([asked.messages, asked.tools or [], dict(asked.arguments)])
+        every = self._markers(asked.source)
+        contents = [self._added[number].content for number in every]
+        for text in given:
+            if any(token in every for token in self._raw.encode(text, add_special_tokens=False).ids) or any(
+                _may_join(text, content) for content in contents
+            ):
+                raise PromptError(
+                    f"{text!r:.200} holds marks of the model's own tokens, and this chat template cannot be told apart "
+                    "from its messages: leave them out"
+                )
+        return [Found(*place, True) for place in places]
+
+    def _assistants(self, asked: Conversation) -> frozenset[int]:
+        """Returns the markers that an assistant's message may hold: of reasoning and tool calls, never of turns."""
+        if asked.source not in self._allowed:
+            looked_for = tested(asked.source)
+            contents = {token.content: token.special for token in self._added.values()}
+            pairs = [c for c in contents if _partner(c) in contents and _name(c) not in ROLE_NAMES]
+            wanted = {c for c in pairs if not contents[c] or c in looked_for or _partner(c) in looked_for}
+            turns = self._of_user(asked)
+            ids = {number for number, token in self._added.items() if token.content in wanted}
+            self._allowed[asked.source] = frozenset(ids - turns)
+        return self._allowed[asked.source]
+
+    def _of_user(self, asked: Conversation) -> frozenset[int]:
+        """Returns the markers that the template writes around a user's message."""
+        try:
+            text = rendered(
+                Conversation(asked.source, [{"role": "user", "content": "a"}], None, asked.special, {}, False)
+            )
+        except MTPSpecError:
+            return frozenset()
+        return frozenset(self._raw.encode(text, add_special_tokens=False).ids) & frozenset(self._added)
+
+    def _apart(self, text: str, found: Sequence[Found], markers: frozenset[int]) -> list[int]:
+        """Returns the ids of a text in which only the markers that stay are tokens."""
+        raw, names = self._other(markers)
+        pieces, done = [], 0
+        for marker in found:
+            if marker.stays:
+                content = self._added[marker.token].content
+                within = text.find(content, marker.start, marker.end)
+                start, end = (marker.start, marker.end) if within < 0 else (within, within + len(content))
+                pieces += [text[done:start], names[marker.token]]
+                done = end
+        ids = list(raw.encode("".join([*pieces, text[done:]]), add_special_tokens=False).ids)
+        if [token for token in ids if token in markers] != [marker.token for marker in found if marker.stays]:
+            raise PromptError("a message holds a marker that this tokenizer makes of any text like it: leave it out")
+        return ids
+
+    def _other(self, markers: frozenset[int]) -> tuple[Tokenizer, dict[int, str]]:
+        """Returns the same tokenizer with the markers under names that nobody can guess, and these names."""
+        if markers not in self._renamed:
+            secret = "".join(chr(ord("a") + number) for byte in secrets.token_bytes(12) for number in divmod(byte, 16))
+            names = {number: f"q{secret}{_letters(number)}q" for number in markers}
+            by_content = {self._added[number].content: name for number, name in names.items()}
+            stored = json.loads(self._raw.to_str())
+            for token in stored["added_tokens"]:
+                token["content"] = by_content.get(token["content"], token["content"])
+            stored["post_processor"] = None
+            _rename(stored["model"], by_content)
+            raw = Tokenizer.from_str(json.dumps(stored))
+            raw.encode_special_tokens = self._raw.encode_special_tokens
+            self._renamed[markers] = raw, names
+        return self._renamed[markers]
+
+
+def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
+    """Renames pieces of a vocabulary, so that no ordinary text makes them."""
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): number for piece, number in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not ({*pair, "".join(pair)} & names.keys())]
+
+
+@lru_cache(maxsize=16)
+def literals(source: str) -> str:
+    """Returns all texts of a template, apart from one another."""
+    tree = environment().parse(source)
+    constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return "\0".join([*(node.data for node in tree.find_all(nodes.TemplateData)), *constants])
+
+
+@lru_cache(maxsize=16)
+def tested(source: str) -> frozenset[str]:
+    """Returns the texts that a template looks for in others: `in`, `==`, split and the like."""
+    tree = environment().parse(source)
+    inside = [node for kind in (nodes.Compare, nodes.Call, nodes.Filter) for node in tree.find_all(kind)]
+    found = [const.value for node in inside for const in node.find_all(nodes.Const)]
+    return frozenset(text for text in found if isinstance(text, str))
+
+
+def _is_word(content: str) -> bool:
+    return all(c.isalnum() or c.isspace() or c in "_-'" for c in content)
+
+
+def _partner(content: str) -> str | None:
+    """Returns what closes an opening marker, `</think>` for `<think>`, or the other way round."""
+    if len(content) < 3:
+        return None
+    return content[0] + (content[2:] if content[1] == "/" else "/" + content[1:])
+
+
+def _name(content: str) -> str:
+    return "".join(c for c in content.lower() if c.isalnum())
+
+
+def _may_join(text: str, content: str) -> bool:
+    """Whether a text begins or ends with a part of a marker, blanks left aside."""
+    ends = [content[:cut] for cut in range(2, len(content))]
+    return text.rstrip().endswith(tuple(ends)) or text.lstrip().startswith(
+        tuple(content[cut:] for cut in range(1, len(content) - 1))
+    )
+
+
+def _letters(number: int) -> str:
+    return "".join(chr(ord("a") + int(digit)) for digit in f"{number:08d}")
