@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from mtp_spec.errors import MTPSpecError, PromptError
 from mtp_spec.text.environment import environment
 from mtp_spec.text.messages import Conversation, strings
-from mtp_spec.text.provenance import OWN, is_own, provenance
+from mtp_spec.text.provenance import BARRED, OWN, is_own, provenance
 from mtp_spec.text.template import rendered
 
 ROLE_NAMES = frozenset(
@@ -76,34 +76,47 @@ class Markers:
             or (token.content in written and not token.content.isspace())
         )  # fmt: skip
 
-    def _judged(self, asked: Conversation, text: str, places: Iterable[tuple[int, int, int]]) -> list[Found]:
-        allowed = self._assistants(asked)
-        contents = [self._added[number].content for number in allowed]
-        barred = re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True)))) if contents else None
-        spelt = provenance(asked, text, barred)
-        if spelt is None:
-            return self._unproven(asked, places)
+    def _judged(self, asked: Conversation, text: str, places: Sequence[tuple[int, int, int]]) -> list[Found]:
+        """Returns the markers in a rendered text, each with whether it stays one."""
+        every, allowed = self._markers(asked.source), self._assistants(asked)
+        known = provenance(asked, text, self._pattern(every), self._pattern(every - allowed))
+        if known is None:
+            return [Found(*place, stays=not self._may_come(asked, every, allowed, asked.messages)) for place in places]
         found = []
         for token, start, end in places:
-            marker = spelt[start:end]
-            plain = not any(c >= chr(OWN) for c in marker)
-            found.append(Found(token, start, end, is_own(marker) or (plain and token in allowed)))
+            spelt = known.text[start:end]
+            stays = is_own(spelt) or (token in allowed and not any(c >= chr(OWN) for c in spelt))
+            if not stays and not any(c >= chr(BARRED) for c in spelt):
+                # nobody's marker: of texts that meet, or of a template that keeps its texts in places unknown here
+                stays = not self._may_come(known.data, every, allowed, None if known.sure else asked.messages)
+            found.append(Found(token, start, end, stays))
         return found
 
-    def _unproven(self, asked: Conversation, places: Iterable[tuple[int, int, int]]) -> list[Found]:
-        """Returns the markers of a template that does not tell its own, where messages can have none."""
-        given = strings([asked.messages, asked.tools or [], dict(asked.arguments)])
-        every = self._markers(asked.source)
-        contents = [self._added[number].content for number in every]
-        for text in given:
-            if any(token in every for token in self._raw.encode(text, add_special_tokens=False).ids) or any(
-                _may_join(text, content) for content in contents
-            ):
+    def _pattern(self, tokens: Iterable[int]) -> re.Pattern[str]:
+        contents = sorted((self._added[number].content for number in tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, contents)) or "(?!)")
+
+    def _may_come(self, asked: Conversation, every: frozenset[int], allowed: frozenset[int], refused: object) -> bool:
+        """Whether what a template is given may make markers, by itself or where it meets another text.
+
+        Args:
+            allowed: those that an assistant's message may hold.
+            refused: the messages; given if nothing tells their markers from the template's, which is an error then.
+        """
+        given = [(text, every) for text in strings([asked.tools or [], dict(asked.arguments)])]
+        for message in asked.messages:
+            here = every - allowed if message["role"] == "assistant" else every
+            given += [(text, here) for text in strings(message)]
+        for text, markers in given:
+            ids = self._raw.encode(text, add_special_tokens=False).ids
+            if not markers.isdisjoint(ids) or any(_may_join(text, self._added[number].content) for number in markers):
+                if refused is None:
+                    return True
                 raise PromptError(
-                    f"{text!r:.200} holds marks of the model's own tokens, and this chat template cannot be told apart "
-                    "from its messages: leave them out"
+                    f"{text!r:.200} in {refused!r:.200} holds marks of the model's own tokens, and this chat template "
+                    "cannot be told apart from its messages: leave them out"
                 )
-        return [Found(*place, True) for place in places]
+        return False
 
     def _assistants(self, asked: Conversation) -> frozenset[int]:
         """Returns the markers that an assistant's message may hold: of reasoning and tool calls, never of turns."""
@@ -207,11 +220,12 @@ def _name(content: str) -> str:
 
 
 def _may_join(text: str, content: str) -> bool:
-    """Whether a text begins or ends with a part of a marker, blanks left aside."""
-    ends = [content[:cut] for cut in range(2, len(content))]
-    return text.rstrip().endswith(tuple(ends)) or text.lstrip().startswith(
-        tuple(content[cut:] for cut in range(1, len(content) - 1))
-    )
+    """Whether a text ends or begins with a part of a marker that shows, blanks left aside."""
+    cuts = range(2, len(content))
+    heads, tails = [content[:cut] for cut in cuts], [content[-cut:] for cut in cuts]
+    if not _is_word(content):  # of two parts one has its signs
+        heads, tails = ([part for part in parts if not _is_word(part)] for parts in (heads, tails))
+    return text.rstrip().endswith(tuple(heads)) or text.lstrip().startswith(tuple(tails))
 
 
 def _letters(number: int) -> str:

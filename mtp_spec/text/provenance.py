@@ -2,14 +2,16 @@
 
 The template is rendered a second time with its own texts in another spelling: each visible character is moved to a
 private plane of Unicode. Where the second text differs from the first, the template speaks; the rest are messages,
-tools and arguments. Nothing that a template does with a text, such as strip, split or join, can blur that.
+tools and arguments. Markers that stand in these go to another private plane. Nothing that a template does with a
+text, such as strip, split or join, can blur that; where it looks into one and goes another way, more differs and it
+is tried with less.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,29 +25,51 @@ from mtp_spec.text.template import rendered
 PLANE = 0x10000
 # planes 15 and 16: of the template, and of texts in which a marker is to stay text
 OWN, BARRED = 15 * PLANE, 16 * PLANE
-# filters that leave a text as it is
+# filters and functions that leave texts as they are
 KEEPING = ("trim", "string", "safe", "join", "default", "d")
+PASSING = ("namespace", "dict", "cycler", "cycle")
+# what format and % replace
+PLACES = re.compile(r"\{[^{}]*\}|%(?:\(\w+\))?[-#0 +]*\d*(?:\.\d+)?[a-zA-Z%]")
+PRIVATE = re.compile(f"[{chr(OWN)}-\U0010ffff]")
 Children = Iterator[tuple[nodes.Node, bool]]
 
 
-def provenance(asked: Conversation, text: str, barred: re.Pattern[str] | None) -> str | None:
-    """Returns the rendered text with the template's own characters in plane 15; None if the template forbids it.
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """A rendered text in three spellings.
+
+    Attributes:
+        text: the template's characters in plane 15, markers of messages in plane 16.
+        data: what the template was given for it.
+        sure: whether all of the template's own texts were moved.
+    """
+
+    text: str
+    data: Conversation
+    sure: bool
+
+
+def provenance(
+    asked: Conversation, text: str, barred: re.Pattern[str], assistants: re.Pattern[str]
+) -> Provenance | None:
+    """Returns who wrote what; None if the template does not allow to find out.
 
     Args:
         text: what the template made of the conversation.
-        barred: in plane 16 where it stands in messages of others than the assistant, in tools and arguments.
+        barred: markers that are to stay text in tools, arguments and messages.
+        assistants: the same for an assistant's messages.
     """
     special = {name: spelled(value, OWN) for name, value in asked.special.items()}
-    wanted = re.sub(f"[{chr(OWN)}-\U0010ffff]", "\ue000", text)
+    wanted = PRIVATE.sub("\ue000", text)
     # a template that looks into its own texts works with fewer of them moved, or not at all
     for everywhere, named in ((True, special), (False, special), (False, dict(asked.special))):
-        data = _protected(replace(asked, special=named), barred)
+        data = _marked(replace(asked, special=named), barred, assistants)
         try:
             found = rendered(data, _respelled(asked.source, everywhere))
         except MTPSpecError:
             continue
         if _plain(found) == wanted:
-            return found
+            return Provenance(found, data, everywhere)
     return None
 
 
@@ -66,18 +90,12 @@ def _plain(text: str) -> str:
     return "".join(chr(ord(c) % PLANE) if c >= chr(OWN) else c for c in text)
 
 
-def _protected(asked: Conversation, barred: re.Pattern[str] | None) -> Conversation:
-    def theirs(text: str) -> str:
-        text = re.sub(f"[{chr(OWN)}-\U0010ffff]", "\ue000", text)
-        return text if barred is None else barred.sub(lambda found: spelled(found[0], BARRED), text)
+def _marked(asked: Conversation, barred: re.Pattern[str], assistants: re.Pattern[str]) -> Conversation:
+    def mark(value: Any, markers: re.Pattern[str]) -> Any:
+        return _mapped(value, lambda text: markers.sub(lambda m: spelled(m[0], BARRED), PRIVATE.sub("\ue000", text)))
 
-    def assistants(text: str) -> str:
-        return re.sub(f"[{chr(OWN)}-\U0010ffff]", "\ue000", text)
-
-    messages = [_mapped(m, assistants if m["role"] == "assistant" else theirs) for m in asked.messages]
-    return replace(
-        asked, messages=messages, tools=_mapped(asked.tools, theirs), arguments=_mapped(asked.arguments, theirs)
-    )
+    messages = [mark(m, assistants if m["role"] == "assistant" else barred) for m in asked.messages]
+    return replace(asked, messages=messages, tools=mark(asked.tools, barred), arguments=mark(asked.arguments, barred))
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
@@ -104,6 +122,8 @@ def _respelled(source: str, everywhere: bool) -> Template:
             node.data = spelled(node.data, OWN)
         elif isinstance(node, nodes.Const) and written and isinstance(node.value, str):
             node.value = spelled(node.value, OWN)
+        elif everywhere and isinstance(template := _formatted(node), nodes.Const) and isinstance(template.value, str):
+            template.value = _spelled_around(template.value)
         waiting += _children(node, written, macros, everywhere)
     return environment().from_string(tree)
 
@@ -128,9 +148,26 @@ def _comes_out(node: nodes.Node, child: nodes.Node, written: bool, macros: set[s
     if isinstance(node, nodes.Pair | nodes.Keyword):
         return written and child is node.value
     if isinstance(node, nodes.Call):
-        called = node.node.name if isinstance(node.node, nodes.Name) else ""
-        return child is not node.node and (called in macros or (everywhere and called in ("namespace", "dict")))
+        called = node.node.name if isinstance(node.node, nodes.Name) else getattr(node.node, "attr", "")
+        return everywhere and child is not node.node and (called in macros or called in PASSING)
     if isinstance(node, nodes.Assign):
         return everywhere and child is node.node
     # defaults of a macro's arguments
     return everywhere and isinstance(node, nodes.Macro | nodes.CallBlock) and child in node.defaults
+
+
+def _formatted(node: nodes.Node) -> nodes.Node | None:
+    """Returns the text into which others are put, by format or %."""
+    if isinstance(node, nodes.Mod):
+        return node.left
+    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == "format":
+        return node.node.node
+    return None
+
+
+def _spelled_around(text: str) -> str:
+    done, pieces = 0, []
+    for place in PLACES.finditer(text):
+        pieces += [spelled(text[done : place.start()], OWN), place[0]]
+        done = place.end()
+    return "".join([*pieces, spelled(text[done:], OWN)])
