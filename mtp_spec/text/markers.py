@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from mtp_spec.errors import MTPSpecError, PromptError
 from mtp_spec.text.environment import environment
 from mtp_spec.text.messages import Conversation, strings
-from mtp_spec.text.provenance import BARRED, OWN, is_own, provenance
+from mtp_spec.text.provenance import BARRED, OWN, is_own, provenance, spelled
 from mtp_spec.text.template import rendered
 
 ROLE_NAMES = frozenset(
@@ -50,6 +50,8 @@ class Markers:
     def __init__(self, raw: Tokenizer) -> None:
         self._raw = raw
         self._added = {number: token for number, token in raw.get_added_tokens_decoder().items() if token.content}
+        self._marks: dict[tuple[frozenset[int], bool], Callable[[str], str]] = {}
+        self._halves: dict[frozenset[int], tuple[frozenset[str], frozenset[str]]] = {}
         self._renamed: dict[frozenset[int], tuple[Tokenizer, dict[int, str]]] = {}
         self._allowed: dict[str, frozenset[int]] = {}
 
@@ -79,7 +81,7 @@ class Markers:
     def _judged(self, asked: Conversation, text: str, places: Sequence[tuple[int, int, int]]) -> list[Found]:
         """Returns the markers in a rendered text, each with whether it stays one."""
         every, allowed = self._markers(asked.source), self._assistants(asked)
-        known = provenance(asked, text, self._pattern(every), self._pattern(every - allowed))
+        known = provenance(asked, text, self._marking(every, True), self._marking(every - allowed, False))
         if known is None:
             return [Found(*place, stays=not self._may_come(asked, every, allowed, asked.messages)) for place in places]
         found = []
@@ -92,9 +94,42 @@ class Markers:
             found.append(Found(token, start, end, stays))
         return found
 
-    def _pattern(self, tokens: Iterable[int]) -> re.Pattern[str]:
+    def _marking(self, tokens: frozenset[int], parts: bool) -> Callable[[str], str]:
+        """Returns what puts markers of a message into plane 16.
+
+        Args:
+            parts: also a part of a marker where the text begins or ends, blanks left aside.
+        """
+        if (tokens, parts) in self._marks:
+            return self._marks[tokens, parts]
         contents = sorted((self._added[number].content for number in tokens), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, contents)) or "(?!)")
+        whole = re.compile("|".join(map(re.escape, contents)) or "(?!)")
+        (heads, tails), longest = self._ends(tokens), len(contents[0]) if contents else 0
+
+        def mark(text: str) -> str:
+            text = whole.sub(lambda found: spelled(found[0], BARRED), text)
+            if self._raw.normalizer is not None:  # it may make a marker of other characters
+                encoding = self._raw.encode(text, add_special_tokens=False)
+                for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                    if token in tokens:
+                        text = text[:start] + spelled(text[start:end], BARRED) + text[end:]
+            if not parts:
+                return text
+            last, first = len(text.rstrip()), len(text) - len(text.lstrip())
+            head = next((n for n in range(min(longest, last), 0, -1) if text[last - n : last] in heads), 0)
+            text = text[: last - head] + spelled(text[last - head : last], BARRED) + text[last:]
+            tail = next(
+                (n for n in range(min(longest, len(text) - first), 0, -1) if text[first : first + n] in tails), 0
+            )
+            return text[:first] + spelled(text[first : first + tail], BARRED) + text[first + tail :]
+
+        self._marks[tokens, parts] = mark
+        return mark
+
+    def _ends(self, tokens: frozenset[int]) -> tuple[frozenset[str], frozenset[str]]:
+        if tokens not in self._halves:
+            self._halves[tokens] = _parts(self._added[number].content for number in tokens)
+        return self._halves[tokens]
 
     def _may_come(self, asked: Conversation, every: frozenset[int], allowed: frozenset[int], refused: object) -> bool:
         """Whether what a template is given may make markers, by itself or where it meets another text.
@@ -108,8 +143,10 @@ class Markers:
             here = every - allowed if message["role"] == "assistant" else every
             given += [(text, here) for text in strings(message)]
         for text, markers in given:
+            if self._raw.normalizer is not None:
+                text = self._raw.normalizer.normalize_str(text)
             ids = self._raw.encode(text, add_special_tokens=False).ids
-            if not markers.isdisjoint(ids) or any(_may_join(text, self._added[number].content) for number in markers):
+            if not markers.isdisjoint(ids) or _may_join(text, *self._ends(markers)):
                 if refused is None:
                     return True
                 raise PromptError(
@@ -219,13 +256,20 @@ def _name(content: str) -> str:
     return "".join(c for c in content.lower() if c.isalnum())
 
 
-def _may_join(text: str, content: str) -> bool:
-    """Whether a text ends or begins with a part of a marker that shows, blanks left aside."""
-    cuts = range(2, len(content))
-    heads, tails = [content[:cut] for cut in cuts], [content[-cut:] for cut in cuts]
-    if not _is_word(content):  # of two parts one has its signs
-        heads, tails = ([part for part in parts if not _is_word(part)] for parts in (heads, tails))
-    return text.rstrip().endswith(tuple(heads)) or text.lstrip().startswith(tuple(tails))
+def _parts(contents: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Returns the beginnings and the ends of markers; of two parts of one that has signs, one shows them."""
+    heads, tails = set(), set()
+    for content in contents:
+        for cut in range(1, len(content)):
+            heads |= {content[:cut]} if _is_word(content) or not _is_word(content[:cut]) else set()
+            tails |= {content[cut:]} if _is_word(content) or not _is_word(content[cut:]) else set()
+    return frozenset(heads), frozenset(tails)
+
+
+def _may_join(text: str, heads: frozenset[str], tails: frozenset[str]) -> bool:
+    """Whether a text ends or begins with a part of a marker of more than a character, blanks left aside."""
+    end, start, longest = text.rstrip(), text.lstrip(), max(map(len, heads), default=0)
+    return any(end[-n:] in heads or start[:n] in tails for n in range(2, longest + 1))
 
 
 def _letters(number: int) -> str:

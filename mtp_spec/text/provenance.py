@@ -31,6 +31,7 @@ PASSING = ("namespace", "dict", "cycler", "cycle")
 # what format and % replace
 PLACES = re.compile(r"\{[^{}]*\}|%(?:\(\w+\))?[-#0 +]*\d*(?:\.\d+)?[a-zA-Z%]")
 PRIVATE = re.compile(f"[{chr(OWN)}-\U0010ffff]")
+Mark = Callable[[str], str]
 Children = Iterator[tuple[nodes.Node, bool]]
 
 
@@ -49,14 +50,12 @@ class Provenance:
     sure: bool
 
 
-def provenance(
-    asked: Conversation, text: str, barred: re.Pattern[str], assistants: re.Pattern[str]
-) -> Provenance | None:
+def provenance(asked: Conversation, text: str, barred: Mark, assistants: Mark) -> Provenance | None:
     """Returns who wrote what; None if the template does not allow to find out.
 
     Args:
         text: what the template made of the conversation.
-        barred: markers that are to stay text in tools, arguments and messages.
+        barred: puts what is to stay text in tools, arguments and messages into plane 16.
         assistants: the same for an assistant's messages.
     """
     special = {name: spelled(value, OWN) for name, value in asked.special.items()}
@@ -90,15 +89,15 @@ def _plain(text: str) -> str:
     return "".join(chr(ord(c) % PLANE) if c >= chr(OWN) else c for c in text)
 
 
-def _marked(asked: Conversation, barred: re.Pattern[str], assistants: re.Pattern[str]) -> Conversation:
-    def mark(value: Any, markers: re.Pattern[str]) -> Any:
-        return _mapped(value, lambda text: markers.sub(lambda m: spelled(m[0], BARRED), PRIVATE.sub("\ue000", text)))
+def _marked(asked: Conversation, barred: Mark, assistants: Mark) -> Conversation:
+    def mark(value: Any, change: Mark) -> Any:
+        return _mapped(value, lambda text: change(PRIVATE.sub("\ue000", text)))
 
     messages = [mark(m, assistants if m["role"] == "assistant" else barred) for m in asked.messages]
     return replace(asked, messages=messages, tools=mark(asked.tools, barred), arguments=mark(asked.arguments, barred))
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+def _mapped(value: Any, change: Mark) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
