@@ -19,6 +19,7 @@ from rich.console import Console
 
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
+from mtp_spec.chat_options import add_chat_options, chat_options
 from mtp_spec.converting import add_converting, run_cast, run_convert, run_export
 from mtp_spec.inspecting import add_inspect, run_inspect
 from mtp_spec.model.joining import join_ranks
@@ -81,6 +82,7 @@ def _add_generate(commands: Any) -> None:
     )
     add_prompts(generate)
     _add_model(generate)
+    add_chat_options(generate)
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
     generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt: of seed, seed + 1, ... (1)")
     generate.add_argument("--json", action="store_true", help="print one JSON document a text instead of the text")
@@ -102,6 +104,7 @@ def _add_chat(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(chat)
+    add_chat_options(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     chat.add_argument("--once", metavar="PROMPT", help="answer this one question; - reads it from standard input")
     chat.add_argument("--history", type=Path, metavar="FILE", help="where what is typed is remembered")
@@ -178,6 +181,7 @@ def _generate(args: argparse.Namespace) -> None:
     with ranks.together():
         given = read_prompts(args) if ranks.rank == 0 else None
         options = _options(args)
+        chat_options(args)  # refused before the model is loaded
         seeds = sample_seeds(args.n, options.get("seed", 0))
     prompts = ranks.from_first(given)
     lm = _load(args)
@@ -194,14 +198,17 @@ def _stopped(number: int, frame: FrameType | None) -> None:
 def _write(
     args: argparse.Namespace, lm: mtp_spec.LM, prompts: list[str], seeds: Sequence[int], options: dict[str, Any]
 ) -> None:
-    chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
+    chat, said = _answers(args, lm)
+    if lm.model.ranks.rank == 0 and not args.json:
+        print(f"[{said}]", file=sys.stderr)
+    options = {**options, **(chat_options(args) if chat else {})}
     asked: list[tuple[str, int, Any]]
     asked = [(prompt, seed, [{"role": "user", "content": prompt}] if chat else prompt)
              for prompt, seed in product(prompts, seeds)]  # fmt: skip
     if args.max_batch > 1:
         handles = [lm.submit(question, **{**options, "seed": seed}) for _, seed, question in asked]
         for (prompt, seed, _), handle in zip(asked, handles, strict=True):
-            print(json.dumps(_document(prompt, seed, handle.result()), ensure_ascii=False), flush=True)
+            print(json.dumps(_document(prompt, seed, chat, handle.result()), ensure_ascii=False), flush=True)
         return
     for prompt, seed, question in asked:
         options["seed"] = seed
@@ -215,11 +222,22 @@ def _write(
             if not args.json:
                 print(event.text, end="", flush=True)
         if args.json:
-            print(json.dumps(_document(prompt, seed, stream.result), ensure_ascii=False), flush=True)
+            print(json.dumps(_document(prompt, seed, chat, stream.result), ensure_ascii=False), flush=True)
         else:
             print(flush=True)
             if lm.model.ranks.rank == 0:
                 print(statistics_line(stream.result.stats), file=sys.stderr)
+
+
+def _answers(args: argparse.Namespace, lm: mtp_spec.LM) -> tuple[bool, str]:
+    """Returns whether prompts are answered through the chat template, and how to say it."""
+    if not args.raw and lm.tokenizer is not None and lm.tokenizer.templates:
+        return True, "answered through the chat template; --raw continues the prompt instead"
+    why = "--raw" if args.raw else "this checkpoint has no chat template"
+    for option, value in (("--template", args.template), ("--tools", args.tools)):
+        if value is not None:
+            raise mtp_spec.OptionError(f"{option} is for the chat template, which is not used: {why}")
+    return False, f"continued as text, without a chat template: {why}"
 
 
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
@@ -237,12 +255,13 @@ def _chat(args: argparse.Namespace) -> None:
     args.acceptance = args.trace = args.json = None
     options = _options(args)
     lm = _load(args)
-    run_chat(lm, options, system=args.system, prompt=args.once, history=args.history)
+    run_chat(lm, {**options, **chat_options(args)}, system=args.system, prompt=args.once, history=args.history)
 
 
-def _document(prompt: str, seed: int, result: mtp_spec.Generation) -> dict[str, Any]:
+def _document(prompt: str, seed: int, chat: bool, result: mtp_spec.Generation) -> dict[str, Any]:
     return {
         "prompt": prompt,
+        "chat_template": chat,
         "seed": seed,
         "text": result.text,
         "token_ids": result.token_ids,

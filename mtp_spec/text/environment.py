@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
@@ -100,3 +100,9 @@ def environment() -> Environment:
 def compiled(source: str) -> Template:
     """Returns a chat template, which takes longer to compile than to apply."""
     return environment().from_string(source)
+
+
+@lru_cache(maxsize=16)
+def variables(source: str) -> frozenset[str]:
+    """Returns what a template asks for."""
+    return frozenset(meta.find_undeclared_variables(environment().parse(source)))

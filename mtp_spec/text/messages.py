@@ -53,7 +53,7 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not messages:
         raise PromptError("no messages given: chat needs at least one")
     found = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
-    if found[-1]["role"] == "user" and found[-1].get("content") == "":
+    if found[-1]["role"] == "user" and found[-1].get("content", "") == "" and found[-1].keys() <= {"role", "content"}:
         raise PromptError("the last message is empty: give it some text")
     return found
 
@@ -68,8 +68,6 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if isinstance(content, bool | int | float):
         raise PromptError(f"{where} has the content {content!r}: give text, a list of parts, or None")
     known = {name: one for name, one in value.items() if one is not None}
-    if len(known) == 1:
-        raise PromptError(f"{where} has a role and nothing else: give it content")
     reasoning = next((known[name] for name in REASONING if name in known), None)
     return known if reasoning is None else {"thinking": reasoning, **known, REASONING[0]: reasoning}
 

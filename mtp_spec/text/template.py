@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from warnings import warn
 
 from jinja2 import Template, TemplateError
 
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
-from mtp_spec.text.environment import MOMENT, RaisedByTemplateError, compiled
+from mtp_spec.text.environment import MOMENT, RaisedByTemplateError, compiled, variables
 from mtp_spec.text.messages import (
     LISTS,
     REASONING,
@@ -55,6 +56,7 @@ def conversation(
     source = _chosen(templates, arguments.pop("chat_template", None), known_tools)
     named = {**special, **{name: value for name, value in arguments.items() if name in special}}
     others = {name: value for name, value in arguments.items() if name not in special}
+    _check_read(source, [*others, *(["tools"] if known_tools else [])])
     if field:
         _check_continues(source, checked[-1], field)
     return Conversation(source, checked, known_tools, named, others, opens and not field, field)
@@ -82,6 +84,20 @@ def _chosen(templates: Mapping[str, str], name: Any, tools: list[Any] | None) ->
         "the checkpoint has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja): use "
         'generate with a text, or give template={"chat_template": ...}'
     )
+
+
+def _check_read(source: str, names: list[str]) -> None:
+    """Warns of arguments without effect, as transformers would not.
+
+    Raises:
+        MTPSpecError: the template is none.
+    """
+    try:
+        unread = [name for name in names if name not in variables(source)]
+    except FAILURES as error:
+        raise MTPSpecError(f"the checkpoint's chat template failed: {error}") from error
+    if unread:
+        warn(f"the chat template does not read {', '.join(unread)}: the text is the same without", stacklevel=5)
 
 
 def _check_continues(source: str, message: Mapping[str, Any], field: str) -> None:
@@ -139,6 +155,9 @@ def rendered(asked: Conversation, template: Template | None = None) -> str:
     except RaisedByTemplateError as error:
         raise PromptError(f"the checkpoint's chat template refuses this conversation: {error}") from error
     except FAILURES as error:
+        bare = [number for number, message in enumerate(asked.messages) if "content" not in message]
+        if bare:
+            raise PromptError(f"the chat template failed ({error}), and messages[{bare[0]}] has no content") from error
         raise MTPSpecError(f"the checkpoint's chat template failed: {error}") from error
     finally:
         MOMENT.reset(token)
