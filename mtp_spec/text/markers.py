@@ -90,7 +90,8 @@ class Markers:
             stays = is_own(spelt) or (token in allowed and not any(c >= chr(OWN) for c in spelt))
             if not stays and not any(c >= chr(BARRED) for c in spelt):
                 # nobody's marker: of texts that meet, or of a template that keeps its texts in places unknown here
-                stays = not self._may_come(known.data, every, allowed, None if known.sure else asked.messages)
+                met = known.sure and _is_word(self._added[token].content)
+                stays = not (met or self._may_come(known.data, every, allowed, None if known.sure else asked.messages))
             found.append(Found(token, start, end, stays))
         return found
 
@@ -257,12 +258,12 @@ def _name(content: str) -> str:
 
 
 def _parts(contents: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Returns the beginnings and the ends of markers; of two parts of one that has signs, one shows them."""
-    heads, tails = set(), set()
+    """Returns the beginnings and the ends of markers that show by their signs; of two parts of a marker one does."""
+    heads, tails = set[str](), set[str]()
     for content in contents:
-        for cut in range(1, len(content)):
-            heads |= {content[:cut]} if _is_word(content) or not _is_word(content[:cut]) else set()
-            tails |= {content[cut:]} if _is_word(content) or not _is_word(content[cut:]) else set()
+        cuts = range(1, len(content))
+        heads |= {content[:cut] for cut in cuts if not _is_word(content[:cut])}
+        tails |= {content[cut:] for cut in cuts if not _is_word(content[cut:])}
     return frozenset(heads), frozenset(tails)
 
 

@@ -93,7 +93,10 @@ def _marked(asked: Conversation, barred: Mark, assistants: Mark) -> Conversation
     def mark(value: Any, change: Mark) -> Any:
         return _mapped(value, lambda text: change(PRIVATE.sub("\ue000", text)))
 
-    messages = [mark(m, assistants if m["role"] == "assistant" else barred) for m in asked.messages]
+    messages = []
+    for message in asked.messages:
+        change = assistants if message["role"] == "assistant" else barred
+        messages.append({**mark(message, change), "role": message["role"]})
     return replace(asked, messages=messages, tools=mark(asked.tools, barred), arguments=mark(asked.arguments, barred))
 
 
