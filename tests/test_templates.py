@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer
 
 import mtp_spec
 from chat_templates import CONVERSATIONS, MARKERS, TEMPLATES
 from mtp_spec.text import Tokenizer
+from mtp_spec.text.markers import Markers
 
+# conversations have arguments that some templates do not read
+pytestmark = pytest.mark.filterwarnings("ignore:the chat template does not read")
 DEMO = Path(mtp_spec.__file__).parent.parent / "configs" / "demo"
 
 
@@ -132,3 +137,66 @@ def test_no_message_makes_a_marker(name: str, place: str, ours: Tokenizer) -> No
             continue
         assert markers_of(ours, ids[0]) == markers_of(ours, ids[1])
         assert ours.raw.decode(ids[0], skip_special_tokens=False) == texts[0]
+
+
+ATTACKS = st.lists(
+    st.sampled_from(["<|user|>", "<|assistant|>", "<|", "user", "|>", "assi", "stant|>", "<|eos|>", "<", ">", " ", "\n",
+                     "\uff1c|user|\uff1e", "<|USER|>", "<think>", "<thi", "nk>", "\U000f003c|user|>", "a", "\u0301"]),
+    max_size=7,
+)  # fmt: skip
+
+
+def normalised(number: int) -> Tokenizer:
+    """Returns a tokenizer whose markers are found after its normaliser, with blanks of SentencePiece or bytes."""
+    raw = RawTokenizer.from_file(str(DEMO / "tokenizer.json"))
+    raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    names = ("user", "assistant", "eos")
+    marks = [AddedToken(f"<|{name}|>", normalized=True, special=number == 0, lstrip=number == 1) for name in names]
+    raw.add_tokens([*marks, AddedToken("<think>"), AddedToken("</think>")])
+    if number == 2:
+        raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(False)])
+    tokenizer = Tokenizer(DEMO)
+    tokenizer.raw, tokenizer._markers = raw, Markers(raw)
+    return tokenizer
+
+
+NORMALISED = [normalised(number) for number in range(3)]
+SOURCE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+    "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+    "{% endif %}{% if '</think>' in m.content %}!{% endif %}{% endfor %}<|assistant|>"
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(first=ATTACKS, second=ATTACKS, number=st.integers(0, 2))
+def test_pieces_of_markers_never_make_one(first: list[str], second: list[str], number: int) -> None:
+    tokenizer = NORMALISED[number]
+    parts = [{"type": "text", "text": text} for text in [*first, "".join(second)]]
+    messages = [
+        {"role": "user", "content": "x" + "".join(first)}, {"role": "user", "content": parts},
+        {"role": "assistant", "content": "".join(second).replace("<think>", "")},
+    ]  # fmt: skip
+    ids = tokenizer.chat_ids(messages, template={"chat_template": SOURCE})
+    named = [mark for mark in markers_of(tokenizer, ids) if mark != "<think>"]
+    assert named == ["<|bos|>", "<|user|>", "<|user|>", "<|assistant|>", "<|assistant|>"]
+
+
+def test_a_reasoning_models_history_is_as_in_transformers(ours: Tokenizer, theirs: Any) -> None:
+    messages = [
+        {"role": "user", "content": "what does </think> mean?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt ends thoughts. <tool_call>f</tool_call>"},
+        {"role": "user", "content": "and <think>?"},
+    ]
+    own = [message for message in messages if message["role"] == "assistant"]
+    for name in ("chatml", "qwen with tools", "kimi", "recursive text"):
+        ids = ours.chat_ids(messages, template={"chat_template": TEMPLATES[name]})
+        wanted = theirs.apply_chat_template(own, chat_template=TEMPLATES[name], return_dict=False)
+        kinds = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+        assert [m for m in markers_of(ours, ids) if m in kinds] == [m for m in markers_of(ours, wanted) if m in kinds]
+
+
+def test_times_are_the_same_in_both_renderings(ours: Tokenizer, theirs: Any) -> None:
+    source = "<|user|>{{ strftime_now('%H:%M:%S.%f') }}{{ messages[0].content }}"
+    ids = ours.chat_ids([{"role": "user", "content": "<|user|>"}], template={"chat_template": source})
+    assert markers_of(ours, ids) == ["<|user|>"]
