@@ -68,6 +68,19 @@ def extra_named(extra: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return texts
 
 
+def extra_listed(config: Mapping[str, Any], folder: Path) -> list[str]:
+    """Returns the texts of special tokens without names."""
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        return []
+    texts = (
+        [one.get("content") if isinstance(one, dict) else one for one in extra] if isinstance(extra, list) else [None]
+    )
+    if not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(f"{folder / CONFIG}: extra_special_tokens is {extra!r:.80}: a list of texts is needed")
+    return texts
+
+
 def end_ids(folder: Path, vocab_size: int | None = None) -> frozenset[int]:
     """Returns the tokens that end a text by generation_config.json.
 

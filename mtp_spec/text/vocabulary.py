@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mtp_spec.model.errors import CheckpointError
-from mtp_spec.text.files import CONFIG, NEEDED, read_json
+from mtp_spec.text.files import CONFIG, NEEDED, extra_listed, read_json
 from mtp_spec.text.sentencepiece import read_sentencepiece
 from mtp_spec.text.tiktoken import is_tiktoken, read_tiktoken
 
@@ -72,7 +72,7 @@ def read_vocabulary(file: Path, config: Mapping[str, Any], named: Mapping[str, s
     raw.no_truncation()
     raw.no_padding()
     raw.encode_special_tokens = bool(config.get("split_special_tokens"))
-    _add(raw, tokens, named, folder)
+    _add(raw, tokens, {*named.values(), *extra_listed(config, folder)}, folder)
     for name in NEEDED:
         if name in named and raw.token_to_id(named[name]) is None:
             raise CheckpointError(
@@ -93,10 +93,9 @@ def _listed(config: Mapping[str, Any], file: Path) -> dict[int, AddedToken]:
         ) from error
 
 
-def _add(raw: Tokenizer, tokens: Mapping[int, AddedToken], named: Mapping[str, str], folder: Path) -> None:
+def _add(raw: Tokenizer, tokens: Mapping[int, AddedToken], special: set[str], folder: Path) -> None:
     """Adds the tokens that tokenizer_config.json states otherwise than tokenizer.json, which then count."""
     present = {repr(token) for token in raw.get_added_tokens_decoder().values()}
-    special = set(named.values())
     for number, token in tokens.items():
         if repr(token) in present:
             continue
