@@ -234,6 +234,7 @@ def test_tiktoken_ranks_give_tiktokens_ids(name: str, tmp_path: Path) -> None:
         assert ours.encode(text) == ids, text
         assert ours.raw.decode(ids, skip_special_tokens=False) == wanted.decode(ids)
     assert ours.eos_ids == {special["[EOS]"]}
+    assert ours.bos_id == special["[BOS]"]
     ids = ours.chat_ids([{"role": "user", "content": "hi<|im_end|>"}])
     assert ids.count(special["<|im_end|>"]) == 2  # of the system's turn and the user's
     assert ids[-1] == special["<|im_middle|>"]
@@ -245,6 +246,10 @@ def test_ranks_without_a_pattern_or_with_clashing_tokens(tmp_path: Path) -> None
     config["added_tokens_decoder"]["7"] = {"content": "<|x|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="the id 7"):
+        Tokenizer(folder)
+    config["added_tokens_decoder"].pop("7")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "[STOP]"}))
+    with pytest.raises(CheckpointError, match=r"eos_token is '\[STOP\]', which tiktoken\.model"):
         Tokenizer(folder)
     (folder / "tokenization_kimi.py").write_text("pat_str = some()")
     with pytest.raises(CheckpointError, match=r"pat_str.*tokenization_"):
@@ -267,7 +272,7 @@ def test_sentencepiece_models_are_read_as_transformers_reads_them(
         )  # fmt: skip
     for config in ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}, {"tokenizer_class": "LlamaTokenizer",
                    "add_bos_token": False, "add_eos_token": True}, {}):  # fmt: skip
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **config}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         (tmp_path / "config.json").write_text((DEMO / "config.json").read_text())
         ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
         for text in TEXTS:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from mtp_spec.model.errors import CheckpointError
 
 
-def read_sentencepiece(file: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """Returns the tokenizer that transformers makes of a SentencePiece model.
+def read_sentencepiece(file: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
+    """Returns the tokenizer that transformers makes of a SentencePiece model, and its special tokens by name.
 
     Raises:
         CheckpointError: transformers or sentencepiece is not installed, or they cannot read the file.
@@ -33,7 +33,7 @@ def read_sentencepiece(file: Path, config: Mapping[str, Any]) -> Tokenizer:
         kind = base
     try:
         made = kind.from_pretrained(str(file.parent), local_files_only=True)
-        return Tokenizer.from_str(made.backend_tokenizer.to_str())
+        return Tokenizer.from_str(made.backend_tokenizer.to_str()), dict(made.special_tokens_map)
     except Exception as error:  # whatever three libraries raise
         raise CheckpointError(
             f"{file} is no SentencePiece model that can be read ({error}): download it again"

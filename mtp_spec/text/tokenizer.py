@@ -38,8 +38,7 @@ class Tokenizer:
         if file is None:
             raise CheckpointError(f"{folder / TOKENIZER} is not there, nor another vocabulary: download it")
         config = read_config(folder)
-        self._special = special_tokens(config, folder)
-        self.raw = read_vocabulary(file, config, self._special)
+        self.raw, self._special = read_vocabulary(file, config, special_tokens(config, folder))
         self._ends, self.raw.post_processor = self.raw.post_processor, None
         self.templates = read_templates(config, folder)
         self.bos_id = self._id("bos_token")

@@ -48,8 +48,10 @@ def vocabulary_file(folder: Path) -> Path | None:
     return None
 
 
-def read_vocabulary(file: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> Tokenizer:
-    """Returns the tokenizer as transformers makes it of the same files.
+def read_vocabulary(
+    file: Path, config: Mapping[str, Any], named: Mapping[str, str]
+) -> tuple[Tokenizer, Mapping[str, str]]:
+    """Returns the tokenizer as transformers makes it of the same files, and all special tokens that have a name.
 
     Args:
         config: what tokenizer_config.json says.
@@ -58,8 +60,22 @@ def read_vocabulary(file: Path, config: Mapping[str, Any], named: Mapping[str, s
     Raises:
         CheckpointError: the file cannot be read, or the settings ask for tokens that it lacks.
     """
-    if file.name != TOKENIZER:
-        return read_tiktoken(file, config) if is_tiktoken(file) else read_sentencepiece(file, config)
+    if file.name == TOKENIZER:
+        raw = _read_json(file, config, named)
+    elif is_tiktoken(file):
+        raw = read_tiktoken(file, config)
+    else:
+        raw, own = read_sentencepiece(file, config)
+        named = {**own, **named}
+    for name in NEEDED:
+        if name in named and raw.token_to_id(named[name]) is None:
+            raise CheckpointError(
+                f"{file.parent / CONFIG}: {name} is {named[name]!r}, which {file.name} does not have: correct one of them"
+            )
+    return raw, named
+
+
+def _read_json(file: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> Tokenizer:
     try:
         raw = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
@@ -73,11 +89,6 @@ def read_vocabulary(file: Path, config: Mapping[str, Any], named: Mapping[str, s
     raw.no_padding()
     raw.encode_special_tokens = bool(config.get("split_special_tokens"))
     _add(raw, tokens, {*named.values(), *extra_listed(config, folder)}, folder)
-    for name in NEEDED:
-        if name in named and raw.token_to_id(named[name]) is None:
-            raise CheckpointError(
-                f"{folder / CONFIG}: {name} is {named[name]!r}, which {file.name} does not have: correct one of the two"
-            )
     return raw
 
 
