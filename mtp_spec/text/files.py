@@ -73,9 +73,9 @@ def extra_listed(config: Mapping[str, Any], folder: Path) -> list[str]:
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         return []
-    texts = (
-        [one.get("content") if isinstance(one, dict) else one for one in extra] if isinstance(extra, list) else [None]
-    )
+    texts: list[Any] = [None]
+    if isinstance(extra, list):
+        texts = [one.get("content") if isinstance(one, dict) else one for one in extra]
     if not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{folder / CONFIG}: extra_special_tokens is {extra!r:.80}: a list of texts is needed")
     return texts

@@ -70,7 +70,7 @@ def read_vocabulary(
     for name in NEEDED:
         if name in named and raw.token_to_id(named[name]) is None:
             raise CheckpointError(
-                f"{file.parent / CONFIG}: {name} is {named[name]!r}, which {file.name} does not have: correct one of them"
+                f"{file.parent / CONFIG}: {name} is {named[name]!r}, which {file.name} does not have: correct either"
             )
     return raw, named
 
