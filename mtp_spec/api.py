@@ -9,11 +9,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 
 from mtp_spec.agreement import Watch
+from mtp_spec.asking import Asking, Message, taken
 from mtp_spec.batch import Batch
 from mtp_spec.defaults import Defaults
 from mtp_spec.device_batch import DeviceBatch
@@ -23,7 +24,7 @@ from mtp_spec.device_guided import GuidedDecoder
 from mtp_spec.device_pages import DeviceLease
 from mtp_spec.device_planned import PLANNED_DEPTH, PlannedDecoder
 from mtp_spec.engine import PREFILL_CHUNK, Decoder
-from mtp_spec.errors import MTPSpecError, OptionError, PromptError
+from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.explain import Explanation, explain
 from mtp_spec.facts import check_first, request_facts
 from mtp_spec.grammar import GrammarProcessor, Grammars
@@ -44,7 +45,6 @@ from mtp_spec.streaming import Generation, TokenStream
 from mtp_spec.text import Tokenizer
 from mtp_spec.worker import Place, Worker
 
-Message = Mapping[str, str]
 Ids = Sequence[int]
 # the most that "auto" drafts
 AUTO = Speculation(branching=(2,) * MAX_DEPTH, budget=16, adaptive=True)
@@ -65,10 +65,12 @@ class LM:
         max_batch: int = 1,
         cache_tokens: int | None = None,
         defaults: Defaults | None = None,
+        ends: frozenset[int] = frozenset(),
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self._ends = model, tokenizer, ends
         self.defaults = Defaults() if defaults is None else defaults
         self.max_context, self.max_batch, self.cache_tokens = max_context, max_batch, cache_tokens
+        self._asking = Asking(tokenizer, model.config, max_context)
         self._batch: Worker | None = None
         self._starting = Lock()
         self._technique = technique
@@ -96,15 +98,20 @@ class LM:
 
     def encode(self, text: str) -> list[int]:
         """Returns token ids of plain text, with the beginning-of-sequence token if the model uses one."""
-        return self._text().encode(text)
+        return self._asking.text().encode(text)
 
     def decode(self, ids: Ids) -> str:
         """Returns the text of token ids, special tokens left out."""
-        return self._text().decode(list(ids))
+        return self._asking.text().decode(list(ids))
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Returns token ids of a conversation through the checkpoint's chat template, ready for the answer."""
-        return self._text().chat_ids(messages)
+    def chat_ids(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """Returns token ids of a conversation through the checkpoint's chat template, ready for the answer.
+
+        Args:
+            **options: `template`, `tools`, `continue_final_message` and `add_generation_prompt`, as
+                `mtp_spec.text.Tokenizer.chat_ids` takes them; it also says what a message cannot do.
+        """
+        return self._asking.chat_ids(messages, options)
 
     @overload
     def generate(self, prompt: str | Ids, *, n: int, **options: Any) -> list[Generation]: ...
@@ -133,7 +140,7 @@ class LM:
             OptionError: an unknown option or a value outside its range.
             PromptError: an empty prompt, an id outside the vocabulary, or a prompt longer than the context.
         """
-        prompts = self._prompts(prompt)
+        prompts = self._asking.prompts(prompt)
         # ranks write a single text beside others where they write several: they compute in one thread at a time
         shared = self.model.ranks.size > 1 and self.max_batch > 1
         if not is_batch(prompt) and n is None and not shared:
@@ -147,11 +154,20 @@ class LM:
     @overload
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation: ...
     def chat(self, messages: Sequence[Message], *, n: int | None = None, **options: Any) -> Any:
-        """Returns the assistant's answer to `[{"role": ..., "content": ...}, ...]`; options as `generate`."""
-        return self.generate(self._text().chat_ids(messages), **({} if n is None else {"n": n}), **options)
+        """Returns the assistant's answer to `[{"role": ..., "content": ...}, ...]`.
+
+        Args:
+            messages: with every field that the chat template knows; it decides about roles.
+            n: as for `generate`.
+            **options: as `generate`, and those of the template: `template`, its arguments, such as
+                `{"enable_thinking": False}`; `tools`, JSON schemas; `continue_final_message`, so that the answer
+                goes on with the last message, as `"prefix": True` in it asks too.
+        """
+        ids = self._asking.chat_ids(messages, taken(options))
+        return self.generate(ids, **({} if n is None else {"n": n}), **options)
 
     def submit(self, prompt: str | Ids | Sequence[Message], **options: Any) -> Handle:
-        """Puts a text in the queue of those that are written side by side; options as `generate`, without `n`.
+        """Puts a text in the queue of those that are written side by side; options as `chat`, without `n`.
 
         Up to `load(max_batch=)` texts run at a time, the others wait for their turn. Each text is what it is alone. A
         logits processor is called in the worker's thread.
@@ -162,7 +178,7 @@ class LM:
         Raises:
             OptionError, PromptError: as `generate`, at once.
         """
-        ids = self._ids(prompt)
+        ids = self._asking.ids(prompt, options)
         self._agree([ids], options, beside=True)
         request = self._request(ids, options)
         self.model.ranks.submitted += 1
@@ -224,7 +240,7 @@ class LM:
     def stream(
         self, prompt: str | Ids | Sequence[Message], *, after: TokenStream | None = None, **options: Any
     ) -> TokenStream:
-        """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `generate`.
+        """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `chat`.
 
         The events are those of `generate`: same tokens, same text. `stream.result` is the `Generation`.
 
@@ -234,7 +250,7 @@ class LM:
                 caches themselves are handed on: once, if no other text has used them since, and a stream left where it
                 is cannot go on. `stream.result.stats.reused_tokens` counts.
         """
-        ids = self._ids(prompt)
+        ids = self._asking.ids(prompt, options)
         self._agree([ids], options)
         request = self._request(ids, options)
         if after is not None and (not isinstance(after, TokenStream) or after.decoder.model is not self.model):
@@ -298,7 +314,7 @@ class LM:
             params = replace(params, seed=self._fresh_seed())
         processors = () if params.response_format is None else (self._grammar(params.response_format),)
         if params.stop_strings:
-            self._text()
+            self._asking.text()
         return new_request(ids, params, speculation, self.config, self.max_context, processors, self.tokenizer,
                            self.stop_ids())  # fmt: skip
 
@@ -375,35 +391,13 @@ class LM:
 
     def _grammar(self, response_format: Mapping[str, Any]) -> GrammarProcessor:
         if self._grammars is None:
-            self._grammars = Grammars(self._text(), self.config.vocab_size, self.stop_ids())
+            self._grammars = Grammars(self._asking.text(), self.config.vocab_size, self.stop_ids())
         return self._grammars.processor(response_format)
 
     def stop_ids(self) -> frozenset[int]:
         """Returns the tokens that end a text."""
-        ids = set(self.config.eos_token_ids)
+        ids = self._ends | set(self.config.eos_token_ids)
         if self.tokenizer is not None:
             ids |= set(self.tokenizer.eos_ids)
         return frozenset(ids)
 
-    def _prompts(self, prompt: Any) -> list[list[int]]:
-        parts = prompt if is_batch(prompt) else [prompt]
-        if not parts:
-            raise PromptError("no prompt given: the list is empty")
-        ids = [self.encode(part) if isinstance(part, str) else part for part in parts]
-        return [checked_ids(own, part, self.config, self.max_context) for own, part in zip(ids, parts, strict=True)]
-
-    def _ids(self, prompt: str | Ids | Sequence[Message]) -> list[int]:
-        """Returns the ids of one prompt or conversation."""
-        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self.chat_ids(cast("Sequence[Message]", prompt))
-        elif is_batch(prompt):
-            raise PromptError("one prompt is expected: call once for each, or use generate")
-        return self._prompts(prompt)[0]
-
-    def _text(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise MTPSpecError(
-                "this checkpoint has no tokenizer.json, so text cannot be used: give token ids, or copy the "
-                "model's tokenizer.json and tokenizer_config.json into its folder"
-            )
-        return self.tokenizer

@@ -18,6 +18,7 @@ from rich.console import Console
 
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
+from mtp_spec.chat_options import add_chat_options, chat_options
 from mtp_spec.converting import add_converting, run_cast, run_convert, run_export
 from mtp_spec.defaults import CHOICES
 from mtp_spec.inspecting import add_inspect, run_inspect
@@ -83,6 +84,7 @@ def _add_generate(commands: Any) -> None:
     )
     add_prompts(generate)
     _add_model(generate)
+    add_chat_options(generate)
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
     generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt, each of its own seed (1)")
     generate.add_argument("--json", action="store_true", help="print one JSON document a text instead of the text")
@@ -104,6 +106,7 @@ def _add_chat(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(chat)
+    add_chat_options(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     chat.add_argument("--once", metavar="PROMPT", help="answer this one question; - reads it from standard input")
     chat.add_argument("--history", type=Path, metavar="FILE", help="where what is typed is remembered")
@@ -185,7 +188,8 @@ def _generate(args: argparse.Namespace) -> None:
     with ranks.together():
         given = read_prompts(args) if ranks.rank == 0 else None
         options = _options(args)
-        text_seeds(options.get("seed"), 1, args.n)  # checked before the model is loaded
+        chat_options(args)  # refused before the model is loaded, as are seeds
+        text_seeds(options.get("seed"), 1, args.n)
     prompts, seed = ranks.from_first([given, options.pop("seed", fresh_seed())])
     seeds = text_seeds(seed, len(prompts), args.n)
     lm = _load(args)
@@ -202,14 +206,17 @@ def _stopped(number: int, frame: FrameType | None) -> None:
 def _write(
     args: argparse.Namespace, lm: mtp_spec.LM, prompts: list[str], seeds: list[list[int]], options: dict[str, Any]
 ) -> None:
-    chat = not args.raw and lm.tokenizer is not None and lm.tokenizer.template is not None
+    chat, said = _answers(args, lm)
+    if lm.model.ranks.rank == 0 and not args.json:
+        print(f"[{said}]", file=sys.stderr)
+    options = {**options, **(chat_options(args) if chat else {})}
     asked: list[tuple[str, int, Any]]
     asked = [(prompt, seed, [{"role": "user", "content": prompt}] if chat else prompt)
              for prompt, own in zip(prompts, seeds, strict=True) for seed in own]  # fmt: skip
     if args.max_batch > 1:
         handles = [lm.submit(question, **{**options, "seed": seed}) for _, seed, question in asked]
         for (prompt, _, _), handle in zip(asked, handles, strict=True):
-            print(json.dumps(_document(prompt, handle.result()), ensure_ascii=False), flush=True)
+            print(json.dumps(_document(prompt, chat, handle.result()), ensure_ascii=False), flush=True)
         return
     for prompt, seed, question in asked:
         options["seed"] = seed
@@ -225,11 +232,22 @@ def _write(
             if not args.json:
                 print(event.text, end="", flush=True)
         if args.json:
-            print(json.dumps(_document(prompt, stream.result), ensure_ascii=False), flush=True)
+            print(json.dumps(_document(prompt, chat, stream.result), ensure_ascii=False), flush=True)
         else:
             print(flush=True)
             if lm.model.ranks.rank == 0:
                 print(statistics_line(stream.result.stats, seed), file=sys.stderr)
+
+
+def _answers(args: argparse.Namespace, lm: mtp_spec.LM) -> tuple[bool, str]:
+    """Returns whether prompts are answered through the chat template, and how to say it."""
+    if not args.raw and lm.tokenizer is not None and lm.tokenizer.templates:
+        return True, "answered through the chat template; --raw continues the prompt instead"
+    why = "--raw" if args.raw else "this checkpoint has no chat template"
+    for option, value in (("--template", args.template), ("--tools", args.tools)):
+        if value is not None:
+            raise mtp_spec.OptionError(f"{option} is for the chat template, which is not used: {why}")
+    return False, f"continued as text, without a chat template: {why}"
 
 
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
@@ -247,12 +265,13 @@ def _chat(args: argparse.Namespace) -> None:
     args.acceptance = args.trace = args.json = None
     options = _options(args)
     lm = _load(args)
-    run_chat(lm, options, system=args.system, prompt=args.once, history=args.history)
+    run_chat(lm, {**options, **chat_options(args)}, system=args.system, prompt=args.once, history=args.history)
 
 
-def _document(prompt: str, result: mtp_spec.Generation) -> dict[str, Any]:
+def _document(prompt: str, chat: bool, result: mtp_spec.Generation) -> dict[str, Any]:
     return {
         "prompt": prompt,
+        "chat_template": chat,
         "seed": result.seed,
         "text": result.text,
         "token_ids": result.token_ids,

@@ -17,8 +17,10 @@ from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cpu_checkpoint import load_cpu_model
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle, load_device_model
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.parallel import ALONE, Ranks
+from mtp_spec.text import Tokenizer
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -99,6 +101,21 @@ def draft_ids(drafts: DraftVocabulary, config: ModelConfig) -> list[int] | None:
     else:
         found = set(range(drafts))
     return sorted(found | set(config.eos_token_ids))
+
+
+def check_ends(tokenizer: Tokenizer | None, config: ModelConfig, folder: Path) -> None:
+    """Refuses end tokens that the model cannot write."""
+    size = config.vocab_size
+    for token in config.eos_token_ids:
+        if not 0 <= token < size:
+            raise CheckpointError(
+                f"config.json: eos_token_id {token} is no token of a vocabulary of {size}: correct it"
+            )
+    if tokenizer is not None and tokenizer.eos_id is not None and tokenizer.eos_id >= size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: eos_token has the id {tokenizer.eos_id}, beyond the vocabulary of "
+            f"{size} that config.json states: the tokenizer is not this model's"
+        )
 
 
 def _listed_ids(file: Path, whole: int, name: str) -> set[int]:

@@ -12,14 +12,14 @@ from mtp_spec.api import LM
 from mtp_spec.defaults import FILE, Defaults
 from mtp_spec.errors import OptionError
 from mtp_spec.facts import start_facts
-from mtp_spec.loading import check_batch, check_device, context_limit, dtype_of, load_model
+from mtp_spec.loading import check_batch, check_device, check_ends, context_limit, dtype_of, load_model
 from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.joining import join_ranks, local_device, open_rooms
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.progress import Report, byte_progress
-from mtp_spec.text import Tokenizer
+from mtp_spec.text import end_ids, open_tokenizer
 
 
 @undisturbed(inference=False)
@@ -71,8 +71,9 @@ def load(
             (docs/howto/parallel.md).
 
     Raises:
-        CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, its generation_config.json
-            has values that are not possible and are asked for, or the processes of `parallel` cannot divide it.
+        CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, its tokenizer cannot be read,
+            its generation_config.json has values that are not possible and are asked for, or the processes of
+            `parallel` cannot divide it.
         RankError: another rank failed, differs or does not answer.
         OptionError: an impossible device, dtype, max_context, max_batch, cache_tokens, draft_vocabulary, cache_dtype,
             defaults or progress.
@@ -95,6 +96,9 @@ def load(
         checkpoint = open_checkpoint(folder, config_file)
         own = Defaults(folder / FILE, defaults, checkpoint.config.vocab_size)
         chosen = dtype_of(dtype)
+        tokenizer = open_tokenizer(folder)
+        ends = end_ids(folder, checkpoint.config.vocab_size)
+        check_ends(tokenizer, checkpoint.config, folder)
     facts = {"max_context": limit, "max_batch": max_batch, "cache_tokens": cache_tokens, "dtype": chosen,
              "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype, "defaults": defaults}  # fmt: skip
     ranks.agree(facts | start_facts(checkpoint, device))
@@ -104,9 +108,8 @@ def load(
         report = progress if callable(progress) else shown
         model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks, max_batch,
                            cache_tokens)  # fmt: skip
-    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
-        return LM(model, tokenizer, "batched", limit, measure, bar, max_batch, cache_tokens, own)
+        return LM(model, tokenizer, "batched", limit, measure, bar, max_batch, cache_tokens, own, ends)
     if isinstance(model, Transformer):
         model.requires_grad_(False)
-    return LM(model, tokenizer, model.technique, limit, measure, bar, max_batch, cache_tokens, own)
+    return LM(model, tokenizer, model.technique, limit, measure, bar, max_batch, cache_tokens, own, ends)

@@ -89,8 +89,8 @@ def test_an_answer_is_that_of_the_library(run: Run, lm: mtp_spec.LM) -> None:
 
 def test_commands_have_help_and_all_that_were_promised_exist(run: Run) -> None:
     _, out = run("/help", "/help parity")
-    promised = ["help", "set", "show", "clear", "regen", "undo", "system", "seed", "spec", "stats", "save", "load",
-                "parity", "exit"]  # fmt: skip
+    promised = ["help", "set", "show", "clear", "regen", "undo", "system", "template", "seed", "spec",
+                "stats", "save", "load", "parity", "exit"]  # fmt: skip
     assert list(COMMANDS) == promised
     assert all(f"/{name}" in out for name in promised)
     assert out.count("/parity") == 2

@@ -13,8 +13,9 @@ from mtp_spec.chat import files
 from mtp_spec.chat.chat import Chat
 from mtp_spec.chat.parity import parity
 from mtp_spec.chat.report import statistics
-from mtp_spec.chat.settings import NAMES, SHAPES, describe, parse_setting, parse_shape, shape_text
+from mtp_spec.chat.settings import NAMES, SHAPES, describe, parse_setting, parse_shape, shape_text, template_text
 from mtp_spec.chat.status import counted
+from mtp_spec.chat_options import template_arguments
 from mtp_spec.errors import OptionError
 from mtp_spec.seeds import LIMIT
 
@@ -60,7 +61,7 @@ def suggestions(before: str) -> Iterable[str]:
         return [f"/{name}" for name in COMMANDS]
     if len(words) == 2:
         options = {"/set": [*NAMES, *SWITCHES], "/spec": SHAPES, "/help": list(COMMANDS), "/seed": ["random"],
-                   "/system": ["off"], "/show": ["history"]}  # fmt: skip
+                   "/system": ["off"], "/template": ["off"], "/show": ["history"]}  # fmt: skip
         return files.matching(words[1]) if words[0] in ("/save", "/load") else options.get(words[0], ())
     switch = words[0] == "/set" and len(words) == 3 and words[1] in SWITCHES
     return ("on", "off") if switch else ()
@@ -173,6 +174,17 @@ def _system(chat: Chat, argument: str) -> None:
     chat.screen.say("no system message" if argument == "off" else "from the next answer on")
 
 
+def _template(chat: Chat, argument: str) -> None:
+    session = chat.session
+    if argument == "off":
+        session.set_template({})
+    elif argument:
+        changed = template_arguments([argument], "/template ")
+        kept = {name: value for name, value in session.template.items() if name not in changed}
+        session.set_template(kept if "off" in changed.values() else {**kept, **changed})
+    chat.screen.say(f"the chat template is given {template_text(session.template)}")
+
+
 def _seed(chat: Chat, argument: str) -> None:
     if argument:
         chat.session.set("seed", None if argument == "random" else parse_setting("seed", argument))
@@ -233,6 +245,9 @@ COMMANDS = {
     "regen": Command("/regen [SEED]", "answer the last question again, with the next seed or a fresh one", _regen),
     "undo": Command("/undo", "forget the last question and its answer", _undo),
     "system": Command("/system [TEXT|off]", "the system message", _system),
+    "template": Command(
+        "/template [NAME=JSON|NAME=off|off]", "arguments of the chat template: enable_thinking=false", _template
+    ),
     "seed": Command("/seed [N|random]", "same seed and settings, same answers; random is a fresh one for each", _seed),
     "spec": Command("/spec off|K|tree|auto", "what is drafted: nothing, a chain of K, a tree, what pays", _spec),
     "stats": Command("/stats", "what drafting did, last answer and whole chat", _stats),

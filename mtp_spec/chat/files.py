@@ -30,6 +30,7 @@ def save(session: Session, file: Path) -> str:
         "messages": session.messages(),
         "settings": {name: params[name] for name in NAMES},
         "speculation": shape_text(session.speculation),
+        **({"template": session.template} if session.template else {}),
     }
     try:
         file.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -59,6 +60,10 @@ def load(session: Session, file: Path) -> str:
         given["logit_bias"] = {int(token): amount for token, amount in given["logit_bias"].items()}
     params = SamplingParams.from_options(given) if given else session.params
     shape = parse_shape(document["speculation"]) if "speculation" in document else session.speculation
+    template = document.get("template", session.template)
+    if not isinstance(template, dict):
+        raise OptionError(f"{file}: template is {template!r}: give its arguments by name")
+    session.set_template(template)
     session.system, session.turns, session.params, session.speculation = system, turns, params, shape
     return f"{counted(len(turns), 'turn')} read from {file}"
 

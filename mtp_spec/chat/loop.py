@@ -71,13 +71,14 @@ def run_chat(
     """Runs the chat of the command line.
 
     Args:
-        options: as for `LM.stream`; the length of an answer is `MAX_NEW_TOKENS` if not given.
+        options: as for `LM.chat`; the length of an answer is `MAX_NEW_TOKENS` if not given.
         prompt: where given, this one question is answered; "-" reads it from standard input.
         history: a file of one's own for what is typed.
     """
     given = {"max_new_tokens": MAX_NEW_TOKENS, **lm.defaults.applied(options)}
     speculation = given.pop("speculation", "auto")
-    session = Session(lm, SamplingParams.from_options(given), speculation, system)
+    template, tools = given.pop("template", None), given.pop("tools", None)
+    session = Session(lm, SamplingParams.from_options(given), speculation, system, template, tools)
     lm.speculation_for(speculation)
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a character that cannot be read is no reason to end

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from mtp_spec.chat.chat import Chat
 from mtp_spec.chat.interrupt import interruptible
-from mtp_spec.chat.session import Draw
 from mtp_spec.chat.status import speed
 from mtp_spec.errors import OptionError
 
@@ -25,7 +24,7 @@ def parity(chat: Chat) -> None:
     ids = turn.result.token_ids
     # an answer stopped by hand ends where it was stopped
     params = replace(turn.draw.params, max_new_tokens=len(ids)) if turn.interrupted else turn.draw.params
-    stream = chat.session.draw(Draw(turn.draw.messages, params, None))
+    stream = chat.session.draw(replace(turn.draw, params=params, speculation=None))
     with interruptible(chat.screen.rich) as interrupt:
         chat.interrupted = chat.screen.count(stream, len(ids), lambda: interrupt.asked)
     chat.session.follow(stream)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from mtp_spec.api import LM
-from mtp_spec.errors import PromptError
+from mtp_spec.errors import MTPSpecError, PromptError
 from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.stats import GenerationStats
 from mtp_spec.streaming import Generation, TokenStream
@@ -27,11 +27,14 @@ class Draw:
         messages: what was answered, the question last.
         params: the sampling, with the seed that was drawn where there was none.
         speculation: as given to `LM.stream`.
+        template, tools: what the chat template was given.
     """
 
     messages: list[Message]
     params: SamplingParams
     speculation: Shape
+    template: dict[str, Any] = field(default_factory=dict)
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Session:
         params: how answers are drawn; without a seed each answer draws its own.
         speculation: as for `LM.stream`.
         system: the system message.
+        template, tools: for the chat template.
     Attributes:
         turns: oldest first.
         totals: statistics of all answers.
@@ -79,9 +83,11 @@ class Session:
     """
 
     def __init__(
-        self, lm: LM, params: SamplingParams, speculation: Shape = "auto", system: str | None = None
-    ) -> None:
+        self, lm: LM, params: SamplingParams, speculation: Shape = "auto", system: str | None = None,
+        template: dict[str, Any] | None = None, tools: list[Any] | None = None,
+    ) -> None:  # fmt: skip
         self.lm, self.params, self.speculation, self.system = lm, params, speculation, system
+        self.template, self.tools = template or {}, tools
         self.turns: list[Turn] = []
         self.totals = GenerationStats()
         self._last: TokenStream | None = None
@@ -96,7 +102,7 @@ class Session:
 
     def count(self, messages: list[Message]) -> int:
         """Returns how many tokens of the context these messages take."""
-        return len(self.lm.chat_ids(messages)) if messages else 0
+        return len(self.lm.chat_ids(messages, template=self.template, tools=self.tools)) if messages else 0
 
     def ask(self, question: str) -> tuple[Draw, TokenStream]:
         """Returns the answer to a question, about to be drawn; `keep` makes it a turn.
@@ -105,14 +111,15 @@ class Session:
             ContextFullError: too little of the context is left.
         """
         self._check_room(question)
-        draw = Draw(self.messages(question), self.params, self.speculation)
+        draw = Draw(self.messages(question), self.params, self.speculation, self.template, self.tools)
         stream = self.draw(draw)
         return replace(draw, params=replace(self.params, seed=stream.result.seed)), stream
 
     def draw(self, draw: Draw) -> TokenStream:
         """Returns the stream that a draw describes; what it has in common with the last turn is not read again."""
         options = options_of(draw.params)
-        return self.lm.stream(draw.messages, after=self._last, speculation=draw.speculation, **options)
+        return self.lm.stream(draw.messages, after=self._last, speculation=draw.speculation, template=draw.template,
+                              tools=draw.tools, **options)  # fmt: skip
 
     def keep(self, draw: Draw, stream: TokenStream, interrupted: bool) -> bool:
         """Adds a turn; returns false, and adds none, where nothing was written before the answer was stopped."""
@@ -132,6 +139,19 @@ class Session:
         """Changes one of the sampling parameters."""
         self.params = replace(self.params, **{name: value})
 
+    def set_template(self, arguments: dict[str, Any]) -> None:
+        """Gives the chat template other arguments, from the next answer on.
+
+        Raises:
+            MTPSpecError: the template cannot do with them; the former ones stay.
+        """
+        before, self.template = self.template, arguments
+        try:
+            self.count(self.messages("?"))
+        except MTPSpecError:
+            self.template = before
+            raise
+
     def _check_room(self, question: str) -> None:
         context = self.lm.max_context
         taken = self.count(self.messages(question))
@@ -146,9 +166,7 @@ class Session:
                     f"as many of the oldest turns, /clear all of it", drop,
                 )  # fmt: skip
         alone = self.count(self.messages(question, len(self.turns)))
-        raise ContextFullError(
-            f"the question takes {alone} tokens and the context is {context}: shorten it", None
-        )
+        raise ContextFullError(f"the question takes {alone} tokens and the context is {context}: shorten it", None)
 
 
 def options_of(params: SamplingParams) -> dict[str, Any]:

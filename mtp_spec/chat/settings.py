@@ -62,6 +62,11 @@ def setting_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | tuple | Mapping) else str(value)
 
 
+def template_text(arguments: Mapping[str, Any]) -> str:
+    """Returns arguments of a chat template as `/template` takes them, one after the other."""
+    return ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in arguments.items()) or "nothing more"
+
+
 def parse_shape(text: str) -> Shape:
     """Returns what `/spec` was given.
 
@@ -114,6 +119,7 @@ def describe(session: Session) -> dict[str, str]:
         f"{str(lm.model.dtype).removeprefix('torch.')} on {lm.model.device} by {lm.model.runs_on}",
         "context": f"{used} of {lm.max_context} tokens, {counted(len(session.turns), 'turn')}",
         "system": session.system or "off",
+        "template": template_text(session.template),
         "speculation": shape_text(session.speculation),
         **{name: setting_text(params[name]) for name in NAMES},
     }

@@ -17,10 +17,10 @@ from typing import Any
 from mtp_spec.bench.common import bundled_prompts, digest
 from mtp_spec.errors import OptionError
 from mtp_spec.seeds import derived_seed
-from mtp_spec.text import ROLES
 
 Record = Mapping[str, Any]
 BUNDLED, BUNDLED_COUNT = "bundled", 60
+ROLES = ("system", "user", "assistant")
 # the two sets share their fields; Spec-Bench reports these eight kinds as one
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 

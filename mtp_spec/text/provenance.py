@@ -1,0 +1,175 @@
+"""Which characters of a rendered conversation the chat template wrote itself.
+
+The template is rendered a second time with its own texts in another spelling: each visible character is moved to a
+private plane of Unicode. Where the second text differs from the first, the template speaks; the rest are messages,
+tools and arguments. Markers that stand in these go to another private plane. Nothing that a template does with a
+text, such as strip, split or join, can blur that; where it looks into one and goes another way, more differs and it
+is tried with less.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, nodes
+
+from mtp_spec.errors import MTPSpecError
+from mtp_spec.text.environment import environment
+from mtp_spec.text.messages import LISTS, Conversation
+from mtp_spec.text.template import rendered
+
+PLANE = 0x10000
+# planes 15 and 16: of the template, and of texts in which a marker is to stay text
+OWN, BARRED = 15 * PLANE, 16 * PLANE
+# filters and functions that leave texts as they are
+KEEPING = ("trim", "string", "safe", "join", "default", "d")
+PASSING = ("namespace", "dict", "cycler", "cycle")
+# what format and % replace
+PLACES = re.compile(r"\{[^{}]*\}|%(?:\(\w+\))?[-#0 +]*\d*(?:\.\d+)?[a-zA-Z%]")
+PRIVATE = re.compile(f"[{chr(OWN)}-\U0010ffff]")
+Mark = Callable[[str], str]
+Children = Iterator[tuple[nodes.Node, bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """A rendered text in three spellings.
+
+    Attributes:
+        text: the template's characters in plane 15, markers of messages in plane 16.
+        data: what the template was given for it.
+        sure: whether all of the template's own texts were moved.
+    """
+
+    text: str
+    data: Conversation
+    sure: bool
+
+
+def provenance(asked: Conversation, text: str, barred: Mark, assistants: Mark) -> Provenance | None:
+    """Returns who wrote what; None if the template does not allow to find out.
+
+    Args:
+        text: what the template made of the conversation.
+        barred: puts what is to stay text in tools, arguments and messages into plane 16.
+        assistants: the same for an assistant's messages.
+    """
+    special = {name: spelled(value, OWN) for name, value in asked.special.items()}
+    wanted = PRIVATE.sub("\ue000", text)
+    # a template that looks into its own texts works with fewer of them moved, or not at all
+    for everywhere, named in ((True, special), (False, special), (False, dict(asked.special))):
+        data = _marked(replace(asked, special=named), barred, assistants)
+        try:
+            found = rendered(data, _respelled(asked.source, everywhere))
+        except MTPSpecError:
+            continue
+        if _plain(found) == wanted:
+            return Provenance(found, data, everywhere)
+    return None
+
+
+def is_own(marker: str) -> bool:
+    """Whether the template wrote a marker, of which a role in the middle may come from a message."""
+    visible = [c for c in marker if not c.isspace()]
+    own = [OWN <= ord(c) < BARRED for c in visible]
+    signs = [mine for c, mine in zip(visible, own, strict=True) if not (_plain(c).isalnum() or _plain(c) in "_-")]
+    return any(own) and all(signs or own)
+
+
+def spelled(text: str, plane: int) -> str:
+    """Returns a text with its visible characters in another plane."""
+    return "".join(c if c.isspace() or ord(c) >= PLANE else chr(plane + ord(c)) for c in text)
+
+
+def _plain(text: str) -> str:
+    return "".join(chr(ord(c) % PLANE) if c >= chr(OWN) else c for c in text)
+
+
+def _marked(asked: Conversation, barred: Mark, assistants: Mark) -> Conversation:
+    def mark(value: Any, change: Mark) -> Any:
+        return _mapped(value, lambda text: change(PRIVATE.sub("\ue000", text)))
+
+    messages = []
+    for message in asked.messages:
+        change = assistants if message["role"] == "assistant" else barred
+        messages.append({**mark(message, change), "role": message["role"]})
+    return replace(asked, messages=messages, tools=mark(asked.tools, barred), arguments=mark(asked.arguments, barred))
+
+
+def _mapped(value: Any, change: Mark) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(key, change): _mapped(one, change) for key, one in value.items()}
+    return type(value)(_mapped(one, change) for one in value) if isinstance(value, LISTS) else value
+
+
+@lru_cache(maxsize=32)
+def _respelled(source: str, everywhere: bool) -> Template:
+    """Returns a template with its own texts in plane 15.
+
+    Args:
+        everywhere: also those that it keeps in variables and gives to its macros, not only those it writes at once.
+    """
+    tree = environment().parse(source)
+    macros = {macro.name for macro in tree.find_all(nodes.Macro)} if everywhere else set()
+    waiting: list[tuple[nodes.Node, bool]] = [(tree, False)]
+    while waiting:
+        node, written = waiting.pop()
+        if isinstance(node, nodes.TemplateData):
+            node.data = spelled(node.data, OWN)
+        elif isinstance(node, nodes.Const) and written and isinstance(node.value, str):
+            node.value = spelled(node.value, OWN)
+        elif everywhere and isinstance(template := _formatted(node), nodes.Const) and isinstance(template.value, str):
+            template.value = _spelled_around(template.value)
+        waiting += _children(node, written, macros, everywhere)
+    return environment().from_string(tree)
+
+
+def _children(node: nodes.Node, written: bool, macros: set[str], everywhere: bool) -> Children:
+    """Yields what is inside a node, and whether its text comes out as it is."""
+    for child in node.iter_child_nodes():
+        yield child, _comes_out(node, child, written, macros, everywhere)
+
+
+def _comes_out(node: nodes.Node, child: nodes.Node, written: bool, macros: set[str], everywhere: bool) -> bool:
+    if isinstance(node, nodes.Output):
+        return True
+    if isinstance(node, nodes.Add | nodes.Concat | nodes.And | nodes.Or | nodes.List | nodes.Tuple | nodes.Dict):
+        return written
+    if isinstance(node, nodes.CondExpr):
+        return written and child is not node.test
+    if isinstance(node, nodes.Filter):
+        return written and node.name in KEEPING
+    if isinstance(node, nodes.Getitem):
+        return written and child is node.node
+    if isinstance(node, nodes.Pair | nodes.Keyword):
+        return written and child is node.value
+    if isinstance(node, nodes.Call):
+        called = node.node.name if isinstance(node.node, nodes.Name) else getattr(node.node, "attr", "")
+        return everywhere and child is not node.node and (called in macros or called in PASSING)
+    if isinstance(node, nodes.Assign):
+        return everywhere and child is node.node
+    # defaults of a macro's arguments
+    return everywhere and isinstance(node, nodes.Macro | nodes.CallBlock) and child in node.defaults
+
+
+def _formatted(node: nodes.Node) -> nodes.Node | None:
+    """Returns the text into which others are put, by format or %."""
+    if isinstance(node, nodes.Mod):
+        return node.left
+    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == "format":
+        return node.node.node
+    return None
+
+
+def _spelled_around(text: str) -> str:
+    done, pieces = 0, []
+    for place in PLACES.finditer(text):
+        pieces += [spelled(text[done : place.start()], OWN), place[0]]
+        done = place.end()
+    return "".join([*pieces, spelled(text[done:], OWN)])

@@ -1,0 +1,181 @@
+"""A checkpoint's own tokenizer and chat templates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+from mtp_spec.errors import PromptError
+from mtp_spec.model.errors import CheckpointError
+from mtp_spec.text.files import CONFIG, end_ids, read_config, read_templates, special_tokens
+from mtp_spec.text.markers import Markers
+from mtp_spec.text.template import conversation, rendered
+from mtp_spec.text.vocabulary import TOKENIZER, read_vocabulary, vocabulary_file
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """A folder's vocabulary, tokenizer.json in most, with the settings and chat templates beside it.
+
+    It encodes as transformers' AutoTokenizer does, also where tokenizer.json states a truncation or padding, which are
+    switched off, and where its post-processor adds tokens.
+
+    Attributes:
+        raw: the tokenizer of `tokenizers`, without the post-processor that adds the tokens at a text's ends.
+        templates: chat templates by name.
+        bos_id, eos_id: of tokenizer_config.json; None where it names none.
+        eos_ids: tokens that end a text, those of generation_config.json among them.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, or says what cannot be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        file = vocabulary_file(folder)
+        if file is None:
+            raise CheckpointError(f"{folder / TOKENIZER} is not there, nor another vocabulary: download it")
+        config = read_config(folder)
+        self.raw, self._special = read_vocabulary(file, config, special_tokens(config, folder))
+        self._ends, self.raw.post_processor = self.raw.post_processor, None
+        self.templates = read_templates(config, folder)
+        self.bos_id = self._id("bos_token")
+        self.eos_id = self._id("eos_token")
+        self.eos_ids = end_ids(folder) | ({self.eos_id} if self.eos_id is not None else set())
+        self._markers = Markers(self.raw)
+        self._check_ends(config, folder)
+
+    def _id(self, name: str) -> int | None:
+        return self.raw.token_to_id(self._special[name]) if name in self._special else None
+
+    def _check_ends(self, config: Mapping[str, Any], folder: Path) -> None:
+        added = set(self.encode("a"))
+        for name, token in (("add_bos_token", self.bos_id), ("add_eos_token", self.eos_id)):
+            if config.get(name) and token is not None and token not in added:
+                warn(
+                    f"{folder / CONFIG} says {name}, but the post-processor of {TOKENIZER} adds no such token: "
+                    "transformers 5 goes by the latter, and so do prompts here. Chat templates write their own",
+                    stacklevel=4,
+                )
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that is used without tools; None if there is none."""
+        return self.templates.get("default")
+
+    def encode(self, text: str) -> list[int]:
+        """Returns token ids, with the tokens that the tokenizer puts at a text's beginning and end.
+
+        Special tokens written out in the text are recognised, as in the model's own tokenizer: a prompt may
+        contain a chat prefix. Messages of `chat_ids` are different: there a user's text stays text.
+
+        Raises:
+            PromptError: it is no text, or none that UTF-8 can hold.
+        """
+        if not isinstance(text, str):
+            raise PromptError(f"{text!r} is no text: give a str")
+        _check_utf8(text)
+        encoding = self.raw.encode(text)
+        return list((encoding if self._ends is None else self._ends.process(encoding)).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, special tokens left out.
+
+        Raises:
+            PromptError: something that is no id.
+        """
+        try:
+            return str(self.raw.decode(list(ids), skip_special_tokens=True))
+        except (TypeError, OverflowError) as error:
+            raise PromptError(f"{ids!r} are no token ids ({error}): give integers of 0 or more") from None
+
+    def special_text(self, token: int) -> str:
+        """Returns the text of a special token, which `decode` leaves out; none for any other."""
+        return self._special_of.get(token, "")
+
+    @cached_property
+    def _special_of(self) -> dict[int, str]:
+        return {token: one.content for token, one in self.raw.get_added_tokens_decoder().items() if one.special}
+
+    def chat_ids(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        template: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | str = False,
+    ) -> list[int]:
+        """Returns the ids of a conversation through the checkpoint's chat template; arguments as `chat_text`.
+
+        They are those of transformers' apply_chat_template, but for this: nothing in a message, a tool or an argument
+        becomes a marker. A marker is an added token of the tokenizer, whether `special` or not; only ordinary words
+        and blanks that are not special and that the template does not write are none. Where one is written out in a
+        message, or would come about where a message meets another text, its characters are encoded as the ordinary
+        text that they are, unchanged. An assistant's messages may hold what a model writes in its own turn: pairs such
+        as <think> and </think> that are not special or that the template looks for, unless they name a role or stand
+        around a user's message. Roles are words, which hold no marks.
+
+        Raises:
+            PromptError, OptionError, MTPSpecError: as `chat_text`; also where the tokenizer cannot keep a marker text.
+        """
+        asked = conversation(
+            self.templates, self._special, messages, template, tools, add_generation_prompt, continue_final_message
+        )
+        text = rendered(asked)
+        _check_utf8(text)
+        return self._markers.ids(asked, text)
+
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        template: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool | str = False,
+    ) -> str:
+        """Returns a conversation as the text that the checkpoint's chat template makes of it.
+
+        It is for reading: markers that are written out in a message look like the template's, and are told apart by
+        `chat_ids` alone.
+
+        Args:
+            messages: mappings with a role and whatever else the template knows: content, a text or a list of parts,
+                tool_calls, reasoning_content. `"prefix": True` in the last one is `continue_final_message`.
+            add_generation_prompt: begin the assistant's answer.
+            template: the template's own arguments, such as `{"enable_thinking": False}`; "chat_template" chooses one
+                of several by its name, "documents" are for templates that know them.
+            tools: JSON schemas of what the model may call.
+            continue_final_message: the answer continues the last message instead of beginning a turn; a name continues
+                that field.
+
+        Raises:
+            PromptError: messages or tools that are none, or that the template refuses, in its own words.
+            OptionError: an argument that is none.
+            MTPSpecError: the checkpoint has no chat template, or it fails.
+        """
+        return rendered(
+            conversation(
+                self.templates, self._special, messages, template, tools, add_generation_prompt, continue_final_message
+            )
+        )
+
+
+def open_tokenizer(folder: Path) -> Tokenizer | None:
+    """Returns a folder's tokenizer, None for a folder without any vocabulary, whose model takes ids only.
+
+    Raises:
+        CheckpointError: there is one that cannot be read.
+    """
+    return None if vocabulary_file(folder) is None else Tokenizer(folder)
+
+
+def _check_utf8(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"the text cannot be encoded: {error}; give it as UTF-8") from None
