@@ -19,7 +19,8 @@ from torch import Tensor
 from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.model.assembly import CHECKSUMS, Output, as_json
 from mtp_spec.model.checkpoint import SCALE, Checkpoint, open_checkpoint
-from mtp_spec.model.config import DEEPSEEK_KEYS, ModelConfig
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.dialects import DEEPSEEK_KEYS
 from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.jobs import Job, Task, carried_files
 from mtp_spec.model.ranks import Place, place, rank_files

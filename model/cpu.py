@@ -244,7 +244,7 @@ class CPUModel(HostModel):
         routing = RoutingStruct(
             config.n_routed_experts, config.num_experts_per_tok, config.n_group, config.topk_group,
             config.scoring_func == "sigmoid", METHODS[config.topk_method],
-            config.norm_topk_prob and config.model_type != "deepseek_v2", config.routed_scaling_factor,
+            config.norm_topk_prob and not config.is_v2, config.routed_scaling_factor,
         )  # fmt: skip
         return ModelStruct(
             config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim,

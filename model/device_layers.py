@@ -168,7 +168,7 @@ class Mixture:
             experts=self.routed, chosen=config.num_experts_per_tok, shared=shared,
             groups=config.n_group if limited else 1, kept_groups=config.topk_group if limited else 1,
             best=2 if config.topk_method == "noaux_tc" else 1, scoring=config.scoring_func,
-            normalise=config.norm_topk_prob and config.model_type != "deepseek_v2",
+            normalise=config.norm_topk_prob and not config.is_v2,
             scale=config.routed_scaling_factor,
         )  # fmt: skip
         self.router = torch.empty(self.routed, hidden, dtype=router, device=device)
