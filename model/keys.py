@@ -51,7 +51,7 @@ HARMLESS = frozenset({
     "task_specific_params", "problem_type", "prefix", "pruned_heads", "tokenizer_class", "torchscript",
     "use_bfloat16", "tf_legacy_loss", "id2label", "label2id", "num_labels", "head_dim", "unsloth_fixed",
     "model_name", "license", "max_window_layers", "moe_router_topk_scaling_factor", "default_theta",
-    "mtp_loss_scaling_factor", "temperature", "top_k", "top_p", "typical_p", "do_sample", "early_stopping",
+    "mtp_loss_scaling_factor", "mtp_layer_types", "mtp_mlp_layer_types", "temperature", "top_k", "top_p", "typical_p", "do_sample", "early_stopping",
     "num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "repetition_penalty", "max_length",
     "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "output_scores", "return_dict_in_generate", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens",
