@@ -113,6 +113,10 @@ class ModelConfig:
         """Returns what an MTP module is made of."""
         return self.modules[number] if number < len(self.modules) else SHARED
 
+    def head_of(self, module: int) -> int | None:
+        """Returns the module whose own head gives a module's logits; None is the model's."""
+        return module if self.module(module).own_head else None
+
     @property
     def is_v2(self) -> bool:
         """Whether the gate never normalises, as V2's does."""

@@ -213,16 +213,19 @@ class Mixture:
 
 
 class Layer:
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the second sum is left to whoever reads it."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the second sum is left to whoever reads it.
+
+    `dense` is the width of a dense MLP, None for experts.
+    """
 
     def __init__(
-        self, config: ModelConfig, dense: bool, device: torch.device, router: torch.dtype, ranks: Ranks = ALONE
+        self, config: ModelConfig, dense: int | None, device: torch.device, router: torch.dtype, ranks: Ranks = ALONE
     ) -> None:
         hidden, self.eps = config.hidden_size, config.rms_norm_eps
         self.norms = torch.empty(2, hidden, dtype=torch.bfloat16, device=device)
         self.attention = Attention(config, device, ranks)
         self.mlp: Dense | Mixture = (
-            Dense(hidden, config.intermediate_size, device, ranks) if dense else Mixture(config, device, router, ranks)
+            Mixture(config, device, router, ranks) if dense is None else Dense(hidden, dense, device, ranks)
         )
 
     def __call__(

@@ -62,8 +62,9 @@ class Format:
             return False
         return not self.targets or any(_matches(pattern, module) for pattern in self.targets)
 
-    def refusal(self) -> CheckpointError:
-        return CheckpointError(f"its matrices are stored as {self.name}, which this library does not read: {WAY_OUT}")
+    def refusal(self) -> str:
+        """Returns why a folder in this format is not loaded, and what to do."""
+        return f"its matrices are stored as {self.name}, which this library does not read: {WAY_OUT}"
 
 
 def stored_format(values: Mapping[str, Any]) -> Format | None:

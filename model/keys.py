@@ -9,7 +9,7 @@ too, for nobody would notice a text that is a little wrong; the rest are left as
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtp_spec.model.errors import CheckpointError
@@ -125,6 +125,28 @@ KINDS: dict[str, str] = {
     "instella_moe": "a gate on attention's output and two residual streams", "deepseek": "attention without latents",
     "llama": NO_LATENTS, "qwen2": NO_LATENTS, "qwen3": NO_LATENTS,
 }  # fmt: skip
+
+
+# tensors that only other architectures have -> what these would need
+TENSORS = (
+    (re.compile(r"\.(self_attn\.)?indexer\."), DSA),
+    (re.compile(r"\.(post|pre)_(mlp|feedforward|moe)_layernorm|\.post_mlp_norm|\.mlp\.\w*norm\.|\.attn_out_norm"), NORMS),
+    (re.compile(r"\.self_attn\.(q|k)_(layer)?norm\."), "norms of queries and keys"),
+    (re.compile(r"\.self_attn\.(g_proj|gate_proj|gate|o_gate|q_gate)\."), "a gate on attention's output"),
+    (re.compile(r"\.(attn_)?sinks?(\.|$)"), "attention sinks"),
+    (re.compile(r"_proj\.bias$|lm_head\.bias$|_mqa\.bias$"), "biases of matrices"),
+    (re.compile(r"\.linear_attn\.|\.A_log$|\.conv1d\."), LINEAR),
+    (re.compile(r"^(model\.)?(vision|visual|mm_projector|multi_modal|language_model)"), INSIDE),
+)  # fmt: skip
+
+
+def tensor_needs(left_over: Sequence[str]) -> str | None:
+    """Returns what tensors without a place ask for, if they are known from another architecture."""
+    for name in left_over:
+        need = next((need for pattern, need in TENSORS if pattern.search(name)), None)
+        if need is not None:
+            return f"{name} asks for {need}"
+    return None
 
 
 def refuse_keys(values: Mapping[str, Any], kind: str) -> None:

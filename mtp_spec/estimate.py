@@ -18,8 +18,8 @@ from rich.table import Table
 
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.fp8 import BLOCK
-from mtp_spec.model.cast import is_packed
 from mtp_spec.model.config import ModelConfig, load_config
+from mtp_spec.model.narrow import is_packed
 from mtp_spec.model.ranks import place
 from mtp_spec.model.transformer import Transformer
 

@@ -61,12 +61,12 @@ def run_inspect(args: argparse.Namespace) -> None:
             return _agree(args)
         return show_checkpoint(
             args.path, as_json=args.json, drafts=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-            max_context=args.max_context,
+            max_context=args.max_context, weights=args.weights,
         )  # fmt: skip
     if args.checksums or args.agreement or _loads(args):
         raise OptionError(
-            "--checksums, --agreement, --draft-vocabulary, --cache-dtype and --max-context belong to a checkpoint "
-            "folder, not to a file"
+            "--checksums, --agreement, --draft-vocabulary, --weights, --cache-dtype and --max-context belong to a "
+            "checkpoint folder, not to a file"
         )
     from mtp_spec.estimate import card_rate, show_estimate
 
@@ -75,14 +75,15 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 
 def _loads(args: argparse.Namespace) -> bool:
-    return any(value is not None for value in (args.draft_vocabulary, args.cache_dtype, args.max_context))
+    return any(value is not None for value in (args.draft_vocabulary, args.weights, args.cache_dtype, args.max_context))
 
 
 def _agree(args: argparse.Namespace) -> None:
     import mtp_spec
     from mtp_spec.agreement import SUSPICIOUS, agreement
 
-    lm = mtp_spec.load(args.path, device=args.device or "cpu", draft_vocabulary=args.draft_vocabulary,
+    lm = mtp_spec.load(args.path, device=args.device or "cpu", weights=args.weights,
+                       draft_vocabulary=args.draft_vocabulary,
                        cache_dtype=args.cache_dtype, max_context=args.max_context, progress=True)  # fmt: skip
     rates = agreement(lm)
     if lm.model.ranks.rank:

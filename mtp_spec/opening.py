@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mtp_spec.model.joining import join_ranks, local_device, open_rooms
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.progress import Report, byte_progress
 from mtp_spec.text import Tokenizer
+from mtp_spec.weights import check_weights
 
 
 def load(
@@ -26,6 +28,7 @@ def load(
     config: str | Path | None = None,
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
+    weights: str | None = None,
     max_context: int | None = None,
     max_batch: int = 1,
     cache_tokens: int | None = None,
@@ -48,6 +51,8 @@ def load(
             float32 arithmetic; "float32" is the same there, "bfloat16" and "float16" round matrices to them. Where
             torch computes, weights, FP8 included, become this dtype; None is bfloat16 there where it is fast, else
             float32.
+        weights: "fp8" makes the matrices of a bfloat16 folder FP8 with 128x128 scales while they are read, the same
+            bits as `mtp-spec cast --to fp8`; None keeps them.
         max_context: most tokens of prompt and text together; None is the model's own limit.
         max_batch: most texts that are written side by side, of a list or of `LM.submit`.
         cache_tokens: of prompts, texts and drafts side by side; who finds no room waits, who needs more is refused.
@@ -68,7 +73,7 @@ def load(
         CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, or the processes
             of `parallel` cannot divide it.
         RankError: another rank failed, differs or does not answer.
-        OptionError: an impossible device, dtype, max_context, max_batch, cache_tokens, draft_vocabulary, cache_dtype or
+        OptionError: an impossible device, dtype, weights, max_context, max_batch, cache_tokens, draft_vocabulary, cache_dtype or
             progress.
         MTPSpecError: weights and caches do not fit in memory. It is the base of the others too.
     """
@@ -86,9 +91,13 @@ def load(
         device = local_device(str(device), ranks)
         check_batch(max_batch, cache_tokens, device)
         limit = context_limit(config_file or folder, max_context)
-        checkpoint = open_checkpoint(folder, config_file)
         chosen = dtype_of(dtype)
+        check_weights(weights)
+        checkpoint = open_checkpoint(folder, config_file)
+        for note in checkpoint.notes:
+            warnings.warn(f"{folder}: {note}", stacklevel=2)
     facts = {"max_context": limit, "max_batch": max_batch, "cache_tokens": cache_tokens, "dtype": chosen,
+             "weights of load": weights,
              "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype}  # fmt: skip
     ranks.agree(facts | start_facts(checkpoint, device))
     open_rooms(ranks, device)
@@ -96,7 +105,7 @@ def load(
     with ranks.together(), byte_progress(bar and ranks.rank == 0) as shown:
         report = progress if callable(progress) else shown
         model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks, max_batch,
-                           cache_tokens)  # fmt: skip
+                           cache_tokens, weights)  # fmt: skip
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     if isinstance(model, DeviceModel):
         return LM(model, tokenizer, "batched", limit, measure, bar, max_batch, cache_tokens)
