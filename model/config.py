@@ -182,6 +182,8 @@ class ModelConfig:
         known = {name: value for name, value in values.items() if name in FIELDS and value is not None}
         known["rope_scaling"] = None if values["rope_scaling"] is None else YarnConfig(**values["rope_scaling"])
         known["fp8_block"], known["scale_fmt"] = block_scales(values)
+        dense = {DENSE: ModuleShape(intermediate_size=known.get("intermediate_size")), SPARSE: SHARED}
+        known["modules"] = tuple(dense[kind] for kind in values.get("mtp_mlp_layer_types") or () if kind in dense)
         missing = sorted(REQUIRED - known.keys())
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}: it does not describe a whole model")

@@ -172,8 +172,9 @@ class CPUModel(HostModel):
         memory = self._memory(rows, given.longest, threads)
         with TEAM.called(threads) as able:
             whole = self._engine.run(ctypes.byref(PassStruct(
-                ctypes.pointer(self._models.get(module, self._model)), module, rows, able, len(given.blocks) - 1, tokens.ctypes.data,
-                given.further.ctypes.data, given.blocks.ctypes.data, given.rows.ctypes.data, given.caches.ctypes.data,
+                ctypes.pointer(self._models.get(module, self._model)), module, rows, able, len(given.blocks) - 1,
+                tokens.ctypes.data, given.further.ctypes.data, given.blocks.ctypes.data, given.rows.ctypes.data,
+                given.caches.ctypes.data,
                 given.table.data_ptr(), None if before is None else before.data_ptr(), after.data_ptr(),
                 head.struct, picked.ctypes.data, logits.data_ptr(), len(picked),
                 memory.room.data_ptr(), memory.rows, memory.context, memory.threads, self.ranks.rank, self.ranks.size,

@@ -58,7 +58,8 @@ class Module:
     ) -> None:  # fmt: skip
         hidden, self.eps, self.ranks = config.hidden_size, config.rms_norm_eps, ranks
         self.norms = torch.empty(3, hidden, dtype=torch.bfloat16, device=device)  # enorm, hnorm, last
-        self.eh = Matrix.empty(len(ranks.part(hidden, BLOCK)), 2 * hidden, device, packed, whole=hidden)
+        power = config.powers_of_two
+        self.eh = Matrix.empty(len(ranks.part(hidden, BLOCK)), 2 * hidden, device, packed, hidden, power)
         self.layer = Layer(config, shape.intermediate_size, device, router, ranks)
         rows = ranks.share(config.vocab_size, "vocab_size")
         self.embed_tokens = self.norms.new_empty(config.vocab_size, hidden) if shape.own_embedding else None
@@ -184,7 +185,8 @@ class DeviceModel:
         for head, source in self._draft_heads():
             for first in range(0, head.weight.shape[0], HEAD_ROWS):
                 rows = slice(first, first + HEAD_ROWS)
-                weight, scale = fp8.weight_quant(source[rows] if self.draft_ids is None else source[self.draft_ids[rows]])
+                chosen = source[rows] if self.draft_ids is None else source[self.draft_ids[rows]]
+                weight, scale = fp8.weight_quant(chosen)
                 head.weight[rows] = weight
                 assert head.scale is not None
                 head.scale[first // BLOCK : first // BLOCK + scale.shape[0]] = scale

@@ -116,7 +116,7 @@ def _respell(values: dict[str, Any]) -> None:
 
 
 def _dense_layers(values: Mapping[str, Any], said: bool) -> int:
-    """Returns how many layers are dense, the first ones; `said` if `first_k_dense_replace` was given, not its default."""
+    """Returns how many layers are dense, the first ones; `said`: `first_k_dense_replace` is no default."""
     first, layers = values.get("first_k_dense_replace") or 0, values.get("num_hidden_layers")
     for name, words in (("mlp_layer_types", (DENSE, SPARSE)), ("moe_layer_freq", (0, 1))):
         kinds = values.get(name)
@@ -130,7 +130,7 @@ def _dense_layers(values: Mapping[str, Any], said: bool) -> int:
             )
         count = min(count, layers or count)
         if said and first != count:
-            raise CheckpointError(f"{name} has {count} dense layers first and first_k_dense_replace is {first}: correct one")
+            raise CheckpointError(f"{name} has {count} dense layers and first_k_dense_replace is {first}: correct one")
         return count
     return first
 

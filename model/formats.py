@@ -164,7 +164,8 @@ def _by_method(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if method in ("bitsandbytes", "bitsandbytes-4bit", "bitsandbytes-8bit", "bnb") or "load_in_4bit" in given:
         four = bool(given.get("load_in_4bit") or given.get("_load_in_4bit") or "4bit" in method)
         doubled = bool(given.get("bnb_4bit_use_double_quant"))
-        return {"name": f"bitsandbytes {'4' if four else '8'} bit", "bits": 8 if not four else 4.127 if doubled else 4.5}
+        bits = 8 if not four else 4.127 if doubled else 4.5
+        return {"name": f"bitsandbytes {'4' if four else '8'} bit", "bits": bits}
     if method in ("fp8", "finegrained-fp8"):
         return {"name": "FP8 with one scale a matrix", "bits": 8}
     if method == "fbgemm-fp8":
@@ -199,7 +200,7 @@ def _group(who: str, weights: Mapping[str, Any], packing: str) -> dict[str, Any]
         block = [int(side) for side in block.split("x")] if isinstance(block, str) else block
         if strategy == "block" and block:
             return {"name": f"{who} FP8 in blocks", "bits": 8, "block": tuple(block)}
-        per = {"channel": "per channel", "tensor": "with one scale a matrix"}.get(strategy, f"by {strategy or 'itself'}")
+        per = {"channel": "per channel", "tensor": "with one scale a matrix"}.get(strategy, f"by {strategy or 'part'}")
         return {"name": f"{who} FP8 {per}", "bits": 8}
     return _integers(who, bits, group)
 

@@ -80,7 +80,7 @@ class HostModel:
 
     @abstractmethod
     def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
-        """Returns `[M, V]` logits that propose drafts, -inf where none may be; of the head that `config.head_of` named."""
+        """Returns `[M, V]` logits that propose drafts, -inf where none may be; `own` as `config.head_of` says."""
 
     @abstractmethod
     def draft_from(self, ids: Sequence[int]) -> None:

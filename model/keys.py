@@ -22,7 +22,7 @@ FIELDS = frozenset({
     "topk_method", "first_k_dense_replace", "num_nextn_predict_layers", "max_position_embeddings", "rms_norm_eps",
     "rope_theta", "rope_scaling", "rope_parameters", "rope_interleave", "tie_word_embeddings", "bos_token_id",
     "eos_token_id", "quantization_config", "scale_fmt", "mlp_layer_types", "num_local_experts", "num_experts",
-    "num_shared_experts", "num_mtp_layers", "score_function",
+    "num_shared_experts", "num_mtp_layers", "score_function", "mtp_mlp_layer_types",
     # DeepSeek's inference/ JSON
     "dim", "inter_dim", "moe_inter_dim", "n_layers", "n_dense_layers", "n_heads", "n_activated_experts",
     "n_expert_groups", "n_limited_groups", "route_scale", "score_func", "dtype", "max_batch_size", "max_seq_len",
@@ -36,7 +36,8 @@ ROPE_KEYS = frozenset({
 ROPE_HARMLESS = frozenset({"type", "rope_type", "rope_theta", "max_position_embeddings", "finetuned"})
 # keys that may be there with these values only
 ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",), "hidden_activation": ("silu",), "activation_function": ("silu",), "act_fn": ("silu",), "moe_layer_freq": (1,), "decoder_sparse_step": (1,),
+    "hidden_act": ("silu",), "hidden_activation": ("silu",), "activation_function": ("silu",), "act_fn": ("silu",),
+    "moe_layer_freq": (1,), "decoder_sparse_step": (1,),
     "partial_rotary_factor": (1,), "layer_types": ("full_attention",), "is_causal": (True,), "use_rope": (True,),
     "position_embedding_type": ("rope", "absolute"), "norm_type": ("rmsnorm", "rms_norm", "RMSNorm"),
     "normalization": ("rmsnorm", "rms_norm", "RMSNorm"), "use_rmsnorm": (True,), "use_mla": (True,),
@@ -51,7 +52,8 @@ HARMLESS = frozenset({
     "task_specific_params", "problem_type", "prefix", "pruned_heads", "tokenizer_class", "torchscript",
     "use_bfloat16", "tf_legacy_loss", "id2label", "label2id", "num_labels", "head_dim", "unsloth_fixed",
     "model_name", "license", "max_window_layers", "moe_router_topk_scaling_factor", "default_theta",
-    "mtp_loss_scaling_factor", "mtp_layer_types", "mtp_mlp_layer_types", "temperature", "top_k", "top_p", "typical_p", "do_sample", "early_stopping",
+    "mtp_loss_scaling_factor", "mtp_layer_types", "temperature", "top_k", "top_p", "typical_p", "do_sample",
+    "early_stopping",
     "num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "repetition_penalty", "max_length",
     "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "output_scores", "return_dict_in_generate", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens",
@@ -130,7 +132,7 @@ KINDS: dict[str, str] = {
 # tensors that only other architectures have -> what these would need
 TENSORS = (
     (re.compile(r"\.(self_attn\.)?indexer\."), DSA),
-    (re.compile(r"\.(post|pre)_(mlp|feedforward|moe)_layernorm|\.post_mlp_norm|\.mlp\.\w*norm\.|\.attn_out_norm"), NORMS),
+    (re.compile(r"\.(post|pre)_(mlp|feedforward|moe)_(layer)?norm|\.mlp\.\w*norm\.|\.attn_out_norm"), NORMS),
     (re.compile(r"\.self_attn\.(q|k)_(layer)?norm\."), "norms of queries and keys"),
     (re.compile(r"\.self_attn\.(g_proj|gate_proj|gate|o_gate|q_gate)\."), "a gate on attention's output"),
     (re.compile(r"\.(attn_)?sinks?(\.|$)"), "attention sinks"),

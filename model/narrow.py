@@ -14,8 +14,8 @@ WIDE = ("BF16", "F16", "F32")
 
 def is_packed(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is FP8 in released checkpoints."""
-    layer = name.split(".")[-2] if "." in name else ""
-    return len(shape) == 2 and layer != "eh_proj" and layer.endswith(("_proj", "_with_mqa"))
+    packed = name.endswith(("_proj.weight", "_with_mqa.weight")) and not name.endswith("eh_proj.weight")
+    return len(shape) == 2 and packed
 
 
 def narrow(name: str, weight: Tensor, rows: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def unlisted_modules(folder: Path, tensors: Mapping[str, TensorInfo], layers: int) -> tuple[dict[str, TensorInfo], list[str]]:
+def unlisted_modules(
+    folder: Path, tensors: Mapping[str, TensorInfo], layers: int
+) -> tuple[dict[str, TensorInfo], list[str]]:
     """Returns MTP tensors in files that the index does not name, and notes; `layers` is the main model's.
 
     Of files that it does not name nothing else counts: they may be copies in another form.

@@ -13,13 +13,13 @@ from rich.table import Table
 from mtp_spec.kernels.cpu import engine
 from mtp_spec.kernels.mla_cache import Layout
 from mtp_spec.loading import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
-from mtp_spec.weights import kept_bytes, runs_as_fp8, with_weights
 from mtp_spec.memory import pages_bytes, plan_memory
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle
 from mtp_spec.model.summary import CheckpointSummary, checkpoint_summary
 from mtp_spec.options import MAX_NODES
+from mtp_spec.weights import kept_bytes, runs_as_fp8, with_weights
 
 
 def show_checkpoint(

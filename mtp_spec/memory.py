@@ -137,8 +137,8 @@ def check_kept(needed: int) -> None:
     free = _free_here()
     if free is not None and needed > free:
         raise MTPSpecError(
-            f"the weights take {needed / 1e9:.1f} GB in FP8 and {free / 1e9:.1f} GB of memory are free: write them once "
-            "with mtp-spec cast --to fp8, whose files are mapped, or use a machine with more"
+            f"the weights take {needed / 1e9:.1f} GB in FP8 and {free / 1e9:.1f} GB of memory are free: write them "
+            "once with mtp-spec cast --to fp8, whose files are mapped, or use a machine with more"
         )
 
 

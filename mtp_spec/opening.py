@@ -73,8 +73,8 @@ def load(
         CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, or the processes
             of `parallel` cannot divide it.
         RankError: another rank failed, differs or does not answer.
-        OptionError: an impossible device, dtype, weights, max_context, max_batch, cache_tokens, draft_vocabulary, cache_dtype or
-            progress.
+        OptionError: an impossible device, dtype, weights, max_context, max_batch, cache_tokens, draft_vocabulary,
+            cache_dtype or progress.
         MTPSpecError: weights and caches do not fit in memory. It is the base of the others too.
     """
     if path is not None and not isinstance(path, str | Path):

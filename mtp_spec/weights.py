@@ -41,7 +41,8 @@ def with_weights(checkpoint: Checkpoint, weights: str | None) -> Checkpoint:
     if not wide:
         return checkpoint
     if block not in (None, (BLOCK, BLOCK)) and any(name + SCALE in tensors for name in tensors):
-        raise OptionError(f"weights={weights!r}: {checkpoint.folder} has FP8 in blocks of {list(block or ())}; leave it out")
+        sides = list(block or ())
+        raise OptionError(f"weights={weights!r}: {checkpoint.folder} has FP8 in blocks of {sides}; leave it out")
     return replace(checkpoint, config=replace(checkpoint.config, fp8_block=(BLOCK, BLOCK)), narrowed=wide)
 
 

@@ -88,8 +88,8 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
          "rope_parameters": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0}}, 0,
     ),
     "joyai_llm_flash": (
-        {"model_type": "glm4_moe_lite", "written": "joyai_llm_flash", "n_group": 1, "topk_group": 1, "blocks": ["dense"],
-         "rope_parameters": {"rope_type": "default", "rope_theta": 3.2e7}}, 1,
+        {"model_type": "glm4_moe_lite", "written": "joyai_llm_flash", "blocks": ["dense"], "n_group": 1,
+         "topk_group": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 3.2e7}}, 1,
     ),
     "dense_then_experts": (
         {"model_type": "glm4_moe_lite", "n_group": 2, "topk_group": 1, "blocks": ["dense", "sparse"]}, 2,
