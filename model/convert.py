@@ -158,6 +158,10 @@ def small_files(checkpoint: Checkpoint, config_file: Path | None) -> tuple[dict[
     given = json.loads(files["config.json"])
     quantisation = given.get("quantization_config") or {}
     scale_fmt = given.get("scale_fmt") or quantisation.get("scale_fmt")
+    if checkpoint.config.fp8_block is not None and quantisation.get("config_groups"):
+        # compressed-tensors' blocks, whose scales have DeepSeek's names from here on
+        given["quantization_config"] = checkpoint.config.to_hf_dict()["quantization_config"]
+        files["config.json"] = as_json(given)
     if "model_type" not in given:  # DeepSeek's own fields
         values = checkpoint.config.to_hf_dict()
         if scale_fmt and "quantization_config" in values:

@@ -70,6 +70,9 @@ NORMS = "further norms (as A.X-K1 has after its experts)"
 SCALES = "scaling of embeddings, branches or logits"
 LINEAR = "layers of linear attention"
 INSIDE = "a way to the language model inside a model that sees or hears"
+# said of keys that are not known themselves; where the architecture is known by its name, that says more
+OTHER, UNKNOWN, OTHER_ROPE = "other mathematics", "what its name says, which is not known here", "another rope"
+VAGUE = (OTHER, UNKNOWN, OTHER_ROPE)
 NO_LATENTS = "attention without latents; distilled R1 models are Llama or Qwen"
 # names, and what the model would need
 DELTAS: tuple[tuple[str, str], ...] = (
@@ -157,13 +160,15 @@ def refuse_keys(values: Mapping[str, Any], kind: str) -> None:
     Raises:
         CheckpointError: names what this library would need, and the keys that say so.
     """
-    needs = {} if kind not in KINDS else {f"model_type {kind!r}": KINDS[kind]}
+    named = kind in KINDS
+    needs = {f"model_type {kind!r}": KINDS[kind]} if named else {}
     for name, value in values.items():
         delta = _delta(name, value, values)
-        if delta is not None:
+        if delta is not None and not (named and delta.startswith(VAGUE)):
             needs[f"{name} = {value!r}"] = delta
     for scaling in (values.get("rope_scaling"), values.get("rope_parameters")):
-        needs |= _rope_needs(scaling) if isinstance(scaling, Mapping) else {}
+        found = _rope_needs(scaling) if isinstance(scaling, Mapping) else {}
+        needs |= {key: delta for key, delta in found.items() if not (named and delta.startswith(VAGUE))}
     if needs:
         listed = "; ".join(f"{what} asks for {need}" for what, need in needs.items())
         raise CheckpointError(
@@ -185,7 +190,7 @@ def _rope_needs(scaling: Mapping[str, Any]) -> dict[str, str]:
     for name, value in scaling.items():
         if name in ROPE_KEYS or name in ROPE_HARMLESS or (_is_off(value) and name not in ONLY):
             continue
-        delta = _delta(name, value, scaling) or (None if name in ONLY else "another rope")
+        delta = _delta(name, value, scaling) or (None if name in ONLY else OTHER_ROPE)
         if delta is not None:
             needs[f"rope's {name} = {value!r}"] = delta
     return needs
@@ -195,7 +200,7 @@ def _delta(name: str, value: Any, values: Mapping[str, Any]) -> str | None:
     """Returns what a key asks for that no model of this family has."""
     if name in ONLY:
         fits = value is None or _only(value, ONLY[name]) or (name == "moe_layer_freq" and isinstance(value, list))
-        return None if fits else f"other mathematics than {ONLY[name][0]!r} stands for"
+        return None if fits else f"{OTHER} than {ONLY[name][0]!r} stands for"
     if _is_off(value) or name in FIELDS or name in HARMLESS:
         return None
     if name.startswith("sliding_window") and values.get("use_sliding_window") is False:
@@ -205,7 +210,7 @@ def _delta(name: str, value: Any, values: Mapping[str, Any]) -> str | None:
             return None if delta == SCALES and value == 1 else delta
     if HARMLESS_PATTERNS.fullmatch(name):
         return None
-    return "what its name says, which is not known here" if SUSPICIOUS.search(name) else None
+    return UNKNOWN if SUSPICIOUS.search(name) else None
 
 
 def _only(value: Any, allowed: tuple[Any, ...]) -> bool:
@@ -218,4 +223,5 @@ def _is_off(value: Any) -> bool:
 
 
 def _is_known(name: str) -> bool:
-    return name in FIELDS or name in HARMLESS or name in ONLY or HARMLESS_PATTERNS.fullmatch(name) is not None
+    patterns = (HARMLESS_PATTERNS, *(pattern for pattern, _ in PATTERNS))
+    return name in FIELDS or name in HARMLESS or name in ONLY or any(pattern.fullmatch(name) for pattern in patterns)
