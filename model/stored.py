@@ -169,6 +169,12 @@ def unlisted_modules(
         if new:
             notes.append(f"{file.name} is not in {INDEX}: its {len(new)} tensors of MTP modules are used")
             found |= new
+        elif MTP_FILE.search(file.name) and not header.keys() <= tensors.keys():
+            first = next(iter(header))
+            notes.append(
+                f"{file.name} is not in {INDEX} and left aside: none of its tensors, such as {first}, has the name of "
+                f"an MTP module, model.layers.{layers} and on"
+            )
     return found, notes
 
 

@@ -52,7 +52,11 @@ def checkpoint_summary(folder: Path) -> CheckpointSummary:
         CheckpointError: it is not whole, or of another architecture. One in a format of weights that is not read is
             summed up.
     """
-    opened, refused = _opened(folder)
+    return summed_up(*opened_or_refused(folder))
+
+
+def summed_up(opened: Checkpoint, refused: str | None) -> CheckpointSummary:
+    """Returns what was found, and why it is not loaded."""
     config, tensors = opened.config, opened.tensors
     main, modules = _counted(config, tensors, refused is not None)
     used = config.num_experts_per_tok / config.n_routed_experts
@@ -79,8 +83,8 @@ def checkpoint_summary(folder: Path) -> CheckpointSummary:
     )
 
 
-def _opened(folder: Path) -> tuple[Checkpoint, str | None]:
-    """Returns the checkpoint, and the format that keeps it from being read."""
+def opened_or_refused(folder: Path) -> tuple[Checkpoint, str | None]:
+    """Returns the checkpoint, and the format that keeps it from being read; errors as `checkpoint_summary`."""
     file, given = read_config(folder)
     config = config_of(file, given)
     tensors = read_headers(folder)

@@ -15,9 +15,9 @@ from mtp_spec.kernels.mla_cache import Layout
 from mtp_spec.loading import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
 from mtp_spec.memory import pages_bytes, plan_memory
 from mtp_spec.model.cache import PAGE, pages_for
-from mtp_spec.model.checkpoint import open_checkpoint
+from mtp_spec.model.checkpoint import Checkpoint
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle
-from mtp_spec.model.summary import CheckpointSummary, checkpoint_summary
+from mtp_spec.model.summary import CheckpointSummary, opened_or_refused, summed_up
 from mtp_spec.options import MAX_NODES
 from mtp_spec.weights import kept_bytes, runs_as_fp8, with_weights
 
@@ -28,13 +28,15 @@ def show_checkpoint(
 ) -> None:  # fmt: skip
     """Prints architecture, parameters, dtypes, MTP modules and memory of a folder, loaded with these options."""
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else path
-    summary = checkpoint_summary(folder)
+    checkpoint, refused = opened_or_refused(folder)
+    summary = summed_up(checkpoint, refused)
     limit, packed = context_limit(folder, max_context), packs_cache(cache_dtype)
-    on_gpu = _gpu(folder, drafts, cache_dtype, limit, weights) if summary.refused is None else "no"
+    read = checkpoint if refused is not None else with_weights(checkpoint, weights)
+    on_gpu = _gpu(read, drafts, cache_dtype, limit) if refused is None else "no"
     if as_json:
         print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary, packed)}))
         return
-    on_cpu = _cpu(folder, summary, limit, weights) if summary.refused is None else "no"
+    on_cpu = _cpu(read, summary, limit) if refused is None else "no"
     (console or Console()).print(_table(folder, summary, on_cpu, on_gpu, packed))
 
 
@@ -45,9 +47,8 @@ def cache_bytes(summary: CheckpointSummary, packed: bool) -> int:
     return layers * Layout(config.kv_lora_rank, config.qk_rope_head_dim, packed).row_bytes
 
 
-def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None, limit: int, weights: str | None) -> str:
+def _gpu(checkpoint: Checkpoint, drafts: DraftVocabulary, cache_dtype: str | None, limit: int) -> str:
     """Returns the memory plan for a context of `limit` tokens, or why the FP8 kernels do not run it."""
-    checkpoint = with_weights(open_checkpoint(folder), weights)
     config, obstacle = checkpoint.config, fp8_obstacle(checkpoint)
     if obstacle is not None:
         if cache_dtype is not None:
@@ -64,13 +65,12 @@ def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None, limit: 
             f"{page / 1e6:,.2f} for every {PAGE} tokens of all")  # fmt: skip
 
 
-def _cpu(folder: Path, summary: CheckpointSummary, limit: int, kind: str | None) -> str:
+def _cpu(checkpoint: Checkpoint, summary: CheckpointSummary, limit: int) -> str:
     """Returns what runs the model on a CPU, and in how much memory."""
     obstacle, config = engine.why_not(), summary.config
     item, weights = 4, f"{summary.bytes / 1e6:,.0f} MB of weights as stored, mapped from the files"
-    if kind is not None:
-        held = with_weights(open_checkpoint(folder), kind)
-        weights = f"{kept_bytes(held) / 1e6:,.0f} MB of weights as FP8, read once"
+    if checkpoint.narrowed:
+        weights = f"{kept_bytes(checkpoint) / 1e6:,.0f} MB of weights, matrices as FP8, read and converted"
     if obstacle is not None:
         item, count = 2, summary.parameters + summary.mtp_parameters
         weights = f"{count * 2 / 1e6:,.0f} MB of weights in bfloat16, twice that in float32"

@@ -15,7 +15,7 @@ from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint import Checkpoint
-from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.config import SHARED, ModelConfig
 from mtp_spec.model.device import DeviceModel
 from mtp_spec.model.found import PIECE_BYTES
 from mtp_spec.model.stored import AHEAD_BYTES
@@ -190,7 +190,10 @@ def pass_bytes(model: DeviceModel, rows: int) -> int:
     queries, context = head.heads * (head.nope + head.rope) * 2, head.heads * (head.latent * 2 + head.value)
     down = (model.layers[0].attention.a_rows + head.width) * 2
     attention = down + head.padded * head.width * 2 + max(queries, context)
-    dense = 5 * config.intermediate_size if config.first_k_dense_replace else 0
+    dense = 5 * max(
+        config.intermediate_size if config.first_k_dense_replace else 0,
+        *(shape.intermediate_size or 0 for shape in (*config.modules, SHARED)),
+    )
     pair = hidden * 4 + config.moe_intermediate_size
     experts = (config.num_experts_per_tok + config.n_shared_experts) * pair + config.n_routed_experts * 4
     return rows * (HIDDEN_STATES * hidden * 2 + max(attention, dense, experts))

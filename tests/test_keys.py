@@ -14,9 +14,9 @@ from transformers.models.sarvam_mla import SarvamMLAConfig
 
 import mtp_spec
 import tiny
-from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.dialects import SUPPORTED
+from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.keys import key_notes, tensor_needs
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -19,6 +19,7 @@ from mtp_spec.cli import main
 from mtp_spec.model.cast import cast_job
 from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig, ModuleShape
+from mtp_spec.model.convert import hf_job, ranks_job
 from mtp_spec.model.device_checkpoint import load_device_model
 from mtp_spec.model.export import export_job
 from mtp_spec.model.jobs import run_job
@@ -109,6 +110,17 @@ def test_kernels_agree(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*has its own")
+def test_files_of_ranks_have_the_same_modules(folder: Path, tmp_path: Path) -> None:
+    run_job(ranks_job(folder, 2), tmp_path / "two")
+    run_job(hf_job(tmp_path / "two"), tmp_path / "again")
+    found = open_checkpoint(folder).config
+    for made in ("two", "again"):
+        assert open_checkpoint(tmp_path / made).config == found
+    slots = [load_checkpoint(one, dtype=torch.float32).checkpoint_slots() for one in (folder, tmp_path / "two")]
+    assert small.same(*slots)
+
+
+@pytest.mark.filterwarnings("ignore:.*has its own")
 def test_drafts_come_from_the_modules_own(tmp_path: Path) -> None:
     """A head of its own that only says one token makes that token every draft."""
     folder = make(tmp_path / "model", (ModuleShape(own_head=True),))
@@ -170,6 +182,15 @@ def test_a_file_that_the_index_does_not_name(tmp_path: Path, file: str) -> None:
     (folder / file).write_bytes((folder / file).read_bytes()[:-9])
     with pytest.raises(mtp_spec.CheckpointError, match="truncated"):
         mtp_spec.load(folder)
+
+
+def test_an_mtp_file_with_other_names_is_not_lost_silently(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", (ModuleShape(),))
+    save_file({"mtp.0.enorm.weight": torch.ones(128)}, folder / "mtp.safetensors")
+    save_file({"anything": torch.ones(128)}, folder / "consolidated.safetensors")
+    with pytest.warns(UserWarning, match=r"mtp\.safetensors is not in .* left aside: .*mtp\.0\.enorm\.weight") as told:
+        assert len(mtp_spec.load(folder, measure=False).model.mtp) == 1
+    assert not any("consolidated" in str(one.message) for one in told)
 
 
 def test_more_modules_than_the_config_counts(tmp_path: Path) -> None:
