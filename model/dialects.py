@@ -120,8 +120,10 @@ def _dense_layers(values: Mapping[str, Any], said: bool) -> int:
     first, layers = values.get("first_k_dense_replace") or 0, values.get("num_hidden_layers")
     for name, words in (("mlp_layer_types", (DENSE, SPARSE)), ("moe_layer_freq", (0, 1))):
         kinds = values.get(name)
-        if not isinstance(kinds, list):
+        if kinds is None or (name == "moe_layer_freq" and not isinstance(kinds, list)):
             continue
+        if not isinstance(kinds, list):
+            raise CheckpointError(f"{name} is {kinds!r}, it must be a list of {words[0]!r} and {words[1]!r}")
         count = len(kinds) if words[1] not in kinds else kinds.index(words[1])
         if kinds != [words[0]] * count + [words[1]] * (len(kinds) - count) or len(kinds) < (layers or 0):
             raise CheckpointError(

@@ -28,7 +28,9 @@ SKIPPED = ("ignore", "modules_to_not_convert", "exclude_modules", "llm_int8_skip
 MARKS = {
     "weight_packed": "compressed-tensors with packed integers", "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ",
     "g_idx": "GPTQ", "weight_scale_2": "ModelOpt NVFP4", "absmax": "bitsandbytes", "quant_map": "bitsandbytes",
-    "SCB": "bitsandbytes", "bitsandbytes__nf4": "bitsandbytes", "weight_blocks": "MXFP4", "qscales": "another format",
+    "SCB": "bitsandbytes", "input_scale": "FP8 with fixed scales of activations",
+    "activation_scale": "FP8 with fixed scales of activations", "k_scale": "FP8 with scales of the cache",
+    "bitsandbytes__nf4": "bitsandbytes", "weight_blocks": "MXFP4", "qscales": "another format",
 }  # fmt: skip
 WAY_OUT = (
     'take the bfloat16 folder of the model and load(..., weights="fp8") (or write it once: mtp-spec cast --to fp8), or '

@@ -118,7 +118,8 @@ PATTERNS = tuple((re.compile(pattern), delta) for pattern, delta in DELTAS)
 # words in the name of an unknown key that is likely to change what is computed
 SUSPICIOUS = re.compile(
     r"(^|_)(attn|attention|norms?|layernorm|rope|rotary|scal(e|es|ing)|gates?|gated|router|routing|bias|window|cap|"
-    r"multiplier|activation|act|experts?|mla|lora|residual|softmax|sparse|heads?|clip|temperature|conv|position)(_|$)"
+    r"multiplier|activation|act|experts?|mla|lora|residual|softmax|sparse|heads?|clip|temperature|conv|position|swa|nope|"
+    r"mup|hybrid|sinks?|m?hc|streams?|ngram|dsa|nsa|kda|gdn|linear|mamba|ssm|ffn)(_|$)"
 )
 # architectures by name, where the configuration alone does not say what is missing
 KINDS: dict[str, str] = {
@@ -202,6 +203,8 @@ def _delta(name: str, value: Any, values: Mapping[str, Any]) -> str | None:
         fits = value is None or _only(value, ONLY[name]) or (name == "moe_layer_freq" and isinstance(value, list))
         return None if fits else f"{OTHER} than {ONLY[name][0]!r} stands for"
     if _is_off(value) or name in FIELDS or name in HARMLESS:
+        return None
+    if name.startswith("layer_norm_eps") and "rms_norm_eps" in values:
         return None
     if name.startswith("sliding_window") and values.get("use_sliding_window") is False:
         return None

@@ -167,6 +167,7 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "gptq": ({f"{PACKED}.g_idx": torch.zeros(8, dtype=torch.int32)}, "GPTQ"),
     "nvfp4": ({f"{PACKED}.weight_scale_2": torch.ones(())}, "NVFP4"),
     "bitsandbytes": ({f"{PACKED}.weight.absmax": torch.ones(4)}, "bitsandbytes"),
+    "fixed activations": ({f"{PACKED}.input_scale": torch.ones(())}, "FP8 with fixed scales of activations"),
     "unknown numbers": ({f"{PACKED}.odd": torch.zeros(8, dtype=torch.int32)}, "is I32, read are"),
 }
 

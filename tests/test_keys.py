@@ -33,6 +33,7 @@ HARMLESS: dict[str, Any] = {
     "use_sliding_window": False, "layer_types": ["full_attention"] * 3, "index_topk": None, "q_head_dim": 24,
     "return_dict": True, "id2label": {"0": "LABEL_0"}, "chunk_size_feed_forward": 0, "temperature": 1.0,
     "logit_scale": 1.0, "embedding_initializer_range": 0.02, "use_flash_attn": True, "unk_token_id": 5,
+    "layer_norm_eps": 1e-5, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 REFUSED: list[tuple[str, Any, str]] = [
     ("index_topk", 2048, DSA), ("index_n_heads", 64, DSA), ("index_head_dim", 128, DSA),
@@ -64,7 +65,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("expert_capacity_factor", 1.5, "another gate"), ("moe_router_activation_func", "softmax", "moe_router_act"),
     # nobody knows them, and by their names they matter
     ("my_attention_scale", 2.0, "its name says"), ("rope_wobble", 3, "its name says"),
-    ("router_twist", True, "its name says"), ("new_norm_kind", "deep", "its name says"),
+    ("router_twist", True, "its name says"),
+    ("mup", True, "its name says"), ("use_hybrid", True, "its name says"), ("new_norm_kind", "deep", "its name says"),
 ]  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def read(**changes: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_harmless_keys(name: str) -> None:
-    assert read(**{name: HARMLESS[name]}) == read()
+    assert read(**{"rms_norm_eps": 1e-6, name: HARMLESS[name]}) == read()
     assert key_notes({name: HARMLESS[name]}) == []
 
 
@@ -185,6 +187,8 @@ def test_layer_types(kind: str) -> None:
     for wrong in (["sparse", "dense", "sparse"], ["dense", "sparse"], ["dense", "sparse", "odd"]):
         with pytest.raises(CheckpointError, match="only dense layers first"):
             ModelConfig.from_dict({**values, "mlp_layer_types": wrong})
+    with pytest.raises(CheckpointError, match="mlp_layer_types is 'dense', it must be a list"):
+        ModelConfig.from_dict({**values, "mlp_layer_types": "dense"})
     with pytest.raises(CheckpointError, match="first_k_dense_replace is 1: correct one"):
         ModelConfig.from_dict({**values, "first_k_dense_replace": 1, "mlp_layer_types": ["dense", "dense", "sparse"]})
 

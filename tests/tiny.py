@@ -76,7 +76,7 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "gigachat3": (
         {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-         "v_head_dim": 192, "num_attention_heads": 2, "num_key_value_heads": 2}, 1,
+         "v_head_dim": 192}, 1,
     ),
     "moonlight": (
         {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-5,
