@@ -56,6 +56,7 @@ class Head:
     value: int
     scale: float  # of the scores
     interleaved: bool = True
+    power_of_two: bool = False  # scales of what is quantised for a product ("ue8m0")
 
     @property
     def width(self) -> int:
@@ -175,7 +176,7 @@ def prepare(
         C=head.latent, R=head.rope, BLOCK=KEYS,
         WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=max(BLOCK, triton.next_power_of_2(head.latent)),
         WIDE_R=triton.next_power_of_2(head.rope), BYTES=cache.layout.row_bytes, LORA=lora, PACKED=cache.layout.packed,
-        INTERLEAVED=head.interleaved, LARGEST=E4M3_MAX, **late(down),
+        INTERLEAVED=head.interleaved, POWER=head.power_of_two, LARGEST=E4M3_MAX, **late(down),
     )  # fmt: skip
     return (quantised, scales) if lora else None
 
@@ -222,10 +223,10 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
     kernels._up_kernel[(head.heads, -(-head.value // BLOCK))](
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads,
         N=head.nope, V=head.value, C=head.latent, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
-        ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, LARGEST=E4M3_MAX, WIDE=interpreted(),
-        **late(context),
+        ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, POWER=head.power_of_two, LARGEST=E4M3_MAX,
+        WIDE=interpreted(), **late(context),
     )  # fmt: skip
-    return (out, scales) if whole else quant(out)
+    return (out, scales) if whole else quant(out, head.power_of_two)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def prepare_reference(
     row = torch.cat((normed(latent, kv_norm, eps), turned), -1)
     for rows, alone, own in plan.apart(cache):
         own.write(alone.length.long() + alone.slots.long(), row[rows])
-    return None if q_norm is None else act_quant(normed(q, q_norm, eps))
+    return None if q_norm is None else act_quant(normed(q, q_norm, eps), power_of_two=head.power_of_two)
 
 
 def absorb_reference(
@@ -48,7 +48,7 @@ def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head:
     """`up` in plain torch."""
     w_uv = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, head.nope :]
     values = ordered.products(context.float().transpose(0, 1), w_uv).transpose(0, 1)
-    return act_quant(values.to(context.dtype).flatten(1))
+    return act_quant(values.to(context.dtype).flatten(1), power_of_two=head.power_of_two)
 
 
 def attend_reference(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:

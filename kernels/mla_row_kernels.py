@@ -64,6 +64,7 @@ def _prepare_kernel(
     LORA: tl.constexpr,
     PACKED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    POWER: tl.constexpr,
     LARGEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -96,7 +97,7 @@ def _prepare_kernel(
     elif LORA:
         values = _normed(source, q_norm, eps, A_ROWS, WIDE_A).to(tl.float32)
         blocks: tl.constexpr = (A_ROWS + 127) // 128
-        _store_quantised(values, row, 0, quantised, scales, A_ROWS, blocks, WIDE_A, False, LARGEST)
+        _store_quantised(values, row, 0, quantised, scales, A_ROWS, blocks, WIDE_A, POWER, LARGEST)
 
 
 @triton.jit
@@ -203,6 +204,7 @@ def _up_kernel(
     ROWS: tl.constexpr,
     PACKED: tl.constexpr,
     QUANTISE: tl.constexpr,
+    POWER: tl.constexpr,
     LARGEST: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
@@ -230,6 +232,8 @@ def _up_kernel(
         if QUANTISE:
             wide = values.to(tl.float32)
             scale = tl.max(tl.abs(wide), axis=0) / LARGEST
+            if POWER:
+                scale = tl.exp2(tl.ceil(tl.log2(scale)))
             scale = tl.where(scale > 0, scale, 1.0)
             # the quotient can exceed the largest value by a rounding
             scaled = tl.minimum(tl.maximum(wide / scale[None, :], -LARGEST), LARGEST)

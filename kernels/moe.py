@@ -47,12 +47,14 @@ class Experts:
         gate_up: `[E, 2 I, D]` e4m3, gate rows first.
         gate_up_scale: `[E, 2 ceil(I / 128), ceil(D / 128)]` float32: gate and up are quantised on their own.
         down: `[E, D, I]` e4m3.  down_scale: `[E, ceil(D / 128), ceil(I / 128)]` float32.
+        power_of_two: whether the scales of what they are multiplied with are rounded up to powers of two ("ue8m0").
     """
 
     gate_up: Tensor
     gate_up_scale: Tensor
     down: Tensor
     down_scale: Tensor
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         count, twice, channels = self.gate_up.shape
@@ -161,7 +163,8 @@ def moe(
     if not runs_triton(x):
         return moe_reference(x, router, bias, routing, weights, residual, exchange)
     launch = launch or default_launch(weights.channels, weights.down.shape[2])
-    routed = route(x, router, bias, routing, tokens=launch.slot(x.shape[0]))
+    tokens = launch.slot(x.shape[0])
+    routed = route(x, router, bias, routing, tokens=tokens, power_of_two=weights.power_of_two)
     assert routed.quantised is not None
     assert routed.scales is not None
     assert routed.groups is not None
@@ -195,7 +198,7 @@ def experts(
     from mtp_spec.kernels.quant import quant
 
     launch = launch or default_launch(weights.channels, weights.inner)
-    quantised, scales = quant(x)
+    quantised, scales = quant(x, weights.power_of_two)
     groups = group(indices, weights.count, launch.slot(rows))
     hidden = gate_up(quantised, scales, groups, indices.shape[1], weights, launch)
     return down(*hidden, groups, pair_weights, weights, launch, x.dtype, residual)
@@ -206,7 +209,8 @@ def experts_reference(
     exchange: Exchange | None = None,
 ) -> Tensor:  # fmt: skip
     """`experts` in plain torch, a pair's numbers as if it were alone."""
-    quantised, scales = act_quant(x)
+    power = weights.power_of_two
+    quantised, scales = act_quant(x, power_of_two=power)
     per_row, blocks, chosen = indices.shape[1], weights.gate_up_scale.shape[1] // 2, indices.flatten()
     by_expert = [(expert, (chosen == expert).nonzero().flatten()) for expert in chosen.unique().tolist()]
     activated = dict[int, tuple[Tensor, Tensor]]()
@@ -215,7 +219,7 @@ def experts_reference(
         rows = quantised[pairs // per_row], scales[pairs // per_row]
         gate_part, up = (fp8_gemm(*rows, *half).split(1) for half in zip(*halves, strict=True))
         for pair, one, other in zip(pairs.tolist(), gate_part, up, strict=True):
-            activated[pair] = act_quant(F.silu(one) * other)
+            activated[pair] = act_quant(F.silu(one) * other, power_of_two=power)
     hidden, hidden_scale = (torch.cat(parts) for parts in zip(*(activated[pair] for pair in range(len(chosen))),
                                                               strict=True))  # fmt: skip
     if exchange is not None:
@@ -262,7 +266,8 @@ def gate_up(
         hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, dtype=torch.float32, device=device),
         _arrivals(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row, slots, weights.count,
         TILE=launch.up_tile, TOKENS=tokens, STAGES=stages_that_fit(launch.up_stages, step), UNROLL=unroll,
-        EVEN=channels % BLOCK == 0, SHARED=shared, AHEAD=launch.up_ahead, LARGEST=E4M3_MAX,
+        EVEN=channels % BLOCK == 0, SHARED=shared, AHEAD=launch.up_ahead, POWER=weights.power_of_two,
+        LARGEST=E4M3_MAX,
         num_warps=launch.up_warps, **late(x),
     )  # fmt: skip
     return hidden, hidden_scale

@@ -55,6 +55,7 @@ def _gate_up_kernel(
     SHARED: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
+    POWER: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
     """hidden = quantised silu(gate) * up; a program has the same TILE columns of gate and of up."""
@@ -99,7 +100,7 @@ def _gate_up_kernel(
     values = tl.trans(gate / (1 + tl.exp(-gate)) * up)  # [TOKENS, TILE]
     if TILE == 128:
         column = tile * 128 + places
-        _store_hidden(values, column, hidden, hidden_scale, pair, real, inner, inner_blocks, tile, LARGEST)
+        _store_hidden(values, column, hidden, hidden_scale, pair, real, inner, inner_blocks, tile, POWER, LARGEST)
     else:
         # two programs share a block of 128: the last to arrive quantises it
         column = tile * TILE + tl.arange(0, TILE)
@@ -114,17 +115,18 @@ def _gate_up_kernel(
             whole = half * 128 + places
             there = real[:, None] & (whole < inner)[None, :]
             both = tl.load(wide + pair[:, None] * inner + whole[None, :], mask=there, other=0.0, volatile=True)
-            _store_hidden(both, whole, hidden, hidden_scale, pair, real, inner, inner_blocks, half, LARGEST)
+            _store_hidden(both, whole, hidden, hidden_scale, pair, real, inner, inner_blocks, half, POWER, LARGEST)
             tl.store(counter, 0)
 
 
 @triton.jit
 def _store_hidden(
-    values, column, hidden, hidden_scale, pair, real, inner, inner_blocks, block, LARGEST: tl.constexpr
+    values, column, hidden, hidden_scale, pair, real, inner, inner_blocks, block,
+    POWER: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Quantises values [TOKENS, 128], one block of each pair."""
     values = tl.where((column < inner)[None, :], values, 0.0)
-    quantised, scale = block_scaled(values, LARGEST)
+    quantised, scale = block_scaled(values, LARGEST, POWER)
     kept = real[:, None] & (column < inner)[None, :]
     tl.store(hidden + pair[:, None] * inner + column[None, :], quantised.to(hidden.dtype.element_ty), mask=kept)
     tl.store(hidden_scale + pair * inner_blocks + block, scale, mask=real)

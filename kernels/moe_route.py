@@ -102,18 +102,19 @@ def gate(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tu
 
 
 def route(
-    x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, quantise: bool = True, tokens: int | None = 16
-) -> Routed:
+    x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, quantise: bool = True, tokens: int | None = 16,
+    power_of_two: bool = False,
+) -> Routed:  # fmt: skip
     """Returns what the experts need, in two launches; CPU tensors take the reference unless Triton interprets.
 
     Args:
-        quantise: also quantise x, 1x128.
+        quantise: also quantise x, 1x128; `power_of_two` as for `fp8.act_quant`.
         tokens: also group the pairs, up to this many a slot; None for not. Beyond 64 rows grouping is a launch more.
     """
     _check(x, weight, bias, routing)
     if not runs_triton(x):
         indices, weights = gate_reference(x, weight, bias, routing)
-        quantised, scales = act_quant(x) if quantise else (None, None)
+        quantised, scales = act_quant(x, power_of_two=power_of_two) if quantise else (None, None)
         return Routed(indices, weights, quantised, scales)
     rows, channels = x.shape
     device, per_row = x.device, routing.per_row
@@ -124,8 +125,8 @@ def route(
     row_parts = -(-rows // MOST_ROWS)
     _router_kernel[(-(-routing.experts // ROUTER_EXPERTS), stretches, row_parts)](
         x, weight, parts, quantised, scales, rows, channels, routing.experts, scales.shape[1],
-        EXPERTS=ROUTER_EXPERTS, STRETCH=STRETCH, ROWS=MOST_ROWS, QUANTISE=quantise, LARGEST=E4M3_MAX,
-        **late(x),
+        EXPERTS=ROUTER_EXPERTS, STRETCH=STRETCH, ROWS=MOST_ROWS, QUANTISE=quantise, POWER=power_of_two,
+        LARGEST=E4M3_MAX, **late(x),
     )  # fmt: skip
     indices = torch.empty(rows, per_row, dtype=torch.int32, device=device)
     weights = torch.empty(rows, per_row, dtype=torch.float32, device=device)
@@ -203,6 +204,7 @@ if triton is not None:
         STRETCH: tl.constexpr,
         ROWS: tl.constexpr,
         QUANTISE: tl.constexpr,
+        POWER: tl.constexpr,
         LARGEST: tl.constexpr,
         PDL: tl.constexpr,
     ):
@@ -227,7 +229,7 @@ if triton is not None:
                 if row % tl.num_programs(0) == lane:
                     _store_quantised(
                         values, tl.cast(row, tl.int64), stretch * STRETCH, quantised, scales, channels, blocks,
-                        STRETCH, False, LARGEST,
+                        STRETCH, POWER, LARGEST,
                     )  # fmt: skip
 
     @triton.jit

@@ -18,15 +18,15 @@ from torch import Tensor
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, block_counts, weight_dequant, weight_quant
 from mtp_spec.kernels.fp8_cpu import dequantise, quantise
 from mtp_spec.model.assembly import CHECKSUMS, Output, as_json
-from mtp_spec.model.checkpoint import SCALE, open_checkpoint
+from mtp_spec.model.checkpoint import open_checkpoint
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.formats import POWERS, SCALE
 from mtp_spec.model.jobs import Job, Task, carried_files
+from mtp_spec.model.narrow import WIDE, is_packed
 from mtp_spec.model.ranks import rank_files
 from mtp_spec.model.stored import TensorInfo, widen_scales
 
 KINDS = ("bf16", "fp8")
-POWERS = "ue8m0"  # scales that are powers of two, DeepSeek-V3.1's
-WIDE = ("BF16", "F16", "F32")
 CHUNK_NUMBERS = 2**22  # computed at once, in float32
 CHUNK_BYTES = 4 * 4 * CHUNK_NUMBERS  # the numbers, their scales, the result and one more while they are made
 
@@ -76,12 +76,6 @@ def _config(values: dict[str, Any], to: str, scale_fmt: str | None) -> dict[str,
             **({"scale_fmt": scale_fmt} if scale_fmt else {}),
         }  # fmt: skip
     return values
-
-
-def is_packed(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is FP8 in released checkpoints."""
-    layer = name.split(".")[-2]
-    return len(shape) == 2 and layer != "eh_proj" and layer.endswith(("_proj", "_with_mqa"))
 
 
 def copied(name: str, info: TensorInfo) -> Task:

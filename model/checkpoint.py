@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,25 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import E4M3, weight_quant
 from mtp_spec.kernels.fp8_cpu import dequantise
-from mtp_spec.model.config import ModelConfig, load_config
+from mtp_spec.model.config import ModelConfig, config_of, read_config
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.formats import SCALE, WAY_OUT, format_of, stored_format, usual_names
+from mtp_spec.model.found import PIECE_BYTES, found_modules, own_copies, shared_copies
+from mtp_spec.model.keys import key_notes, tensor_needs
+from mtp_spec.model.narrow import narrow
 from mtp_spec.model.parallel import ALONE, Ranks
-from mtp_spec.model.ranks import FILE, layer_of
-from mtp_spec.model.stored import INDEX, TensorInfo, listing, read_ahead, read_headers, widen_scales
+from mtp_spec.model.stored import (
+    DTYPES,
+    INDEX,
+    TensorInfo,
+    listing,
+    read_ahead,
+    read_headers,
+    unlisted_modules,
+    widen_scales,
+)
 from mtp_spec.model.transformer import Transformer
 
-SCALE = "_scale_inv"
-PIECE_BYTES = 2**25  # of embeddings and heads, which are large, at once
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 Report = Callable[[int, int], None]
 
@@ -40,68 +50,32 @@ class Checkpoint:
     """A folder whose files fit its config.
 
     Attributes:
-        config: the model's shape, `num_nextn_predict_layers` as found in the files.
+        config: the model's shape, MTP modules as found in the files.
+        notes: what was found that is not as usual.
+        narrowed: names of matrices that become FP8 while they are read -> how many of the rows read are kept.
     """
 
     folder: Path
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
+    notes: tuple[str, ...] = ()
+    narrowed: Mapping[str, int] = field(default_factory=dict)
 
-
-@dataclass(frozen=True, slots=True)
-class CheckpointSummary:
-    """What a folder holds, without reading weights.
-
-    Attributes:
-        config: the model's shape, `num_nextn_predict_layers` as found in the files.
-        bytes: of all tensors.  dtypes: safetensors dtype -> number of tensors.
-        parameters: of the main model (scales not counted).  active: those a token uses, embedding row apart.
-        mtp_parameters: of the MTP modules, without the shared embedding and head.
-    """
-
-    config: ModelConfig
-    files: int
-    tensors: int
-    bytes: int
-    dtypes: dict[str, int]
-    parameters: int
-    active: int
-    mtp_parameters: int
-
-
-def _with_found_modules(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> ModelConfig:
-    """Without a single MTP tensor the modules are absent, as in folders saved by transformers.
-
-    DeepSeek's own JSON does not count modules: per-rank files do.
-    """
-    wanted = config.num_nextn_predict_layers
-    found = {layer_of(name) for name in tensors if layer_of(name) >= config.num_hidden_layers}
-    if found and not wanted and any(FILE.fullmatch(info.file.name) for info in tensors.values()):
-        wanted = len(found)
-    return replace(config, num_nextn_predict_layers=wanted if found else 0)
-
-
-def shared_copies(config: ModelConfig) -> dict[str, str]:
-    """Names under which checkpoints repeat the main embedding and head -> the original."""
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    copies = {"lm_head.weight": head} if config.tie_word_embeddings else {}
-    for i in range(config.num_nextn_predict_layers):
-        prefix = f"model.layers.{config.num_hidden_layers + i}"
-        copies[f"{prefix}.embed_tokens.weight"] = "model.embed_tokens.weight"
-        copies[f"{prefix}.shared_head.head.weight"] = head
-    return copies
+    def dtype(self, name: str) -> str:
+        """Returns safetensors' name for what a tensor is once it is read."""
+        return "F8_E4M3" if name in self.narrowed else self.tensors[name].dtype
 
 
 def _check(slots: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], config: ModelConfig, folder: Path) -> None:
     """Compares names and shapes; raises one error that lists everything that does not fit."""
-    copies = shared_copies(config)
+    places = {**slots, **{name: slots[original] for name, original in shared_copies(config).items() if name in tensors}}
     present = {n for n in tensors if not n.endswith(SCALE) and not n.endswith("rotary_emb.inv_freq")}
     missing = sorted(set(slots) - present)
-    extra = sorted(present - set(slots) - set(copies))
+    extra = sorted(present - set(places))
     shapes = [
-        f"{name} is {list(tensors[name].shape)} instead of {list(slots[name].shape)}"
-        for name in sorted(present & set(slots))
-        if tensors[name].shape != tuple(slots[name].shape)
+        f"{name} is {list(tensors[name].shape)} instead of {list(places[name].shape)}"
+        for name in sorted(present & set(places))
+        if tensors[name].shape != tuple(places[name].shape)
     ]
     fp8 = [name for name in present if tensors[name].dtype == "F8_E4M3"]
     scales = {name for name in tensors if name.endswith(SCALE)}
@@ -114,6 +88,9 @@ def _check(slots: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], confi
         "of the wrong shape or kind": shapes,
         "FP8 without weight_scale_inv": unscaled,
     }
+    needs = tensor_needs(extra)
+    if needs:
+        raise CheckpointError(f"{folder} is not supported: {needs}. Use transformers or another engine for it")
     lines = [f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names]
     if lines:
         raise CheckpointError(
@@ -135,24 +112,49 @@ def _scale_shapes(tensors: Mapping[str, TensorInfo], names: list[str], block: tu
 
 
 def open_checkpoint(folder: Path, config_file: Path | None = None) -> Checkpoint:
-    """Returns what a folder describes and holds, without reading weights.
+    """Returns what a folder describes and holds, without reading weights but repeated embeddings and heads.
 
     Args:
         folder: a Hugging Face folder, or one of per-rank files (`mtp_spec.model.ranks`).
         config_file: describes the model in place of the folder's config.json.
 
     Raises:
-        CheckpointError: anything missing, left over, mis-shaped, truncated or unsupported.
+        CheckpointError: anything missing, left over, mis-shaped, truncated, stored in another format or unsupported.
     """
-    config = load_config(config_file or folder)
+    file, given = read_config(config_file or folder)
+    config = config_of(file, given)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
     tensors = read_headers(folder)
-    config = _with_found_modules(config, tensors)
+    further, taken = unlisted_modules(folder, tensors, config.num_hidden_layers)
+    tensors = usual_names({**tensors, **further}, config.fp8_block or (128, 128))
+    refused = unreadable(given, config, tensors)
+    if refused is not None:
+        raise CheckpointError(f"{folder}: {refused}")
+    config, counted = found_modules(config, tensors)
     with torch.device("meta"):
         places = Transformer(config, torch.bfloat16, "meta").checkpoint_slots()
     _check(places, tensors, config, folder)
-    return Checkpoint(folder, config, tensors)
+    config, own = own_copies(config, tensors)
+    return Checkpoint(folder, config, tensors, (*key_notes(given), *taken, *counted, *own))
+
+
+def unreadable(given: Mapping[str, Any], config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Returns why weights are not read: their format's name and the way out; None if they are.
+
+    Args:
+        given: config.json.
+    """
+    found = stored_format(given)
+    if found is None or found.block is not None:
+        found = format_of(tensors, config.fp8_block or (128, 128))
+    if found is not None:
+        return found.refusal()
+    odd = sorted(name for name, info in tensors.items() if info.dtype not in DTYPES)
+    if odd:
+        kinds = ", ".join(sorted({tensors[name].dtype for name in odd}))
+        return f"{listing(odd)} {'is' if len(odd) == 1 else 'are'} {kinds}, read are {', '.join(DTYPES)}: {WAY_OUT}"
+    return None
 
 
 def load_checkpoint(
@@ -180,9 +182,7 @@ def load_checkpoint(
     slots = model.checkpoint_slots()
     with torch.no_grad():
         for name, first, value, scale in read_weights(rank_part(opened, slots, ranks), progress):
-            if name not in slots:
-                compare_copy(name, first, value, config, slots)
-            elif scale is None:
+            if scale is None:
                 slots[name][first : first + len(value)] = value
             elif slots[name].device == value.device and slots[name].shape == value.shape:
                 dequantise(value, scale, block, out=slots[name])
@@ -211,10 +211,11 @@ def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks)
     """
     if ranks.size == 1:
         return checkpoint
-    copies, block = shared_copies(checkpoint.config), (checkpoint.config.fp8_block or (128, 128))[0]
+    block = (checkpoint.config.fp8_block or (128, 128))[0]
     tensors: dict[str, TensorInfo] = {}
+    narrowed: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
-        slot = slots.get(copies.get(name, name))
+        slot = slots.get(name)
         if slot is None or name.endswith(SCALE):  # another rank's, or a scale, which comes with its weight
             continue
         count, scale = slot.numel() // prod(info.shape[1:]), checkpoint.tensors.get(name + SCALE)
@@ -223,31 +224,41 @@ def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks)
         first = next((way.start for way in ways if len(way) == count), None)
         if first is None:
             raise CheckpointError(f"{name} {list(info.shape)} cannot be divided among {ranks.size} ranks")
-        begin = first if scale is None else first // block * block
-        tensors[name] = info.rows(begin, first + count - begin)
+        packed = scale is not None or name in checkpoint.narrowed
+        begin, end = first // block * block if packed else first, first + count
+        if name in checkpoint.narrowed:  # a block's scale is that of all its rows
+            narrowed[name], end = end - begin, min(-(-end // block) * block, len(whole))
+        tensors[name] = info.rows(begin, end - begin)
         if scale is not None:
-            blocks = -(-(first + count) // block) - begin // block
-            tensors[name + SCALE] = scale.rows(begin // block, blocks)
-    return replace(checkpoint, tensors=tensors)
+            tensors[name + SCALE] = scale.rows(begin // block, -(-end // block) - begin // block)
+    return replace(checkpoint, tensors=tensors, narrowed=narrowed)
 
 
-def read_weights(checkpoint: Checkpoint, progress: Report | None) -> Iterator[tuple[str, int, Tensor, Tensor | None]]:
+def stored_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Returns the tensors that are read: all but repeated embeddings and heads, and tables that are computed."""
+    copies = shared_copies(checkpoint.config)
+    return {n: info for n, info in checkpoint.tensors.items()
+            if n.removesuffix(SCALE) not in copies and not n.endswith("rotary_emb.inv_freq")}  # fmt: skip
+
+
+def read_weights(
+    checkpoint: Checkpoint, progress: Report | None, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, int, Tensor, Tensor | None]]:
     """Yields name, first row, rows as stored and float32 block scales of every weight, in the order of the files.
 
-    Weights with scales come whole. Repeated copies of embedding and head come last.
+    Weights with scales come whole. Those that become FP8 do so on `device`.
     """
-    tensors = {n: info for n, info in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-    copies = shared_copies(checkpoint.config)
+    tensors, narrowed = stored_weights(checkpoint), checkpoint.narrowed
 
-    def order(name: str) -> tuple[bool, str, int, bool]:
+    def order(name: str) -> tuple[str, int, bool]:
         weight = name.removesuffix(SCALE)
         part = tensors[weight].parts[0]
-        return weight in copies, str(part.file), part.start, name == weight  # scales just before their weight
+        return str(part.file), part.start, name == weight  # scales just before their weight
 
     pieces: dict[tuple[str, int], TensorInfo] = {}
     for name in sorted(tensors, key=order):
         info = tensors[name]
-        whole = name.endswith(SCALE) or name + SCALE in tensors
+        whole = name.endswith(SCALE) or name + SCALE in tensors or name in narrowed
         rows = info.shape[0] if whole else max(1, PIECE_BYTES * info.shape[0] // max(1, info.bytes))
         for first in range(0, info.shape[0], rows):
             pieces[name, first] = info.rows(first, min(rows, info.shape[0] - first))
@@ -256,47 +267,13 @@ def read_weights(checkpoint: Checkpoint, progress: Report | None) -> Iterator[tu
     for (name, first), tensor in read_ahead(pieces):
         if name.endswith(SCALE):
             scales[name] = widen_scales(tensor)
+        elif name in narrowed:
+            yield name, first, *narrow(name, tensor, narrowed[name], device)
         else:
             yield name, first, tensor, scales.pop(name + SCALE, None)
         done += pieces[name, first].bytes
         if progress is not None:
             progress(done, total)
-
-
-def compare_copy(name: str, first: int, value: Tensor, config: ModelConfig, slots: Mapping[str, Tensor]) -> None:
-    """Refuses a copy of embedding or head whose rows from `first` on differ from the original's."""
-    original = shared_copies(config)[name]
-    rows = slots[original][first : first + len(value)]
-    if not torch.equal(value.to(rows), rows):
-        raise CheckpointError(f"{name} differs from {original}: in DeepSeek models the two are shared")
-
-
-def checkpoint_summary(folder: Path) -> CheckpointSummary:
-    """Returns what a folder holds; reads config and file headers only."""
-    config = load_config(folder)
-    tensors = read_headers(folder)
-    config = _with_found_modules(config, tensors)
-    sizes = {n: prod(i.shape) for n, i in tensors.items() if not n.endswith(SCALE) and n not in shared_copies(config)}
-    main = {n: size for n, size in sizes.items() if layer_of(n) < config.num_hidden_layers}
-    used = config.num_experts_per_tok / config.n_routed_experts
-    active = sum(
-        int(size * used) if ".mlp.experts." in n else size
-        for n, size in main.items()
-        if n != "model.embed_tokens.weight" or config.tie_word_embeddings
-    )
-    dtypes: dict[str, int] = {}
-    for info in tensors.values():
-        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
-    return CheckpointSummary(
-        config=config,
-        files=len({info.file for info in tensors.values()}),
-        tensors=len(tensors),
-        bytes=sum(info.bytes for info in tensors.values()),
-        dtypes=dtypes,
-        parameters=sum(main.values()),
-        active=active,
-        mtp_parameters=sum(sizes.values()) - sum(main.values()),
-    )
 
 
 def save_checkpoint(

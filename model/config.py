@@ -8,30 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import Any
 
+from mtp_spec.model.dialects import DENSE, SPARSE, SUPPORTED, translated
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.formats import POWERS, block_scales, side_format
 
-SUPPORTED = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 SCORING = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
-# keys of DeepSeek's inference/ JSON (dataclass ModelArgs) -> ours
-DEEPSEEK_KEYS = {
-    "dim": "hidden_size",
-    "inter_dim": "intermediate_size",
-    "moe_inter_dim": "moe_intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_dense_layers": "first_k_dense_replace",
-    "n_heads": "num_attention_heads",
-    "n_activated_experts": "num_experts_per_tok",
-    "n_expert_groups": "n_group",
-    "n_limited_groups": "topk_group",
-    "route_scale": "routed_scaling_factor",
-    "score_func": "scoring_func",
-}
+# fields that describe what was found in files, not what a configuration says
+FOUND = ("fp8_block", "scale_fmt", "modules")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +44,34 @@ class YarnConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleShape:
+    """What an MTP module is made of, as its tensors say.
+
+    Attributes:
+        intermediate_size: of a dense block; None if the block has experts.
+        own_embedding, own_head: whether the module has one that differs from the model's.
+    """
+
+    intermediate_size: int | None = None
+    own_embedding: bool = False
+    own_head: bool = False
+
+    def __str__(self) -> str:
+        block = "experts" if self.intermediate_size is None else f"a dense block of {self.intermediate_size}"
+        own = [name for name, has in (("embedding", self.own_embedding), ("head", self.own_head)) if has]
+        return block + (f", its own {' and '.join(own)}" if own else "")
+
+
+SHARED = ModuleShape()  # DeepSeek's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shape of a DeepSeek-V2 or V3 model; see the Hugging Face documentation of `config.json` for each field.
 
-    `q_lora_rank` None means queries are projected directly (V2-Lite). `fp8_block` is the block of FP8 weight scales.
+    `q_lora_rank` None means queries are projected directly (V2-Lite). `fp8_block` is the block of FP8 weight scales,
+    `scale_fmt` "ue8m0" where these, and activations', are powers of two. `modules` are the MTP modules that are not
+    like DeepSeek's; see `module`.
     """
 
     model_type: str = "deepseek_v3"
@@ -93,6 +106,26 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     fp8_block: tuple[int, int] | None = None
+    scale_fmt: str | None = None
+    modules: tuple[ModuleShape, ...] = ()
+
+    def module(self, number: int) -> ModuleShape:
+        """Returns what an MTP module is made of."""
+        return self.modules[number] if number < len(self.modules) else SHARED
+
+    def head_of(self, module: int) -> int | None:
+        """Returns the module whose own head gives a module's logits; None is the model's."""
+        return module if self.module(module).own_head else None
+
+    @property
+    def is_v2(self) -> bool:
+        """Whether the gate never normalises, as V2's does."""
+        return self.model_type == "deepseek_v2"
+
+    @property
+    def powers_of_two(self) -> bool:
+        """Whether activations are quantised with scales that are powers of two."""
+        return self.scale_fmt == POWERS
 
     @property
     def qk_head_dim(self) -> int:
@@ -145,26 +178,13 @@ class ModelConfig:
         Raises:
             CheckpointError: another architecture, a missing key, or a value outside its range.
         """
-        values = _from_deepseek(given) if "n_layers" in given and "dim" in given else dict(given)
-        kind = values.get("model_type")
-        if kind not in SUPPORTED:
-            raise CheckpointError(
-                f"model_type {kind!r} is not supported: this library runs {', '.join(SUPPORTED)} (DeepSeek V2, "
-                "V2-Lite, V3, V3.1, R1). Distilled R1 models are Qwen or Llama: use transformers for them"
-            )
-        _refuse_variants(values)
-        names = {field.name for field in fields(cls)}
-        known = {name: value for name, value in values.items() if name in names and value is not None}
-        known |= _family_defaults(kind, values) | _rope(values)
-        if "num_mtp_layers" in values and "num_nextn_predict_layers" not in values:
-            known["num_nextn_predict_layers"] = values["num_mtp_layers"]
-        eos = values.get("eos_token_id")
-        known["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        block = (values.get("quantization_config") or {}).get("weight_block_size")
-        known["fp8_block"] = tuple(block) if block else None
-        missing = sorted(
-            field.name for field in fields(cls) if field.name not in known and _is_required(field.name)
-        )
+        values = translated(given)
+        known = {name: value for name, value in values.items() if name in FIELDS and value is not None}
+        known["rope_scaling"] = None if values["rope_scaling"] is None else YarnConfig(**values["rope_scaling"])
+        known["fp8_block"], known["scale_fmt"] = block_scales(values)
+        dense = {DENSE: ModuleShape(intermediate_size=known.get("intermediate_size")), SPARSE: SHARED}
+        known["modules"] = tuple(dense[kind] for kind in values.get("mtp_mlp_layer_types") or () if kind in dense)
+        missing = sorted(REQUIRED - known.keys())
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}: it does not describe a whole model")
         return cls(**known)
@@ -176,13 +196,18 @@ class ModelConfig:
             out[field.name] = getattr(self, field.name)
         eos = out.pop("eos_token_ids")
         out["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos) or None
-        block = out.pop("fp8_block")
+        block, scale_fmt = out.pop("fp8_block"), out.pop("scale_fmt")
+        del out["modules"]
+        if self.model_type == "glm4_moe_lite":
+            dense = self.first_k_dense_replace
+            out["mlp_layer_types"] = [DENSE] * dense + [SPARSE] * (self.num_hidden_layers - dense)
         if block is not None:
             out["quantization_config"] = {
                 "quant_method": "fp8",
                 "fmt": "e4m3",
                 "activation_scheme": "dynamic",
                 "weight_block_size": list(block),
+                **({"scale_fmt": scale_fmt} if scale_fmt else {}),
             }
         yarn = out.pop("rope_scaling")
         if yarn is not None:
@@ -198,6 +223,14 @@ def load_config(path: Path) -> ModelConfig:
     Raises:
         CheckpointError: the file is missing, is not JSON, or describes something else.
     """
+    return config_of(*read_config(path))
+
+
+def read_config(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the JSON file and what is in it; arguments and errors as `load_config`.
+
+    A format of weights that is described in a file beside it is in `quantization_config`.
+    """
     try:
         if not path.exists():
             raise CheckpointError(f"{path} does not exist: give the folder of a DeepSeek-V2/V3 checkpoint")
@@ -212,6 +245,14 @@ def load_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{file} is not readable JSON ({error}): download it again") from error
     if not isinstance(given, dict):
         raise CheckpointError(f"{file} holds {type(given).__name__}, not an object: download it again")
+    if path.is_dir() and not given.get("quantization_config"):
+        beside = side_format(path)
+        given |= {} if beside is None else {"quantization_config": beside}
+    return file, given
+
+
+def config_of(file: Path, given: Mapping[str, Any]) -> ModelConfig:
+    """Returns the config that `read_config` found, with the file's name in errors."""
     try:
         return ModelConfig.from_dict(given)
     except CheckpointError as error:
@@ -225,83 +266,5 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise CheckpointError(f"{name} is {value!r}, it must be {allowed}")
 
 
-def _is_required(name: str) -> bool:
-    optional = {
-        "model_type", "q_lora_rank", "n_shared_experts", "n_group", "topk_group", "routed_scaling_factor",
-        "norm_topk_prob", "scoring_func", "topk_method", "first_k_dense_replace", "num_nextn_predict_layers",
-        "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_interleave",
-        "tie_word_embeddings", "bos_token_id", "eos_token_ids", "fp8_block",
-    }  # fmt: skip
-    return name not in optional
-
-
-def _refuse_variants(values: Mapping[str, Any]) -> None:
-    """What the released models never use is refused rather than computed wrongly."""
-    fixed = {"moe_layer_freq": 1, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-    for name, only in fixed.items():
-        value = values.get(name)
-        if value is not None and value != only:
-            raise CheckpointError(f"{name} is {value!r}: only {only!r} is supported, as in every released model")
-    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if kv_heads is not None and kv_heads != heads:
-        raise CheckpointError(f"num_key_value_heads is {kv_heads}: it must equal num_attention_heads ({heads}) in MLA")
-
-
-def _family_defaults(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """V3's transformers config leaves the gate implicit; V2's transformers code never normalises weights."""
-    if kind == "deepseek_v3":
-        scoring = {"scoring_func": values.get("scoring_func") or "sigmoid"}
-        return {**scoring, "topk_method": values.get("topk_method") or "noaux_tc"}
-    gate = {
-        "scoring_func": values.get("scoring_func") or "softmax",
-        "topk_method": values.get("topk_method") or "greedy",
-        "norm_topk_prob": False,
-    }
-    groups = {name: values.get(name) or 1 for name in ("n_group", "topk_group")}
-    return {**gate, **groups}
-
-
-def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads rope_theta / rope_scaling (DeepSeek) or rope_parameters (transformers 5)."""
-    parameters = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or parameters
-    out: dict[str, Any] = {"rope_scaling": None}
-    theta = parameters.get("rope_theta", values.get("rope_theta"))
-    if theta is not None:
-        out["rope_theta"] = float(theta)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return out
-    if kind != "yarn":
-        raise CheckpointError(f"rope scaling {kind!r} is not supported: DeepSeek models use yarn or none")
-    names = {field.name for field in fields(YarnConfig)}
-    given = {name: value for name, value in scaling.items() if name in names and value is not None}
-    given.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
-    if "factor" not in given:
-        raise CheckpointError("rope scaling yarn lacks its factor")
-    out["rope_scaling"] = YarnConfig(**given)
-    return out
-
-
-def _from_deepseek(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates DeepSeek's inference/ JSON."""
-    values = {DEEPSEEK_KEYS.get(name, name): value for name, value in given.items()}
-    scoring = values.setdefault("scoring_func", "softmax")
-    v3 = scoring == "sigmoid"
-    values["model_type"] = "deepseek_v3" if v3 else "deepseek_v2"
-    groups = values.get("n_group", 1)
-    values["topk_method"] = "noaux_tc" if v3 else "group_limited_greedy" if groups > 1 else "greedy"
-    values["q_lora_rank"] = values.get("q_lora_rank") or None
-    original, maximum = values.pop("original_seq_len", 4096), values.pop("max_seq_len", 4096 * 4)
-    factor, mscale = values.pop("rope_factor", 40), values.pop("mscale", 1.0)
-    betas = {"beta_fast": values.pop("beta_fast", 32), "beta_slow": values.pop("beta_slow", 1)}
-    values["max_position_embeddings"] = maximum
-    if maximum > original:  # YaRN is on only then
-        values["max_position_embeddings"] = max(maximum, int(original * factor))
-        values["rope_scaling"] = {
-            "type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas, "mscale": mscale,
-            "mscale_all_dim": mscale,
-        }  # fmt: skip
-    if values.get("dtype") == "fp8":
-        values["quantization_config"] = {"weight_block_size": [128, 128]}
-    return values
+FIELDS = frozenset(field.name for field in fields(ModelConfig)) - set(FOUND)
+REQUIRED = frozenset(field.name for field in fields(ModelConfig) if field.default is MISSING)

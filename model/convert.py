@@ -18,9 +18,11 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.model.assembly import CHECKSUMS, Output, as_json
-from mtp_spec.model.checkpoint import SCALE, Checkpoint, open_checkpoint
-from mtp_spec.model.config import DEEPSEEK_KEYS, ModelConfig
+from mtp_spec.model.checkpoint import Checkpoint, open_checkpoint
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.dialects import DEEPSEEK_KEYS
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.formats import SCALE
 from mtp_spec.model.jobs import Job, Task, carried_files
 from mtp_spec.model.ranks import Place, place, rank_files
 from mtp_spec.model.stored import Part, TensorInfo, listing, read_part
@@ -34,7 +36,7 @@ ARG_FIELDS = (
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta",
 )  # fmt: skip
 # what DeepSeek's fields do not say and its files or its tokenizer do
-UNSAID: dict[str, Any] = {"num_nextn_predict_layers": 0, "bos_token_id": None, "eos_token_ids": ()}
+UNSAID: dict[str, Any] = {"num_nextn_predict_layers": 0, "modules": (), "bos_token_id": None, "eos_token_ids": ()}
 
 
 def ranks_job(folder: Path, ranks: int, *, n_experts: int | None = None, config_file: Path | None = None) -> Job:
@@ -156,6 +158,10 @@ def small_files(checkpoint: Checkpoint, config_file: Path | None) -> tuple[dict[
     given = json.loads(files["config.json"])
     quantisation = given.get("quantization_config") or {}
     scale_fmt = given.get("scale_fmt") or quantisation.get("scale_fmt")
+    if checkpoint.config.fp8_block is not None and quantisation.get("config_groups"):
+        # compressed-tensors' blocks, whose scales have DeepSeek's names from here on
+        given["quantization_config"] = checkpoint.config.to_hf_dict()["quantization_config"]
+        files["config.json"] = as_json(given)
     if "model_type" not in given:  # DeepSeek's own fields
         values = checkpoint.config.to_hf_dict()
         if scale_fmt and "quantization_config" in values:

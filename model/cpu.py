@@ -36,6 +36,7 @@ from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.attention import JointPlan
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
 from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.found import module_prefix
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.layers import LATENT_NORM_EPS
 from mtp_spec.model.parallel import ALONE, Ranks
@@ -66,6 +67,8 @@ class CPUModel(HostModel):
         self._engine, self._weights = library(), dict(weights)
         for name in ("num_attention_heads", "vocab_size", "hidden_size", "intermediate_size", "n_routed_experts"):
             ranks.share(getattr(config, name), name)  # refuses numbers that they do not divide
+        for shape in config.modules:
+            ranks.share(shape.intermediate_size or 0, "an MTP module's intermediate size")
         self._lost: BaseException | None = None
         self.hits: ctypes.c_int64 | None = None  # where set, every pass adds the experts that it read
         self._kept: list[object] = []  # what the structures point to
@@ -75,8 +78,15 @@ class CPUModel(HostModel):
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         self._head = self._keep(_Head(self._matrix(head)))
         self._draft_ids: Tensor | None = None
-        self._draft_head: _Head | None = None
+        self._draft_heads: dict[int | None, _Head] = {}
+        self._own_heads = {
+            module: self._keep(_Head(self._matrix(f"{module_prefix(config, module)}.shared_head.head.weight")))
+            for module in self.mtp if config.module(module).own_head
+        }  # fmt: skip
         self._model = self._structure()
+        # the engine knows one embedding: a module that has its own sees a model with that one
+        self._models = {module: self._keep(self._with_embedding(module))
+                        for module in self.mtp if config.module(module).own_embedding}  # fmt: skip
         self._memories: list[_Memory] = []
         self._head_memories: list[tuple[int, Tensor]] = []
         memory = self._memories, self._head_memories
@@ -98,20 +108,23 @@ class CPUModel(HostModel):
     def scored_mtp_rows(
         self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan, scored: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        outputs, logits = self._pass(module, ids, hidden, plan, self._drafts(), scored)
+        outputs, logits = self._pass(module, ids, hidden, plan, self._drafts(self.config.head_of(module)), scored)
         return outputs, self._placed(logits)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._multiplied(hidden, self._head)
 
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """Returns `[M, V]` logits that propose drafts, of the head in FP8: drafts need no exact ones."""
-        return self._placed(self._multiplied(hidden, self._drafts()))
+    def module_logits(self, module: int, hidden: Tensor) -> Tensor:
+        return self._multiplied(hidden, self._own_heads.get(module, self._head))
 
-    def _drafts(self) -> _Head:
-        if self._draft_head is None:
-            self._draft_head = self._keep(self._fp8_head())
-        return self._draft_head
+    def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
+        """Returns `[M, V]` logits that propose drafts, of the head in FP8: drafts need no exact ones."""
+        return self._placed(self._multiplied(hidden, self._drafts(own)))
+
+    def _drafts(self, own: int | None) -> _Head:
+        if own not in self._draft_heads:
+            self._draft_heads[own] = self._keep(self._fp8_head(self._head if own is None else self._own_heads[own]))
+        return self._draft_heads[own]
 
     def _placed(self, some: Tensor) -> Tensor:
         """Returns logits of all tokens, of those that drafts may be."""
@@ -121,8 +134,9 @@ class CPUModel(HostModel):
         return whole.index_copy_(1, self._draft_ids, some)
 
     def draft_from(self, ids: Sequence[int]) -> None:
-        TEAM.release(self._draft_head)
-        self._draft_ids, self._draft_head = torch.tensor(list(ids), dtype=torch.int64), None
+        TEAM.release(*self._draft_heads.values())
+        self._draft_ids = torch.tensor(list(ids), dtype=torch.int64)
+        self._draft_heads.clear()
 
     def _cache(self, layers: int, tokens: int) -> LatentCache:
         pages, width = pages_for(tokens), self.config.kv_lora_rank + self.config.qk_rope_head_dim
@@ -158,8 +172,9 @@ class CPUModel(HostModel):
         memory = self._memory(rows, given.longest, threads)
         with TEAM.called(threads) as able:
             whole = self._engine.run(ctypes.byref(PassStruct(
-                ctypes.pointer(self._model), module, rows, able, len(given.blocks) - 1, tokens.ctypes.data,
-                given.further.ctypes.data, given.blocks.ctypes.data, given.rows.ctypes.data, given.caches.ctypes.data,
+                ctypes.pointer(self._models.get(module, self._model)), module, rows, able, len(given.blocks) - 1,
+                tokens.ctypes.data, given.further.ctypes.data, given.blocks.ctypes.data, given.rows.ctypes.data,
+                given.caches.ctypes.data,
                 given.table.data_ptr(), None if before is None else before.data_ptr(), after.data_ptr(),
                 head.struct, picked.ctypes.data, logits.data_ptr(), len(picked),
                 memory.room.data_ptr(), memory.rows, memory.context, memory.threads, self.ranks.rank, self.ranks.size,
@@ -234,7 +249,7 @@ class CPUModel(HostModel):
         layers = self._keep((LayerStruct * count)(*(self._layer(i) for i in range(count))))
         modules = (ModuleStruct * max(1, len(self.mtp)))()
         for i in range(len(self.mtp)):
-            prefix = f"model.layers.{config.num_hidden_layers + i}"
+            prefix = module_prefix(config, i)
             modules[i] = ModuleStruct(
                 self._matrix(f"{prefix}.eh_proj.weight").struct(), self._address(f"{prefix}.enorm.weight"),
                 self._address(f"{prefix}.hnorm.weight"), self._address(f"{prefix}.shared_head.norm.weight"),
@@ -244,7 +259,7 @@ class CPUModel(HostModel):
         routing = RoutingStruct(
             config.n_routed_experts, config.num_experts_per_tok, config.n_group, config.topk_group,
             config.scoring_func == "sigmoid", METHODS[config.topk_method],
-            config.norm_topk_prob and config.model_type != "deepseek_v2", config.routed_scaling_factor,
+            config.norm_topk_prob and not config.is_v2, config.routed_scaling_factor,
         )  # fmt: skip
         return ModelStruct(
             config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim,
@@ -253,6 +268,12 @@ class CPUModel(HostModel):
             LATENT_NORM_EPS, softmax_scale(config), routing, self._matrix("model.embed_tokens.weight").struct(),
             self.norm.data_ptr(), ctypes.addressof(layers), ctypes.addressof(modules),
         )  # fmt: skip
+
+    def _with_embedding(self, module: int) -> ModelStruct:
+        """Returns the model's structure with the embedding of one of its modules."""
+        model = ModelStruct.from_buffer_copy(self._model)
+        model.embedding = self._matrix(f"{module_prefix(self.config, module)}.embed_tokens.weight").struct()
+        return model
 
     def _layer(self, number: int) -> LayerStruct:
         config, prefix = self.config, f"model.layers.{number}"
@@ -299,10 +320,10 @@ class CPUModel(HostModel):
         self._kept.append(value)
         return value
 
-    def _fp8_head(self) -> _Head:
-        matrix = self._head.matrix
+    def _fp8_head(self, head: _Head) -> _Head:
+        matrix = head.matrix
         if matrix.scale is not None and self._draft_ids is None:
-            return self._head
+            return head
         data = matrix.data
         if matrix.scale is not None:
             data = dequantise(data, matrix.scale, matrix.block[0], torch.float32)

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from mtp_spec.kernels.cpu.engine import KINDS, library
 from mtp_spec.kernels.fp8_cpu import dequantise
-from mtp_spec.model.checkpoint import SCALE, Checkpoint, Report, shared_copies, square_block
+from mtp_spec.model.checkpoint import Checkpoint, Report, square_block, stored_weights
 from mtp_spec.model.cpu import CPUModel
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.formats import SCALE
+from mtp_spec.model.narrow import narrow
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.stored import DTYPES, Part, TensorInfo, read_part, read_tensor, widen_scales
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-COMPARED_ROWS = 4096  # of two embeddings at once
 MAPPED_BYTES = 2**30  # models from this size on are mapped
 
 
@@ -44,9 +45,9 @@ def load_cpu_model(
         ranks: that share the work. Each maps all files and reads its own parts of the matrices.
 
     Raises:
-        CheckpointError: a matrix holds NaN, or a copy of embedding or head differs from its original.
+        CheckpointError: a matrix holds NaN, or infinity where it becomes FP8.
     """
-    tensors = {n: info for n, info in checkpoint.tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    tensors = stored_weights(checkpoint)
     total, done = sum(info.bytes for info in tensors.values()), 0
     files, block = _Files(total >= MAPPED_BYTES), square_block(checkpoint.config)
     weights: dict[str, Tensor] = {}
@@ -56,7 +57,9 @@ def load_cpu_model(
         if name.endswith(SCALE):
             weights[name] = widen_scales(weight).contiguous()
         else:
-            if weight.dtype == torch.float8_e4m3fn:
+            if name in checkpoint.narrowed:
+                weight, weights[name + SCALE] = narrow(name, weight, len(weight), "cpu")
+            elif weight.dtype == torch.float8_e4m3fn:
                 _check_numbers(name, weight, info)
             kind = _kind(name, weight, dtype)
             scale = weights.pop(name + SCALE, None) if kind != weight.dtype else None
@@ -64,9 +67,6 @@ def load_cpu_model(
         done += info.bytes
         if progress is not None:
             progress(done, total)
-    for copy, original in shared_copies(checkpoint.config).items():
-        if copy in weights and copy != original:
-            _compare(copy, weights.pop(copy), original, weights[original])
     model = CPUModel(checkpoint.config, weights, ranks)
     if draft_ids is not None:
         model.draft_from(draft_ids)
@@ -114,9 +114,3 @@ class _Files:
 def _check_numbers(name: str, weight: Tensor, info: TensorInfo) -> None:
     if not library().finite(ctypes.c_void_p(weight.data_ptr()), ctypes.c_int64(weight.numel())):
         raise CheckpointError(f"{name} in {info.file} holds NaN: download the file again")
-
-
-def _compare(copy: str, value: Tensor, original: str, rows: Tensor) -> None:
-    for own, other in zip(value.split(COMPARED_ROWS), rows.split(COMPARED_ROWS), strict=True):
-        if not torch.equal(own.to(other.dtype), other):
-            raise CheckpointError(f"{copy} differs from {original}: in DeepSeek models the two are shared")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtp_spec.kernels import fp8, gemm, mla, quant
 from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
-from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.config import ModelConfig, ModuleShape
 from mtp_spec.model.device_layers import BLOCK, Layer, Matrix, Slots
 from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.parallel import ALONE, Ranks
@@ -53,12 +53,18 @@ class Module:
     """One multi-token-prediction module (2412.19437, eq. 21-23), see `transformer.MTPModule`."""
 
     def __init__(
-        self, config: ModelConfig, device: torch.device, packed: bool, router: torch.dtype, ranks: Ranks = ALONE
-    ) -> None:
+        self, config: ModelConfig, shape: ModuleShape, device: torch.device, packed: bool, router: torch.dtype,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         hidden, self.eps, self.ranks = config.hidden_size, config.rms_norm_eps, ranks
         self.norms = torch.empty(3, hidden, dtype=torch.bfloat16, device=device)  # enorm, hnorm, last
-        self.eh = Matrix.empty(len(ranks.part(hidden, BLOCK)), 2 * hidden, device, packed, whole=hidden)
-        self.layer = Layer(config, False, device, router, ranks)
+        power = config.powers_of_two
+        self.eh = Matrix.empty(len(ranks.part(hidden, BLOCK)), 2 * hidden, device, packed, hidden, power)
+        self.layer = Layer(config, shape.intermediate_size, device, router, ranks)
+        rows = ranks.share(config.vocab_size, "vocab_size")
+        self.embed_tokens = self.norms.new_empty(config.vocab_size, hidden) if shape.own_embedding else None
+        self.head = self.norms.new_empty(rows, hidden) if shape.own_head else None
+        self.draft_head: Matrix | None = None
 
     def __call__(self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
         first, _ = quant.rms_norm(embedding, self.norms[0], self.eps)
@@ -70,6 +76,8 @@ class Module:
     def slots(self, prefix: str) -> Slots:
         names = ("enorm", "hnorm", "shared_head.norm")
         norms = {f"{prefix}.{name}.weight": norm for name, norm in zip(names, self.norms, strict=True)}
+        own = {f"{prefix}.embed_tokens.weight": self.embed_tokens, f"{prefix}.shared_head.head.weight": self.head}
+        norms |= {name: weight for name, weight in own.items() if weight is not None}
         return norms | self.eh.slots(f"{prefix}.eh_proj.weight") | self.layer.slots(prefix)
 
 
@@ -104,8 +112,8 @@ class DeviceModel:
         self.config, self.device, self.dtype = config, torch.device(device), fp8.E4M3
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        self.layers = [Layer(config, i < config.first_k_dense_replace, self.device, router, ranks)
-                       for i in range(config.num_hidden_layers)]  # fmt: skip
+        dense = [config.intermediate_size] * config.first_k_dense_replace + [None] * config.num_hidden_layers
+        self.layers = [Layer(config, dense[i], self.device, router, ranks) for i in range(config.num_hidden_layers)]
         self.norm = torch.empty(config.hidden_size, dtype=torch.bfloat16, device=self.device)
         tied = config.tie_word_embeddings
         rows, own = ranks.share(config.vocab_size, "vocab_size"), ranks.own(config.vocab_size)
@@ -118,7 +126,10 @@ class DeviceModel:
             self.draft_ids, rows = torch.tensor(places, dtype=torch.int64).to(self.device), len(places)
         self.draft_head = Matrix.empty(rows, config.hidden_size, self.device) if drafts else None
         modules = config.num_nextn_predict_layers
-        self.mtp = [Module(config, self.device, eh_packed, router, ranks) for _ in range(modules)]
+        self.mtp = [Module(config, config.module(module), self.device, eh_packed, router, ranks)
+                    for module in range(modules)]  # fmt: skip
+        for one in self.mtp:
+            one.draft_head = None if one.head is None else Matrix.empty(rows, config.hidden_size, self.device)
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, dtype=torch.float32, device=self.device)
 
     def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan) -> Tensor:
@@ -131,20 +142,33 @@ class DeviceModel:
 
     def mtp_rows(self, module: int, ids: Tensor, hidden: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
         """Returns a module's normed outputs `[M, D]` for tokens ids `[M]` after hidden states `[M, D]`."""
-        embedding = F.embedding(ids, self.embed_tokens)
+        own = self.mtp[module].embed_tokens
+        embedding = F.embedding(ids, self.embed_tokens if own is None else own)
         return self.mtp[module](embedding, hidden, self.table(cache.capacity), cache, plan)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns `[M, V]` float32 logits of normed hidden states, in `out` if it is given."""
+        return self._logits(hidden, self.lm_head, out)
+
+    def module_logits(self, module: int, hidden: Tensor) -> Tensor:
+        """Returns `[M, V]` float32 logits of a module's normed outputs, by its own head if it has one."""
+        head = self.mtp[module].head
+        return self._logits(hidden, self.lm_head if head is None else head)
+
+    def _logits(self, hidden: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
         launch = gemm.default_launch(self.config.vocab_size, self.config.hidden_size, "bf16")
         alone = self.ranks.size == 1
-        own = gemm.bf16_gemm(hidden, self.lm_head, dtype=torch.float32, out=out if alone else None, launch=launch)
+        own = gemm.bf16_gemm(hidden, head, dtype=torch.float32, out=out if alone else None, launch=launch)
         whole = self.ranks.gather(own)
         return whole if alone or out is None else out.copy_(whole)
 
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8; -inf where none may be."""
-        head = self.draft_head
+    def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
+        """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8; -inf where none may be.
+
+        Args:
+            own: the module whose own head it is, as `config.head_of` says; None for the model's.
+        """
+        head = self.draft_head if own is None else self.mtp[own].draft_head
         assert head is not None
         assert head.scale is not None
         if self.draft_ids is not None and not len(self.draft_ids):  # all of them are other ranks'
@@ -158,14 +182,19 @@ class DeviceModel:
 
     def finish(self) -> None:
         """Derives what the checkpoint does not hold; to be called once its tensors are in place."""
-        if self.draft_head is None or self.draft_head.scale is None:
-            return
-        for first in range(0, self.draft_head.weight.shape[0], HEAD_ROWS):
-            rows = slice(first, first + HEAD_ROWS)
-            source = self.lm_head[rows] if self.draft_ids is None else self.lm_head[self.draft_ids[rows]]
-            weight, scale = fp8.weight_quant(source)
-            self.draft_head.weight[rows] = weight
-            self.draft_head.scale[first // BLOCK : first // BLOCK + scale.shape[0]] = scale
+        for head, source in self._draft_heads():
+            for first in range(0, head.weight.shape[0], HEAD_ROWS):
+                rows = slice(first, first + HEAD_ROWS)
+                chosen = source[rows] if self.draft_ids is None else source[self.draft_ids[rows]]
+                weight, scale = fp8.weight_quant(chosen)
+                head.weight[rows] = weight
+                assert head.scale is not None
+                head.scale[first // BLOCK : first // BLOCK + scale.shape[0]] = scale
+
+    def _draft_heads(self) -> list[tuple[Matrix, Tensor]]:
+        """Returns the heads that drafts read, each with the one it comes from."""
+        found = [(self.draft_head, self.lm_head), *((module.draft_head, module.head) for module in self.mtp)]
+        return [(head, source) for head, source in found if head is not None and source is not None]
 
     def table(self, length: int) -> Tensor:
         """Returns a rope table of more than `length` positions; grown between passes, never inside a captured one."""
@@ -187,9 +216,8 @@ class DeviceModel:
         return [*self.checkpoint_slots().values(), *self.derived()]
 
     def derived(self) -> list[Tensor]:
-        """Returns those that the checkpoint does not hold: the head that drafts read."""
-        head = self.draft_head
-        return [] if head is None or head.scale is None else [head.weight, head.scale]
+        """Returns those that the checkpoint does not hold: the heads that drafts read."""
+        return [part for head, _ in self._draft_heads() for part in (head.weight, head.scale) if part is not None]
 
     def checkpoint_slots(self) -> Slots:
         """Returns every checkpoint tensor, scales included, with a view of its place.

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from mtp_spec.kernels.fp8_cpu import dequantise
-from mtp_spec.model.checkpoint import SCALE, Checkpoint, Report, compare_copy, open_checkpoint, rank_part, read_weights
+from mtp_spec.model.checkpoint import Checkpoint, Report, open_checkpoint, rank_part, read_weights
 from mtp_spec.model.device import DeviceModel, why_not
+from mtp_spec.model.formats import SCALE
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.stored import listing
 
@@ -20,7 +21,7 @@ def fp8_obstacle(checkpoint: Checkpoint) -> str | None:
     if reason is not None:
         return reason
     packed, tensors = empty_device_model(checkpoint, "meta").checkpoint_slots(), checkpoint.tensors
-    other = [name for name in sorted(tensors) if name + SCALE in packed and tensors[name].dtype != "F8_E4M3"]
+    other = [name for name in sorted(tensors) if name + SCALE in packed and checkpoint.dtype(name) != "F8_E4M3"]
     return f"{listing(other)} {'is' if len(other) == 1 else 'are'} not stored in FP8" if other else None
 
 
@@ -58,17 +59,15 @@ def load_device_model(
     model = empty_device_model(checkpoint, device, draft_ids, packed_cache, ranks)
     slots = model.checkpoint_slots()
     with torch.no_grad():
-        for name, first, value, scale in read_weights(rank_part(checkpoint, slots, ranks), progress):
-            if name not in slots:
-                compare_copy(name, first, value, checkpoint.config, slots)
-            elif scale is None:
+        for name, first, value, scale in read_weights(rank_part(checkpoint, slots, ranks), progress, device):
+            if scale is None:
                 slots[name][first : first + len(value)] = value
             elif name + SCALE in slots:
                 # as bytes: on a CPU torch copies e4m3 number by number
                 slots[name].view(torch.uint8).copy_(value.view(torch.uint8).reshape(slots[name].shape))
                 slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
             else:
-                whole = dequantise(value, scale, 128, torch.float32)
+                whole = dequantise(value.cpu(), scale.cpu(), 128, torch.float32)
                 slots[name].copy_(whole[len(whole) - len(slots[name]) :])
     model.finish()
     return model

@@ -29,29 +29,32 @@ class Matrix:
 
     Attributes:
         whole: rows of the matrix that this is, or is a rank's part of: how its products sum follows from these.
+        power_of_two: whether the scales of what it is multiplied with are rounded up to powers of two ("ue8m0").
     """
 
     weight: Tensor
     scale: Tensor | None
     whole: int
+    power_of_two: bool = False
 
     @classmethod
     def empty(
-        cls, rows: int, columns: int, device: torch.device, packed: bool = True, whole: int | None = None
-    ) -> Matrix:
+        cls, rows: int, columns: int, device: torch.device, packed: bool = True, whole: int | None = None,
+        power_of_two: bool = False,
+    ) -> Matrix:  # fmt: skip
         """Returns room for a matrix, or for `rows` of one of `whole`, from the beginning of a block of scales."""
         if not packed:
             return cls(torch.empty(rows, columns, dtype=torch.bfloat16, device=device), None, whole or rows)
         weight = torch.empty(rows, columns, dtype=fp8.E4M3, device=device)
         scales = torch.empty(_blocks(rows), _blocks(columns), dtype=torch.float32, device=device)
-        return cls(weight, scales, whole or rows)
+        return cls(weight, scales, whole or rows, power_of_two)
 
     def __call__(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Returns x @ weight.T in bfloat16; x `[M, K]` bfloat16, or e4m3 with scales for an FP8 weight."""
         if self.scale is None:
             assert isinstance(x, Tensor)
             return gemm.bf16_gemm(x, self.weight, launch=self._launch("bf16"))
-        given = quant.quant(x) if isinstance(x, Tensor) else x
+        given = quant.quant(x, self.power_of_two) if isinstance(x, Tensor) else x
         return gemm.fp8_gemm(*given, self.weight, self.scale, launch=self._launch("fp8"))
 
     def _launch(self, kind: str) -> gemm.Launch:
@@ -77,7 +80,7 @@ class Attention:
             ranks.share(config.num_attention_heads * size, f"the heads' {name} of", BLOCK)
         self.head = mla.Head(
             heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank,
-            config.v_head_dim, softmax_scale(config), config.rope_interleave,
+            config.v_head_dim, softmax_scale(config), config.rope_interleave, config.powers_of_two,
         )  # fmt: skip
         hidden, q_rows = config.hidden_size, heads * config.qk_head_dim
         whole = config.num_attention_heads * config.qk_head_dim
@@ -124,8 +127,10 @@ class Attention:
 class Dense:
     """`down(silu(gate(x)) * up(x))`; ranks have some of the columns each, and some of the outputs."""
 
-    def __init__(self, hidden: int, intermediate: int, device: torch.device, ranks: Ranks = ALONE) -> None:
-        self.ranks, self.hidden = ranks, hidden
+    def __init__(
+        self, hidden: int, intermediate: int, device: torch.device, ranks: Ranks = ALONE, power_of_two: bool = False
+    ) -> None:
+        self.ranks, self.hidden, self.power_of_two = ranks, hidden, power_of_two
         inner = ranks.share(intermediate, "intermediate_size", BLOCK)
         # gate and up are quantised on their own: their scales meet where the rows do only at whole blocks
         self.inner, self.fused = inner, inner % BLOCK == 0
@@ -137,7 +142,7 @@ class Dense:
 
     def __call__(self, x: tuple[Tensor, Tensor]) -> Tensor:
         both = [part(x) for part in self.parts]
-        inner = quant.silu_mul_quant(both[0] if self.fused else torch.cat(both, -1))
+        inner = quant.silu_mul_quant(both[0] if self.fused else torch.cat(both, -1), self.power_of_two)
         return self.ranks.gather_parts(self.down(self.ranks.gather_all(*inner)), self.hidden, BLOCK)
 
     def slots(self, prefix: str) -> Slots:
@@ -169,7 +174,7 @@ class Mixture:
             experts=self.routed, chosen=config.num_experts_per_tok, shared=shared,
             groups=config.n_group if limited else 1, kept_groups=config.topk_group if limited else 1,
             best=2 if config.topk_method == "noaux_tc" else 1, scoring=config.scoring_func,
-            normalise=config.norm_topk_prob and config.model_type != "deepseek_v2",
+            normalise=config.norm_topk_prob and not config.is_v2,
             scale=config.routed_scaling_factor,
         )  # fmt: skip
         self.router = torch.empty(self.routed, hidden, dtype=router, device=device)
@@ -179,7 +184,7 @@ class Mixture:
             torch.empty(count, 2 * self.inner, hidden, dtype=fp8.E4M3, device=device),
             torch.empty(count, 2 * _blocks(self.inner), _blocks(hidden), dtype=torch.float32, device=device),
             torch.empty(count, outputs, inner, dtype=fp8.E4M3, device=device),
-            torch.empty(count, _blocks(outputs), _blocks(inner), dtype=torch.float32, device=device),
+            torch.empty(count, _blocks(outputs), _blocks(inner), dtype=torch.float32, device=device), config.powers_of_two,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -214,28 +219,33 @@ class Mixture:
 
 
 class Layer:
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the second sum is left to whoever reads it."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the second sum is left to whoever reads it.
+
+    `dense` is the width of a dense MLP, None for experts.
+    """
 
     def __init__(
-        self, config: ModelConfig, dense: bool, device: torch.device, router: torch.dtype, ranks: Ranks = ALONE
+        self, config: ModelConfig, dense: int | None, device: torch.device, router: torch.dtype, ranks: Ranks = ALONE
     ) -> None:
-        hidden, self.eps = config.hidden_size, config.rms_norm_eps
+        hidden, self.eps, self.power_of_two = config.hidden_size, config.rms_norm_eps, config.powers_of_two
         self.norms = torch.empty(2, hidden, dtype=torch.bfloat16, device=device)
         self.attention = Attention(config, device, ranks)
         self.mlp: Dense | Mixture = (
-            Dense(hidden, config.intermediate_size, device, ranks) if dense else Mixture(config, device, router, ranks)
+            Mixture(config, device, router, ranks)
+            if dense is None
+            else Dense(hidden, dense, device, ranks, config.powers_of_two)
         )
 
     def __call__(
         self, x: Tensor, branch: Tensor | None, table: Tensor, cache: Cache, plan: mla.Plan
     ) -> tuple[Tensor, Tensor]:
         """Returns the stream and the branch still to be added to it, `[M, D]` each, of such a pair."""
-        quantised, scales, x = quant.rms_norm_quant(x, self.norms[0], self.eps, branch)
+        quantised, scales, x = quant.rms_norm_quant(x, self.norms[0], self.eps, branch, self.power_of_two)
         branch = self.attention((quantised, scales), table, cache, plan)
         if isinstance(self.mlp, Mixture):
             normed, x = quant.rms_norm(x, self.norms[1], self.eps, branch)
             return x, self.mlp(normed)
-        quantised, scales, x = quant.rms_norm_quant(x, self.norms[1], self.eps, branch)
+        quantised, scales, x = quant.rms_norm_quant(x, self.norms[1], self.eps, branch, self.power_of_two)
         return x, self.mlp((quantised, scales))
 
     def slots(self, prefix: str) -> Slots:

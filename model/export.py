@@ -16,12 +16,15 @@ from typing import Any
 
 from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.model.assembly import Output, as_json
-from mtp_spec.model.cast import POWERS, is_packed, narrowed, widened
-from mtp_spec.model.checkpoint import SCALE, Checkpoint, open_checkpoint, shared_copies
+from mtp_spec.model.cast import narrowed, widened
+from mtp_spec.model.checkpoint import Checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.convert import SHARD_BYTES, gathered, sharded, small_files
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.formats import POWERS, SCALE
+from mtp_spec.model.found import shared_copies
 from mtp_spec.model.jobs import Job, Task
+from mtp_spec.model.narrow import is_packed
 
 # fields that engines read and DeepSeek's programs do without
 ALWAYS = {"moe_layer_freq": 1, "attention_bias": False, "torch_dtype": "bfloat16"}

@@ -70,15 +70,19 @@ class HostModel:
     ) -> tuple[Tensor, Tensor]:
         """Returns `joint_mtp_rows`, and the logits `[S, V]` for drafts of those of its rows that `scored` counts."""
         outputs = self.joint_mtp_rows(module, ids, hidden, plan)
-        return outputs, self.draft_logits(outputs[list(scored)])
+        return outputs, self.draft_logits(outputs[list(scored)], self.config.head_of(module))
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[M, V]` logits of normed hidden states `[M, D]`."""
 
     @abstractmethod
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """Returns `[M, V]` logits that propose drafts, -inf where none may be."""
+    def module_logits(self, module: int, hidden: Tensor) -> Tensor:
+        """Returns `[M, V]` logits of a module's normed outputs `[M, D]`, by its own head if it has one."""
+
+    @abstractmethod
+    def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
+        """Returns `[M, V]` logits that propose drafts, -inf where none may be; `own` as `config.head_of` says."""
 
     @abstractmethod
     def draft_from(self, ids: Sequence[int]) -> None:

@@ -52,7 +52,7 @@ class Gate(nn.Module):
         # experts in ascending order: the sum over them then has one order, whatever their scores
         indices = indices.sort(dim=-1).values
         weights = scores.gather(-1, indices)
-        if self.config.norm_topk_prob and self.config.model_type != "deepseek_v2":
+        if self.config.norm_topk_prob and not self.config.is_v2:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.config.routed_scaling_factor, indices
 
@@ -88,7 +88,7 @@ class Gate(nn.Module):
         indices = sorted(sorted(allowed, key=lambda e: -choice[e])[: config.num_experts_per_tok])
         weights = [scores[e] for e in indices]
         scale = config.routed_scaling_factor
-        if config.norm_topk_prob and config.model_type != "deepseek_v2":
+        if config.norm_topk_prob and not config.is_v2:
             scale /= sum(weights) + 1e-20
         return [w * scale for w in weights], indices
 

@@ -7,6 +7,7 @@ several: divided along an axis, or repeated. Both read alike.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +20,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_spec.model.errors import CheckpointError
-from mtp_spec.model.ranks import hf_name, place, rank_files
+from mtp_spec.model.ranks import hf_name, layer_of, place, rank_files
 
 INDEX = "model.safetensors.index.json"
+MTP_FILE = re.compile("mtp|nextn", re.IGNORECASE)
 # F8_E8M0, a power of two a byte, is read as its exponent: torch has a type for it only since 2.7
 DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.uint8, "U8": torch.uint8, "I8": torch.int8,
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+}  # fmt: skip
+# bits of those that other formats of weights have, whose sizes are told
+OTHER_BITS = {
+    "BOOL": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "U64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64,
 }  # fmt: skip
 LISTED = 10
 LENGTH_BYTES = 8  # of the header's length, at the start of a file
@@ -69,6 +76,8 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
+        if self.dtype in OTHER_BITS:
+            return -(-prod(self.shape) * OTHER_BITS[self.dtype] // 8)
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def rows(self, first: int, count: int) -> TensorInfo:
@@ -112,7 +121,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """Returns every tensor of one file.
 
     Raises:
-        CheckpointError: it is truncated, not safetensors, or holds a kind of number that no DeepSeek model has.
+        CheckpointError: it is truncated, not safetensors, or holds a kind of number that nobody knows.
     """
     try:
         with safe_open(file, framework="pt"):  # refuses sizes and offsets that do not fit the file
@@ -127,11 +136,46 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         shape, dtype = tuple(entry["shape"]), entry["dtype"]
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and dtype not in OTHER_BITS:
             raise CheckpointError(f"{name} in {file} is {dtype}: allowed are {', '.join(DTYPES)}")
         start = LENGTH_BYTES + length + entry["data_offsets"][0]
         tensors[name] = TensorInfo(shape, dtype, (Part(file, start, shape),))
     return tensors
+
+
+def unlisted_modules(
+    folder: Path, tensors: Mapping[str, TensorInfo], layers: int
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Returns MTP tensors in files that the index does not name, and notes; `layers` is the main model's.
+
+    Of files that it does not name nothing else counts: they may be copies in another form.
+
+    Raises:
+        CheckpointError: such a file has MTP in its name and is damaged.
+    """
+    if rank_files(folder) or not (folder / INDEX).is_file():
+        return {}, []
+    known, found, notes = {info.file for info in tensors.values()}, dict[str, TensorInfo](), list[str]()
+    for file in sorted(folder.glob("*.safetensors")):
+        if file in known:
+            continue
+        try:
+            header = read_header(file)
+        except CheckpointError:
+            if MTP_FILE.search(file.name):
+                raise
+            continue
+        new = {n: info for n, info in header.items() if layer_of(n) >= layers and n not in tensors and n not in found}
+        if new:
+            notes.append(f"{file.name} is not in {INDEX}: its {len(new)} tensors of MTP modules are used")
+            found |= new
+        elif MTP_FILE.search(file.name) and not header.keys() <= tensors.keys():
+            first = next(iter(header))
+            notes.append(
+                f"{file.name} is not in {INDEX} and left aside: none of its tensors, such as {first}, has the name of "
+                f"an MTP module, model.layers.{layers} and on"
+            )
+    return found, notes
 
 
 def _merged(ranks: Sequence[Mapping[str, TensorInfo]], folder: Path) -> dict[str, TensorInfo]:

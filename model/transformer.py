@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.attention import MLA, JointMasks, JointPlan
-from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.config import ModelConfig, ModuleShape
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter
 from mtp_spec.model.moe import MoE
@@ -25,20 +25,21 @@ from mtp_spec.model.parallel import ALONE, Ranks
 
 
 class Block(nn.Module):
-    """`x + MLA(norm(x))`, then `x + MLP(norm(x))` or MoE."""
+    """`x + MLA(norm(x))`, then `x + MLP(norm(x))`, `dense` wide, or MoE if that is None."""
 
     def __init__(
-        self, config: ModelConfig, dense: bool, dtype: torch.dtype, device: torch.device | str, ranks: Ranks = ALONE
-    ) -> None:
+        self, config: ModelConfig, dense: int | None, dtype: torch.dtype, device: torch.device | str,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps, dtype, device)
         self.self_attn = MLA(config, dtype, device, ranks)
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype, device)
         self.mlp: MLP | MoE = (
-            MLP(hidden, config.intermediate_size, dtype, device, ranks)
-            if dense
-            else MoE(config, dtype, device, ranks)
+            MoE(config, dtype, device, ranks)
+            if dense is None
+            else MLP(hidden, dense, dtype, device, ranks)
         )
         self.dropout = 0.0  # of both residual branches, while training
 
@@ -68,26 +69,36 @@ class MTPModule(nn.Module):
     """One multi-token-prediction module (V3 report, 2412.19437, eq. 21-23).
 
     `h' = block(eh_proj([enorm(embedding); hnorm(hidden)]))`, then `shared_head.norm`. The report prints the
-    hidden state first; the released weights take the embedding first.
+    hidden state first; the released weights take the embedding first. `shape` says what else it is made of.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ranks: Ranks = ALONE
-    ) -> None:
+        self, config: ModelConfig, shape: ModuleShape, dtype: torch.dtype, device: torch.device | str,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden, eps, dtype, device)
         self.hnorm = RMSNorm(hidden, eps, dtype, device)
         self.eh_proj = Linear(hidden, 2 * hidden, dtype, device)
-        self.block = Block(config, False, dtype, device, ranks)
+        self.block = Block(config, shape.intermediate_size, dtype, device, ranks)
         self.norm = RMSNorm(hidden, eps, dtype, device)
+        rows = ranks.share(config.vocab_size, "vocab_size")
+        self.embed_tokens: Tensor | None = (
+            empty_parameter(config.vocab_size, hidden, dtype=dtype, device=device) if shape.own_embedding else None
+        )
+        self.head: Tensor | None = (
+            empty_parameter(rows, hidden, dtype=dtype, device=device) if shape.own_head else None
+        )
 
     def mix(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         mixed: Tensor = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
         return mixed
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
+        own = {f"{prefix}.embed_tokens.weight": self.embed_tokens, f"{prefix}.shared_head.head.weight": self.head}
         return {
+            **{name: weight for name, weight in own.items() if weight is not None},
             f"{prefix}.enorm.weight": self.enorm.weight,
             f"{prefix}.hnorm.weight": self.hnorm.weight,
             f"{prefix}.eh_proj.weight": self.eh_proj.weight,
@@ -117,7 +128,7 @@ class Transformer(nn.Module, HostModel):
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = empty_parameter(*shape, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            Block(config, i < config.first_k_dense_replace, dtype, device, ranks)
+            Block(config, config.intermediate_size if i < config.first_k_dense_replace else None, dtype, device, ranks)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
@@ -128,9 +139,11 @@ class Transformer(nn.Module, HostModel):
             else empty_parameter(rows, config.hidden_size, dtype=dtype, device=device)
         )
         self.mtp = nn.ModuleList(
-            MTPModule(config, dtype, device, ranks) for _ in range(config.num_nextn_predict_layers)
+            MTPModule(config, config.module(module), dtype, device, ranks)
+            for module in range(config.num_nextn_predict_layers)
         )
         self._draft_ids: Tensor | None = None
+        self._draft_heads: dict[int | None, Tensor] = {}
         self.eval()
 
     # whole sequences
@@ -158,13 +171,23 @@ class Transformer(nn.Module, HostModel):
         """
         mtp = self._module(module)
         rope = self.table(offset + ids.shape[1])[offset : offset + ids.shape[1], None]
-        x = mtp.block(mtp.mix(F.embedding(ids, self.embed_tokens), hidden), rope, earlier)
+        x = mtp.block(mtp.mix(F.embedding(ids, self._embeddings(mtp)), hidden), rope, earlier)
         out: Tensor = mtp.norm(x)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[..., V]` logits of normed hidden states `[..., D]`, in the model's dtype."""
         return self.ranks.gather(F.linear(hidden, self.lm_head))
+
+    def module_logits(self, module: int, hidden: Tensor) -> Tensor:
+        return self.ranks.gather(F.linear(hidden, self._head(self.config.head_of(module))))
+
+    def _head(self, own: int | None) -> Tensor:
+        head = None if own is None else self._module(own).head
+        return self.lm_head if head is None else head
+
+    def _embeddings(self, mtp: MTPModule) -> Tensor:
+        return self.embed_tokens if mtp.embed_tokens is None else mtp.embed_tokens
 
     def fingerprint(self) -> float:
         return float(self.norm.weight.double().sum())
@@ -173,13 +196,13 @@ class Transformer(nn.Module, HostModel):
         own = range(self.config.vocab_size)[self.ranks.own(self.config.vocab_size)]
         places = [token - own.start for token in ids if token in own]
         self._draft_ids = torch.tensor(places, dtype=torch.int64, device=self.device)
-        self._draft_head = self.lm_head.detach()[self._draft_ids]
+        heads = {self.config.head_of(module) for module in range(len(self.mtp))}
+        self._draft_heads = {own: self._head(own).detach()[self._draft_ids] for own in heads}
 
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """Returns `[M, V]` logits that propose drafts, -inf where none may be."""
+    def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
         if self._draft_ids is None:
-            return self.logits(hidden)
-        some = F.linear(hidden, self._draft_head)
+            return self.ranks.gather(F.linear(hidden, self._head(own)))
+        some = F.linear(hidden, self._draft_heads[own])
         row = some.new_full((len(some), len(self.lm_head)), -torch.inf)
         return self.ranks.gather(row.index_copy_(1, self._draft_ids, some))
 
@@ -194,7 +217,8 @@ class Transformer(nn.Module, HostModel):
 
     def joint_mtp_rows(self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan) -> Tensor:
         mtp = self._module(module)
-        x = mtp.block.rows(mtp.mix(self.embed(ids), hidden), 0, plan.masks())
+        embedding = F.embedding(torch.tensor(ids, device=self.device), self._embeddings(mtp))
+        x = mtp.block.rows(mtp.mix(embedding, hidden), 0, plan.masks())
         out: Tensor = mtp.norm(x)
         return out
 

@@ -253,7 +253,7 @@ def _answers(args: argparse.Namespace, lm: mtp_spec.LM) -> tuple[bool, str]:
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
     if join_ranks("auto", args.device).size > 1:
         signal.signal(signal.SIGTERM, _stopped)
-    return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype,
+    return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype, weights=args.weights,
                          draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
                          max_context=args.max_context, max_batch=getattr(args, "max_batch", 1),
                          progress=sys.stderr.isatty())  # fmt: skip

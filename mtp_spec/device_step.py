@@ -165,7 +165,10 @@ class Step:
             children = shape.level(depth)
             width = max(shape.ranks[node] for node in children) + 1
             position = (state.length[:, None] + depth).long().expand(-1, len(feeding)).contiguous().flatten()
-            drawn = self._sample(self.model.draft_logits(hidden), position, path, width if self._rule is None else 1)
+            own = self.model.config.head_of(min(depth, len(state.mtp_caches)) - 1)
+            best = width if self._rule is None else 1
+            logits = self.model.draft_logits(hidden) if own is None else self.model.draft_logits(hidden, own)
+            drawn = self._sample(logits, position, path, best)
             if self._rule is not None and drawn.rows is not None:
                 found = self._rule.propose(depth, drawn.rows, drawn.failed)
             else:

@@ -164,7 +164,7 @@ class Drafter:
     def _root_scores(self, hidden: Tensor) -> Work[Tensor]:
         """Returns the logits `[1, V]` that the root's children come from."""
         if self._root_logits is None:
-            rated = HeadRows(hidden)
+            rated = HeadRows(hidden, self.model.config.head_of(0))
             yield rated
             self._root_logits = rated.logits
         return self._root_logits

@@ -18,8 +18,10 @@ from rich.table import Table
 
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.fp8 import BLOCK
-from mtp_spec.model.cast import is_packed
-from mtp_spec.model.config import ModelConfig, load_config
+from mtp_spec.model.config import ModelConfig, config_of, read_config
+from mtp_spec.model.formats import Format, stored_format
+from mtp_spec.model.keys import key_notes
+from mtp_spec.model.narrow import is_packed
 from mtp_spec.model.ranks import place
 from mtp_spec.model.transformer import Transformer
 
@@ -54,8 +56,10 @@ class Estimate:
         return None if self.copy_rate is None else self.copy_rate * MULTIPLE / self.read
 
 
-def estimate(config: ModelConfig, ranks: int = 1, copy_rate: float | None = None) -> Estimate:
-    """Returns the estimate for `ranks` cards that copy `copy_rate` TB/s each.
+def estimate(
+    config: ModelConfig, ranks: int = 1, copy_rate: float | None = None, stored: Format | None = None
+) -> Estimate:
+    """Returns the estimate for `ranks` cards that copy `copy_rate` TB/s each, of weights in a format.
 
     Raises:
         OptionError: ranks that do not divide the experts or the heads.
@@ -67,7 +71,7 @@ def estimate(config: ModelConfig, ranks: int = 1, copy_rate: float | None = None
         )
     weights = whole = read = 0.0
     for name, slot in Transformer(config, torch.bfloat16, "meta").checkpoint_slots().items():
-        size = _stored_bytes(name, tuple(slot.shape), slot.element_size(), config)
+        size = _stored_bytes(name, tuple(slot.shape), slot.element_size(), config, stored)
         where = place(name)
         shared = where.axis is not None or where.expert is not None
         whole += size
@@ -81,8 +85,13 @@ def estimate(config: ModelConfig, ranks: int = 1, copy_rate: float | None = None
     return Estimate(ranks, round(weights), round(whole), round(read), cache, copy_rate)
 
 
-def _stored_bytes(name: str, shape: tuple[int, ...], wide: int, config: ModelConfig) -> float:
+def _stored_bytes(
+    name: str, shape: tuple[int, ...], wide: int, config: ModelConfig, stored: Format | None
+) -> float:
     numbers = torch.Size(shape).numel()
+    if stored is not None and stored.block is None:
+        packed = stored.bits is not None and is_packed(name, shape) and stored.packs(name)
+        return numbers * (stored.bits or 0) / 8 if packed else numbers * wide
     if config.fp8_block is None or not is_packed(name, shape):
         return numbers * wide
     return numbers + SCALE_BYTES * -(-shape[0] // BLOCK) * -(-shape[1] // BLOCK)
@@ -107,20 +116,27 @@ def card_rate(card: str | None, copy_rate: float | None) -> float | None:
 
 def show_estimate(file: Path, ranks: int, copy_rate: float | None, as_json: bool) -> None:
     """Prints the estimate for a configuration file."""
-    config = load_config(file)
-    found = estimate(config, ranks, copy_rate)
+    path, given = read_config(file)
+    config, stored = config_of(path, given), stored_format(given)
+    found = estimate(config, ranks, copy_rate, stored)
+    refused = stored.refusal() if stored is not None and stored.block is None else None
     speed = found.tokens_per_second
     if as_json:
         print(json.dumps({"ranks": ranks, "weight_bytes": found.weights, "whole_bytes": found.whole,
                           "read_bytes_per_token": found.read, "cache_bytes_per_token": found.cache,
-                          "copy_rate_tb_per_s": copy_rate, "tokens_per_second_at_best": speed}))  # fmt: skip
+                          "copy_rate_tb_per_s": copy_rate, "tokens_per_second_at_best": speed,
+                          "refused": refused}))  # fmt: skip
         return
     kind = "bfloat16" if config.fp8_block is None else "FP8"
+    if stored is not None and stored.block is None:
+        known = stored.bits is not None
+        kind = stored.name if known else f"bfloat16, as the size of {stored.name} is not known here"
     context = config.max_position_embeddings
     modules = config.num_nextn_predict_layers
+    kinds = ", ".join(str(config.module(module)) for module in range(modules))
     rows = {
         "weights": f"{found.whole / 1e9:,.1f} GB in {kind}, {found.weights / 1e9:,.1f} GB on each of {ranks} ranks",
-        "MTP modules": f"{modules}, counted" if modules else "none in this file; one of V3 adds a layer",
+        "MTP modules": f"{modules}, counted: {kinds}" if modules else "none in this file; one of V3 adds a layer",
         "cache": f"{found.cache:,} bytes a token on every rank, {found.cache * context / 1e9:,.1f} GB for {context:,}",
         "read for a token": f"{found.read / 1e9:,.2f} GB of weights on a rank",
         "speed": "give --card or --copy-rate",
@@ -130,6 +146,11 @@ def show_estimate(file: Path, ranks: int, copy_rate: float | None, as_json: bool
             f"at best {speed:,.0f} tokens/s of one text without speculation: an estimate, bytes read over "
             f"{copy_rate} TB/s; launches, communication and cache left out"
         )
+    if refused is not None:
+        rows["load"] = f"refused: {refused}"
+    notes = key_notes(given)
+    if notes:
+        rows["notes"] = "\n".join(notes)
     table = Table(title=str(file), show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)

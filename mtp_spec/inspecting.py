@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ EXAMPLES = """examples:
   mtp-spec inspect /models/DeepSeek-V3
   mtp-spec inspect --agreement
   mtp-spec inspect configs/config_671B.json --model-parallel 16 --card H100
+  mtp-spec inspect GLM-4.7-Flash --card H100
 """
 
 
@@ -28,7 +30,8 @@ def add_inspect(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspect.add_argument("path", nargs="?", type=Path,
-                         help="checkpoint folder (default: the bundled model), or a configuration file")  # fmt: skip
+                         help="checkpoint folder (default: the bundled model), a configuration file, or the name of "
+                              "one of the library's own: " + ", ".join(published()))  # fmt: skip
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
     inspect.add_argument("--agreement", action="store_true",
                          help="load it and measure how often drafts of each depth are what it writes")  # fmt: skip
@@ -48,6 +51,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         OptionError: an option that does not belong to what the path is.
         MTPSpecError: a tensor differs from its checksum.
     """
+    args.path = _named(args.path)
     if args.device is not None and not args.agreement:
         raise OptionError(f"--device {args.device} belongs to --agreement: nothing else runs the model")
     for_file = [name for name in ("model_parallel", "card", "copy_rate") if getattr(args, name) is not None]
@@ -61,12 +65,12 @@ def run_inspect(args: argparse.Namespace) -> None:
             return _agree(args)
         return show_checkpoint(
             args.path, as_json=args.json, drafts=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-            max_context=args.max_context,
+            max_context=args.max_context, weights=args.weights,
         )  # fmt: skip
     if args.checksums or args.agreement or _loads(args):
         raise OptionError(
-            "--checksums, --agreement, --draft-vocabulary, --cache-dtype and --max-context belong to a checkpoint "
-            "folder, not to a file"
+            "--checksums, --agreement, --draft-vocabulary, --weights, --cache-dtype and --max-context belong to a "
+            "checkpoint folder, not to a file"
         )
     from mtp_spec.estimate import card_rate, show_estimate
 
@@ -74,15 +78,34 @@ def run_inspect(args: argparse.Namespace) -> None:
     show_estimate(args.path, ranks, card_rate(args.card, args.copy_rate), args.json)
 
 
+def published() -> list[str]:
+    """Returns the names of the shapes that the library has."""
+    folder = files("mtp_spec.configs")
+    return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
+
+
+def _named(path: Path | None) -> Path | None:
+    """Returns the configuration that a name stands for, where nothing lies under it."""
+    if path is None or path.exists() or len(path.parts) > 1:
+        return path
+    names = {name.lower(): name for name in published()}
+    wanted = path.name.lower().removesuffix(".json")
+    found = names.get(wanted) or names.get(f"config_{wanted}")
+    if found is None:
+        raise OptionError(f"{path} does not exist here, and the library's own shapes are {', '.join(names.values())}")
+    return Path(str(files("mtp_spec.configs") / f"{found}.json"))
+
+
 def _loads(args: argparse.Namespace) -> bool:
-    return any(value is not None for value in (args.draft_vocabulary, args.cache_dtype, args.max_context))
+    return any(value is not None for value in (args.draft_vocabulary, args.weights, args.cache_dtype, args.max_context))
 
 
 def _agree(args: argparse.Namespace) -> None:
     import mtp_spec
     from mtp_spec.agreement import SUSPICIOUS, agreement
 
-    lm = mtp_spec.load(args.path, device=args.device or "cpu", draft_vocabulary=args.draft_vocabulary,
+    lm = mtp_spec.load(args.path, device=args.device or "cpu", weights=args.weights,
+                       draft_vocabulary=args.draft_vocabulary,
                        cache_dtype=args.cache_dtype, max_context=args.max_context, progress=True)  # fmt: skip
     rates = agreement(lm)
     if lm.model.ranks.rank:

@@ -15,24 +15,29 @@ from mtp_spec.kernels.mla_cache import Layout
 from mtp_spec.loading import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
 from mtp_spec.memory import pages_bytes, plan_memory
 from mtp_spec.model.cache import PAGE, pages_for
-from mtp_spec.model.checkpoint import CheckpointSummary, checkpoint_summary, open_checkpoint
+from mtp_spec.model.checkpoint import Checkpoint
 from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle
+from mtp_spec.model.summary import CheckpointSummary, opened_or_refused, summed_up
 from mtp_spec.options import MAX_NODES
+from mtp_spec.weights import kept_bytes, runs_as_fp8, with_weights
 
 
 def show_checkpoint(
     path: Path | None, as_json: bool = False, console: Console | None = None, drafts: DraftVocabulary = None,
-    cache_dtype: str | None = None, max_context: int | None = None,
+    cache_dtype: str | None = None, max_context: int | None = None, weights: str | None = None,
 ) -> None:  # fmt: skip
     """Prints architecture, parameters, dtypes, MTP modules and memory of a folder, loaded with these options."""
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else path
-    summary = checkpoint_summary(folder)
+    checkpoint, refused = opened_or_refused(folder)
+    summary = summed_up(checkpoint, refused)
     limit, packed = context_limit(folder, max_context), packs_cache(cache_dtype)
-    on_gpu = _gpu(folder, drafts, cache_dtype, limit)
+    read = checkpoint if refused is not None else with_weights(checkpoint, weights)
+    on_gpu = _gpu(read, drafts, cache_dtype, limit) if refused is None else "no"
     if as_json:
         print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary, packed)}))
         return
-    (console or Console()).print(_table(folder, summary, on_gpu, packed, limit))
+    on_cpu = _cpu(read, summary, limit) if refused is None else "no"
+    (console or Console()).print(_table(folder, summary, on_cpu, on_gpu, packed))
 
 
 def cache_bytes(summary: CheckpointSummary, packed: bool) -> int:
@@ -42,14 +47,14 @@ def cache_bytes(summary: CheckpointSummary, packed: bool) -> int:
     return layers * Layout(config.kv_lora_rank, config.qk_rope_head_dim, packed).row_bytes
 
 
-def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None, limit: int) -> str:
+def _gpu(checkpoint: Checkpoint, drafts: DraftVocabulary, cache_dtype: str | None, limit: int) -> str:
     """Returns the memory plan for a context of `limit` tokens, or why the FP8 kernels do not run it."""
-    checkpoint = open_checkpoint(folder)
     config, obstacle = checkpoint.config, fp8_obstacle(checkpoint)
     if obstacle is not None:
         if cache_dtype is not None:
             raise cache_refused(cache_dtype, obstacle)
-        return f"bfloat16 by torch, not on the FP8 kernels: {obstacle}"
+        remedy = '; with weights="fp8" it runs on them' if runs_as_fp8(checkpoint) else ""
+        return f"bfloat16 by torch, not on the FP8 kernels: {obstacle}{remedy}"
     model = empty_device_model(checkpoint, "meta", draft_ids(drafts, config), packs_cache(cache_dtype))
     plan, more = plan_memory(model, limit), [plan_memory(model, limit, texts).total for texts in (2, 3)]
     listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in plan.parts().items())
@@ -60,10 +65,12 @@ def _gpu(folder: Path, drafts: DraftVocabulary, cache_dtype: str | None, limit: 
             f"{page / 1e6:,.2f} for every {PAGE} tokens of all")  # fmt: skip
 
 
-def _cpu(summary: CheckpointSummary, limit: int) -> str:
+def _cpu(checkpoint: Checkpoint, summary: CheckpointSummary, limit: int) -> str:
     """Returns what runs the model on a CPU, and in how much memory."""
     obstacle, config = engine.why_not(), summary.config
     item, weights = 4, f"{summary.bytes / 1e6:,.0f} MB of weights as stored, mapped from the files"
+    if checkpoint.narrowed:
+        weights = f"{kept_bytes(checkpoint) / 1e6:,.0f} MB of weights, matrices as FP8, read and converted"
     if obstacle is not None:
         item, count = 2, summary.parameters + summary.mtp_parameters
         weights = f"{count * 2 / 1e6:,.0f} MB of weights in bfloat16, twice that in float32"
@@ -74,9 +81,17 @@ def _cpu(summary: CheckpointSummary, limit: int) -> str:
             f"{pages_for(limit + MAX_NODES + 1)} for {limit} tokens each")  # fmt: skip
 
 
-def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool, limit: int) -> Table:
+def _modules(summary: CheckpointSummary) -> str:
+    """Returns how many MTP modules there are and what each is made of."""
+    kinds = summary.mtp_modules
+    if not kinds:
+        return "absent"
+    listed = kinds[0] if len(kinds) == 1 else "; ".join(f"{i}: {kind}" for i, kind in enumerate(kinds, start=1))
+    return f"present: {len(kinds)} ({summary.mtp_parameters / 1e6:,.1f} M), {listed}"
+
+
+def _table(folder: Path, summary: CheckpointSummary, on_cpu: str, on_gpu: str, packed: bool) -> Table:
     config = summary.config
-    modules = config.num_nextn_predict_layers
     query = "direct queries" if config.q_lora_rank is None else f"query LoRA {config.q_lora_rank}"
     rows = {
         "architecture": f"{config.model_type}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
@@ -84,13 +99,15 @@ def _table(folder: Path, summary: CheckpointSummary, on_gpu: str, packed: bool, 
         "experts": f"{config.n_routed_experts} routed, top {config.num_experts_per_tok}, {config.n_shared_experts} "
         f"shared; {config.first_k_dense_replace} dense layers first",
         "parameters": f"{summary.parameters / 1e6:,.1f} M, {summary.active / 1e6:,.1f} M active for a token",
-        "MTP modules": f"present: {modules} ({summary.mtp_parameters / 1e6:,.1f} M)" if modules else "absent",
+        "MTP modules": _modules(summary),
         "stored": f"{summary.tensors} tensors in {summary.files} files, {summary.bytes / 1e6:,.1f} MB; "
         + ", ".join(f"{count} {dtype}" for dtype, count in sorted(summary.dtypes.items())),
         "context": f"{config.max_position_embeddings} tokens, {cache_bytes(summary, packed):,} bytes of cache a token "
         f"({CACHE_DTYPES[packed]})",
-        "on a CPU": _cpu(summary, limit),
+        "on a CPU": on_cpu,
         "on a GPU": on_gpu,
+        **({} if summary.refused is None else {"load": f"refused: {summary.refused}"}),
+        **({"notes": "\n".join(summary.notes)} if summary.notes else {}),
     }
     table = Table(title=str(folder), show_header=False)
     for name, value in rows.items():

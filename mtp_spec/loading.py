@@ -11,7 +11,7 @@ import torch
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.cpu import engine
 from mtp_spec.kernels.launching import runs_triton
-from mtp_spec.memory import check_host, check_memory
+from mtp_spec.memory import check_host, check_kept, check_memory
 from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cpu_checkpoint import load_cpu_model
@@ -21,6 +21,7 @@ from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.text import Tokenizer
+from mtp_spec.weights import kept_bytes, runs_as_fp8, with_weights
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -44,11 +45,11 @@ def context_limit(path: Path, max_context: int | None) -> int:
 def load_model(
     source: Path | Checkpoint, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
     cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE, max_batch: int = 1,
-    cache_tokens: int | None = None,
+    cache_tokens: int | None = None, weights: str | None = None,
 ) -> HostModel | DeviceModel:  # fmt: skip
     """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
     packed, obstacle = packs_cache(cache_dtype), f"dtype={dtype!r} runs by torch, without the FP8 kernels"
-    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
+    checkpoint = with_weights(open_checkpoint(source) if isinstance(source, Path) else source, weights)
     ids = draft_ids(drafts, checkpoint.config)
     if dtype in (None, torch.float8_e4m3fn):
         found = _no_fp8_here(device) or fp8_obstacle(checkpoint)
@@ -60,8 +61,9 @@ def load_model(
         if dtype is not None:
             raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")
         if device != "cpu" and cache_dtype is None:
+            remedy = '; load with weights="fp8" to run on them' if runs_as_fp8(checkpoint) else ""
             warnings.warn(
-                f"{checkpoint.folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}. Text is "
+                f"{checkpoint.folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}{remedy}. Text is "
                 "the same with and without speculation, but nothing is fast", stacklevel=4,
             )  # fmt: skip
         if device == "cpu" and runs_engine():
@@ -73,6 +75,8 @@ def load_model(
     if device != "cpu" and cache_tokens is not None:
         raise OptionError(f"cache_tokens={cache_tokens!r} on a GPU is for the FP8 kernels: {obstacle}; leave it out")
     if device == "cpu" and runs_engine():
+        if checkpoint.narrowed:
+            check_kept(kept_bytes(checkpoint))
         return load_cpu_model(checkpoint, dtype, report, ids, ranks)
     if device == "cpu" and ranks.size == 1:
         check_host(checkpoint.config, dtype)

@@ -14,9 +14,10 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
 from mtp_spec.model.cache import PAGE, pages_for
-from mtp_spec.model.checkpoint import PIECE_BYTES, Checkpoint
-from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.checkpoint import Checkpoint
+from mtp_spec.model.config import SHARED, ModelConfig
 from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.found import PIECE_BYTES
 from mtp_spec.model.stored import AHEAD_BYTES
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_NODES
@@ -104,7 +105,7 @@ def host_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 
 def read_ahead_bytes(checkpoint: Checkpoint) -> int:
     """Returns the bytes of tensors held while a model is loaded: those read ahead, one more, and the one in use."""
-    whole = max((info.bytes for info in checkpoint.tensors.values() if info.dtype == "F8_E4M3"), default=0)
+    whole = max((i.bytes for name, i in checkpoint.tensors.items() if checkpoint.dtype(name) == "F8_E4M3"), default=0)
     return AHEAD_BYTES + 2 * max(whole, PIECE_BYTES)
 
 
@@ -124,6 +125,20 @@ def check_host(config: ModelConfig, dtype: torch.dtype) -> None:
         raise MTPSpecError(
             f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB of "
             "memory are free: use a machine with more, a GPU, which keeps FP8 weights as they are, or several processes"
+        )
+
+
+def check_kept(needed: int) -> None:
+    """Refuses weights that are kept in memory of their own and are more than this machine's free memory and swap.
+
+    Raises:
+        MTPSpecError: they are; the message says how much there is.
+    """
+    free = _free_here()
+    if free is not None and needed > free:
+        raise MTPSpecError(
+            f"the weights take {needed / 1e9:.1f} GB in FP8 and {free / 1e9:.1f} GB of memory are free: write them "
+            "once with mtp-spec cast --to fp8, whose files are mapped, or use a machine with more"
         )
 
 
@@ -175,7 +190,10 @@ def pass_bytes(model: DeviceModel, rows: int) -> int:
     queries, context = head.heads * (head.nope + head.rope) * 2, head.heads * (head.latent * 2 + head.value)
     down = (model.layers[0].attention.a_rows + head.width) * 2
     attention = down + head.padded * head.width * 2 + max(queries, context)
-    dense = 5 * config.intermediate_size if config.first_k_dense_replace else 0
+    dense = 5 * max(
+        config.intermediate_size if config.first_k_dense_replace else 0,
+        *(shape.intermediate_size or 0 for shape in (*config.modules, SHARED)),
+    )
     pair = hidden * 4 + config.moe_intermediate_size
     experts = (config.num_experts_per_tok + config.n_shared_experts) * pair + config.n_routed_experts * 4
     return rows * (HIDDEN_STATES * hidden * 2 + max(attention, dense, experts))

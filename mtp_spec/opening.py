@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mtp_spec.model.transformer import Transformer
 from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.progress import Report, byte_progress
 from mtp_spec.text import end_ids, open_tokenizer
+from mtp_spec.weights import check_weights
 
 
 @undisturbed(inference=False)
@@ -29,6 +31,7 @@ def load(
     config: str | Path | None = None,
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
+    weights: str | None = None,
     max_context: int | None = None,
     max_batch: int = 1,
     cache_tokens: int | None = None,
@@ -52,6 +55,8 @@ def load(
             float32 arithmetic; "float32" is the same there, "bfloat16" and "float16" round matrices to them. Where
             torch computes, weights, FP8 included, become this dtype; None is bfloat16 there where it is fast, else
             float32.
+        weights: "fp8" makes the matrices of a bfloat16 folder FP8 with 128x128 scales while they are read, the same
+            bits as `mtp-spec cast --to fp8`; None keeps them.
         max_context: most tokens of prompt and text together; None is the model's own limit.
         max_batch: most texts that are written side by side, of a list or of `LM.submit`.
         cache_tokens: of prompts, texts and drafts side by side; who finds no room waits, who needs more is refused.
@@ -75,8 +80,8 @@ def load(
             its generation_config.json has values that are not possible and are asked for, or the processes of
             `parallel` cannot divide it.
         RankError: another rank failed, differs or does not answer.
-        OptionError: an impossible device, dtype, max_context, max_batch, cache_tokens, draft_vocabulary, cache_dtype,
-            defaults or progress.
+        OptionError: an impossible device, dtype, weights, max_context, max_batch, cache_tokens, draft_vocabulary,
+            cache_dtype, defaults or progress.
         MTPSpecError: weights and caches do not fit in memory. It is the base of the others too.
     """
     if path is not None and not isinstance(path, str | Path):
@@ -93,21 +98,25 @@ def load(
         device = local_device(str(device), ranks)
         check_batch(max_batch, cache_tokens, device)
         limit = context_limit(config_file or folder, max_context)
-        checkpoint = open_checkpoint(folder, config_file)
-        own = Defaults(folder / FILE, defaults, checkpoint.config.vocab_size)
         chosen = dtype_of(dtype)
+        check_weights(weights)
+        checkpoint = open_checkpoint(folder, config_file)
+        for note in checkpoint.notes:
+            warnings.warn(f"{folder}: {note}", stacklevel=3)
+        own = Defaults(folder / FILE, defaults, checkpoint.config.vocab_size)
         tokenizer = open_tokenizer(folder)
         ends = end_ids(folder, checkpoint.config.vocab_size)
         check_ends(tokenizer, checkpoint.config, folder)
     facts = {"max_context": limit, "max_batch": max_batch, "cache_tokens": cache_tokens, "dtype": chosen,
-             "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype, "defaults": defaults}  # fmt: skip
+             "weights of load": weights, "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype,
+             "defaults": defaults}  # fmt: skip
     ranks.agree(facts | start_facts(checkpoint, device))
     open_rooms(ranks, device)
     bar = progress is True
     with ranks.together(), byte_progress(bar and ranks.rank == 0) as shown:
         report = progress if callable(progress) else shown
         model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks, max_batch,
-                           cache_tokens)  # fmt: skip
+                           cache_tokens, weights)  # fmt: skip
     if isinstance(model, DeviceModel):
         return LM(model, tokenizer, "batched", limit, measure, bar, max_batch, cache_tokens, own, ends)
     if isinstance(model, Transformer):

@@ -78,9 +78,13 @@ class ModuleRows:
 
 @dataclass(slots=True, eq=False)
 class HeadRows:
-    """Logits that propose drafts: of `hidden` `[M, D]`, `logits` `[M, V]`, the result."""
+    """Logits that propose drafts: of `hidden` `[M, D]`, `logits` `[M, V]`, the result.
+
+    `own` is the module whose own head gives them, None for the model's.
+    """
 
     hidden: Tensor
+    own: int | None = None
     logits: Tensor = field(default=_NONE, repr=False)
     prompt: bool = False
 
@@ -181,7 +185,7 @@ class Runner:
             self._module(first.module, [one for one in group if isinstance(one, ModuleRows)])
         else:
             heads = [one for one in group if isinstance(one, HeadRows)]
-            logits = self.model.draft_logits(torch.cat([one.hidden for one in heads]))
+            logits = self.model.draft_logits(torch.cat([one.hidden for one in heads]), heads[0].own)
             for one, own in zip(heads, logits.split([one.rows for one in heads]), strict=True):
                 one.logits = own
 
@@ -229,5 +233,5 @@ def _share(group: Sequence[MainRows | ModuleRows], hidden: Tensor, logits: Tenso
 
 def _kind(one: Pass) -> tuple[int, int]:
     if isinstance(one, HeadRows):
-        return 2, 0
+        return 2, -1 if one.own is None else one.own
     return (1, one.module) if isinstance(one, ModuleRows) else (0, 0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def _of_host(model: HostModel, ids: Sequence[int]) -> Scores:
         cache.commit(range(len(chunk)))
     hidden = torch.cat(parts)
     scores = _empty(model, count)
-    _fill(scores.logits, model, hidden)
+    _fill(scores.logits, model.logits, hidden)
     for module in range(min(len(model.mtp), count - 1)):
         following, cache = ids[module + 1 :], model.new_mtp_cache(count)
         parts.clear()
@@ -55,7 +56,7 @@ def _of_host(model: HostModel, ids: Sequence[int]) -> Scores:
             parts.append(model.mtp_rows(module, chunk, given, cache, plan))
             cache.commit(range(len(chunk)))
         hidden = torch.cat(parts)
-        _fill(scores.mtp_logits[module], model, hidden)
+        _fill(scores.mtp_logits[module], partial(model.module_logits, module), hidden)
     return scores
 
 
@@ -73,13 +74,13 @@ def _of_device(model: DeviceModel, ids: Sequence[int]) -> Scores:
 
     hidden = torch.cat([model.rows(tokens[part], own, plan) for part, plan in chunks(tokens, 0)])
     scores = _empty(model, count)
-    _fill(scores.logits, model, hidden)
+    _fill(scores.logits, model.logits, hidden)
     for module, cache in enumerate(caches[len(model.layers) :][: count - 1]):
         hidden = torch.cat([
             model.mtp_rows(module, tokens[module + 1 :][part], hidden[part], cache, plan)
             for part, plan in chunks(tokens[module + 1 :], module + 1)
         ])  # fmt: skip
-        _fill(scores.mtp_logits[module], model, hidden)
+        _fill(scores.mtp_logits[module], partial(model.module_logits, module), hidden)
     return scores
 
 
@@ -93,7 +94,7 @@ def _empty(model: HostModel | DeviceModel, count: int) -> Scores:
     return Scores(torch.empty(count, vocab, dtype=torch.float32), drafts)
 
 
-def _fill(logits: Tensor, model: HostModel | DeviceModel, hidden: Tensor) -> None:
-    """Writes the logits of hidden states to the first rows."""
+def _fill(logits: Tensor, head: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
+    """Writes the logits that a head gives hidden states to the first rows."""
     for place, rows in zip(logits[: len(hidden)].split(PREFILL_CHUNK), hidden.split(PREFILL_CHUNK), strict=True):
-        place.copy_(model.logits(rows))
+        place.copy_(head(rows))

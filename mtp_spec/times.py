@@ -248,7 +248,7 @@ def _passes(
         return model.mtp_rows(0, some(rows), hidden[:rows], drafts, plan)
 
     def level(rows: int) -> None:
-        for row in model.draft_logits(extend(rows)):
+        for row in model.draft_logits(extend(rows), model.config.head_of(0)):
             scores = sampler.process(row, history)
             sampler.lead(scores, context, sampler.top(scores, context, 2)[0])
 

@@ -117,8 +117,9 @@ def main(name: str) -> None:
         config = load_config(Path(str(folder / "demo")))
         config = replace(config, num_hidden_layers=2, num_nextn_predict_layers=2)
     else:
-        config = load_config(Path(str(folder / "config_671B.json")))
-        config = replace(config, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1)
+        config = load_config(Path(str(folder / ("config_671B.json" if name == "v3" else f"{name}.json"))))
+        config = replace(config, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
+                         fp8_block=(128, 128))  # fmt: skip
     params = SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, logit_bias={1: 1.0})
     chain, tree = Speculation(depth=2), Speculation(branching=(2, 2))
     for packed in (False, True) if name == "v3" else (False,):

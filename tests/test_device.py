@@ -314,7 +314,8 @@ def test_what_cannot_run_says_why(tmp_path: Path) -> None:
         mtp_spec.load(folder, dtype="float8_e4m3fn")
 
 
-@pytest.mark.parametrize("name", [pytest.param("demo", marks=pytest.mark.gpu), "v3"])
+@pytest.mark.parametrize("name", ["v3", *(pytest.param(name, marks=pytest.mark.gpu) for name in (
+    "demo", "config_v3.1", "GLM-4.7-Flash", "GigaChat3-10B-A1.8B", "JoyAI-LLM-Flash"))])  # fmt: skip
 def test_every_kernel_of_a_step_compiles_for_hopper(name: str) -> None:
     pytest.importorskip("triton")
     program = [sys.executable, str(Path(__file__).parent / "compiled.py"), name]

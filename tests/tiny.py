@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
+)
 from transformers.modeling_layers import MtpModel
 
 V3 = {
@@ -60,6 +67,39 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "v2_lite": (
         {"topk_method": "greedy", "q_lora_rank": None, "model_type": "deepseek_v2", "rope_parameters": YARN}, 0,
     ),
+    # the shapes that published models have, made narrow
+    "glm_4_7_flash": (
+        {"model_type": "glm4_moe_lite", "num_attention_heads": 20, "num_key_value_heads": 20, "v_head_dim": 256,
+         "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8,
+         "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+         "mlp_layer_types": ["dense", "sparse", "sparse"]}, 1,
+    ),
+    "gigachat3": (
+        {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+         "v_head_dim": 192}, 1,
+    ),
+    "moonlight": (
+        {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-5,
+         "routed_scaling_factor": 2.446, "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}, 0,
+    ),
+    "kanana_2": ({"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_routed_experts": 16}, 0),
+    "kimi_k2": (
+        {"written": "kimi_k2", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
+         "rope_parameters": {**YARN, "beta_fast": 1.0, "beta_slow": 1.0}}, 0,
+    ),
+    "joyai_llm_flash": (
+        {"model_type": "glm4_moe_lite", "written": "joyai_llm_flash", "blocks": ["dense"], "n_group": 1,
+         "topk_group": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 3.2e7}}, 1,
+    ),
+    "dense_then_experts": (
+        {"model_type": "glm4_moe_lite", "n_group": 2, "topk_group": 1, "blocks": ["dense", "sparse"]}, 2,
+    ),
+    "sarvam_mla": ({"written": "sarvam_mla", "q_lora_rank": None, "n_group": 1, "topk_group": 1}, 0),
+}
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "glm4_moe_lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM),
 }
 
 
@@ -74,12 +114,15 @@ def make(folder: Path, kind: str = "v3", seed: int = 0) -> Tiny:
     """Writes a checkpoint folder and returns it with transformers' models of the same weights."""
     changes, modules = KINDS[kind]
     values = {**V3, **changes}
-    v2 = values.pop("model_type", "deepseek_v3") == "deepseek_v2"
+    kind, written = values.pop("model_type", "deepseek_v3"), values.pop("written", None)
+    blocks = values.pop("blocks", None)
+    described, built = CLASSES[kind]
+    if kind == "glm4_moe_lite":
+        del values["first_k_dense_replace"]  # transformers 5 says it by mlp_layer_types
     torch.manual_seed(seed)
-    if v2:
-        main: Any = DeepseekV2ForCausalLM(DeepseekV2Config(**values))
-    else:
-        main = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
+    main: Any = built(described(**values))
+    if kind == "glm4_moe_lite":  # whose class in transformers has no fields for MTP modules
+        main.config.num_mtp_layers, main.config.mtp_mlp_layer_types = modules, blocks or ["sparse"] * modules
     mtp = MtpModel(main, modules) if modules else None
     for module in (main, mtp):
         if module is not None:
@@ -95,7 +138,9 @@ def make(folder: Path, kind: str = "v3", seed: int = 0) -> Tiny:
         save_file(dict(part), folder / file, metadata={"format": "pt"})
         weight_map |= {name: file for name, _ in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(main.config.to_dict(), default=str))
+    given = main.config.to_dict() | ({"model_type": written} if written else {})
+    given.pop("mtp_mlp_layer_types", None)
+    (folder / "config.json").write_text(json.dumps(given, default=str))
     return Tiny(folder, main.eval(), None if mtp is None else mtp.eval())
 
 

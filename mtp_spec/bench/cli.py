@@ -150,13 +150,20 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
+    add_weights(parser)
     _add_cache(parser)
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `load` that decide what lies in memory."""
     _add_draft_vocabulary(parser)
+    add_weights(parser)
     _add_cache(parser)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds `load`'s option of how weights are kept."""
+    parser.add_argument("--weights", metavar="KIND", help="fp8: make a bfloat16 folder FP8 while it loads")
 
 
 def _add_draft_vocabulary(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +186,7 @@ def run_bench(args: argparse.Namespace) -> None:
     if "check" in args:  # before anything is loaded
         args.check(args)
     side_by_side = max(args.sizes) if args.run is batch else 1
-    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=args.draft_vocabulary,
-                       cache_dtype=args.cache_dtype, max_context=args.max_context, max_batch=side_by_side)  # fmt: skip
+    lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, weights=args.weights,
+                       draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
+                       max_context=args.max_context, max_batch=side_by_side)  # fmt: skip
     publish(args.run(lm, args), lm, args)

@@ -114,7 +114,8 @@ class _Models:
         if self.lm is None or vocabulary != self._vocabulary:
             args, self.lm, self._vocabulary = self.args, None, vocabulary
             gc.collect()  # texts hold their model in cycles: its memory is needed for the next one
-            self.lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, draft_vocabulary=vocabulary,
+            self.lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, weights=args.weights,
+                                    draft_vocabulary=vocabulary,
                                     cache_dtype=args.cache_dtype, max_context=args.max_context,
                                     max_batch=max(args.batch))  # fmt: skip
         return self.lm

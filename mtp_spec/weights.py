@@ -1,0 +1,66 @@
+"""`load(weights="fp8")`: a wide checkpoint that becomes FP8 while it is read, and what it then takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.kernels.fp8 import BLOCK, block_counts
+from mtp_spec.model.checkpoint import Checkpoint, stored_weights
+from mtp_spec.model.device_checkpoint import fp8_obstacle
+from mtp_spec.model.formats import SCALE
+from mtp_spec.model.narrow import WIDE, is_packed
+
+WEIGHTS = ("fp8",)
+SCALE_BYTES = 4
+
+
+def check_weights(weights: object) -> None:
+    """Refuses what is no name of a kind of weights.
+
+    Raises:
+        OptionError: the name is unknown.
+    """
+    if weights is not None and weights not in WEIGHTS:
+        raise OptionError(f"weights={weights!r}: allowed are {', '.join(map(repr, WEIGHTS))}, or None to keep them")
+
+
+def with_weights(checkpoint: Checkpoint, weights: str | None) -> Checkpoint:
+    """Returns the checkpoint as it is read: with "fp8", matrices that released checkpoints have in FP8 become it.
+
+    Those that are in FP8 already stay as they are.
+
+    Raises:
+        OptionError: the name is unknown, or the folder has FP8 in other blocks.
+    """
+    check_weights(weights)
+    if weights is None:
+        return checkpoint
+    block, tensors = checkpoint.config.fp8_block, stored_weights(checkpoint)
+    wide = {name: info.shape[0] for name, info in tensors.items() if info.dtype in WIDE and is_packed(name, info.shape)}
+    if not wide:
+        return checkpoint
+    if block not in (None, (BLOCK, BLOCK)) and any(name + SCALE in tensors for name in tensors):
+        sides = list(block or ())
+        raise OptionError(f"weights={weights!r}: {checkpoint.folder} has FP8 in blocks of {sides}; leave it out")
+    return replace(checkpoint, config=replace(checkpoint.config, fp8_block=(BLOCK, BLOCK)), narrowed=wide)
+
+
+def kept_bytes(checkpoint: Checkpoint) -> int:
+    """Returns the bytes of a checkpoint's weights once they are read."""
+    size = 0
+    for name, info in stored_weights(checkpoint).items():
+        if name in checkpoint.narrowed:
+            rows, columns = block_counts(*info.shape)
+            size += info.shape[0] * info.shape[1] + SCALE_BYTES * rows * columns
+        else:
+            size += info.bytes
+    return size
+
+
+def runs_as_fp8(checkpoint: Checkpoint) -> bool:
+    """Whether the FP8 kernels would run a checkpoint that they do not run, with `weights="fp8"`."""
+    try:
+        return fp8_obstacle(with_weights(checkpoint, "fp8")) is None
+    except MTPSpecError:
+        return False
