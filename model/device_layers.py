@@ -184,7 +184,8 @@ class Mixture:
             torch.empty(count, 2 * self.inner, hidden, dtype=fp8.E4M3, device=device),
             torch.empty(count, 2 * _blocks(self.inner), _blocks(hidden), dtype=torch.float32, device=device),
             torch.empty(count, outputs, inner, dtype=fp8.E4M3, device=device),
-            torch.empty(count, _blocks(outputs), _blocks(inner), dtype=torch.float32, device=device), config.powers_of_two,
+            torch.empty(count, _blocks(outputs), _blocks(inner), dtype=torch.float32, device=device),
+            config.powers_of_two,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
