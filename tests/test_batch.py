@@ -186,8 +186,9 @@ def test_from_asyncio(lm: mtp_spec.LM) -> None:
         texts = await asyncio.gather(*(follow([i, i + 1]) for i in range(9)), lm.submit([50], **options))
         assert texts[:9] == [lm.generate([i, i + 1], **options).token_ids for i in range(9)]
         assert texts[9].token_ids == lm.generate([50], **options).token_ids
-        done = lm.submit([2, 3], logprobs=1, **options)
-        text, expected = await done, list(lm.stream([2, 3], logprobs=1, **options))
+        told = {"logprobs": 1, "speculation": 2, **options}  # "auto" need not draft the same steps twice
+        done = lm.submit([2, 3], **told)
+        text, expected = await done, list(lm.stream([2, 3], **told))
         for _ in range(2):  # made when they are asked for, the same every time; the text stays what it is
             assert [event async for event in done] == expected
         assert text.token_ids == [event.token_id for event in expected]

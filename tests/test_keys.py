@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, DeepseekV3Config, Glm4MoeLiteConfig
-from transformers.models.sarvam_mla import SarvamMLAConfig
+from transformers import AutoConfig
 
 import mtp_spec
 import tiny
@@ -162,10 +161,12 @@ def test_classes_stand_for_types() -> None:
     assert ModelConfig.from_dict({**values, "architectures": ["Glm4MoeLiteForCausalLM"]}).model_type == "glm4_moe_lite"
 
 
-@pytest.mark.parametrize(("kind", "made"), [
-    ("deepseek_v3", DeepseekV3Config()), ("glm4_moe_lite", Glm4MoeLiteConfig()), ("sarvam_mla", SarvamMLAConfig()),
-])  # fmt: skip
-def test_what_is_left_out_is_what_transformers_takes(kind: str, made: Any) -> None:
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe_lite", "sarvam_mla"])
+def test_what_is_left_out_is_what_transformers_takes(kind: str) -> None:
+    try:
+        made = AutoConfig.for_model(kind)
+    except ValueError:
+        pytest.skip(f"this version of transformers has no {kind}")
     whole = ModelConfig.from_dict(made.to_dict())
     required = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim",
