@@ -236,7 +236,9 @@ def _up_kernel(
                 scale = tl.exp2(tl.ceil(tl.log2(scale)))
             scale = tl.where(scale > 0, scale, 1.0)
             # the quotient can exceed the largest value by a rounding
-            scaled = tl.minimum(tl.maximum(wide / scale[None, :], -LARGEST), LARGEST)
+            every: tl.constexpr = tl.PropagateNan.ALL
+            least = tl.maximum(wide / scale[None, :], -LARGEST, propagate_nan=every)
+            scaled = tl.minimum(least, LARGEST, propagate_nan=every)
             tl.store(target, scaled.to(out.dtype.element_ty), mask=kept)
             block = (head * V) // 128 + tl.program_id(1)
             tl.store(scales + row * (heads * V // 128) + block, scale, mask=real)

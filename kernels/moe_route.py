@@ -165,6 +165,8 @@ def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Rout
     weights = scores.gather(-1, indices)
     if routing.normalise:
         weights = weights / (ordered.total(weights).unsqueeze(-1) + 1e-20)
+    given = logits if bias is None else logits + bias
+    weights = weights.masked_fill(~given.isfinite().all(-1, keepdim=True), torch.nan)
     rows = x.shape[0]
     shared = torch.arange(routing.experts, routing.experts + routing.shared, device=x.device).expand(rows, -1)
     ones = torch.ones(rows, routing.shared, dtype=torch.float32, device=x.device)
@@ -260,6 +262,8 @@ if triton is not None:
         choice = scores
         if BIAS:
             choice += tl.load(bias + expert, mask=real, other=0.0)
+        # where a logit or bias is NaN or infinite, which comparisons and the sigmoid hide, every weight becomes NaN
+        unsound = tl.where(real, (logits + choice) * 0.0, 0.0)
         # NaN ranks lowest: whatever the input, distinct experts that exist are chosen, and no address goes astray
         choice = tl.where(choice > LOWEST, choice, LOWEST)
         choice = tl.where(real, choice, float("-inf"))
@@ -272,7 +276,9 @@ if triton is not None:
             chosen = chosen | (place == best)
         weight = tl.where(chosen, scores, 0.0)
         if NORMALISE:
-            weight = weight / (tl.sum(weight, axis=0) + 1e-20)
+            weight = weight / (tl.sum(weight + unsound, axis=0) + 1e-20)
+        else:
+            weight += tl.sum(unsound, axis=0)
         target = row * (CHOSEN + SHARED) + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         tl.store(indices + target, expert, mask=chosen)
         tl.store(weights + target, weight * factor, mask=chosen)

@@ -125,13 +125,15 @@ if triton is not None:
 
     @triton.jit
     def block_scaled(values, LARGEST: tl.constexpr, POWER: tl.constexpr = False):
-        """Returns values [N, 128] float32 scaled into e4m3's range, and the scales [N]."""
+        """Returns values [N, 128] float32 scaled into e4m3's range, and the scales [N]; NaN of NaN and infinity."""
         scale = tl.max(tl.abs(values), axis=1) / LARGEST
         if POWER:
             scale = tl.exp2(tl.ceil(tl.log2(scale)))
         scale = tl.where(scale > 0, scale, 1.0)
         # the quotient can exceed the largest value by a rounding
-        return tl.minimum(tl.maximum(values / scale[:, None], -LARGEST), LARGEST), scale
+        every: tl.constexpr = tl.PropagateNan.ALL
+        least = tl.maximum(values / scale[:, None], -LARGEST, propagate_nan=every)
+        return tl.minimum(least, LARGEST, propagate_nan=every), scale
 
     @triton.jit
     def _store_quantised(

@@ -36,8 +36,10 @@ MOST_SURPRISE = log(2.0)
 # beside others drafting must promise so much more than plain decoding, as their times are guessed from fewer rows;
 # chains that are tried for that; and in how many steps
 CLEAR_GAIN, TRIED_DEPTH, SOON = 1.05, 4, 32
-# while drafting is paused the time of one plain step in so many is looked at
-LOOKED = 16
+# while drafting is paused the time of one plain step in so many is looked at; while it is not, one step in so many,
+# times the fourth power of the rate, is plain to be looked at, the first soon; and for how many measurements what was
+# measured before counts
+LOOKED, PROBED, FIRST_PROBE, KNOWN = 16, 16, 3, 3
 # what drafting costs several texts beyond its passes, as the logarithm of a factor, before anything was seen; so slowly
 # it is forgotten while none drafts, for it to be tried again
 FIRST_BESIDE, FADING = 0.2, 0.0002
@@ -68,6 +70,7 @@ class Speed:
 
     def __init__(self) -> None:
         self._logs = {"verify": 0.0, "plain": 0.0, "draft": 0.0, "beside": FIRST_BESIDE}
+        self._probes = 0
 
     def factor(self, kind: str) -> float:
         """Returns the factor of passes of several rows ("verify"), of one ("plain"), of drafting ("draft"), or of
@@ -81,6 +84,12 @@ class Speed:
             self._logs[kind] += (NEWER if kind == "beside" else SLOWER) * surprise
         if kind in ("verify", "plain"):
             self._logs["verify"] += NEWER * surprise
+
+    def learn_probe(self, measured: float, expected: float) -> None:
+        """Takes the time of a plain step among drafted ones: how it differs from theirs, which are known."""
+        self._probes += 1
+        surprise = max(-MOST_SURPRISE, min(MOST_SURPRISE, log(measured / expected)))
+        self._logs["plain"] += max(NEWER, 1.0 / (KNOWN + self._probes)) * surprise
 
     def fade(self, kind: str) -> None:
         """Forgets a little of a ratio that cannot be learned now."""
@@ -96,12 +105,14 @@ class Planner:
         rate: tokens in the time of a plain step, of drafted steps.
         debt: what drafting lost to plain decoding at the end of the last text.
         saved: what was saved for tries since drafting is paused.
+        unseen: drafted steps since a plain step was looked at.
         best: the chance of a best child.
     """
 
     def __init__(self, times: StepTimes) -> None:
         self.times, self.speed, self.confidence = times, Speed(), Confidence()
         self.rate, self.debt, self.saved, self.best = FIRST_RATE, 0.0, inf, FIRST_CHANCE
+        self.unseen = round(PROBED * FIRST_RATE**4) - FIRST_PROBE
 
     def pays(self, texts: int, context: int, pending: int) -> bool:
         """Returns whether so many texts would gain if each drafted the best chain, with chances as they were so far.
@@ -155,7 +166,7 @@ class TextPlanner:
         self._rate, self._best = planner.rate, planner.best
         self._promised = self._kept = TRUSTED
         self.tokens, self.seconds, self._doubted = 1.0, 0.0, False
-        self._steps, self._idle = 0, False
+        self._steps, self._idle, self._probing = 0, False, False
         self._start(0, 1)
 
     @property
@@ -184,7 +195,21 @@ class TextPlanner:
             self._rate = 1.0  # what the time would bring elsewhere is plain decoding
         drafts = self._pace.drafts(self._catching_up)
         self.planner.saved = self._pace.saved
-        return drafts
+        self._probing = drafts and self._probes()
+        return drafts and not self._probing
+
+    def _probes(self) -> bool:
+        """Returns whether this step is plain so that its time is seen, though drafting is thought to pay.
+
+        Otherwise a plain step that seemed slow once would seem so for good.
+        """
+        if self.beside is not ALONE or self._pace.paused:
+            return False
+        self.planner.unseen += 1
+        if self.planner.unseen < PROBED * self._rate**4:
+            return False
+        self.planner.unseen = 0
+        return True
 
     def _start(self, context: int, pending: int) -> None:
         self._context, beside = context, self.beside
@@ -278,7 +303,10 @@ class TextPlanner:
         if self.beside is not ALONE:  # the times are those of all: `Planner.learn_round`
             return
         expected = self.seconds - self._drafting * self._plain
-        self._speed.learn("verify" if len(tree) else "plain", rest, expected)
+        if self._probing:
+            self._speed.learn_probe(rest, expected)
+        else:
+            self._speed.learn("verify" if len(tree) else "plain", rest, expected)
 
     def _judge(self, tree: TokenTree, accepted: Sequence[int]) -> None:
         outcomes, planner = list[Outcome](), self.planner

@@ -89,9 +89,9 @@ def test_every_kind_is_found_and_runs(folder: Path) -> None:
     for one, other in ((ours.logits, theirs.logits), (ours.mtp_logits, theirs.mtp_logits)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
     for lm in (engine, wide):
-        plain = lm.generate(IDS[:5], max_new_tokens=20, temperature=0.7, speculation=None)
+        plain = lm.generate(IDS[:5], max_new_tokens=20, temperature=0.7, seed=5, speculation=None)
         for shape in (1, 3, mtp_spec.Speculation(branching=(2, 2))):
-            drafted = lm.generate(IDS[:5], max_new_tokens=20, temperature=0.7, speculation=shape)
+            drafted = lm.generate(IDS[:5], max_new_tokens=20, temperature=0.7, seed=5, speculation=shape)
             assert drafted.token_ids == plain.token_ids
             assert drafted.stats.drafted > 0
 
@@ -105,8 +105,8 @@ def test_kernels_agree(folder: Path) -> None:
     for depth, (one, other) in enumerate(zip(got.mtp_logits, wide.mtp_logits, strict=True), start=1):
         assert (one - other)[:-depth].norm() / other[:-depth].norm() < 0.15
     lm = mtp_spec.api.LM(load_device_model(fp8, "cpu"), None, "batched", 200)
-    plain = lm.generate(IDS[:5], max_new_tokens=12, speculation=None)
-    assert lm.generate(IDS[:5], max_new_tokens=12, speculation=3).token_ids == plain.token_ids
+    plain = lm.generate(IDS[:5], max_new_tokens=12, seed=5, speculation=None)
+    assert lm.generate(IDS[:5], max_new_tokens=12, seed=5, speculation=3).token_ids == plain.token_ids
 
 
 @pytest.mark.filterwarnings("ignore:.*has its own")
@@ -148,13 +148,13 @@ def test_copies_are_compared(tmp_path: Path, copy: str) -> None:
     put(folder, name, original)
     assert open_checkpoint(folder).config.modules == ()
     assert open_checkpoint(folder).notes == ()
-    plain = mtp_spec.load(folder, measure=False).generate(IDS[:5], max_new_tokens=20, speculation=None)
+    plain = mtp_spec.load(folder, measure=False).generate(IDS[:5], max_new_tokens=20, seed=5, speculation=None)
     original[-1, -1] += 1  # the last number alone
     put(folder, name, original)
     with pytest.warns(UserWarning, match=f"has its own {'embedding' if 'embed' in copy else 'head'}"):
         lm = mtp_spec.load(folder, measure=False)
-    assert lm.generate(IDS[:5], max_new_tokens=20, speculation=None).token_ids == plain.token_ids
-    assert lm.generate(IDS[:5], max_new_tokens=20, speculation=2).token_ids == plain.token_ids
+    assert lm.generate(IDS[:5], max_new_tokens=20, seed=5, speculation=None).token_ids == plain.token_ids
+    assert lm.generate(IDS[:5], max_new_tokens=20, seed=5, speculation=2).token_ids == plain.token_ids
     run_job(export_job(folder), tmp_path / "exported")
     assert torch.equal(small.tensors(tmp_path / "exported")[name], original)
     put(folder, name, original[:-1].clone())

@@ -117,6 +117,18 @@ def test_never_slower_than_plain_where_no_draft_is_right(machine: str) -> None:
     assert again >= 0.97 * max(fixed(depth, times, PROCESSES["sure"], 20_000) for depth in range(9))
 
 
+def test_a_plain_step_that_seemed_slow_is_seen_to_be_fast() -> None:
+    """While drafting seems to pay no step is plain, unless one is looked at now and then."""
+    parts: dict[str, dict[int, float]]
+    parts = {"tree": {3: 1.1, 16: 1.5}, "level": {1: 0.1, 4: 0.12}, "extend": {1: 0.05, 32: 0.1}}
+    believed = flat(verify={1: 1.0, 2: 1.02, 16: 1.4}, **parts)
+    real = flat(verify={1: 0.5, 2: 1.02, 16: 1.4}, **parts)
+    planner = Planner(believed)
+    run(planner, real, lambda _: PROCESSES["poor"], texts=4, length=200)
+    found = run(planner, real, lambda _: PROCESSES["poor"], texts=8, length=200)
+    assert found.rate >= 0.97 * fixed(0, real, PROCESSES["poor"], 20_000)
+
+
 def test_a_changing_text_is_followed() -> None:
     times = MACHINES["typical"]
     kinds = [PROCESSES["sure"], Process(-50.0, share=0.0)]

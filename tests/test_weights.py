@@ -47,7 +47,8 @@ def test_the_engine_has_the_bits_of_cast(folders: tuple[Path, Path]) -> None:
     assert small.same(ours, theirs)
     assert any(weight.dtype == torch.float8_e4m3fn for weight in ours.values())
     prompt = list(range(3, 40, 5))
-    assert loaded.generate(prompt, max_new_tokens=12).token_ids == cast.generate(prompt, max_new_tokens=12).token_ids
+    texts = [lm.generate(prompt, max_new_tokens=12, seed=5).token_ids for lm in (loaded, cast)]
+    assert texts[0] == texts[1]
     assert sum(weight.nbytes for weight in ours.values()) <= kept_bytes(opened(wide)) * 1.01
 
 
