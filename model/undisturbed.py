@@ -16,7 +16,7 @@ import torch
 def undisturbed(inference: bool = True) -> Iterator[None]:
     """Without autocast, on torch's own default device, and in inference mode, or out of it; also a decorator."""
     with ExitStack() as stack:
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0, dtype=torch.float32).device.type != "cpu":  # a tenth of what asking takes
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):

@@ -27,7 +27,7 @@ class Pace:
 
     def __init__(self, debt: float = 0.0, credit: float = 0.0, saved: float = inf) -> None:
         self.debt, self.saved, self._credit = debt, saved, credit
-        self._price = LEAST_PRICE
+        self._price = self._due = LEAST_PRICE  # of a try; and with what catching up cost when it was last asked
 
     @property
     def doubted(self) -> bool:
@@ -40,8 +40,8 @@ class Pace:
         return self.debt >= MOST_DEBT
 
     def saving(self) -> bool:
-        """Returns whether the next step is plain because no try is due yet, whatever catching up costs."""
-        if not self.paused or self.saved >= self._price:
+        """Returns whether the next step is plain because no try is due yet, if catching up costs what it did."""
+        if not self.paused or self.saved >= self._due:
             return False
         self.saved += ALLOWED
         return True
@@ -55,7 +55,8 @@ class Pace:
         """
         if not self.paused and not losing:
             return True
-        if self.saved >= self._price + catching_up:
+        self._due = self._price + catching_up
+        if self.saved >= self._due:
             self.saved = 0.0
             return True
         self.saved += ALLOWED
@@ -63,5 +64,5 @@ class Pace:
 
     def record(self, gain: float) -> None:
         """Takes what a drafted step gained over plain decoding."""
-        self._price = max(-gain, LEAST_PRICE)
+        self._price = self._due = max(-gain, LEAST_PRICE)
         self.debt = min(MOST_DEBT, max(-self._credit, self.debt - gain))

@@ -147,7 +147,7 @@ class Runner:
                 result: T = end.value
                 return result
             if wanted is not None and not isinstance(wanted, Turn):
-                self.run([wanted])
+                self._run_all([wanted])
 
     @undisturbed()
     def advance(self, work: Work[T]) -> bool:
@@ -156,12 +156,15 @@ class Runner:
             if wanted is None:
                 return False
             if not isinstance(wanted, Turn):
-                self.run([wanted])
+                self._run_all([wanted])
         return True
 
     @undisturbed()
     def run(self, passes: Sequence[Pass]) -> None:
         """Computes the results of passes of different texts, those of a kind together."""
+        self._run_all(passes)
+
+    def _run_all(self, passes: Sequence[Pass]) -> None:
         for _, some in groupby(sorted(passes, key=_kind), key=_kind):
             for group in self._groups(list(some)):
                 self._run(group)
