@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make(tmp_path_factory.mktemp("callers") / "two", "v3_two_modules").folder
 
 
-@pytest.fixture(params=["engine", "torch"])
-def load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., mtp_spec.LM]:
-    if request.param == "torch":
-        monkeypatch.setenv(SWITCH, "torch")
-    elif why_not():
-        pytest.skip(f"no CPU engine here: {why_not()}")
-    return lambda dtype: mtp_spec.load(folder, dtype=dtype, measure=False, max_batch=2)
+@pytest.fixture(scope="module", params=["engine", "torch"])
+def load(request: pytest.FixtureRequest, folder: Path) -> Iterator[Callable[..., mtp_spec.LM]]:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        if request.param == "torch":
+            patch.setenv(SWITCH, "torch")
+            # its threads spin while they wait for one another, on a busy machine for seconds a text
+            stack.enter_context(threads(1))
+        elif why_not():
+            pytest.skip(f"no CPU engine here: {why_not()}")
+        yield lambda dtype: mtp_spec.load(folder, dtype=dtype, measure=False, max_batch=2)
 
 
 def results(lm: mtp_spec.LM) -> list[Any]:
@@ -85,12 +88,22 @@ def results(lm: mtp_spec.LM) -> list[Any]:
     return [ids, after, together, ruled, auto, scores.logits.tolist()]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", sorted(SETTINGS))
-def test_nothing_changes(load: Callable[..., mtp_spec.LM], name: str, dtype: str | None, auto_drafts: None) -> None:
-    lm = load(dtype)
-    expected = results(lm)
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def plain(request: pytest.FixtureRequest, load: Callable[..., mtp_spec.LM]) -> tuple[str, list[Any]]:
+    """A dtype, and the results in it where nothing was set."""
+    lm = load(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mtp_spec.LM, "drafts_pay", True)
+        expected = results(lm)
     lm.close()
+    return request.param, expected
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_nothing_changes(
+    load: Callable[..., mtp_spec.LM], plain: tuple[str, list[Any]], name: str, auto_drafts: None
+) -> None:
+    dtype, expected = plain
     lm = load(dtype)
     with SETTINGS[name]():
         assert results(lm) == expected

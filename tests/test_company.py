@@ -149,6 +149,7 @@ def test_a_node_costs_more_beside_more_rows() -> None:
     assert costs[1] <= costs[2] <= costs[3] <= costs[4]
 
 
+@pytest.mark.usefixtures("auto_drafts")
 def test_the_text_is_the_same_whatever_the_company(tmp_path_factory: pytest.TempPathFactory) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path_factory.mktemp("tiny") / "model").folder, dtype="bfloat16", max_batch=6)
     assert lm._planners is not None

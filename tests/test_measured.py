@@ -33,7 +33,7 @@ class Counter:
 
 
 @pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counter:
+def counter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auto_drafts: None) -> Counter:
     counter = Counter(StepTimes.typical())
     monkeypatch.setattr(measured, "measure", counter)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -135,6 +135,7 @@ def test_measuring_measures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     lm = mtp_spec.load(folder, dtype="bfloat16")
     reports: list[tuple[int, int]] = []
     monkeypatch.setattr(times, "STEADY", 1e9)
+    monkeypatch.setattr(times, "ROUNDS", 2)  # further ones only as long as time is left
     found = times.measure(lm.model, lm.technique, None, 200, lambda *both: reports.append(both))  # type: ignore[arg-type]
     assert found is not None
     assert StepTimes.from_json(json.loads(json.dumps(found.to_json()))) == found
