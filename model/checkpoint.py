@@ -30,7 +30,6 @@ from mtp_spec.model.keys import key_notes, tensor_needs
 from mtp_spec.model.narrow import narrow
 from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.stored import (
-    DTYPES,
     INDEX,
     TensorInfo,
     listing,
@@ -41,6 +40,7 @@ from mtp_spec.model.stored import (
 )
 from mtp_spec.model.transformer import Transformer
 
+NUMBERS = ("F8_E4M3", "BF16", "F16", "F32", "F64")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 Report = Callable[[int, int], None]
 
@@ -150,11 +150,16 @@ def unreadable(given: Mapping[str, Any], config: ModelConfig, tensors: Mapping[s
         found = format_of(tensors, config.fp8_block or (128, 128))
     if found is not None:
         return found.refusal()
-    odd = sorted(name for name, info in tensors.items() if info.dtype not in DTYPES)
+    odd = sorted(name for name, info in tensors.items() if not _is_read(name, info))
     if odd:
         kinds = ", ".join(sorted({tensors[name].dtype for name in odd}))
-        return f"{listing(odd)} {'is' if len(odd) == 1 else 'are'} {kinds}, read are {', '.join(DTYPES)}: {WAY_OUT}"
+        return f"{listing(odd)} {'is' if len(odd) == 1 else 'are'} {kinds}, read are {', '.join(NUMBERS)}: {WAY_OUT}"
     return None
+
+
+def _is_read(name: str, info: TensorInfo) -> bool:
+    """Whether numbers of a kind can be a tensor's: integers are another format's codes, or exponents of scales."""
+    return info.dtype in (*NUMBERS, *(SCALE_DTYPES if name.endswith(SCALE) else ()))
 
 
 def load_checkpoint(

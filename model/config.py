@@ -19,6 +19,7 @@ from mtp_spec.model.formats import POWERS, block_scales, side_format
 
 SCORING = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
+MOST_EXPERTS = 2**18  # of all layers, several times what the largest model has: a slip is told at once
 # fields that describe what was found in files, not what a configuration says
 FOUND = ("fp8_block", "scale_fmt", "modules")
 
@@ -145,6 +146,9 @@ class ModelConfig:
             _require(self._is_int(name, 1), name, getattr(self, name), "an integer of at least 1")
         for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
             _require(self._is_int(name, 0), name, getattr(self, name), "an integer of at least 0")
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        likely = f"layers and experts of at most {MOST_EXPERTS:,} in all"
+        _require(layers * self.n_routed_experts <= MOST_EXPERTS, "num_hidden_layers", self.num_hidden_layers, likely)
         rank = self.q_lora_rank
         _require(rank is None or self._is_int("q_lora_rank", 1), "q_lora_rank", rank, "null or at least 1")
         _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "even")

@@ -31,7 +31,7 @@ from mtp_spec.kernels.cpu.engine import (
     library,
 )  # fmt: skip
 from mtp_spec.kernels.cpu.team import TEAM
-from mtp_spec.kernels.fp8 import weight_quant
+from mtp_spec.kernels.fp8 import BLOCK, weight_quant
 from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.attention import JointPlan
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
@@ -327,7 +327,11 @@ class CPUModel(HostModel):
         data = matrix.data
         if matrix.scale is not None:
             data = dequantise(data, matrix.scale, matrix.block[0], torch.float32)
-        stored, scale = weight_quant(data if self._draft_ids is None else data[self._draft_ids])
+        data = data if self._draft_ids is None else data[self._draft_ids]
+        stored, scale = weight_quant(data)
+        for number, rows in enumerate(data.split(BLOCK)):
+            if not rows.isfinite().all():  # which codes cannot say to the engine: such drafts are to be dropped
+                scale[number] = torch.nan
         return _Head(Matrix(stored.contiguous(), scale.contiguous()))
 
 

@@ -42,6 +42,7 @@ SPELLINGS = {
     "num_shared_experts": "n_shared_experts",
     "num_mtp_layers": "num_nextn_predict_layers",
     "score_function": "scoring_func",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",  # Megatron's
 }
 # keys of DeepSeek's inference/ JSON (dataclass ModelArgs) -> ours
 DEEPSEEK_KEYS = {
@@ -160,6 +161,14 @@ def _refuse_values(values: Mapping[str, Any]) -> None:
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
         raise CheckpointError(f"num_key_value_heads is {kv_heads}: it must equal num_attention_heads ({heads}) in MLA")
+    for name in ("norm_topk_prob", "rope_interleave"):
+        if values.get(name, False) is None:
+            raise CheckpointError(f"{name} is null, it must be true or false: programs differ in what null means")
+    if values["model_type"] == V2 and values.get("norm_topk_prob"):
+        raise CheckpointError(
+            "norm_topk_prob is true, which no released V2 has: DeepSeek's code then normalises without scaling, and "
+            "transformers' never normalises. Use the program that the model was made for"
+        )
     for name in ("qk_head_dim", "q_head_dim"):
         size, parts = values.get(name), (values.get("qk_nope_head_dim"), values.get("qk_rope_head_dim"))
         if size is not None and None not in parts and size != sum(parts):  # type: ignore[arg-type]
@@ -168,22 +177,34 @@ def _refuse_values(values: Mapping[str, Any]) -> None:
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """Reads rope_theta / rope_scaling (DeepSeek) or rope_parameters (transformers 5)."""
-    parameters = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or parameters
+    scaling: dict[str, Any] = {}
+    for where in ("rope_parameters", "rope_scaling"):
+        given = values.get(where) or {}
+        if not isinstance(given, Mapping):
+            raise CheckpointError(f"{where} is {given!r}, it must be an object such as {{'rope_type': 'default'}}")
+        for name, value in given.items():
+            _agree(scaling, "rope_type" if name == "type" else name, value, where)
+    for name in ("rope_theta", "original_max_position_embeddings"):
+        _agree(scaling, name, values.get(name), "config.json")
     out: dict[str, Any] = {"rope_scaling": None}
-    theta = parameters.get("rope_theta", scaling.get("rope_theta", values.get("rope_theta")))
-    if theta is not None:
-        out["rope_theta"] = float(theta)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if "rope_theta" in scaling:
+        out["rope_theta"] = float(scaling["rope_theta"])
+    kind = scaling.get("rope_type", "default")
     if kind == "default":
         return out
     if kind not in YARN_TYPES:
         raise CheckpointError(f"rope scaling {kind!r} is not supported: models of this family use yarn or none")
-    given = {name: value for name, value in scaling.items() if name in ROPE_KEYS and value is not None}
+    given = {name: value for name, value in scaling.items() if name in ROPE_KEYS}
     given.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
     if "factor" not in given:
         raise CheckpointError("rope scaling yarn lacks its factor")
     return out | {"rope_scaling": given}
+
+
+def _agree(scaling: dict[str, Any], name: str, value: object, where: str) -> None:
+    """Adds what one more place says of the rope; two places must not differ."""
+    if value is not None and scaling.setdefault(name, value) != value:
+        raise CheckpointError(f"{where} has {name} {value!r}, elsewhere it is {scaling[name]!r}: correct one")
 
 
 def _from_deepseek(given: Mapping[str, Any]) -> dict[str, Any]:

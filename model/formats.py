@@ -23,6 +23,7 @@ POWERS = "ue8m0"  # scales that are powers of two, DeepSeek-V3.1's
 OTHER_SCALE = "_scale"  # compressed-tensors'
 # beside config.json -> who writes it
 SIDE_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+PLACES = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 SKIPPED = ("ignore", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules", "ignored_layers")
 # last component of a tensor's name -> format, where the configuration says nothing
 MARKS = {
@@ -75,14 +76,15 @@ def stored_format(values: Mapping[str, Any]) -> Format | None:
     Raises:
         CheckpointError: a value of the wrong kind.
     """
-    given = values.get("quantization_config") or values.get("compression_config")
-    if not given:
+    named = next((name for name in PLACES if values.get(name)), None)
+    if named is None:
         return None
+    given = values[named]
     if not isinstance(given, Mapping):
-        raise CheckpointError(f"quantization_config is {given!r}, it must be an object")
+        raise CheckpointError(f"{named} is {given!r}, it must be an object")
     given = {**given, **given["quantization"]} if isinstance(given.get("quantization"), Mapping) else given
     method = str(given.get("quant_method") or given.get("quant_type") or "").lower().replace("_", "-")
-    skipped = tuple(str(name) for key in SKIPPED for name in given.get(key) or ())
+    skipped = tuple(str(name) for key in SKIPPED for name in _listed(given, key))
     found = _by_method(method, given)
     scale_fmt = values.get("scale_fmt") or given.get("scale_fmt")
     if scale_fmt not in (None, POWERS, "float", "fp32", "float32"):
@@ -149,11 +151,12 @@ def _by_method(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `Format` that a quantiser's own settings decide."""
     block = given.get("weight_block_size")
     if block and method in ("", "fp8", "finegrained-fp8", "modelopt"):
-        return {"name": "FP8 in blocks", "bits": 8, "block": tuple(block)}
+        return _blocks_of("FP8", block, str(given.get("fmt") or "e4m3"))
     if given.get("config_groups"):
         return _compressed(method or "compressed-tensors", given)
     algorithm = str(given.get("quant_algo") or "").upper()
-    bits, group = given.get("bits") or given.get("w_bit"), given.get("group_size") or given.get("q_group_size")
+    bits = _number(given.get("bits") or given.get("w_bit"))
+    group = _number(given.get("group_size") or given.get("q_group_size"))
     if method.startswith("modelopt") or algorithm:
         four = "FP4" in algorithm or "fp4" in method
         name = f"ModelOpt {algorithm or ('NVFP4' if four else 'FP8')}"
@@ -172,9 +175,58 @@ def _by_method(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"name": "FP8 with one scale a matrix", "bits": 8}
     if method == "fbgemm-fp8":
         return {"name": "FP8 per channel (fbgemm)", "bits": 8}
+    if method == "mxfp8":
+        return {"name": "MXFP8", "bits": 8.25}
+    if bits and not method and group:
+        return {**_integers("MLX", bits, group), "bits": bits + 32 / group}
     if bits:
         return _integers(method or "an unnamed format", bits, group)
-    return {"name": method or f"an unnamed format ({', '.join(sorted(given))})", "bits": None}
+    return {"name": method or f"an unnamed format ({', '.join(sorted(given))})", "bits": _said(given)}
+
+
+def _blocks_of(who: str, block: Any, kind: str) -> dict[str, Any]:
+    """FP8 in blocks: read where they are square and e4m3, else named."""
+    rows, columns = _sides(block)
+    if not kind.startswith("e4m3"):
+        return {"name": f"{who} {kind} in blocks of {rows}x{columns}", "bits": 8 + 32 / (rows * columns)}
+    if rows == 1:
+        return {"name": "MXFP8" if columns == 32 else f"{who} in groups of {columns}", "bits": 8 + 8 / columns}
+    if rows != columns:
+        return {"name": f"{who} in blocks of {rows}x{columns}, which are not square", "bits": 8 + 32 / (rows * columns)}
+    return {"name": f"{who} in blocks", "bits": 8, "block": (rows, columns)}
+
+
+def _sides(block: Any) -> tuple[int, int]:
+    sides = block.split("x") if isinstance(block, str) else block
+    numbers = [_number(side) for side in sides] if isinstance(sides, list | tuple) else []
+    if len(numbers) != 2 or any(not isinstance(side, int) or side < 1 for side in numbers):
+        raise CheckpointError(f"weight_block_size is {block!r}, it must be two integers of at least 1")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _number(value: Any) -> Any:
+    """Returns what was meant where a number is written as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _listed(given: Mapping[str, Any], key: str) -> list[Any]:
+    names = given.get(key) or []
+    if not isinstance(names, list | tuple):
+        raise CheckpointError(f"quantization_config's {key} is {names!r}, it must be a list of modules")
+    return list(names)
+
+
+def _said(given: Any) -> float | None:
+    """Returns the bits of a number that a quantiser's settings speak of, anywhere in them; None if they do not."""
+    if isinstance(given, Mapping):
+        plain = [_number(value) for name, value in given.items() if name in ("nbits", "num_bits", "weight_bits")]
+        named = (given.get(name) for name in ("quant_type", "weights", "_type", "weight_dtype", "dtype"))
+        found = [float(bits) for bits in plain if isinstance(bits, int | float) and bits > 0]
+        found += [bits for name in named if isinstance(name, str) and (bits := _said(name)) is not None]
+        found += [bits for value in given.values() if isinstance(value, Mapping) and (bits := _said(value)) is not None]
+        return found[0] if found else None
+    word = re.search(r"(?:int|float|fp|nf|mxfp)_?(2|3|4|6|8)(?!\d)", str(given).lower())
+    return None if word is None else float(word[1])
 
 
 def _compressed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,16 +244,18 @@ def _compressed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _group(who: str, weights: Mapping[str, Any], packing: str) -> dict[str, Any]:
-    bits, kind, strategy = weights.get("num_bits") or 8, weights.get("type") or "int", weights.get("strategy") or ""
-    group = weights.get("group_size")
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"quantization_config's weights are {weights!r}, they must be an object")
+    bits, kind = _number(weights.get("num_bits")) or 8, weights.get("type") or "int"
+    strategy, group = weights.get("strategy") or "", _number(weights.get("group_size"))
     if kind == "float" and bits == 4:
         small = group == 16 or "nvfp4" in packing
         return {"name": f"{who} {'NVFP4' if small else 'MXFP4'}", "bits": 4.5 if small else 4.25}
     if kind == "float":
-        block = weights.get("block_structure")
-        block = [int(side) for side in block.split("x")] if isinstance(block, str) else block
-        if strategy == "block" and block:
-            return {"name": f"{who} FP8 in blocks", "bits": 8, "block": tuple(block)}
+        if strategy == "block" and weights.get("block_structure"):
+            return _blocks_of(f"{who} FP8", weights["block_structure"], "e4m3")
+        if isinstance(group, int) and group > 0:
+            return {"name": f"{who} {'MXFP8' if group == 32 else f'FP8 in groups of {group}'}", "bits": 8 + 8 / group}
         per = {"channel": "per channel", "tensor": "with one scale a matrix"}.get(strategy, f"by {strategy or 'part'}")
         return {"name": f"{who} FP8 {per}", "bits": 8}
     return _integers(who, bits, group)
@@ -215,7 +269,10 @@ def _integers(who: str, bits: Any, group: Any, zeros: bool = False) -> dict[str,
 
 def _matches(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        try:
+            return re.match(pattern[3:], module) is not None
+        except re.error as error:
+            raise CheckpointError(f"quantization_config's {pattern!r} is no regular expression: {error}") from error
     if "*" in pattern:
         return fnmatch(module, pattern)
     return f".{pattern}." in f".{module}."

@@ -22,7 +22,8 @@ FIELDS = frozenset({
     "topk_method", "first_k_dense_replace", "num_nextn_predict_layers", "max_position_embeddings", "rms_norm_eps",
     "rope_theta", "rope_scaling", "rope_parameters", "rope_interleave", "tie_word_embeddings", "bos_token_id",
     "eos_token_id", "quantization_config", "scale_fmt", "mlp_layer_types", "num_local_experts", "num_experts",
-    "num_shared_experts", "num_mtp_layers", "score_function", "mtp_mlp_layer_types",
+    "num_shared_experts", "num_mtp_layers", "score_function", "mtp_mlp_layer_types", "moe_router_topk_scaling_factor",
+    "original_max_position_embeddings", "quantization", "compression_config",
     # DeepSeek's inference/ JSON
     "dim", "inter_dim", "moe_inter_dim", "n_layers", "n_dense_layers", "n_heads", "n_activated_experts",
     "n_expert_groups", "n_limited_groups", "route_scale", "score_func", "dtype", "max_batch_size", "max_seq_len",
@@ -51,14 +52,14 @@ HARMLESS = frozenset({
     "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "finetuning_task",
     "task_specific_params", "problem_type", "prefix", "pruned_heads", "tokenizer_class", "torchscript",
     "use_bfloat16", "tf_legacy_loss", "id2label", "label2id", "num_labels", "head_dim", "unsloth_fixed",
-    "model_name", "license", "max_window_layers", "moe_router_topk_scaling_factor", "default_theta",
+    "model_name", "license", "max_window_layers", "default_theta",
     "mtp_loss_scaling_factor", "mtp_layer_types", "temperature", "top_k", "top_p", "typical_p", "do_sample",
     "early_stopping",
     "num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "repetition_penalty", "max_length",
     "min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "output_scores", "return_dict_in_generate", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens",
     "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "model_max_length",
-    "vocab_size_padded", "pad_vocab_size_multiple", "original_max_position_embeddings",
+    "vocab_size_padded", "pad_vocab_size_multiple",
 })  # fmt: skip
 HARMLESS_PATTERNS = re.compile(
     r"_.*|.*(token_ids?|dropout|initializer|init_std|init_method|_loss|loss_|_aux|aux_|implementation|flash|"
@@ -117,9 +118,9 @@ DELTAS: tuple[tuple[str, str], ...] = (
 PATTERNS = tuple((re.compile(pattern), delta) for pattern, delta in DELTAS)
 # words in the name of an unknown key that is likely to change what is computed
 SUSPICIOUS = re.compile(
-    r"(^|_)(attn|attention|norms?|layernorm|rope|rotary|scal(e|es|ing)|gates?|gated|router|routing|bias|window|cap|"
-    r"multiplier|activation|act|experts?|mla|lora|residual|softmax|sparse|heads?|clip|temperature|conv|position|swa|nope|"
-    r"mup|hybrid|sinks?|m?hc|streams?|ngram|dsa|nsa|kda|gdn|linear|mamba|ssm|ffn)(_|$)"
+    r"(^|_)(attn|attention|norms?|normali[sz]\w*|layernorm|layerscale|rope|rotary|(re)?scal(e|es|ing)|gates?|gated|"
+    r"gating|router|routing|bias|window|cap|multiplier|activation|act|experts?|mla|lora|residual|softmax|sparse|heads?|"
+    r"clip|temperature|conv|position(al)?|swa|nope|altup|mup|hybrid|sinks?|m?hc|streams?|ngram|dsa|nsa|kda|gdn|linear|mamba|ssm|ffn)(_|$)"
 )
 # architectures by name, where the configuration alone does not say what is missing
 KINDS: dict[str, str] = {
@@ -210,7 +211,7 @@ def _delta(name: str, value: Any, values: Mapping[str, Any]) -> str | None:
         return None
     for pattern, delta in PATTERNS:
         if pattern.fullmatch(name):
-            return None if delta == SCALES and value == 1 else delta
+            return None if delta == SCALES and value == 1 and value is not True else delta
     if HARMLESS_PATTERNS.fullmatch(name):
         return None
     return UNKNOWN if SUSPICIOUS.search(name) else None

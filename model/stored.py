@@ -34,6 +34,7 @@ OTHER_BITS = {
     "BOOL": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "U64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64,
 }  # fmt: skip
+OTHER_FILES = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 LISTED = 10
 LENGTH_BYTES = 8  # of the header's length, at the start of a file
 READERS = 4
@@ -169,6 +170,10 @@ def unlisted_modules(
         if new:
             notes.append(f"{file.name} is not in {INDEX}: its {len(new)} tensors of MTP modules are used")
             found |= new
+        elif header.keys() & found.keys():
+            notes.append(
+                f"{file.name} is not in {INDEX} and left aside: another such file has its MTP modules and is used"
+            )
         elif MTP_FILE.search(file.name) and not header.keys() <= tensors.keys():
             first = next(iter(header))
             notes.append(
@@ -216,7 +221,12 @@ def _weight_files(folder: Path, index: Mapping[str, str] | None) -> list[Path]:
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder} has no *.safetensors files: download the weights, or convert them first")
+        other = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_FILES)
+        raise CheckpointError(
+            f"{folder} has {listing(other)}, which this library does not read: take the model's folder of *.safetensors"
+            if other
+            else f"{folder} has no *.safetensors files: download the weights, or convert them first"
+        )
     return files
 
 

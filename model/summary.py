@@ -88,11 +88,11 @@ def opened_or_refused(folder: Path) -> tuple[Checkpoint, str | None]:
     file, given = read_config(folder)
     config = config_of(file, given)
     tensors = read_headers(folder)
+    further, taken = unlisted_modules(folder, tensors, config.num_hidden_layers)
+    tensors = usual_names({**tensors, **further}, config.fp8_block or (128, 128))
     refused = unreadable(given, config, tensors)
     if refused is None:
         return open_checkpoint(folder), None
-    further, taken = unlisted_modules(folder, tensors, config.num_hidden_layers)
-    tensors = usual_names({**tensors, **further}, config.fp8_block or (128, 128))
     config, counted = found_modules(config, tensors)
     return Checkpoint(folder, config, tensors, (*taken, *counted)), refused
 

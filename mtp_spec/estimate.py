@@ -131,15 +131,18 @@ def show_estimate(file: Path, ranks: int, copy_rate: float | None, as_json: bool
     if stored is not None and stored.block is None:
         known = stored.bits is not None
         kind = stored.name if known else f"bfloat16, as the size of {stored.name} is not known here"
-    context = config.max_position_embeddings
+    context, each, on = config.max_position_embeddings, "", ""
+    if ranks > 1:
+        each, on = f", {found.weights / 1e9:,.1f} GB on each of {ranks} ranks", " on every rank"
     modules = config.num_nextn_predict_layers
     kinds = ", ".join(str(config.module(module)) for module in range(modules))
+    counted = f"{modules}, counted: {kinds}" if modules else "none counted in this file: a folder's tensors decide"
     rows = {
-        "weights": f"{found.whole / 1e9:,.1f} GB in {kind}, {found.weights / 1e9:,.1f} GB on each of {ranks} ranks",
-        "MTP modules": f"{modules}, counted: {kinds}" if modules else "none in this file; one of V3 adds a layer",
-        "cache": f"{found.cache:,} bytes a token on every rank, {found.cache * context / 1e9:,.1f} GB for {context:,}",
-        "read for a token": f"{found.read / 1e9:,.2f} GB of weights on a rank",
-        "speed": "give --card or --copy-rate",
+        "weights": f"{found.whole / 1e9:,.1f} GB in {kind}{each}",
+        "MTP modules": counted,
+        "cache": f"{found.cache:,} bytes a token{on}, {found.cache * context / 1e9:,.1f} GB for all {context:,} tokens",
+        "read for a token": f"{found.read / 1e9:,.2f} GB of weights{on}",
+        "speed": f"give --card {' or '.join(COPY_RATES)}, or --copy-rate, for an estimate",
     }
     if speed is not None:
         rows["speed"] = (

@@ -85,6 +85,27 @@ FORMATS: dict[str, tuple[dict[str, Any], str, float | None]] = {
     "fbgemm": ({"quant_method": "fbgemm_fp8"}, r"FP8 per channel \(fbgemm\)", 8),
     "fp8 without blocks": ({"quant_method": "fp8", "activation_scheme": "static"}, "FP8 with one scale a matrix", 8),
     "hqq": ({"quant_method": "hqq", "bits": 3, "group_size": 64}, "hqq INT3 in groups of 64", 3.25),
+    "mlx": ({"bits": 4, "group_size": 64, "mode": "affine"}, "MLX INT4 in groups of 64", 4.5),
+    "awq, numbers as text": (
+        {"quant_method": "awq", "bits": "4", "group_size": "128"}, "AWQ INT4 in groups of 128", 4.15625,
+    ),
+    "mxfp8": ({"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}, "MXFP8", 8.25),
+    "compressed mxfp8": (
+        {"quant_method": "compressed-tensors",
+         "config_groups": group(num_bits=8, type="float", strategy="group", group_size=32)},
+        "compressed-tensors MXFP8", 8.25,
+    ),
+    "oblong blocks": (
+        {"quant_method": "fp8", "weight_block_size": [128, 64]}, "FP8 in blocks of 128x64, which are not square",
+        8 + 32 / 8192,
+    ),
+    "e5m2": (
+        {"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}, "FP8 e5m2 in blocks of 128x128",
+        8 + 32 / 16384,
+    ),
+    "torchao": ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "torchao", 4),
+    "hqq, nested": ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 2}}}, "hqq", 2),
+    "quanto": ({"quant_method": "quanto", "weights": "int8"}, "quanto", 8),
     "unheard of": ({"quant_method": "quintuple"}, "quintuple", None),
 }  # fmt: skip
 
@@ -117,6 +138,50 @@ def test_named_sized_and_refused(
     else:
         assert said["whole_bytes"] < plain
     assert said["refused"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.int32, torch.float8_e5m2])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.3.up_proj.weight", "model.norm.weight"])
+def test_integers_are_no_weights(fp8: Path, tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """They are another format's codes, whose scales are lost."""
+    folder = Path(shutil.copytree(fp8.with_name("fp8-bf16"), tmp_path / "model"))
+    edit(folder, lambda held: {key: tensor.to(dtype) if key == name else tensor for key, tensor in held.items()})
+    with pytest.raises(mtp_spec.CheckpointError, match=rf"{name} is .*, read are F8_E4M3, BF16"):
+        mtp_spec.load(folder)
+    main(["inspect", str(folder), "--json"])
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"quant_method": "awq", "modules_to_not_convert": 5}, "modules_to_not_convert is 5, it must be a list"),
+    ({"quant_method": "awq", "modules_to_not_convert": ["re:(("]}, "is no regular expression"),
+    ({"quant_method": "fp8", "weight_block_size": [128]}, "it must be two integers"),
+    ({"quant_method": "fp8", "weight_block_size": ["a", "b"]}, "it must be two integers"),
+    ({"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": "x"}}}, "they must be an object"),
+])  # fmt: skip
+def test_odd_settings_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: dict[str, Any], told: str
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**small.CONFIG.to_hf_dict(), "quantization_config": given}))
+    with pytest.raises(SystemExit):
+        main(["inspect", str(file)])
+    assert told in capsys.readouterr().err
+
+
+def test_mlx_names_its_format_in_a_key_of_its_own(fp8: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fp8.with_name("fp8-bf16"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": FORMATS["mlx"][0]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(mtp_spec.CheckpointError, match="MLX INT4"):
+        mtp_spec.load(folder)
+
+
+def test_weights_in_other_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(small.CONFIG.to_hf_dict()))
+    for file in ("model-Q4_K_M.gguf", "pytorch_model.bin"):
+        (tmp_path / file).write_bytes(b"x")
+        with pytest.raises(mtp_spec.CheckpointError, match=f"{file}.*does not read: take"):
+            mtp_spec.load(tmp_path)
 
 
 def test_estimates_count_what_is_packed() -> None:
@@ -168,6 +233,7 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "nvfp4": ({f"{PACKED}.weight_scale_2": torch.ones(())}, "NVFP4"),
     "bitsandbytes": ({f"{PACKED}.weight.absmax": torch.ones(4)}, "bitsandbytes"),
     "fixed activations": ({f"{PACKED}.input_scale": torch.ones(())}, "FP8 with fixed scales of activations"),
+    "codes": ({f"{PACKED}.codes": torch.zeros(8, dtype=torch.uint8)}, "is U8, read are"),
     "unknown numbers": ({f"{PACKED}.odd": torch.zeros(8, dtype=torch.int32)}, "is I32, read are"),
 }
 
@@ -216,8 +282,8 @@ def test_blocks_of_compressed_tensors_are_read(fp8: Path, tmp_path: Path, struct
     one, two = (load_checkpoint(source, dtype=torch.float32).checkpoint_slots() for source in (folder, fp8))
     assert small.same(one, two)
     prompt = [3, 4, 5]
-    models = [mtp_spec.load(source, measure=False) for source in (folder, fp8)]
-    texts = [lm.generate(prompt, max_new_tokens=9, seed=5) for lm in models]
+    loaded = [mtp_spec.load(source, measure=False) for source in (folder, fp8)]
+    texts = [lm.generate(prompt, max_new_tokens=9, seed=0) for lm in loaded]
     assert texts[0].token_ids == texts[1].token_ids
     # other programs write the released form, whatever they read
     run_job(export_job(folder), tmp_path / "exported")

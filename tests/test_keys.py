@@ -65,6 +65,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     # nobody knows them, and by their names they matter
     ("my_attention_scale", 2.0, "its name says"), ("rope_wobble", 3, "its name says"),
     ("router_twist", True, "its name says"),
+    ("scale_embedding", True, "scaling of embeddings"), ("mup_enabled", True, "scaling of embeddings"),
+    ("gating", True, "its name says"), ("normalize_before", True, "its name says"),
+    ("positional_encoding", "learned", "its name says"), ("rescale_every", 6, "its name says"),
     ("mup", True, "its name says"), ("use_hybrid", True, "its name says"), ("new_norm_kind", "deep", "its name says"),
 ]  # fmt: skip
 
@@ -204,6 +207,42 @@ def test_other_spellings() -> None:
     assert read(n_group=None, topk_group=None) == read(n_group=1, topk_group=1)
     yarn = {"factor": 4, "original_max_position_embeddings": 64}
     assert read(rope_scaling={"type": "deepseek_yarn", **yarn}) == read(rope_parameters={"rope_type": "yarn", **yarn})
+
+
+def test_two_places_of_the_rope_agree() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    both = {**yarn, "type": "yarn", "rope_theta": 1e4}
+    assert read(rope_parameters=both, rope_theta=10000) == read(rope_scaling=yarn)
+    short = {name: value for name, value in yarn.items() if name != "original_max_position_embeddings"}
+    assert read(rope_scaling=short, original_max_position_embeddings=64) == read(rope_scaling=yarn)  # as transformers
+    for wrong in (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": 1e4},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": yarn},
+        {"rope_scaling": yarn, "original_max_position_embeddings": 128},
+        {"rope_scaling": {**yarn, "type": "default"}},
+    ):
+        with pytest.raises(CheckpointError, match=r"elsewhere it is .* correct one"):
+            read(**wrong)
+    for where in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(CheckpointError, match=f"{where} is 'yarn', it must be an object"):
+            read(**{where: "yarn"})
+
+
+def test_values_of_which_programs_think_differently() -> None:
+    for name in ("norm_topk_prob", "rope_interleave"):
+        with pytest.raises(CheckpointError, match=f"{name} is null, it must be true or false"):
+            read(**{name: None})
+    with pytest.raises(CheckpointError, match="norm_topk_prob is true, which no released V2 has"):
+        read(model_type="deepseek_v2", norm_topk_prob=True)
+    assert read(moe_router_topk_scaling_factor=2.5) == read()
+    with pytest.raises(CheckpointError, match=r"moe_router_topk_scaling_factor is 2\.0 and routed_scaling_factor 2.5"):
+        read(moe_router_topk_scaling_factor=2.0)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_routed_experts", "num_nextn_predict_layers"])
+def test_numbers_beyond_reason_are_told_at_once(name: str) -> None:
+    with pytest.raises(CheckpointError, match="layers and experts of at most"):
+        read(**{name: 8 * 10**8})
 
 
 def test_written_and_read_again() -> None:

@@ -89,9 +89,9 @@ def test_every_kind_is_found_and_runs(folder: Path) -> None:
     for one, other in ((ours.logits, theirs.logits), (ours.mtp_logits, theirs.mtp_logits)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
     for lm in (engine, wide):
-        plain = lm.generate(IDS[:5], max_new_tokens=20, temperature=0.7, seed=5, speculation=None)
+        plain = lm.generate(IDS[:5], max_new_tokens=20, seed=0, temperature=0.7, speculation=None)
         for shape in (1, 3, mtp_spec.Speculation(branching=(2, 2))):
-            drafted = lm.generate(IDS[:5], max_new_tokens=20, temperature=0.7, seed=5, speculation=shape)
+            drafted = lm.generate(IDS[:5], max_new_tokens=20, seed=0, temperature=0.7, speculation=shape)
             assert drafted.token_ids == plain.token_ids
             assert drafted.stats.drafted > 0
 
@@ -105,8 +105,8 @@ def test_kernels_agree(folder: Path) -> None:
     for depth, (one, other) in enumerate(zip(got.mtp_logits, wide.mtp_logits, strict=True), start=1):
         assert (one - other)[:-depth].norm() / other[:-depth].norm() < 0.15
     lm = mtp_spec.api.LM(load_device_model(fp8, "cpu"), None, "batched", 200)
-    plain = lm.generate(IDS[:5], max_new_tokens=12, seed=5, speculation=None)
-    assert lm.generate(IDS[:5], max_new_tokens=12, seed=5, speculation=3).token_ids == plain.token_ids
+    plain = lm.generate(IDS[:5], max_new_tokens=12, seed=0, speculation=None)
+    assert lm.generate(IDS[:5], max_new_tokens=12, seed=0, speculation=3).token_ids == plain.token_ids
 
 
 @pytest.mark.filterwarnings("ignore:.*has its own")
@@ -148,13 +148,13 @@ def test_copies_are_compared(tmp_path: Path, copy: str) -> None:
     put(folder, name, original)
     assert open_checkpoint(folder).config.modules == ()
     assert open_checkpoint(folder).notes == ()
-    plain = mtp_spec.load(folder, measure=False).generate(IDS[:5], max_new_tokens=20, seed=5, speculation=None)
+    plain = mtp_spec.load(folder, measure=False).generate(IDS[:5], max_new_tokens=20, seed=0, speculation=None)
     original[-1, -1] += 1  # the last number alone
     put(folder, name, original)
     with pytest.warns(UserWarning, match=f"has its own {'embedding' if 'embed' in copy else 'head'}"):
         lm = mtp_spec.load(folder, measure=False)
-    assert lm.generate(IDS[:5], max_new_tokens=20, seed=5, speculation=None).token_ids == plain.token_ids
-    assert lm.generate(IDS[:5], max_new_tokens=20, seed=5, speculation=2).token_ids == plain.token_ids
+    assert lm.generate(IDS[:5], max_new_tokens=20, seed=0, speculation=None).token_ids == plain.token_ids
+    assert lm.generate(IDS[:5], max_new_tokens=20, seed=0, speculation=2).token_ids == plain.token_ids
     run_job(export_job(folder), tmp_path / "exported")
     assert torch.equal(small.tensors(tmp_path / "exported")[name], original)
     put(folder, name, original[:-1].clone())
@@ -191,6 +191,39 @@ def test_an_mtp_file_with_other_names_is_not_lost_silently(tmp_path: Path) -> No
     with pytest.warns(UserWarning, match=r"mtp\.safetensors is not in .* left aside: .*mtp\.0\.enorm\.weight") as told:
         assert len(mtp_spec.load(folder, measure=False).model.mtp) == 1
     assert not any("consolidated" in str(one.message) for one in told)
+
+
+def test_two_such_files(tmp_path: Path) -> None:
+    """The second is left aside and named for what it is."""
+    folder = make(tmp_path / "model", (ModuleShape(),))
+    index = folder / "model.safetensors.index.json"
+    given, whole = json.loads(index.read_text()), small.tensors(folder)
+    given["weight_map"] = {name: file for name, file in given["weight_map"].items() if ".layers.2." not in name}
+    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.2." in name])
+    index.write_text(json.dumps(given))
+    for file in ("mtp-a.safetensors", "mtp-b.safetensors"):
+        save_file({name: tensor for name, tensor in whole.items() if ".layers.2." in name}, folder / file)
+    notes = open_checkpoint(folder).notes
+    assert len(notes) == 2
+    assert "mtp-a.safetensors is not in" in notes[0]
+    assert "mtp-b.safetensors" in notes[1]
+    assert "another such file has its MTP modules" in notes[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*has its own")
+@pytest.mark.parametrize("few", [None, 20])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_damaged_head_of_its_own(tmp_path: Path, value: float, few: int | None) -> None:
+    """The engine drafts from the head in FP8, whose codes do not say so."""
+    folder = make(tmp_path / "model", (ModuleShape(own_head=True),))
+    put(folder, "model.layers.2.shared_head.head.weight", torch.full((160, 128), value))
+    lm = mtp_spec.load(folder, measure=False, draft_vocabulary=few)
+    plain = lm.generate(IDS[:5], max_new_tokens=9, seed=0, speculation=None)
+    with pytest.warns(UserWarning, match="MTP module 1 .*gives NaN or infinity"):
+        drafted = lm.generate(IDS[:5], max_new_tokens=9, seed=0, speculation=2)
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.stats.drafted == 0
+    assert drafted.stats.dropped > 0
 
 
 def test_more_modules_than_the_config_counts(tmp_path: Path) -> None:
