@@ -260,6 +260,16 @@ def test_tiktoken_ranks_give_tiktokens_ids(name: str, tmp_path: Path) -> None:
     assert ids[-1] == special["<|im_middle|>"]
 
 
+@pytest.mark.parametrize("code", ["class T:\n def f(self):\n  self.pat_str = {}", "t = Encoding('t', pat_str={})",
+                                  "pat_str = ''\npat_str += {}"])  # fmt: skip
+def test_a_pattern_is_found_where_code_gives_it(code: str, tmp_path: Path) -> None:
+    folder = ranks(tmp_path / "kimi")
+    wanted = Tokenizer(folder).encode("Don't 12345")
+    pattern = eval(KIMI[KIMI.index('"|".join') :].rstrip())
+    (folder / "tokenization_kimi.py").write_text(code.format(repr(pattern)))
+    assert Tokenizer(folder).encode("Don't 12345") == wanted
+
+
 def test_ranks_without_a_pattern_or_with_clashing_tokens(tmp_path: Path) -> None:
     folder = ranks(tmp_path / "kimi")
     config = json.loads((folder / "tokenizer_config.json").read_text())
