@@ -36,8 +36,10 @@ OTHERS: tuple[tuple[list[Any] | None, list[dict[str, Any]]], ...] = (
     (None, [{"role": "system", "content": PROBE}, _PROBED]),
     (None, [_PROBED, {"role": "assistant", "content": ANSWER}, _PROBED]),
     ([_TOOL], [_PROBED]),
-    *((None, [_PROBED, {"role": "assistant", "content": "", "tool_calls": [call]}, _RESULT])
-      for call in (_CALL, {**_CALL, "function": {"name": "f", "arguments": "{}"}})),
+    (None, [_PROBED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, _RESULT]),
+    # of a template that takes arguments as text
+    (None, [_PROBED, {"role": "assistant", "content": "",
+                      "tool_calls": [{**_CALL, "function": {"name": "f", "arguments": "{}"}}]}, _RESULT]),
 )  # fmt: skip
 
 
