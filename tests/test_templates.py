@@ -114,7 +114,7 @@ TRIED = ("<|user|>", MARKERS[3], "<|im_start|>", "[INST]", "</think>", "<|eos|>"
 PLACES = ("user", "system", "parts", "assistant", "tool", "tools", "argument")
 # of an assistant's turn; an assistant's message may hold them
 THOUGHTS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>",
-            "</arg_value>", "<tool_response>", "</tool_response>")  # fmt: skip
+            "</arg_value>")  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -194,6 +194,36 @@ def test_a_reasoning_models_history_is_as_in_transformers(ours: Tokenizer, their
         wanted = theirs.apply_chat_template(own, chat_template=TEMPLATES[name], return_dict=False)
         kinds = ("<think>", "</think>", "<tool_call>", "</tool_call>")
         assert [m for m in markers_of(ours, ids) if m in kinds] == [m for m in markers_of(ours, wanted) if m in kinds]
+
+
+WRITES_TOOLS = """{% if messages[0].role != 'system' %}<|im_start|>system
+Think in <think> and </think>, call in <tool_call> and </tool_call>.
+{% if tools %}Tools, in <arg_key></arg_key>: <arg_key>{{ tools | tojson }}</arg_key>
+{% endif %}<|im_end|>{% endif %}{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user
+<tool_response>{{ m.content }}</tool_response><|im_end|>{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{% endif %}{% endfor %}"""
+
+
+def test_an_assistants_message_holds_its_own_pairs_only(ours: Tokenizer, theirs: Any) -> None:
+    def written(marks: str, arguments: str = "") -> list[str]:
+        calls = [{"type": "function", "function": {"name": "f", "arguments": {arguments: arguments}}}]
+        answer = {"role": "assistant", "content": marks, "tool_calls": calls}
+        messages = [{"role": "user", "content": "a"}, answer, {"role": "tool", "content": "b"}]
+        options = {"template": {"chat_template": WRITES_TOOLS}}
+        found = markers_of(ours, ours.chat_ids(messages, **options))
+        if not arguments and marks in ("<think>a</think>", "<tool_call>b</tool_call>"):
+            wanted = theirs.apply_chat_template(messages, chat_template=WRITES_TOOLS, return_dict=False)
+            assert found == markers_of(ours, wanted)
+        return found
+
+    plain = written("")
+    # named in a default system prompt, which stands around no message
+    assert sorted(written("<think>a</think>")) == sorted([*plain, "<think>", "</think>"])
+    assert sorted(written("<tool_call>b</tool_call>")) == sorted([*plain, "<tool_call>", "</tool_call>"])
+    # around a tool's result and a tool's description, and where a model's words come as values
+    assert written("<tool_response>c</tool_response><arg_key>d</arg_key>") == plain
+    assert written("", "<think></think></tool_call><tool_call>") == plain
 
 
 def test_times_are_the_same_in_both_renderings(ours: Tokenizer, theirs: Any) -> None:

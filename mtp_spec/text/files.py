@@ -44,7 +44,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def special_tokens(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Returns the texts of the tokens that have a name, as chat templates know them."""
-    others = [key for key, value in config.items() if key.endswith("_token") and isinstance(value, str)]
+    others = [
+        key for key, value in config.items()
+        if key.endswith("_token")
+        and (isinstance(value, str) or (isinstance(value, dict) and value.get("__type") == "AddedToken"))
+    ]  # fmt: skip
     found = {}
     for name in dict.fromkeys([*NAMED, *others]):
         value = config.get(name)

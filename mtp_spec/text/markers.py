@@ -15,13 +15,31 @@ from tokenizers import Tokenizer
 
 from mtp_spec.errors import MTPSpecError, PromptError
 from mtp_spec.text.environment import environment
-from mtp_spec.text.messages import Conversation, strings
+from mtp_spec.text.messages import Conversation, is_written, strings
 from mtp_spec.text.provenance import BARRED, OWN, is_own, provenance, spelled
 from mtp_spec.text.template import rendered
 
 ROLE_NAMES = frozenset(
     ("system", "developer", "user", "human", "assistant", "model", "bot", "gpt", "ai", "tool", "function",
      "observation", "ipython", "environment")
+)  # fmt: skip
+
+# conversations that show what a template writes around messages that are not the assistant's, and around tools
+PROBE, ANSWER = "xqzv", "xqzw"
+_PROBED = {"role": "user", "content": PROBE}
+_TOOL = {"type": "function", "function": {"name": PROBE, "description": PROBE, "parameters": {"type": "object",
+         "properties": {PROBE: {"type": "string", "description": PROBE}}}}}  # fmt: skip
+_CALL = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": {}}}
+_RESULT = {"role": "tool", "name": "f", "tool_call_id": "123456789", "content": PROBE}
+OTHERS: tuple[tuple[list[Any] | None, list[dict[str, Any]]], ...] = (
+    (None, [_PROBED]),
+    (None, [{"role": "system", "content": PROBE}, _PROBED]),
+    (None, [_PROBED, {"role": "assistant", "content": ANSWER}, _PROBED]),
+    ([_TOOL], [_PROBED]),
+    (None, [_PROBED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, _RESULT]),
+    # of a template that takes arguments as text
+    (None, [_PROBED, {"role": "assistant", "content": "",
+                      "tool_calls": [{**_CALL, "function": {"name": "f", "arguments": "{}"}}]}, _RESULT]),
 )  # fmt: skip
 
 
@@ -141,8 +159,9 @@ class Markers:
         """
         given = [(text, every) for text in strings([asked.tools or [], dict(asked.arguments)])]
         for message in asked.messages:
-            here = every - allowed if message["role"] == "assistant" else every
-            given += [(text, here) for text in strings(message)]
+            for name, value in message.items():
+                here = every - allowed if is_written(message, name) else every
+                given += [(text, here) for text in strings([name, value])]
         for text, markers in given:
             if self._raw.normalizer is not None:
                 text = self._raw.normalizer.normalize_str(text)
@@ -163,20 +182,51 @@ class Markers:
             contents = {token.content: token.special for token in self._added.values()}
             pairs = [c for c in contents if _partner(c) in contents and _name(c) not in ROLE_NAMES]
             wanted = {c for c in pairs if not contents[c] or c in looked_for or _partner(c) in looked_for}
-            turns = self._of_user(asked)
-            ids = {number for number, token in self._added.items() if token.content in wanted}
-            self._allowed[asked.source] = frozenset(ids - turns)
+            turns = self._of_others(asked)
+            others = {text for one in turns for text in (self._added[one].content, _partner(self._added[one].content))}
+            ids = {number for number, token in self._added.items() if token.content in wanted - others}
+            self._allowed[asked.source] = frozenset(ids)
         return self._allowed[asked.source]
 
-    def _of_user(self, asked: Conversation) -> frozenset[int]:
-        """Returns the markers that the template writes around a user's message."""
-        try:
-            text = rendered(
-                Conversation(asked.source, [{"role": "user", "content": "a"}], None, asked.special, {}, False)
-            )
-        except MTPSpecError:
-            return frozenset()
-        return frozenset(self._raw.encode(text, add_special_tokens=False).ids) & frozenset(self._added)
+    def _of_others(self, asked: Conversation) -> frozenset[int]:
+        """Returns the markers that the template writes around what is not the assistant's.
+
+        They are those next to a user's or system's message or a tool's result, pairs around these or around a tool's
+        description, and all that stand between an answer and the next message; any, if none of these comes out.
+        """
+        found, seen = set[int](), False
+        for tools, messages in OTHERS:
+            try:
+                text = rendered(Conversation(asked.source, messages, tools, asked.special, {}, False))
+            except MTPSpecError:
+                continue
+            encoding = self._raw.encode(text, add_special_tokens=False)
+            pairs = zip(encoding.ids, encoding.offsets, strict=True)
+            places = [(token, *place) for token, place in pairs if token in self._added]
+            for probe in re.finditer(PROBE, text, re.IGNORECASE):
+                before = [token for token, _, end in places if end <= probe.start()]
+                after = [token for token, start, _ in places if start >= probe.end()]
+                found |= self._enclosing(before, after)
+                # before a description prose may name any marker
+                found.update(() if tools else [*before[-1:], *after[:1]])
+                seen = True
+            for between in re.finditer(f"{ANSWER}.*{PROBE}", text, re.IGNORECASE | re.DOTALL):
+                found.update(token for token, start, _ in places if between.start() < start < between.end())
+        return frozenset(found if seen else self._added)
+
+    def _enclosing(self, before: Sequence[int], after: Sequence[int]) -> set[int]:
+        """Returns the pairs that are open between two stretches of markers."""
+        names = {token.content: number for number, token in self._added.items()}
+        found = set[int]()
+        for number in {*before}:
+            content = self._added[number].content
+            closing = names.get(_partner(content) or "")
+            if closing is None or content[1] == "/":
+                continue
+            last = next(token for token in reversed(before) if token in (number, closing))
+            first = next((token for token in after if token in (number, closing)), None)
+            found |= {number, closing} if (last, first) == (number, closing) else set()
+        return found
 
     def _apart(self, text: str, found: Sequence[Found], markers: frozenset[int]) -> list[int]:
         """Returns the ids of a text in which only the markers that stay are tokens."""

@@ -133,6 +133,11 @@ def plain(value: Any, where: str) -> Any:
     raise PromptError(f"{where} is {value!r}: a template takes text, numbers, true, false, None, lists and mappings")
 
 
+def is_written(message: Mapping[str, Any], name: str) -> bool:
+    """Whether a field of a message holds what a model writes as it is: an assistant's content and reasoning."""
+    return message["role"] == "assistant" and name in ("content", *REASONING)
+
+
 def strings(value: Any) -> list[str]:
     """Returns the texts in a plain value, keys included."""
     if isinstance(value, str):

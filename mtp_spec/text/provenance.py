@@ -19,7 +19,7 @@ from jinja2 import Template, nodes
 
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.text.environment import environment
-from mtp_spec.text.messages import LISTS, Conversation
+from mtp_spec.text.messages import LISTS, Conversation, is_written
 from mtp_spec.text.template import rendered
 
 PLANE = 0x10000
@@ -56,7 +56,7 @@ def provenance(asked: Conversation, text: str, barred: Mark, assistants: Mark) -
     Args:
         text: what the template made of the conversation.
         barred: puts what is to stay text in tools, arguments and messages into plane 16.
-        assistants: the same for an assistant's messages.
+        assistants: the same for what an assistant wrote.
     """
     special = {name: spelled(value, OWN) for name, value in asked.special.items()}
     wanted = PRIVATE.sub("\ue000", text)
@@ -93,10 +93,12 @@ def _marked(asked: Conversation, barred: Mark, assistants: Mark) -> Conversation
     def mark(value: Any, change: Mark) -> Any:
         return _mapped(value, lambda text: change(PRIVATE.sub("\ue000", text)))
 
-    messages = []
-    for message in asked.messages:
-        change = assistants if message["role"] == "assistant" else barred
-        messages.append({**mark(message, change), "role": message["role"]})
+    def marked(message: dict[str, Any]) -> dict[str, Any]:
+        changes = {name: assistants if is_written(message, name) else barred for name in message}
+        fields = {mark(name, barred): mark(value, changes[name]) for name, value in message.items()}
+        return {**fields, "role": message["role"]}
+
+    messages = [marked(message) for message in asked.messages]
     return replace(asked, messages=messages, tools=mark(asked.tools, barred), arguments=mark(asked.arguments, barred))
 
 

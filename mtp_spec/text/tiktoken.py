@@ -111,17 +111,14 @@ def _pattern(folder: Path) -> str:
             continue
         values: dict[str, str] = {}
         for node in ast.walk(tree):
-            targets = (
-                node.targets
-                if isinstance(node, ast.Assign)
-                else [node.target]
-                if isinstance(node, ast.AnnAssign)
-                else []
-            )
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             names = [target.id for target in targets if isinstance(target, ast.Name)]
+            names += [target.attr for target in targets if isinstance(target, ast.Attribute)]
+            names += [node.arg] if isinstance(node, ast.keyword) and node.arg else []
             text = _text(getattr(node, "value", None), values) if names else None
             if text is not None:
-                values.update(dict.fromkeys(names, text))
+                more = isinstance(node, ast.AugAssign)
+                values |= {name: values.get(name, "") + text if more else text for name in names}
         for name, text in values.items():
             if name.lower() == PATTERN:
                 return text

@@ -115,9 +115,10 @@ class Tokenizer:
         becomes a marker. A marker is an added token of the tokenizer, whether `special` or not; only ordinary words
         and blanks that are not special and that the template does not write are none. Where one is written out in a
         message, or would come about where a message meets another text, its characters are encoded as the ordinary
-        text that they are, unchanged. An assistant's messages may hold what a model writes in its own turn: pairs such
-        as <think> and </think> that are not special or that the template looks for, unless they name a role or stand
-        around a user's message. Roles are words, which hold no marks.
+        text that they are, unchanged. An assistant's content and reasoning may hold what a model writes in its own
+        turn: pairs such as <think> and </think> that are not special or that the template looks for, unless they name
+        a role or stand around another's message, a tool's result or a tool's description. Roles are words, which hold
+        no marks.
 
         Raises:
             PromptError, OptionError, MTPSpecError: as `chat_text`; also where the tokenizer cannot keep a marker text.

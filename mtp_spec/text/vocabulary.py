@@ -72,6 +72,11 @@ def read_vocabulary(
             raise CheckpointError(
                 f"{file.parent / CONFIG}: {name} is {named[name]!r}, which {file.name} does not have: correct either"
             )
+    # a token with a name is special, whatever the vocabulary says of it
+    for token in raw.get_added_tokens_decoder().values():
+        if token.content in named.values() and not token.special:
+            token.special = True
+            raw.add_tokens([token])
     return raw, named
 
 
@@ -80,28 +85,32 @@ def _read_json(file: Path, config: Mapping[str, Any], named: Mapping[str, str]) 
         raw = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(f"{file} is not a readable tokenizer ({error}): download it again") from error
-    folder, tokens = file.parent, _listed(config, file)
+    folder, tokens = file.parent, _listed(config, file, raw)
     rebuilt = _rebuilt(raw, file, config)
     if rebuilt is not None:
         tokens = tokens or raw.get_added_tokens_decoder()
         raw = rebuilt
     raw.no_truncation()
     raw.no_padding()
+    if isinstance(raw.model, models.BPE):
+        raw.model.dropout = None  # of training: it cuts a text at random
     raw.encode_special_tokens = bool(config.get("split_special_tokens"))
     _add(raw, tokens, {*named.values(), *extra_listed(config, folder)}, folder)
     return raw
 
 
-def _listed(config: Mapping[str, Any], file: Path) -> dict[int, AddedToken]:
-    """Returns the added tokens of tokenizer_config.json by id."""
-    given = config.get("added_tokens_decoder")
+def _listed(config: Mapping[str, Any], file: Path, raw: Tokenizer) -> dict[int, AddedToken]:
+    """Returns the added tokens of tokenizer_config.json by id; in older folders those of added_tokens.json are new."""
+    given, where = config.get("added_tokens_decoder"), f"{file.parent / CONFIG}: added_tokens_decoder"
     try:
-        numbered = sorted((int(number), token) for number, token in (given or {}).items())
+        if given is None:
+            known = {token.content for token in raw.get_added_tokens_decoder().values()}
+            older, where = read_json(file.parent / "added_tokens.json"), str(file.parent / "added_tokens.json")
+            given = {number: {"content": text} for text, number in older.items() if text not in known}
+        numbered = sorted((int(number), token) for number, token in given.items())
         return {number: AddedToken(**token) for number, token in numbered}
     except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{file.parent / CONFIG}: added_tokens_decoder holds what is no token ({error}): download it again"
-        ) from error
+        raise CheckpointError(f"{where} holds what is no token ({error}): download it again") from error
 
 
 def _add(raw: Tokenizer, tokens: Mapping[int, AddedToken], special: set[str], folder: Path) -> None:
