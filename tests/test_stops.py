@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mtp_spec.options import ACCEPTANCE_RULES
 from mtp_spec.rules import RULES
 from mtp_spec.text import Tokenizer
 
-DEMO = Path(mtp_spec.__file__).parent.parent / "configs" / "demo"
+DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 EOS, USER = 1, 2
 SHAPES: list[Any] = [None, 3, Speculation(branching=(2, 2, 1)), Speculation(8, adaptive=True)]
 HEATS = [0.0, 0.8]

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from mtp_spec.chat.session import Session
 from mtp_spec.cli import main
 from mtp_spec.options import SamplingParams
 
-DEMO = Path(mtp_spec.__file__).parent.parent / "configs" / "demo"
+DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}tools: {% for t in tools %}{{ t.name }} {% endfor %}{% endif %}"
     "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('nobody says nothing') }}{% endif %}"

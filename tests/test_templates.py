@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mtp_spec.text.markers import Markers
 
 # conversations have arguments that some templates do not read
 pytestmark = pytest.mark.filterwarnings("ignore:the chat template does not read")
-DEMO = Path(mtp_spec.__file__).parent.parent / "configs" / "demo"
+DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 
 
 def folder_with(folder: Path, special: bool = False, templates: Any = None, **config: Any) -> Path:

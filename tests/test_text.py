@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mtp_spec import CheckpointError, MTPSpecError, PromptError
 from mtp_spec.finish import Finisher
 from mtp_spec.text import TextStream, Tokenizer
 
-DEMO = Path(mtp_spec.__file__).parent.parent / "configs" / "demo"
+DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import os
 import warnings
 from base64 import b64encode
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mtp_spec import CheckpointError
 from mtp_spec.text import Tokenizer, end_ids, open_tokenizer
 from mtp_spec.text.tiktoken import _letters
 
-DEMO = Path(mtp_spec.__file__).parent.parent / "configs" / "demo"
+DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 TEXTS = (
     "Once upon a time", " two  blanks ", "\n\nlines\t\n", "é漢🦊 ﬁ \uff21\uff22", "<|user|>hi<|eos|>", "x <a> y<a>",
     "<a>b",
