@@ -85,10 +85,8 @@ def quantisers() -> None:
             close(fp8_values(got, scales), fp8_values(*expected), 0.07)
             alone = quant.rms_norm_quant(x[-1:], weight, 1e-6, other[-1:], power)
             assert torch.equal(alone[0].view(torch.uint8), got[-1:].view(torch.uint8))
-            for bad in (float("nan"), float("inf"), -float("inf")):
-                x[-1, 5] = bad
-                assert bool(fp8_values(*quant.quant(x, power))[-1, 5].isnan())
-            x[-1, 5] = 0.0
+    x[:3, 5] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:rows]
+    assert bool(fp8_values(*quant.quant(x, power))[:3, 5].isnan().all())
 
 
 def experts() -> None:
@@ -118,7 +116,7 @@ def _experts(power: bool) -> None:
     x, router, bias = (t.to(ON) for t in (torch.randn(17, channels, generator=generator), router, bias))
     expected = moe.moe_reference(x, router, bias, routing, weights)
     launches = moe.Launch(), moe.Launch(up_tile=128, down_tile=128), moe.Launch(tokens=32)
-    for launch in launches[:2] if power else launches:
+    for launch in launches[:1] if power else launches:
         whole = moe.moe(x, router, bias, routing, weights, launch=launch)
         # scales that are powers of two have one value for most roundings: what is quantised is the same, but on a GPU,
         # whose sums differ more, a few codes of what lies between the products fall to their neighbours

@@ -397,9 +397,9 @@ def test_templates_come_from_where_transformers_takes_them(tmp_path: Path, tools
         (None, {}),
     ]  # fmt: skip
     messages = [{"role": "user", "content": "x"}]
-    for number, (given, files) in enumerate(layouts):
+    for number, (given, layout) in enumerate(layouts):
         folder = write(tmp_path / str(number), demo(), chat_template=given)
-        for name, text in files.items():
+        for name, text in layout.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
         ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
