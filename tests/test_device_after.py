@@ -25,7 +25,7 @@ FEW = {token: -float("inf") for token in range(6, 160)}
 OPTIONS: dict[str, Any] = {"top_k": 4, "logit_bias": FEW, "seed": 5, "max_new_tokens": 12}
 PROMPT = [9, 8, 7, 6, 5, 4, 3, 2]
 RULE = Speculation(3, acceptance="rejection")
-SHAPES: list[Any] = [None, 3, Speculation(branching=(3, 2, 1)), Speculation(4, adaptive=True), RULE]
+SHAPES: list[Any] = [None, Speculation(branching=(3, 2, 1)), Speculation(4, adaptive=True), RULE]
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_pages_without_the_modules_slots(folder: Path) -> None:
     assert together(lm, alone, [(LONG, {"speculation": RULE}), (LONG, {"speculation": None})]) == [128, 128]
 
 
-@pytest.mark.parametrize("speculation", [None, 2, RULE, Speculation(4, adaptive=True)], ids=str)
+@pytest.mark.parametrize("speculation", [None, RULE, Speculation(4, adaptive=True)], ids=str)
 def test_what_a_text_has_written_is_shared(
     folder: Path, scripted: Any, monkeypatch: pytest.MonkeyPatch, speculation: Any  # noqa: F811
 ) -> None:
