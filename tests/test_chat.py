@@ -179,9 +179,8 @@ def test_regen_undo_and_clear(run: Run) -> None:
     assert run("one", "/clear")[0].session.turns == []
 
 
-@pytest.mark.usefixtures("auto_drafts")
 def test_parity_repeats_what_was_drawn(run: Run) -> None:
-    _, out = run(QUESTION, "/spec off", "/set temperature 0", "/parity")
+    _, out = run("/spec 3", QUESTION, "/spec off", "/set temperature 0", "/parity")
     assert f"{LENGTH} tokens, the same without drafts" in out
     assert "times as slow" in out
     _, out = run("/spec off", QUESTION, "/parity")
@@ -263,12 +262,11 @@ def ctrl_c(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return press
 
 
-@pytest.mark.usefixtures("auto_drafts")
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_keeps_what_is_written(run: Run, ctrl_c: Callable[[int, int], None], times: int) -> None:
     whole = run(QUESTION)[0].session.turns[0]
     ctrl_c(5, times)
-    chat, out = run(QUESTION, "/parity", KeyboardInterrupt, "never asked")
+    chat, out = run("/spec 2", QUESTION, "/parity", KeyboardInterrupt, "never asked")
     [turn] = chat.session.turns
     assert turn.interrupted
     assert turn.answer
