@@ -6,7 +6,6 @@ here, with its name, before any weight is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from math import inf
@@ -16,6 +15,7 @@ from typing import Any
 from mtp_spec.model.dialects import DENSE, SPARSE, SUPPORTED, translated
 from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.formats import POWERS, block_scales, side_format
+from mtp_spec.model.json_object import read_object
 
 SCORING = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
@@ -243,12 +243,7 @@ def read_config(path: Path) -> tuple[Path, dict[str, Any]]:
             raise CheckpointError(f"{path} has no config.json: download the checkpoint's whole folder")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be looked into ({error}): give yourself the right to read it") from error
-    try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}): download it again") from error
-    if not isinstance(given, dict):
-        raise CheckpointError(f"{file} holds {type(given).__name__}, not an object: download it again")
+    given = read_object(file)
     if path.is_dir() and not given.get("quantization_config"):
         beside = side_format(path)
         given |= {} if beside is None else {"quantization_config": beside}

@@ -6,7 +6,6 @@ out. Keys that would change texts and have no counterpart here are refused by na
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from mtp_spec.errors import OptionError
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.json_object import read_object
 from mtp_spec.options import SamplingParams
 
 CHOICES = ("library", "checkpoint")
@@ -65,7 +65,8 @@ class Defaults:
             if self._file is None or not self._file.is_file():
                 where = "this model has no folder" if self._file is None else f"{self._file.parent} has no {FILE}"
                 raise OptionError(f"defaults='checkpoint': {where}; leave defaults out, or give the options themselves")
-            found = _options(self._file, _read(self._file))
+            given = {name: value for name, value in read_object(self._file).items() if value is not None}
+            found = _options(self._file, given)
             try:
                 params = SamplingParams(**found)
                 if self._vocab_size is not None:
@@ -80,16 +81,6 @@ class Defaults:
         if not isinstance(choice, str) or choice not in CHOICES:
             raise OptionError(f"defaults={choice!r} is not possible: allowed are " + " and ".join(map(repr, CHOICES)))
         return choice
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds no object of options: download it again")
-    return {name: one for name, one in value.items() if one is not None}
 
 
 def _options(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -184,9 +184,9 @@ class Sampler:
         if history.length < self.params.min_new_tokens:
             row[self._early] = _NEGATIVE_INFINITY
         # a row without a finite best token is left as it is, for draw to report
-        if self.params.greedy or not math.isfinite(row.max()):
+        if self.params.greedy or not math.isfinite(best := row.max()):
             return torch.from_numpy(row)
-        self._scale(row)
+        self._scale(row, best)
         if 0 < self.params.top_k < self.vocab_size:
             _keep_top_k(row, self.params.top_k)
         if self.params.top_p < 1.0:
@@ -304,9 +304,9 @@ class Sampler:
             penalties = params.presence_penalty + params.frequency_penalty * counts
             row[ids] -= penalties.astype(np.float32)
 
-    def _scale(self, row: Float32Array) -> None:
-        """(row - max) / temperature; a temperature too small for float32 leaves only the best tokens."""
-        row -= row.max()
+    def _scale(self, row: Float32Array, best: np.float32) -> None:
+        """(row - best) / temperature; a temperature too small for float32 leaves only the best tokens."""
+        row -= best
         # max(...) keeps 0 / temperature at 0 for temperatures that float32 rounds to 0
         temperature = max(np.float32(self.params.temperature), np.finfo(np.float32).tiny)
         if temperature != 1.0:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.json_object import read_object
 
 CONFIG = "tokenizer_config.json"
 # the names that every template may ask for; a folder may add others that end with _token
@@ -18,15 +18,7 @@ NEEDED = ("bos_token", "eos_token")
 
 def read_json(file: Path) -> dict[str, Any]:
     """Returns the object in a JSON file, an empty one where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds {value!r:.60} where an object is needed: download it again")
-    return value
+    return read_object(file) if file.is_file() else {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
