@@ -30,7 +30,7 @@ from demo_texts import Rows, write_texts
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import weight_dequant, weight_quant
-from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
+from mtp_spec.model.checkpoint.folder import load_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.moe import MoE
 from mtp_spec.model.transformer import Block, Transformer

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
-from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import apply_rope, softmax_scale
 
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat

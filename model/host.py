@@ -18,7 +18,7 @@ from torch import Tensor
 from mtp_spec.model.attention import JointPlan, RowPlan, padded, plan_rows
 from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.parallel import Ranks
+from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.rope import rope_table
 
 Technique = Literal["batched", "single"]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_spec.model.parallel import ALONE, Ranks
+from mtp_spec.model.distributed.group import ALONE, Ranks
 
 # the norms on MLA's latents keep this epsilon whatever `rms_norm_eps` says, as in the released weights
 LATENT_NORM_EPS = 1e-6

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.layers import MLP, empty_parameter, gated_silu
-from mtp_spec.model.parallel import ALONE, Ranks
 
 # a multiple of every CPU's vector length in float32 values
 VECTOR = 64

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from mtp_spec.model.attention import MLA, JointMasks, JointPlan
 from mtp_spec.model.config import ModelConfig, ModuleShape
+from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter
 from mtp_spec.model.moe import MoE
-from mtp_spec.model.parallel import ALONE, Ranks
 
 
 class Block(nn.Module):

@@ -13,37 +13,37 @@ from typing import Any, overload
 
 import torch
 
-from mtp_spec.agreement import Watch
-from mtp_spec.asking import Asking, Message, taken
-from mtp_spec.batch import Batch
-from mtp_spec.defaults import Defaults
-from mtp_spec.device_batch import DeviceBatch
-from mtp_spec.device_engine import DeviceDecoder, DeviceRuntime, SharedDecoder, late_of
-from mtp_spec.device_group import Groups, shares
-from mtp_spec.device_guided import GuidedDecoder
-from mtp_spec.device_pages import DeviceLease
-from mtp_spec.device_planned import PLANNED_DEPTH, PlannedDecoder
-from mtp_spec.engine import PREFILL_CHUNK, Decoder
+from mtp_spec.analysis.agreement import Watch
+from mtp_spec.analysis.explain import Explanation, explain
+from mtp_spec.analysis.scoring import Scores, score_ids
+from mtp_spec.cache.pages import HostLease, HostPages
+from mtp_spec.cpu.batch import Batch
+from mtp_spec.cpu.engine import PREFILL_CHUNK, Decoder
+from mtp_spec.cpu.passes import Runner
+from mtp_spec.cuda.batch import DeviceBatch
+from mtp_spec.cuda.engine import DeviceDecoder, DeviceRuntime, SharedDecoder, late_of
+from mtp_spec.cuda.group import Groups, shares
+from mtp_spec.cuda.guided import GuidedDecoder
+from mtp_spec.cuda.pages import DeviceLease
+from mtp_spec.cuda.planned import PLANNED_DEPTH, PlannedDecoder
+from mtp_spec.distributed.consistency import check_first, request_facts
 from mtp_spec.errors import MTPSpecError, OptionError
-from mtp_spec.explain import Explanation, explain
-from mtp_spec.facts import check_first, request_facts
-from mtp_spec.grammar import GrammarProcessor, Grammars
 from mtp_spec.handle import Handle
-from mtp_spec.measured import Planners
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation
-from mtp_spec.pages import HostLease, HostPages
-from mtp_spec.passes import Runner
-from mtp_spec.planner import TextPlanner
-from mtp_spec.requests import Request, checked_ids, is_batch, new_request
-from mtp_spec.scoring import Scores, score_ids
-from mtp_spec.seeds import fresh_seed, text_seeds
-from mtp_spec.streaming import Generation, TokenStream
+from mtp_spec.planning.node_planner import TextPlanner
+from mtp_spec.planning.store import Planners
+from mtp_spec.prompt import Asking, Message, taken
+from mtp_spec.request import Request, checked_ids, is_batch, new_request
+from mtp_spec.results import Generation, TokenStream
+from mtp_spec.sampling.defaults import Defaults
+from mtp_spec.sampling.grammar import GrammarProcessor, Grammars
+from mtp_spec.sampling.seeds import fresh_seed, text_seeds
+from mtp_spec.scheduler import Place, Worker
 from mtp_spec.text import Tokenizer
-from mtp_spec.worker import Place, Worker
 
 Ids = Sequence[int]
 # the most that "auto" drafts
@@ -133,8 +133,8 @@ class LM:
                 presence_penalty, frequency_penalty, logit_bias, seed, stop, stop_token_ids, ignore_eos, min_new_tokens,
                 logprobs, logits_processor, response_format) and `speculation`: "auto", None (off), a chain depth, or a
                 `Speculation`. Every text has a seed of its own, `Generation.seed`, which gives it again alone: an int
-                is that of the first, and the others' derive from it (`mtp_spec.seeds`); a list has one for each; None
-                draws a fresh one. `defaults`: "library" or "checkpoint", as for `load`.
+                is that of the first, and the others' derive from it (`mtp_spec.sampling.seeds`); a list has one for
+                each; None draws a fresh one. `defaults`: "library" or "checkpoint", as for `load`.
 
         Raises:
             OptionError: an unknown option or a value outside its range.

@@ -9,7 +9,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import Any
 
-from mtp_spec.streaming import Generation, Teller, TokenEvent
+from mtp_spec.results import Generation, Teller, TokenEvent
 
 
 class Handle:

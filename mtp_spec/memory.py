@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 
-from mtp_spec.device_pages import IDLE_PAGES, READ_TEXTS, STEP_ROWS, STEP_TEXTS, planned_pages
-from mtp_spec.device_state import PREFILL_ROWS, ROWS, SLACK, WAITING
+from mtp_spec.cuda.pages import IDLE_PAGES, READ_TEXTS, STEP_ROWS, STEP_TEXTS, planned_pages
+from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WAITING
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
 from mtp_spec.model.cache import PAGE, pages_for
-from mtp_spec.model.checkpoint import Checkpoint
+from mtp_spec.model.checkpoint.folder import Checkpoint
+from mtp_spec.model.checkpoint.found import PIECE_BYTES
+from mtp_spec.model.checkpoint.tensors import AHEAD_BYTES
 from mtp_spec.model.config import SHARED, ModelConfig
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.found import PIECE_BYTES
-from mtp_spec.model.stored import AHEAD_BYTES
+from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import MAX_NODES
 

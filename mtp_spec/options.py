@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from mtp_spec.acceptance import RULES
 from mtp_spec.errors import OptionError
-from mtp_spec.processors import LogitsProcessor, Processor, resolve_processors
-from mtp_spec.rules import RULES
-from mtp_spec.seeds import checked_seed
+from mtp_spec.sampling.processors import LogitsProcessor, Processor, resolve_processors
+from mtp_spec.sampling.seeds import checked_seed
 
 MAX_DEPTH = 8
 MAX_NODES = 64

@@ -26,10 +26,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mtp_spec.device_pages import STEP_ROWS
-from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import SLACK, State, stages_of
-from mtp_spec.device_step import Prefill, Step
+from mtp_spec.cuda.constants import Shape
+from mtp_spec.cuda.pages import STEP_ROWS
+from mtp_spec.cuda.state import SLACK, State, stages_of
+from mtp_spec.cuda.step import Prefill, Step
 from mtp_spec.kernels import (
     commit,
     exchange,
@@ -46,7 +46,7 @@ from mtp_spec.kernels import (
 )
 from mtp_spec.kernels.mla_cache import KEYS
 from mtp_spec.model.config import load_config
-from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.options import SamplingParams, Speculation
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "grid", "warmup")

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_spec import measured
 from mtp_spec.api import LM
 from mtp_spec.kernels.cpu.engine import SWITCH
-from mtp_spec.loading import load_model
-from mtp_spec.model.convert import ranks_job
-from mtp_spec.model.jobs import run_job
-from mtp_spec.times import StepTimes
+from mtp_spec.load_checks import load_model
+from mtp_spec.model.checkpoint.convert import ranks_job
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.planning import store as measured
+from mtp_spec.planning.costs import StepTimes
 
 # workers side by side that each spread over every core spend their time waiting for one another
 THREADS = os.environ.get("OMP_NUM_THREADS") or ("1" if "PYTEST_XDIST_WORKER" in os.environ else "2")

@@ -15,11 +15,11 @@ from mtp_spec.api import LM
 from mtp_spec.kernels.cpu import team
 from mtp_spec.kernels.cpu.engine import SWITCH, Library, library, why_not
 from mtp_spec.kernels.fp8 import weight_dequant, weight_quant
-from mtp_spec.model import cpu
 from mtp_spec.model.attention import JointPlan, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.cpu import SCALE, CPUModel
+from mtp_spec.model.cpu import model as cpu
+from mtp_spec.model.cpu.model import SCALE, CPUModel
 from mtp_spec.model.transformer import Transformer
 
 E4M3 = torch.float8_e4m3fn

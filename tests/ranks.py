@@ -20,10 +20,10 @@ import torch
 import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.handle import Handle
-from mtp_spec.model import control
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.model.joining import join_ranks
-from mtp_spec.worker import Worker
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.distributed import store as control
+from mtp_spec.model.distributed.joining import join_ranks
+from mtp_spec.scheduler import Worker
 
 SUBMIT = Worker.submit
 PROMPT = list(range(2, 40))

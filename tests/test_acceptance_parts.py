@@ -15,8 +15,8 @@ import mtp_spec
 from mtp_spec.bench import turns
 from mtp_spec.bench.acceptance.cells import Group
 from mtp_spec.bench.acceptance.running import check_model
-from mtp_spec.cli import main
-from mtp_spec.device_engine import KEPT
+from mtp_spec.cli.main import main
+from mtp_spec.cuda.engine import KEPT
 from mtp_spec.stats import GenerationStats
 
 

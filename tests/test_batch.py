@@ -17,7 +17,7 @@ from torch import Tensor
 import mtp_spec
 import small
 import tiny
-from mtp_spec.model.device_checkpoint import load_device_model
+from mtp_spec.model.cuda.checkpoint import load_device_model
 
 SHAPES: list[Any] = [
     None, 1, 3, "auto", mtp_spec.Speculation(branching=(3, 2, 1)), mtp_spec.Speculation(4, (2, 2, 2, 1), budget=9)
@@ -124,8 +124,8 @@ def test_who_comes_later_does_not_wait_for_the_others_to_end(lm: mtp_spec.LM) ->
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_spec.engine.PREFILL_CHUNK", 16)
-    monkeypatch.setattr("mtp_spec.batch.PROMPT_ROWS", 17)
+    monkeypatch.setattr("mtp_spec.cpu.engine.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("mtp_spec.cpu.batch.PROMPT_ROWS", 17)
     lm = mtp_spec.load(tiny.make(tmp_path / "model").folder, dtype="bfloat16", max_batch=3)
     seen: dict[str, list[int]] = {"long": [], "short": []}
 

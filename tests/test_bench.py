@@ -16,19 +16,19 @@ from transformers import modeling_layers
 
 import mtp_spec
 import tiny
-from mtp_spec import measured
 from mtp_spec.bench import grid, step, tuning, turns
 from mtp_spec.bench.common import bundled_prompts, interval, median_interval
 from mtp_spec.bench.exactness import SAMPLING, SHAPES
 from mtp_spec.bench.peer import transformers_ways
 from mtp_spec.bench.phases import step_phases
 from mtp_spec.bench.turns import Written
-from mtp_spec.cli import main
-from mtp_spec.device_state import State
+from mtp_spec.cli.main import main
+from mtp_spec.cuda.state import State
 from mtp_spec.kernels import gemm
 from mtp_spec.options import Speculation
+from mtp_spec.planning import store as measured
+from mtp_spec.planning.costs import Curve, StepTimes
 from mtp_spec.stats import GenerationStats
-from mtp_spec.times import Curve, StepTimes
 
 TINY = ["--prompts", "2", "--max-new-tokens", "6"]
 

@@ -11,11 +11,11 @@ from test_planner import CHEAP_ROWS, MACHINES, PROCESSES
 
 import mtp_spec
 import tiny
-from mtp_spec import company
-from mtp_spec.draft import KEPT_BEHIND, MOST_BEHIND
-from mtp_spec.planner import ALONE, Beside, Planner, TextPlanner
+from mtp_spec.cpu import batch_context as company
+from mtp_spec.cpu.draft import KEPT_BEHIND, MOST_BEHIND
+from mtp_spec.planning.costs import StepTimes
+from mtp_spec.planning.node_planner import ALONE, Beside, Planner, TextPlanner
 from mtp_spec.stats import GenerationStats
-from mtp_spec.times import StepTimes
 from mtp_spec.tree import TokenTree
 
 

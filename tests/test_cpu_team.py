@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mtp_spec.kernels.cpu.engine import why_not
 from mtp_spec.kernels.cpu.team import TEAM
-from mtp_spec.model.cpu import CPUModel
+from mtp_spec.model.cpu.model import CPUModel
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -224,7 +224,7 @@ def test_memory_is_found_without_threads_that_a_fork_loses(monkeypatch: pytest.M
     expected = steps(model)
     model._memories.clear()
     model._head_memories.clear()
-    monkeypatch.setattr("mtp_spec.model.cpu.torch.zeros", parallel)
+    monkeypatch.setattr("mtp_spec.model.cpu.model.torch.zeros", parallel)
     assert all_equal(steps(model), expected)
 
 

@@ -14,8 +14,8 @@ import mtp_spec
 import tiny
 from mtp_spec import CheckpointError, OptionError, SamplingParams
 from mtp_spec.chat import loop
-from mtp_spec.cli import main
-from mtp_spec.defaults import Defaults
+from mtp_spec.cli.main import main
+from mtp_spec.sampling.defaults import Defaults
 
 MAKERS = {"do_sample": True, "temperature": 0.3, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.2,
           "eos_token_id": 1}  # fmt: skip

@@ -15,21 +15,21 @@ import pytest
 import torch
 
 import mtp_spec
+from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.api import LM
-from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import MOST, State
-from mtp_spec.device_step import Graphs, Prefill
-from mtp_spec.draft import Drafter
+from mtp_spec.cpu.draft import Drafter
+from mtp_spec.cuda.constants import Shape
+from mtp_spec.cuda.state import MOST, State
+from mtp_spec.cuda.step import Graphs, Prefill
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.kernels import commit, mla, moe
-from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.device_checkpoint import fp8_obstacle, load_device_model
-from mtp_spec.model.device_layers import Mixture
+from mtp_spec.model.cuda.checkpoint import fp8_obstacle, load_device_model
+from mtp_spec.model.cuda.layers import Mixture
 from mtp_spec.model.moe import Gate
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.options import Speculation
-from mtp_spec.scoring import score_ids
 from mtp_spec.text import Tokenizer
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -243,7 +243,7 @@ def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkey
     assert expected.generate(prompt, max_new_tokens=6, seed=2, speculation=3).token_ids == plain.token_ids
     assert expected.runtime is not None
     wanted = expected.runtime.acquire().mtp_caches
-    monkeypatch.setattr("mtp_spec.device_engine.check_room", lambda *_: None)
+    monkeypatch.setattr("mtp_spec.cuda.engine.check_room", lambda *_: None)
     for speculation in (None, 3):
         lm = device_lm(folder, context=400)
         assert lm.runtime is not None

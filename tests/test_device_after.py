@@ -17,7 +17,7 @@ from test_prefix import assert_same_bits, finished
 import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.chat.session import Session
-from mtp_spec.device_engine import DeviceDecoder
+from mtp_spec.cuda.engine import DeviceDecoder
 from mtp_spec.options import SamplingParams, Speculation
 
 # forbidding most tokens makes random drafts right now and then
@@ -128,7 +128,7 @@ def test_numbers_that_are_none_are_not_left(folder: Path) -> None:
 
 
 def test_capturing_leaves_what_is_reused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_spec.device_engine.check_room", lambda *_: None)
+    monkeypatch.setattr("mtp_spec.cuda.engine.check_room", lambda *_: None)
     lm, fresh = device_lm(folder), device_lm(folder)
     assert lm.runtime is not None
     lm.runtime.graphs = OnceThenAgain()

@@ -17,19 +17,21 @@ from test_device import SAMPLING, OnceThenAgain, checkpoint
 from test_device_planned import Script
 
 import mtp_spec
-from mtp_spec import device_group, device_planned, device_state
 from mtp_spec.api import LM
-from mtp_spec.device_engine import SharedDecoder
-from mtp_spec.device_group import Group
-from mtp_spec.device_pages import DevicePages
-from mtp_spec.device_state import State
-from mtp_spec.device_step import Prefill
-from mtp_spec.loading import check_batch
+from mtp_spec.cuda import group as device_group
+from mtp_spec.cuda import planned as device_planned
+from mtp_spec.cuda import state as device_state
+from mtp_spec.cuda.engine import SharedDecoder
+from mtp_spec.cuda.group import Group
+from mtp_spec.cuda.lock import Turns
+from mtp_spec.cuda.pages import DevicePages
+from mtp_spec.cuda.state import State
+from mtp_spec.cuda.step import Prefill
+from mtp_spec.load_checks import check_batch
 from mtp_spec.memory import group_bytes, pages_bytes
 from mtp_spec.model.cache import PAGE
-from mtp_spec.model.device_checkpoint import load_device_model
+from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.options import Speculation
-from mtp_spec.turns import Turns
 
 # forbidding most tokens makes random drafts right now and then
 FEW = {token: -float("inf") for token in range(6, 160)}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import mtp_spec
 from mtp_spec.api import LM
-from mtp_spec.device_guided import drafted
-from mtp_spec.device_shape import Shape
+from mtp_spec.cuda.constants import Shape
+from mtp_spec.cuda.guided import drafted
 from mtp_spec.options import Speculation
 
 

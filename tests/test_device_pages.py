@@ -15,11 +15,11 @@ from test_device_batch import FEW, RING, assert_same, scripted  # noqa: F401 - a
 
 import mtp_spec
 from mtp_spec.api import LM
-from mtp_spec.device_batch import DeviceBatch
-from mtp_spec.device_pages import DevicePages, room_of
-from mtp_spec.device_reader import Reader
+from mtp_spec.cuda.batch import DeviceBatch
+from mtp_spec.cuda.pages import DevicePages, room_of
+from mtp_spec.cuda.prefill import Reader
 from mtp_spec.model.cache import PAGE, pages_for
-from mtp_spec.model.device_checkpoint import load_device_model
+from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.options import Speculation
 
 CONTEXT = 400
@@ -82,7 +82,7 @@ def test_what_a_text_has_written_is_shared(
 ) -> None:
     """Pages of the answer too, but for what the modules may not have seen of it."""
     scripted([0] * (RING + 4) + [4, 1])
-    monkeypatch.setattr("mtp_spec.device_engine.WAITING", RING)
+    monkeypatch.setattr("mtp_spec.cuda.engine.WAITING", RING)
     lm, alone = batch_lm(folder, 2), batch_lm(folder, 1)
     drafts = speculation is not None
     for first, count, known in ((1, 20, 64 if drafts else 128), (2, 60, 128)):
@@ -173,7 +173,7 @@ def test_room_holds_every_padded_pass() -> None:
         for reused in range(0, count, PAGE):
             first = reused
             while first < count:
-                rows = mtp_spec.device_state.prefill_rows(count - first)
+                rows = mtp_spec.cuda.state.prefill_rows(count - first)
                 assert first + rows <= room
                 first += rows
 

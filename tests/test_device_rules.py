@@ -1,4 +1,4 @@
-"""Rules inside a captured step: same drafts, same accepted path, same following token as `mtp_spec.rules`."""
+"""Rules inside a captured step: same drafts, same accepted path, same following token as `mtp_spec.acceptance`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from scipy.stats import chisquare
 from test_device import SAMPLING, device_lm
 
 import mtp_spec
+from mtp_spec.acceptance import RULES
+from mtp_spec.acceptance.base import Law, SeededChoices
 from mtp_spec.api import LM
-from mtp_spec.device_rules import DeviceRule
-from mtp_spec.device_shape import Shape
+from mtp_spec.cuda.constants import Shape
+from mtp_spec.cuda.rules import DeviceRule
 from mtp_spec.kernels import commit
 from mtp_spec.kernels.uniform import uniforms
 from mtp_spec.options import SamplingParams, Speculation
-from mtp_spec.rules import RULES
-from mtp_spec.rules.base import Law, SeededChoices
-from mtp_spec.sampling import Sampler
+from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
 VOCAB = 12

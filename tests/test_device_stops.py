@@ -10,9 +10,9 @@ from test_device_batch import batch_lm
 
 import mtp_spec
 from mtp_spec.api import LM
-from mtp_spec.device_engine import SharedDecoder
-from mtp_spec.device_group import shares
-from mtp_spec.device_guided import GuidedDecoder
+from mtp_spec.cuda.engine import SharedDecoder
+from mtp_spec.cuda.group import shares
+from mtp_spec.cuda.guided import GuidedDecoder
 from mtp_spec.options import Speculation
 
 END = 7

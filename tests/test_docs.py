@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import mtp_spec
-from mtp_spec import options, rules
-from mtp_spec.cli import build_parser
+from mtp_spec import acceptance as rules
+from mtp_spec import options
+from mtp_spec.cli.main import build_parser
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

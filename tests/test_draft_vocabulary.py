@@ -10,16 +10,16 @@ import torch
 from test_device import DEMO, checkpoint
 
 import mtp_spec
-from mtp_spec import loading
+from mtp_spec import load_checks as loading
 from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
-from mtp_spec.loading import draft_ids, load_model
+from mtp_spec.load_checks import draft_ids, load_model
 from mtp_spec.memory import plan_memory
-from mtp_spec.model import checkpoint as checkpoints
-from mtp_spec.model.checkpoint import open_checkpoint
+from mtp_spec.model.checkpoint import folder as checkpoints
+from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.config import load_config
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_checkpoint import empty_device_model
+from mtp_spec.model.cuda.checkpoint import empty_device_model
+from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.options import Speculation
 from mtp_spec.text import Tokenizer
 

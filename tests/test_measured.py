@@ -11,9 +11,10 @@ import torch
 
 import mtp_spec
 import tiny
-from mtp_spec import measured, times
 from mtp_spec.api import LM
-from mtp_spec.times import StepTimes
+from mtp_spec.planning import costs as times
+from mtp_spec.planning import store as measured
+from mtp_spec.planning.costs import StepTimes
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ from torch import Tensor
 
 import mtp_spec
 import small
-from mtp_spec.cli import main
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from mtp_spec.analysis.scoring import score_ids
+from mtp_spec.cli.main import main
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
+from mtp_spec.model.checkpoint.export import export_job
+from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint, save_checkpoint
+from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.config import ModelConfig, ModuleShape
-from mtp_spec.model.convert import hf_job, ranks_job
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.model.export import export_job
-from mtp_spec.model.jobs import run_job
+from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.model.transformer import Transformer
-from mtp_spec.scoring import score_ids
 
 SIZES: dict[str, Any] = {
     "vocab_size": 160, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128,

@@ -12,18 +12,18 @@ import torch
 from test_device import DEMO, KINDS, SAMPLING, SHAPES, checkpoint
 
 import mtp_spec
-from mtp_spec import loading
+from mtp_spec import load_checks as loading
+from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.api import LM
-from mtp_spec.device_state import State
+from mtp_spec.cuda.state import State
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import Layout, new_caches
-from mtp_spec.loading import load_model, packs_cache
+from mtp_spec.load_checks import load_model, packs_cache
 from mtp_spec.memory import plan_memory
-from mtp_spec.model.checkpoint import load_checkpoint
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.scoring import score_ids
+from mtp_spec.model.checkpoint.folder import load_checkpoint
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.cuda.model import DeviceModel
 
 FP8 = "float8_e4m3fn"
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import mtp_spec
 import tiny
+from mtp_spec.cache.pages import HostLease, HostPages
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
-from mtp_spec.pages import HostLease, HostPages
 
 
 def store(pages: int, modules: int = 1) -> HostPages:

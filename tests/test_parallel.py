@@ -22,12 +22,12 @@ import ranks
 import small
 import tiny
 from mtp_spec.api import LM
-from mtp_spec.cli import main
-from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
-from mtp_spec.model.convert import ranks_job
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.model.jobs import run_job
-from mtp_spec.model.parallel import Ranks
+from mtp_spec.cli.main import main
+from mtp_spec.model.checkpoint.convert import ranks_job
+from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.transformer import Transformer
 
 PATIENCE = 4.0

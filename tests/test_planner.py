@@ -13,10 +13,10 @@ from simulated import CONTEXT, Process, fixed, run
 
 import mtp_spec
 import tiny
-from mtp_spec.confidence import Confidence, Outcome
-from mtp_spec.pace import ALLOWED, MOST_DEBT, Pace
-from mtp_spec.planner import Planner, Speed, TextPlanner
-from mtp_spec.times import Curve, StepTimes
+from mtp_spec.planning.confidence import Confidence, Outcome
+from mtp_spec.planning.costs import Curve, StepTimes
+from mtp_spec.planning.governor import ALLOWED, MOST_DEBT, Pace
+from mtp_spec.planning.node_planner import Planner, Speed, TextPlanner
 from mtp_spec.tree import ROOT, TokenTree
 
 

@@ -10,7 +10,7 @@ import torch
 
 import mtp_spec
 import tiny
-from mtp_spec.prefix import Prefix
+from mtp_spec.cache.prefix import Prefix
 
 OPTIONS: dict[str, Any] = {"temperature": 0.9, "seed": 5, "logprobs": 3}
 SHAPES = [None, 3, mtp_spec.Speculation(branching=(3, 2, 1)), mtp_spec.Speculation(4, adaptive=True)]
@@ -95,9 +95,9 @@ def test_whole_chunks_of_a_long_prompt(
     by_torch: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speculation: int | None
 ) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path / "model", "v3_two_modules", seed=4).folder, dtype="float32")
-    for module in ("mtp_spec.engine", "mtp_spec.api"):
+    for module in ("mtp_spec.cpu.engine", "mtp_spec.api"):
         monkeypatch.setattr(f"{module}.PREFILL_CHUNK", 32)
-    monkeypatch.setattr("mtp_spec.draft.CHUNK", 32)
+    monkeypatch.setattr("mtp_spec.cpu.draft.CHUNK", 32)
     prompt = [(7 * i) % 96 for i in range(97)]
     options = {**OPTIONS, "max_new_tokens": 12, "speculation": speculation}
     first = finished(lm.stream(prompt, **options))

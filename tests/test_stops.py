@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 import mtp_spec
 import tiny
 from mtp_spec import OptionError, Speculation
-from mtp_spec.cli import main
-from mtp_spec.finish import Finisher
+from mtp_spec.acceptance import RULES
+from mtp_spec.cli.main import main
 from mtp_spec.options import ACCEPTANCE_RULES
-from mtp_spec.rules import RULES
 from mtp_spec.text import Tokenizer
+from mtp_spec.text.stopping import Finisher
 
 DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 EOS, USER = 1, 2

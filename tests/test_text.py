@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import mtp_spec
 from mtp_spec import CheckpointError, MTPSpecError, PromptError
-from mtp_spec.finish import Finisher
 from mtp_spec.text import TextStream, Tokenizer
+from mtp_spec.text.stopping import Finisher
 
 DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 

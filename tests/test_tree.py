@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from mtp_spec import SamplingParams
-from mtp_spec.accept import accept_coupled
-from mtp_spec.sampling import Sampler
+from mtp_spec.acceptance.accept import accept_coupled
+from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.stats import GenerationStats
 from mtp_spec.tree import ROOT, TokenTree
 

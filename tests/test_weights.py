@@ -13,14 +13,14 @@ import mtp_spec
 import small
 from mtp_spec import memory
 from mtp_spec.api import LM
-from mtp_spec.cli import main
-from mtp_spec.loading import load_model
+from mtp_spec.cli.main import main
+from mtp_spec.load_checks import load_model
 from mtp_spec.memory import plan_memory
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint, rank_part, read_weights
-from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle, load_device_model
-from mtp_spec.model.jobs import run_job
-from mtp_spec.model.parallel import Ranks
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint, rank_part, read_weights
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.cuda.checkpoint import empty_device_model, fp8_obstacle, load_device_model
+from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.weights import kept_bytes, with_weights
 

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mtp_spec.accept import Accepted
-from mtp_spec.engine import Decoder
-from mtp_spec.rules.base import Law
-from mtp_spec.sampling import History
+from mtp_spec.acceptance.accept import Accepted
+from mtp_spec.acceptance.base import Law
+from mtp_spec.cpu.engine import Decoder
+from mtp_spec.sampling.sampler import History
 from mtp_spec.tree import ROOT, TokenTree
 
 # draws of the noise for each root, besides the one that was

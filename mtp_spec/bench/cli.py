@@ -24,7 +24,7 @@ from mtp_spec.bench.rows import rows
 from mtp_spec.bench.side_by_side import batch
 from mtp_spec.bench.speed import speed
 from mtp_spec.bench.step import PARTS, step
-from mtp_spec.loading import CACHE_DTYPES
+from mtp_spec.load_checks import CACHE_DTYPES
 
 
 def add_bench(commands: Any) -> None:

@@ -28,9 +28,9 @@ from mtp_spec.bench.synthetic import synthetic_job
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.cpu.engine import library
 from mtp_spec.model.attention import plan_rows
+from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.cpu import CPUModel
-from mtp_spec.model.jobs import run_job
+from mtp_spec.model.cpu.model import CPUModel
 
 # published shapes, which are written with random weights in FP8
 SHAPES = {

@@ -32,16 +32,16 @@ from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.disk import forget, read_rate, write_rate
 from mtp_spec.bench.synthetic import fitted, outputs, synthetic_job
 from mtp_spec.errors import MTPSpecError, OptionError
-from mtp_spec.loading import check_device
+from mtp_spec.load_checks import check_device
 from mtp_spec.memory import host_bytes, plan_memory, read_ahead_bytes
-from mtp_spec.model.assembly import CHECKSUMS
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import open_checkpoint
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
+from mtp_spec.model.checkpoint.folder import open_checkpoint
+from mtp_spec.model.checkpoint.jobs import Job, run_job
+from mtp_spec.model.checkpoint.writer import CHECKSUMS
 from mtp_spec.model.config import ModelConfig, load_config
-from mtp_spec.model.convert import hf_job, ranks_job
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.model.jobs import Job, run_job
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.cuda.model import DeviceModel
 
 STAGES = ("convert", "cast", "load")
 WORKERS = 2  # those of the commands

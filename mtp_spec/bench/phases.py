@@ -9,8 +9,8 @@ import torch
 
 from mtp_spec.api import LM
 from mtp_spec.bench.timing import graph_time
-from mtp_spec.device_engine import DeviceDecoder
-from mtp_spec.device_step import Step
+from mtp_spec.cuda.engine import DeviceDecoder
+from mtp_spec.cuda.step import Step
 
 WARM_STEPS = 3
 

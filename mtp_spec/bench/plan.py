@@ -9,17 +9,17 @@ from typing import Any
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
 from mtp_spec.bench.grid import grid
-from mtp_spec.confidence import RANKS
-from mtp_spec.device_planned import PlannedDecoder
-from mtp_spec.engine import Decoder
+from mtp_spec.cpu.engine import Decoder
+from mtp_spec.cuda.planned import PlannedDecoder
 from mtp_spec.errors import OptionError
-from mtp_spec.ladder import Ladder
-from mtp_spec.measured import file_of, read, times_subject
 from mtp_spec.model.host import HostModel
-from mtp_spec.planner import Planner
+from mtp_spec.planning.confidence import RANKS
+from mtp_spec.planning.costs import StepTimes
+from mtp_spec.planning.node_planner import Planner
+from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.planning.store import file_of, read, times_subject
 from mtp_spec.progress import step_progress
 from mtp_spec.stats import GenerationStats
-from mtp_spec.times import StepTimes
 
 KINDS = {"verify": "verify a chain", "tree": "verify a tree", "level": "draft a level", "extend": "take in tokens"}
 # leads over the runner-up, in units of noise, and depths that chances are shown for

@@ -12,7 +12,7 @@ from rich.progress import track
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question, spread
 from mtp_spec.bench.turns import noise
-from mtp_spec.seeds import text_seeds
+from mtp_spec.sampling.seeds import text_seeds
 
 TURNS = "one by one, "
 SEED = 0

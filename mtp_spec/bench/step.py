@@ -24,18 +24,18 @@ from torch import Tensor
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.timing import copy_rate, graph_time
-from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import ROWS, State, stages_of
-from mtp_spec.device_step import Step
+from mtp_spec.cuda.constants import Shape
+from mtp_spec.cuda.state import ROWS, State, stages_of
+from mtp_spec.cuda.step import Step
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla, moe
 from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.memory import plan_memory
 from mtp_spec.model.config import ModelConfig, load_config
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_layers import Dense, Layer, Mixture
-from mtp_spec.model.joining import join_ranks, local_device, open_rooms
-from mtp_spec.model.parallel import Ranks
+from mtp_spec.model.cuda.layers import Dense, Layer, Mixture
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.distributed.group import Ranks
+from mtp_spec.model.distributed.joining import join_ranks, local_device, open_rooms
 from mtp_spec.options import SamplingParams, Speculation
 
 CHUNK = 2**28

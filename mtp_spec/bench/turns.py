@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mtp_spec.api import LM
-from mtp_spec.device_engine import KEPT
-from mtp_spec.device_group import GROUPS
-from mtp_spec.device_planned import PLANNED_DEPTH
-from mtp_spec.device_state import PREFILL_ROWS, prefill_rows
+from mtp_spec.cuda.engine import KEPT
+from mtp_spec.cuda.group import GROUPS
+from mtp_spec.cuda.planned import PLANNED_DEPTH
+from mtp_spec.cuda.state import PREFILL_ROWS, prefill_rows
 from mtp_spec.errors import OptionError
 from mtp_spec.stats import GenerationStats
 

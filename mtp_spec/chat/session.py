@@ -8,8 +8,8 @@ from typing import Any, Literal
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, PromptError
 from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.results import Generation, TokenStream
 from mtp_spec.stats import GenerationStats
-from mtp_spec.streaming import Generation, TokenStream
 
 Message = dict[str, str]
 Shape = Speculation | Literal["auto"] | None

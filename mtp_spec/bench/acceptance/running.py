@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+from mtp_spec.acceptance import RULES
 from mtp_spec.api import LM
 from mtp_spec.bench.acceptance.cells import PEERS, Cell, Group
 from mtp_spec.bench.acceptance.contexts import Message, prompt_ids
@@ -20,11 +21,10 @@ from mtp_spec.bench.acceptance.questions import Question
 from mtp_spec.bench.bound import FirstDepth
 from mtp_spec.bench.peer import MTP, counted_steps, transformers_ways
 from mtp_spec.bench.turns import Generate, check_kept, prefills, settled, warm_tokens
-from mtp_spec.engine import Decoder
+from mtp_spec.cpu.engine import Decoder
 from mtp_spec.errors import OptionError
 from mtp_spec.options import Speculation
 from mtp_spec.progress import Report
-from mtp_spec.rules import RULES
 from mtp_spec.stats import GenerationStats
 
 Load = Callable[[int | str | None], LM]
