@@ -28,6 +28,8 @@ OVERHEAD_BYTES = 256 * 2**20
 COPIES = 2
 # hidden states of a row at once: the stream, branches, what a layer and an MTP module were given
 HIDDEN_STATES = 10
+# pages of a CPU's cache that nobody uses and later sequences may share: so much of the memory, or so many bytes
+IDLE_SHARE, IDLE_BYTES = 1 / 16, 2**30
 # rows of a law, in float64, that a rule holds at once for every row of a pass
 RULE_ROWS = 8
 
@@ -65,10 +67,12 @@ class PagePlan:
     Attributes:
         pages: how many; each holds `PAGE` tokens for the main model and every MTP module.
         page_bytes: of one.
+        most_idle: pages that are kept for later sequences to share: a part of the memory, as nobody may ask for them.
     """
 
     pages: int
     page_bytes: int
+    most_idle: int | None = None
 
     @property
     def total(self) -> int:
@@ -77,9 +81,13 @@ class PagePlan:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, dtype: torch.dtype, max_context: int, max_batch: int, cache_tokens: int | None
-    ) -> PagePlan:
+        cls, config: ModelConfig, dtype: torch.dtype, max_context: int, max_batch: int, cache_tokens: int | None,
+        refuse: bool = True,
+    ) -> PagePlan:  # fmt: skip
         """Returns the plan for these arguments of `load`.
+
+        Args:
+            refuse: more than the machine has is refused; else there are as many pages as it has memory for.
 
         Raises:
             MTPSpecError: this machine has not that much memory.
@@ -87,8 +95,11 @@ class PagePlan:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         size = layers * PAGE * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
         whole = max_batch * pages_for(max_context + MAX_NODES + 1)
-        plan = cls(whole if cache_tokens is None else pages_for(cache_tokens), size)
         memory = _machine_memory()
+        idle = None if memory is None else max(IDLE_BYTES, int(memory * IDLE_SHARE)) // size
+        plan = cls(whole if cache_tokens is None else pages_for(cache_tokens), size, idle)
+        if memory is not None and plan.total > memory and not refuse:
+            return cls(memory // size, size, idle)
         if memory is not None and plan.total > memory:
             raise MTPSpecError(
                 f"{plan.pages} pages of cache for texts side by side take {plan.total / 1e9:.1f} GB and this machine "

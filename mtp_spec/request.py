@@ -15,7 +15,7 @@ from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.sampling.processors import LogitsProcessor
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.text import Tokenizer
-from mtp_spec.text.stopping import Finisher
+from mtp_spec.text.stopping import StopChecker
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Request:
     sampler: Sampler
     speculation: Speculation | None
     limit: int
-    finisher: Finisher
+    stops: StopChecker
 
     @property
     def strict(self) -> bool:
@@ -63,8 +63,8 @@ def new_request(
     if room < max(1, params.min_new_tokens):
         raise too_long(len(ids), config, max_context, params.min_new_tokens)
     limit = min(params.max_new_tokens, room)
-    finisher = Finisher(tokenizer, ends, params.stop_strings, limit, params.min_new_tokens)
-    return Request(ids, sampler, speculation, limit, finisher)
+    stops = StopChecker(tokenizer, ends, params.stop_strings, limit, params.min_new_tokens)
+    return Request(ids, sampler, speculation, limit, stops)
 
 
 def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) -> list[int]:

@@ -22,7 +22,7 @@ from mtp_spec.acceptance import RULES
 from mtp_spec.cli.main import main
 from mtp_spec.options import ACCEPTANCE_RULES
 from mtp_spec.text import Tokenizer
-from mtp_spec.text.stopping import Finisher
+from mtp_spec.text.stopping import StopChecker
 
 DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 EOS, USER = 1, 2
@@ -147,7 +147,7 @@ def test_any_stop_string_in_any_text(data: st.DataObject) -> None:
     expected = naive(tokenizer, ids, stops, least)
     found = []
     for streams in (True, False):
-        finisher, pieces, count = Finisher(tokenizer, frozenset(), stops, len(ids), least), list[str](), 0
+        finisher, pieces, count = StopChecker(tokenizer, frozenset(), stops, len(ids), least), list[str](), 0
         for token in ids:
             count += 1
             ended = finisher.push(token)

@@ -1,7 +1,7 @@
-"""Pages of latent cache for texts side by side, and the beginnings they share.
+"""Pages of latent cache, and the prompt prefixes that sequences share.
 
-Memory is planned once. A text leases all the pages that it may need before it begins, so that it is never cut short;
-who finds none waits. A full page is named by its tokens and all tokens before them (as vLLM's hash chain, but compared
+A sequence leases every page that it may need before it begins, so that it is never preempted; if too few are free, it
+waits. A full page is named by its tokens and all tokens before them (as vLLM's hash chain, but compared
 whole), so that a text that begins alike reads it instead of computing it again, bit for bit the same. Pages that no
 text uses are kept until their memory is needed, and then go in the order in which they were last used.
 
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import insort
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from mtp_spec.cache.prefix import common
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
 from mtp_spec.request import Request
@@ -51,13 +51,18 @@ class _Node:
 class Pages(ABC, Generic[L]):
     """Which pages are free, and what is known of the others.
 
+    Any thread may lease pages and give them back; the content of a page is its owner's business.
+
     Args:
         total: how many there are.
         modules: MTP modules whose slots they hold too.
+        unit: pages are shared in runs of so many: 1 where a row's bits do not depend on the pass that computed it.
+        most_idle: pages that are kept for later sequences at most; None: all.
     """
 
-    def __init__(self, total: int, modules: int) -> None:
-        self.total, self.modules = total, modules
+    def __init__(self, total: int, modules: int, unit: int = 1, most_idle: int | None = None) -> None:
+        self.total, self.modules, self.unit, self._most_idle = total, modules, unit, most_idle
+        self._lock, self._returned = Lock(), deque[list[int]]()
         self._free, self._uses = list(range(self.total)), [0] * self.total
         self._nodes: dict[Name, _Node] = {}
         self._named: dict[int, _Node] = {}  # by page
@@ -80,17 +85,34 @@ class Pages(ABC, Generic[L]):
         Args:
             drafted: whether the modules' slots of shared pages are needed.
         """
-        shared = self.shared(prompt, drafted)
-        for node in shared:
-            self._hold(node.page)
-        own = self._take(pages_for(tokens) - len(shared), shared[-1].page + 1 if shared else 0)
-        if own is None:
-            self._let_go([node.page for node in shared])
-            return None
-        for page in own:
-            self._hold(page)
-        pages = [node.page for node in shared] + own
-        return self._leased(pages, len(shared), all(node.drafted for node in shared))
+        with self._lock:
+            self._collect()
+            shared = self.shared(prompt, drafted)
+            for node in shared:
+                self._hold(node.page)
+            own = self._take(pages_for(tokens) - len(shared), shared[-1].page + 1 if shared else 0)
+            if own is None:
+                self._let_go([node.page for node in shared])
+                return None
+            for page in own:
+                self._hold(page)
+            pages = [node.page for node in shared] + own
+            return self._leased(pages, len(shared), all(node.drafted for node in shared))
+
+    def give_back(self, pages: list[int]) -> None:
+        """Takes pages of a lease that has ended; also called by the garbage collector, in the middle of anything."""
+        self._returned.append(pages)
+        if self._lock.acquire(blocking=False):  # else whoever has it is here, and the next lease collects them
+            try:
+                self._collect()
+            finally:
+                self._lock.release()
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._let_go(self._returned.popleft())
+        while self._most_idle is not None and len(self._idle) > self._most_idle and self._evict():
+            pass
 
     def will_share(self, prompt: Sequence[int], other: Sequence[int]) -> int:
         """Returns how many tokens of a prompt are in pages that another prompt's text will have filled."""
@@ -114,17 +136,28 @@ class Pages(ABC, Generic[L]):
             soon = self.will_share(prompt, other)
             if soon <= lease.published:
                 continue
-            known = len(self.shared(prompt, drafted)) * PAGE if known is None else known
+            if known is None:
+                with self._lock:
+                    known = len(self.shared(prompt, drafted)) * PAGE
             if soon > known:
                 return True
         return False
 
     def forget(self) -> None:
         """Forgets what is in every page, as when it would be computed otherwise now. No text may be running."""
-        for node in self._idle.values():
-            insort(self._free, node.page)
-        for memory in (self._nodes, self._named, self._idle):
-            memory.clear()
+        with self._lock:
+            self._collect()
+            for node in self._idle.values():
+                insort(self._free, node.page)
+            for memory in (self._nodes, self._named, self._idle):
+                memory.clear()
+
+    @property
+    def leased(self) -> bool:
+        """Whether a sequence has pages."""
+        with self._lock:
+            self._collect()
+            return any(self._uses)
 
     def shared(self, prompt: Sequence[int], drafted: bool) -> list[_Node]:
         """Returns the known pages that a prompt begins with; the prompt's last token is read in any case."""
@@ -135,7 +168,7 @@ class Pages(ABC, Generic[L]):
                 break
             found.append(node)
             number = node.number
-        return found
+        return found[: len(found) // self.unit * self.unit]
 
     def _take(self, count: int, wanted: int) -> list[int] | None:
         """Returns free pages."""
@@ -233,15 +266,20 @@ class Lease:
         """
         store, known = self._store, self._known
         count, last = known[True] if drafted else max(known.values(), key=lambda pages: pages[0])
-        for first in range(count * PAGE, min(held - PAGE, len(tokens) - PAGE - store.modules) + 1, PAGE):
-            last = store._name(last, tokens[first : first + PAGE + store.modules], self._pages[count], drafted)
-            count += 1
+        end = min(held - PAGE, len(tokens) - PAGE - store.modules) + 1
+        if count * PAGE >= end:
+            return
+        with store._lock:
+            for first in range(count * PAGE, end, PAGE):
+                last = store._name(last, tokens[first : first + PAGE + store.modules], self._pages[count], drafted)
+                count += 1
         known[drafted] = count, last
 
     def end(self) -> None:
         """Gives the pages back; no harm if repeated."""
-        self._store._let_go(self._pages)
-        self._pages = []
+        pages, self._pages = self._pages, []
+        if pages:
+            self._store.give_back(pages)
 
 
 class HostPages(Pages["HostLease"]):
@@ -249,11 +287,13 @@ class HostPages(Pages["HostLease"]):
 
     Args:
         layers: per layer `[pages * PAGE, width]`: the main model's, then one for each MTP module.
-        modules: how many of the layers are modules'.
+        modules: how many of the layers are modules'.  unit, most_idle: see `Pages`.
     """
 
-    def __init__(self, layers: Sequence[Tensor], modules: int) -> None:
-        super().__init__(layers[0].shape[0] // PAGE, modules)
+    def __init__(
+        self, layers: Sequence[Tensor], modules: int, unit: int = 1, most_idle: int | None = None
+    ) -> None:
+        super().__init__(layers[0].shape[0] // PAGE, modules, unit, most_idle)
         self.layers = list(layers)
 
     def _leased(self, pages: list[int], shared: int, drafted: bool) -> HostLease:
@@ -291,3 +331,9 @@ def check_pages(request: Request, tokens: int, total: int) -> None:
             f"{request.limit} new ones, and its drafts), and there are {total}: shorten it, lower max_new_tokens, or "
             "load with more cache_tokens"
         )
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Returns the length of the longest common beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,71 +1,72 @@
-"""What planners of texts side by side are told of one another, and what they learn from a pass that all shared."""
+"""Batch context for the planner: who shares a pass, and how its time is attributed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mtp_spec.cpu.engine import Decoder
-from mtp_spec.model.distributed.group import ALONE as NO_OTHERS
+from mtp_spec.cpu.state import HostState
 from mtp_spec.model.distributed.group import Ranks
-from mtp_spec.planning.node_planner import ALONE, Beside
+from mtp_spec.planning.node_planner import ALONE, Beside, TextPlanner
 
 
-def introduce(stepping: Sequence[tuple[Decoder, int]], alone: bool) -> None:
+def introduce(stepping: Sequence[HostState], alone: bool) -> None:
     """Tells planners who shares the coming step.
 
     Args:
-        stepping: the texts that take it, and how many rows each had in the last one.
-        alone: whether there are no other texts at all, such as those whose prompts are read meanwhile.
+        stepping: the sequences that take it.
+        alone: whether there are no others at all, such as those whose prompts are read meanwhile.
     """
-    planners = [decoder.planner for decoder, _ in stepping if decoder.planner is not None]
+    planners = [state.planner for state in stepping if state.planner is not None]
     if not planners:
         return
     if alone:
         planners[0].beside = ALONE
         return
-    texts, rows = len(stepping), sum(count for _, count in stepping)
-    pending = sum(decoder.drafter.pending for decoder, _ in stepping if decoder.drafter is not None)
+    texts, rows = len(stepping), sum(state.rows for state in stepping)
+    pending = sum(state.drafter.pending for state in stepping if state.drafter is not None)
     hopeless = texts > 1 and not planners[0].planner.pays(texts, _context(stepping), pending)
-    drafting = sum(_drafts(decoder) for decoder, _ in stepping)
-    for decoder, own in stepping:
-        if decoder.planner is not None:
-            decoder.planner.beside = Beside(texts, rows - own, max(1, drafting), hopeless)
+    drafting = sum(_drafts(state) for state in stepping)
+    for state in stepping:
+        if state.planner is not None:
+            state.planner.beside = Beside(texts, rows - state.rows, max(1, drafting), hopeless)
 
 
-def foresee(drafting: Sequence[tuple[Decoder, int]], first: bool) -> float:
+def foresee(batch: Sequence[HostState], rows: Sequence[int], first: bool) -> float:
     """Returns the seconds of a joint pass through an MTP module, with drawing from it, by what was measured alone.
 
     Args:
-        drafting: the texts and their rows.
+        rows: of each sequence that takes part.
         first: of the step, which takes in the tokens that the step before has committed.
     """
-    planner = next((decoder.planner for decoder, _ in drafting if decoder.planner is not None), None)
+    planner = _planner(batch)
     if planner is None:
         return 0.0
-    times, rows, context = planner.planner.times, sum(count for _, count in drafting), _context(drafting)
+    times, total, context = planner.planner.times, sum(rows), _context(batch)
     if not first:
-        return times.level(rows, context)
-    return times.level(len(drafting), context) + times.extend(rows, context) - times.extend(len(drafting), context)
+        return times.level(total, context)
+    return times.level(len(rows), context) + times.extend(total, context) - times.extend(len(rows), context)
 
 
-def learn(
-    verified: Sequence[tuple[Decoder, int]], verifying: float, drafted: float, others: float, ranks: Ranks = NO_OTHERS
-) -> None:
-    """Takes the times of a step of several texts, with so many rows each; arguments as `Planner.learn_round`.
+def learn(verified: Sequence[HostState], verifying: float, drafted: float, others: float, ranks: Ranks) -> None:
+    """Takes the times of a step of several sequences; arguments as `Planner.learn_round`.
 
     Args:
         ranks: of which the first one's times count.
     """
-    planners = [decoder.planner for decoder, _ in verified if decoder.planner is not None]
-    if planners and len(verified) > 1 and verifying > 0:
-        rows, context = sum(rows for _, rows in verified), _context(verified)
+    planner = _planner(verified)
+    if planner is not None and len(verified) > 1 and verifying > 0:
+        rows, context = sum(state.rows for state in verified), _context(verified)
         verifying, others = ranks.first((verifying, others))
-        planners[0].planner.learn_round(rows, context, verifying, drafted, others)
+        planner.planner.learn_round(rows, context, verifying, drafted, others)
 
 
-def _drafts(decoder: Decoder) -> bool:
-    return decoder.drafter is not None and (decoder.planner is None or not decoder.planner.paused)
+def _planner(states: Sequence[HostState]) -> TextPlanner | None:
+    return next((state.planner for state in states if state.planner is not None), None)
 
 
-def _context(texts: Sequence[tuple[Decoder, int]]) -> int:
-    return sum(len(decoder.tokens) for decoder, _ in texts) // len(texts)
+def _drafts(state: HostState) -> bool:
+    return state.drafter is not None and (state.planner is None or not state.planner.paused)
+
+
+def _context(states: Sequence[HostState]) -> int:
+    return sum(len(state.tokens) for state in states) // len(states)

@@ -20,17 +20,16 @@ from torch import Tensor
 
 from mtp_spec.acceptance import Choices, Rule
 from mtp_spec.acceptance.base import Law
-from mtp_spec.cpu.passes import HeadRows, ModuleRows, Work
+from mtp_spec.cpu.passes import MOST_ROWS, HeadRows, ModuleRows, Work
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel
 from mtp_spec.options import Speculation
 from mtp_spec.planning.node_planner import TextPlanner
 from mtp_spec.sampling.sampler import History, Sampler
+from mtp_spec.sequence import Observer
 from mtp_spec.tree import ROOT, TokenTree
 
-# rows of a prompt that pass through a module at once
-CHUNK = 256
 # Tokens that the modules have not seen when drafting begins again after plain steps. Older ones are left out, so that a
 # pause costs nothing: drafts need the recent context most (Windowed-MTP, 2607.21535).
 MOST_BEHIND, KEPT_BEHIND = 48, 24
@@ -56,10 +55,9 @@ class Drafter:
         rule: draws the drafts; None for the coupled rule, whose drafts follow the noise.
         choices: the rule's randomness.
         planner: decides which nodes an adaptive tree has.
+        observer: shown every row that drafts come from, see `sequence.Observer`.
     Attributes:
         laws: for each node of the last tree the law it was drawn from, where a rule drew it.
-        chances: for each node its probability under the draft, where `explaining` asks for it.
-        root_row: the processed row that the root's children were drawn from.
         dropped: rows so far that held NaN or infinity, so that no draft came of them.
     """
 
@@ -70,12 +68,11 @@ class Drafter:
         rule: Rule | None = None,
         choices: Choices | None = None,
         planner: TextPlanner | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self.model, self.rule, self.choices, self.planner = model, rule, choices, planner
+        self.model, self.rule, self.choices, self.planner, self.observer = model, rule, choices, planner, observer
         self.laws: list[Law] = []
         self.dropped = 0
-        self.explaining, self.chances = False, list[float]()
-        self.root_row: Tensor | None = None
         self.caches = list(caches)
         # per module: inputs not yet in its cache, hidden states of consecutive positions
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
@@ -84,11 +81,6 @@ class Drafter:
         # the first module's output at the last position it has seen, and its logits, where these are known
         self._root_hidden: Tensor | None = None
         self._root_logits: Tensor | None = None
-
-    def take(self, caches: Sequence[LatentCache], length: int) -> None:
-        """Begins with what an earlier text's modules held of the first `length` positions."""
-        for own, theirs in zip(self.caches, caches, strict=True):
-            own.take(theirs, length)
 
     def settle(self, tokens: Sequence[int]) -> Work[int]:
         """Brings every module's cache up to the committed tokens; returns `held`."""
@@ -117,8 +109,8 @@ class Drafter:
         self._pending[0].append(hidden)
         self.pending += hidden.shape[0]
 
-    def rest(self) -> None:
-        """Told of a plain step: tokens are left out where too many wait."""
+    def skip(self) -> None:
+        """Records a step without drafting: where too many hidden states wait for the modules, only the last are kept."""
         if self.pending > MOST_BEHIND:
             hidden = torch.cat(self._pending[0])
             self._left_out += self.caches[0].length + hidden.shape[0] - KEPT_BEHIND
@@ -147,7 +139,6 @@ class Drafter:
         tree, chances, dropped = TokenTree(), list[float](), self.dropped
         leaves = [Leaf(ROOT, hidden, history, (), 0.0 if planner is None else 1.0)]
         self.laws.clear()
-        self.chances.clear()
         for level in range(1, min(depth, speculation.depth) + 1):
             if planner is not None and leaves:
                 leaves = [leaves[i] for i in planner.deeper([leaf.score for leaf in leaves], len(tree))]
@@ -169,9 +160,9 @@ class Drafter:
             self._root_logits = rated.logits
         return self._root_logits
 
-    def _chosen(self, tree: TokenTree, nodes: Sequence[int]) -> TokenTree:
-        if self.explaining:
-            self.chances = [self.chances[node] for node in nodes]
+    def _chosen(self, tree: TokenTree, nodes: list[int]) -> TokenTree:
+        if self.observer is not None:
+            self.observer.pruned(nodes)
         return tree.part(nodes)
 
     def _extend(self, tokens: Sequence[int]) -> Work[Tensor]:
@@ -196,7 +187,7 @@ class Drafter:
         cache, outputs = self.caches[module], [hidden[:0]]
         table = self.model.table(self._left_out + cache.capacity + len(self.caches))
         prompt = hidden.shape[0] > MOST_BEHIND
-        for part in hidden.split(CHUNK) if hidden.shape[0] else ():
+        for part in hidden.split(MOST_ROWS) if hidden.shape[0] else ():
             offset = self._left_out + module + 1
             ids = tokens[offset + cache.length :][: part.shape[0]]
             plan = plan_rows(table, cache.length, range(-1, len(ids) - 1), offset)
@@ -240,19 +231,15 @@ class Drafter:
         """Adds this level's children, the most probable first where the budget is short; returns the new leaves."""
         width, budget = speculation.branching[level - 1], speculation.budget
         children: list[tuple[float, int, int, Leaf, Law | None]] = []
-        shares: dict[int, dict[int, float]] = {}
         for row, parent in zip(logits, leaves, strict=True):
             processed = sampler.process(row, parent.history)
-            if parent.node == ROOT:
-                self.root_row = processed
+            if self.observer is not None:
+                self.observer.drafted(parent.node, processed)
             if sampler.leaves_nothing(processed):
                 if float(processed.max()) != -math.inf:
                     self._drop(level, row)
                 continue
             top, laws = self._propose(processed, position, width, sampler)
-            if self.explaining:
-                whole = processed.double().softmax(-1)
-                shares[parent.node] = {token: float(whole[token]) for token in top}
             scores = [parent.score] * len(top)
             if self.planner is not None:
                 lead = sampler.lead(processed, position, top[0])
@@ -266,8 +253,6 @@ class Drafter:
         grown = []
         for score, rank, token, parent, law in children:
             node = tree.add(parent.node, token, rank)
-            if self.explaining:
-                self.chances.append(shares[parent.node][token])
             if law is not None:
                 self.laws.append(law)
             grown.append(Leaf(node, parent.hidden, parent.history.child(token), parent.slots, score))

@@ -1,18 +1,19 @@
-"""The passes through the model that a text asks for, run alone or together with those of other texts.
+"""Forward passes that sequences ask for, run together: rows of several sequences share one pass.
 
-A text is a generator (`Work`): it yields each pass it needs and goes on once the pass holds its results. So the same
-code writes one text, or many whose rows share passes: only who runs the passes differs. A row's bits do not
-depend on the rows beside it where the model's technique is "batched"; elsewhere passes are run apart.
+Work that needs passes is a generator (`Work`): it yields each pass it needs and goes on once the pass holds its
+results. `Passes.together` runs the work of several sequences in step, so that drafting reads the same for one sequence
+and for many. A row's bits do not depend on the rows beside it where the model's technique is "batched"; elsewhere
+passes are run apart.
 
 Legend: `M` rows, `D` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from mtp_spec.model.attention import JointPlan, RowPlan, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.rows import row_logits, verify_rows
-from mtp_spec.model.undisturbed import undisturbed
 
 _NONE = torch.empty(0)
+# rows of a joint pass at most, and of a prompt's chunk
+MOST_ROWS = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -93,78 +95,68 @@ class HeadRows:
         return self.hidden.shape[0]
 
 
-@dataclass(slots=True, eq=False)
-class Turn:
-    """What a text waits for on a GPU, where steps are captured: its prompt to be read, or its next step.
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What ended some work early."""
 
-    Attributes:
-        prompt: whether it is the prompt.
-        tokens: committed by it; result, as the others.
-        path: the row of the step that drew each of them; row 0 is the root.
-        failed: whether a row had no token.
-        nodes: ranks of the tree's nodes.  depth: of the tree.
-        logits: `[E, V]` of the text's rows, where it asked for them.
-    """
-
-    prompt: bool
-    tokens: list[int] = field(default_factory=list)
-    path: list[int] = field(default_factory=list)
-    failed: bool = False
-    nodes: Sequence[int] = ()
-    depth: int = 0
-    logits: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def rows(self) -> int:
-        return 1 + len(self.nodes)
+    error: Exception
 
 
 Pass = MainRows | ModuleRows | HeadRows
 T = TypeVar("T")
-# None: nothing to compute, a step has ended
-Work = Generator[Pass | Turn | None, None, T]
+Work = Generator[Pass, None, T]
 
 
-class Runner:
+class Passes:
     """Runs passes.
 
     Args:
         technique: how rows are computed on this machine (`model.rows`).
-        together: most rows of a joint pass; 0 runs every text's passes apart.
+        most: rows of a joint pass at most.
     """
 
-    def __init__(self, model: HostModel, technique: Technique, together: int = 0) -> None:
+    def __init__(self, model: HostModel, technique: Technique, most: int = MOST_ROWS) -> None:
         self.model, self.technique = model, technique
-        self.together = together if technique == "batched" else 0
+        self._most = most if technique == "batched" else 0
 
-    @undisturbed()
-    def finish(self, work: Work[T]) -> T:
-        """Runs a text's work to its end, alone; returns what it returns."""
-        while True:
+    def together(self, works: Sequence[Work[T]], told: Callable[[list[Pass]], None] | None = None) -> list[T | Failed]:
+        """Runs work of different sequences to its end, passes of a kind together.
+
+        Args:
+            told: of the passes that are about to run, each time.
+
+        Returns what each work returns, or how it failed.
+        """
+        results, wanted = list[T | Failed | None]([None] * len(works)), dict[int, Pass]()
+
+        def go_on(number: int) -> None:
+            wanted.pop(number, None)
             try:
-                wanted = next(work)
+                wanted[number] = next(works[number])
             except StopIteration as end:
-                result: T = end.value
-                return result
-            if wanted is not None and not isinstance(wanted, Turn):
-                self._run_all([wanted])
+                results[number] = end.value
+            except Exception as error:  # its own: a logits processor's, for example
+                results[number] = Failed(error)
 
-    @undisturbed()
-    def advance(self, work: Work[T]) -> bool:
-        """Runs a text's work up to its next rest, alone; returns whether it has ended."""
-        for wanted in work:
-            if wanted is None:
-                return False
-            if not isinstance(wanted, Turn):
-                self._run_all([wanted])
-        return True
+        for number in range(len(works)):
+            go_on(number)
+        while wanted:
+            if told is not None:
+                told(list(wanted.values()))
+            self.run(list(wanted.values()))
+            for number in list(wanted):
+                go_on(number)
+        return cast(list[T | Failed], results)
 
-    @undisturbed()
+    def alone(self, work: Work[T]) -> T:
+        """Runs one sequence's work to its end; returns what it returns."""
+        (result,) = self.together([work])
+        if isinstance(result, Failed):
+            raise result.error
+        return result
+
     def run(self, passes: Sequence[Pass]) -> None:
-        """Computes the results of passes of different texts, those of a kind together."""
-        self._run_all(passes)
-
-    def _run_all(self, passes: Sequence[Pass]) -> None:
+        """Computes the results of passes of different sequences, those of a kind together."""
         for _, some in groupby(sorted(passes, key=_kind), key=_kind):
             for group in self._groups(list(some)):
                 self._run(group)
@@ -173,7 +165,7 @@ class Runner:
         """Parts the passes of a kind into joint ones of no more rows than were tested."""
         group, rows = list[Pass](), 0
         for one in passes:
-            if group and rows + one.rows > self.together:
+            if group and rows + one.rows > self._most:
                 yield group
                 group, rows = [], 0
             group.append(one)

@@ -28,7 +28,7 @@ class _Piece(NamedTuple):
     begun: bool = False
 
 
-class Finisher:
+class StopChecker:
     """Follows one text.
 
     Args:
