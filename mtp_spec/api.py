@@ -33,7 +33,6 @@ from mtp_spec.memory import PagePlan
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
-from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation
 from mtp_spec.planning.node_planner import TextPlanner
 from mtp_spec.planning.store import Planners
 from mtp_spec.prompt import Asking, Message, taken
@@ -41,8 +40,10 @@ from mtp_spec.request import Request, checked_ids, is_batch, new_request
 from mtp_spec.results import Generation, TokenStream
 from mtp_spec.sampling.defaults import Defaults
 from mtp_spec.sampling.grammar import GrammarProcessor, Grammars
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.seeds import fresh_seed, text_seeds
 from mtp_spec.scheduler import Place, Worker
+from mtp_spec.speculation import MAX_DEPTH, Speculation, resolve_speculation
 from mtp_spec.text import Tokenizer
 
 Ids = Sequence[int]

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 
 Trees = TypeVar("Trees")
 Rows = TypeVar("Rows")

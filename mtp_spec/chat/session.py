@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, PromptError
-from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.results import Generation, TokenStream
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 
 Message = dict[str, str]

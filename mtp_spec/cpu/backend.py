@@ -16,7 +16,7 @@ from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.options import MAX_DEPTH, Speculation
+from mtp_spec.speculation import MAX_DEPTH, Speculation
 from mtp_spec.planning.node_planner import TextPlanner
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence

@@ -24,10 +24,13 @@ from mtp_spec.cpu.passes import MOST_ROWS, HeadRows, ModuleRows, Work
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel
-from mtp_spec.options import Speculation
 from mtp_spec.planning.node_planner import TextPlanner
 from mtp_spec.sampling.sampler import History, Sampler
+<<<<<<< HEAD
 from mtp_spec.sequence import Observer
+=======
+from mtp_spec.speculation import Speculation
+>>>>>>> h20d
 from mtp_spec.tree import ROOT, TokenTree
 
 # Tokens that the modules have not seen when drafting begins again after plain steps. Older ones are left out, so that a

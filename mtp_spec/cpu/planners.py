@@ -14,7 +14,8 @@ from mtp_spec.cache.pages import HostPages
 from mtp_spec.model.cache import pages_for
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
 from mtp_spec.planning.costs import NEAR, TEXT, StepTimes, measure
 from mtp_spec.planning.node_planner import Planner
 from mtp_spec.planning.store import read, times_subject, write

@@ -15,7 +15,7 @@ from typing import Any
 from mtp_spec.bench.peer import MTP
 from mtp_spec.bench.peer import PLAIN as PEER_PLAIN
 from mtp_spec.errors import OptionError
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 
 PLAIN, AUTO = "plain", "auto"
 COUPLED = "coupled"

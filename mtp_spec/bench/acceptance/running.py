@@ -23,8 +23,8 @@ from mtp_spec.bench.peer import MTP, counted_steps, transformers_ways
 from mtp_spec.bench.turns import Generate, check_kept, prefills, settled, warm_tokens
 from mtp_spec.cpu.engine import Decoder
 from mtp_spec.errors import OptionError
-from mtp_spec.options import Speculation
 from mtp_spec.progress import Report
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 
 Load = Callable[[int | str | None], LM]
