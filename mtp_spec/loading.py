@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from mtp_spec.api import LM
+from mtp_spec.backends import open_backend
 from mtp_spec.distributed.consistency import start_facts
 from mtp_spec.errors import OptionError
 from mtp_spec.load_checks import check_batch, check_device, check_ends, context_limit, dtype_of, load_model
 from mtp_spec.model.checkpoint.folder import open_checkpoint
-from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.distributed.joining import join_ranks, local_device, open_rooms
-from mtp_spec.model.transformer import Transformer
 from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.progress import Report, byte_progress
 from mtp_spec.sampling.defaults import FILE, Defaults
@@ -117,8 +116,5 @@ def load(
         report = progress if callable(progress) else shown
         model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks, max_batch,
                            cache_tokens, weights)  # fmt: skip
-    if isinstance(model, DeviceModel):
-        return LM(model, tokenizer, "batched", limit, measure, bar, max_batch, cache_tokens, own, ends)
-    if isinstance(model, Transformer):
-        model.requires_grad_(False)
-    return LM(model, tokenizer, model.technique, limit, measure, bar, max_batch, cache_tokens, own, ends)
+    backend = open_backend(model, tokenizer, limit, max_batch, cache_tokens, measure, bar)
+    return LM(backend, tokenizer, limit, max_batch, own, ends)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from time import perf_counter
 
 from mtp_spec.model.errors import RankError
 from mtp_spec.sequence import Sequence
@@ -50,7 +51,12 @@ class Scheduler:
         self._leave(gone)
         news = gone + self._admit()
         if self.running:
-            news += self.runner.round(self.running)
+            start = perf_counter()
+            running = list(self.running)
+            news += self.runner.round(running)
+            seconds = perf_counter() - start
+            for one in running:
+                one.stats.total_seconds += seconds
         failed = [one for one in news if one.error is not None]
         if failed and self._failing is not None:
             self._failing(failed)

@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -25,25 +24,6 @@ from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.scheduler import Scheduler
 from mtp_spec.sequence import Sequence
 from mtp_spec.step import Runner
-
-
-class SharedRunner(Runner, Protocol):
-    """A runner whose sequences share steps.
-
-    A rank measures times of its own, and ranks that plan by them would plan differently: the first one's count.
-    """
-
-    def begins(self, threads: int) -> None:
-        """Prepares for the first sequences after an idle period; `threads` is the submitter's torch thread count."""
-        ...
-
-    def measured(self) -> list[float]:
-        """Returns the seconds measured since this was asked last, as many on every rank."""
-        ...
-
-    def learn(self, times: Seq[float]) -> None:
-        """Takes the first rank's in their place."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +43,7 @@ class Worker:
         ranks: those that share the model; each makes its worker at the same place.
     """
 
-    def __init__(self, runner: SharedRunner, max_batch: int, ranks: Ranks) -> None:
+    def __init__(self, runner: Runner, max_batch: int, ranks: Ranks) -> None:
         self.runner, self.lockstep = runner, Lockstep(ranks)
         self.scheduler = Scheduler(runner, max_batch, self._failing)
         self._inbox, self._handles = deque[Submitted](), dict[Sequence, Handle]()

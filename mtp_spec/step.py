@@ -10,8 +10,10 @@ Plain decoding is the step with an empty tree, so that it runs the same rows.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
+from mtp_spec.model.host import Technique
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
 from mtp_spec.speculation import Speculation
@@ -61,6 +63,10 @@ class Runner(Protocol):
         """
         ...
 
+    def crowded(self, request: Request) -> bool:
+        """Whether others hold memory that a request needs, so that it would share nothing with them."""
+        ...
+
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
         """Finds memory for a sequence beside those that are running; returns false where it has to wait."""
         ...
@@ -81,6 +87,21 @@ class Runner(Protocol):
         """
         ...
 
+    def begins(self, threads: int) -> None:
+        """Prepares for the first sequences after an idle period; `threads` is the submitter's torch thread count."""
+        ...
+
+    def measured(self) -> list[float]:
+        """Returns the seconds measured since this was asked last, as many on every rank.
+
+        Ranks that plan by times of their own would plan differently: the first one's count.
+        """
+        ...
+
+    def learn(self, times: Seq[float]) -> None:
+        """Takes the first rank's in their place."""
+        ...
+
     def close(self) -> None:
         """Ends the runner, whose scheduler has no sequences any more; no harm if repeated."""
         ...
@@ -90,12 +111,14 @@ class Backend(Protocol):
     """A loaded model on its device.
 
     Attributes:
+        model: with its MTP modules.
         technique: how rows are computed, see `model.host`.
-        auto: the largest tree that `speculation="auto"` drafts; None where drafting cannot pay.
+        auto: the largest tree that `speculation="auto"` drafts.
     """
 
-    technique: Any
-    auto: Speculation | None
+    model: Any
+    technique: Technique
+    auto: Speculation
 
     def runner(self, shared: bool) -> Runner:
         """Returns a runner.
@@ -103,4 +126,8 @@ class Backend(Protocol):
         Args:
             shared: its sequences wait for memory when others have it; else each is alone and gets memory of its own.
         """
+        ...
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """To be entered by whoever computes with the model beside the runners."""
         ...

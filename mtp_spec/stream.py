@@ -17,13 +17,17 @@ class TokenStream(Iterator[TokenEvent]):
 
     Args:
         owner: the model, which lives as long as the stream.
+        after: an earlier stream, which is closed if it is unfinished and there is no room for both.
         allowed: asked before every step; raises where the text cannot go on.
     """
 
     def __init__(
-        self, sequence: Sequence, runner: Runner, owner: object = None, allowed: Callable[[], None] | None = None
-    ) -> None:
+        self, sequence: Sequence, runner: Runner, owner: object = None, allowed: Callable[[], None] | None = None,
+        after: TokenStream | None = None,
+    ) -> None:  # fmt: skip
         self.sequence, self.owner, self._allowed = sequence, owner, allowed
+        if after is not None and after.sequence.alive and runner.crowded(sequence.request):
+            after.close()
         self._scheduler = Scheduler(runner)
         self._scheduler.add(sequence)
         # a stream that nobody holds any more gives its memory back
@@ -39,13 +43,13 @@ class TokenStream(Iterator[TokenEvent]):
 
     def __next__(self) -> TokenEvent:
         while (event := self.sequence.log.pop()) is None:
-            if not self._advance():
+            if not self.advance():
                 raise StopIteration
         return event
 
     def rest(self) -> Generation:
         """Generates to the end without making an event of every token."""
-        while self._advance():
+        while self.advance():
             pass
         return self.sequence.log.finish()
 
@@ -53,8 +57,8 @@ class TokenStream(Iterator[TokenEvent]):
         """Ends the stream where it is and gives its memory back; no harm if repeated."""
         self._end()
 
-    def _advance(self) -> bool:
-        """Runs one round; returns whether there was anything to do."""
+    def advance(self) -> bool:
+        """Runs one round, without telling what it brought; returns whether there was anything to do."""
         sequence = self.sequence
         if sequence.finished or sequence.error is not None:
             return False

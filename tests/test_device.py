@@ -18,7 +18,6 @@ import mtp_spec
 from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.api import LM
 from mtp_spec.cpu.draft import Drafter
-from mtp_spec.cuda.constants import Shape
 from mtp_spec.cuda.state import MOST, State
 from mtp_spec.cuda.step import Graphs, Prefill
 from mtp_spec.errors import MTPSpecError, OptionError
@@ -32,6 +31,7 @@ from mtp_spec.model.transformer import Transformer
 from mtp_spec.speculation import Speculation
 from mtp_spec.text import Tokenizer
 from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree_shape import TreeShape
 
 DEMO = Path(str(files("mtp_spec.configs") / "demo"))
 SIZES: dict[str, Any] = {
@@ -278,13 +278,13 @@ def test_no_token_left_is_an_error() -> None:
 
 
 def test_shape_numbers_nodes_like_the_tree() -> None:
-    shape = Shape.of(Speculation(branching=(3, 2, 1)))
+    shape = TreeShape.of(Speculation(branching=(3, 2, 1)))
     tree = TokenTree()
     for node, (parent, rank) in enumerate(zip(shape.parents, shape.ranks, strict=True)):
         assert tree.add(parent, 100 * (parent + 1) + rank, rank) == node
     assert (tree.depths, len(tree), shape.depth) == (list(shape.depths), 15, 3)
     assert [shape.path(n) for n in range(15)] == [tree.path(n) for n in range(15)]
-    small = Shape.of(Speculation(branching=(4, 3, 2), budget=7))
+    small = TreeShape.of(Speculation(branching=(4, 3, 2), budget=7))
     assert len(small.parents) == 7
     assert small.depth == 3
     assert small.ranks[0] == 0

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 import mtp_spec
 import small
 from mtp_spec import memory
-from mtp_spec.cuda.constants import Shape
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Prefill, Step
 from mtp_spec.errors import MTPSpecError
@@ -29,6 +28,7 @@ from mtp_spec.model.cuda.checkpoint import empty_device_model, load_device_model
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.speculation import Speculation
+from mtp_spec.tree_shape import TreeShape
 
 
 class Held(TorchDispatchMode):
@@ -90,13 +90,13 @@ def test_passes_hold_what_is_planned(no_launches: None, model: DeviceModel) -> N
     for rows in (64, 256):
         peak = held(Prefill(model, state, rows, True).run)
         assert 0.9 * pass_bytes(model, rows) < peak <= 1.05 * pass_bytes(model, rows)
-    tree = Shape.of(Speculation(branching=(4, 4, 2), budget=64))
+    tree = TreeShape.of(Speculation(branching=(4, 4, 2), budget=64))
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=5, repetition_penalty=1.1)
     peak = held(Step(model, state, tree, stages_of(params), tree.depth + 1)._run)
     assert peak <= pass_bytes(model, ROWS) + 2 * ROWS * model.config.vocab_size * 4
     for shape, rule in ((Speculation(depth=3), "rejection"), (Speculation(branching=(4, 4, 2)), "traversal"),
                         (Speculation(branching=(3, 2, 1)), "hybrid")):  # fmt: skip
-        tree = Shape.of(shape)
+        tree = TreeShape.of(shape)
         peak = held(Step(model, state, tree, stages_of(params), tree.depth + 1, rule)._run)
         assert COPIES * (peak - pass_bytes(model, len(tree.parents) + 1)) <= rule_bytes(model.config, len(tree.parents))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -11,11 +12,12 @@ from rich.tree import Tree
 from torch import Tensor
 
 from mtp_spec.acceptance.accept import Accepted
-from mtp_spec.cpu.engine import Decoder
 from mtp_spec.sampling.sampler import History
+from mtp_spec.sequence import Sequence
+from mtp_spec.stream import TokenStream
 from mtp_spec.tree import ROOT, TokenTree
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Seq[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,38 +64,60 @@ class Explanation:
         yield Group(*(_tree(number, step) for number, step in enumerate(self.steps, start=1)))
 
 
-def explain(decoder: Decoder, steps: int, decode: Decode) -> Explanation:
-    """Returns the first steps of a decoder that has not run yet."""
-    out = Explanation()
-    if decoder.drafter is not None:
-        decoder.drafter.explaining = True
-    decoder.watch = lambda tree, logits, history, accepted: out.steps.append(
-        _step(decoder, tree, logits, history, accepted, decode)
-    )
-    out.first = decode([decoder.prefill()[0].token])
-    while not decoder.finished and len(out.steps) < steps:
-        decoder.step()
-    return out
+class Explainer:
+    """Watches a stream's steps, see `sequence.Observer`."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode, self._found = decode, Explanation()
+        self._rows, self._kept = dict[int, Tensor](), list[int]()
+        self._sequence: Sequence | None = None
+
+    def watch(self, stream: TokenStream, steps: int) -> Explanation:
+        """Returns the first steps of a stream that has not begun."""
+        self._sequence = sequence = stream.sequence
+        while sequence.alive and len(self._found.steps) < steps:
+            stream.advance()
+        stream.close()
+        self._found.first = self._decode(sequence.tokens[sequence.prompt_tokens :][:1])
+        return self._found
+
+    def drafted(self, parent: int, row: Tensor) -> None:
+        """Keeps the row that a node's children come from."""
+        if parent == ROOT:
+            self._rows.clear()
+            self._kept.clear()
+        self._rows[parent] = row
+
+    def pruned(self, kept: list[int]) -> None:
+        """Keeps which nodes are verified."""
+        self._kept[:] = kept
+
+    def verified(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
+        """Adds a step."""
+        sequence = self._sequence
+        assert sequence is not None
+        sampler, decode = sequence.sampler, self._decode
+
+        def target(node: int, token: int) -> float:
+            own = sampler.process(logits[node + 1], history.extend(tree.path_tokens(node)))
+            return _share(own, token)
+
+        def draft(node: int, token: int) -> float:
+            return _share(self._rows[self._kept[node] if self._kept and node != ROOT else node], token)
+
+        kept, nodes = set(accepted.nodes), list[Node]()
+        for node, token in enumerate(tree.tokens):
+            parent, depth = tree.parents[node], tree.depths[node]
+            chances = draft(parent, token), target(parent, token)
+            nodes.append(Node(token, decode([token]), parent, depth, *chances, node in kept))
+        last, row = accepted.drawn[-1].token, [ROOT, *accepted.nodes][len(accepted.drawn) - 1]
+        step = Step(decode([sequence.tokens[-1]]), nodes, decode([last]), target(row, last))
+        self._found.steps.append(step)
 
 
-def _step(
-    decoder: Decoder, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted, decode: Decode
-) -> Step:
-    sampler = decoder.sampler
-
-    def target(node: int, token: int) -> float:
-        own = sampler.process(logits[node + 1], history.extend(tree.path_tokens(node)))
-        return float(own.double().softmax(-1)[token])
-
-    draft = decoder.drafter.chances if decoder.drafter is not None else []
-    kept, nodes = set(accepted.nodes), list[Node]()
-    for node, token in enumerate(tree.tokens):
-        chance = target(tree.parents[node], token)
-        text, parent, depth = decode([token]), tree.parents[node], tree.depths[node]
-        nodes.append(Node(token, text, parent, depth, draft[node], chance, node in kept))
-    last = accepted.drawn[-1].token
-    row = [ROOT, *accepted.nodes][len(accepted.drawn) - 1]
-    return Step(decode([decoder.tokens[-1]]), nodes, decode([last]), target(row, last))
+def _share(row: Tensor, token: int) -> float:
+    """Returns a token's probability by a processed row `[V]`."""
+    return float(row.double().softmax(-1)[token])
 
 
 def _tree(number: int, step: Step) -> Tree:

@@ -9,12 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mtp_spec.cpu.engine import PREFILL_CHUNK
 from mtp_spec.kernels import mla
 from mtp_spec.model.attention import plan_rows
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.undisturbed import undisturbed
+
+# rows of a pass
+CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,9 @@ def _of_device(model: DeviceModel, ids: Sequence[int]) -> Scores:
     length = torch.zeros(1, dtype=torch.int32, device=model.device)
 
     def chunks(rows: Tensor, offset: int) -> Iterator[tuple[slice, mla.Plan]]:
-        for first in range(0, len(rows), PREFILL_CHUNK):
+        for first in range(0, len(rows), CHUNK):
             length.fill_(first)
-            part = slice(first, min(first + PREFILL_CHUNK, len(rows)))
+            part = slice(first, min(first + CHUNK, len(rows)))
             yield part, mla.chain(length, part.stop - first, offset)
 
     hidden = torch.cat([model.rows(tokens[part], own, plan) for part, plan in chunks(tokens, 0)])
@@ -85,7 +87,7 @@ def _of_device(model: DeviceModel, ids: Sequence[int]) -> Scores:
 
 
 def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (ids[first : first + PREFILL_CHUNK] for first in range(0, len(ids), PREFILL_CHUNK))
+    return (ids[first : first + CHUNK] for first in range(0, len(ids), CHUNK))
 
 
 def _empty(model: HostModel | DeviceModel, count: int) -> Scores:
@@ -96,5 +98,5 @@ def _empty(model: HostModel | DeviceModel, count: int) -> Scores:
 
 def _fill(logits: Tensor, head: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
     """Writes the logits that a head gives hidden states to the first rows."""
-    for place, rows in zip(logits[: len(hidden)].split(PREFILL_CHUNK), hidden.split(PREFILL_CHUNK), strict=True):
+    for place, rows in zip(logits[: len(hidden)].split(CHUNK), hidden.split(CHUNK), strict=True):
         place.copy_(head(rows))

@@ -27,7 +27,7 @@ from rich.table import Table
 import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
-from mtp_spec.planning.store import processor_name
+from mtp_spec.machine import processor_name
 from mtp_spec.sampling.seeds import derived_seed
 
 Row = dict[str, Any]

@@ -24,7 +24,6 @@ from torch import Tensor
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.timing import copy_rate, graph_time
-from mtp_spec.cuda.constants import Shape
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Step
 from mtp_spec.errors import OptionError
@@ -38,6 +37,7 @@ from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.distributed.joining import join_ranks, local_device, open_rooms
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.speculation import Speculation
+from mtp_spec.tree_shape import TreeShape
 
 CHUNK = 2**28
 # the chain whose rows are drawn and accepted, and how they are drawn
@@ -189,7 +189,7 @@ def _accepting(
 ) -> tuple[dict[str, Row], list[Row]]:
     """Returns microseconds of a chain's step by part, and which share of it drawing, accepting and committing take: in
     this slice's step, and in one of the whole model, whose layers are timed too."""
-    shape, out = Shape.of(Speculation(depth=CHAIN)), dict[str, Row]()
+    shape, out = TreeShape.of(Speculation(depth=CHAIN)), dict[str, Row]()
     layers = _layers(model, state, context, [CHAIN + 1], rate)
     (whole,) = _extrapolated(layers, full, [CHAIN + 1]).values()
     for name, params in ACCEPTED.items():

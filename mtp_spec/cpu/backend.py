@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -14,12 +15,12 @@ from mtp_spec.cpu.state import HostState
 from mtp_spec.cpu.step import HostStep
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, pages_for
-from mtp_spec.model.host import HostModel, Technique
+from mtp_spec.model.host import HostModel
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.speculation import MAX_DEPTH, Speculation
 from mtp_spec.planning.node_planner import TextPlanner
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
+from mtp_spec.speculation import MAX_DEPTH, Speculation
 from mtp_spec.step import step
 from mtp_spec.text import Tokenizer
 
@@ -39,16 +40,19 @@ class HostBackend:
     """
 
     def __init__(
-        self, model: HostModel, technique: Technique, tokenizer: Tokenizer | None, max_context: int, max_batch: int = 1,
+        self, model: HostModel, tokenizer: Tokenizer | None, max_context: int, max_batch: int = 1,
         cache_tokens: int | None = None, measure: bool = True, progress: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.technique = model, technique
-        # rows that run one by one cost as much to verify as drafts save
-        self.auto = AUTO if len(model.mtp) and technique == "batched" else None
-        self.planners = Planners(model, technique, tokenizer, max_context, measure, progress)
+        self.model, self.technique = model, model.technique
+        self.auto = AUTO
+        self.planners = Planners(model, model.technique, tokenizer, max_context, measure, progress)
         self._sizes = max_context, max_batch, cache_tokens
         self._pages: HostPages | None = None
         self._threads = 0
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Threads may compute side by side here."""
+        return nullcontext()
 
     def runner(self, shared: bool) -> HostRunner:
         """Returns a runner; see `mtp_spec.step.Backend`."""
@@ -112,6 +116,11 @@ class HostRunner:
         pages = self._backend.pages(self._shared)
         if pages is not None and self._shared:
             check_pages(request, request.room, pages.total)
+
+    def crowded(self, request: Request) -> bool:
+        """Whether others hold memory that a request needs; see `mtp_spec.step.Runner`."""
+        pages = self._backend.pages(self._shared)
+        return pages is not None and pages.free + pages.idle < pages_for(request.room)
 
     def begins(self, threads: int) -> None:
         """Computes with as many threads as the submitter does."""

@@ -26,11 +26,8 @@ from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel
 from mtp_spec.planning.node_planner import TextPlanner
 from mtp_spec.sampling.sampler import History, Sampler
-<<<<<<< HEAD
 from mtp_spec.sequence import Observer
-=======
 from mtp_spec.speculation import Speculation
->>>>>>> h20d
 from mtp_spec.tree import ROOT, TokenTree
 
 # Tokens that the modules have not seen when drafting begins again after plain steps. Older ones are left out, so that a
@@ -113,7 +110,7 @@ class Drafter:
         self.pending += hidden.shape[0]
 
     def skip(self) -> None:
-        """Records a step without drafting: where too many hidden states wait for the modules, only the last are kept."""
+        """Records a step without drafting: where too many hidden states wait for the modules, the last are kept."""
         if self.pending > MOST_BEHIND:
             hidden = torch.cat(self._pending[0])
             self._left_out += self.caches[0].length + hidden.shape[0] - KEPT_BEHIND

@@ -7,22 +7,22 @@ from time import perf_counter
 
 import torch
 
+from mtp_spec.cache.pages import HostPages
 from mtp_spec.cpu.passes import Passes
 from mtp_spec.cpu.state import HostState
 from mtp_spec.cpu.step import HostStep
-from mtp_spec.cache.pages import HostPages
 from mtp_spec.model.cache import pages_for
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.sampling.params import SamplingParams
-from mtp_spec.speculation import Speculation
 from mtp_spec.planning.costs import NEAR, TEXT, StepTimes, measure
 from mtp_spec.planning.node_planner import Planner
 from mtp_spec.planning.store import read, times_subject, write
 from mtp_spec.progress import step_progress
 from mtp_spec.request import Request
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.sequence import Sequence
+from mtp_spec.speculation import Speculation
 from mtp_spec.step import step
 from mtp_spec.text import Tokenizer
 from mtp_spec.text.stopping import StopChecker
@@ -91,7 +91,8 @@ def calibrated(
         request = Request(ids[:NEAR], sampler, speculation, length, StopChecker(None, frozenset(), (), length + 1))
         lease = HostPages(model.new_layers(pages_for(request.room)), len(model.mtp)).lease([], request.room, True)
         assert lease is not None
-        state, passes, seconds = HostState(model, technique, Sequence(request), lease, None), Passes(model, technique), []
+        state = HostState(model, technique, Sequence(request), lease, None)
+        passes, seconds = Passes(model, technique), list[float]()
         step(HostStep(passes, [], [state]))
         for _ in range(STEPS):
             start = perf_counter()

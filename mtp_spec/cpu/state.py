@@ -1,4 +1,4 @@
-"""What the CPU keeps of a sequence beside its tokens: caches, drafter, planner, and the parts of a step that are its own."""
+"""What the CPU keeps of a sequence beside its tokens, caches and drafter above all, and its own part of each step."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class HostState:
                     self.sampler.check(logits[node + 1], position)
             except NotFiniteError as error:
                 raise MTPSpecError(f"{error}; {self._origin(tree, error.node, hidden[error.node + 1])}") from error
-        if sequence.observer is not None and self.stats.new_tokens:
+        if sequence.observer is not None and sequence.steps:
             sequence.observer.verified(tree, logits, self.history, accepted)
         return accepted
 

@@ -1,13 +1,14 @@
 """The step on a CPU: sequences draft, verify, accept and commit together, and prompts are read beside them.
 
-The modules' passes of all sequences that draft are joint, level by level. One pass verifies all trees; it also reads the
-next chunks of prompts, whose rows then cost less than by themselves. A sequence's text is the same as alone, bit for
-bit: its rows are (`cpu.passes`), and everything else is its own.
+The modules' passes of all sequences that draft are joint, level by level. One pass verifies all trees; it also reads
+the next chunks of prompts, whose rows then cost less than by themselves. A sequence's text is the same as alone, bit
+for bit: its rows are (`cpu.passes`), and everything else is its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 
 from mtp_spec.acceptance.accept import Accepted
@@ -57,10 +58,11 @@ class HostStep:
 
     def accept(self, trees: list[TokenTree], rows: list[MainRows]) -> list[tuple[TokenTree, MainRows, Accepted | None]]:
         """Returns what is accepted of each tree; None for a sequence that failed."""
-        return [
-            (tree, verified, self._own(state, lambda: state.accept(tree, verified.hidden, verified.logits)))
-            for state, tree, verified in zip(self._batch, trees, rows, strict=True)
-        ]
+        verdicts = []
+        for state, tree, verified in zip(self._batch, trees, rows, strict=True):
+            accepted = self._own(state, partial(state.accept, tree, verified.hidden, verified.logits))
+            verdicts.append((tree, verified, accepted))
+        return verdicts
 
     def commit(self, verdicts: list[tuple[TokenTree, MainRows, Accepted | None]]) -> list[Sequence]:
         """Returns the sequences that have new tokens or have failed."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtp_spec.cuda.constants import Constants, Shape
+from mtp_spec.cuda.constants import Constants
 from mtp_spec.cuda.state import State
 from mtp_spec.kernels import mla
 from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.tree_shape import TreeShape
 
 
 def feed_modules(
@@ -57,7 +58,7 @@ def feed_modules(
 
 
 def run_module(
-    model: DeviceModel, state: State, shape: Shape, constants: Constants, nodes: list[int], ids: Tensor, hidden: Tensor
+    model: DeviceModel, state: State, shape: TreeShape, constants: Constants, nodes: list[int], ids: Tensor, hidden: Tensor
 ) -> Tensor:
     """Runs the module of their depth on nodes of one depth; returns outputs `[B R, D]`, which predict their children.
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from mtp_spec.acceptance.accept import Drawn
 from mtp_spec.cache.prefix import Left
 from mtp_spec.cpu.passes import Turn
-from mtp_spec.cuda.constants import Shape
 from mtp_spec.cuda.lock import Turns
 from mtp_spec.cuda.pages import DeviceLease
 from mtp_spec.cuda.state import MOST, WAITING, State, prefill_rows, stages_of
@@ -35,6 +34,7 @@ from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
+from mtp_spec.tree_shape import TreeShape
 
 # captured steps and passes, and what was learned of them; a batch has some for every size
 KEPT = 256
@@ -81,7 +81,7 @@ class DeviceRuntime:
         state.busy = True
         return state
 
-    def step(self, state: State, shape: Shape, stages: Stages, extend: int, acceptance: str, draws: bool) -> Step:
+    def step(self, state: State, shape: TreeShape, stages: Stages, extend: int, acceptance: str, draws: bool) -> Step:
         """Returns the step of a tree, captured where there is a GPU. The state must not hold a text yet."""
 
         def make() -> Step:
@@ -275,7 +275,7 @@ class DeviceDecoder(DeviceText):
 
     def _prepare(self, speculation: Speculation | None) -> Step:
         """Returns the step of this text."""
-        shape = Shape.of(speculation)
+        shape = TreeShape.of(speculation)
         extend = 0 if speculation is None else shape.depth + 1
         acceptance = "coupled" if speculation is None else speculation.acceptance
         return self.runtime.step(self.state, shape, self.stages, extend, acceptance, self.draws)

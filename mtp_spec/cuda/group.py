@@ -18,7 +18,6 @@ from functools import cached_property, lru_cache, partial
 import torch
 from torch import Tensor
 
-from mtp_spec.cuda.constants import Shape
 from mtp_spec.cuda.engine import DeviceRuntime, SharedDecoder
 from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, planned_pages
 from mtp_spec.cuda.planned import CATCH_UP_ROWS, Rungs, ladder_of, planned_shapes
@@ -31,6 +30,7 @@ from mtp_spec.memory import check_room, group_bytes, pages_bytes
 from mtp_spec.planning.shape_planner import MODEL_MEMORY, PLAIN, Chances, Ladder, TextLadder
 from mtp_spec.request import Request
 from mtp_spec.speculation import Speculation
+from mtp_spec.tree_shape import TreeShape
 
 # groups that are kept, with the steps that were captured for them
 GROUPS = 8
@@ -76,7 +76,7 @@ class Group:
         most: slots.
     """
 
-    def __init__(self, runtime: DeviceRuntime, pages: DevicePages, shapes: tuple[Shape, ...], most: int) -> None:
+    def __init__(self, runtime: DeviceRuntime, pages: DevicePages, shapes: tuple[TreeShape, ...], most: int) -> None:
         self.runtime, self.pages, self.most = runtime, pages, most
         self.shapes, self.planned, deepest = shapes, len(shapes) > 1, max(shape.depth for shape in shapes)
         self.drafts, self.extend = deepest > 0, deepest + 1 if deepest else 0
@@ -321,7 +321,7 @@ class Groups:
     def __init__(self, runtime: DeviceRuntime, most: int, cache_tokens: int | None = None) -> None:
         self.runtime, self.most = runtime, most
         self.page_count = planned_pages(runtime.max_context, most, cache_tokens)
-        self._groups: dict[tuple[Shape, ...], Group] = {}
+        self._groups: dict[tuple[TreeShape, ...], Group] = {}
 
     @cached_property
     def pages(self) -> DevicePages:
@@ -374,8 +374,8 @@ def drafting(request: Request) -> bool:
 
 
 @lru_cache  # asked for every text in every round while prompts are read
-def shapes_of(speculation: Speculation | None) -> tuple[Shape, ...]:
+def shapes_of(speculation: Speculation | None) -> tuple[TreeShape, ...]:
     """Returns the shapes that a text's steps may have."""
     if speculation is not None and speculation.adaptive:
         return planned_shapes(speculation)
-    return (Shape.of(speculation),)
+    return (TreeShape.of(speculation),)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mtp_spec.acceptance.accept import Drawn, accept_coupled
-from mtp_spec.cuda.constants import Shape
 from mtp_spec.cuda.engine import DeviceDecoder, DeviceRuntime
 from mtp_spec.cuda.pages import DeviceLease
 from mtp_spec.errors import OptionError
@@ -22,6 +21,7 @@ from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree_shape import TreeShape
 
 GUIDED_DEPTH = 3
 
@@ -91,7 +91,7 @@ class GuidedDecoder(DeviceDecoder):
         return accepted.drawn
 
 
-def drafted(shape: Shape, ids: Sequence[int]) -> tuple[TokenTree, list[int]]:
+def drafted(shape: TreeShape, ids: Sequence[int]) -> tuple[TokenTree, list[int]]:
     """Returns the tree that a pass of `ids` (root first) verified, and the row of each of its nodes.
 
     A row that repeats a sibling, as where a law had too few tokens, is no node.

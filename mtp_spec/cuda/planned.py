@@ -15,7 +15,7 @@ from time import perf_counter
 
 import torch
 
-from mtp_spec.cuda.constants import Constants, Shape
+from mtp_spec.cuda.constants import Constants
 from mtp_spec.cuda.draft import feed_modules
 from mtp_spec.cuda.engine import DeviceDecoder, DeviceRuntime, Launched
 from mtp_spec.cuda.state import WAITING, State
@@ -23,6 +23,7 @@ from mtp_spec.cuda.step import Step
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.planning.shape_planner import PLAIN, Chances, Ladder, TextLadder
 from mtp_spec.speculation import Speculation
+from mtp_spec.tree_shape import TreeShape
 
 PLANNED_DEPTH = 5
 # rows that catch up at once; the smallest pass that holds what waits is taken
@@ -127,19 +128,19 @@ class PlannedDecoder(DeviceDecoder):
             self.planner.learn(rung, accepted, seconds)
 
 
-def ladder_of(shapes: Sequence[Shape], seconds: Sequence[float], chances: Chances | None = None) -> Ladder:
+def ladder_of(shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None) -> Ladder:
     """Returns the ladder of measured times, in the order of `Rungs.seconds`."""
     steps, (settling, *reading) = seconds[: len(shapes)], seconds[len(shapes) :]
     return Ladder(shapes, steps, settling, dict(zip(CATCH_UP_ROWS, reading, strict=True)), chances)
 
 
-def planned_shapes(speculation: Speculation) -> tuple[Shape, ...]:
+def planned_shapes(speculation: Speculation) -> tuple[TreeShape, ...]:
     """Returns the shapes that take turns: plain decoding, then trees of growing depth."""
     trees = [
         Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
         for depth in range(1, min(speculation.depth, PLANNED_DEPTH) + 1)
     ]
-    return tuple(Shape.of(tree) for tree in (None, *trees))
+    return tuple(TreeShape.of(tree) for tree in (None, *trees))
 
 
 def _one_by_one(works: list[Callable[[], None]]) -> Callable[[], None]:

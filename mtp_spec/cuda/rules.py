@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mtp_spec.acceptance import RULES
 from mtp_spec.acceptance.lossy import Relaxed, Typical
-from mtp_spec.cuda.constants import Constants, Shape
+from mtp_spec.cuda.constants import Constants
 from mtp_spec.kernels.uniform import uniforms
+from mtp_spec.tree_shape import TreeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class DeviceRule:
     """
 
     name: str
-    shape: Shape
+    shape: TreeShape
     greedy: bool
     drawn: Tensor
     _constants: Constants = field(init=False)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtp_spec.cuda.constants import Constants, Shape
+from mtp_spec.cuda.constants import Constants
 from mtp_spec.cuda.draft import feed_modules, run_module
 from mtp_spec.cuda.rules import DeviceRule
 from mtp_spec.cuda.state import State
@@ -24,6 +24,7 @@ from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.sampler import Sampled, Stages, sample
 from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.tree_shape import TreeShape
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class Step:
 
     model: DeviceModel
     state: State
-    shape: Shape
+    shape: TreeShape
     stages: Stages
     extend: int
     acceptance: str = "coupled"

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-import mtp_spec
+from mtp_spec._version import __version__
 from mtp_spec.errors import MTPSpecError
+from mtp_spec.machine import processor_name
 from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.checkpoint.tensors import read_tensor
 from mtp_spec.model.distributed.group import Ranks
-from mtp_spec.planning.store import processor_name
 
 # matrices of which one row is compared
 SAMPLES = 32
@@ -26,7 +26,7 @@ def start_facts(checkpoint: Checkpoint, device: str) -> dict[str, object]:
     """Returns versions, kind of machine and the checkpoint, before its weights are read."""
     cuda = torch.device(device).type == "cuda"
     return {
-        "mtp_spec": mtp_spec.__version__,
+        "mtp_spec": __version__,
         "torch": torch.__version__,
         # kinds of processors round differently, and so do numbers of threads
         "device": torch.cuda.get_device_name(device) if cuda else processor_name(),

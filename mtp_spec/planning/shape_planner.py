@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import exp, inf, log, log2
 
-from mtp_spec.cuda.constants import Shape
 from mtp_spec.planning.governor import ALLOWED, LEAST_PRICE, Pace
 from mtp_spec.tree import ROOT
+from mtp_spec.tree_shape import TreeShape
 
 PLAIN = 0
 # before anything was seen: the chance of a best child, and of a sibling once the better ones have failed
@@ -57,7 +57,7 @@ class Chances:
             return self._before.chance(depth, rank)
         return FIRST_SHARE if rank else FIRST_CHANCE
 
-    def learn(self, shape: Shape, path: Sequence[int], times: int = 1, texts: int = 1) -> None:
+    def learn(self, shape: TreeShape, path: Sequence[int], times: int = 1, texts: int = 1) -> None:
         """Takes the nodes of an accepted path, depth 1 first.
 
         Args:
@@ -75,7 +75,7 @@ class Chances:
                 if accepted:
                     break
 
-    def tokens(self, shape: Shape) -> float:
+    def tokens(self, shape: TreeShape) -> float:
         """Returns the expected tokens of a step, the bonus token included."""
         reached, left = {ROOT: 1.0}, dict[int, float]()
         for node, parent in enumerate(shape.parents):
@@ -100,7 +100,7 @@ class Ladder:
     """
 
     def __init__(
-        self, shapes: Sequence[Shape], seconds: Sequence[float], settling: float, catching_up: Mapping[int, float],
+        self, shapes: Sequence[TreeShape], seconds: Sequence[float], settling: float, catching_up: Mapping[int, float],
         chances: Chances | None = None,
     ) -> None:  # fmt: skip
         if shapes[PLAIN].parents or len(shapes) != len(seconds) or len(shapes) < 2 or min(seconds) <= 0:

@@ -1,4 +1,4 @@
-"""Measurements kept from run to run in the user's cache directory, and the planners that start from them.
+"""Measurements kept from run to run in the user's cache directory.
 
 A file holds what it was measured on and with. It counts only for the same; anything else, an unreadable file included,
 is measured again and replaced.
@@ -9,35 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 
-import mtp_spec
-from mtp_spec.cpu.engine import Decoder
-from mtp_spec.cpu.passes import Runner
+from mtp_spec._version import __version__
+from mtp_spec.machine import processor_name
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
-from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.planning.costs import NEAR, PASSES, TEXT, StepTimes, measure
-from mtp_spec.planning.node_planner import Planner
-from mtp_spec.progress import step_progress
-from mtp_spec.sampling.params import SamplingParams
-from mtp_spec.sampling.sampler import Sampler
-from mtp_spec.speculation import Speculation
-from mtp_spec.text import Tokenizer
-
-# steps of a text, plain and with a chain so deep, that times are brought to; the first ones warm up
-STEPS, WARM, CHAIN = 20, 4, 2
-# drafts have to promise so much more than plain decoding: times that are measured in a moment are not surer
-MARGIN = 1.1
+from mtp_spec.planning.costs import PASSES
 
 
 def subject_of(model: HostModel | DeviceModel) -> dict[str, Any]:
@@ -59,16 +43,6 @@ def times_subject(model: HostModel, technique: Technique) -> dict[str, Any]:
         **subject_of(model), "threads": torch.get_num_threads(), "rows": technique, "ranks": model.ranks.size,
         "passes": PASSES, "runs on": model.runs_on, "stored": model.stored,
     }  # fmt: skip
-
-
-def processor_name() -> str:
-    """Returns the processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def cache_folder() -> Path:
@@ -119,4 +93,4 @@ def file_of(subject: dict[str, Any]) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    return {"mtp_spec": mtp_spec.__version__, "torch": torch.__version__}
+    return {"mtp_spec": __version__, "torch": torch.__version__}
