@@ -210,7 +210,8 @@ class LM:
             return self._worker.submit([Sequence(request, ended=ended) for request in requests], self)
 
     def stream(
-        self, prompt: str | Ids | Seq[Message], *, after: TokenStream | None = None, **options: Any
+        self, prompt: str | Ids | Seq[Message], *, after: TokenStream | None = None, observer: Observer | None = None,
+        **options: Any
     ) -> TokenStream:
         """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `chat`.
 
@@ -220,13 +221,14 @@ class LM:
             after: an earlier stream of this model: prompts that begin alike share what was computed for them in any
                 case, and this makes room for the next turn of a chat where memory is for one text alone, by closing
                 the earlier stream if it was left unfinished.
+            observer: is shown every step's drafts and rows (`mtp_spec.sequence.Observer`); on a CPU only.
         """
         ids = self._asking.ids(prompt, options)
         self._agree([ids], options)
         request = self._request(ids, options)
         if after is not None and (not isinstance(after, TokenStream) or after.owner is not self):
             raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
-        return self._stream(request, after)
+        return self._stream(request, after, observer)
 
     def explain(self, prompt: str | Ids | Seq[Message], steps: int = 3, **options: Any) -> Explanation:
         """Returns what the first verify steps drafted, what both models thought of it and what was accepted.
@@ -291,6 +293,8 @@ class LM:
     def _stream(
         self, request: Request, after: TokenStream | None = None, observer: Observer | None = None
     ) -> TokenStream:
+        if observer is not None and self.backend.captured:
+            raise OptionError('steps on a GPU keep their drafts to themselves: load(..., device="cpu") to look at them')
         ranks, ended = self.model.ranks, None if request.speculation is None else self._ended
         sequence = Sequence(request, observer=observer, ended=ended)
         allowed = None if ranks.size == 1 else partial(check_first, ranks, ranks.submitted)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from mtp_spec.cuda.memory import check_memory
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.cpu import engine
 from mtp_spec.kernels.launching import runs_triton
-from mtp_spec.memory import check_host, check_kept, check_memory
+from mtp_spec.memory import check_host, check_kept
 from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cpu.checkpoint import load_cpu_model

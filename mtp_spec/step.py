@@ -114,11 +114,13 @@ class Backend(Protocol):
         model: with its MTP modules.
         technique: how rows are computed, see `model.host`.
         auto: the largest tree that `speculation="auto"` drafts.
+        captured: whether steps are captured as CUDA graphs, which keep what they draft to themselves.
     """
 
     model: Any
     technique: Technique
     auto: Speculation
+    captured: bool
 
     def runner(self, shared: bool) -> Runner:
         """Returns a runner.

@@ -26,6 +26,7 @@ class TokenStream(Iterator[TokenEvent]):
         after: TokenStream | None = None,
     ) -> None:  # fmt: skip
         self.sequence, self.owner, self._allowed = sequence, owner, allowed
+        runner.check(sequence.request)
         if after is not None and after.sequence.alive and runner.crowded(sequence.request):
             after.close()
         self._scheduler = Scheduler(runner)

@@ -28,12 +28,14 @@ import torch
 
 import mtp_spec
 from mtp_spec.api import LM
+from mtp_spec.backends import open_backend
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.disk import forget, read_rate, write_rate
 from mtp_spec.bench.synthetic import fitted, outputs, synthetic_job
+from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.load_checks import check_device
-from mtp_spec.memory import host_bytes, plan_memory, read_ahead_bytes
+from mtp_spec.memory import host_bytes, read_ahead_bytes
 from mtp_spec.model.checkpoint.cast import cast_job
 from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
 from mtp_spec.model.checkpoint.folder import open_checkpoint
@@ -179,7 +181,7 @@ def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
             read.append(perf_counter() - begin)
 
         if as_stored:
-            lm = LM(load_device_model(checkpoint, device, told), None, "batched", context, False)
+            lm = LM(open_backend(load_device_model(checkpoint, device, told), None, context), None, context)
         else:
             lm = mtp_spec.load(folder, device=device, max_context=context, measure=False, progress=told)
     except mtp_spec.CheckpointError:

@@ -42,7 +42,7 @@ def speed(lm: LM, args: argparse.Namespace) -> Report:
         rows, facts = [], dict[str, Any](absent)
         for temperature in args.temperatures:
             part, facts[f"at temperature {temperature}"] = _compare(lm, ways, temperature, args)
-            if lm.runtime is not None:
+            if lm.backend.captured:
                 parts = _parts(lm, speculations, temperature)
                 facts[f"microseconds of a step at {temperature}"] = parts
                 for row in part:

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from mtp_spec.api import LM
+from mtp_spec.backends import open_backend
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.timing import copy_rate, graph_time
+from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Step
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla, moe
 from mtp_spec.kernels.sampler import Stages, sample
-from mtp_spec.memory import plan_memory
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cuda.layers import Dense, Layer, Mixture
 from mtp_spec.model.cuda.model import DeviceModel
@@ -299,7 +300,7 @@ def _extrapolated(rows: list[Row], full: ModelConfig, counts: list[int]) -> Row:
 
 def _same_text(model: DeviceModel, context: int) -> dict[str, bool]:
     """Whether speculation leaves the text as it is, at these shapes."""
-    lm = LM(model, None, "batched", context)
+    lm = LM(open_backend(model, None, context), None, context)
     prompt = [(31 * i) % model.config.vocab_size for i in range(70)]
     texts = {}
     for name, speculation in (("plain", None), ("chain of 3", 3), ("tree", Speculation(branching=(3, 2, 1)))):

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, PromptError
-from mtp_spec.results import Generation, TokenStream
+from mtp_spec.results import Generation
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
+from mtp_spec.stream import TokenStream
 
 Message = dict[str, str]
 Shape = Speculation | Literal["auto"] | None

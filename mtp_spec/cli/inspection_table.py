@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mtp_spec.cuda.memory import pages_bytes, plan_memory
 from mtp_spec.kernels.cpu import engine
 from mtp_spec.kernels.mla_cache import Layout
 from mtp_spec.load_checks import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
-from mtp_spec.memory import pages_bytes, plan_memory
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.checkpoint.summary import CheckpointSummary, opened_or_refused, summed_up
@@ -59,7 +59,7 @@ def _gpu(checkpoint: Checkpoint, drafts: DraftVocabulary, cache_dtype: str | Non
     plan, more = plan_memory(model, limit), [plan_memory(model, limit, texts).total for texts in (2, 3)]
     listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in plan.parts().items())
     second, further = more[0] - plan.total, more[1] - more[0]
-    page = pages_bytes(model, limit, 1) - pages_bytes(model, limit, 0)
+    page = pages_bytes(model, limit, 1, 1) - pages_bytes(model, limit, 1, 0)
     return (f"{plan.total / 1e6:,.0f} MB in FP8 for {limit} tokens: {listed}; load(max_batch=2) "
             f"{second / 1e6:,.0f} MB more, and {further / 1e6:,.0f} with every further text, or with cache_tokens= "
             f"{page / 1e6:,.2f} for every {PAGE} tokens of all")  # fmt: skip

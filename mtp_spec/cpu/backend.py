@@ -39,12 +39,13 @@ class HostBackend:
         measure: measure step times for "auto", unless that was done before.  progress: and show a bar meanwhile.
     """
 
+    auto, captured = AUTO, False
+
     def __init__(
         self, model: HostModel, tokenizer: Tokenizer | None, max_context: int, max_batch: int = 1,
         cache_tokens: int | None = None, measure: bool = True, progress: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.technique = model, model.technique
-        self.auto = AUTO
         self.planners = Planners(model, model.technique, tokenizer, max_context, measure, progress)
         self._sizes = max_context, max_batch, cache_tokens
         self._pages: HostPages | None = None

@@ -1,6 +1,6 @@
-"""Texts on a GPU that take their steps together.
+"""Sequences on a GPU that take their steps together: those of one kind (`kinds`).
 
-Every text has a slot of one state, the first ones are taken. A step is captured for the first so many slots (1, 2, 4,
+One prompt is a group of one. Every sequence has a slot of one state, the first ones are taken. A step is captured for the first so many slots (1, 2, 4,
 ...): where fewer texts are left, the others stay where they are, on rows that nobody reads. Which pages of the caches a
 slot has stands on the device, so texts come, go and change their slots without anything being captured again.
 
@@ -11,29 +11,25 @@ what steps cost, and one `TextLadder` chooses by what all of them have accepted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mtp_spec.cuda.engine import DeviceRuntime, SharedDecoder
-from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, planned_pages
-from mtp_spec.cuda.planned import CATCH_UP_ROWS, Rungs, ladder_of, planned_shapes
-from mtp_spec.cuda.prefill import Reader
+from mtp_spec.cuda.guided import draw_step
+from mtp_spec.cuda.kinds import Kind
+from mtp_spec.cuda.memory import check_room, group_bytes, rule_bytes
+from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
+from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Rungs, ladder_of
 from mtp_spec.cuda.state import MOST, WAITING, Mail, State, union
 from mtp_spec.cuda.step import Step
+from mtp_spec.cuda.text import DeviceText, Record
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages
-from mtp_spec.memory import check_room, group_bytes, pages_bytes
 from mtp_spec.planning.shape_planner import MODEL_MEMORY, PLAIN, Chances, Ladder, TextLadder
-from mtp_spec.request import Request
-from mtp_spec.speculation import Speculation
-from mtp_spec.tree_shape import TreeShape
-
-# groups that are kept, with the steps that were captured for them
-GROUPS = 8
 
 
 @dataclass(slots=True)
@@ -52,60 +48,64 @@ class Part:
 
 
 @dataclass(slots=True)
-class Launched:
+class Flight:
     """A step on its way.
 
     Attributes:
-        texts: those that take it, by slot.  rung: which shape.  ladder: that the shape was chosen from.
+        texts: those that take it, by slot.
+        rung: which shape.
+        ladder: that the shape was chosen from.
+        alone: whether its sequence took it with no other.
         logits: of the texts that asked for them, `[E, V]` each, by slot.
     """
 
-    texts: list[SharedDecoder]
+    texts: list[DeviceText]
     rung: int
     record: Tensor
     logits: dict[int, Tensor]
     ladder: Ladder | None
+    alone: bool
     begun: torch.cuda.Event | None
     ended: torch.cuda.Event | None
 
 
 class Group:
-    """Texts whose steps have the same shape, or the same shapes that take turns.
+    """Sequences of one kind, as many as have slots.
 
     Args:
         most: slots.
     """
 
-    def __init__(self, runtime: DeviceRuntime, pages: DevicePages, shapes: tuple[TreeShape, ...], most: int) -> None:
-        self.runtime, self.pages, self.most = runtime, pages, most
-        self.shapes, self.planned, deepest = shapes, len(shapes) > 1, max(shape.depth for shape in shapes)
-        self.drafts, self.extend = deepest > 0, deepest + 1 if deepest else 0
+    def __init__(self, runtime: DeviceRuntime, pages: DevicePages, kind: Kind, most: int) -> None:
+        self.runtime, self.pages, self.kind, self.most = runtime, pages, kind, most
+        self.shapes, self.extend = kind.shapes, kind.extend
         model, device = runtime.model, runtime.model.device
         if device.type == "cuda":
-            check_room(group_bytes(model, most), device, f"A batch of {most} texts")
+            check_room(group_bytes(model, most), device, f"A step of {most} texts")
         self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
-        self.state.logits = torch.empty(STEP_ROWS, model.config.vocab_size, dtype=torch.float32, device=device)
+        self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
-        self._slots: list[SharedDecoder | None] = []
-        self._launched: deque[Launched] = deque()
+        self._slots: list[DeviceText | None] = []
+        self._launched: deque[Flight] = deque()
         self._hosts = [torch.empty(most, commits.record_size(MOST), dtype=torch.int32,
                                    pin_memory=device.type == "cuda") for _ in range(2)]  # fmt: skip
         self._chances = Chances(MODEL_MEMORY)
         self._planner: TextLadder | None = None
+        self.ladder: Ladder | None = None  # of the last step
         self._stages = Stages(noise=False)
         self.untold = list[tuple[Ladder, int, float]]()  # steps' seconds, of which the first rank's will count
         self._changed = self._disturbed = self._unseen = False
         self._ended: torch.cuda.Event | None = None
 
     @property
-    def texts(self) -> list[SharedDecoder]:
+    def texts(self) -> list[DeviceText]:
         """Those that take its steps."""
         return [text for text in self._slots if text is not None]
 
-    def join(self, texts: Sequence[SharedDecoder], state: State) -> None:
+    def join(self, texts: Seq[DeviceText], state: State) -> None:
         """Gives texts, whose prompts were read, slots; `state` holds them."""
         if None not in self._slots:
             self.state.part(len(self._slots), len(texts)).take(state)
@@ -117,11 +117,16 @@ class Group:
                 self.state.part(place, 1).take(state.part(number, 1))
         self._changed = True
 
-    def leave(self, text: SharedDecoder) -> None:
+    def leave(self, text: DeviceText) -> None:
         """Takes a text out, if it is there."""
         if text in self._slots:
             self._slots[self._slots.index(text)] = None
             self._changed = True
+
+    @property
+    def full(self) -> bool:
+        """Whether all slots are taken."""
+        return len(self.texts) == self.most
 
     def clear(self) -> None:
         """Takes all texts out, and waits for what is on its way."""
@@ -139,8 +144,8 @@ class Group:
             self._settle_down()
         texts = self.texts
         parts = self._parts(len(texts))
-        rung = self._choose(parts) if self.planned else PLAIN
-        if self.planned:
+        rung = self._choose(parts) if self.kind.takes_turns else PLAIN
+        if self.kind.takes_turns:
             self._turn([part.rungs for part in parts if part.rungs is not None], rung, texts)
         begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
         self._disturbed = False
@@ -153,31 +158,43 @@ class Group:
         host.copy_(self.state.record, non_blocking=True)
         self._ended = self._mark()
         ladder = None if self._planner is None else self._planner.ladder
-        self._launched.append(Launched(texts, rung, host, logits, ladder, begun, self._ended))
+        self._launched.append(Flight(texts, rung, host, logits, ladder, len(texts) == 1, begun, self._ended))
 
-    def finish(self) -> list[SharedDecoder]:
-        """Waits for the step before the one launched last; returns its texts, whose turns have their results."""
+    def finish(self) -> list[tuple[DeviceText, Record]]:
+        """Waits for the step before the one launched last; returns what it brought its sequences."""
         if len(self._launched) < 2:
             return []
         done = self._launched.popleft()
         self.runtime.model.ranks.wait(done.ended)
-        shape = self.shapes[done.rung]
-        records = done.record[: len(done.texts)].tolist()
-        for slot, (text, (count, failed, *numbers)) in enumerate(zip(done.texts, records, strict=True)):
-            turn = text.turn
-            turn.tokens, turn.path = numbers[:count], numbers[MOST : MOST + count]
-            turn.failed, turn.nodes, turn.depth = bool(failed), shape.ranks, shape.depth
-            turn.logits = done.logits.get(slot)
+        shape, found = self.shapes[done.rung], list[tuple[DeviceText, Record]]()
+        lines = done.record[: len(done.texts)].tolist()
+        for slot, (text, (count, failed, *numbers)) in enumerate(zip(done.texts, lines, strict=True)):
+            path = numbers[MOST : MOST + count]
+            record = Record(numbers[:count], path, bool(failed), shape.ranks, shape.depth, done.logits.get(slot))
+            found.append((text, record))
         if self._planner is not None:
-            self._learn(done, self._planner)
-        return done.texts
+            self._learn(done, self._planner, found)
+        return found
+
+    def step_on_host(self) -> None:
+        """Runs a step whose tokens the host draws, and makes them its sequence's."""
+        if self._changed:
+            self._settle_down()
+        (text,), (part,) = self.texts, self._parts(1)
+        part.steps[PLAIN]()
+        self.runtime.model.ranks.wait()
+        draw_step(text, part.steps[PLAIN])
+
+    def steps(self) -> list[Step]:
+        """Returns the steps, one a shape, of the sequences that it has now."""
+        return self._parts(len(self.texts))[0].steps
 
     def _logits(self, part: Part, rung: int) -> dict[int, Tensor]:
         """Returns copies of what texts asked for, by slot: the next pass writes where they are."""
         rows, room, texts = self.shapes[rung].rows, self.state.logits, self.texts[part.first :]
         assert room is not None
         return {part.first + slot: room[slot * rows : (slot + 1) * rows].clone()
-                for slot, text in enumerate(texts[: part.state.texts]) if text.sampler.params.logprobs}  # fmt: skip
+                for slot, text in enumerate(texts[: part.state.texts]) if text.params.logprobs}  # fmt: skip
 
     def _mark(self) -> torch.cuda.Event | None:
         if self.runtime.model.device.type != "cuda":
@@ -227,12 +244,18 @@ class Group:
     def _capture(self, first: int, slots: int) -> Part:
         state, runtime = self.state.part(first, slots), self.runtime
         with state.set_aside(self.pages.tables[self.pages.idle_row]):
-            steps = [Step(runtime.model, state, shape, self._stages, self.extend) for shape in self.shapes]
+            kind = self.kind
+            steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, not kind.host_draws)
+                     for shape in self.shapes]  # fmt: skip
             if runtime.graphs is not None:
+                if kind.acceptance != "coupled":
+                    nodes = max(len(shape.parents) for shape in self.shapes)
+                    check_room(rule_bytes(runtime.model.config, nodes), runtime.model.device,
+                               f'acceptance="{kind.acceptance}" on {nodes} nodes')  # fmt: skip
                 for step in steps:
                     step.capture(runtime.graphs)
             rungs = None
-            if self.planned:
+            if self.kind.takes_turns:
                 rungs = Rungs.capture(runtime, state, steps, STEP_ROWS)
         self._disturbed = True
         return Part(first, state, steps, rungs)
@@ -245,8 +268,9 @@ class Group:
         if self._planner is None:
             self._planner = TextLadder(ladder)
         planner, texts = self._planner, self.texts
-        planner.ladder, planner.texts = ladder, len(texts)
-        planner.left = max(text.end - len(text.tokens) for text in texts)
+        self.ladder = planner.ladder = ladder
+        planner.texts = len(texts)
+        planner.left = max(text.left for text in texts)
         planner.behind = max(text.waiting for text in texts)
         return planner.choose()
 
@@ -265,8 +289,8 @@ class Group:
         seconds = [sum(times) for times in zip(*measured, strict=True)]
         return ladder_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances)
 
-    def _turn(self, rungs: list[Rungs], rung: int, texts: list[SharedDecoder]) -> None:
-        """Does what lies between steps, as `PlannedDecoder`; texts may be behind by different numbers of rows."""
+    def _turn(self, rungs: list[Rungs], rung: int, texts: list[DeviceText]) -> None:
+        """Does what lies between steps; sequences may be behind by different numbers of rows."""
         behind = max(text.waiting for text in texts)
         if rung == PLAIN:
             if self._unseen:  # what a drafting step committed lies where the next step writes
@@ -284,22 +308,27 @@ class Group:
             self._unseen = True
             self._set_waiting(texts, 0)
 
-    def _catch_up(self, rungs: list[Rungs], behind: int, texts: list[SharedDecoder]) -> int:
+    def _catch_up(self, rungs: list[Rungs], behind: int, texts: list[DeviceText]) -> int:
         rows = next(rows for rows in CATCH_UP_ROWS if behind - 1 <= rows)
         for one in rungs:
             one.catch_up[rows]()
         self._disturbed = True
         return self._set_waiting(texts, 1)
 
-    def _set_waiting(self, texts: list[SharedDecoder], rows: int) -> int:
+    def _set_waiting(self, texts: list[DeviceText], rows: int) -> int:
         for text in texts:
             text.waiting = rows
         return rows
 
-    def _learn(self, done: Launched, planner: TextLadder) -> None:
-        paths = [[row - 1 for row in text.turn.path[1:]] for text in done.texts if not text.finished]
+    def _learn(self, done: Flight, planner: TextLadder, found: Seq[tuple[DeviceText, Record]]) -> None:
+        paths = [[row - 1 for row in record.path[1:]] for text, record in found if not text.sequence.finished]
         if done.ladder is not None and done.begun is not None and done.ended is not None:
-            self._took(done.ladder, done.rung, done.begun.elapsed_time(done.ended) / 1e3)
+            seconds = done.begun.elapsed_time(done.ended) / 1e3
+            if done.alone:
+                ((text, record),) = found
+                expected = planner.tokens(done.rung), done.ladder.seconds(done.rung)
+                text.sequence.stats.record_plan(*expected, len(record.tokens), seconds)
+            self._took(done.ladder, done.rung, seconds)
         if paths:
             planner.learn_all(done.rung, paths, None)
 
@@ -308,74 +337,3 @@ class Group:
             ladder.learn(rung, seconds)
         else:
             self.untold.append((ladder, rung, seconds))
-
-
-class Groups:
-    """What texts side by side share, kept from batch to batch: pages, groups, and who reads their prompts.
-
-    Args:
-        most: texts side by side.
-        cache_tokens: of their pages; None for what all of them can need.
-    """
-
-    def __init__(self, runtime: DeviceRuntime, most: int, cache_tokens: int | None = None) -> None:
-        self.runtime, self.most = runtime, most
-        self.page_count = planned_pages(runtime.max_context, most, cache_tokens)
-        self._groups: dict[tuple[TreeShape, ...], Group] = {}
-
-    @cached_property
-    def pages(self) -> DevicePages:
-        """The texts' caches, made when the first of them comes."""
-        model, tokens = self.runtime.model, self.runtime.max_context
-        if model.device.type == "cuda":
-            check_room(pages_bytes(model, tokens, self.page_count), model.device, f"A batch of {self.most} texts")
-        return DevicePages(model, tokens, self.page_count, self.most)
-
-    @cached_property
-    def reader(self) -> Reader:
-        return Reader(self.runtime, self.pages)
-
-    def of(self, request: Request) -> Group:
-        """Returns the group that a text belongs to, one that `shares`."""
-        shapes = shapes_of(request.speculation)
-        if shapes not in self._groups:
-            for idle in [key for key, group in self._groups.items() if not group.texts][: 1 - GROUPS or None]:
-                self.runtime.forget(self._groups.pop(idle))
-            self._groups[shapes] = Group(self.runtime, self.pages, shapes, self.most)
-        return self._groups[shapes]
-
-    def stepping(self) -> list[Group]:
-        """Returns the groups that have texts."""
-        return [group for group in self._groups.values() if group.texts]
-
-    def measured(self) -> list[float]:
-        """Returns the seconds of steps that ranks have measured and nothing was learned from yet."""
-        return [seconds for group in self._groups.values() for *_, seconds in group.untold]
-
-    def learn(self, times: Sequence[float]) -> None:
-        """Takes the first rank's in their place."""
-        told = iter(times)
-        for group in self._groups.values():
-            for ladder, rung, _ in group.untold:
-                ladder.learn(rung, next(told))
-            group.untold.clear()
-
-
-def shares(request: Request) -> bool:
-    """Whether a text can take its steps together with others: drafts are accepted by the coupled rule, and the host
-    draws nothing."""
-    speculation = request.speculation
-    return not request.sampler.on_host and (speculation is None or speculation.acceptance == "coupled")
-
-
-def drafting(request: Request) -> bool:
-    """Whether a text's steps may draft, so that its prompt is read for the MTP modules too."""
-    return any(shape.parents for shape in shapes_of(request.speculation))
-
-
-@lru_cache  # asked for every text in every round while prompts are read
-def shapes_of(speculation: Speculation | None) -> tuple[TreeShape, ...]:
-    """Returns the shapes that a text's steps may have."""
-    if speculation is not None and speculation.adaptive:
-        return planned_shapes(speculation)
-    return (TreeShape.of(speculation),)

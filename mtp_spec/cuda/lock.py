@@ -1,4 +1,4 @@
-"""One thread at a time on a GPU's captured work, in the order in which they ask.
+"""A fair, re-entrant lock around CUDA-graph work.
 
 Nothing else may run while work is captured, and captured work leaves numbers where the next one writes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from threading import Lock, get_ident
 
 
-class Turns:
+class FairLock:
     """A lock to be entered with `with`; the thread that has it may enter again.
 
     A thread that leaves it and asks at once comes after those that were waiting, so that a worker in a loop keeps

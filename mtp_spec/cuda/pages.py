@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from mtp_spec.cache.pages import Lease, Pages
-from mtp_spec.cuda.state import PREFILL_ROWS, SLACK, WORK_ROWS, Mail
+from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WORK_ROWS, Mail
 from mtp_spec.kernels import commit
 from mtp_spec.kernels.mla_cache import KEYS
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.request import Request
 
-# most rows of a step's pass, and most texts of one; where there are more they step by turns
+# most rows of a step's pass, and most sequences of one; where there are more they step by turns
 STEP_ROWS, STEP_TEXTS = 512, 64
+# rows of the table for streams beside the sequences that share steps
+EXTRA_ROWS = 16
 READ_TEXTS = 8  # prompts that are read in one pass
 IDLE_PAGES = pages_for(WORK_ROWS)  # a text that nobody reads has one token
 # rows by which the pass that reads a prompt's end may be longer than what is left of it
@@ -34,21 +36,24 @@ class DevicePages(Pages["DeviceLease"]):
     """The pages of a loaded model.
 
     Args:
-        tokens: most tokens of prompt and text.  total: pages.  most: texts side by side.
+        tokens: most tokens of prompt and text.
+        total: pages.
+        most: sequences that share steps at most.
 
     Attributes:
         caches: of all layers and the MTP modules.
-        tables: `[most + 1, P]` int32, the pages of each text as `mla.Plan` wants them; the row `idle_row`, the last
+        tables: `[most + EXTRA_ROWS + 1, P]` int32, the pages of each text as `mla.Plan` wants them; the row `idle_row`, the last
             one, is for texts that nobody reads.
     """
 
     def __init__(self, model: DeviceModel, tokens: int, total: int, most: int) -> None:
         super().__init__(total, len(model.mtp))
-        self.caches = model.new_caches(tokens + SLACK, STEP_ROWS, total + IDLE_PAGES)
-        self.idle_row, columns = most, self.caches[0].capacity // KEYS
-        self._rows = list(reversed(range(most)))
+        self.most = most
+        self.caches = model.new_caches(tokens + SLACK, step_rows(most), total + IDLE_PAGES)
+        self.idle_row, columns = most + EXTRA_ROWS, self.caches[0].capacity // KEYS
+        self._rows = list(reversed(range(self.idle_row)))
         idle = torch.arange(total, total + columns).clamp_max(total + IDLE_PAGES - 1) * KEYS
-        self.tables = idle.int().repeat(most + 1, 1).to(model.device)
+        self.tables = idle.int().repeat(self.idle_row + 1, 1).to(model.device)
         self._inbox = torch.zeros(1, columns, dtype=torch.int64, device=model.device)
         self._mail = Mail(columns, model.device)
 
@@ -88,6 +93,11 @@ class DeviceLease(Lease):
         if self._pages:
             self.store.take_back(self.row)
         super().end()
+
+
+def step_rows(max_batch: int) -> int:
+    """Returns the most rows of a step's pass."""
+    return min(STEP_ROWS, max_batch * ROWS)
 
 
 def room_of(request: Request, max_context: int) -> int:

@@ -1,4 +1,4 @@
-"""Reads the prompts of texts side by side on a GPU and draws their first tokens.
+"""Prefill on a GPU: reads prompts and draws their first tokens.
 
 Short prompts are read whole, several in a pass that also draws their first tokens: what the host says of them goes to
 the device in one copy, and one graph does the rest. A long prompt is read chunk by chunk, between the steps of other
@@ -7,17 +7,19 @@ texts. The host does not wait for a first token either: it looks at it when the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_spec.cuda.engine import DeviceRuntime, SharedDecoder
+from mtp_spec.cuda.guided import draw_first
 from mtp_spec.cuda.pages import READ_TEXTS, STEP_ROWS, DevicePages
+from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.state import PREFILL_ROWS, Mail, State, settings_of, union
 from mtp_spec.cuda.step import Prefill
+from mtp_spec.cuda.text import DeviceText
 from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Stages, sample, seed_bits
 
 # what is sent along with a prompt: its row of the table of pages, its tokens that are known and all, its seed, and its
@@ -36,7 +38,7 @@ class First:
         logits: `[slots, V]`, where somebody asked for them.
     """
 
-    texts: Sequence[SharedDecoder]
+    texts: Seq[DeviceText]
     room: Tensor
     record: Tensor
     logits: Tensor | None
@@ -98,32 +100,33 @@ class Reader:
 
     def __init__(self, runtime: DeviceRuntime, pages: DevicePages) -> None:
         self.runtime, self.pages, device = runtime, pages, runtime.model.device
-        places = pages.one(pages.idle_row).repeat(READ_TEXTS, 1)
+        self._most = min(READ_TEXTS, pages.most)
+        places = pages.one(pages.idle_row).repeat(self._most, 1)
         self.state = State(runtime.model, runtime.max_context, pages.caches, places)
         self._one = self.state.part(0, 1)
-        self._text: SharedDecoder | None = None
+        self._text: DeviceText | None = None
         self._read, self._ids = 0, torch.empty(0)
-        self._mail = Mail(READ_TEXTS * (PREFILL_ROWS[-1] + 1 + SENT), device)
+        self._mail = Mail(self._most * (PREFILL_ROWS[-1] + 1 + SENT), device)
         self._rooms: list[Tensor] = []
         self._biased: list[int] = []  # slots whose last texts had a logit_bias
 
-    def rows(self, text: SharedDecoder) -> int | None:
+    def rows(self, text: DeviceText) -> int | None:
         """Returns the rows of a pass that reads all that is not known of a prompt; None where it is to be read in
         chunks."""
         return None if text is self._text else next((rows for rows in PREFILL_ROWS if self.fits(text, rows)), None)
 
-    def fits(self, text: SharedDecoder, rows: int) -> bool:
+    def fits(self, text: DeviceText, rows: int) -> bool:
         """Whether a pass of so many rows reads all that is not known of a prompt, and writes to its own pages only."""
         lease = text.lease
-        if lease.reused and text.stages.penalty:  # which counts the known tokens too: they are not sent
+        if text.host_draws or (lease.reused and text.stages.penalty):  # which counts the known tokens: they are not sent
             return False
         return len(text.tokens) - lease.reused <= rows <= lease.slots - lease.reused
 
     def together(self, rows: int) -> int:
         """Returns how many prompts of up to so many tokens are read in one pass."""
-        return min(READ_TEXTS, STEP_ROWS // rows)
+        return min(self._most, STEP_ROWS // rows)
 
-    def whole(self, texts: Sequence[SharedDecoder], rows: int, drafts: bool) -> tuple[int, First]:
+    def whole(self, texts: Seq[DeviceText], rows: int, drafts: bool) -> tuple[int, First]:
         """Reads prompts of up to `rows` tokens in one pass; returns its rows, and the first tokens.
 
         Args:
@@ -146,17 +149,17 @@ class Reader:
             text.has_read(len(text.tokens))
         return slots * rows, self._first(texts, one.record, one.logits)
 
-    def chunk(self, text: SharedDecoder, drafts: bool) -> tuple[int, First | None]:
+    def chunk(self, text: DeviceText, drafts: bool) -> tuple[int, First | None]:
         """Reads the next chunk of a prompt; returns its rows, and at the prompt's end the first token."""
         state, prompt = self._one, text.tokens
         if self._text is not text:
             self._text, self._read = text, text.lease.reused
-            state.reset(text.sampler.params, prompt, text.lease.reused)
+            state.reset(text.params, prompt, text.lease.reused)
             self._biased = [*{*self._biased, 0}] if text.stages.bias else self._biased
             assert state.pages is not None
             state.pages.copy_(self.pages.tables[text.lease.row])
             self._ids = state.sent(prompt, torch.int64)
-        read = self.runtime.prefill(state, len(prompt), self._read, drafts)
+        read = self.runtime.prefill(self, state, len(prompt), self._read, drafts)
         hidden = read(self._ids, self._read)
         self._read += len(hidden)
         text.has_read(self._read)
@@ -165,22 +168,33 @@ class Reader:
         self._text = None
         last, count = hidden[-1:], state.sent([len(prompt)], torch.int64)
         logits = self.runtime.model.logits(last)
-        record = draw(logits, state, last, torch.zeros_like(count), count, text.stages)
+        if text.host_draws:
+            self.runtime.model.ranks.wait()
+            token = state.sent([draw_first(text, logits)], torch.int64)
+            state.start(token, last, count, text.stages.penalty)
+            record = torch.stack((token, torch.zeros_like(token))).int()
+        else:
+            record = draw(logits, state, last, torch.zeros_like(count), count, text.stages)
         return read.rows, self._first([text], record, logits)
+
+    def drop(self, text: DeviceText) -> None:
+        """Forgets a sequence whose prompt was not read to its end."""
+        if self._text is text:
+            self._text = None
 
     def done(self, first: First) -> list[list[int]]:
         """Returns the record of first tokens that have arrived; its memory is used again."""
         self._rooms.append(first.room)
         return first.record[:, : len(first.texts)].tolist()
 
-    def _letter(self, text: SharedDecoder, rows: int) -> list[int]:
-        prompt, params = text.tokens, text.sampler.params
+    def _letter(self, text: DeviceText, rows: int) -> list[int]:
+        prompt, params = text.tokens, text.params
         bits = np.array(settings_of(params)).view(np.int64).tolist()
         unread = prompt[text.lease.reused :]
         padding = [prompt[-1]] * (rows + 1 - len(unread))
         return [*unread, *padding, text.lease.row, text.lease.reused, len(prompt), seed_bits(params.known_seed), *bits]
 
-    def _set_biases(self, texts: Sequence[SharedDecoder]) -> None:
+    def _set_biases(self, texts: Seq[DeviceText]) -> None:
         bias = self.state.settings.bias
         assert bias is not None
         for slot in self._biased:
@@ -189,9 +203,9 @@ class Reader:
         for slot in self._biased:
             self.state.add_bias(slot, texts[slot].sampler.params)
 
-    def _first(self, texts: Sequence[SharedDecoder], record: Tensor, logits: Tensor) -> First:
-        cuda, told = record.is_cuda, any(text.sampler.params.logprobs for text in texts)
-        room = self._rooms.pop() if self._rooms else torch.empty(2 * READ_TEXTS, dtype=torch.int32, pin_memory=cuda)
+    def _first(self, texts: Seq[DeviceText], record: Tensor, logits: Tensor) -> First:
+        cuda, told = record.is_cuda, any(text.params.logprobs for text in texts)
+        room = self._rooms.pop() if self._rooms else torch.empty(2 * self._most, dtype=torch.int32, pin_memory=cuda)
         host = room[: record.numel()].view(record.shape)
         host.copy_(record, non_blocking=True)
         ended = None

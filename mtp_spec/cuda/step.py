@@ -70,7 +70,7 @@ class Step:
         """Makes later calls replay a graph; the state must not hold a text."""
         self.state.blank()
         self._graph = graphs.capture(self._run)
-        if self.state.logits is not None:
+        if self.state.logits is not None and self.draws:
             del self._outputs, self.ids, self.logits  # the many steps of a batch leave each other this memory
 
     def parts(self) -> dict[str, Callable[[], None]]:

@@ -21,7 +21,6 @@ from mtp_spec.bench.acceptance.questions import Question
 from mtp_spec.bench.bound import FirstDepth
 from mtp_spec.bench.peer import MTP, counted_steps, transformers_ways
 from mtp_spec.bench.turns import Generate, check_kept, prefills, settled, warm_tokens
-from mtp_spec.cpu.engine import Decoder
 from mtp_spec.errors import OptionError
 from mtp_spec.progress import Report
 from mtp_spec.speculation import Speculation
@@ -144,13 +143,13 @@ class Runner:
         if cell.draft in PEERS:
             out, seconds, stats = _peer_text(self._peers[cell.draft], cell.draft, ids, options)
             return Text(cell.name, number, turn, out, seconds, [], stats)
-        start = settled(lm)
-        stream = lm.stream(ids, speculation=shape, **options)
-        first = None
+        start, first = settled(lm), None
         if self.args.bound and has_bound(cell):
-            assert isinstance(stream.decoder, Decoder)
             assert isinstance(shape, Speculation)
-            first = FirstDepth(stream.decoder, cell.rule, shape.branching[0])
+            first = FirstDepth(cell.rule, shape.branching[0])
+        stream = lm.stream(ids, speculation=shape, observer=first, **options)
+        if first is not None:
+            first.sampler = stream.sequence.sampler
         marks = {0: 0.0}
         for event in stream:
             # as many steps as there were: tokens may be held back until a character is whole
@@ -182,7 +181,7 @@ def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
                               f"model's {lm.max_context}")  # fmt: skip
     if lm.model.ranks.size > 1:
         raise OptionError("bench acceptance keeps one journal, of one process: start it without torchrun")
-    if args.bound and lm.runtime is not None:
+    if args.bound and lm.backend.captured:
         raise OptionError("--bound looks at drafts' laws, which steps on a GPU keep to themselves: --device cpu")
     for group in groups:
         check_kept(lm, len(group.ways), group.batch)

@@ -1,4 +1,4 @@
-"""Steps of several shapes in turn on a GPU, chosen by `ladder`: adaptive speculation.
+"""Steps of several shapes in turn on a GPU, chosen by `planning.shape_planner`: adaptive speculation.
 
 Every shape is a captured step of its own on the same state. A plain step does not run the MTP modules, so that it costs
 what plain decoding costs; it puts its row into a ring instead, which the modules read when drafting begins again, or
@@ -17,15 +17,13 @@ import torch
 
 from mtp_spec.cuda.constants import Constants
 from mtp_spec.cuda.draft import feed_modules
-from mtp_spec.cuda.engine import DeviceDecoder, DeviceRuntime, Launched
+from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.state import WAITING, State
 from mtp_spec.cuda.step import Step
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.planning.shape_planner import PLAIN, Chances, Ladder, TextLadder
-from mtp_spec.speculation import Speculation
+from mtp_spec.planning.shape_planner import Chances, Ladder
 from mtp_spec.tree_shape import TreeShape
 
-PLANNED_DEPTH = 5
 # rows that catch up at once; the smallest pass that holds what waits is taken
 CATCH_UP_ROWS = (16, WAITING)
 # for timing: runs of which the mean is taken, and means of which the median is
@@ -74,73 +72,10 @@ class Rungs:
         return [_time(state, work) for work in works]
 
 
-class PlannedDecoder(DeviceDecoder):
-    """One sequence; arguments as for `DeviceDecoder`, with adaptive speculation."""
-
-    def _prepare(self, speculation: Speculation | None) -> Step:
-        assert speculation is not None
-        runtime, state, shapes = self.runtime, self.state, planned_shapes(speculation)
-        acceptance, stages = speculation.acceptance, self.stages
-
-        def capture() -> Rungs:
-            steps = [runtime.step(state, shape, stages, shapes[-1].depth + 1, acceptance, True) for shape in shapes]
-            return Rungs.capture(runtime, state, steps)
-
-        self.rungs = rungs = runtime.kept((id(state), shapes, stages, acceptance), capture)
-
-        def measure() -> Ladder:
-            return ladder_of(shapes, runtime.model.ranks.first(rungs.seconds(self.state)))
-
-        self.planner = TextLadder(runtime.kept((shapes, stages, acceptance), measure))
-        # rows that plain steps put aside, and whether a drafting step's tokens are still to be shown to the modules
-        self._waiting, self._unseen = 0, True
-        return rungs.steps[-1]
-
-    def _launch(self) -> None:
-        self.planner.behind = self._waiting
-        rung = self.planner.choose()
-        if rung == PLAIN:
-            if self._unseen:  # what a drafting step committed lies where the next step writes
-                self.rungs.settle()
-                self._unseen = False
-            if self._waiting == WAITING:
-                self._catch_up()
-            self._waiting += 1
-        else:
-            self._catch_up()
-            self._waiting, self._unseen = 0, True
-        self.one_step = self.rungs.steps[rung]
-        super()._launch()
-
-    def _catch_up(self) -> None:
-        if self._waiting <= 1:  # the next drafting step itself reads the last row
-            return
-        rows = next(rows for rows in CATCH_UP_ROWS if self._waiting - 1 <= rows)
-        self.rungs.catch_up[rows]()
-        self._waiting = 1
-
-    def _learn(self, launched: Launched, accepted: list[int], committed: int) -> None:
-        rung, seconds = [step is launched.step for step in self.rungs.steps].index(True), None
-        if launched.begun is not None and launched.ended is not None:
-            (seconds,) = self.model.ranks.first((launched.begun.elapsed_time(launched.ended) / 1e3,))
-            self.stats.record_plan(self.planner.tokens(rung), self.planner.ladder.seconds(rung), committed, seconds)
-        if committed == len(accepted) + 1:  # else the text ended within the step
-            self.planner.learn(rung, accepted, seconds)
-
-
 def ladder_of(shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None) -> Ladder:
     """Returns the ladder of measured times, in the order of `Rungs.seconds`."""
     steps, (settling, *reading) = seconds[: len(shapes)], seconds[len(shapes) :]
     return Ladder(shapes, steps, settling, dict(zip(CATCH_UP_ROWS, reading, strict=True)), chances)
-
-
-def planned_shapes(speculation: Speculation) -> tuple[TreeShape, ...]:
-    """Returns the shapes that take turns: plain decoding, then trees of growing depth."""
-    trees = [
-        Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
-        for depth in range(1, min(speculation.depth, PLANNED_DEPTH) + 1)
-    ]
-    return tuple(TreeShape.of(tree) for tree in (None, *trees))
 
 
 def _one_by_one(works: list[Callable[[], None]]) -> Callable[[], None]:
