@@ -61,7 +61,7 @@ def best_hybrid(p: Law, q: Law) -> float:
 
 
 class FirstDepth:
-    """Watches one text's steps (`sequence.Observer`): whether a draft of the first depth was accepted, and what the laws there allow.
+    """Watches one text's steps (`sequence.Observer`): was a draft of the first depth accepted, and what is possible.
 
     Attributes:
         sampler: of the sequence, to be set before its first step.

@@ -20,11 +20,13 @@ from mtp_spec.cuda.memory import check_room, pages_bytes
 from mtp_spec.cuda.pages import DeviceLease, DevicePages, planned_pages, room_of
 from mtp_spec.cuda.prefill import First, Reader
 from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.step import Step
 from mtp_spec.cuda.text import DeviceText, Record
 from mtp_spec.model.cache import pages_for
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import Technique
 from mtp_spec.model.undisturbed import undisturbed
+from mtp_spec.planning.shape_planner import Ladder
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
 
@@ -326,7 +328,8 @@ class DeviceRunner:
                     self._join(some, first)
             except Exception as error:  # their own: others go on
                 for text in some:
-                    unread.remove(text)
+                    if text in unread:
+                        unread.remove(text)
                 self._fail(some, error)
                 continue
             rows += more
@@ -339,9 +342,12 @@ class DeviceRunner:
         for text in some:
             self._unread.remove(text)
         for kind, own in groupby(some, lambda text: text.kind):
-            count = len(list(own))
-            self._group_of(kind).join(first.texts[slot : slot + count], state.part(slot, count))
-            slot += count
+            end = slot + len(list(own))
+            while slot < end:
+                group = self._group_of(kind)
+                count = min(end - slot, group.most - len(group.texts))
+                group.join(first.texts[slot : slot + count], state.part(slot, count))
+                slot += count
 
     def _read_some(self) -> tuple[list[DeviceText], int, First | None]:
         """Reads the prompt of who waits longest, with others that fit into the same pass, or a chunk of it.

@@ -58,8 +58,9 @@ def feed_modules(
 
 
 def run_module(
-    model: DeviceModel, state: State, shape: TreeShape, constants: Constants, nodes: list[int], ids: Tensor, hidden: Tensor
-) -> Tensor:
+    model: DeviceModel, state: State, shape: TreeShape, constants: Constants, nodes: list[int], ids: Tensor,
+    hidden: Tensor,
+) -> Tensor:  # fmt: skip
     """Runs the module of their depth on nodes of one depth; returns outputs `[B R, D]`, which predict their children.
 
     Args:

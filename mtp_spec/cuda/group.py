@@ -1,8 +1,9 @@
 """Sequences on a GPU that take their steps together: those of one kind (`kinds`).
 
-One prompt is a group of one. Every sequence has a slot of one state, the first ones are taken. A step is captured for the first so many slots (1, 2, 4,
-...): where fewer texts are left, the others stay where they are, on rows that nobody reads. Which pages of the caches a
-slot has stands on the device, so texts come, go and change their slots without anything being captured again.
+One prompt is a group of one. Every sequence has a slot of one state, the first ones are taken. A step is captured for
+the first so many slots (1, 2, 4, ...): where fewer texts are left, the others stay where they are, on rows that nobody
+reads. Which pages of the caches a slot has stands on the device, so texts come, go and change their slots without
+anything being captured again.
 
 All take a step of one shape. Where it may change from step to step ("auto"), a `Ladder` for every number of texts says
 what steps cost, and one `TextLadder` chooses by what all of them have accepted.

@@ -42,8 +42,8 @@ class DevicePages(Pages["DeviceLease"]):
 
     Attributes:
         caches: of all layers and the MTP modules.
-        tables: `[most + EXTRA_ROWS + 1, P]` int32, the pages of each text as `mla.Plan` wants them; the row `idle_row`, the last
-            one, is for texts that nobody reads.
+        tables: `[most + EXTRA_ROWS + 1, P]` int32, the pages of each text as `mla.Plan` wants them; the row
+            `idle_row`, the last one, is for texts that nobody reads.
     """
 
     def __init__(self, model: DeviceModel, tokens: int, total: int, most: int) -> None:

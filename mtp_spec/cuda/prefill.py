@@ -118,7 +118,8 @@ class Reader:
     def fits(self, text: DeviceText, rows: int) -> bool:
         """Whether a pass of so many rows reads all that is not known of a prompt, and writes to its own pages only."""
         lease = text.lease
-        if text.host_draws or (lease.reused and text.stages.penalty):  # which counts the known tokens: they are not sent
+        # penalties count the known tokens too, which are not sent
+        if text.host_draws or (lease.reused and text.stages.penalty):
             return False
         return len(text.tokens) - lease.reused <= rows <= lease.slots - lease.reused
 
