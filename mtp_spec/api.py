@@ -166,6 +166,7 @@ class LM:
                 self._end_worker()
                 atexit.unregister(self._end_worker)
                 self._worker = None
+        self.backend.trim()
 
     def __enter__(self) -> LM:
         return self

@@ -130,6 +130,10 @@ class Backend(Protocol):
         """
         ...
 
+    def trim(self) -> None:
+        """Frees memory that no sequence uses, as far as it can be had again."""
+        ...
+
     def exclusive(self) -> AbstractContextManager[None]:
         """To be entered by whoever computes with the model beside the runners."""
         ...

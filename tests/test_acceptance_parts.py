@@ -16,7 +16,7 @@ from mtp_spec.bench import turns
 from mtp_spec.bench.acceptance.cells import Group
 from mtp_spec.bench.acceptance.running import check_model
 from mtp_spec.cli.main import main
-from mtp_spec.cuda.engine import KEPT
+from mtp_spec.cuda.runtime import KEPT
 from mtp_spec.stats import GenerationStats
 
 
@@ -93,10 +93,10 @@ def test_a_gpu_is_not_asked_for_more_ways_than_it_keeps() -> None:
 
 
 def test_prompts_are_known_by_the_passes_they_take() -> None:
-    lm: Any = SimpleNamespace(runtime="a GPU's")
+    lm: Any = SimpleNamespace(backend=SimpleNamespace(captured=True))
     found = [sorted(turns.prefills(lm, [5] * tokens)) for tokens in (3, 17, 200, 260, 700)]
     assert found == [[16], [64], [256], [16, 256], [256]]
-    lm.runtime = None
+    lm.backend.captured = False
     assert turns.prefills(lm, [5] * 700) == frozenset()
 
 

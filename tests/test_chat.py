@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from lms import lm_of
 from rich.console import Console
 
 import mtp_spec
@@ -293,7 +294,7 @@ def test_ctrl_c_at_the_prompt(run: Run, ctrl_c: Callable[[int, int], None]) -> N
 
 @pytest.fixture
 def small(lm: mtp_spec.LM) -> mtp_spec.LM:
-    return mtp_spec.LM(lm.model, lm.tokenizer, lm.technique, max_context=96)
+    return lm_of(lm.model, lm.tokenizer, 96)
 
 
 def test_a_full_context_offers_to_drop_the_oldest_turns(run: Run, small: mtp_spec.LM) -> None:
@@ -322,7 +323,7 @@ def test_an_answer_that_fills_the_context_says_so(run: Run, small: mtp_spec.LM) 
 
 def test_a_checkpoint_without_text_is_refused(lm: mtp_spec.LM) -> None:
     with pytest.raises(mtp_spec.MTPSpecError, match=r"tokenizer\.json"):
-        Session(mtp_spec.LM(lm.model, None, lm.technique, 64), SamplingParams())
+        Session(lm_of(lm.model, None, 64), SamplingParams())
 
 
 def test_lines_from_a_pipe() -> None:

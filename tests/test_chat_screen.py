@@ -16,8 +16,9 @@ from rich.console import Console
 from mtp_spec.chat.blocks import Blocks, drawn
 from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.status import status_line
-from mtp_spec.results import Generation, TokenEvent, TokenStream
+from mtp_spec.results import Generation, TokenEvent
 from mtp_spec.stats import GenerationStats
+from mtp_spec.stream import TokenStream
 
 STORY = """# A fox
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lms import lm_of
 
 import mtp_spec
 import tiny
@@ -127,7 +128,7 @@ def test_a_bad_file_matters_to_those_who_ask_for_it(folder: Path, tmp_path: Path
     with pytest.raises(OptionError, match="defaults=None"):
         lm.generate([1], defaults=None)
     with pytest.raises(OptionError, match="this model has no folder"):
-        mtp_spec.LM(lm.model, None, lm.technique, 64).generate([1], defaults="checkpoint")
+        lm_of(lm.model, None, 64).generate([1], defaults="checkpoint")
 
 
 def test_on_the_command_line_and_in_a_chat(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lms import lm_of, module_caches, runtime
 
 import mtp_spec
 from mtp_spec.analysis.scoring import score_ids
@@ -77,7 +78,7 @@ def checkpoint(folder: Path, kind: str, **changes: Any) -> Path:
 
 def device_lm(folder: Path = DEMO, device: str = "cpu", context: int = 300) -> LM:
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    return LM(load_device_model(folder, device), tokenizer, "batched", context)
+    return lm_of(load_device_model(folder, device), tokenizer, context)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,10 +155,9 @@ def test_modules_hold_the_text_whatever_was_drafted(tmp_path: Path, modules: int
             if shape is None:
                 continue
             assert out.stats.accepted > 0
-            assert lm.runtime is not None
-            got, expected, text = lm.runtime.acquire(), State(lm.model, 300), [*prompt, *out.token_ids]
+            got, expected, text = module_caches(lm), State(lm.model, 300), [*prompt, *out.token_ids]
             Prefill(lm.model, expected, len(text), True)(torch.tensor(text), 0)
-            for module, (ours, theirs) in enumerate(zip(got.mtp_caches, expected.mtp_caches, strict=True)):
+            for module, (ours, theirs) in enumerate(zip(got, expected.mtp_caches, strict=True)):
                 known = len(text) - 1 - module - MOST
                 torch.testing.assert_close(ours.slots[:known], theirs.slots[:known], rtol=0.02, atol=0.02)
         assert all(text == texts[0] for text in texts)
@@ -180,7 +180,7 @@ def test_drafts_as_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mod
     logits = kernels.model.draft_logits
     monkeypatch.setattr(kernels.model, "draft_logits",
                         lambda hidden: found["kernels"].append(hidden.float()) or logits(hidden))  # fmt: skip
-    wide = LM(load_checkpoint(folder, dtype=torch.float32), None, "single", 300)
+    wide = lm_of(load_checkpoint(folder, dtype=torch.float32), None, 300)
     for shape, steps in ((Speculation(depth=5), 4), (Speculation(branching=(3, 2, 1)), 3)):
         for lm in (wide, kernels):
             lm.generate(prompt, temperature=0, max_new_tokens=1 + steps * (shape.depth + 1), speculation=shape,
@@ -241,19 +241,16 @@ def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkey
     expected = device_lm(folder, context=400)
     plain = expected.generate(prompt, max_new_tokens=6, seed=2, speculation=None)
     assert expected.generate(prompt, max_new_tokens=6, seed=2, speculation=3).token_ids == plain.token_ids
-    assert expected.runtime is not None
-    wanted = expected.runtime.acquire().mtp_caches
-    monkeypatch.setattr("mtp_spec.cuda.engine.check_room", lambda *_: None)
+    wanted = module_caches(expected)
+    monkeypatch.setattr("mtp_spec.cuda.group.check_room", lambda *_: None)
+    monkeypatch.setattr("mtp_spec.cuda.backend.check_room", lambda *_: None)
     for speculation in (None, 3):
         lm = device_lm(folder, context=400)
-        assert lm.runtime is not None
-        lm.runtime.graphs = OnceThenAgain()
+        runtime(lm).graphs = OnceThenAgain()
         for _ in range(2):
             out = lm.generate(prompt, max_new_tokens=6, seed=2, speculation=speculation)
             assert out.token_ids == plain.token_ids
-            state = lm.runtime.acquire()
-            state.busy = False
-            for ours, theirs in zip(state.mtp_caches, wanted, strict=True) if speculation else ():
+            for ours, theirs in zip(module_caches(lm), wanted, strict=True) if speculation else ():
                 torch.testing.assert_close(ours.slots[:298], theirs.slots[:298], rtol=0.02, atol=0.02)
 
 

@@ -119,7 +119,7 @@ def test_an_end_inside_an_accepted_run(small: mtp_spec.LM, monkeypatch: pytest.M
         stream = small.stream(prompt, speculation=7, seed=0, **options)
         list(stream)
         assert everything(stream.result) == everything(expected)
-        assert stream.decoder.tokens == true[: len(prompt) + length + 1]
+        assert stream.sequence.tokens == true[: len(prompt) + length + 1]
         # the drafts after the end were right, and none was taken
         assert stream.result.stats.accepted_per_depth["conditional"][0] == 1.0
         assert stream.result.stats.new_tokens == length + 1

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 import mtp_spec
 import small
 from mtp_spec import memory
+from mtp_spec.cuda.memory import COPIES, check_memory, check_room, pass_bytes, plan_memory, rule_bytes
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Prefill, Step
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import commit, gemm, mla, moe, moe_group, moe_route, quant, sampler, uniform
-from mtp_spec.memory import COPIES, check_memory, check_room, pass_bytes, plan_memory, rule_bytes
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.checkpoint import empty_device_model, load_device_model

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lms import lm_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def test_every_kind_is_found_and_runs(folder: Path) -> None:
     assert len(found.config.modules) == found.config.num_nextn_predict_layers
     assert any(str(shape) != "experts" for shape in found.config.modules)
     engine = mtp_spec.load(folder, measure=False)
-    wide = mtp_spec.api.LM(load_checkpoint(folder, dtype=torch.float32), None, "single", 300)
+    wide = lm_of(load_checkpoint(folder, dtype=torch.float32), None, 300)
     ours, theirs = engine.score(IDS), wide.score(IDS)
     for one, other in ((ours.logits, theirs.logits), (ours.mtp_logits, theirs.mtp_logits)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -104,7 +105,7 @@ def test_kernels_agree(folder: Path) -> None:
     got = score_ids(load_device_model(fp8, "cpu"), IDS)
     for depth, (one, other) in enumerate(zip(got.mtp_logits, wide.mtp_logits, strict=True), start=1):
         assert (one - other)[:-depth].norm() / other[:-depth].norm() < 0.15
-    lm = mtp_spec.api.LM(load_device_model(fp8, "cpu"), None, "batched", 200)
+    lm = lm_of(load_device_model(fp8, "cpu"), None, 200)
     plain = lm.generate(IDS[:5], max_new_tokens=12, seed=0, speculation=None)
     assert lm.generate(IDS[:5], max_new_tokens=12, seed=0, speculation=3).token_ids == plain.token_ids
 

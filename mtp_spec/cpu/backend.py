@@ -55,6 +55,11 @@ class HostBackend:
         """Threads may compute side by side here."""
         return nullcontext()
 
+    def trim(self) -> None:
+        """Frees the pages if nobody uses them."""
+        if self._pages is not None and not self._pages.leased:
+            self._pages = None
+
     def runner(self, shared: bool) -> HostRunner:
         """Returns a runner; see `mtp_spec.step.Backend`."""
         return HostRunner(self, shared)

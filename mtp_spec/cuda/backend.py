@@ -115,6 +115,9 @@ class DeviceBackend:
         """Returns the captured steps that a running sequence takes, alone: the shapes that take turns, or one."""
         return next(group for group in self.pool.known if sequence.state in group.texts).steps()
 
+    def trim(self) -> None:
+        """Keeps what was captured, and the caches that it reads."""
+
     def runner(self, shared: bool) -> DeviceRunner:
         """Returns a runner; see `mtp_spec.step.Backend`."""
         return DeviceRunner(self, shared)
@@ -209,6 +212,8 @@ class DeviceRunner:
             self._changed, begun = [], [one.steps > 0 for one in running]
             self._draw_first()
             read = self._read(len(running))
+            if any(group.kind.host_draws for group in self._groups):
+                self._draw_first()  # the host draws what follows first tokens
             groups = [group for group in self._groups if group.texts]
             for group in self._groups:
                 if not group.texts:
