@@ -57,6 +57,7 @@ class Scheduler:
             seconds = perf_counter() - start
             for one in running:
                 one.stats.total_seconds += seconds
+        news = list(dict.fromkeys(news))  # a first token and a step's may come in one round
         failed = [one for one in news if one.error is not None]
         if failed and self._failing is not None:
             self._failing(failed)
