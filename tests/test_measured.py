@@ -14,6 +14,7 @@ import tiny
 from mtp_spec.api import LM
 from mtp_spec.cpu import planners
 from mtp_spec.planning import costs as times
+from mtp_spec.planning import store
 from mtp_spec.planning.costs import StepTimes
 
 
@@ -67,7 +68,7 @@ def test_another_version_dtype_or_number_of_threads_is_measured(
 ) -> None:
     before = torch.get_num_threads()
     write_a_text(folder)
-    monkeypatch.setattr(measured, "__version__", "999")
+    monkeypatch.setattr(store, "__version__", "999")
     write_a_text(folder)
     assert (counter.calls, len(kept(tmp_path))) == (2, 1)  # the old file was replaced
     try:
