@@ -143,7 +143,8 @@ def test_pruned_trees(name: str) -> None:
 def test_first_tokens_have_the_targets_law(name: str, branching: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(3)
     drafts, targets = logits(generator, 2, "full")[:, :4], logits(generator, 2, "full")[:, :4]
-    rule = DeviceRule(name, TreeShape.of(Speculation(branching=branching, acceptance=name)), False, torch.zeros(1).long())
+    shape = TreeShape.of(Speculation(branching=branching, acceptance=name))
+    rule = DeviceRule(name, shape, False, torch.zeros(1).long())
     number = 3000
     counts = np.zeros(4)
     for _ in range(number):
