@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         pytest.skip("this processor lacks AVX2 or FMA, for which the code to compare with is compiled")
     if EMULATOR is None:
         pytest.skip("QEMU's emulator of ARM64 is not here: install qemu-user or qemu-user-static")
-    emulated = [EMULATOR, str(compiled(tmp_path_factory, "aarch64"))]
-    return {"aarch64": emulated, "here": [str(compiled(tmp_path_factory, "here"))]}
+    with ThreadPoolExecutor() as pool:
+        emulated, here = pool.map(lambda name: str(compiled(tmp_path_factory, name)), ("aarch64", "here"))
+    return {"aarch64": [EMULATOR, emulated], "here": [here]}
 
 
 def run(program: Sequence[str], *arguments: str) -> str:
