@@ -11,9 +11,10 @@ from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.handle import Handle
 from mtp_spec.loading import load
 from mtp_spec.model.errors import CheckpointError, RankError
-from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.results import Generation, TokenEvent, TokenStream
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.processors import LogitsProcessor
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ from mtp_spec.model.checkpoint.tensors import AHEAD_BYTES
 from mtp_spec.model.config import SHARED, ModelConfig
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.transformer import Transformer
-from mtp_spec.options import MAX_NODES
+from mtp_spec.speculation import MAX_NODES
 
 # what graphs themselves, products' partial sums, several steps' logits and fragmentation take besides
 OVERHEAD_BYTES = 256 * 2**20

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mtp_spec.errors import PromptError
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.processors import LogitsProcessor
 from mtp_spec.sampling.sampler import Sampler
+from mtp_spec.speculation import Speculation
 from mtp_spec.text import Tokenizer
 from mtp_spec.text.stopping import Finisher
 

@@ -14,7 +14,7 @@ from mtp_spec.acceptance.accept import Drawn, TokenLogprob
 from mtp_spec.cpu.engine import Decoder
 from mtp_spec.cpu.passes import Work
 from mtp_spec.cuda.engine import DeviceDecoder, SharedDecoder
-from mtp_spec.options import SamplingParams
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.stats import GenerationStats
 from mtp_spec.text.stopping import Finisher
 

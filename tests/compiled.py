@@ -47,7 +47,8 @@ from mtp_spec.kernels import (
 from mtp_spec.kernels.mla_cache import KEYS
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "grid", "warmup")
 TYPES = {

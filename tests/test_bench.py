@@ -25,9 +25,9 @@ from mtp_spec.bench.turns import Written
 from mtp_spec.cli.main import main
 from mtp_spec.cuda.state import State
 from mtp_spec.kernels import gemm
-from mtp_spec.options import Speculation
 from mtp_spec.planning import store as measured
 from mtp_spec.planning.costs import Curve, StepTimes
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 
 TINY = ["--prompts", "2", "--max-new-tokens", "6"]

@@ -19,7 +19,7 @@ from mtp_spec.chat.loop import converse
 from mtp_spec.chat.reading import LineReader
 from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.session import Session, Turn
-from mtp_spec.options import SamplingParams
+from mtp_spec.sampling.params import SamplingParams
 
 QUESTION = "Tell me a story about a fox"
 LENGTH = 16

@@ -29,7 +29,7 @@ from mtp_spec.model.cuda.checkpoint import fp8_obstacle, load_device_model
 from mtp_spec.model.cuda.layers import Mixture
 from mtp_spec.model.moe import Gate
 from mtp_spec.model.transformer import Transformer
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 from mtp_spec.text import Tokenizer
 from mtp_spec.tree import ROOT, TokenTree
 

@@ -18,7 +18,8 @@ import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.chat.session import Session
 from mtp_spec.cuda.engine import DeviceDecoder
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
 
 # forbidding most tokens makes random drafts right now and then
 FEW = {token: -float("inf") for token in range(6, 160)}

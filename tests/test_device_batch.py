@@ -31,7 +31,7 @@ from mtp_spec.load_checks import check_batch
 from mtp_spec.memory import group_bytes, pages_bytes
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.cuda.checkpoint import load_device_model
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 
 # forbidding most tokens makes random drafts right now and then
 FEW = {token: -float("inf") for token in range(6, 160)}

@@ -14,7 +14,7 @@ import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.cuda.constants import Shape
 from mtp_spec.cuda.guided import drafted
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from mtp_spec.cuda.pages import DevicePages, room_of
 from mtp_spec.cuda.prefill import Reader
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.cuda.checkpoint import load_device_model
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 
 CONTEXT = 400
 OPTIONS: dict[str, Any] = {"top_k": 4, "logit_bias": FEW, "seed": 2, "max_new_tokens": 5}

@@ -13,8 +13,8 @@ import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.cuda import planned as device_planned
 from mtp_spec.cuda import state as device_state
-from mtp_spec.options import Speculation
 from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.speculation import Speculation
 
 RING, SMALL = 12, 4
 # rungs in turn, again and again: always deep, every second step, pauses of several lengths, one longer than the ring

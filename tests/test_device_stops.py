@@ -13,7 +13,7 @@ from mtp_spec.api import LM
 from mtp_spec.cuda.engine import SharedDecoder
 from mtp_spec.cuda.group import shares
 from mtp_spec.cuda.guided import GuidedDecoder
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 
 END = 7
 # a random model that likes a few tokens, among them the one that ends texts

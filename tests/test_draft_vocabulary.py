@@ -20,7 +20,7 @@ from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.checkpoint import empty_device_model
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 from mtp_spec.text import Tokenizer
 
 SHAPES = (3, Speculation(branching=(3, 2)), Speculation(branching=(2, 2), acceptance="rejection"))

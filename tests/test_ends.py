@@ -15,7 +15,7 @@ from mtp_spec import Speculation
 from mtp_spec.acceptance import RULES
 from mtp_spec.cpu.draft import Drafter
 from mtp_spec.cpu.passes import Work
-from mtp_spec.options import ACCEPTANCE_RULES, MAX_DEPTH
+from mtp_spec.speculation import ACCEPTANCE_RULES, MAX_DEPTH
 from mtp_spec.tree import ROOT, TokenTree
 
 PROMPT = "One day a fox"

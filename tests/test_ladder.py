@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from mtp_spec.cuda.constants import Shape
-from mtp_spec.options import Speculation
 from mtp_spec.planning.shape_planner import PLAIN, Chances, Ladder, TextLadder
+from mtp_spec.speculation import Speculation
 from mtp_spec.tree import ROOT
 
 SHAPES = [Shape.of(None), *(Shape.of(Speculation(depth)) for depth in (1, 2, 3, 4))]

@@ -27,7 +27,8 @@ from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.checkpoint import empty_device_model, load_device_model
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
 
 
 class Held(TorchDispatchMode):

@@ -20,7 +20,7 @@ import tiny
 from mtp_spec import OptionError, Speculation
 from mtp_spec.acceptance import RULES
 from mtp_spec.cli.main import main
-from mtp_spec.options import ACCEPTANCE_RULES
+from mtp_spec.speculation import ACCEPTANCE_RULES
 from mtp_spec.text import Tokenizer
 from mtp_spec.text.stopping import Finisher
 

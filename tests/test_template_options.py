@@ -21,7 +21,7 @@ from mtp_spec.chat.reading import LineReader
 from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.session import Session
 from mtp_spec.cli.main import main
-from mtp_spec.options import SamplingParams
+from mtp_spec.sampling.params import SamplingParams
 
 DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 TEMPLATE = (

@@ -21,9 +21,9 @@ import tiny
 from mtp_spec.cpu.draft import Drafter
 from mtp_spec.kernels.cpu.engine import SWITCH, why_not
 from mtp_spec.model.moe import Gate
-from mtp_spec.options import SamplingParams
 from mtp_spec.planning.costs import StepTimes
 from mtp_spec.planning.node_planner import Planner, TextPlanner
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.tree import TokenTree
 

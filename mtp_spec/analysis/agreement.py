@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 
 if TYPE_CHECKING:

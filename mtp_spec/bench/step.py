@@ -36,7 +36,8 @@ from mtp_spec.model.cuda.layers import Dense, Layer, Mixture
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.distributed.joining import join_ranks, local_device, open_rooms
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
 
 CHUNK = 2**28
 # the chain whose rows are drawn and accepted, and how they are drawn

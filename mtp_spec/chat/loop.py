@@ -24,7 +24,7 @@ from mtp_spec.cli.prompts import standard_input
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels.cpu import engine
 from mtp_spec.model.errors import RankError
-from mtp_spec.options import SamplingParams
+from mtp_spec.sampling.params import SamplingParams
 
 
 def converse(chat: Chat) -> None:

@@ -18,7 +18,7 @@ from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.checkpoint.summary import CheckpointSummary, opened_or_refused, summed_up
 from mtp_spec.model.cuda.checkpoint import empty_device_model, fp8_obstacle
-from mtp_spec.options import MAX_NODES
+from mtp_spec.speculation import MAX_NODES
 from mtp_spec.weights import kept_bytes, runs_as_fp8, with_weights
 
 

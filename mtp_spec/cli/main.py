@@ -23,9 +23,9 @@ from mtp_spec.cli.convert import add_converting, run_cast, run_convert, run_expo
 from mtp_spec.cli.inspect import add_inspect, run_inspect
 from mtp_spec.cli.prompts import add_prompts, check_interactive, read_prompts
 from mtp_spec.model.distributed.joining import join_ranks
-from mtp_spec.options import ACCEPTANCE_RULES
 from mtp_spec.sampling.defaults import CHOICES
 from mtp_spec.sampling.seeds import fresh_seed, text_seeds
+from mtp_spec.speculation import ACCEPTANCE_RULES
 
 EXAMPLES = """examples:
   mtp-spec generate "Tell me a story about a fox"

@@ -24,9 +24,9 @@ from mtp_spec.cpu.passes import HeadRows, ModuleRows, Work
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel
-from mtp_spec.options import Speculation
 from mtp_spec.planning.node_planner import TextPlanner
 from mtp_spec.sampling.sampler import History, Sampler
+from mtp_spec.speculation import Speculation
 from mtp_spec.tree import ROOT, TokenTree
 
 # rows of a prompt that pass through a module at once

@@ -21,9 +21,9 @@ from mtp_spec.cpu.draft import Drafter
 from mtp_spec.cpu.passes import MainRows, Runner, Work
 from mtp_spec.errors import MTPSpecError, NotFiniteError
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.options import Speculation
 from mtp_spec.planning.node_planner import ALONE, TextPlanner
 from mtp_spec.sampling.sampler import History, Sampler
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 from mtp_spec.tree import ROOT, TokenTree
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 from mtp_spec.tree import path_to
 
 

@@ -32,8 +32,8 @@ from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.memory import check_room, plan_memory, rule_bytes
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.options import Speculation
 from mtp_spec.sampling.sampler import Sampler
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 
 # captured steps and passes, and what was learned of them; a batch has some for every size

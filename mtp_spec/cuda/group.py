@@ -28,9 +28,9 @@ from mtp_spec.cuda.step import Step
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages
 from mtp_spec.memory import check_room, group_bytes, pages_bytes
-from mtp_spec.options import Speculation
 from mtp_spec.planning.shape_planner import MODEL_MEMORY, PLAIN, Chances, Ladder, TextLadder
 from mtp_spec.request import Request
+from mtp_spec.speculation import Speculation
 
 # groups that are kept, with the steps that were captured for them
 GROUPS = 8

@@ -19,8 +19,8 @@ from mtp_spec.cuda.engine import DeviceDecoder, DeviceRuntime
 from mtp_spec.cuda.pages import DeviceLease
 from mtp_spec.errors import OptionError
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.options import Speculation
 from mtp_spec.sampling.sampler import Sampler
+from mtp_spec.speculation import Speculation
 from mtp_spec.tree import ROOT, TokenTree
 
 GUIDED_DEPTH = 3

@@ -21,8 +21,8 @@ from mtp_spec.cuda.engine import DeviceDecoder, DeviceRuntime, Launched
 from mtp_spec.cuda.state import WAITING, State
 from mtp_spec.cuda.step import Step
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.options import Speculation
 from mtp_spec.planning.shape_planner import PLAIN, Chances, Ladder, TextLadder
+from mtp_spec.speculation import Speculation
 
 PLANNED_DEPTH = 5
 # rows that catch up at once; the smallest pass that holds what waits is taken

@@ -15,7 +15,8 @@ from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.mla_cache import Cache
 from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Settings, Stages, seed_bits, settings_row
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.options import MAX_DEPTH, MAX_NODES, SamplingParams
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import MAX_DEPTH, MAX_NODES
 
 ROWS = MAX_NODES + 1
 MOST = MAX_DEPTH + 1

@@ -22,7 +22,7 @@ from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.rows import row_logits, verify_rows
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.options import SamplingParams
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.text import Tokenizer
 

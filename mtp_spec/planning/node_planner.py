@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
 
-from mtp_spec.options import MAX_DEPTH
 from mtp_spec.planning.confidence import Confidence, Outcome
 from mtp_spec.planning.costs import StepTimes
 from mtp_spec.planning.governor import Pace
+from mtp_spec.speculation import MAX_DEPTH
 from mtp_spec.tree import ROOT, TokenTree
 
 # before anything was seen: tokens in the time of a plain step, and the chance of a best child

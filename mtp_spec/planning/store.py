@@ -26,11 +26,12 @@ from mtp_spec.cpu.passes import Runner
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.planning.costs import NEAR, PASSES, TEXT, StepTimes, measure
 from mtp_spec.planning.node_planner import Planner
 from mtp_spec.progress import step_progress
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.sampler import Sampler
+from mtp_spec.speculation import Speculation
 from mtp_spec.text import Tokenizer
 
 # steps of a text, plain and with a chain so deep, that times are brought to; the first ones warm up

@@ -14,7 +14,7 @@ from typing import Any
 from mtp_spec.errors import OptionError
 from mtp_spec.model.checkpoint.json_object import read_object
 from mtp_spec.model.errors import CheckpointError
-from mtp_spec.options import SamplingParams
+from mtp_spec.sampling.params import SamplingParams
 
 CHOICES = ("library", "checkpoint")
 FILE = "generation_config.json"

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from mtp_spec.errors import MTPSpecError, NotFiniteError, OptionError
-from mtp_spec.options import SamplingParams
 from mtp_spec.sampling.noise import GumbelNoise
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.processors import LogitsProcessor, Trail
 from mtp_spec.sampling.seeds import fresh_seed
 

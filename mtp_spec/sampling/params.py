@@ -1,4 +1,4 @@
-"""What a caller may ask of generation: sampling parameters and the shape of speculation.
+"""How tokens are drawn and when a text ends: `SamplingParams`.
 
 Every value is checked here, once, with a message that names the option, what was given and what is allowed. Nothing
 is corrected silently.
@@ -6,29 +6,23 @@ is corrected silently.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from mtp_spec.acceptance import RULES
 from mtp_spec.errors import OptionError
+from mtp_spec.option_checks import LARGEST, as_float, integer, invalid, real, unknown_option
 from mtp_spec.sampling.processors import LogitsProcessor, Processor, resolve_processors
 from mtp_spec.sampling.seeds import checked_seed
 
-MAX_DEPTH = 8
-MAX_NODES = 64
-LARGEST = 1e30  # what counts and logits may be multiplied with in float32
-DEFAULT_DEPTH = 3
-ACCEPTANCE_RULES = ("coupled", *RULES)
-
 # formats of a text, and what each needs to be told
 RESPONSE_FORMATS = {"json_object": None, "json_schema": "schema", "regex": "regex", "lark": "lark"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -84,28 +78,28 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, minimum in (("max_new_tokens", 1), ("top_k", 0), ("logprobs", 0), ("min_new_tokens", 0)):
-            self._store(name, _integer(name, getattr(self, name), minimum, None, f"an integer, {minimum} or more"))
+            self._store(name, integer(name, getattr(self, name), minimum, None, f"an integer, {minimum} or more"))
         self._store("seed", checked_seed(self.seed))
         allowed = f"a number from 0 (greedy) to {LARGEST:g}"
-        self._store("temperature", _real("temperature", self.temperature, allowed, low=0.0))
-        self._store("top_p", _real("top_p", self.top_p, "a number above 0 and up to 1 (off)", above=0.0, high=1.0))
-        self._store("min_p", _real("min_p", self.min_p, "a number from 0 (off) to 1", low=0.0, high=1.0))
+        self._store("temperature", real("temperature", self.temperature, allowed, low=0.0))
+        self._store("top_p", real("top_p", self.top_p, "a number above 0 and up to 1 (off)", above=0.0, high=1.0))
+        self._store("min_p", real("min_p", self.min_p, "a number from 0 (off) to 1", low=0.0, high=1.0))
         allowed = f"a number from {1 / LARGEST:g} to {LARGEST:g}; 1 is off"
-        repetition = _real("repetition_penalty", self.repetition_penalty, allowed, low=1 / LARGEST)
+        repetition = real("repetition_penalty", self.repetition_penalty, allowed, low=1 / LARGEST)
         self._store("repetition_penalty", repetition)
         for name in ("presence_penalty", "frequency_penalty"):
-            self._store(name, _real(name, getattr(self, name), f"a number from -{LARGEST:g} to {LARGEST:g}; 0 is off"))
+            self._store(name, real(name, getattr(self, name), f"a number from -{LARGEST:g} to {LARGEST:g}; 0 is off"))
         self._store("logit_bias", _logit_bias(self.logit_bias))
         self._store("stop", _stop_strings(self.stop))
         self._store("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         if not isinstance(self.ignore_eos, bool):
-            raise _bad("ignore_eos", self.ignore_eos, "True or False")
+            raise invalid("ignore_eos", self.ignore_eos, "True or False")
         if self.min_new_tokens > self.max_new_tokens:
-            raise _bad("min_new_tokens", self.min_new_tokens, f"at most max_new_tokens, {self.max_new_tokens}")
+            raise invalid("min_new_tokens", self.min_new_tokens, f"at most max_new_tokens, {self.max_new_tokens}")
         resolve_processors(self.logits_processor)
         _check_response_format(self.response_format)
         if self.ignore_eos and self.response_format is not None:
-            raise _bad("ignore_eos", True, "False with response_format: a text that is whole ends by such a token")
+            raise invalid("ignore_eos", True, "False with response_format: a text that is whole ends by such a token")
 
     def _store(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -124,7 +118,7 @@ class SamplingParams:
         names = [field.name for field in fields(cls)]
         for name in options:
             if name not in names:
-                raise _unknown_option(name, [*names, *also_allowed])
+                raise unknown_option(name, [*names, *also_allowed])
         return cls(**options)
 
     @property
@@ -168,144 +162,37 @@ class SamplingParams:
         """
         for token in self.ends(frozenset()):
             if token >= vocab_size:
-                raise _bad("stop_token_ids", [token], f"token ids from 0 to {vocab_size - 1}")
+                raise invalid("stop_token_ids", [token], f"token ids from 0 to {vocab_size - 1}")
         bias = self.logit_bias or {}
         for token in bias:
             if not 0 <= token < vocab_size:
-                raise _bad("logit_bias", dict(bias), f"token ids from 0 to {vocab_size - 1}; {token} is not one")
+                raise invalid("logit_bias", dict(bias), f"token ids from 0 to {vocab_size - 1}; {token} is not one")
         if sum(value == -math.inf for value in bias.values()) == vocab_size:
-            raise _bad("logit_bias", "-inf for every token", "at least one token left to choose")
+            raise invalid("logit_bias", "-inf for every token", "at least one token left to choose")
         if self.logprobs > vocab_size:
-            raise _bad("logprobs", self.logprobs, f"at most the size of the vocabulary, {vocab_size}")
+            raise invalid("logprobs", self.logprobs, f"at most the size of the vocabulary, {vocab_size}")
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class Speculation:
-    """The shape of the tree that is drafted for each verify pass.
-
-    Args:
-        depth: how many tokens ahead are drafted, 1 to 8. Default: the length of ``branching``, else 3.
-        branching: children of every node, depth by depth; (1, 1, 1) is a chain, (3, 2, 1) a tree of 15 nodes. Missing
-            depths are 1.
-        budget: at most this many nodes are drafted, the most promising first; up to 64.
-        acceptance: the rule that accepts drafts. "coupled" keeps the text identical to plain decoding; "rejection",
-            "hybrid", "block" (chains) and "traversal" keep its distribution; "typical" and "relaxed" change it.
-        adaptive: draft deeper only where acceptance is likely; depth and branching are then the most there may be.
+def expanded_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a call's options with every parameter of `sampling=` in its place.
 
     Raises:
-        OptionError: a value of the wrong kind or outside its range, or a tree of more than 64 nodes.
+        OptionError: it is no `SamplingParams`, or one of its parameters is given beside it.
     """
-
-    depth: int
-    branching: tuple[int, ...]
-    budget: int | None
-    acceptance: str
-    adaptive: bool
-
-    def __init__(
-        self,
-        depth: int | None = None,
-        branching: Sequence[int] | None = None,
-        budget: int | None = None,
-        acceptance: str = "coupled",
-        adaptive: bool = False,
-    ) -> None:
-        widths = () if branching is None else _branching(branching)
-        if depth is None:
-            depth = len(widths) or DEFAULT_DEPTH
-        depth = _integer("depth", depth, 1, MAX_DEPTH, f"an integer from 1 to {MAX_DEPTH}; speculation=None is off")
-        if len(widths) > depth:
-            raise _bad("branching", branching, f"at most one number for each of the {depth} depths; raise depth")
-        if budget is not None:
-            budget = _integer("budget", budget, 1, MAX_NODES, f"an integer from 1 to {MAX_NODES}, or None")
-        if not isinstance(adaptive, bool):
-            raise _bad("adaptive", adaptive, "True or False")
-        _check_acceptance(acceptance, widths, budget, adaptive)
-        values = (depth, widths + (1,) * (depth - len(widths)), budget, acceptance, adaptive)
-        for field, value in zip(fields(self), values, strict=True):
-            object.__setattr__(self, field.name, value)
-        if self.nodes > MAX_NODES:
-            allowed = f"at most {MAX_NODES} nodes (this tree has {self.nodes}); give budget={MAX_NODES} or less"
-            raise _bad("branching", self.branching, allowed)
-
-    @property
-    def nodes(self) -> int:
-        """The largest number of nodes that one step drafts."""
-        total, width = 0, 1
-        for children in self.branching:
-            width *= children
-            total += width
-        return total if self.budget is None else min(total, self.budget)
-
-    def room(self, depth: int, drafted: int) -> int:
-        """How many nodes a depth may add to those drafted: every deeper one keeps room for one, if there is any."""
-        left = (self.nodes if self.budget is None else self.budget) - drafted
-        return min(left, max(1, left - (self.depth - depth)))
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether every node has one child."""
-        return max(self.branching) == 1
-
-
-def resolve_speculation(value: object) -> Speculation | Literal["auto"] | None:
-    """What ``speculation=`` stands for: "auto", a :class:`Speculation`, or None (off).
-
-    An integer is the depth of a chain; 0 is off.
-
-    Raises:
-        OptionError: anything else.
-    """
-    if value is None or isinstance(value, Speculation):
-        return value
-    if isinstance(value, str) and value == "auto":
-        return "auto"
-    allowed = f'"auto", None (off), a chain depth from 0 to {MAX_DEPTH}, or mtp_spec.Speculation(...)'
-    depth = _integer("speculation", value, 0, MAX_DEPTH, allowed)
-    return Speculation(depth=depth) if depth else None
-
-
-def _bad(name: str, value: object, allowed: str) -> OptionError:
-    return OptionError(f"{name}={value!r} is not possible: allowed is {allowed}")
-
-
-def _unknown_option(name: str, known: Sequence[str]) -> OptionError:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return OptionError(f"unknown option {name!r}: {hint}known options are {', '.join(known)}")
-
-
-def _integer(name: str, value: object, low: int, high: int | None, allowed: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise _bad(name, value, allowed)
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise _bad(name, value, allowed)
-    return number
-
-
-def _real(
-    name: str,
-    value: object,
-    allowed: str,
-    *,
-    low: float = -math.inf,
-    above: float = -math.inf,
-    high: float = math.inf,
-) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise _bad(name, value, allowed)
-    number = _float(value)
-    if not abs(number) <= LARGEST or not low <= number <= high or number <= above:
-        raise _bad(name, value, allowed)
-    return number
-
-
-def _float(value: Real) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+    given = dict(options)
+    params = given.pop("sampling", None)
+    if params is None:
+        return given
+    if not isinstance(params, SamplingParams):
+        raise invalid("sampling", params, "mtp_spec.SamplingParams(...), or None")
+    own = {field.name: getattr(params, field.name) for field in fields(params)}
+    for name, value in given.items():
+        if name in own:
+            raise OptionError(
+                f"{name}={value!r} is not possible beside sampling=SamplingParams(...), which has a {name} already: "
+                "change it there (dataclasses.replace), or leave sampling out"
+            )
+    return {**own, **given}
 
 
 def _logit_bias(value: object) -> dict[int, float] | None:
@@ -313,15 +200,15 @@ def _logit_bias(value: object) -> dict[int, float] | None:
         return None
     allowed = f"a dictionary of token id -> number from -{LARGEST:g} to {LARGEST:g} (or -inf, which forbids the token)"
     if not isinstance(value, Mapping):
-        raise _bad("logit_bias", value, allowed)
+        raise invalid("logit_bias", value, allowed)
     bias: dict[int, float] = {}
     for token, amount in value.items():
         if isinstance(amount, bool) or not isinstance(amount, Real):
-            raise _bad("logit_bias", {token: amount}, allowed)
-        number = _float(amount)
+            raise invalid("logit_bias", {token: amount}, allowed)
+        number = as_float(amount)
         if not (abs(number) <= LARGEST or number == -math.inf):
-            raise _bad("logit_bias", {token: amount}, allowed)
-        bias[_integer("logit_bias token", token, 0, None, "a token id, 0 or more")] = number
+            raise invalid("logit_bias", {token: amount}, allowed)
+        bias[integer("logit_bias token", token, 0, None, "a token id, 0 or more")] = number
     return bias
 
 
@@ -331,10 +218,10 @@ def _stop_strings(value: object) -> tuple[str, ...] | None:
     strings = (value,) if isinstance(value, str) else value
     allowed = "a string or a list of strings, none of them empty"
     if not isinstance(strings, Sequence) or isinstance(strings, bytes):
-        raise _bad("stop", value, allowed)
+        raise invalid("stop", value, allowed)
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise _bad("stop", value, allowed)
+            raise invalid("stop", value, allowed)
     return tuple(strings)
 
 
@@ -346,8 +233,8 @@ def _token_ids(name: str, value: object) -> tuple[int, ...] | None:
         value = value.tolist()
     listed = [value] if isinstance(value, Integral) else value
     if isinstance(listed, str | bytes | bytearray) or not isinstance(listed, Sequence | Set):
-        raise _bad(name, value, allowed)
-    return tuple(dict.fromkeys(_integer(name, token, 0, None, allowed) for token in listed))
+        raise invalid(name, value, allowed)
+    return tuple(dict.fromkeys(integer(name, token, 0, None, allowed) for token in listed))
 
 
 def _check_response_format(value: object) -> None:
@@ -355,29 +242,9 @@ def _check_response_format(value: object) -> None:
         return
     kind = value.get("type") if isinstance(value, Mapping) else None
     if not isinstance(value, Mapping) or kind not in RESPONSE_FORMATS:
-        raise _bad("response_format", value, '{"type": one of ' + ", ".join(RESPONSE_FORMATS) + ", ...}")
+        raise invalid("response_format", value, '{"type": one of ' + ", ".join(RESPONSE_FORMATS) + ", ...}")
     key = RESPONSE_FORMATS[kind]
     kinds = Mapping | bool if key == "schema" else str
     if set(value) != {"type", key} - {None} or (key is not None and not isinstance(value[key], kinds)):
         allowed = f'{{"type": "{kind}"' + ("}" if key is None else f', "{key}": ...}}')
-        raise _bad("response_format", value, allowed)
-
-
-def _branching(value: object) -> tuple[int, ...]:
-    allowed = f"1 to {MAX_DEPTH} integers from 1 to {MAX_NODES}, such as (3, 2, 1)"
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not 1 <= len(value) <= MAX_DEPTH:
-        raise _bad("branching", value, allowed)
-    return tuple(_integer("branching entry", width, 1, MAX_NODES, allowed) for width in value)
-
-
-def _check_acceptance(name: object, widths: Sequence[int], budget: int | None, adaptive: bool) -> None:
-    if name not in ACCEPTANCE_RULES:
-        raise _bad("acceptance", name, "one of " + ", ".join(f'"{rule}"' for rule in ACCEPTANCE_RULES))
-    rule = RULES.get(str(name))
-    if rule is None:
-        return
-    if rule.chains_only and max(widths, default=1) > 1:
-        raise _bad("branching", tuple(widths), f'1 at every depth: "{name}" judges chains, "traversal" trees')
-    if rule.samples and (budget is not None or adaptive):
-        option, value, only = ("adaptive", adaptive, False) if budget is None else ("budget", budget, None)
-        raise _bad(option, value, f'{only} with acceptance="{name}", which allows no pruning by what was drawn')
+        raise invalid("response_format", value, allowed)
