@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from mtp_spec.analysis.scoring import score_ids
+from mtp_spec.cli.main import main
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.checkpoint.folder import load_checkpoint
 from mtp_spec.model.config import ModelConfig
@@ -242,3 +245,35 @@ def test_a_ranks_part_is_refused() -> None:
     part = Transformer(replace(CONFIG, vocab_size=14), torch.float32, "meta", Ranks(size=2))
     with pytest.raises(ValueError, match="one of 2 ranks' parts"):
         TrainingForward(part)
+
+
+def test_bench_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.make(tmp_path / "model", "v3")
+    few = ["--batch", "2", "--context", "16", "--depths", "3", "--repeats", "3"]
+    main(["bench", "train", "--model", str(tmp_path / "model"), *few, "--json", str(tmp_path / "train.json")])
+    document = json.loads((tmp_path / "train.json").read_text())
+    *parts, whole = document["rows"]
+    assert [row["part"] for row in parts] == ["frozen main model", "module, forward", "module, backward", "update"]
+    assert document["loss last"] < document["loss first"]
+    assert len(document["steps ms"]) == 3
+    assert whole["tokens a second"] == pytest.approx(2 * 16 / whole["ms"] * 1e3)
+    assert "a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("v2", [], "has no MTP module"),
+        ("v3", ["--context", "4"], "give more tokens than the 4"),
+        ("v3", ["--context", "257"], "the model's limit is 256"),
+    ],
+)
+def test_bench_train_refuses_before_it_reads_weights(
+    tmp_path: Path, kind: str, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    tiny.make(tmp_path / "model", kind)
+    monkeypatch.delattr("mtp_spec.bench.train.load_checkpoint")
+    with pytest.raises(SystemExit):
+        main(["bench", "train", "--model", str(tmp_path / "model"), *arguments])
+    assert message in capsys.readouterr().err
