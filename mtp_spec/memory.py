@@ -98,11 +98,6 @@ class PagePlan:
         return plan
 
 
-def host_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Returns the bytes that loading to a CPU by torch takes: the model, and tensors read ahead."""
-    return model_bytes(checkpoint.config, dtype) + read_ahead_bytes(checkpoint)
-
-
 def read_ahead_bytes(checkpoint: Checkpoint) -> int:
     """Returns the bytes of tensors held while a model is loaded: those read ahead, one more, and the one in use."""
     whole = max((i.bytes for name, i in checkpoint.tensors.items() if checkpoint.dtype(name) == "F8_E4M3"), default=0)
