@@ -14,10 +14,9 @@ from mtp_spec.bench.cpu import SHAPES
 from mtp_spec.bench.peers import process, steps, texts
 from mtp_spec.bench.peers.gguf_worker import _e4m3
 from mtp_spec.bench.peers.process import Peer, PeerError
-from mtp_spec.bench.turns import Written
+from mtp_spec.bench.peers.texts import Timed
 from mtp_spec.cli import build_parser, main
-from mtp_spec.errors import OptionError
-from mtp_spec.stats import GenerationStats
+from mtp_spec.errors import MTPSpecError, OptionError
 
 HERE = sys.executable
 
@@ -48,6 +47,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--llama-python", "/nowhere/python"], "pip install llama-cpp-python gguf numpy"),
         (["--vllm-python", "/bin/true"], "is no Python"),
         (["--vllm-python", HERE, "--folder", "/nowhere"], "--folder /nowhere is no folder"),
+        (["--vllm-python", HERE, "--vllm-preload", "/nowhere/libx.so"], "/nowhere/libx.so is no file"),
         (["--vllm-python", HERE, "--depths", "99"], "a chain has at most"),
         (["--vllm-python", HERE, "--threads", "0"], "give numbers of 1 or more"),
     ],
@@ -121,26 +121,30 @@ def test_a_peer_that_ends_tells_its_last_words(
 
 
 def test_ratios_are_those_of_each_prompt_and_the_best_is_the_fastest() -> None:
-    def written(ids: list[int], *seconds: float) -> list[Written]:
-        return [Written(ids, one, GenerationStats()) for one in seconds]
+    def written(ids: list[int], per_step: float, *seconds: float) -> list[Timed]:
+        return [Timed(ids, one, one / 2, per_step) for one in seconds]
 
-    texts_by_way = {
-        "mtp_spec plain": written([1, 2, 3, 4], 4.0, 4.0, 4.0),
-        "vLLM plain": written([1, 2, 9, 4], 8.0, 16.0, 12.0),
-        "vLLM MTP 1": written([1, 2, 3, 4], 8.0, 8.0, 8.0),
-        "vLLM MTP 2": written([1, 2, 3, 4], 6.0, 6.0, 60.0),
-    }
-    steps_of = {"vLLM plain": [{"steps": 0, "accepted": 0}], "vLLM MTP 1": [{"steps": 4, "accepted": 2}],
-                "vLLM MTP 2": [{"steps": 2, "accepted": 3}, {"steps": 2, "accepted": 3}]}  # fmt: skip
-    paces = {name: [text.pace for text in found] for name, found in texts_by_way.items()}
-    rows = {row["way"]: row for row in texts._rows(texts_by_way, paces, steps_of, 1)}
-    assert {name: row[texts.OVER_PLAIN] for name, row in rows.items()} == {
-        "mtp_spec plain": 3.0, "vLLM plain": 1.0, "vLLM MTP 1": 1.5, "vLLM MTP 2": 8 / 6,
-    }  # fmt: skip
-    assert rows["mtp_spec plain"][texts.OVER_MTP] == 1.5
-    assert [rows[name]["tokens a step"] for name in steps_of] == [1.0, 1.5, 2.5]
-    assert [row["first tokens as mtp_spec"] for row in rows.values()] == [4, 2, 4, 4]
-    assert rows["mtp_spec plain"]["tokens/s"] == 1.0
+    rows = texts.table({
+        "mtp_spec plain": written([1, 2, 3, 4], 1.0, 4.0, 4.0, 4.0),
+        "vLLM plain": written([1, 2, 9, 4], 1.0, 8.0, 16.0, 12.0),
+        "vLLM MTP 1": written([1, 2, 3, 4], 1.5, 8.0, 8.0, 8.0),
+        "vLLM MTP 2": written([1, 2, 3, 4], 2.5, 6.0, 6.0, 60.0),
+    }, 1)  # fmt: skip
+    assert [row[texts.OVER_PLAIN] for row in rows] == [3.0, 1.0, 1.5, 8 / 6]
+    assert [row["by CPU time"] for row in rows] == [3.0, 1.0, 1.5, 8 / 6]
+    assert [row[texts.OVER_MTP] for row in rows] == [1.5, 0.75, 0.75, 1.0]
+    assert [row["tokens a step"] for row in rows] == [1.0, 1.0, 1.5, 2.5]
+    assert [row["first as ours"] for row in rows] == [4, 2, 4, 4]
+    assert rows[0]["tokens/s"] == 1.0
+    said = texts.note(rows, 1, {"vllm": "0.1", "torch": "2"})
+    assert "our plain is 3.00 times vLLM's plain; our best (mtp_spec plain) is 1.50 times its best MTP" in said
+
+
+def test_a_way_that_ends_early_is_an_error() -> None:
+    ways: dict[str, texts.Way] = {"vLLM plain": lambda ids, tokens: Timed(ids, 1.0, 1.0, 1.0)}
+    assert texts._in_turn(ways, 0, [1, 2], 2)["vLLM plain"].ids == [1, 2]
+    with pytest.raises(MTPSpecError, match="vLLM plain wrote 2 of 3 tokens"):
+        texts._in_turn(ways, 0, [1, 2], 3)
 
 
 def test_e4m3_is_torchs() -> None:

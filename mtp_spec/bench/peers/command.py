@@ -33,12 +33,21 @@ def add_cpu_peers(kinds: Any) -> None:
     kind.add_argument("--depths", type=parsing.depths, default=[1, 2, 3], metavar="K,...", help="vLLM: drafts a step")
     kind.add_argument("--vllm-dtype", choices=DTYPES, default=DTYPES[0], help=f"of vLLM's weights ({DTYPES[0]})")
     kind.add_argument("--vllm-eager", action="store_true", help="vLLM without torch.compile")
+    kind.add_argument("--vllm-preload", type=_files, default=[], metavar="FILE,...", help="libraries that vLLM asks to "
+                      "be loaded first: libtcmalloc_minimal.so.4 and PEER/lib/libiomp5.so")  # fmt: skip
     kind.add_argument("--llama-python", type=Path, metavar="PYTHON",
                       help="of a virtual environment with llama-cpp-python and gguf")  # fmt: skip
     kind.add_argument("--experts", type=parsing.count, default=32, metavar="N", help="llama.cpp: routed experts "
                       "a layer of both models; a token reads 4 of them (32; the published model has 64)")  # fmt: skip
     kind.add_argument("--context", type=parsing.count, default=256, help="llama.cpp: tokens before the steps (256)")
     kind.add_argument("--rounds", type=parsing.count, default=15, help="llama.cpp: turns of 8 steps each (15)")
+
+
+def _files(text: str) -> list[str]:
+    for name in text.split(","):
+        if not Path(name).is_file():
+            raise argparse.ArgumentTypeError(f"{name} is no file")
+    return text.split(",")
 
 
 def cpu_peers(args: argparse.Namespace) -> Report:

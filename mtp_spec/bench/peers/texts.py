@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -22,18 +23,30 @@ import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, average, bundled_prompts, question, spread
 from mtp_spec.bench.peers.process import Peer
-from mtp_spec.bench.turns import WARM_TOKENS, Generate, Written, in_turn, ours, shared_tokens
+from mtp_spec.bench.turns import shared_tokens
 from mtp_spec.errors import OptionError
 from mtp_spec.model.cast import cast_job
 from mtp_spec.model.export import export_job
 from mtp_spec.model.jobs import run_job
-from mtp_spec.stats import GenerationStats
 
 PAUSE = 0.05  # seconds between turns, so that the other's threads have gone to sleep
-WARM_TEXTS = 2  # of each way: the first ones compile, and ours measures its steps
+WARM_TEXTS, WARM_TOKENS = 2, 32  # of each way: the first ones compile, and ours measures its steps
 CACHE_GB = 1  # that vLLM keeps for latents, the least that it takes
 PLAIN, THEIR_PLAIN = "mtp_spec plain", "vLLM plain"
 OVER_PLAIN, OVER_MTP = "times vLLM plain", "times its best MTP"  # columns
+
+
+class Timed(NamedTuple):
+    """A text: its ids, wall-clock and processor's seconds, prompt included, and tokens that a step committed."""
+
+    ids: list[int]
+    seconds: float
+    cpu: float
+    per_step: float
+
+
+# prompt ids and a number of tokens -> the text
+Way = Callable[[list[int], int], Timed]
 
 
 def texts(args: argparse.Namespace) -> Report:
@@ -50,10 +63,14 @@ def texts(args: argparse.Namespace) -> Report:
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 lm = mtp_spec.load(args.model)
-                part, paces, peer = _compare(lm, wide, prompts, args, threads)
+                written, facts["vLLM"] = _compare(lm, wide, prompts, args, threads)
+                for what, place in (("seconds", 1), ("seconds of the processor", 2)):
+                    facts[f"{what} a text, {threads} threads"] = {
+                        name: [text[place] for text in found] for name, found in written.items()
+                    }
+                part = table(written, threads)
                 rows += part
-                facts[f"seconds per token, {threads} threads"], facts["vLLM"] = paces, peer
-                notes.append(_note(part, threads, peer))
+                notes.append(note(part, threads, facts["vLLM"]))
         finally:
             torch.set_num_threads(before)
     return Report(f"Greedy texts beside vLLM, median over {len(prompts)} prompts", rows, facts, notes=notes)
@@ -61,101 +78,104 @@ def texts(args: argparse.Namespace) -> Report:
 
 def _compare(
     lm: LM, wide: Path, prompts: list[Row], args: argparse.Namespace, threads: int
-) -> tuple[list[Row], dict[str, list[float]], Row]:
-    """Returns the table's rows, seconds per token of every text, and what vLLM says of itself."""
+) -> tuple[dict[str, list[Timed]], Row]:
+    """Returns every way's texts, and what vLLM says of itself."""
     asked = [question(lm, one["prompt"]) for one in prompts]
     longest = max(map(len, asked)) + args.max_new_tokens
     if longest > lm.max_context:
         raise OptionError(f"prompt and text need {longest} tokens, the model takes {lm.max_context}")
-    ways = {PLAIN: ours(lm, None), **{f"mtp_spec chain {depth}": ours(lm, depth) for depth in args.depths},
-            "mtp_spec auto": ours(lm, "auto")}  # fmt: skip
-    written: dict[str, list[Written]] = {}
-    steps: dict[str, list[Row]] = {}
+    ways = {PLAIN: _ours(lm, None), **{f"mtp_spec chain {depth}": _ours(lm, depth) for depth in args.depths},
+            "mtp_spec auto": _ours(lm, "auto")}  # fmt: skip
     facts: Row = {}
+    options = {"model": str(wide), "dtype": args.vllm_dtype, "eager": args.vllm_eager,
+               "context": longest + max(args.depths) + 1}  # fmt: skip
     with ExitStack() as stack:
         for depth in (0, *args.depths):
-            name = f"vLLM MTP {depth}" if depth else THEIR_PLAIN
-            options = {"model": str(wide), "dtype": args.vllm_dtype, "depth": depth, "context": longest + max(
-                args.depths) + 1, "eager": args.vllm_eager, "threads": threads}  # fmt: skip
-            peer = stack.enter_context(Peer(args.vllm_python, "vllm_worker.py", options, _environment(threads)))
-            facts, steps[name] = peer.facts, []
-            ways[name] = _theirs(peer, steps[name])
-        ways = {name: _rested(way) for name, way in ways.items()}
-        options = {"temperature": 0.0, "seed": 0, "ignore_eos": True}
+            peer = Peer(args.vllm_python, "vllm_worker.py", {**options, "depth": depth}, _environment(args, threads))
+            stack.enter_context(peer)
+            facts = peer.facts
+            ways[f"vLLM MTP {depth}" if depth else THEIR_PLAIN] = _theirs(peer)
         for number in range(WARM_TEXTS):
-            in_turn(ways, number, asked[number % len(asked)], {**options, "max_new_tokens": WARM_TOKENS * 4})
-        for found in steps.values():
-            found.clear()
+            _in_turn(ways, number, asked[number % len(asked)], WARM_TOKENS)
+        texts: dict[str, list[Timed]] = {name: [] for name in ways}
         for number, ids in enumerate(track(asked, f"{threads} threads", transient=True)):
-            found_texts = in_turn(ways, number, ids, {**options, "max_new_tokens": args.max_new_tokens})
-            for name, text in found_texts.items():
-                written.setdefault(name, []).append(text)
-    paces = {name: [text.pace for text in found] for name, found in written.items()}
-    return _rows(written, paces, steps, threads), paces, facts
+            for name, text in _in_turn(ways, number, ids, args.max_new_tokens).items():
+                texts[name].append(text)
+    return texts, facts
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _in_turn(ways: dict[str, Way], number: int, ids: list[int], tokens: int) -> dict[str, Timed]:
+    """Returns each way's text; another one goes first for each number."""
+    names, first, found = list(ways), number % len(ways), {}
+    for name in names[first:] + names[:first]:
+        time.sleep(PAUSE)
+        found[name] = ways[name](ids, tokens)
+        if len(found[name].ids) != tokens:
+            raise mtp_spec.MTPSpecError(f"{name} wrote {len(found[name].ids)} of {tokens} tokens")
+    return found
+
+
+def _environment(args: argparse.Namespace, threads: int) -> dict[str, str]:
     """Returns vLLM's own switches: its threads, unbound as ours are, and the least memory for its cache."""
     return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GB), "VLLM_MLA_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
+            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+            "LD_PRELOAD": ":".join(map(str, args.vllm_preload))}  # fmt: skip
 
 
-def _rested(way: Generate) -> Generate:
-    """Returns a way that begins when the one before has gone to sleep."""
+def _ours(lm: LM, speculation: Any) -> Way:
+    def write(ids: list[int], tokens: int) -> Timed:
+        start, used = time.perf_counter(), time.process_time()
+        out = lm.generate(ids, speculation=speculation, temperature=0.0, seed=0, ignore_eos=True,
+                          max_new_tokens=tokens)  # fmt: skip
+        seconds, used = time.perf_counter() - start, time.process_time() - used
+        return Timed(out.token_ids, seconds, used, out.stats.tokens_per_step)
 
-    def generate(ids: list[int], options: dict[str, Any]) -> Written:
-        time.sleep(PAUSE)
-        return way(ids, options)
-
-    return generate
-
-
-def _theirs(peer: Peer, steps: list[Row]) -> Generate:
-    """Returns vLLM's way; `steps` gets the steps and accepted drafts of every text."""
-
-    def generate(ids: list[int], options: dict[str, Any]) -> Written:
-        answer = peer.ask(ids=ids, tokens=options["max_new_tokens"])
-        steps.append(answer)
-        if len(answer["ids"]) != options["max_new_tokens"]:
-            raise mtp_spec.MTPSpecError(f"vLLM wrote {len(answer['ids'])} of {options['max_new_tokens']} tokens")
-        return Written(answer["ids"], answer["seconds"], GenerationStats())
-
-    return generate
+    return write
 
 
-def _rows(
-    written: dict[str, list[Written]], paces: dict[str, list[float]], steps: dict[str, list[Row]], threads: int
-) -> list[Row]:
-    theirs = [name for name in steps if name != THEIR_PLAIN]
-    best = min(theirs, key=lambda name: median(paces[name]))
+def _theirs(peer: Peer) -> Way:
+    def write(ids: list[int], tokens: int) -> Timed:
+        text = peer.ask(ids=ids, tokens=tokens)
+        per_step = 1 + text["accepted"] / text["steps"] if text["steps"] else 1.0
+        return Timed(text["ids"], text["seconds"], text["cpu"], per_step)
+
+    return write
+
+
+def table(texts: dict[str, list[Timed]], threads: int) -> list[Row]:
+    """Returns the rows: medians, over prompts, of the ratio to vLLM's plain and to its fastest way with drafts.
+
+    Seconds of the processor are what a shared machine disturbs least: a thread that waits for its turn uses none.
+    """
+    drafting = [name for name in texts if name.startswith("vLLM") and name != THEIR_PLAIN]
+    best = min(drafting, key=lambda name: median(text.seconds for text in texts[name]))
     rows = list[Row]()
-    for name, found in written.items():
-        plain, drafted = (
-            spread([peer / own for peer, own in zip(paces[other], paces[name], strict=True)])
-            for other in (THEIR_PLAIN, best)
-        )
-        rows.append({"threads": threads, "way": name, "tokens/s": 1 / median(paces[name]),
-                     OVER_PLAIN: plain[0], "quartiles": f"{plain[1]:.2f}-{plain[2]:.2f}",
-                     OVER_MTP: drafted[0], "its quartiles": f"{drafted[1]:.2f}-{drafted[2]:.2f}",
-                     "tokens a step": _per_step(found, steps.get(name)),
-                     "first tokens as mtp_spec": average([shared_tokens(text.ids, own.ids) for text, own in
-                                                          zip(found, written[PLAIN], strict=True)])})  # fmt: skip
+    for name, found in texts.items():
+        over = {other: [peer.seconds / own.seconds for peer, own in zip(texts[other], found, strict=True)]
+                for other in (THEIR_PLAIN, best)}  # fmt: skip
+        used = {other: [peer.cpu / own.cpu for peer, own in zip(texts[other], found, strict=True)]
+                for other in (THEIR_PLAIN, best)}  # fmt: skip
+        rows.append({"threads": threads, "way": name,
+                     "tokens/s": 1 / median(text.seconds / len(text.ids) for text in found),
+                     OVER_PLAIN: median(over[THEIR_PLAIN]), "quartiles": _quartiles(over[THEIR_PLAIN]),
+                     "by CPU time": median(used[THEIR_PLAIN]),
+                     OVER_MTP: median(over[best]), "its quartiles": _quartiles(over[best]),
+                     "its CPU time": median(used[best]), "tokens a step": average([text.per_step for text in found]),
+                     "first as ours": average([shared_tokens(text.ids, own.ids) for text, own in
+                                               zip(found, texts[PLAIN], strict=True)])})  # fmt: skip
     return rows
 
 
-def _per_step(texts: list[Written], steps: list[Row] | None) -> float:
-    """Returns tokens that a step commits in the mean; plain decoding commits one."""
-    if steps is None:
-        return average([text.stats.tokens_per_step for text in texts])
-    count = sum(text["steps"] for text in steps)
-    return 1 + sum(text["accepted"] for text in steps) / count if count else 1.0
+def _quartiles(values: list[float]) -> str:
+    _, low, high = spread(values)
+    return f"{low:.2f}-{high:.2f}"
 
 
-def _note(rows: list[Row], threads: int, peer: Row) -> str:
+def note(rows: list[Row], threads: int, peer: Row) -> str:
     """Says the two ratios that the comparison is for."""
     own = {row["way"]: row for row in rows if row["way"].startswith("mtp_spec")}
-    best = max(own.values(), key=lambda row: row["tokens/s"])
-    return (f"{threads} threads, vLLM {peer['vllm']} on torch {peer['torch']}: plain is "
-            f"{own[PLAIN][OVER_PLAIN]:.2f} times vLLM's plain; our best ({best['way']}) is "
-            f"{best[OVER_MTP]:.2f} times its best MTP")  # fmt: skip
+    best = max(own.values(), key=lambda row: row[OVER_MTP])
+    return (f"{threads} threads, vLLM {peer['vllm']} on torch {peer['torch']}: our plain is "
+            f"{own[PLAIN][OVER_PLAIN]:.2f} times vLLM's plain; our best ({best['way']}) is {best[OVER_MTP]:.2f} times "
+            "its best MTP")  # fmt: skip

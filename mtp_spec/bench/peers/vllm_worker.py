@@ -1,7 +1,7 @@
 """Writes texts with vLLM on a CPU. Run by the Python that has it, which knows nothing of this package.
 
 Argument: one JSON object {model, dtype, depth, context, eager}. Then one request a line, {ids, tokens}, and an answer
-{ids, seconds, steps, accepted}: greedy, past end tokens, so that every text has as many tokens as asked.
+{ids, seconds, cpu, steps, accepted}: greedy, past end tokens, so that every text has as many tokens as asked.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def main() -> None:
         request = json.loads(line)
         rule = vllm.SamplingParams(temperature=0.0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False)
         before = _drafts(lm)
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         (text,) = lm.generate([{"prompt_token_ids": request["ids"]}], rule, use_tqdm=False)
-        seconds = time.perf_counter() - start
+        seconds, used = time.perf_counter() - start, time.process_time() - used
         drafts, accepted = (after - old for after, old in zip(_drafts(lm), before, strict=True))
-        answer = {"ids": list(text.outputs[0].token_ids), "seconds": seconds, "steps": drafts, "accepted": accepted}
+        answer = {"ids": list(text.outputs[0].token_ids), "seconds": seconds, "cpu": used, "steps": drafts,
+                  "accepted": accepted}  # fmt: skip
         print(json.dumps(answer), file=answers, flush=True)
 
 
