@@ -147,6 +147,16 @@ def test_a_way_that_ends_early_is_an_error() -> None:
         texts._in_turn(ways, 0, [1, 2], 3)
 
 
+def test_steps_are_compared_round_by_round() -> None:
+    def rounds(*seconds: float) -> list[steps.Steps]:
+        return [{"seconds": [one, one, 99.0], "cpu": [one / 2, 0.0, 99.0]} for one in seconds]
+
+    taken = {steps.OURS: rounds(1.0, 2.0, 1.0), steps.THEIRS: rounds(3.0, 2.0, 2.0)}
+    own, theirs = steps.table(taken, {steps.OURS: 4e9, steps.THEIRS: 6e9}, 2)
+    assert (own["times llama.cpp"], own["by CPU time"], own["tokens/s"], own["GB/s"]) == (2.0, 2.0, 1.0, 4.0)
+    assert (theirs["times llama.cpp"], theirs["tokens/s"], theirs["GB/s"]) == (1.0, 0.5, 3.0)
+
+
 def test_e4m3_is_torchs() -> None:
     import torch
 

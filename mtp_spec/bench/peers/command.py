@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,19 @@ def cpu_peers(args: argparse.Namespace) -> Report:
         raise OptionError(f"--folder {args.folder} is no folder")
     if args.vllm_python is not None:
         check_python("--vllm-python", args.vllm_python, VLLM)
-        return texts(args)
+        return _loaded(texts, args)
     check_python("--llama-python", args.llama_python, LLAMA)
     shape(args)
-    return steps(args)
+    return _loaded(steps, args)
+
+
+def _loaded(measure: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> Report:
+    """Adds what else the machine was doing: the mean number of threads that ran or waited for a processor."""
+    if not hasattr(os, "getloadavg"):
+        return measure(args)
+    before = os.getloadavg()[0]
+    report = measure(args)
+    after = os.getloadavg()[0]
+    report.facts["load average"] = {"before": before, "after": after}
+    report.notes.append(f"threads that ran or waited on {os.cpu_count()} cores: {before:.1f} before, {after:.1f} after")
+    return report

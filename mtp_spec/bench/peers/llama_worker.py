@@ -1,8 +1,8 @@
 """Decodes ids with llama.cpp on a CPU. Run by the Python that has it, which knows nothing of this package.
 
-Argument: one JSON object {file, context, threads}. Then one request a line: {begin: ids, threads} forgets what was read
+Argument: one JSON object {file, context, threads, repack}. Then one request a line: {begin: ids, threads} forgets what was read
 and reads ids at once, by so many threads from now on, and answers {logits} of the last; {steps: ids} reads one after
-another and answers {seconds}, of each, its logits included.
+another and answers {seconds, cpu}, of each, its logits included, by the clock and of the processor.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ def main() -> None:
     llama.llama_backend_init()
     loading = llama.llama_model_default_params()
     loading.n_gpu_layers = 0
+    # repacked for AMX, attn_k_b and attn_v_b stop it with an assertion: what it repacks has no products by head
+    loading.use_extra_bufts = asked["repack"]
     model = llama.llama_model_load_from_file(asked["file"].encode(), loading)
     if not model:
         raise SystemExit(f"llama.cpp does not load {asked['file']}")
@@ -54,12 +56,13 @@ def main() -> None:
             llama.llama_memory_clear(llama.llama_get_memory(context), True)
             answer = {"logits": decode(request["begin"])[:vocabulary]}
         else:
-            seconds = []
+            seconds, cpu = [], []
             for one in request["steps"]:
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 decode([one])
                 seconds.append(time.perf_counter() - start)
-            answer = {"seconds": seconds}
+                cpu.append(time.process_time() - used)
+            answer = {"seconds": seconds, "cpu": cpu}
         print(json.dumps(answer), file=answers, flush=True)
 
 

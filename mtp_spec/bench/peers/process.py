@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ from mtp_spec.bench.common import Row
 from mtp_spec.errors import MTPSpecError, OptionError
 
 HERE = Path(__file__).parent
-SHOWN = 12  # last lines of what a peer printed before it failed
+SHOWN = 40  # last lines of what a peer printed before it failed
 # this process's modules are not the peer's
 OWN = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV", "PYTHONSTARTUP")
 FOUND = "import sys; from importlib.util import find_spec; print([n for n in sys.argv[1:] if not find_spec(n)])"
@@ -62,8 +63,6 @@ class Peer:
         program: file name of the program.
         arguments: of the program, written as JSON.
         environment: variables to add.
-    Attributes:
-        facts: what it said of itself when it was ready.
     """
 
     def __init__(self, python: Path, program: str, arguments: Row, environment: Mapping[str, str]) -> None:
@@ -71,11 +70,11 @@ class Peer:
         command = [str(python), "-I", str(HERE / program), json.dumps(arguments)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
                                          text=True, env=_environment(environment))  # fmt: skip
-        try:
-            self.facts = self._answer()
-        except BaseException:
-            self.close()
-            raise
+
+    @cached_property
+    def facts(self) -> Row:
+        """What it says of itself when it is ready, which takes a while: several may be started before one is asked."""
+        return self._answer()
 
     def ask(self, **request: Any) -> Row:
         """Returns the answer to a request.
@@ -84,6 +83,7 @@ class Peer:
             PeerError: the peer has ended; its last lines are told.
         """
         assert self._process.stdin is not None
+        assert self.facts is not None  # it is ready
         with suppress(BrokenPipeError):  # it has ended: reading says how
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

@@ -35,6 +35,7 @@ PAUSE = 0.1  # seconds between turns, so that the other's threads have gone to s
 AGREE = 0.98  # the least correlation of logits that is one model's
 ROOM_BYTES = 2 * 10**9
 Q8_0 = 34 / 32  # bytes a number
+Steps = dict[str, list[float]]  # "seconds" by the clock and "cpu", of the processor, of each step
 OURS, THEIRS = "mtp_spec plain, FP8", "llama.cpp, Q8_0"
 
 
@@ -94,15 +95,9 @@ def _measured(model: CPUModel, peer: Peer, args: argparse.Namespace, written: Ro
         for threads in args.threads:
             torch.set_num_threads(threads)
             taken, same = _turns(model, peer, args, threads)
-            paces = {name: [median(round) for round in rounds] for name, rounds in taken.items()}
-            facts[f"seconds a step, {threads} threads"] = taken
+            facts[f"seconds a step and of the processor, {threads} threads"] = taken
             facts[f"correlation of logits, {threads} threads"] = same
-            for name in (OURS, THEIRS):
-                ratio = spread([theirs / own for theirs, own in zip(paces[THEIRS], paces[name], strict=True)])
-                pace = median(paces[name])
-                rows.append({"threads": threads, "way": name, "tokens/s": 1 / pace,
-                             "times llama.cpp": ratio[0], "quartiles": f"{ratio[1]:.2f}-{ratio[2]:.2f}",
-                             "GB read a token": read[name] / 1e9, "GB/s": read[name] / pace / 1e9})  # fmt: skip
+            rows += table(taken, read, threads)
             notes.append(f"{threads} threads: the logits after the context correlate by {same:.4f}")
     finally:
         torch.set_num_threads(before)
@@ -114,9 +109,30 @@ def _hits(config: ModelConfig) -> float:
     return (config.num_hidden_layers - config.first_k_dense_replace) * config.num_experts_per_tok
 
 
+def table(taken: dict[str, list[Steps]], read: dict[str, float], threads: int) -> list[Row]:
+    """Returns the rows: medians, over rounds, of the ratio of each round's median step.
+
+    Seconds of the processor are what a shared machine disturbs least with one thread: one that waits for its turn uses
+    none. With more, they count waiting for the other threads too, as far as a library does that without sleeping.
+    """
+    rows = list[Row]()
+    for name in (OURS, THEIRS):
+        seconds, cpu = (
+            spread([median(theirs[what]) / median(own[what])
+                    for theirs, own in zip(taken[THEIRS], taken[name], strict=True)])
+            for what in ("seconds", "cpu")
+        )  # fmt: skip
+        pace = median(median(round["seconds"]) for round in taken[name])
+        rows.append({"threads": threads, "way": name, "tokens/s": 1 / pace, "times llama.cpp": seconds[0],
+                     "quartiles": f"{seconds[1]:.2f}-{seconds[2]:.2f}", "by CPU time": cpu[0],
+                     "its quartiles": f"{cpu[1]:.2f}-{cpu[2]:.2f}", "GB read a token": read[name] / 1e9,
+                     "GB/s": read[name] / pace / 1e9})  # fmt: skip
+    return rows
+
+
 def _turns(
     model: CPUModel, peer: Peer, args: argparse.Namespace, threads: int
-) -> tuple[dict[str, list[list[float]]], float]:
+) -> tuple[dict[str, list[Steps]], float]:
     """Returns seconds of every step by round, and how the logits after the context correlate."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
@@ -134,22 +150,23 @@ def _turns(
     if not same >= AGREE:
         raise mtp_spec.MTPSpecError(f"llama.cpp's logits correlate with ours by {same:.3f} only: not the same model, "
                                     "so the times mean nothing")  # fmt: skip
-    taken: dict[str, list[list[float]]] = {OURS: [], THEIRS: []}
+    taken: dict[str, list[Steps]] = {OURS: [], THEIRS: []}
     for number in range(args.rounds):
         now = ids(STEPS + WARM)
         for name in (OURS, THEIRS) if number % 2 else (THEIRS, OURS):
             time.sleep(PAUSE)
-            seconds = _own_steps(model, cache, now) if name == OURS else peer.ask(steps=now)["seconds"]
-            taken[name].append(seconds[WARM:])
+            found = _own_steps(model, cache, now) if name == OURS else peer.ask(steps=now)
+            taken[name].append({what: found[what][WARM:] for what in ("seconds", "cpu")})
     return taken, same
 
 
-def _own_steps(model: CPUModel, cache: LatentCache, ids: list[int]) -> list[float]:
-    """Returns seconds of each step, its logits included."""
-    seconds = []
+def _own_steps(model: CPUModel, cache: LatentCache, ids: list[int]) -> Steps:
+    """Returns seconds of each step by the clock and of the processor, its logits included."""
+    seconds, cpu = [], []
     for one in ids:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         model.logits(model.rows([one], cache, [-1]))
         cache.commit([0])
         seconds.append(time.perf_counter() - start)
-    return seconds
+        cpu.append(time.process_time() - used)
+    return {"seconds": seconds, "cpu": cpu}

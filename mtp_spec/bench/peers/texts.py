@@ -86,22 +86,22 @@ def _compare(
         raise OptionError(f"prompt and text need {longest} tokens, the model takes {lm.max_context}")
     ways = {PLAIN: _ours(lm, None), **{f"mtp_spec chain {depth}": _ours(lm, depth) for depth in args.depths},
             "mtp_spec auto": _ours(lm, "auto")}  # fmt: skip
-    facts: Row = {}
     options = {"model": str(wide), "dtype": args.vllm_dtype, "eager": args.vllm_eager,
                "context": longest + max(args.depths) + 1}  # fmt: skip
+    peers = list[Peer]()
     with ExitStack() as stack:
         for depth in (0, *args.depths):
             peer = Peer(args.vllm_python, "vllm_worker.py", {**options, "depth": depth}, _environment(args, threads))
-            stack.enter_context(peer)
-            facts = peer.facts
+            peers.append(stack.enter_context(peer))
             ways[f"vLLM MTP {depth}" if depth else THEIR_PLAIN] = _theirs(peer)
+        facts = [peer.facts for peer in peers]  # all are ready
         for number in range(WARM_TEXTS):
             _in_turn(ways, number, asked[number % len(asked)], WARM_TOKENS)
         texts: dict[str, list[Timed]] = {name: [] for name in ways}
         for number, ids in enumerate(track(asked, f"{threads} threads", transient=True)):
             for name, text in _in_turn(ways, number, ids, args.max_new_tokens).items():
                 texts[name].append(text)
-    return texts, facts
+    return texts, facts[0]
 
 
 def _in_turn(ways: dict[str, Way], number: int, ids: list[int], tokens: int) -> dict[str, Timed]:
