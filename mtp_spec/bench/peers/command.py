@@ -39,6 +39,8 @@ def add_cpu_peers(kinds: Any) -> None:
                       "be loaded first: libtcmalloc_minimal.so.4 and PEER/lib/libiomp5.so")  # fmt: skip
     kind.add_argument("--llama-python", type=Path, metavar="PYTHON",
                       help="of a virtual environment with llama-cpp-python and gguf")  # fmt: skip
+    kind.add_argument("--llama-repack", action="store_true", help="llama.cpp may lay weights out anew, as it does by "
+                      "default; with AMX, 0.3.36 then stops at this architecture")  # fmt: skip
     kind.add_argument("--experts", type=parsing.count, default=32, metavar="N", help="llama.cpp: routed experts "
                       "a layer of both models; a token reads 4 of them (32; the published model has 64)")  # fmt: skip
     kind.add_argument("--context", type=parsing.count, default=256, help="llama.cpp: tokens before the steps (256)")

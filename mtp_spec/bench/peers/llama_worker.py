@@ -1,8 +1,8 @@
 """Decodes ids with llama.cpp on a CPU. Run by the Python that has it, which knows nothing of this package.
 
-Argument: one JSON object {file, context, threads, repack}. Then one request a line: {begin: ids, threads} forgets what was read
-and reads ids at once, by so many threads from now on, and answers {logits} of the last; {steps: ids} reads one after
-another and answers {seconds, cpu}, of each, its logits included, by the clock and of the processor.
+Argument: one JSON object {file, context, threads, repack}. Then one request a line: {begin: ids, threads} forgets what
+was read and reads ids at once, by so many threads from now on, and answers {logits} of the last; {steps: ids} reads one
+after another and answers {seconds, cpu}, of each, its logits included, by the clock and of the processor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     llama.llama_backend_init()
     loading = llama.llama_model_default_params()
     loading.n_gpu_layers = 0
-    # repacked for AMX, attn_k_b and attn_v_b stop it with an assertion: what it repacks has no products by head
+    # laid out anew for AMX, attn_k_b and attn_v_b stop it with an assertion: AMX has no products by head there
     loading.use_extra_bufts = asked["repack"]
     model = llama.llama_model_load_from_file(asked["file"].encode(), loading)
     if not model:

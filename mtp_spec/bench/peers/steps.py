@@ -75,7 +75,8 @@ def steps(args: argparse.Namespace) -> Report:
         model = lm.model
         if not isinstance(model, CPUModel):
             raise OptionError("bench cpu-peers: models do not run on the CPU engine here, see mtp-spec inspect")
-        asked = {"file": file, "context": -(-tokens // 256) * 256, "threads": max(args.threads)}
+        asked = {"file": file, "context": -(-tokens // 256) * 256, "threads": max(args.threads),
+                 "repack": args.llama_repack}  # fmt: skip
         with Peer(python, "llama_worker.py", asked, {}) as peer:
             return _measured(model, peer, args, written)
     finally:
