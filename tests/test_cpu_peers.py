@@ -136,6 +136,8 @@ def test_ratios_are_those_of_each_prompt_and_the_best_is_the_fastest() -> None:
     assert [row["tokens a step"] for row in rows] == [1.0, 1.0, 1.5, 2.5]
     assert [row["first as ours"] for row in rows] == [4, 2, 4, 4]
     assert rows[0]["tokens/s"] == 1.0
+    with pytest.raises(MTPSpecError, match=r"its first 2\.0 tokens in common with ours in the mean"):
+        texts.check_same(rows)
     said = texts.note(rows, 1, {"vllm": "0.1", "torch": "2"})
     assert "our plain is 3.00 times vLLM's plain; our best (mtp_spec plain) is 1.50 times its best MTP" in said
 

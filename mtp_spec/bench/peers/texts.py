@@ -33,6 +33,7 @@ PAUSE = 0.05  # seconds between turns, so that the other's threads have gone to 
 WARM_TEXTS, WARM_TOKENS = 2, 32  # of each way: the first ones compile, and ours measures its steps
 CACHE_GB = 1  # that vLLM keeps for latents, the least that it takes
 PLAIN, THEIR_PLAIN = "mtp_spec plain", "vLLM plain"
+SAME = 10  # first tokens as ours, in the mean over prompts: rounding parts texts later, another model at once
 OVER_PLAIN, OVER_MTP = "times vLLM plain", "times its best MTP"  # columns
 
 
@@ -69,6 +70,7 @@ def texts(args: argparse.Namespace) -> Report:
                         name: [text[place] for text in found] for name, found in written.items()
                     }
                 part = table(written, threads)
+                check_same(part)
                 rows += part
                 notes.append(note(part, threads, facts["vLLM"]))
         finally:
@@ -165,6 +167,14 @@ def table(texts: dict[str, list[Timed]], threads: int) -> list[Row]:
                      "first as ours": average([shared_tokens(text.ids, own.ids) for text, own in
                                                zip(found, texts[PLAIN], strict=True)])})  # fmt: skip
     return rows
+
+
+def check_same(rows: list[Row]) -> None:
+    """Refuses a peer whose plain text is not this model's: then its times, and what it accepts, mean nothing."""
+    shared = next(row["first as ours"] for row in rows if row["way"] == THEIR_PLAIN)
+    if shared < SAME:
+        raise mtp_spec.MTPSpecError(f"vLLM's greedy text has its first {shared:.1f} tokens in common with ours in the "
+                                    "mean: it computes another model, and its times mean nothing")  # fmt: skip
 
 
 def _quartiles(values: list[float]) -> str:
