@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, t
         with pytest.raises(OptionError, match=f"--experts {experts}: 4 to 64"):
             steps.shape(asked("--experts", str(experts)))
     monkeypatch.setattr(steps, "free_here", lambda: 10**15)
-    monkeypatch.setattr(steps.shutil, "disk_usage", lambda _: Namespace(free=10**15))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=10**15))
     assert steps.shape(asked("--experts", "8")).n_routed_experts == 8
     monkeypatch.setattr(steps, "free_here", lambda: 10**9)
     with pytest.raises(OptionError, match=r"both models need .* GB, memory has 1\.0 left"):
