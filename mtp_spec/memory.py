@@ -115,7 +115,7 @@ def check_host(config: ModelConfig, dtype: torch.dtype) -> None:
     Raises:
         MTPSpecError: they are; the message says how much there is.
     """
-    needed, free = model_bytes(config, dtype), _free_here()
+    needed, free = model_bytes(config, dtype), free_here()
     if free is not None and needed > free:
         raise MTPSpecError(
             f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB of "
@@ -129,7 +129,7 @@ def check_kept(needed: int) -> None:
     Raises:
         MTPSpecError: they are; the message says how much there is.
     """
-    free = _free_here()
+    free = free_here()
     if free is not None and needed > free:
         raise MTPSpecError(
             f"the weights take {needed / 1e9:.1f} GB in FP8 and {free / 1e9:.1f} GB of memory are free: write them "
@@ -250,7 +250,7 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def _free_here() -> int | None:
+def free_here() -> int | None:
     """Returns the bytes of memory and swap that programs can still get, where the system tells."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -18,6 +18,7 @@ from mtp_spec.bench.exactness import same_text
 from mtp_spec.bench.files import STAGES, files_bench
 from mtp_spec.bench.grid import TREES
 from mtp_spec.bench.kernels import WHAT, kernels
+from mtp_spec.bench.peers.command import add_cpu_peers, cpu_peers
 from mtp_spec.bench.plan import SEARCHED, TAUGHT, check_plan, plan
 from mtp_spec.bench.products import SHAPES
 from mtp_spec.bench.rows import rows
@@ -79,6 +80,7 @@ def add_bench(commands: Any) -> None:
     six.add_argument("--layers", type=parsing.count, help="MoE layers (default: as many as fit)")
     six.add_argument("--library", action="store_true", help="ranks exchange through NCCL, not in one another's memory")
     _add_cpu(kinds)
+    add_cpu_peers(kinds)
     _add_files(kinds)
     _add_train(kinds)
     four.add_argument("--depths", type=parsing.depths, default=[2, 3, 4, 5], metavar="K,K,...", help="chains to time")
@@ -197,7 +199,7 @@ def run_bench(args: argparse.Namespace) -> None:
     """Loads the model if there is one, runs the benchmark, prints and writes its report."""
     if getattr(args, "whole", False):  # it does all of this itself
         return args.run(args)
-    if args.run in (cpu, kernels, step, files_bench, train):
+    if args.run in (cpu, cpu_peers, kernels, step, files_bench, train):
         return publish(args.run(args), None, args)
     if "check" in args:  # before anything is loaded
         args.check(args)
