@@ -105,7 +105,7 @@ class Step:
             marks.append(self._now())
             loss = self.loss(self.forward, self.ids, self.weights, hidden, target, self.depth_weights)
         marks.append(self._now())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         marks.append(self._now())
         self.optimiser.step()
         self.optimiser.zero_grad()
