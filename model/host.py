@@ -132,5 +132,6 @@ class HostModel:
     def table(self, length: int) -> Tensor:
         """Returns a rope table of at least `length` positions, grown on demand."""
         if self._table.shape[0] < length:
-            self._table = rope_table(self.config, padded(length) + 64, self.device)
+            with torch.inference_mode(False):  # training's gradients may pass through it later
+                self._table = rope_table(self.config, padded(length) + 64, self.device)
         return self._table

@@ -11,12 +11,15 @@ from functools import partial
 from threading import Lock
 from typing import Any, overload
 
+from typing_extensions import Unpack
+
 from mtp_spec.analysis.agreement import Watch
 from mtp_spec.analysis.explain import Explainer, Explanation
 from mtp_spec.analysis.scoring import Scores, score_ids
 from mtp_spec.distributed.consistency import check_first, request_facts
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.handle import Handle
+from mtp_spec.keywords import ChatIdsOptions, ChatOptions, GenerateOptions, StreamOptions
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.host import Technique
 from mtp_spec.prompt import Asking, Message, taken
@@ -24,7 +27,7 @@ from mtp_spec.request import Request, checked_ids, is_batch, new_request
 from mtp_spec.results import Generation
 from mtp_spec.sampling.defaults import Defaults
 from mtp_spec.sampling.grammar import GrammarProcessor, Grammars
-from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.sampling.params import SamplingParams, expanded_options
 from mtp_spec.sampling.seeds import fresh_seed, text_seeds
 from mtp_spec.sequence import Observer, Sequence
 from mtp_spec.serving import Worker
@@ -79,7 +82,7 @@ class LM:
         """Returns the text of token ids, special tokens left out."""
         return self._asking.text().decode(list(ids))
 
-    def chat_ids(self, messages: Seq[Message], **options: Any) -> list[int]:
+    def chat_ids(self, messages: Seq[Message], **options: Unpack[ChatIdsOptions]) -> list[int]:
         """Returns token ids of a conversation through the checkpoint's chat template, ready for the answer.
 
         Args:
@@ -88,17 +91,24 @@ class LM:
         """
         return self._asking.chat_ids(messages, options)
 
+    # a str is also a sequence of them: the first of two that fit counts
     @overload
-    def generate(self, prompt: str | Ids, *, n: int, **options: Any) -> list[Generation]: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str | Ids, *, n: int, **options: Unpack[GenerateOptions]
+    ) -> list[Generation]: ...
     @overload
     def generate(
-        self, prompt: Seq[str] | Seq[Ids], *, n: int, **options: Any
+        self, prompt: Seq[str] | Seq[Ids], *, n: int, **options: Unpack[GenerateOptions]
     ) -> list[list[Generation]]: ...
     @overload
-    def generate(self, prompt: str | Ids, **options: Any) -> Generation: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str | Ids, **options: Unpack[GenerateOptions]
+    ) -> Generation: ...
     @overload
-    def generate(self, prompt: Seq[str] | Seq[Ids], **options: Any) -> list[Generation]: ...
-    def generate(self, prompt: Any, *, n: int | None = None, **options: Any) -> Any:
+    def generate(
+        self, prompt: Seq[str] | Seq[Ids], **options: Unpack[GenerateOptions]
+    ) -> list[Generation]: ...
+    def generate(self, prompt: Any, *, n: int | None = None, **options: Unpack[GenerateOptions]) -> Any:
         """Returns the continuation of a prompt, or a list of them in order for a list of prompts.
 
         Args:
@@ -106,29 +116,30 @@ class LM:
             n: return a list of n continuations in place of each one.
             **options: `SamplingParams` (max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
                 presence_penalty, frequency_penalty, logit_bias, seed, stop, stop_token_ids, ignore_eos, min_new_tokens,
-                logprobs, logits_processor, response_format) and `speculation`: "auto", None (off), a chain depth, or a
-                `Speculation`. Every text has a seed of its own, `Generation.seed`, which gives it again alone: an int
-                is that of the first, and the others' derive from it (`mtp_spec.sampling.seeds`); a list has one for
-                each; None draws a fresh one. `defaults`: "library" or "checkpoint", as for `load`.
+                logprobs, logits_processor, response_format), one by one or all as `sampling=SamplingParams(...)`, and
+                `speculation`: "auto", None (off), a chain depth, or a `Speculation`. Every text has a seed of its own,
+                `Generation.seed`, which gives it again alone: an int is that of the first, and the others' derive from
+                it (`mtp_spec.sampling.seeds`); a list has one for each; None draws a fresh one. `defaults`: "library"
+                or "checkpoint", as for `load`, for parameters that are not given; `sampling` gives all.
 
         Raises:
             OptionError: an unknown option or a value outside its range.
             PromptError: an empty prompt, an id outside the vocabulary, or a prompt longer than the context.
         """
-        prompts = self._asking.prompts(prompt)
+        prompts, given = self._asking.prompts(prompt), expanded_options(options)
         # ranks write a single text beside others where they write several: they compute in one thread at a time
         shared = self.model.ranks.size > 1 and self.max_batch > 1
         if not is_batch(prompt) and n is None and not shared:
-            self._agree(prompts, options)
-            return self._stream(self._request(prompts[0], options)).rest()
-        results = self._samples(prompts, n, options)
+            self._agree(prompts, given)
+            return self._stream(self._request(prompts[0], given)).rest()
+        results = self._samples(prompts, n, given)
         return results if is_batch(prompt) else results[0]
 
     @overload
-    def chat(self, messages: Seq[Message], *, n: int, **options: Any) -> list[Generation]: ...
+    def chat(self, messages: Seq[Message], *, n: int, **options: Unpack[ChatOptions]) -> list[Generation]: ...
     @overload
-    def chat(self, messages: Seq[Message], **options: Any) -> Generation: ...
-    def chat(self, messages: Seq[Message], *, n: int | None = None, **options: Any) -> Any:
+    def chat(self, messages: Seq[Message], **options: Unpack[ChatOptions]) -> Generation: ...
+    def chat(self, messages: Seq[Message], *, n: int | None = None, **options: Unpack[ChatOptions]) -> Any:
         """Returns the assistant's answer to `[{"role": ..., "content": ...}, ...]`.
 
         Args:
@@ -138,10 +149,11 @@ class LM:
                 `{"enable_thinking": False}`; `tools`, JSON schemas; `continue_final_message`, so that the answer
                 goes on with the last message, as `"prefix": True` in it asks too.
         """
-        ids = self._asking.chat_ids(messages, taken(options))
-        return self.generate(ids, **({} if n is None else {"n": n}), **options)
+        given = {**expanded_options(options), **({} if n is None else {"n": n})}
+        ids = self._asking.chat_ids(messages, taken(given))
+        return self.generate(ids, **given)
 
-    def submit(self, prompt: str | Ids | Seq[Message], **options: Any) -> Handle:
+    def submit(self, prompt: str | Ids | Seq[Message], **options: Unpack[StreamOptions]) -> Handle:
         """Puts a text in the queue of those that are written side by side; options as `chat`, without `n`.
 
         Up to `load(max_batch=)` texts run at a time, the others wait for their turn. Each text is what it is alone. A
@@ -153,9 +165,10 @@ class LM:
         Raises:
             OptionError, PromptError: as `generate`, at once.
         """
-        ids = self._asking.ids(prompt, options)
-        self._agree([ids], options, beside=True)
-        request = self._request(ids, options)
+        given = expanded_options(options)
+        ids = self._asking.ids(prompt, given)
+        self._agree([ids], given, beside=True)
+        request = self._request(ids, given)
         self.model.ranks.submitted += 1
         return self._submit([request])[0]
 
@@ -211,8 +224,8 @@ class LM:
             return self._worker.submit([Sequence(request, ended=ended) for request in requests], self)
 
     def stream(
-        self, prompt: str | Ids | Seq[Message], *, after: TokenStream | None = None, observer: Observer | None = None,
-        **options: Any
+        self, prompt: str | Ids | Seq[Message], *, after: TokenStream | None = None,
+        observer: Observer | None = None, **options: Unpack[StreamOptions],
     ) -> TokenStream:
         """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `chat`.
 
@@ -224,14 +237,17 @@ class LM:
                 the earlier stream if it was left unfinished.
             observer: is shown every step's drafts and rows (`mtp_spec.sequence.Observer`); on a CPU only.
         """
-        ids = self._asking.ids(prompt, options)
-        self._agree([ids], options)
-        request = self._request(ids, options)
+        given = expanded_options(options)
+        ids = self._asking.ids(prompt, given)
+        self._agree([ids], given)
+        request = self._request(ids, given)
         if after is not None and (not isinstance(after, TokenStream) or after.owner is not self):
             raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
         return self._stream(request, after, observer)
 
-    def explain(self, prompt: str | Ids | Seq[Message], steps: int = 3, **options: Any) -> Explanation:
+    def explain(
+        self, prompt: str | Ids | Seq[Message], steps: int = 3, **options: Unpack[StreamOptions]
+    ) -> Explanation:
         """Returns what the first verify steps drafted, what both models thought of it and what was accepted.
 
         Args:
@@ -241,10 +257,11 @@ class LM:
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError(f"steps={steps!r}: an integer of 1 or more")
-        ids = self._asking.ids(prompt, options)
-        self._agree([ids], options)
+        given = expanded_options(options)
+        ids = self._asking.ids(prompt, given)
+        self._agree([ids], given)
         explainer = Explainer(lambda ids: self.decode(ids) if self.tokenizer else str(ids))
-        stream = self._stream(self._request(ids, options), observer=explainer)
+        stream = self._stream(self._request(ids, given), observer=explainer)
         return explainer.watch(stream, steps)
 
     def score(self, token_ids: Ids) -> Scores:
@@ -278,7 +295,7 @@ class LM:
         if "n" in given:
             raise OptionError(f"n={given['n']!r}: generate and chat take it; ask for one text for each of the seeds")
         speculation = self.speculation_for(given.pop("speculation", "auto"))
-        params = SamplingParams.from_options(given, also_allowed=("speculation", "defaults"))
+        params = SamplingParams.from_options(given, also_allowed=("sampling", "speculation", "defaults"))
         if params.seed is None:
             params = replace(params, seed=self._fresh_seed())
         processors = () if params.response_format is None else (self._grammar(params.response_format),)

@@ -70,11 +70,6 @@ class PagePlan:
         return plan
 
 
-def host_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Returns the bytes that loading to a CPU by torch takes: the model, and tensors read ahead."""
-    return model_bytes(checkpoint.config, dtype) + read_ahead_bytes(checkpoint)
-
-
 def read_ahead_bytes(checkpoint: Checkpoint) -> int:
     """Returns the bytes of tensors held while a model is loaded: those read ahead, one more, and the one in use."""
     whole = max((i.bytes for name, i in checkpoint.tensors.items() if checkpoint.dtype(name) == "F8_E4M3"), default=0)
@@ -92,7 +87,7 @@ def check_host(config: ModelConfig, dtype: torch.dtype) -> None:
     Raises:
         MTPSpecError: they are; the message says how much there is.
     """
-    needed, free = model_bytes(config, dtype), _free_here()
+    needed, free = model_bytes(config, dtype), free_here()
     if free is not None and needed > free:
         raise MTPSpecError(
             f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB of "
@@ -106,7 +101,7 @@ def check_kept(needed: int) -> None:
     Raises:
         MTPSpecError: they are; the message says how much there is.
     """
-    free = _free_here()
+    free = free_here()
     if free is not None and needed > free:
         raise MTPSpecError(
             f"the weights take {needed / 1e9:.1f} GB in FP8 and {free / 1e9:.1f} GB of memory are free: write them "
@@ -114,7 +109,7 @@ def check_kept(needed: int) -> None:
         )
 
 
-def _free_here() -> int | None:
+def free_here() -> int | None:
     """Returns the bytes of memory and swap that programs can still get, where the system tells."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

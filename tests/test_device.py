@@ -28,6 +28,7 @@ from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.cuda.checkpoint import fp8_obstacle, load_device_model
 from mtp_spec.model.cuda.layers import Mixture
 from mtp_spec.model.moe import Gate
+from mtp_spec.model.training import chosen_experts
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.speculation import Speculation
 from mtp_spec.text import Tokenizer
@@ -109,7 +110,7 @@ def test_same_experts_as_the_gate(kind: str) -> None:
             gate.e_score_correction_bias.normal_(0, 0.2)
             mixture.bias.copy_(gate.e_score_correction_bias)
         x = torch.randn(50, config.hidden_size) * 0.1
-        weights, indices = gate(x)
+        weights, indices = chosen_experts(gate, x)
     got, got_weights = moe.gate(x, mixture.router, mixture.bias, mixture.routing)
     chosen = config.num_experts_per_tok
     assert torch.equal(got[:, :chosen].long(), indices)

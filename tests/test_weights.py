@@ -117,7 +117,7 @@ def test_one_error_for_each_mistake(
             save_file(tensors, file)
     with pytest.raises(mtp_spec.CheckpointError, match=f"{name} holds NaN or infinity"):
         mtp_spec.load(broken, weights="fp8")
-    monkeypatch.setattr(memory, "_free_here", lambda: 1000)
+    monkeypatch.setattr(memory, "free_here", lambda: 1000)
     with pytest.raises(mtp_spec.MTPSpecError, match=r"GB in FP8 and 0\.0 GB of memory are free"):
         load_model(folders[0], None, "cpu", 64, None, None, weights="fp8")
 

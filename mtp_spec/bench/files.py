@@ -35,7 +35,7 @@ from mtp_spec.bench.synthetic import fitted, outputs, synthetic_job
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.load_checks import check_device
-from mtp_spec.memory import host_bytes, read_ahead_bytes
+from mtp_spec.memory import model_bytes, read_ahead_bytes
 from mtp_spec.model.checkpoint.cast import cast_job
 from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
 from mtp_spec.model.checkpoint.folder import open_checkpoint
@@ -202,7 +202,8 @@ def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
         peak = None if as_stored else torch.cuda.max_memory_allocated()
         ahead = read_ahead_bytes(checkpoint) if as_stored else 0
         return {**facts, "wrong": wrong, "device peak": peak, "planned": planned + ahead}
-    return {**facts, "wrong": wrong, "device peak": None, "planned": host_bytes(checkpoint, lm.model.dtype)}
+    planned = model_bytes(checkpoint.config, lm.model.dtype) + read_ahead_bytes(checkpoint)  # for loading by torch
+    return {**facts, "wrong": wrong, "device peak": None, "planned": planned}
 
 
 def _alone(work: Work, *args: Any) -> Row:

@@ -111,3 +111,9 @@ def noise(lm: LM, number: int) -> list[int]:
     """Returns a prompt of random tokens, of which no draft can make sense."""
     generator = torch.Generator().manual_seed(number)
     return torch.randint(lm.config.vocab_size, (NOISE_TOKENS,), generator=generator).tolist()
+
+
+def shared_tokens(text: list[int], other: list[int]) -> int:
+    """Returns the number of first tokens that are equal."""
+    pairs = zip(text, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))

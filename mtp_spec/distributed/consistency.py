@@ -39,7 +39,7 @@ def start_facts(checkpoint: Checkpoint, device: str) -> dict[str, object]:
 def request_facts(prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> dict[str, object]:
     """Returns prompts, and the options of their texts."""
     facts: dict[str, object] = {name: repr(value) for name, value in sorted(options.items())}
-    if "logits_processor" in facts:  # functions have no value to compare
+    if options.get("logits_processor") is not None:  # functions have no value to compare
         facts["logits_processor"] = "given"
     facts = {"options": ", ".join(facts), **facts, "prompts": len(prompts)}
     for number, ids in enumerate(prompts):

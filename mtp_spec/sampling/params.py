@@ -173,6 +173,28 @@ class SamplingParams:
             raise invalid("logprobs", self.logprobs, f"at most the size of the vocabulary, {vocab_size}")
 
 
+def expanded_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a call's options with every parameter of `sampling=` in its place.
+
+    Raises:
+        OptionError: it is no `SamplingParams`, or one of its parameters is given beside it.
+    """
+    given = dict(options)
+    params = given.pop("sampling", None)
+    if params is None:
+        return given
+    if not isinstance(params, SamplingParams):
+        raise invalid("sampling", params, "mtp_spec.SamplingParams(...), or None")
+    own = {field.name: getattr(params, field.name) for field in fields(params)}
+    for name, value in given.items():
+        if name in own:
+            raise OptionError(
+                f"{name}={value!r} is not possible beside sampling=SamplingParams(...), which has a {name} already: "
+                "change it there (dataclasses.replace), or leave sampling out"
+            )
+    return {**own, **given}
+
+
 def _logit_bias(value: object) -> dict[int, float] | None:
     if value is None:
         return None

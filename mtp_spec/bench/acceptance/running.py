@@ -121,8 +121,10 @@ class Runner:
     ) -> list[Text]:
         """Returns the texts after prompts by their question, each of at most its number of tokens."""
         shape = group.ways[cell]
-        options = {number: {"temperature": group.temperature, "seed": self.questions[number].seed,
-                            "max_new_tokens": most} for number, most in zip(prompts, tokens, strict=True)}  # fmt: skip
+        options: dict[int, dict[str, Any]] = {
+            number: {"temperature": group.temperature, "seed": self.questions[number].seed, "max_new_tokens": most}
+            for number, most in zip(prompts, tokens, strict=True)
+        }
         if group.batch == 1:
             return [self._text(lm, cell, shape, ids, options[number], number, turn) for number, ids in prompts.items()]
         lm.close()  # no batch finds the prompts of the one before in its cache

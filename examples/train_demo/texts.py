@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from demo_data import ASSISTANT, BOS, EOS
+from data import ASSISTANT, BOS, EOS
 from torch import Tensor
 
 from mtp_spec.model.attention import MLA
-from mtp_spec.model.transformer import Transformer
+from mtp_spec.model.training import TrainingForward
 
 OVERLAP = 0.09  # share of a row that its neighbour may repeat, so that few tokens are left out: rows begin with a chat
 TEXT_TOKENS = 320
@@ -73,30 +73,30 @@ class Rows:
         return ids, (ids == ASSISTANT).long().argmax(1) + 1
 
 
-def write_texts(model: Transformer, rows: Rows, seconds: float, count: int) -> Rows:
+def write_texts(forward: TrainingForward, rows: Rows, seconds: float, count: int) -> Rows:
     """Returns texts that the model wrote in answer to training questions, at TEMPERATURES in turn."""
     parts, start = [], time.time()
     while not parts or time.time() - start < seconds:
-        parts += _write(model, rows, count)
+        parts += _write(forward, rows, count)
     ids = torch.cat(parts)
     starts = torch.nonzero(ids == BOS).flatten()
     return Rows(ids.cpu().numpy(), starts.cpu().numpy(), rows.device, rows.context, 3)
 
 
 @torch.no_grad()
-def _write(model: Transformer, rows: Rows, count: int) -> list[Tensor]:
+def _write(forward: TrainingForward, rows: Rows, count: int) -> list[Tensor]:
     most = min(TEXT_TOKENS, rows.context)
     ids, prompt = rows.questions(count, most)
     count = len(ids)
     heat = torch.tensor(TEMPERATURES, device=ids.device)[torch.arange(count, device=ids.device) % len(TEMPERATURES)]
-    config, dtype = model.config, torch.bfloat16 if ids.is_cuda else torch.float32
+    config, dtype = forward.model.config, torch.bfloat16 if ids.is_cuda else torch.float32
     width = config.kv_lora_rank + config.qk_rope_head_dim
-    cache = [torch.zeros(count, most, width, dtype=dtype, device=ids.device) for _ in model.blocks()]
+    cache = [torch.zeros(count, most, width, dtype=dtype, device=ids.device) for _ in forward.model.blocks()]
     done = torch.zeros(count, dtype=torch.bool, device=ids.device)
     length = torch.full((count,), most, device=ids.device)
     for at in range(most - 1):
         with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
-            logits = _next_logits(model, ids[:, at], at, cache).float()
+            logits = _next_logits(forward, ids[:, at], at, cache).float()
         noise = -torch.empty_like(logits).exponential_().log()
         token = (logits + heat[:, None] * noise).argmax(-1)
         written = at + 1 >= prompt
@@ -107,23 +107,24 @@ def _write(model: Transformer, rows: Rows, count: int) -> list[Tensor]:
     return [text[:end] for text, end in zip(ids, length.tolist(), strict=True)]
 
 
-def _next_logits(model: Transformer, ids: Tensor, at: int, cache: list[Tensor]) -> Tensor:
+def _next_logits(forward: TrainingForward, ids: Tensor, at: int, cache: list[Tensor]) -> Tensor:
     """Returns `[B, V]` after the tokens ids `[B]` at position `at` of many texts in step."""
+    model = forward.model
     rope = model.table(at + 1)[at : at + 1, None]
     x = model.embed_tokens[ids]
-    for layer, slots in zip(model.blocks(), cache, strict=True):
+    for number, (layer, slots) in enumerate(zip(model.blocks(), cache, strict=True)):
         x = x + _attend(layer.self_attn, layer.input_layernorm(x), rope, slots, at)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        x = x + forward.feed_forward(number, layer.post_attention_layernorm(x))
     return model.logits(model.norm(x))
 
 
 def _attend(mla: MLA, x: Tensor, rope: Tensor, slots: Tensor, at: int) -> Tensor:
-    q_nope, q_rope, row = mla._project(x, rope)
+    q_nope, q_rope, row = mla.project(x, rope)
     slots[:, at] = row
-    w_uk, w_uv = mla._up()
+    w_uk, w_vu = mla.absorbed()
     q = torch.cat((torch.einsum("bhn,hnc->bhc", q_nope, w_uk), q_rope), dim=-1).to(slots.dtype)
     keys = slots[:, : at + 1]
     weights = (torch.bmm(q, keys.mT).float() * mla.scale).softmax(-1).to(slots.dtype)
     context = torch.bmm(weights, keys[..., : mla.latent])
-    out: Tensor = mla.o_proj(torch.einsum("bhc,hvc->bhv", context, w_uv).flatten(1))
+    out: Tensor = mla.o_proj(torch.einsum("bhc,hcv->bhv", context, w_vu).flatten(1))
     return out

@@ -1,8 +1,8 @@
 """Trains the bundled model on one GPU, in two runs.
 
-    python examples/demo_data.py CHATS configs/demo packed.npz.xz
-    python examples/train_demo.py main packed.npz.xz RUN1 --minutes 9
-    python examples/train_demo.py mtp packed.npz.xz RUN2 --model RUN1 --minutes 6
+    python examples/train_demo/data.py CHATS configs/demo packed.npz.xz
+    python examples/train_demo/train.py main packed.npz.xz RUN1 --minutes 9
+    python examples/train_demo/train.py mtp packed.npz.xz RUN2 --model RUN1 --minutes 6
 
 `main` trains the model with its MTP module: Muon, experts balanced without an auxiliary loss (2408.15664),
 cross-entropy of answers with the MTP term of the V3 report (2412.19437 eq. 24-25), dropout against repeated text.
@@ -24,20 +24,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo_data import ASSISTANT, BOS, EOS, PAD, USER
-from demo_optim import Muon
-from demo_texts import Rows, write_texts
+from data import ASSISTANT, BOS, EOS, PAD, USER
+from optim import Muon
+from texts import Rows, write_texts
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import weight_dequant, weight_quant
 from mtp_spec.model.checkpoint.folder import load_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.moe import MoE
-from mtp_spec.model.transformer import Block, Transformer
+from mtp_spec.model.training import TrainingForward, distil_loss, joint_loss
+from mtp_spec.model.transformer import Transformer
 
 QUESTION_WEIGHT = 0.05  # of user turns in the loss
-DEPTH = 4
 DEPTH_WEIGHTS = (0.35, 0.27, 0.21, 0.17)
+DEPTH = len(DEPTH_WEIGHTS)
 BIAS_STEP = 1e-3
 CONFIG = ModelConfig(
     vocab_size=8192,
@@ -71,59 +71,12 @@ def say(log: Log, **facts: object) -> None:
     print(json.dumps(log[-1]), flush=True)
 
 
-# losses
-
-
 def loss_weights(ids: Tensor) -> Tensor:
     """Returns `[B, T]`: 1 for tokens of answers (their end included), QUESTION_WEIGHT for others, 0 for padding."""
     turn = (ids == ASSISTANT).long() - (ids == USER).long() - (ids == BOS).long()
     marks = torch.where(turn != 0, torch.arange(ids.shape[1], device=ids.device), 0).cummax(1).values
     in_answer = turn.gather(1, marks) > 0
     return torch.where(in_answer & (turn == 0), 1.0, QUESTION_WEIGHT) * (ids != PAD)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return (loss * weights.flatten()).sum() / weights.sum()
-
-
-def main_loss(model: Transformer, ids: Tensor, weights: Tensor, mtp_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the training loss (V3 report eq. 25), the main model's part and the module's; ids `[B, T + 1]`."""
-    hidden = model(ids[:, :-1])
-    own = cross_entropy(model.logits(hidden), ids[:, 1:], weights[:, 1:])
-    deeper = model.mtp_forward(0, ids[:, 1:-1], hidden[:, :-1], 1)
-    mtp = cross_entropy(model.logits(deeper), ids[:, 2:], weights[:, 2:])
-    return own + mtp_weight * mtp, own, mtp
-
-
-def drafts(model: Transformer, ids: Tensor, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yields (depth, the module's outputs `[B, T - DEPTH, D]`), the module reused on its own output as in drafting."""
-    rows, earlier = ids.shape[1] - DEPTH, list[Tensor]()
-    hidden = hidden[:, :rows]
-    for depth in range(1, DEPTH + 1):
-        hidden = model.mtp_forward(0, ids[:, depth : depth + rows], hidden, depth, earlier)
-        yield depth, hidden
-
-
-def distil_loss(model: Transformer, ids: Tensor, weights: Tensor, hidden: Tensor, target: Tensor) -> Tensor:
-    """Returns the weighted divergence of the module's guesses from the main model's own, KL plus total variation.
-
-    Total variation is what coupled and rejection sampling lose (1 - sum min(p, q)); KL has gradients everywhere.
-
-    Args:
-        weights: `[B, T]` of the token that row t is about.
-        hidden: `[B, T, D]` of the frozen main model.
-        target: `[B, T, V]` its log-probabilities; row t is about token t + 1.
-    """
-    total = hidden.new_zeros((), dtype=torch.float32)
-    rows = ids.shape[1] - DEPTH
-    for depth, deeper in drafts(model, ids, hidden):
-        log_q = model.logits(deeper).float().log_softmax(-1)
-        log_p, w = target[:, depth : depth + rows].float(), weights[:, depth : depth + rows]
-        p = log_p.exp()
-        far = (p * (log_p - log_q)).sum(-1) + 0.5 * (p - log_q.exp()).abs().sum(-1)
-        total = total + DEPTH_WEIGHTS[depth - 1] * (far * w).sum() / w.sum()
-    return total
 
 
 # model
@@ -147,19 +100,6 @@ def initialise(model: Transformer) -> None:
 
 
 @torch.no_grad()
-def balance(model: Transformer) -> float:
-    """Moves each gate's bias towards even load (2408.15664); returns the worst load over the mean."""
-    worst = 0.0
-    for moe in (m for m in model.modules() if isinstance(m, MoE)):
-        load, bias = moe.load, moe.gate.e_score_correction_bias
-        assert bias is not None
-        bias += BIAS_STEP * torch.sign(load.mean() - load)
-        worst = max(worst, float(load.max() / load.mean().clamp_min(1)))
-        load.zero_()
-    return worst
-
-
-@torch.no_grad()
 def round_to_fp8(model: Transformer) -> None:
     """Replaces every matrix that the checkpoint stores in FP8 by what will be read back."""
     for name, slot in model.checkpoint_slots().items():
@@ -167,37 +107,30 @@ def round_to_fp8(model: Transformer) -> None:
             slot.copy_(weight_dequant(*weight_quant(slot), dtype=slot.dtype))
 
 
-def set_dropout(model: Transformer, rate: float) -> None:
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.dropout = rate
-
-
-def evaluate(model: Transformer, val: Rows, batch: int, most: int) -> dict[str, object]:
+def evaluate(forward: TrainingForward, val: Rows, batch: int, most: int) -> dict[str, object]:
     """Returns the loss of held-out answers a token, each chat read from position 0, and the module's agreement.
 
     Agreement is with the main model's best token along the true text, given that shallower depths agreed.
     """
     loss, count, hits, tries = 0.0, 0.0, [0.0] * DEPTH, [0.0] * DEPTH
-    was_training = model.training
-    model.train()  # the training path of the experts; dropout is off
+    dropout, forward.dropout = forward.dropout, 0.0
     for ids in val.chats(batch, most):
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
             first = (ids == BOS).cumsum(1) <= 1
             answer = (loss_weights(ids) == 1.0) & first
-            hidden = model(ids)
-            logits = model.logits(hidden).float()
+            hidden = forward.hidden(ids)
+            logits = forward.logits(hidden).float()
             each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             loss += float((each * answer[:, 1:].flatten()).sum())
             count += float(answer[:, 1:].sum())
             best, rows = logits.argmax(-1), ids.shape[1] - DEPTH
             alive = torch.ones_like(best[:, :rows], dtype=torch.bool)
-            for depth, deeper in drafts(model, ids, hidden):
+            for depth, deeper in forward.drafts(ids, hidden, DEPTH):
                 alive = alive & answer[:, depth : depth + rows]
                 tries[depth - 1] += float(alive.sum())
-                alive = alive & (model.logits(deeper).argmax(-1) == best[:, depth : depth + rows])
+                alive = alive & (forward.mtp_logits(0, deeper).argmax(-1) == best[:, depth : depth + rows])
                 hits[depth - 1] += float(alive.sum())
-    model.train(was_training)
+    forward.dropout = dropout
     rates = [round(h / max(t, 1), 4) for h, t in zip(hits, tries, strict=True)]
     return {"val_loss": loss / count, "perplexity": math.exp(loss / count), "agreement": rates}
 
@@ -216,20 +149,19 @@ def clock(end: float, steps: int | None) -> Iterator[tuple[int, float]]:
 
 def train_main(model: Transformer, rows: Rows, val: Rows, args: argparse.Namespace, log: Log) -> None:
     optimiser = Muon(model.named_parameters(), args.lr, 0.1, args.adam_lr)
-    set_dropout(model, args.dropout)
-    model.train()
-    loss_of = torch.compile(main_loss, dynamic=False) if args.compile else main_loss
+    forward = TrainingForward(model, args.dropout)
+    loss_of = torch.compile(joint_loss, dynamic=False) if args.compile else joint_loss
     device, start, checked = rows.device, time.time(), time.time()
     sums = torch.zeros(2, device=device)
     for step, share in clock(args.end, args.steps):
         ids = rows.batch(args.batch)
         mtp_weight = torch.tensor(0.3 if share < 0.6 else 0.15, device=device)
         with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
-            loss, own, mtp = loss_of(model, ids, loss_weights(ids), mtp_weight)
+            loss, own, mtp = loss_of(forward, ids, loss_weights(ids), mtp_weight)
         loss.backward()
         optimiser.step(min(1.0, (step + 1) / 150) * min(1.0, (1 - share) / 0.6 + 0.01))
         sums += torch.stack((own.detach(), mtp.detach()))
-        worst = balance(model) if step % 8 == 0 else 0.0
+        worst = forward.balance(BIAS_STEP) if step % 8 == 0 else 0.0
         if step == 0:
             start = time.time()
         if step in (1, 20) or step % 200 == 0:
@@ -241,21 +173,18 @@ def train_main(model: Transformer, rows: Rows, val: Rows, args: argparse.Namespa
             say(log, step=step, seconds=time.time() - start, loss=loss_now, mtp=mtp_now, tokens_per_s=int(rate),
                 passes=passes, worst_load=worst)  # fmt: skip
         if time.time() - checked > args.check_seconds:
-            set_dropout(model, 0.0)
             with torch.compiler.set_stance("force_eager"):
-                say(log, step=step, **evaluate(model, val, 168, 384))
-            set_dropout(model, args.dropout)
+                say(log, step=step, **evaluate(forward, val, 168, 384))
             checked = time.time()
-    set_dropout(model, 0.0)
-    say(log, after="main", **evaluate(model, val, 168, 384))
+    say(log, after="main", **evaluate(forward, val, 168, 384))
 
 
 def train_mtp(model: Transformer, rows: Rows, val: Rows, args: argparse.Namespace, log: Log) -> None:
     model.requires_grad_(False)
     model.mtp.requires_grad_(True)
-    model.train()
-    say(log, before="mtp", **evaluate(model, val, 168, 384))
-    own, start = write_texts(model, rows, args.text_seconds, args.texts), time.time()
+    forward = TrainingForward(model)
+    say(log, before="mtp", **evaluate(forward, val, 168, 384))
+    own, start = write_texts(forward, rows, args.text_seconds, args.texts), time.time()
     say(log, own_texts=len(own.starts), own_tokens=own.total, seconds=start - args.started)
     optimiser = Muon(model.mtp.named_parameters(), 0.5 * args.lr, 0.02, 0.5 * args.adam_lr)
     loss_of = torch.compile(distil_loss, dynamic=False) if args.compile else distil_loss
@@ -264,21 +193,21 @@ def train_mtp(model: Transformer, rows: Rows, val: Rows, args: argparse.Namespac
         weights = F.pad(loss_weights(ids)[:, 1:], (0, 1))  # of the token each row is about
         with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
             with torch.no_grad():
-                hidden = model(ids)
-                target = model.logits(hidden).float().log_softmax(-1)
-            loss = loss_of(model, ids, weights, hidden, target)
+                hidden = forward.hidden(ids)
+                target = forward.logits(hidden).float().log_softmax(-1)
+            loss = loss_of(forward, ids, weights, hidden, target, DEPTH_WEIGHTS)
         loss.backward()
         optimiser.step(min(1.0, (step + 1) / 50) * min(1.0, (1 - share) / 0.7 + 0.01))
         if step % 100 < 3:
             say(log, mtp_step=step, seconds=time.time() - start, loss=loss.item(), own_text=step % 3 != 2)
     round_to_fp8(model)
-    say(log, after="mtp", **evaluate(model, val, 168, 384))
+    say(log, after="mtp", **evaluate(forward, val, 168, 384))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", choices=("main", "mtp"))
-    parser.add_argument("data", type=Path, help="what demo_data.py packed")
+    parser.add_argument("data", type=Path, help="what data.py packed")
     parser.add_argument("out", type=Path, help="folder for the checkpoint and log.json")
     parser.add_argument("--model", type=Path, help="checkpoint of the run before")
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole program")
@@ -313,7 +242,6 @@ def main() -> None:
         model = load_checkpoint(args.model, dtype=torch.float32, device=device)
     model.table(args.context + 64)
     (train_main if args.run == "main" else train_mtp)(model, rows, val, args, log)
-    model.eval()
     files = {f"{args.run}.json": json.dumps(log, indent=1)}
     save_checkpoint(model.cpu(), args.out, fp8=True, extra_files=files)
 

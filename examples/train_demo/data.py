@@ -1,6 +1,6 @@
 """Text side of the demonstration model's training: tokenizer, chat template, packing.
 
-    python examples/demo_data.py CHATS configs/demo packed.npz.xz
+    python examples/train_demo/data.py CHATS configs/demo packed.npz.xz
 
 CHATS is a folder of `chat-*.jsonl.xz` files, one {"messages": [{"role", "content"}, ...]} a line. Every hundredth
 line of each file is held out. An existing tokenizer in configs/demo is kept: ids must stay those of the weights.
