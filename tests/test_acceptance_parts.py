@@ -66,7 +66,7 @@ def test_impossible_options(arguments: list[str], message: str, capsys: pytest.C
 )
 def test_what_a_model_cannot_do(size: int, runtime: Any, message: str | None) -> None:
     ranks = SimpleNamespace(ranks=SimpleNamespace(size=size))
-    model: Any = SimpleNamespace(max_context=64, runtime=runtime, model=ranks)
+    model: Any = SimpleNamespace(max_context=64, backend=SimpleNamespace(captured=runtime is not None), model=ranks)
     args = argparse.Namespace(bound=True, max_new_tokens=8)
     with nullcontext() if message is None else pytest.raises(mtp_spec.OptionError, match=message):
         check_model(model, [Group(0.0, 56, None)], args)
@@ -76,7 +76,7 @@ def test_what_a_model_cannot_do(size: int, runtime: Any, message: str | None) ->
 
 def test_a_gpu_is_not_asked_for_more_ways_than_it_keeps() -> None:
     ranks = SimpleNamespace(ranks=SimpleNamespace(size=1))
-    model: Any = SimpleNamespace(max_context=64, runtime="a GPU's", model=ranks)
+    model: Any = SimpleNamespace(max_context=64, backend=SimpleNamespace(captured=True), model=ranks)
     args, group = argparse.Namespace(bound=False, max_new_tokens=8), Group(0.0, None, None)
     for number in range(KEPT // 2):
         group.add(f"shape {number}", number)
