@@ -18,7 +18,7 @@ QUICK: dict[str, str] = {
     # the model, its files and its texts
     "test_oracle": "main_logits mtp_logits",
     "test_same_text": "caches_after_rollback_equal_a_fresh_run",
-    "test_prefix": "what_is_shared drafts_are_the_same_too",
+    "test_prefix": "a_second_turn_is_bitwise_that_of_a_fresh_prefill",
     "test_pages": "what_was_used_longest_ago_goes_first a_text_that_never_drafted_leaves_its_pages",
     "test_batch": "a_long_prompt_does_not_hold_up_the_others closing_ends_every_text_and_the_worker",
     "test_processors": "a_state_is_computed_once_for_all_rows_of_a_path",

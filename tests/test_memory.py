@@ -18,6 +18,7 @@ import mtp_spec
 import small
 from mtp_spec import memory
 from mtp_spec.cuda.memory import COPIES, check_memory, check_room, pass_bytes, plan_memory, rule_bytes
+from mtp_spec.cuda.pages import DevicePages, planned_pages
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Prefill, Step
 from mtp_spec.errors import MTPSpecError
@@ -106,8 +107,8 @@ def test_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan_memory(model, 300)
     assert planned == plan_memory(empty_device_model(open_checkpoint(DEMO), "meta"), 300)
     assert planned.weights + planned.draft_head == sum(t.nbytes for t in model.parameters())
-    state = State(model, 300)
-    assert planned.caches == state.store.nbytes
+    pages = DevicePages(model, 300, planned_pages(300, 1), 1)
+    assert planned.caches == pages.caches[0].store.nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (planned.weights + 300 * 2**20, 0))
     assert check_memory(model, 300, "cuda") == planned
     with pytest.raises(MTPSpecError, match="max_context="):

@@ -17,7 +17,7 @@ from mtp_spec import load_checks as loading
 from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.api import LM
 from mtp_spec.cuda.memory import plan_memory
-from mtp_spec.cuda.state import State
+from mtp_spec.cuda.pages import DevicePages, planned_pages
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import Layout, new_caches
@@ -74,8 +74,8 @@ def test_close_to_the_bfloat16_cache(tmp_path: Path, kind: str) -> None:
 
 def test_memory_is_foreseen() -> None:
     packed = load_device_model(DEMO, "cpu", packed_cache=True)
-    planned, state = plan_memory(packed, 300), State(packed, 300)
-    assert planned.caches == state.store.nbytes
+    planned, pages = plan_memory(packed, 300), DevicePages(packed, 300, planned_pages(300, 1), 1)
+    assert planned.caches == pages.caches[0].store.nbytes
     assert plan_memory(load_device_model(DEMO, "cpu"), 300).caches * 400 == planned.caches * 640
 
 

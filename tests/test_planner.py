@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lms import lm_of
 from simulated import CONTEXT, Process, fixed, run
 
 import mtp_spec
@@ -174,7 +173,7 @@ def test_the_text_does_not_depend_on_the_plan(machine: str, sampling: dict[str, 
     lm = mtp_spec.load()
     options = {"max_new_tokens": 30, "seed": 4, **sampling}
     plain = lm.generate("One day a fox", speculation=None, **options)
-    lm._planners._planners[torch.get_num_threads()] = Planner(MACHINES[machine])
+    lm.backend.planners._planners[torch.get_num_threads()] = Planner(MACHINES[machine])
     for speculation in ("auto", mtp_spec.Speculation(4, (3, 2), budget=6, adaptive=True)):
         out = lm.generate("One day a fox", speculation=speculation, **options)
         assert out.token_ids == plain.token_ids
@@ -203,7 +202,7 @@ def test_drafts_are_accepted_after_a_long_pause(monkeypatch: pytest.MonkeyPatch)
 
 def test_auto_drafts_nothing_where_rows_run_one_by_one(tmp_path: Path) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path / "model").folder, dtype="float32", measure=False)
-    lm = lm_of(lm.model, None, lm.max_context)
+    lm.backend.technique = "single"
     assert lm.speculation_for("auto") is None
     assert lm.generate([1, 2, 3], max_new_tokens=4, seed=0).stats.drafted == 0
     assert lm.generate([1, 2, 3], max_new_tokens=4, speculation=2, seed=0).stats.drafted > 0
