@@ -278,7 +278,7 @@ class DeviceRunner:
 
     def _take(self, done: Seq[tuple[DeviceText, Record]]) -> None:
         for text, record in done:
-            if text.sequence.state is not text:  # it has ended while the step was on its way
+            if text.sequence.state is not text or not text.sequence.alive:  # it ended while the step was on its way
                 continue
             try:
                 text.take(record)
