@@ -11,7 +11,7 @@ QUICK: dict[str, str] = {
     "test_sampling": "noise_is_the_documented_function_of_seed_position_and_token penalties_follow_the_path "
                      "siblings_are_distinct_and_begin_with_the_draw bad_options_are_named",
     "test_keywords": "every_method_names_its_options what_sampling_excludes_and_what_it_is",
-    "test_tree": "paths_masks_and_tables_agree a_tree_refuses_equal_siblings_and_missing_parents",
+    "test_tree": "paths_agree_with_parents_and_depths a_tree_refuses_equal_siblings_and_missing_parents",
     "test_planner": "curves_pass_through_their_points_and_never_fall the_chosen_nodes_gain_most "
                     "auto_drafts_nothing_where_rows_run_one_by_one",
     "test_ladder": "a_text_near_its_end_does_not_begin_again chances_are_learned_by_depth_and_rank",

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lms import lm_of
 
 import mtp_spec
+from mtp_spec.api import LM
+from mtp_spec.backends import open_backend
 from mtp_spec.handle import Handle
 from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.model.distributed import store as control
@@ -213,7 +214,7 @@ def main(out: Path, job: dict[str, Any]) -> None:
     model = job["model"][int(os.environ["RANK"])] if isinstance(job["model"], list) else job["model"]
     if job.get("kernels"):
         shared = join_ranks("auto", "cpu")
-        lm = lm_of(load_device_model(Path(model), "cpu", ranks=shared), None, 200, max_batch=3)
+        lm = LM(open_backend(load_device_model(Path(model), "cpu", ranks=shared), None, 200, 3), None, 200, 3)
         found: Any = [short_text(lm), side_by_side(lm, 4, shared.rank)]
         out.write_text(json.dumps(found))
         return

@@ -20,6 +20,7 @@ from mtp_spec.chat.loop import converse
 from mtp_spec.chat.reading import LineReader
 from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.session import Session, Turn
+from mtp_spec.model.cache import PAGE
 from mtp_spec.sampling.params import SamplingParams
 
 QUESTION = "Tell me a story about a fox"
@@ -84,8 +85,8 @@ def test_an_answer_is_that_of_the_library(run: Run, lm: mtp_spec.LM) -> None:
     assert "cut at max_new_tokens" in out
     first, second = (turn.result.stats for turn in chat.session.turns if turn.result is not None)
     assert first.reused_tokens == 0
-    # the first turn was not read again
-    assert lm.technique == "single" or second.reused_tokens > first.prompt_tokens
+    # the first turn was not read again, but for the page that it did not fill
+    assert lm.technique == "single" or second.prompt_tokens - second.reused_tokens < 2 * PAGE
 
 
 def test_commands_have_help_and_all_that_were_promised_exist(run: Run) -> None:

