@@ -43,6 +43,8 @@ class TokenStream(Iterator[TokenEvent]):
         return self
 
     def __next__(self) -> TokenEvent:
+        if self._allowed is not None and self.sequence.alive:
+            self._allowed()
         while (event := self.sequence.log.pop()) is None:
             if not self.advance():
                 raise StopIteration
