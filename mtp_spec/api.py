@@ -13,9 +13,9 @@ from typing import Any, overload
 
 from typing_extensions import Unpack
 
-from mtp_spec.analysis.agreement import Watch
 from mtp_spec.analysis.explain import Explainer, Explanation
 from mtp_spec.analysis.scoring import Scores, score_ids
+from mtp_spec.analysis.watch import Watch
 from mtp_spec.distributed.consistency import check_first, request_facts
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.handle import Handle

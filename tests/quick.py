@@ -44,7 +44,8 @@ QUICK: dict[str, str] = {
     "test_questions": "what_is_wrong_with_a_line",
     "test_bench": "interval_covers_the_ratio a_search_keeps_the_fastest_launch_and_what_failed",
     "test_docs": "commands_parse links_lead_somewhere",
-    "test_packaging": "files_are_short imports_point_one_way",
+    "test_packaging": "files_are_short",
+    "test_house": "imports_point_to_lower_packages mtp_spec_is_in_order",
 }  # fmt: skip
 
 

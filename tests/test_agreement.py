@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import mtp_spec
-from mtp_spec.analysis.agreement import FEW, STEPS, Watch, agreement
+from mtp_spec.analysis.watch import FEW, STEPS, Watch
+from mtp_spec.cli.agreement import agreement
 from mtp_spec.cli.inspect import run_inspect
 from mtp_spec.cli.main import build_parser, main
 from mtp_spec.errors import MTPSpecError, OptionError

@@ -15,7 +15,7 @@ from mtp_spec.chat.parity import parity
 from mtp_spec.chat.report import statistics
 from mtp_spec.chat.settings import NAMES, SHAPES, describe, parse_setting, parse_shape, shape_text, template_text
 from mtp_spec.chat.status import counted
-from mtp_spec.cli.chat_options import template_arguments
+from mtp_spec.console import template_arguments
 from mtp_spec.errors import OptionError
 from mtp_spec.sampling.seeds import LIMIT
 

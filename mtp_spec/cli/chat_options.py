@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mtp_spec.console import template_arguments
 from mtp_spec.errors import OptionError
 
 
@@ -34,21 +34,3 @@ def chat_options(args: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(options["tools"], list):
             raise OptionError(f"--tools {args.tools} holds no list: give a list of JSON schemas")
     return options
-
-
-def template_arguments(texts: Iterable[str], option: str = "--template ") -> dict[str, Any]:
-    """Returns arguments of a template from texts such as enable_thinking=false; what is no JSON is a text.
-
-    Raises:
-        OptionError: one without a name or a value.
-    """
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise OptionError(f"{option}{text}: give NAME=JSON, such as enable_thinking=false")
-        try:
-            found[name.strip()] = json.loads(value)
-        except (ValueError, RecursionError):
-            found[name.strip()] = value
-    return found

@@ -102,7 +102,8 @@ def _loads(args: argparse.Namespace) -> bool:
 
 def _agree(args: argparse.Namespace) -> None:
     import mtp_spec
-    from mtp_spec.analysis.agreement import SUSPICIOUS, agreement
+    from mtp_spec.analysis.watch import SUSPICIOUS
+    from mtp_spec.cli.agreement import agreement
 
     lm = mtp_spec.load(args.path, device=args.device or "cpu", weights=args.weights,
                        draft_vocabulary=args.draft_vocabulary,

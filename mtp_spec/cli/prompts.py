@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from mtp_spec.console import standard_input
 from mtp_spec.errors import OptionError
 
 # what a chat has no use for; `mtp-spec generate --interactive` refuses it
@@ -41,17 +41,6 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not prompts:
         raise OptionError(f"{option} {file} holds no prompt: give one a line")
     return prompts
-
-
-def standard_input() -> str:
-    """Returns all of it.
-
-    Raises:
-        OptionError: it is closed.
-    """
-    if sys.stdin is None:
-        raise OptionError("standard input is closed: give the prompt on the command line")
-    return sys.stdin.read().strip()
 
 
 def check_interactive(args: argparse.Namespace) -> None:

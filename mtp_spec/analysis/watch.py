@@ -1,40 +1,18 @@
-"""Whether the MTP modules guess what the model writes: a check on demand, and a warning where drafts keep failing."""
+"""A warning where drafts keep failing."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 from mtp_spec.sampling.params import SamplingParams
-from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 
-if TYPE_CHECKING:
-    from mtp_spec.api import LM
-
-PROMPTS = ("Once upon a time, there was", "The most important thing about rivers is", "First, take a large bowl and")
-DEPTH, TOKENS = 4, 48
 # a module trained with its model agrees far more often than this; DeepSeek reports 0.85 to 0.90 (2412.19437)
 SUSPICIOUS = 0.3
 # verify steps after which few tokens a step are no accident, and how few those are
 STEPS, FEW = 200, 1.05
 # above this, the model itself is so unsure that its MTP modules cannot be blamed
 HOT = 1.2
-
-
-def agreement(lm: LM) -> list[float]:
-    """Returns how often a draft of depth d is what the model writes greedily, if those before it were; entry d - 1.
-
-    Raises:
-        OptionError: the model has no MTP module.
-    """
-    total, vocabulary = GenerationStats(), lm.config.vocab_size
-    for number, text in enumerate(PROMPTS):
-        ids = [(31 * i + number) % vocabulary for i in range(8)] if lm.tokenizer is None else lm.encode(text)
-        room = lm.max_context - len(ids)
-        out = lm.generate(ids, max_new_tokens=min(TOKENS, room), temperature=0.0, speculation=Speculation(depth=DEPTH))
-        total = total.merge(out.stats)
-    return total.accepted_per_depth["conditional"]
 
 
 class Watch:

@@ -1,0 +1,39 @@
+"""What the command line and the chat read alike."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from mtp_spec.errors import OptionError
+
+
+def standard_input() -> str:
+    """Returns all of it.
+
+    Raises:
+        OptionError: it is closed.
+    """
+    if sys.stdin is None:
+        raise OptionError("standard input is closed: give the prompt on the command line")
+    return sys.stdin.read().strip()
+
+
+def template_arguments(texts: Iterable[str], option: str = "--template ") -> dict[str, Any]:
+    """Returns arguments of a template from texts such as enable_thinking=false; what is no JSON is a text.
+
+    Raises:
+        OptionError: one without a name or a value.
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise OptionError(f"{option}{text}: give NAME=JSON, such as enable_thinking=false")
+        try:
+            found[name.strip()] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name.strip()] = value
+    return found

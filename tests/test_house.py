@@ -1,0 +1,69 @@
+"""The house: which way imports point, between the three packages, their folders and their modules."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("kernels", "model", "mtp_spec")  # from the lowest to the highest
+# A module or folder of mtp_spec/ imports only what stands before it; "mtp_spec" is the package's face.
+ORDER = """
+    errors _version machine console progress text option_checks sampling tree acceptance speculation tree_shape stats
+    results handle distributed keywords request cache sequence step scheduler planning memory cpu serving stream prompt
+    analysis cuda weights load_checks backends api loading mtp_spec evaluation chat bench cli __main__
+""".split()  # noqa: SIM905  # forty quoted words are no easier to read
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yields the full names of the project's modules that a file imports, within functions too."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mtp_spec":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "mtp_spec")
+
+
+def place(name: str) -> tuple[str, str]:
+    """Returns the package of a module's full name, and its folder or module there."""
+    _, *parts = name.split(".")
+    package = parts.pop(0) if parts and parts[0] in ("kernels", "model") else "mtp_spec"
+    first = parts[0] if parts else package
+    known = (ROOT / package / first).is_dir() or (ROOT / package / f"{first}.py").is_file()
+    return package, first if known else package
+
+
+def edges(package: str) -> Iterator[tuple[str, tuple[str, str], Path]]:
+    """Yields each import of a package: the folder or module it is in, its place, and the file."""
+    for file in sorted((ROOT / package).rglob("*.py")):
+        parts = file.relative_to(ROOT / package).with_suffix("").parts
+        here = package if parts == ("__init__",) else parts[0]
+        yield from ((here, place(name), file) for name in imports(file) if not name.startswith("mtp_spec.configs"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_to_lower_packages(package: str) -> None:
+    for _, (other, _), file in edges(package):
+        assert PACKAGES.index(other) <= PACKAGES.index(package), f"{file} imports {other}/"
+
+
+@pytest.mark.parametrize("package", ["mtp_spec"])
+def test_folders_and_modules_have_no_cycles(package: str) -> None:
+    graph: dict[str, set[str]] = {}
+    for here, (other, name), _ in edges(package):
+        if other == package and name != here:
+            graph.setdefault(here, set()).add(name)
+    TopologicalSorter(graph).prepare()  # raises with the cycle
+
+
+def test_mtp_spec_is_in_order() -> None:
+    found = {file.stem for file in (ROOT / "mtp_spec").glob("*.py")} - {"__init__"}
+    found |= {folder.name for folder in (ROOT / "mtp_spec").iterdir() if (folder / "__init__.py").is_file()}
+    assert sorted(found) == sorted(set(ORDER) - {"mtp_spec"})
+    for here, (other, name), file in edges("mtp_spec"):
+        if other == "mtp_spec" and name != here:
+            assert ORDER.index(name) < ORDER.index(here), f"{file.relative_to(ROOT)} imports {name}"
