@@ -255,7 +255,7 @@ def from_results() -> dict[str, Picture]:
 def from_model() -> dict[str, Picture]:
     """Returns the pictures of a run of the bundled model: the first step after its first token."""
     import mtp_spec
-    from mtp_spec.noise import gumbel
+    from mtp_spec.sampling.noise import gumbel
 
     lm = mtp_spec.load()
     options = {"seed": SEED, "temperature": TEMPERATURE}

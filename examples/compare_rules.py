@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mtp_spec
-from mtp_spec.rules import RULES
+from mtp_spec.acceptance import RULES
 
 lm = mtp_spec.load()
 topics = ["a fox", "the sea", "a lost key", "two friends", "winter", "a clever cat", "a train", "the moon"]

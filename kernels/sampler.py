@@ -1,7 +1,7 @@
 """Sampling on the device: logits to tokens without waiting for the host, so that a step fits one CUDA graph.
 
 The rules are those of `mtp_spec.sampling.Sampler`: logit bias, repetition, presence and frequency penalty, temperature,
-top-k, top-p, min-p, then argmax of the scaled row plus Gumbel noise, which is `mtp_spec.noise.gumbel`: a function of
+top-k, top-p, min-p, then argmax of the scaled row plus Gumbel noise, which is `mtp_spec.sampling.gumbel`: a function of
 seed, position and token. At temperature 0 the noise and the truncation are absent. The lowest index wins among equals.
 
 Settings lie in tensors, so a captured step reads those of the moment; which stages exist at all (`Stages`) is fixed
@@ -172,7 +172,7 @@ def gumbel(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
 
 
 def gumbel_reference(seed: int, position: int, vocabulary: int) -> Tensor:
-    """`mtp_spec.noise.gumbel` once more: kernels know nothing of the library above them. Tests compare the two."""
+    """`mtp_spec.sampling.gumbel` once more: kernels know nothing of the library above them. Tests compare the two."""
     mask = (1 << 64) - 1
     counter = np.array([0, position & mask, 0, 0], dtype=np.uint64)
     generator = np.random.Philox(key=np.array([seed & mask, 0], dtype=np.uint64), counter=counter)

@@ -240,7 +240,7 @@ def _philox_round(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def random_words(seed, position, first, COUNT: tl.constexpr):
-    """Returns 32-bit words [COUNT] of tokens `first` and on, multiples of 8; `mtp_spec.noise.random_bits`."""
+    """Returns 32-bit words [COUNT] of tokens `first` and on, multiples of 8; `mtp_spec.sampling.noise.random_bits`."""
     block = (first // 8 + tl.arange(0, COUNT // 8) + 1).to(tl.uint64)
     zero = block * 0
     c0, c1, c2, c3 = block, zero + position.to(tl.uint64), zero, zero
@@ -257,7 +257,7 @@ def random_words(seed, position, first, COUNT: tl.constexpr):
 
 @triton.jit
 def gumbel(seed, position, first, COUNT: tl.constexpr):
-    """Returns [COUNT] float32 standard Gumbel noise; `mtp_spec.noise.gumbel`, logarithms in float64."""
+    """Returns [COUNT] float32 standard Gumbel noise; `mtp_spec.sampling.noise.gumbel`, logarithms in float64."""
     uniform = (random_words(seed, position, first, COUNT).to(tl.float64) + 0.5) * 2.3283064365386963e-10
     uniform = tl.minimum(uniform, 0.999999940395355224609375)
     return (-tl.log(-tl.log(1.0 - uniform))).to(tl.float32)

@@ -1,10 +1,10 @@
-"""Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1), absorbed and expanded.
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434 section 2.1), absorbed.
 
 Legend: `M` rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C` kv_lora_rank,
 `W` = C + R cache width, `T` cached tokens, `V` v_head_dim.
 
-Decode and verify use the absorbed form: scores and values live in the latent space, so that a token costs W
-cached values however many heads there are. Training and scoring use the expanded form over whole sequences.
+Scores and values live in the latent space, so that a token costs W cached values however many heads there are.
+`model.training` has the expanded form, over whole sequences.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
-from mtp_spec.model.parallel import ALONE, Ranks
 from mtp_spec.model.rope import apply_rope, softmax_scale
 
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
@@ -215,7 +215,7 @@ class MLA(nn.Module):
         columns = config.num_attention_heads * self.v_dim
         self.o_proj = Linear(ranks.share(hidden, "hidden_size"), columns, dtype, device)
 
-    def _project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns q_nope `[..., H, N]`, q_rope `[..., H, R]`, latent row `[..., W]` of rows x `[..., D]`."""
         down = self.a_proj(x)
         q, latent, k_rope = down.split((self.a_rows, self.latent, self.rope_dim), dim=-1)
@@ -227,45 +227,14 @@ class MLA(nn.Module):
         row = torch.cat((self.kv_a_layernorm(latent), turned[..., self.heads, :]), dim=-1)
         return q_nope, turned[..., : self.heads, :], row
 
-    def _up(self) -> tuple[Tensor, Tensor]:
-        """Returns W_UK `[H, N, C]` and W_UV `[H, V, C]`, views of kv_b_proj."""
-        kv_b = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.latent)
-        return kv_b[:, : self.nope], kv_b[:, self.nope :]
-
     def absorbed(self) -> tuple[Tensor, Tensor]:
         """Returns the two halves of kv_b_proj as the absorbed form multiplies them, `[H, N, C]` and `[H, C, V]`."""
-        w_uk, w_uv = self._up()
-        return w_uk, w_uv.transpose(1, 2)
-
-    def forward(self, x: Tensor, rope: Tensor, earlier: list[Tensor] | None = None) -> Tensor:
-        """Expanded form over whole sequences x `[B, T, D]`, causal; autograd-capable.
-
-        Args:
-            earlier: latent rows `[B, T, W]` of the shallower depths of a module that drafts on its own output, to
-                which this depth's are appended. Row t sees the first depth's rows up to t, as the tokens committed
-                before a draft, and of every later depth only row t, its own ancestor.
-        """
-        q_nope, q_rope, row = self._project(x, rope)
-        mask = None
-        if earlier is not None:
-            earlier.append(row)
-            row, mask = torch.cat(earlier, dim=-2), _draft_mask(x.shape[-2], len(earlier), x.device)
-        latent, k_rope = row.split((self.latent, self.rope_dim), dim=-1)
-        kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
-        k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
-        q = torch.cat((q_nope, q_rope), dim=-1)
-        # flash attention wants one head size
-        v = F.pad(v, (0, q.shape[-1] - self.v_dim)) if q.shape[-1] > self.v_dim else v
-        q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )[..., : self.v_dim]
-        return self._out(out.transpose(-3, -2))
+        kv_b = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.latent)
+        return kv_b[:, : self.nope], kv_b[:, self.nope :].transpose(1, 2)
 
     def rows(self, x: Tensor, layer: int, plan: JointMasks) -> Tensor:
         """Absorbed form: appends the rows x `[M, D]` to this layer of their caches and returns their outputs."""
-        q_nope, q_rope, row = self._project(x, plan.rope)
+        q_nope, q_rope, row = self.project(x, plan.rope)
         w_uk, w_vu = self.absorbed()
         q_latent = by_head(q_nope, w_uk)  # [M, H, C]
         q = torch.cat((q_latent, q_rope), dim=-1)  # [M, H, W]
@@ -313,15 +282,6 @@ class MLA(nn.Module):
 def by_head(x: Tensor, weight: Tensor) -> Tensor:
     """Returns each head's own product, `[M, H, B]` of x `[M, H, A]` and weight `[H, A, B]`."""
     return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
-
-
-def _draft_mask(rows: int, depths: int, device: torch.device) -> Tensor | None:
-    """Returns `[T, depths * T]`: causal over the first depth, the diagonal over the others; None if plainly causal."""
-    if depths == 1:
-        return None
-    own = torch.eye(rows, dtype=torch.bool, device=device)
-    causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
-    return torch.cat([causal] + [own] * (depths - 1), dim=1)
 
 
 def attend(q: Tensor, slots: Tensor, plan: Masks, latent: int, scale: float) -> Tensor:

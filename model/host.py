@@ -18,7 +18,7 @@ from torch import Tensor
 from mtp_spec.model.attention import JointPlan, RowPlan, padded, plan_rows
 from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.parallel import Ranks
+from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.rope import rope_table
 
 Technique = Literal["batched", "single"]
@@ -132,5 +132,6 @@ class HostModel:
     def table(self, length: int) -> Tensor:
         """Returns a rope table of at least `length` positions, grown on demand."""
         if self._table.shape[0] < length:
-            self._table = rope_table(self.config, padded(length) + 64, self.device)
+            with torch.inference_mode(False):  # training's gradients may pass through it later
+                self._table = rope_table(self.config, padded(length) + 64, self.device)
         return self._table

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_spec.model.parallel import ALONE, Ranks
+from mtp_spec.model.distributed.group import ALONE, Ranks
 
 # the norms on MLA's latents keep this epsilon whatever `rms_norm_eps` says, as in the released weights
 LATENT_NORM_EPS = 1e-6
@@ -32,7 +32,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32, returned in the input's dtype."""
+    """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32 or wider, returned in the input's dtype."""
 
     def __init__(
         self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         self.shape = (size,)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
+        if x.dtype in (torch.float32, torch.float64):
             return F.rms_norm(x, self.shape, self.weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)

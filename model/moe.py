@@ -16,11 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.layers import MLP, empty_parameter, gated_silu
-from mtp_spec.model.parallel import ALONE, Ranks
-
-# a multiple of every CPU's vector length in float32 values
-VECTOR = 64
 
 
 class Gate(nn.Module):
@@ -34,27 +31,6 @@ class Gate(nn.Module):
         bias = torch.empty(experts, dtype=torch.float32, device=device)
         self.e_score_correction_bias: Tensor | None
         self.register_buffer("e_score_correction_bias", bias if config.has_gate_bias else None)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weights `[M, k]` float32 and expert indices `[M, k]` for rows x `[M, D]`."""
-        # one product a row keeps float32 independent of the number of rows: see `model.rows`
-        logits = row_products(x.float(), self.weight)
-        if self.config.scoring_func == "sigmoid":
-            # exp differs in its last bit between a vector lane and a loop's tail: give every row whole vectors
-            experts = logits.shape[-1]
-            scores = F.pad(logits, (0, -experts % VECTOR)).sigmoid()[..., :experts]
-        else:
-            scores = logits.softmax(-1)
-        choice = scores
-        if self.e_score_correction_bias is not None:
-            choice = scores + self.e_score_correction_bias
-        indices = self._limit_groups(choice).topk(self.config.num_experts_per_tok, dim=-1).indices
-        # experts in ascending order: the sum over them then has one order, whatever their scores
-        indices = indices.sort(dim=-1).values
-        weights = scores.gather(-1, indices)
-        if self.config.norm_topk_prob and not self.config.is_v2:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * self.config.routed_scaling_factor, indices
 
     @np.errstate(all="ignore")  # NaN and infinity are looked for
     def choose(self, x: Tensor) -> tuple[list[list[float]], list[list[int]]]:
@@ -92,20 +68,6 @@ class Gate(nn.Module):
             scale /= sum(weights) + 1e-20
         return [w * scale for w in weights], indices
 
-    def _limit_groups(self, choice: Tensor) -> Tensor:
-        """Masks the experts outside each row's best `topk_group` groups."""
-        config = self.config
-        if config.topk_method == "greedy" or config.n_group == config.topk_group:
-            return choice
-        grouped = choice.view(*choice.shape[:-1], config.n_group, -1)
-        if config.topk_method == "noaux_tc":
-            score, hidden = grouped.topk(2, dim=-1).values.sum(-1), float("-inf")
-        else:
-            score, hidden = grouped.amax(-1), 0.0
-        best = score.topk(config.topk_group, dim=-1).indices
-        keep = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
-        return grouped.masked_fill(~keep.unsqueeze(-1), hidden).flatten(-2)
-
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         slots: dict[str, Tensor] = {f"{prefix}.weight": self.weight}
         if self.e_score_correction_bias is not None:
@@ -114,12 +76,7 @@ class Gate(nn.Module):
 
 
 def row_products(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x @ weight.T for float32 rows, each row by the same arithmetic whatever its neighbours.
-
-    Without gradients, that is: training takes the one product, which is faster.
-    """
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return F.linear(x, weight)
+    """Returns x @ weight.T for float32 rows, each row by the same arithmetic whatever its neighbours."""
     return torch.stack([torch.mv(weight, row) for row in x])
 
 
@@ -139,34 +96,13 @@ class MoE(nn.Module):
         self.gate = Gate(config, device)
         self.gate_up = empty_parameter(experts, 2 * size, hidden, dtype=dtype, device=device)
         self.down = empty_parameter(experts, hidden, size, dtype=dtype, device=device)
-        # rows seen by each expert since the trainer last looked: what its balancing bias follows
-        self.load: Tensor
-        self.register_buffer("load", torch.zeros(experts, dtype=torch.float32, device=device), persistent=False)
         self.shared: MLP | None = None
         if config.n_shared_experts:
             self.shared = MLP(hidden, size * config.n_shared_experts, dtype, device, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or (torch.is_grad_enabled() and x.requires_grad):
-            routed = self._all_experts(x, *self.gate(x))
-            return routed if self.shared is None else routed + self.shared(x)
-        return self._hit_experts(x, *self.gate.choose(x))
-
-    def _all_experts(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """The path with gradients: every expert on every row as two large products, unchosen ones weighed zero.
-
-        At the few small experts of a trainable model this beats sorting rows, and it compiles to dense code.
-        """
-        rows = x.shape[0]
-        dense = torch.zeros(rows, self.experts, dtype=torch.float32, device=x.device).scatter(1, indices, weights)
-        with torch.no_grad():
-            self.load += (dense > 0).sum(0)
-        inner = gated_silu(F.linear(x, self.gate_up.flatten(0, 1)).view(rows, self.experts, -1))
-        inner = inner * dense.unsqueeze(-1).to(inner.dtype)
-        return F.linear(inner.flatten(1), self.down.transpose(0, 1).flatten(1))
-
-    def _hit_experts(self, x: Tensor, weights: list[list[float]], indices: list[list[int]]) -> Tensor:
         """Each hit expert runs once over its rows; outputs return to [row, slot] before the sum."""
+        weights, indices = self.gate.choose(x)
         rows, slots = len(indices), len(indices[0])
         flat = [expert for row in indices for expert in row]
         order, back = list(range(len(flat))), None

@@ -122,7 +122,7 @@ def rope_table(config: ModelConfig, length: int, device: torch.device | str = "c
 
 
 def apply_rope(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
-    """Returns x rotated by its rows' angles, in x's dtype; the arithmetic is float32.
+    """Returns x rotated by its rows' angles, in x's dtype; the arithmetic is float32, float64 for such x.
 
     `(a, b)` becomes `(a cos - b sin, b cos + a sin)`: x times the table's first row plus x with each pair swapped
     times its second.
@@ -131,7 +131,7 @@ def apply_rope(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
         x: `[..., R]`, pairs (0, 1), (2, 3), ... when `interleaved`, else (0, R / 2), (1, R / 2 + 1), ...
         table: `[..., 2, R]` rows of `rope_table`, broadcast against x.
     """
-    wide = x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
     swapped = (
         wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else wide.roll(wide.shape[-1] // 2, -1)
     )

@@ -1,10 +1,10 @@
 """DeepSeek-V2/V3 with its multi-token-prediction modules, as one module.
 
-Legend: `B` sequences, `T` tokens, `M` rows of one pass, `D` hidden size, `V` vocabulary.
+Legend: `M` rows of one pass, `D` hidden size, `V` vocabulary.
 
-Two ways through the same weights. `forward` and `mtp_forward` take whole sequences (training).
 `rows` and `mtp_rows` append rows to a latent cache: prefill, decode, draft and verify are all this one function,
-which is why a row's logits do not depend on which of them computed it.
+which is why a row's logits do not depend on which of them computed it. `model.training` takes whole sequences through
+the same weights, with gradients.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from mtp_spec.model.attention import MLA, JointMasks, JointPlan
 from mtp_spec.model.config import ModelConfig, ModuleShape
+from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.layers import MLP, Linear, RMSNorm, empty_parameter
 from mtp_spec.model.moe import MoE
-from mtp_spec.model.parallel import ALONE, Ranks
 
 
 class Block(nn.Module):
@@ -41,14 +41,6 @@ class Block(nn.Module):
             if dense is None
             else MLP(hidden, dense, dtype, device, ranks)
         )
-        self.dropout = 0.0  # of both residual branches, while training
-
-    def forward(self, x: Tensor, rope: Tensor, earlier: list[Tensor] | None = None) -> Tensor:
-        """Whole sequences x `[B, T, D]`; `earlier` as for `MLA.forward`."""
-        branch = self.self_attn(self.input_layernorm(x), rope, earlier)
-        x = x + F.dropout(branch, self.dropout, self.training)
-        branch = self.mlp(self.post_attention_layernorm(x).flatten(0, -2)).view_as(x)
-        return x + F.dropout(branch, self.dropout, self.training)
 
     def rows(self, x: Tensor, layer: int, plan: JointMasks) -> Tensor:
         """Rows x `[M, D]` appended to this layer of their caches."""
@@ -144,36 +136,6 @@ class Transformer(nn.Module, HostModel):
         )
         self._draft_ids: Tensor | None = None
         self._draft_heads: dict[int | None, Tensor] = {}
-        self.eval()
-
-    # whole sequences
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Returns hidden states after the final norm `[B, T, D]` of ids `[B, T]`."""
-        rope = self.table(ids.shape[1])[: ids.shape[1], None]
-        x = F.embedding(ids, self.embed_tokens)
-        for layer in self.layers:
-            x = layer(x, rope)
-        out: Tensor = self.norm(x)
-        return out
-
-    def mtp_forward(
-        self, module: int, ids: Tensor, hidden: Tensor, offset: int, earlier: list[Tensor] | None = None
-    ) -> Tensor:
-        """Returns the module's normed output `[B, T, D]`.
-
-        Args:
-            ids: `[B, T]` the token that follows each hidden state at this depth.
-            hidden: `[B, T, D]` the main model's normed hidden states, or the previous depth's output.
-            offset: position of ids[:, 0].
-            earlier: an empty list at the first depth of a module that is reused on its own output; it carries the
-                module's latents from depth to depth, as its cache does when drafting.
-        """
-        mtp = self._module(module)
-        rope = self.table(offset + ids.shape[1])[offset : offset + ids.shape[1], None]
-        x = mtp.block(mtp.mix(F.embedding(ids, self._embeddings(mtp)), hidden), rope, earlier)
-        out: Tensor = mtp.norm(x)
-        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns `[..., V]` logits of normed hidden states `[..., D]`, in the model's dtype."""

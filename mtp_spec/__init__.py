@@ -5,18 +5,20 @@
     print(lm.generate("Tell me a story about a fox", temperature=0.7).text)
 """
 
+from mtp_spec._version import __version__
+from mtp_spec.analysis.scoring import Scores
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.handle import Handle
+from mtp_spec.loading import load
 from mtp_spec.model.errors import CheckpointError, RankError
-from mtp_spec.opening import load
-from mtp_spec.options import SamplingParams, Speculation
-from mtp_spec.processors import LogitsProcessor
-from mtp_spec.scoring import Scores
+from mtp_spec.results import Generation, TokenEvent
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.sampling.processors import LogitsProcessor
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
-from mtp_spec.streaming import Generation, TokenEvent, TokenStream
+from mtp_spec.stream import TokenStream
 
-__version__ = "0.1.0"
 __all__ = [
     "LM",
     "CheckpointError",

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import mtp_spec
 from mtp_spec.errors import OptionError
-from mtp_spec.seeds import checked_seed, text_seeds
+from mtp_spec.sampling.seeds import checked_seed, text_seeds
 from mtp_spec.text import Tokenizer
 
 # most tokens of an answer where a task does not say

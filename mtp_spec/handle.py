@@ -9,7 +9,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import Any
 
-from mtp_spec.streaming import Generation, Teller, TokenEvent
+from mtp_spec.results import EventLog, Generation, TokenEvent
 
 
 class Handle:
@@ -22,13 +22,14 @@ class Handle:
 
     Args:
         owner: the model.
+        log: of the sequence.
     """
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: object, log: EventLog) -> None:
         self._owner: object = owner  # a model lives as long as a text of it is being written
         self._future: Future[Generation] = Future()
         self._events: list[TokenEvent] = []
-        self._teller: Teller | None = None
+        self._log = log
         self._lock, self._listeners = Lock(), list[Callable[[], object]]()
         self._heard = False  # whether anybody wants events: else none are made
         self._future.add_done_callback(self._ended)
@@ -88,10 +89,6 @@ class Handle:
 
     # what the worker does; it alone asks for events until the text is done
 
-    def begin(self, teller: Teller) -> None:
-        """Takes who tells the text's events; before this there are none."""
-        self._teller = teller
-
     def written(self) -> None:
         """Tells what was written, if anybody listens."""
         if self._heard and self._tell_all():
@@ -99,9 +96,8 @@ class Handle:
 
     def finish(self) -> None:
         """Ends the text, unless it was cancelled."""
-        assert self._teller is not None
         if self._future.set_running_or_notify_cancel():
-            self._future.set_result(self._teller.finish())
+            self._future.set_result(self._log.finish())
 
     def fail(self, error: BaseException) -> None:
         """Ends the text with an error, unless it was cancelled."""
@@ -112,7 +108,7 @@ class Handle:
         """Makes events of what was written; returns whether there was any."""
         before = len(self._events)
         with self._lock:
-            while self._teller is not None and (event := self._teller.pop()) is not None:
+            while (event := self._log.pop()) is not None:
                 self._events.append(event)
         return len(self._events) > before
 

@@ -1,206 +1,120 @@
-"""What `load` decides before it reads weights: device, dtype, context, and on which code a checkpoint runs."""
+"""`load`: from a folder to a model ready to generate."""
 
 from __future__ import annotations
 
 import warnings
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mtp_spec.api import LM
+from mtp_spec.backends import open_backend
+from mtp_spec.distributed.consistency import start_facts
 from mtp_spec.errors import OptionError
-from mtp_spec.foresight import check_engine
-from mtp_spec.kernels.cpu import engine
-from mtp_spec.kernels.launching import runs_triton
-from mtp_spec.memory import check_host, check_memory
-from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint
-from mtp_spec.model.config import ModelConfig, load_config
-from mtp_spec.model.cpu_checkpoint import load_cpu_model
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle, load_device_model
-from mtp_spec.model.errors import CheckpointError
-from mtp_spec.model.host import HostModel
-from mtp_spec.model.parallel import ALONE, Ranks
-from mtp_spec.text import Tokenizer
-from mtp_spec.weights import runs_as_fp8, with_weights
-
-DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}  # fmt: skip
-CACHE_DTYPES = ("bfloat16", "float8_e4m3fn")  # the first is the default
-FP8_CAPABILITY = (8, 9)
-DraftVocabulary = int | str | Path | None
+from mtp_spec.load_checks import check_batch, check_device, check_ends, context_limit, dtype_of, load_model
+from mtp_spec.model.checkpoint.folder import open_checkpoint
+from mtp_spec.model.distributed.joining import join_ranks, local_device, open_rooms
+from mtp_spec.model.undisturbed import undisturbed
+from mtp_spec.progress import Report, byte_progress
+from mtp_spec.sampling.defaults import FILE, Defaults
+from mtp_spec.text import end_ids, open_tokenizer
+from mtp_spec.weights import check_weights
 
 
-def context_limit(path: Path, max_context: int | None) -> int:
-    """Returns the most tokens of prompt and text together; `path` is a folder with config.json, or the JSON file."""
-    limit = load_config(path).max_position_embeddings
-    if max_context is None:
-        return limit
-    if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 < max_context <= limit:
-        raise OptionError(f"max_context={max_context!r}: an integer from 2 to {limit}, the model's own limit")
-    return max_context
-
-
-def load_model(
-    source: Path | Checkpoint, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
-    cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE, max_batch: int = 1,
-    cache_tokens: int | None = None, weights: str | None = None,
-) -> HostModel | DeviceModel:  # fmt: skip
-    """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
-    packed, obstacle = packs_cache(cache_dtype), f"dtype={dtype!r} runs by torch, without the FP8 kernels"
-    checkpoint = with_weights(open_checkpoint(source) if isinstance(source, Path) else source, weights)
-    ids = draft_ids(drafts, checkpoint.config)
-    if dtype in (None, torch.float8_e4m3fn):
-        found = _no_fp8_here(device) or fp8_obstacle(checkpoint)
-        if found is None:
-            empty = empty_device_model(checkpoint, "meta", ids, packed, ranks)
-            check_memory(empty, limit, device, max_batch, cache_tokens)
-            return load_device_model(checkpoint, device, report, ids, packed, ranks)
-        obstacle = found
-        if dtype is not None:
-            raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")
-        if device != "cpu" and cache_dtype is None:
-            remedy = '; load with weights="fp8" to run on them' if runs_as_fp8(checkpoint) else ""
-            warnings.warn(
-                f"{checkpoint.folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}{remedy}. Text is "
-                "the same with and without speculation, but nothing is fast", stacklevel=4,
-            )  # fmt: skip
-        if device == "cpu" and runs_engine():
-            dtype = torch.float32
-        else:
-            dtype = torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
-    if cache_dtype is not None:
-        raise cache_refused(cache_dtype, obstacle)
-    if device != "cpu" and cache_tokens is not None:
-        raise OptionError(f"cache_tokens={cache_tokens!r} on a GPU is for the FP8 kernels: {obstacle}; leave it out")
-    if device == "cpu" and runs_engine():
-        check_engine(checkpoint, dtype, ranks)
-        return load_cpu_model(checkpoint, dtype, report, ids, ranks)
-    if device == "cpu" and ranks.size == 1:
-        check_host(checkpoint.config, dtype)
-    model = load_checkpoint(checkpoint, dtype=dtype, device=device, progress=report, ranks=ranks)
-    if ids is not None:
-        model.draft_from(ids)
-    return model
-
-
-def draft_ids(drafts: DraftVocabulary, config: ModelConfig) -> list[int] | None:
-    """Returns the tokens that drafts may be, in ascending order, or None for all.
+@undisturbed(inference=False)
+def load(
+    path: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    weights: str | None = None,
+    max_context: int | None = None,
+    max_batch: int = 1,
+    cache_tokens: int | None = None,
+    draft_vocabulary: int | str | Path | None = None,
+    cache_dtype: str | torch.dtype | None = None,
+    defaults: str = "library",
+    measure: bool = True,
+    progress: bool | Report = False,
+    parallel: Any = "auto",
+) -> LM:
+    """Returns a model ready to generate.
 
     Args:
-        drafts: a number: the first tokens, which in a vocabulary of byte pairs are the earliest merges and so the most
-            frequent; a file: those it lists, one id a line. Tokens that end a text are always among them.
+        path: a Hugging Face folder, or one of per-rank files made by `mtp-spec convert` or DeepSeek's convert.py, for
+            any number of ranks; None is the bundled model.
+        config: a JSON file that describes the model in place of the folder's config.json, in Hugging Face's fields or
+            DeepSeek's; folders made by DeepSeek's convert.py need it.
+        device: "cpu" or "cuda".
+        dtype: "float32", "bfloat16", "float16", "float8_e4m3fn" or the torch dtype. None keeps weights as they are
+            stored: on a GPU FP8 checkpoints run on this library's kernels, on a CPU any of these on its engine, with
+            float32 arithmetic; "float32" is the same there, "bfloat16" and "float16" round matrices to them. Where
+            torch computes, weights, FP8 included, become this dtype; None is bfloat16 there where it is fast, else
+            float32.
+        weights: "fp8" makes the matrices of a bfloat16 folder FP8 with 128x128 scales while they are read, the same
+            bits as `mtp-spec cast --to fp8`; None keeps them.
+        max_context: most tokens of prompt and text together; None is the model's own limit.
+        max_batch: most texts that are written side by side, of a list or of `LM.submit`.
+        cache_tokens: of prompts, texts and drafts side by side; who finds no room waits, who needs more is refused.
+            None has room for `max_batch` texts of `max_context` tokens.
+        draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
+            less of the head is read for them, and the text stays what it is. None drafts any token.
+        cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
+            which holds nearly twice the tokens and rounds them, so it changes the text (docs/howto/gpu.md).
+        defaults: what options of generation are where a call leaves them out: "library", those of `SamplingParams`, or
+            "checkpoint", those of the folder's generation_config.json (docs/howto/sampling.md).
+        measure: time the passes of a step at the first use of "auto", a few seconds, and keep the times in the user's
+            cache directory; False plans from typical times and writes nothing.
+        progress: show a bar over the bytes read, and over the measurements; or a function that is told (bytes read,
+            bytes in all) instead.
+        parallel: which processes share the model: "auto", those that torchrun started together with this one; a
+            `torch.distributed` process group; None, this one alone. Each of them makes the same calls
+            (docs/howto/parallel.md).
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete or not a DeepSeek-V2/V3 model, its tokenizer cannot be read,
+            its generation_config.json has values that are not possible and are asked for, or the processes of
+            `parallel` cannot divide it.
+        RankError: another rank failed, differs or does not answer.
+        OptionError: an impossible device, dtype, weights, max_context, max_batch, cache_tokens, draft_vocabulary,
+            cache_dtype, defaults or progress.
+        MTPSpecError: weights and caches do not fit in memory. It is the base of the others too.
     """
-    if drafts is None:
-        return None
-    whole, name = config.vocab_size, f"draft_vocabulary={drafts!r}"
-    if not config.num_nextn_predict_layers:
-        raise OptionError(f"{name}: this checkpoint has no MTP modules, so nothing is drafted; leave it out")
-    if isinstance(drafts, str | Path):
-        found = _listed_ids(Path(drafts), whole, name)
-    elif isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 < drafts < whole:
-        raise OptionError(f"{name}: a number of tokens from 1 to {whole - 1}, or a file of token ids, one a line")
-    else:
-        found = set(range(drafts))
-    return sorted(found | set(config.eos_token_ids))
-
-
-def check_ends(tokenizer: Tokenizer | None, config: ModelConfig, folder: Path) -> None:
-    """Refuses end tokens that the model cannot write."""
-    size = config.vocab_size
-    for token in config.eos_token_ids:
-        if not 0 <= token < size:
-            raise CheckpointError(
-                f"config.json: eos_token_id {token} is no token of a vocabulary of {size}: correct it"
-            )
-    if tokenizer is not None and tokenizer.eos_id is not None and tokenizer.eos_id >= size:
-        raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: eos_token has the id {tokenizer.eos_id}, beyond the vocabulary of "
-            f"{size} that config.json states: the tokenizer is not this model's"
-        )
-
-
-def _listed_ids(file: Path, whole: int, name: str) -> set[int]:
-    try:
-        lines = file.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{name}: {file} cannot be read ({error})") from error
-    for line in lines:
-        if not (line.isascii() and line.isdigit() and int(line) < whole):
-            raise OptionError(f"{name}: {line!r} in {file} is no token id from 0 to {whole - 1}")
-    if not lines:
-        raise OptionError(f"{name}: {file} is empty; list token ids, one a line")
-    return {int(line) for line in lines}
-
-
-def runs_engine() -> bool:
-    """Whether models on a CPU run on the library's own engine here."""
-    return engine.why_not() is None
-
-
-def _no_fp8_here(device: str) -> str | None:
-    if device.split(":")[0] != "cuda":
-        return "FP8 kernels need an NVIDIA GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < FP8_CAPABILITY:
-        return f"this GPU has compute capability {major}.{minor}, FP8 begins with 8.9"
-    return None if runs_triton(torch.empty(0, device=device)) else "Triton is not installed"
-
-
-def check_device(device: str) -> None:
-    """Refuses a device that does not exist here."""
-    kind = str(device).split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise OptionError(f'device={device!r}: allowed are "cpu" and "cuda"')
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise OptionError(
-            f'device={device!r}: torch finds no CUDA device here; use device="cpu", or install a CUDA build of torch '
-            "on a machine with an NVIDIA GPU"
-        )
-
-
-def check_batch(max_batch: int, cache_tokens: int | None, device: str) -> None:
-    """Refuses a number of texts side by side, or a size of their cache, that cannot be had."""
-    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
-        raise OptionError(f"max_batch={max_batch!r}: an integer, 1 or more")
-    if cache_tokens is None:
-        return
-    if isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 1:
-        raise OptionError(f"cache_tokens={cache_tokens!r}: an integer, 1 or more")
-    if max_batch == 1 and str(device).split(":")[0] != "cpu":
-        raise OptionError(f"cache_tokens={cache_tokens!r} is for texts side by side: give max_batch too")
-
-
-def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Returns the torch dtype that a caller named; None leaves the choice open."""
-    if dtype is None:
-        return None
-    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
-    if chosen is None:
-        raise OptionError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}, or None to choose")
-    return chosen
-
-
-def packs_cache(cache_dtype: str | torch.dtype | None) -> bool:
-    """Whether the FP8 kernels are to cache latents in FP8; None is bfloat16."""
-    name = CACHE_DTYPES[0] if cache_dtype is None else str(cache_dtype).removeprefix("torch.")
-    if name not in CACHE_DTYPES:
-        raise OptionError(f"cache_dtype={cache_dtype!r}: allowed are {', '.join(CACHE_DTYPES)}, or None for the first")
-    return name != CACHE_DTYPES[0]
-
-
-def cache_refused(cache_dtype: str | torch.dtype, obstacle: str) -> OptionError:
-    """Returns the error for a model that runs by torch, whose cache has the dtype of its arithmetic."""
-    return OptionError(f"cache_dtype={cache_dtype!r} is for the FP8 kernels: {obstacle}; leave cache_dtype out")
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether torch multiplies bfloat16 in hardware here (AVX512-BF16 or AMX).
-
-    Its checks ask the processor, also where torch was told to do without (ATEN_CPU_CAPABILITY=avx2).
-    """
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    told = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return told and any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
+    if path is not None and not isinstance(path, str | Path):
+        raise OptionError(f"path={path!r}: give a folder's name, or None for the bundled model")
+    folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
+    if config is not None and path is None:
+        raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
+    config_file = None if config is None else Path(config)
+    if not isinstance(progress, bool) and not callable(progress):
+        raise OptionError(f"progress={progress!r}: allowed are True, False or a function of (bytes read, bytes in all)")
+    check_device(device)
+    ranks = join_ranks(parallel, str(device))
+    with ranks.together():
+        device = local_device(str(device), ranks)
+        check_batch(max_batch, cache_tokens, device)
+        limit = context_limit(config_file or folder, max_context)
+        chosen = dtype_of(dtype)
+        check_weights(weights)
+        checkpoint = open_checkpoint(folder, config_file)
+        for note in checkpoint.notes:
+            warnings.warn(f"{folder}: {note}", stacklevel=3)
+        own = Defaults(folder / FILE, defaults, checkpoint.config.vocab_size)
+        tokenizer = open_tokenizer(folder)
+        ends = end_ids(folder, checkpoint.config.vocab_size)
+        check_ends(tokenizer, checkpoint.config, folder)
+    facts = {"max_context": limit, "max_batch": max_batch, "cache_tokens": cache_tokens, "dtype": chosen,
+             "weights of load": weights, "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype,
+             "defaults": defaults}  # fmt: skip
+    ranks.agree(facts | start_facts(checkpoint, device))
+    open_rooms(ranks, device)
+    bar = progress is True
+    with ranks.together(), byte_progress(bar and ranks.rank == 0) as shown:
+        report = progress if callable(progress) else shown
+        model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks, max_batch,
+                           cache_tokens, weights)  # fmt: skip
+    backend = open_backend(model, tokenizer, limit, max_batch, cache_tokens, measure, bar)
+    return LM(backend, tokenizer, limit, max_batch, own, ends)

@@ -75,10 +75,10 @@ class GenerationStats:
     # (depth proposed, tokens accepted) -> steps: what is told by depth is summed from it
     _outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
-    def record_prefill(self, prompt_tokens: int, committed: int = 1) -> None:
-        """Count a prompt and the tokens drawn from its last row."""
+    def record_prefill(self, prompt_tokens: int) -> None:
+        """Count a prompt and the token drawn from its last row."""
         self.prompt_tokens += prompt_tokens
-        self.new_tokens += committed
+        self.new_tokens += 1
 
     def record_step(self, proposed_depth: int, nodes: int, accepted_path_ranks: Sequence[int], committed: int) -> None:
         """Count one verify step.
@@ -141,11 +141,6 @@ class GenerationStats:
         for (drafted, accepted), steps in sorted(self._outcomes.items()):
             found.setdefault(drafted, Counter())[accepted] = steps
         return found
-
-    @property
-    def steps_without_draft(self) -> int:
-        """Steps of plain decoding."""
-        return self._outcomes[0, 0]
 
     @property
     def tokens_per_step(self) -> float:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 ROOT = -1
 
 
@@ -82,10 +80,6 @@ class TokenTree:
         """Tokens along ``path(node)``."""
         return [self.tokens[step] for step in self.path(node)]
 
-    def nodes_at(self, depth: int) -> list[int]:
-        """Nodes of one depth, in the order they were added."""
-        return [node for node, node_depth in enumerate(self.depths) if node_depth == depth]
-
     def part(self, nodes: Sequence[int]) -> TokenTree:
         """The tree of these nodes alone, given in ascending order, each with its parent."""
         tree, numbers = TokenTree(), {ROOT: ROOT}
@@ -96,18 +90,3 @@ class TokenTree:
     def is_chain(self) -> bool:
         """Whether every node has at most one child, the root included."""
         return self.depth == len(self)
-
-    def ancestor_table(self) -> torch.Tensor:
-        """[N, D] int64: row n lists the nodes of ``path(n)`` in depth order, padded with -1."""
-        table = torch.full((len(self), self.depth), ROOT, dtype=torch.int64)
-        for node in range(len(self)):
-            path = self.path(node)
-            table[node, : len(path)] = torch.tensor(path, dtype=torch.int64)
-        return table
-
-    def ancestor_mask(self) -> torch.Tensor:
-        """[N, N] bool: entry (n, m) says that node n attends to node m, that is, m lies on ``path(n)``."""
-        mask = torch.zeros(len(self), len(self), dtype=torch.bool)
-        for node in range(len(self)):
-            mask[node, self.path(node)] = True
-        return mask

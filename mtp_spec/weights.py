@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.kernels.fp8 import BLOCK
-from mtp_spec.model.checkpoint import Checkpoint, stored_weights
-from mtp_spec.model.device_checkpoint import fp8_obstacle
-from mtp_spec.model.formats import SCALE
-from mtp_spec.model.narrow import WIDE, is_packed
+from mtp_spec.model.checkpoint.folder import Checkpoint, stored_weights
+from mtp_spec.model.checkpoint.formats import SCALE
+from mtp_spec.model.checkpoint.narrow import WIDE, is_packed
+from mtp_spec.model.cuda.checkpoint import fp8_obstacle
 
 WEIGHTS = ("fp8",)
 

@@ -26,10 +26,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mtp_spec.device_pages import STEP_ROWS
-from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import SLACK, State, stages_of
-from mtp_spec.device_step import Prefill, Step
+from mtp_spec.cuda.pages import STEP_ROWS
+from mtp_spec.cuda.state import SLACK, State, stages_of
+from mtp_spec.cuda.step import Prefill, Step
 from mtp_spec.kernels import (
     commit,
     exchange,
@@ -46,8 +45,10 @@ from mtp_spec.kernels import (
 )
 from mtp_spec.kernels.mla_cache import KEYS
 from mtp_spec.model.config import load_config
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
+from mtp_spec.tree_shape import TreeShape
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "grid", "warmup")
 TYPES = {
@@ -127,9 +128,9 @@ def main(name: str) -> None:
         state = State(model, 1000)
         rules = [(None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")]
         for speculation, rule in rules if name == "v3" else rules[1:2]:
-            shape = Shape.of(speculation)
+            shape = TreeShape.of(speculation)
             Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
-        Step(model, state, Shape.of(None), stages_of(params), extend=4)._run()
+        Step(model, state, TreeShape.of(None), stages_of(params), extend=4)._run()
         Prefill(model, state, 256, draft=True).run()
         caches = model.new_caches(1000 + SLACK, STEP_ROWS, 40)
         pages = torch.empty(4, caches[0].capacity // KEYS, dtype=torch.int32, device="meta")
@@ -137,9 +138,9 @@ def main(name: str) -> None:
         several = State(model, 1000, caches, pages)
         several.live, several.logits = several.length.clone(), torch.empty(64, config.vocab_size, device="meta")
         for speculation in (None, chain, tree) if name == "v3" else (chain,):
-            shape = Shape.of(speculation)
+            shape = TreeShape.of(speculation)
             Step(model, several, shape, stages_of(params), 4 if speculation else 0)._run()
-        Step(model, several, Shape.of(None), stages_of(params), extend=4)._run()
+        Step(model, several, TreeShape.of(None), stages_of(params), extend=4)._run()
     given = [torch.empty(8, size, dtype=kind, device="meta") for size, kind in ((8192, fp8.E4M3), (64, torch.float32))]
     counts = [torch.empty(1, dtype=torch.int32, device="meta") for _ in range(2)]
     exchange.exchange(given, exchange.Rooms(0, torch.empty(2, dtype=torch.int64, device="meta"), *counts))

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_spec import measured
 from mtp_spec.api import LM
+from mtp_spec.cpu import planners
 from mtp_spec.kernels.cpu.engine import SWITCH
-from mtp_spec.loading import load_model
-from mtp_spec.model.convert import ranks_job
-from mtp_spec.model.jobs import run_job
-from mtp_spec.times import StepTimes
+from mtp_spec.load_checks import load_model
+from mtp_spec.model.checkpoint.convert import ranks_job
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.planning import store
+from mtp_spec.planning.costs import StepTimes
 
 # workers side by side that each spread over every core spend their time waiting for one another
 THREADS = os.environ.get("OMP_NUM_THREADS") or ("1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -48,8 +49,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(measured, "measure", lambda *_: StepTimes.typical())
-        patch.setattr(measured, "calibrated", lambda times, *_: times)
+        patch.setattr(planners, "measure", lambda *_: StepTimes.typical())
+        patch.setattr(planners, "calibrated", lambda times, *_: times)
         folder = Path(str(files("mtp_spec.configs") / "demo"))
         engine: Any = load_model(folder, None, "cpu", 64, None, None)
         norm = getattr(engine.norm, "weight", engine.norm)
@@ -58,8 +59,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for dtype in ("bfloat16", "float32"):  # the same by torch
             models.append(SimpleNamespace(**fields, dtype=getattr(torch, dtype), runs_on="torch", stored=dtype))
         for model, technique, ranks in product(models, ("batched", "single"), (1, 2)):
-            subject = measured.times_subject(model, technique)
-            measured.write({**subject, "threads": int(THREADS), "ranks": ranks}, StepTimes.typical().to_json())
+            subject = store.times_subject(model, technique)
+            store.write({**subject, "threads": int(THREADS), "ranks": ranks}, StepTimes.typical().to_json())
         yield
 
 

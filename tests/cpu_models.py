@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from lms import lm_of
 from torch import Tensor
 
-from mtp_spec.api import LM
 from mtp_spec.kernels.cpu import team
 from mtp_spec.kernels.cpu.engine import SWITCH, Library, library, why_not
 from mtp_spec.kernels.fp8 import weight_dequant, weight_quant
-from mtp_spec.model import cpu
 from mtp_spec.model.attention import JointPlan, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.cpu import SCALE, CPUModel
+from mtp_spec.model.cpu import model as cpu
+from mtp_spec.model.cpu.model import SCALE, CPUModel
 from mtp_spec.model.transformer import Transformer
 
 E4M3 = torch.float8_e4m3fn
@@ -186,7 +186,7 @@ def digest(parts: Sequence[Tensor]) -> str:
 
 
 def text(model: CPUModel, tokens: int = 24) -> list[int]:
-    return LM(model, None, "batched", 256).generate(ids_of(20), max_new_tokens=tokens, seed=3, speculation=2).token_ids
+    return lm_of(model, None, 256).generate(ids_of(20), max_new_tokens=tokens, seed=3, speculation=2).token_ids
 
 
 def child_of(connection: Any, model: CPUModel | None) -> None:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mtp_spec import SamplingParams
-from mtp_spec.accept import accept_by_rule
-from mtp_spec.rules import Choices, Rule
-from mtp_spec.rules.base import Law
-from mtp_spec.sampling import Sampler
+from mtp_spec.acceptance import Choices, Rule
+from mtp_spec.acceptance.accept import accept_by_rule
+from mtp_spec.acceptance.base import Law
+from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
 VOCAB = 3

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from interpreter import correct
-from mtp_spec import noise as library_noise
 from mtp_spec.kernels import commit, exchange, fp8, gemm, mla, moe, moe_group, quant, sampler, uniform
 from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
-from mtp_spec.options import SamplingParams
-from mtp_spec.sampling import Sampler
+from mtp_spec.sampling import noise as library_noise
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.sampling.sampler import Sampler
 from unsound import unsound_gates
 
 ON = os.environ.get("KERNELS_ON", "cpu")  # on a GPU the kernels run as they are

@@ -10,14 +10,15 @@ QUICK: dict[str, str] = {
     "test_rules": "one_child_is_accepted_as_often_as_possible lossy_rules_accept_what_they_say",
     "test_sampling": "noise_is_the_documented_function_of_seed_position_and_token penalties_follow_the_path "
                      "siblings_are_distinct_and_begin_with_the_draw bad_options_are_named",
-    "test_tree": "paths_masks_and_tables_agree a_tree_refuses_equal_siblings_and_missing_parents",
+    "test_keywords": "every_method_names_its_options what_sampling_excludes_and_what_it_is",
+    "test_tree": "paths_agree_with_parents_and_depths a_tree_refuses_equal_siblings_and_missing_parents",
     "test_planner": "curves_pass_through_their_points_and_never_fall the_chosen_nodes_gain_most "
                     "auto_drafts_nothing_where_rows_run_one_by_one",
     "test_ladder": "a_text_near_its_end_does_not_begin_again chances_are_learned_by_depth_and_rank",
     # the model, its files and its texts
     "test_oracle": "main_logits mtp_logits",
     "test_same_text": "caches_after_rollback_equal_a_fresh_run",
-    "test_prefix": "what_is_shared drafts_are_the_same_too",
+    "test_prefix": "a_second_turn_is_bitwise_that_of_a_fresh_prefill",
     "test_pages": "what_was_used_longest_ago_goes_first a_text_that_never_drafted_leaves_its_pages",
     "test_batch": "a_long_prompt_does_not_hold_up_the_others closing_ends_every_text_and_the_worker",
     "test_processors": "a_state_is_computed_once_for_all_rows_of_a_path",

@@ -19,11 +19,12 @@ import torch
 
 import mtp_spec
 from mtp_spec.api import LM
+from mtp_spec.backends import open_backend
 from mtp_spec.handle import Handle
-from mtp_spec.model import control
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.model.joining import join_ranks
-from mtp_spec.worker import Worker
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.distributed import store as control
+from mtp_spec.model.distributed.joining import join_ranks
+from mtp_spec.serving import Worker
 
 SUBMIT = Worker.submit
 PROMPT = list(range(2, 40))
@@ -213,7 +214,7 @@ def main(out: Path, job: dict[str, Any]) -> None:
     model = job["model"][int(os.environ["RANK"])] if isinstance(job["model"], list) else job["model"]
     if job.get("kernels"):
         shared = join_ranks("auto", "cpu")
-        lm = LM(load_device_model(Path(model), "cpu", ranks=shared), None, "batched", 200, max_batch=3)
+        lm = LM(open_backend(load_device_model(Path(model), "cpu", ranks=shared), None, 200, 3), None, 200, 3)
         found: Any = [short_text(lm), side_by_side(lm, 4, shared.rank)]
         out.write_text(json.dumps(found))
         return

@@ -1,6 +1,9 @@
-// The CPU engine under a compiler's sanitizers: products, attention, passes by several threads; see test_cpu_sanitized.py.
+// The CPU engine without Python: products, attention, single operations, passes by several threads.
 //
-// Every array has exactly the size that it is said to have. Prints a sum of all results' bits, which no compiler changes.
+// For compilers' sanitizers (test_cpu_sanitized.py) and emulated processors (test_cpu_emulated.py). Every array has exactly
+// the size that it is said to have. Prints a sum of all results' bits, which no compiler changes; "to=FILE" among the
+// arguments has the results of the parts named after it written there. NaN is one number here: its sign and its further
+// bits are a processor's own affair.
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -35,6 +38,7 @@ static void wait_a_little(void) {
     if (!(what)) printf("wrong: %s\n", #what), exit(1);
 
 static uint64_t state = 1, sum;
+static FILE *results;
 
 static uint32_t random_bits(void) {
     state = state * 6364136223846793005u + 1442695040888963407u;
@@ -45,13 +49,17 @@ static void count_in(const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         uint32_t bits;
         memcpy(&bits, x + i, 4);
+        if (x[i] != x[i]) bits = 0x7FC00000;
         sum = sum * 31 + bits;
+        if (results) CHECK(fwrite(&bits, 4, 1, results) == 1)
     }
 }
 
+static float number(float size) { return ((float)(random_bits() % 2001) - 1000.0f) / 1000.0f * size; }
+
 static float *numbers(int64_t n, float size) {
     float *x = malloc((size_t)n * 4);
-    for (int64_t i = 0; i < n; i++) x[i] = ((float)(random_bits() % 2001) - 1000.0f) / 1000.0f * size;
+    for (int64_t i = 0; i < n; i++) x[i] = number(size);
     return x;
 }
 
@@ -86,6 +94,73 @@ static Matrix matrix(int64_t kind, int64_t rows, int64_t columns) {
 }
 
 static void discard(Matrix m) { free((void *)m.data), free((void *)m.scale); }
+
+// Every code of a kind, as products see it in each of their lanes and as sums over rows do.
+static void codes(void) {
+    const int64_t counts[] = {256, 65536, 0, 65536}, K = 64, kinds[] = {FP8, BF16, F16};
+    for (int i = 0; i < 3; i++) {
+        const int64_t kind = kinds[i], count = counts[kind];
+        float one = 1, own[16], *out = malloc((size_t)count * 4), scales[1024];
+        uint8_t *data = malloc((size_t)(count * ITEM[kind]));
+        for (int64_t c = 0; c < count; c++) {
+            uint16_t code = (uint16_t)c;
+            memcpy(data + c * ITEM[kind], &code, (size_t)ITEM[kind]);
+        }
+        for (int64_t c = 0; c < 1024; c++) scales[c] = 1;
+        Matrix m = {kind, 1, count, 64, 64, (const char *)data, scales};
+        CALL(columns)(&m, 0, 1, 1, &one, 1, out, count, own);
+        count_in(out, count);
+        m.rows = count / K, m.columns = K;
+        float *room = malloc((size_t)CALL(head_memory)(&m, 1) * 4), x[64];
+        for (int64_t turn = 0; turn < K; turn++) {
+            // by one column alone no code hides another; only rows that hold infinity or NaN are NaN as a whole
+            for (int64_t k = 0; k < K; k++) x[k] = k == turn ? 1.0f : 0.0f;
+            CALL(product)(&m, 0, m.rows, 1, x, K, 0, out, m.rows, 0, room);
+            count_in(out, m.rows);
+        }
+        free(out), free(data), free(room);
+    }
+}
+
+// Of any size, subnormal, infinite and NaN where `any`; else of sizes whose squares and products can be subnormal.
+static float wild(int any) {
+    uint32_t bits = random_bits() * 2 + random_bits() % 2;
+    float x;
+    if (!any) bits = (bits & 0x807FFFFF) | (127 - 70 + random_bits() % 100) << 23;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static void operations(void) {
+    const int64_t sizes[] = {1, 2, 16, 17, 384, 500};
+    for (int any = 0; any < 2; any++)
+        for (int turn = 0; turn < 120; turn++) {
+            const int64_t n = sizes[turn % 6];
+            const float eps = 1e-6f, size = turn % 3 ? 1.0f : 80.0f;
+            float *x = malloc((size_t)n * 4), *y = malloc((size_t)n * 4), *out = malloc((size_t)n * 4);
+            float *table = numbers(2 * n, 1);
+            for (int64_t i = 0; i < n; i++) x[i] = wild(any && turn % 2), y[i] = wild(0);
+            CALL(norm)(x, y, &eps, n, out), count_in(out, n);
+            if (n % 2 == 0) CALL(rotate)(x, table, n, turn / 6 % 2), count_in(x, n);
+            for (int64_t i = 0; i < n; i++) x[i] = any ? wild(1) : number(size);
+            CALL(activate)(x, y, n), count_in(x, n);
+            Matrix m = matrix(F32, 3, n);
+            for (int64_t i = 0; i < 3 * n; i++) ((float *)m.data)[i] = wild(0);
+            float *room = malloc((size_t)CALL(head_memory)(&m, 1) * 4), three[3];
+            CALL(product)(&m, 0, 3, 1, y, n, 0, three, 3, 0, room), count_in(three, 3);
+            free(x), free(y), free(out), free(table), free(room), discard(m);
+        }
+    for (int turn = 0; turn < 200; turn++) {
+        enum { MOST = 32, PICKED = 6 };
+        Routing routing = {MOST, PICKED, 8, 3, turn % 2, turn % 3, turn / 2 % 2, 2.5f};
+        float *logits = numbers(MOST, turn % 5 ? 2.0f : 60.0f), *bias = turn % 4 ? numbers(MOST, 0.3f) : 0;
+        float room[3 * MOST], weight[PICKED];
+        int32_t index[PICKED];
+        CALL(choose)(&routing, logits, bias, room, index, weight), count_in(weight, PICKED);
+        for (int i = 0; i < PICKED; i++) room[i] = (float)index[i];
+        count_in(room, PICKED), free(logits), free(bias);
+    }
+}
 
 static void products(void) {
     const int64_t sizes[] = {1, 15, 16, 17, 63, 64, 65, 130}, rows[] = {1, 2, 3, 4, 5, 11, 12, 13, 65};
@@ -280,7 +355,12 @@ static void torn(void) {
 
 int main(int count, char **names) {
     for (int i = 1; i < count; i++) {
-        if (!strcmp(names[i], "products")) products();
+        if (!strncmp(names[i], "to=", 3)) {
+            if (results) fclose(results);
+            CHECK(results = fopen(names[i] + 3, "wb"))
+        } else if (!strcmp(names[i], "products")) products();
+        else if (!strcmp(names[i], "codes")) codes();
+        else if (!strcmp(names[i], "operations")) operations();
         else if (!strcmp(names[i], "attention")) attention();
         else if (!strcmp(names[i], "pass")) passes(0);
         else if (!strcmp(names[i], "threads")) passes(1);
@@ -289,6 +369,7 @@ int main(int count, char **names) {
         else if (!strcmp(names[i], "torn")) torn();
         else return 2;
     }
+    if (results) CHECK(!fclose(results))
     printf("%016llx\n", (unsigned long long)sum);
     return 0;
 }

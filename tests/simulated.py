@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp
 
-from mtp_spec.draft import KEPT_BEHIND, MOST_BEHIND
-from mtp_spec.options import MAX_DEPTH
-from mtp_spec.planner import Planner, TextPlanner
-from mtp_spec.times import StepTimes
+from mtp_spec.cpu.draft import KEPT_BEHIND, MOST_BEHIND
+from mtp_spec.planning.costs import StepTimes
+from mtp_spec.planning.node_planner import Planner, TextPlanner
+from mtp_spec.speculation import MAX_DEPTH
 from mtp_spec.tree import ROOT, TokenTree
 
 WIDTH = 2

@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import save_checkpoint
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.folder import save_checkpoint
+from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.jobs import run_job
 from mtp_spec.model.transformer import Transformer
 
 CONFIG = ModelConfig(

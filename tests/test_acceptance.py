@@ -18,7 +18,7 @@ from mtp_spec.bench.acceptance.contexts import prompt_ids
 from mtp_spec.bench.acceptance.journal import Journal, Text
 from mtp_spec.bench.acceptance.report import CSV_COLUMNS
 from mtp_spec.bench.acceptance.running import Runner
-from mtp_spec.cli import main
+from mtp_spec.cli.main import main
 
 TINY = ["--prompts", "2", "--max-new-tokens", "6"]
 SMALL = [*TINY, "--depths", "1,2", "--temperatures", "0.8"]

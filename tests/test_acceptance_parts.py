@@ -15,8 +15,8 @@ import mtp_spec
 from mtp_spec.bench import turns
 from mtp_spec.bench.acceptance.cells import Group
 from mtp_spec.bench.acceptance.running import check_model
-from mtp_spec.cli import main
-from mtp_spec.device_engine import KEPT
+from mtp_spec.cli.main import main
+from mtp_spec.cuda.runtime import KEPT
 from mtp_spec.stats import GenerationStats
 
 
@@ -66,7 +66,7 @@ def test_impossible_options(arguments: list[str], message: str, capsys: pytest.C
 )
 def test_what_a_model_cannot_do(size: int, runtime: Any, message: str | None) -> None:
     ranks = SimpleNamespace(ranks=SimpleNamespace(size=size))
-    model: Any = SimpleNamespace(max_context=64, runtime=runtime, model=ranks)
+    model: Any = SimpleNamespace(max_context=64, backend=SimpleNamespace(captured=runtime is not None), model=ranks)
     args = argparse.Namespace(bound=True, max_new_tokens=8)
     with nullcontext() if message is None else pytest.raises(mtp_spec.OptionError, match=message):
         check_model(model, [Group(0.0, 56, None)], args)
@@ -76,7 +76,7 @@ def test_what_a_model_cannot_do(size: int, runtime: Any, message: str | None) ->
 
 def test_a_gpu_is_not_asked_for_more_ways_than_it_keeps() -> None:
     ranks = SimpleNamespace(ranks=SimpleNamespace(size=1))
-    model: Any = SimpleNamespace(max_context=64, runtime="a GPU's", model=ranks)
+    model: Any = SimpleNamespace(max_context=64, backend=SimpleNamespace(captured=True), model=ranks)
     args, group = argparse.Namespace(bound=False, max_new_tokens=8), Group(0.0, None, None)
     for number in range(KEPT // 2):
         group.add(f"shape {number}", number)
@@ -93,10 +93,10 @@ def test_a_gpu_is_not_asked_for_more_ways_than_it_keeps() -> None:
 
 
 def test_prompts_are_known_by_the_passes_they_take() -> None:
-    lm: Any = SimpleNamespace(runtime="a GPU's")
+    lm: Any = SimpleNamespace(backend=SimpleNamespace(captured=True))
     found = [sorted(turns.prefills(lm, [5] * tokens)) for tokens in (3, 17, 200, 260, 700)]
     assert found == [[16], [64], [256], [16, 256], [256]]
-    lm.runtime = None
+    lm.backend.captured = False
     assert turns.prefills(lm, [5] * 700) == frozenset()
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import mtp_spec
-from mtp_spec.agreement import FEW, STEPS, Watch, agreement
-from mtp_spec.cli import build_parser, main
+from mtp_spec.analysis.agreement import FEW, STEPS, Watch, agreement
+from mtp_spec.cli.inspect import run_inspect
+from mtp_spec.cli.main import build_parser, main
 from mtp_spec.errors import MTPSpecError, OptionError
-from mtp_spec.inspecting import run_inspect
-from mtp_spec.options import SamplingParams
+from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.stats import GenerationStats
 from small import make
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import mtp_spec
 import tiny
-from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
+from mtp_spec.model.checkpoint.folder import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")

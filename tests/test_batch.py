@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from lms import lm_of
 from torch import Tensor
 
 import mtp_spec
 import small
 import tiny
-from mtp_spec.model.device_checkpoint import load_device_model
+from mtp_spec.model.cuda.checkpoint import load_device_model
 
 SHAPES: list[Any] = [
     None, 1, 3, "auto", mtp_spec.Speculation(branching=(3, 2, 1)), mtp_spec.Speculation(4, (2, 2, 2, 1), budget=9)
@@ -124,8 +125,9 @@ def test_who_comes_later_does_not_wait_for_the_others_to_end(lm: mtp_spec.LM) ->
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_spec.engine.PREFILL_CHUNK", 16)
-    monkeypatch.setattr("mtp_spec.batch.PROMPT_ROWS", 17)
+    for module in ("state", "passes", "draft"):
+        monkeypatch.setattr(f"mtp_spec.cpu.{module}.MOST_ROWS", 16)
+    monkeypatch.setattr("mtp_spec.cpu.backend.PROMPT_ROWS", 17)
     lm = mtp_spec.load(tiny.make(tmp_path / "model").folder, dtype="bfloat16", max_batch=3)
     seen: dict[str, list[int]] = {"long": [], "short": []}
 
@@ -232,7 +234,7 @@ def test_a_model_that_nobody_holds_ends_its_worker(tmp_path: Path) -> None:
 
 def test_on_the_kernels_texts_take_turns_by_default(tmp_path: Path) -> None:
     model = load_device_model(small.make_fp8(tmp_path / "model"), "cpu")
-    lm = mtp_spec.LM(model, None, "batched", 100)
+    lm = lm_of(model, None, 100)
     prompts, options = [[1, 2], [3], [4, 5, 6]], {"max_new_tokens": 6, "speculation": 2}
     listed = lm.generate(prompts, seed=0, **options)
     texts = [text.token_ids for text in listed]

@@ -16,19 +16,19 @@ from transformers import modeling_layers
 
 import mtp_spec
 import tiny
-from mtp_spec import measured
 from mtp_spec.bench import grid, step, tuning, turns
 from mtp_spec.bench.common import bundled_prompts, interval, median_interval
 from mtp_spec.bench.exactness import SAMPLING, SHAPES
 from mtp_spec.bench.peer import transformers_ways
 from mtp_spec.bench.phases import step_phases
 from mtp_spec.bench.turns import Written
-from mtp_spec.cli import main
-from mtp_spec.device_state import State
+from mtp_spec.cli.main import main
+from mtp_spec.cpu import planners
+from mtp_spec.cuda.state import State
 from mtp_spec.kernels import gemm
-from mtp_spec.options import Speculation
+from mtp_spec.planning.costs import Curve, StepTimes
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
-from mtp_spec.times import Curve, StepTimes
 
 TINY = ["--prompts", "2", "--max-new-tokens", "6"]
 
@@ -109,7 +109,7 @@ MEASURED = StepTimes(*(Curve.rising((32, 512), {1: (s, s), 4: (2 * s, 2 * s)}) f
 def test_plan_shows_what_auto_plans_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measured, "measure", lambda *_: MEASURED)
+    monkeypatch.setattr(planners, "measure", lambda *_: MEASURED)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     document = run(["plan", *TINY, "--temperatures", "0.8"], tmp_path)
     assert document["rows"][0] == {"pass": "decode", "rows": 1, "ms at 32 tokens": 4.0, "at 512": 4.0,
@@ -127,7 +127,7 @@ def test_plan_shows_what_auto_plans_with(
 
 @pytest.mark.usefixtures("auto_drafts")
 def test_plan_without_measured_times_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "measure", lambda *_: None)
+    monkeypatch.setattr(planners, "measure", lambda *_: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     document = run(["plan", *TINY, "--temperatures", "0"], tmp_path)
     assert "typical" in document["times"]

@@ -12,10 +12,10 @@ import torch
 import small
 from mtp_spec.bench import files
 from mtp_spec.bench.disk import read_rate, write_rate
-from mtp_spec.cli import main
+from mtp_spec.cli.main import main
 from mtp_spec.kernels import fp8_cpu
 from mtp_spec.kernels.fp8 import weight_dequant
-from mtp_spec.model import cast
+from mtp_spec.model.checkpoint import cast
 
 OPTIONS = ["--gigabytes", "0.01", "--model-parallel", "2", "--max-new-tokens", "3"]
 

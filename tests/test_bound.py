@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from enumerated import Toy, error_and_length
+from mtp_spec.acceptance import RULES
 from mtp_spec.bench.bound import best_hybrid, best_pair, best_single
-from mtp_spec.rules import RULES
 
 
 def laws(seed: int) -> tuple[np.ndarray, np.ndarray]:

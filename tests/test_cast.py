@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import mtp_spec
 import small
-from mtp_spec.cli import main
+from mtp_spec.cli.main import main
 from mtp_spec.kernels.fp8 import weight_dequant
-from mtp_spec.model.assembly import wrong_checksums
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import load_checkpoint
-from mtp_spec.model.jobs import run_job
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.folder import load_checkpoint
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.checkpoint.writer import wrong_checksums
 
 SCALE = "_scale_inv"
 

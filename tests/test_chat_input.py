@@ -168,7 +168,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else None,
 )
 def test_mistakes_on_the_command_line(options: list[str], names: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from mtp_spec.cli import main
+    from mtp_spec.cli.main import main
 
     with pytest.raises(SystemExit) as stopped:
         main(["chat", *options])

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +17,9 @@ from rich.console import Console
 from mtp_spec.chat.blocks import Blocks, drawn
 from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.status import status_line
+from mtp_spec.results import Generation, TokenEvent
 from mtp_spec.stats import GenerationStats
-from mtp_spec.streaming import Generation, TokenEvent, TokenStream
+from mtp_spec.stream import TokenStream
 
 STORY = """# A fox
 
@@ -40,6 +42,8 @@ The end."""
 
 class Fake(TokenStream):
     """A stream of given pieces."""
+
+    result: Any = None  # in place of the property
 
     def __init__(self, pieces: Sequence[tuple[str, int]]) -> None:
         self.result = Generation(stats=statistics())

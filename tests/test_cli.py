@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import mtp_spec
-from mtp_spec.cli import main
-from mtp_spec.prompts import read_prompts
+from mtp_spec.cli.main import main
+from mtp_spec.cli.prompts import read_prompts
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "config_671B.json")
 SHORT = ["--max-new-tokens", "12"]

@@ -11,11 +11,12 @@ from test_planner import CHEAP_ROWS, MACHINES, PROCESSES
 
 import mtp_spec
 import tiny
-from mtp_spec import company
-from mtp_spec.draft import KEPT_BEHIND, MOST_BEHIND
-from mtp_spec.planner import ALONE, Beside, Planner, TextPlanner
+from mtp_spec.cpu import batch_context as company
+from mtp_spec.cpu.draft import KEPT_BEHIND, MOST_BEHIND
+from mtp_spec.model.distributed.group import ALONE as SINGLE
+from mtp_spec.planning.costs import StepTimes
+from mtp_spec.planning.node_planner import ALONE, Beside, Planner, TextPlanner
 from mtp_spec.stats import GenerationStats
-from mtp_spec.times import StepTimes
 from mtp_spec.tree import TokenTree
 
 
@@ -52,7 +53,7 @@ def simulate(
     noise, texts = random.Random(seed), [Text(planner) for _ in processes]
     seconds, tokens, steps, nodes = 0.0, 0, 0, 0
     while steps < length * len(texts):
-        company.introduce([(text, text.rows) for text in texts], len(texts) == 1)  # type: ignore[misc]
+        company.introduce(texts, len(texts) == 1)  # type: ignore[arg-type]
         leaves, pending, drafting, trees = list[int](), 0, 0, []
         for text, process in zip(texts, processes, strict=True):
             tree, accepted = TokenTree(), list[int]()
@@ -77,7 +78,7 @@ def simulate(
             expected = sum(times.level(count, context) for count in leaves if count)
             expected += times.extend(pending, context) - times.extend(drafting, context)
         others = expected * dearer * noise.uniform(0.9, 1.1)
-        company.learn([(text, text.rows) for text in texts], verifying, expected, others)  # type: ignore[misc]
+        company.learn(texts, verifying, expected, others, SINGLE)  # type: ignore[arg-type]
         spent = verifying + others
         seconds += spent
         for number, (text, (tree, accepted)) in enumerate(zip(texts, trees, strict=True)):
@@ -152,8 +153,7 @@ def test_a_node_costs_more_beside_more_rows() -> None:
 @pytest.mark.usefixtures("auto_drafts")
 def test_the_text_is_the_same_whatever_the_company(tmp_path_factory: pytest.TempPathFactory) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path_factory.mktemp("tiny") / "model").folder, dtype="bfloat16", max_batch=6)
-    assert lm._planners is not None
-    lm._planners.here(lm.technique).times = CHEAP_ROWS
+    lm.backend.planners.here().times = CHEAP_ROWS
     prompts = [[i, i + 1] for i in range(12)]
     texts = lm.generate(prompts, max_new_tokens=30, temperature=0.7, speculation="auto")
     assert sum(text.stats.drafted for text in texts) > 0

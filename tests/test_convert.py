@@ -22,14 +22,14 @@ from torch import Tensor
 import mtp_spec
 import small
 import tiny
-from mtp_spec.cli import main
-from mtp_spec.model import assembly
-from mtp_spec.model.assembly import wrong_checksums
-from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint
+from mtp_spec.cli.main import main
+from mtp_spec.model.checkpoint import writer as assembly
+from mtp_spec.model.checkpoint.convert import hf_job, model_args, ranks_job
+from mtp_spec.model.checkpoint.deepseek import hf_name, place
+from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.checkpoint.writer import wrong_checksums
 from mtp_spec.model.config import load_config
-from mtp_spec.model.convert import hf_job, model_args, ranks_job
-from mtp_spec.model.jobs import run_job
-from mtp_spec.model.ranks import hf_name, place
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # the table of DeepSeek-V3's inference/convert.py: Hugging Face's key -> its name and divided axis
@@ -270,13 +270,13 @@ def test_a_source_cut_while_it_is_read(fp8: Path, tmp_path: Path) -> None:
 
 SLOW = """
 import sys, time
-from mtp_spec.model import assembly
+from mtp_spec.model.checkpoint import writer as assembly
 import os
 def slow(*args):
     time.sleep(0.005)
     return os.pwrite(*args)
 assembly.pwrite = slow
-from mtp_spec.cli import main
+from mtp_spec.cli.main import main
 main(["convert", *sys.argv[1:], "--model-parallel", "2"])
 """
 

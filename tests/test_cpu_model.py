@@ -35,15 +35,15 @@ from torch import Tensor
 
 import small
 import tiny
+from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.kernels.cpu.engine import SWITCH, levels, why_not
 from mtp_spec.kernels.fp8 import weight_dequant, weight_quant
 from mtp_spec.model.attention import JointPlan, plan_drafts, plan_rows
 from mtp_spec.model.cache import PAGE, LatentCache
-from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint
-from mtp_spec.model.cpu import SCALE, CPUModel
-from mtp_spec.model.cpu_checkpoint import load_cpu_model
+from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint
+from mtp_spec.model.cpu.checkpoint import load_cpu_model
+from mtp_spec.model.cpu.model import SCALE, CPUModel
 from mtp_spec.model.errors import CheckpointError
-from mtp_spec.scoring import score_ids
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 IDS = [(37 * i + 11) % 96 for i in range(60)]

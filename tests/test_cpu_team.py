@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mtp_spec.kernels.cpu.engine import why_not
 from mtp_spec.kernels.cpu.team import TEAM
-from mtp_spec.model.cpu import CPUModel
-from mtp_spec.model.cpu_room import Rooms
-from mtp_spec.model.parallel import Ranks
+from mtp_spec.model.cpu.model import CPUModel
+from mtp_spec.model.cpu.room import Rooms
+from mtp_spec.model.distributed.group import Ranks
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -226,7 +226,7 @@ def test_memory_is_found_without_threads_that_a_fork_loses(monkeypatch: pytest.M
     expected = steps(model)
     model._rooms._free.clear()
     model._head_rooms._free.clear()
-    monkeypatch.setattr("mtp_spec.model.cpu_room.torch.zeros", parallel)
+    monkeypatch.setattr("mtp_spec.model.cpu.room.torch.zeros", parallel)
     assert all_equal(steps(model), expected)
 
 

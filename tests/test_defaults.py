@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lms import lm_of
 
 import mtp_spec
 import tiny
 from mtp_spec import CheckpointError, OptionError, SamplingParams
 from mtp_spec.chat import loop
-from mtp_spec.cli import main
-from mtp_spec.defaults import Defaults
+from mtp_spec.cli.main import main
+from mtp_spec.sampling.defaults import Defaults
 
 MAKERS = {"do_sample": True, "temperature": 0.3, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.2,
           "eos_token_id": 1}  # fmt: skip
@@ -127,7 +128,7 @@ def test_a_bad_file_matters_to_those_who_ask_for_it(folder: Path, tmp_path: Path
     with pytest.raises(OptionError, match="defaults=None"):
         lm.generate([1], defaults=None)
     with pytest.raises(OptionError, match="this model has no folder"):
-        mtp_spec.LM(lm.model, None, lm.technique, 64).generate([1], defaults="checkpoint")
+        lm_of(lm.model, None, 64).generate([1], defaults="checkpoint")
 
 
 def test_on_the_command_line_and_in_a_chat(

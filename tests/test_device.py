@@ -13,25 +13,27 @@ from typing import Any
 
 import pytest
 import torch
+from lms import lm_of, module_caches, runtime
 
 import mtp_spec
+from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.api import LM
-from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import MOST, State
-from mtp_spec.device_step import Graphs, Prefill
-from mtp_spec.draft import Drafter
+from mtp_spec.cpu.draft import Drafter
+from mtp_spec.cuda.state import MOST, State
+from mtp_spec.cuda.step import Graphs, Prefill
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.kernels import commit, mla, moe
-from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.device_checkpoint import fp8_obstacle, load_device_model
-from mtp_spec.model.device_layers import Mixture
+from mtp_spec.model.cuda.checkpoint import fp8_obstacle, load_device_model
+from mtp_spec.model.cuda.layers import Mixture
 from mtp_spec.model.moe import Gate
+from mtp_spec.model.training import chosen_experts
 from mtp_spec.model.transformer import Transformer
-from mtp_spec.options import Speculation
-from mtp_spec.scoring import score_ids
+from mtp_spec.speculation import Speculation
 from mtp_spec.text import Tokenizer
 from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree_shape import TreeShape
 
 DEMO = Path(str(files("mtp_spec.configs") / "demo"))
 SIZES: dict[str, Any] = {
@@ -77,7 +79,7 @@ def checkpoint(folder: Path, kind: str, **changes: Any) -> Path:
 
 def device_lm(folder: Path = DEMO, device: str = "cpu", context: int = 300) -> LM:
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    return LM(load_device_model(folder, device), tokenizer, "batched", context)
+    return lm_of(load_device_model(folder, device), tokenizer, context)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +110,7 @@ def test_same_experts_as_the_gate(kind: str) -> None:
             gate.e_score_correction_bias.normal_(0, 0.2)
             mixture.bias.copy_(gate.e_score_correction_bias)
         x = torch.randn(50, config.hidden_size) * 0.1
-        weights, indices = gate(x)
+        weights, indices = chosen_experts(gate, x)
     got, got_weights = moe.gate(x, mixture.router, mixture.bias, mixture.routing)
     chosen = config.num_experts_per_tok
     assert torch.equal(got[:, :chosen].long(), indices)
@@ -154,10 +156,9 @@ def test_modules_hold_the_text_whatever_was_drafted(tmp_path: Path, modules: int
             if shape is None:
                 continue
             assert out.stats.accepted > 0
-            assert lm.runtime is not None
-            got, expected, text = lm.runtime.acquire(), State(lm.model, 300), [*prompt, *out.token_ids]
+            got, expected, text = module_caches(lm), State(lm.model, 300), [*prompt, *out.token_ids]
             Prefill(lm.model, expected, len(text), True)(torch.tensor(text), 0)
-            for module, (ours, theirs) in enumerate(zip(got.mtp_caches, expected.mtp_caches, strict=True)):
+            for module, (ours, theirs) in enumerate(zip(got, expected.mtp_caches, strict=True)):
                 known = len(text) - 1 - module - MOST
                 torch.testing.assert_close(ours.slots[:known], theirs.slots[:known], rtol=0.02, atol=0.02)
         assert all(text == texts[0] for text in texts)
@@ -180,7 +181,7 @@ def test_drafts_as_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mod
     logits = kernels.model.draft_logits
     monkeypatch.setattr(kernels.model, "draft_logits",
                         lambda hidden: found["kernels"].append(hidden.float()) or logits(hidden))  # fmt: skip
-    wide = LM(load_checkpoint(folder, dtype=torch.float32), None, "single", 300)
+    wide = lm_of(load_checkpoint(folder, dtype=torch.float32), None, 300)
     for shape, steps in ((Speculation(depth=5), 4), (Speculation(branching=(3, 2, 1)), 3)):
         for lm in (wide, kernels):
             lm.generate(prompt, temperature=0, max_new_tokens=1 + steps * (shape.depth + 1), speculation=shape,
@@ -239,22 +240,19 @@ def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkey
     folder = checkpoint(tmp_path, "two modules")
     prompt = [(37 * i + i // 7) % 160 for i in range(300)]
     expected = device_lm(folder, context=400)
-    plain = expected.generate(prompt, max_new_tokens=6, seed=2, speculation=None)
+    plain = device_lm(folder, context=400).generate(prompt, max_new_tokens=6, seed=2, speculation=None)
     assert expected.generate(prompt, max_new_tokens=6, seed=2, speculation=3).token_ids == plain.token_ids
-    assert expected.runtime is not None
-    wanted = expected.runtime.acquire().mtp_caches
-    monkeypatch.setattr("mtp_spec.device_engine.check_room", lambda *_: None)
+    wanted = module_caches(expected)
+    monkeypatch.setattr("mtp_spec.cuda.group.check_room", lambda *_: None)
+    monkeypatch.setattr("mtp_spec.cuda.backend.check_room", lambda *_: None)
     for speculation in (None, 3):
         lm = device_lm(folder, context=400)
-        assert lm.runtime is not None
-        lm.runtime.graphs = OnceThenAgain()
+        runtime(lm).graphs = OnceThenAgain()
         for _ in range(2):
             out = lm.generate(prompt, max_new_tokens=6, seed=2, speculation=speculation)
             assert out.token_ids == plain.token_ids
-            state = lm.runtime.acquire()
-            state.busy = False
-            for ours, theirs in zip(state.mtp_caches, wanted, strict=True) if speculation else ():
-                torch.testing.assert_close(ours.slots[:298], theirs.slots[:298], rtol=0.02, atol=0.02)
+            for ours, theirs in zip(module_caches(lm), wanted, strict=True) if speculation else ():
+                torch.testing.assert_close(ours.slots[:256], theirs.slots[:256], rtol=0.02, atol=0.02)
 
 
 def test_one_token_and_the_end_of_the_context() -> None:
@@ -278,13 +276,13 @@ def test_no_token_left_is_an_error() -> None:
 
 
 def test_shape_numbers_nodes_like_the_tree() -> None:
-    shape = Shape.of(Speculation(branching=(3, 2, 1)))
+    shape = TreeShape.of(Speculation(branching=(3, 2, 1)))
     tree = TokenTree()
     for node, (parent, rank) in enumerate(zip(shape.parents, shape.ranks, strict=True)):
         assert tree.add(parent, 100 * (parent + 1) + rank, rank) == node
     assert (tree.depths, len(tree), shape.depth) == (list(shape.depths), 15, 3)
     assert [shape.path(n) for n in range(15)] == [tree.path(n) for n in range(15)]
-    small = Shape.of(Speculation(branching=(4, 3, 2), budget=7))
+    small = TreeShape.of(Speculation(branching=(4, 3, 2), budget=7))
     assert len(small.parents) == 7
     assert small.depth == 3
     assert small.ranks[0] == 0

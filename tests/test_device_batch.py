@@ -13,23 +13,27 @@ from typing import Any
 
 import pytest
 import torch
+from lms import lm_of, runtime
 from test_device import SAMPLING, OnceThenAgain, checkpoint
 from test_device_planned import Script
 
 import mtp_spec
-from mtp_spec import device_group, device_planned, device_state
 from mtp_spec.api import LM
-from mtp_spec.device_engine import SharedDecoder
-from mtp_spec.device_group import Group
-from mtp_spec.device_pages import DevicePages
-from mtp_spec.device_state import State
-from mtp_spec.device_step import Prefill
-from mtp_spec.loading import check_batch
-from mtp_spec.memory import group_bytes, pages_bytes
+from mtp_spec.cuda import group as device_group
+from mtp_spec.cuda import shapes as device_planned
+from mtp_spec.cuda import state as device_state
+from mtp_spec.cuda import text as device_text
+from mtp_spec.cuda.group import Group
+from mtp_spec.cuda.lock import FairLock
+from mtp_spec.cuda.memory import group_bytes, pages_bytes
+from mtp_spec.cuda.pages import DevicePages
+from mtp_spec.cuda.state import State
+from mtp_spec.cuda.step import Prefill
+from mtp_spec.cuda.text import DeviceText
+from mtp_spec.load_checks import check_batch
 from mtp_spec.model.cache import PAGE
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.options import Speculation
-from mtp_spec.turns import Turns
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.speculation import Speculation
 
 # forbidding most tokens makes random drafts right now and then
 FEW = {token: -float("inf") for token in range(6, 160)}
@@ -44,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch_lm(folder: Path, most: int, context: int = 120) -> LM:
-    return LM(load_device_model(folder, "cpu"), None, "batched", context, max_batch=most)
+    return lm_of(load_device_model(folder, "cpu"), None, context, max_batch=most)
 
 
 def wishes(count: int, seed: int, shapes: list[Any] = SHAPES) -> list[tuple[list[int], dict[str, Any]]]:
@@ -84,14 +88,13 @@ def test_more_rows_than_a_step_takes(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_capturing_leaves_running_texts_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("device_engine", "device_group"):
-        monkeypatch.setattr(f"mtp_spec.{place}.check_room", lambda *_: None)
+    for place in ("backend", "group"):
+        monkeypatch.setattr(f"mtp_spec.cuda.{place}.check_room", lambda *_: None)
     lm, asked = batch_lm(folder, 4), wishes(5, 2, [2])
-    assert lm.runtime is not None
-    lm.runtime.graphs = OnceThenAgain()
+    runtime(lm).graphs = OnceThenAgain()
     handles = [lm.submit(prompt, **options) for prompt, options in asked]
     texts = [handle.result(300) for handle in handles]
-    lm.runtime.graphs = None
+    runtime(lm).graphs = None
     for text, (prompt, options) in zip(texts, asked, strict=True):
         assert_same(text, batch_lm(folder, 1).generate(prompt, **options))
 
@@ -140,7 +143,7 @@ def test_a_step_that_fails_ends_its_texts_only(folder: Path, monkeypatch: pytest
     capture = Group._capture
 
     def fails(group: Group, first: int, slots: int) -> Any:
-        if group.drafts:
+        if group.kind.depth:
             raise MemoryError("no room")
         return capture(group, first, slots)
 
@@ -171,7 +174,7 @@ def test_closing_cancels_and_begins_again(folder: Path) -> None:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Rungs from a list in place of learned ones, and a small ring."""
-    for module in (device_state, device_planned, device_group):
+    for module in (device_state, device_planned, device_group, device_text):
         monkeypatch.setattr(module, "WAITING", RING)
     for module in (device_planned, device_group):
         monkeypatch.setattr(module, "CATCH_UP_ROWS", (4, RING))
@@ -190,8 +193,8 @@ def test_turns_change_nothing(
     held: list[tuple[list[int], int, list[torch.Tensor]]] = []
     leave = Group.leave
 
-    def watched(group: Group, text: SharedDecoder) -> None:
-        if text in group._slots:
+    def watched(group: Group, text: DeviceText) -> None:
+        if text in group._slots and group.kind.takes_turns:
             fed = int(group.state.fed[group._slots.index(text)])
             table = text.lease.store.tables[text.lease.row]
             caches = [replace(cache, pages=table) for cache in text.lease.store.caches[2:]]
@@ -231,7 +234,7 @@ def test_memory_of_pages_and_groups(folder: Path) -> None:
     model = load_device_model(folder, "cpu")
     pages = DevicePages(model, 100, 7, 3)
     store = pages.caches[0].store
-    assert store.nbytes == pages_bytes(model, 100, 7)
+    assert store.nbytes == pages_bytes(model, 100, 3, 7)
     several = State(model, 100, pages.caches, pages.tables[:3])
     held = sum(x.nbytes for x in vars(several).values() if isinstance(x, torch.Tensor)) - several.store.nbytes
     assert held < group_bytes(model, 3)
@@ -255,7 +258,7 @@ def test_memory_of_pages_and_groups(folder: Path) -> None:
 
 
 def test_a_thread_in_a_loop_keeps_nobody_out() -> None:
-    turns, rounds, stop, inside = Turns(), list[int](), threading.Event(), threading.Event()
+    turns, rounds, stop, inside = FairLock(), list[int](), threading.Event(), threading.Event()
 
     def loop() -> None:
         while not stop.is_set():

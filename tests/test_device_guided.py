@@ -12,9 +12,9 @@ from torch import Tensor
 
 import mtp_spec
 from mtp_spec.api import LM
-from mtp_spec.device_guided import drafted
-from mtp_spec.device_shape import Shape
-from mtp_spec.options import Speculation
+from mtp_spec.cuda.guided import drafted
+from mtp_spec.speculation import Speculation
+from mtp_spec.tree_shape import TreeShape
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_other_rules_are_refused_by_name(lm: LM) -> None:
 
 
 def test_repeated_siblings_are_no_nodes() -> None:
-    shape = Shape.of(Speculation(branching=(2, 2)))
+    shape = TreeShape.of(Speculation(branching=(2, 2)))
     assert shape.parents == (-1, -1, 0, 0, 1, 1)
     tree, rows = drafted(shape, [9, 5, 5, 1, 2, 3, 4])
     assert tree.tokens == [5, 1, 2]

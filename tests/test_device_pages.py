@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lms import device, lm_of, runtime
 from test_device import SAMPLING, OnceThenAgain, checkpoint
 from test_device_batch import FEW, RING, assert_same, scripted  # noqa: F401 - a fixture
 
 import mtp_spec
 from mtp_spec.api import LM
-from mtp_spec.device_batch import DeviceBatch
-from mtp_spec.device_pages import DevicePages, room_of
-from mtp_spec.device_reader import Reader
+from mtp_spec.cuda.backend import DeviceRunner
+from mtp_spec.cuda.pages import EXTRA_ROWS, DevicePages, room_of
+from mtp_spec.cuda.prefill import Reader
 from mtp_spec.model.cache import PAGE, pages_for
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.options import Speculation
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.speculation import Speculation
 
 CONTEXT = 400
 OPTIONS: dict[str, Any] = {"top_k": 4, "logit_bias": FEW, "seed": 2, "max_new_tokens": 5}
@@ -35,12 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch_lm(folder: Path, most: int, cache_tokens: int | None = None, device: str = "cpu") -> LM:
     model = load_device_model(folder, device)
-    return LM(model, None, "batched", CONTEXT, max_batch=most, cache_tokens=cache_tokens)
+    return lm_of(model, None, CONTEXT, max_batch=most, cache_tokens=cache_tokens)
 
 
 def store(lm: LM) -> DevicePages:
-    assert lm._groups is not None
-    return lm._groups.pages
+    return device(lm).pool.pages
 
 
 def together(lm: LM, alone: LM, asked: list[tuple[list[int], dict[str, Any]]]) -> list[int]:
@@ -82,7 +82,7 @@ def test_what_a_text_has_written_is_shared(
 ) -> None:
     """Pages of the answer too, but for what the modules may not have seen of it."""
     scripted([0] * (RING + 4) + [4, 1])
-    monkeypatch.setattr("mtp_spec.device_engine.WAITING", RING)
+    monkeypatch.setattr("mtp_spec.cuda.text.WAITING", RING)
     lm, alone = batch_lm(folder, 2), batch_lm(folder, 1)
     drafts = speculation is not None
     for first, count, known in ((1, 20, 64 if drafts else 128), (2, 60, 128)):
@@ -94,11 +94,10 @@ def test_what_a_text_has_written_is_shared(
 
 
 def test_prompts_that_are_read_in_chunks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("device_engine", "device_group"):
-        monkeypatch.setattr(f"mtp_spec.{place}.check_room", lambda *_: None)
+    for place in ("backend", "group"):
+        monkeypatch.setattr(f"mtp_spec.cuda.{place}.check_room", lambda *_: None)
     lm, alone = batch_lm(folder, 3), batch_lm(folder, 1)
-    assert lm.runtime is not None
-    lm.runtime.graphs = OnceThenAgain()
+    runtime(lm).graphs = OnceThenAgain()
     long = [(11 * i + i // 7) % 150 for i in range(290)]
     reused = together(lm, alone, [
         (long, {"speculation": 2}), (long[:280], {"speculation": RULE}),
@@ -111,15 +110,16 @@ def test_who_finds_no_pages_waits(folder: Path) -> None:
     need = pages_for(40 + 5 + 146 + 18)
     lm, alone = batch_lm(folder, 6, need * PAGE * 2), batch_lm(folder, 1)
     running: list[int] = []
-    place = DeviceBatch._place
+    admit = DeviceRunner.admit
 
-    def watched(batch: DeviceBatch, request: Any) -> Any:
-        lease = place(batch, request)
-        running.append(len(batch._running))
-        return lease
+    def watched(runner: DeviceRunner, sequence: Any, others: Any) -> bool:
+        found = admit(runner, sequence, others)
+        if found:
+            running.append(len(others))
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeviceBatch, "_place", watched)
+        patch.setattr(DeviceRunner, "admit", watched)
         asked = [([n, *LONG[: 30 + n]], {"speculation": n % 2 or None}) for n in range(4)]
         together(lm, alone, asked)
     assert max(running) == 1  # two at a time
@@ -150,7 +150,7 @@ def test_pages_come_back_whatever_happens(folder: Path, monkeypatch: pytest.Monk
     lm.close()
     pages = store(lm)
     assert pages.free + pages.idle == pages.total == 14
-    assert sorted(pages._rows) == [0, 1, 2]
+    assert sorted(pages._rows) == list(range(3 + EXTRA_ROWS))
     monkeypatch.setattr(Reader, "whole", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lm.submit([1, 2], **options).result(300)
@@ -173,7 +173,7 @@ def test_room_holds_every_padded_pass() -> None:
         for reused in range(0, count, PAGE):
             first = reused
             while first < count:
-                rows = mtp_spec.device_state.prefill_rows(count - first)
+                rows = mtp_spec.cuda.state.prefill_rows(count - first)
                 assert first + rows <= room
                 first += rows
 

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from lms import device
 from test_device import SAMPLING, checkpoint, device_lm
 
 import mtp_spec
-from mtp_spec import device_planned, device_state
 from mtp_spec.api import LM
-from mtp_spec.ladder import Ladder
-from mtp_spec.options import Speculation
+from mtp_spec.cuda import group as device_group
+from mtp_spec.cuda import shapes as device_planned
+from mtp_spec.cuda import state as device_state
+from mtp_spec.cuda import text as device_text
+from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.speculation import Speculation
 
 RING, SMALL = 12, 4
 # rungs in turn, again and again: always deep, every second step, pauses of several lengths, one longer than the ring
@@ -22,9 +26,10 @@ SCRIPTS = ([4], [0, 4], [0, 0, 3, 1, 0], [2] * 3 + [0] * (RING - 3), [0] * (RING
 
 @pytest.fixture(autouse=True)
 def _small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (device_state, device_planned):
+    for module in (device_state, device_planned, device_group, device_text):
         monkeypatch.setattr(module, "WAITING", RING)
-    monkeypatch.setattr(device_planned, "CATCH_UP_ROWS", (SMALL, RING))
+    for module in (device_planned, device_group):
+        monkeypatch.setattr(module, "CATCH_UP_ROWS", (SMALL, RING))
 
 
 class Script:
@@ -58,7 +63,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
             made.append(Script(rungs, ladder))
             return made[-1]
 
-        monkeypatch.setattr(device_planned, "TextLadder", make)
+        monkeypatch.setattr(device_group, "TextLadder", make)
         return made
 
     return use
@@ -68,20 +73,21 @@ def turns(lm: LM, scripted: Any, prompt: Any, count: int, options: dict[str, Any
     """Writes the same text by every script and compares texts, statistics and the modules' caches."""
     options = {"max_new_tokens": count, "seed": 2, "logprobs": 1, **options}
     plain = lm.generate(prompt, speculation=None, **options)
-    assert lm.runtime is not None
     held: list[list[torch.Tensor]] = []
     for rungs in scripts:
         made = scripted(rungs)
         stream = lm.stream(prompt, speculation=Speculation(depth=4, adaptive=True), **options)
         for _ in stream:
             pass
-        out, state = stream.result, stream.decoder.state
+        out, state = stream.result, next(group for group in device(lm).pool.known if group.kind.takes_turns).state
         assert out.token_ids == plain.token_ids, rungs
         assert out.logprobs == plain.logprobs
         taken = made[0].taken
         assert {rung for rung, _ in taken} <= set(rungs)
         assert out.stats.drafted == pytest.approx(sum(rung for rung, _ in taken), abs=4)
-        held.append([cache.slots[: int(state.fed) - len(state.mtp_caches)].clone() for cache in state.mtp_caches])
+        slots = (state.pages[0].long()[:, None] + torch.arange(64, device=state.pages.device)).flatten()
+        known = slots[: int(state.fed[0]) - len(state.mtp_caches)]
+        held.append([cache.slots[known].clone() for cache in state.mtp_caches])
     for other in held[1:]:
         for ours, theirs in zip(held[0], other, strict=True):
             known = min(len(ours), len(theirs))

@@ -1,4 +1,4 @@
-"""Rules inside a captured step: same drafts, same accepted path, same following token as `mtp_spec.rules`."""
+"""Rules inside a captured step: same drafts, same accepted path, same following token as `mtp_spec.acceptance`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from scipy.stats import chisquare
 from test_device import SAMPLING, device_lm
 
 import mtp_spec
+from mtp_spec.acceptance import RULES
+from mtp_spec.acceptance.base import Law, SeededChoices
 from mtp_spec.api import LM
-from mtp_spec.device_rules import DeviceRule
-from mtp_spec.device_shape import Shape
+from mtp_spec.cuda.rules import DeviceRule
 from mtp_spec.kernels import commit
 from mtp_spec.kernels.uniform import uniforms
-from mtp_spec.options import SamplingParams, Speculation
-from mtp_spec.rules import RULES
-from mtp_spec.rules.base import Law, SeededChoices
-from mtp_spec.sampling import Sampler
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.sampling.sampler import Sampler
+from mtp_spec.speculation import Speculation
 from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree_shape import TreeShape
 
 VOCAB = 12
 SHAPES = ((1,), (1, 1, 1), (2,), (3, 2, 1), (1, 3), (2, 2, 2), (5, 1, 2))
@@ -36,7 +37,7 @@ def step_by_rule(
     that both sides see the same rows whatever a tree looks like.
     """
     sampler, rule = Sampler(SamplingParams(temperature=0.0 if greedy else 1.0, seed=seed), VOCAB), RULES[name]
-    shape = Shape.of(Speculation(branching=branching, acceptance=name, budget=budget))
+    shape = TreeShape.of(Speculation(branching=branching, acceptance=name, budget=budget))
     tree, laws, level = TokenTree(), list[Law](), {ROOT: ROOT}
     for depth in range(1, shape.depth + 1):
         below = {}
@@ -107,7 +108,7 @@ def compare(name: str, kind: str, place: str) -> None:
         if RULES[name].chains_only and max(branching) > 1:
             continue
         generator = torch.Generator().manual_seed(number)
-        shape = Shape.of(Speculation(branching=branching, acceptance=name))
+        shape = TreeShape.of(Speculation(branching=branching, acceptance=name))
         for seed in range(12):
             choices, drawn = SeededChoices(seed), torch.zeros(1, dtype=torch.int64, device=place)
             rule = DeviceRule(name, shape, kind == "greedy", drawn)
@@ -133,7 +134,7 @@ def test_pruned_trees(name: str) -> None:
     for seed in range(30):
         drafts, targets = logits(generator, 3, "full"), logits(generator, 3, "full")
         choices, drawn = SeededChoices(seed), torch.zeros(1, dtype=torch.int64)
-        rule = DeviceRule(name, Shape.of(speculation), False, drawn)
+        rule = DeviceRule(name, TreeShape.of(speculation), False, drawn)
         tree, nodes, token = step_by_rule(name, (4, 3, 2), drafts, targets, False, seed, choices, budget=9)
         assert step_on_device(rule, drafts, targets, seed)[1] == [*(tree.tokens[node] for node in nodes), token]
 
@@ -142,7 +143,8 @@ def test_pruned_trees(name: str) -> None:
 def test_first_tokens_have_the_targets_law(name: str, branching: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(3)
     drafts, targets = logits(generator, 2, "full")[:, :4], logits(generator, 2, "full")[:, :4]
-    rule = DeviceRule(name, Shape.of(Speculation(branching=branching, acceptance=name)), False, torch.zeros(1).long())
+    shape = TreeShape.of(Speculation(branching=branching, acceptance=name))
+    rule = DeviceRule(name, shape, False, torch.zeros(1).long())
     number = 3000
     counts = np.zeros(4)
     for _ in range(number):

@@ -10,10 +10,8 @@ from test_device_batch import batch_lm
 
 import mtp_spec
 from mtp_spec.api import LM
-from mtp_spec.device_engine import SharedDecoder
-from mtp_spec.device_group import shares
-from mtp_spec.device_guided import GuidedDecoder
-from mtp_spec.options import Speculation
+from mtp_spec.cuda.kinds import kind_of
+from mtp_spec.speculation import Speculation
 
 END = 7
 # a random model that likes a few tokens, among them the one that ends texts
@@ -59,12 +57,11 @@ def test_a_least_length_takes_steps_of_its_own_beside_others(tmp_path_factory: p
     lm, alone = batch_lm(folder, 3), batch_lm(folder, 1)
     asked = [([5, n], {**OPTIONS, "seed": n, "min_new_tokens": 5 * (n % 2), "speculation": 2}) for n in range(4)]
     requests = [lm._request(prompt, options) for prompt, options in asked]
-    assert [shares(request) for request in requests] == [True, False, True, False]
+    assert [kind_of(request).shared for request in requests] == [True, False, True, False]
     for handle, (prompt, options) in zip([lm.submit(p, **o) for p, o in asked], asked, strict=True):
         out = alone.generate(prompt, **options)
         assert everything(handle.result(300)) == everything(out)
-    assert isinstance(lm.begin(requests[1]).decoder, GuidedDecoder)
-    assert not isinstance(lm.begin(requests[0]).decoder, GuidedDecoder | SharedDecoder)
+    assert [kind_of(request).host_draws for request in requests] == [False, True, False, True]
 
 
 def test_other_rules_are_refused_by_name(lm: LM) -> None:

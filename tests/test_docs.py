@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import mtp_spec
-from mtp_spec import options, rules
-from mtp_spec.cli import build_parser
+from mtp_spec import acceptance as rules
+from mtp_spec import speculation
+from mtp_spec.cli.main import build_parser
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -42,7 +43,7 @@ def lm() -> mtp_spec.LM:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=str)
 def test_python_runs(page: Path, lm: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mtp_spec, "load", partial(bundled, lm))
-    monkeypatch.setattr(options, "ACCEPTANCE_RULES", options.ACCEPTANCE_RULES)
+    monkeypatch.setattr(speculation, "ACCEPTANCE_RULES", speculation.ACCEPTANCE_RULES)
     before = dict(rules.RULES)  # a page adds one
     space: dict[str, object] = {}
     try:

@@ -7,20 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from lms import lm_of
 from test_device import DEMO, checkpoint
 
 import mtp_spec
-from mtp_spec import loading
+from mtp_spec import load_checks as loading
 from mtp_spec.api import LM
+from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.errors import OptionError
-from mtp_spec.loading import draft_ids, load_model
-from mtp_spec.memory import plan_memory
-from mtp_spec.model import checkpoint as checkpoints
-from mtp_spec.model.checkpoint import open_checkpoint
+from mtp_spec.load_checks import draft_ids, load_model
+from mtp_spec.model.checkpoint import folder as checkpoints
+from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.config import load_config
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_checkpoint import empty_device_model
-from mtp_spec.options import Speculation
+from mtp_spec.model.cuda.checkpoint import empty_device_model
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.speculation import Speculation
 from mtp_spec.text import Tokenizer
 
 SHAPES = (3, Speculation(branching=(3, 2)), Speculation(branching=(2, 2), acceptance="rejection"))
@@ -34,7 +35,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_kernels(drafts: loading.DraftVocabulary) -> LM:
-    return LM(load_model(DEMO, None, "cpu", 300, drafts, None), Tokenizer(DEMO), "batched", 300)
+    return lm_of(load_model(DEMO, None, "cpu", 300, drafts, None), Tokenizer(DEMO), 300)
 
 
 def check(lm: LM, plain: list[int], **options: Any) -> None:

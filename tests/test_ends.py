@@ -12,10 +12,10 @@ from torch import Tensor
 import mtp_spec
 import tiny
 from mtp_spec import Speculation
-from mtp_spec.draft import Drafter
-from mtp_spec.options import ACCEPTANCE_RULES, MAX_DEPTH
-from mtp_spec.passes import Work
-from mtp_spec.rules import RULES
+from mtp_spec.acceptance import RULES
+from mtp_spec.cpu.draft import Drafter
+from mtp_spec.cpu.passes import Work
+from mtp_spec.speculation import ACCEPTANCE_RULES, MAX_DEPTH
 from mtp_spec.tree import ROOT, TokenTree
 
 PROMPT = "One day a fox"
@@ -119,7 +119,7 @@ def test_an_end_inside_an_accepted_run(small: mtp_spec.LM, monkeypatch: pytest.M
         stream = small.stream(prompt, speculation=7, seed=0, **options)
         list(stream)
         assert everything(stream.result) == everything(expected)
-        assert stream.decoder.tokens == true[: len(prompt) + length + 1]
+        assert stream.sequence.tokens == true[: len(prompt) + length + 1]
         # the drafts after the end were right, and none was taken
         assert stream.result.stats.accepted_per_depth["conditional"][0] == 1.0
         assert stream.result.stats.new_tokens == length + 1

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 import mtp_spec
-from mtp_spec.cli import main
+from mtp_spec.cli.main import main
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 import mtp_spec
 import small
 import tiny
-from mtp_spec.cli import main
+from mtp_spec.cli.main import main
 from mtp_spec.kernels.fp8 import weight_dequant
-from mtp_spec.model.assembly import wrong_checksums
-from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
-from mtp_spec.model.convert import ranks_job
-from mtp_spec.model.export import export_job
-from mtp_spec.model.jobs import run_job
+from mtp_spec.model.checkpoint.convert import ranks_job
+from mtp_spec.model.checkpoint.export import export_job
+from mtp_spec.model.checkpoint.folder import load_checkpoint, save_checkpoint
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.checkpoint.writer import wrong_checksums
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.text import Tokenizer
 

@@ -16,13 +16,14 @@ import pytest
 
 import mtp_spec
 import small
-from mtp_spec.model import assembly, stored
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import save_checkpoint
+from mtp_spec.model.checkpoint import tensors as stored
+from mtp_spec.model.checkpoint import writer as assembly
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
+from mtp_spec.model.checkpoint.folder import save_checkpoint
+from mtp_spec.model.checkpoint.jobs import Job, run_job
+from mtp_spec.model.checkpoint.tensors import read_header
 from mtp_spec.model.config import load_config
-from mtp_spec.model.convert import hf_job, ranks_job
-from mtp_spec.model.jobs import Job, run_job
-from mtp_spec.model.stored import read_header
 from mtp_spec.model.transformer import Transformer
 
 MOMENTS = 14  # of a run, from its first write to its last, at which it is stopped
@@ -125,7 +126,7 @@ def test_a_disk_that_really_fills(
 
 
 def test_a_saved_model_is_whole_or_not_there(fp8: Path, disk: Path) -> None:
-    model = Transformer(load_config(fp8), mtp_spec.loading.DTYPES["float32"])
+    model = Transformer(load_config(fp8), mtp_spec.load_checks.DTYPES["float32"])
     with pytest.raises(Exception, match="No space left"):
         save_checkpoint(model, disk / "model", max_shard_bytes=2**20)
     assert list(disk.iterdir()) == []
@@ -133,7 +134,7 @@ def test_a_saved_model_is_whole_or_not_there(fp8: Path, disk: Path) -> None:
 
 LIMITED = """
 import resource, sys
-from mtp_spec.cli import main
+from mtp_spec.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 main(["convert", *sys.argv[1:], "--model-parallel", "2"])
 """
@@ -178,7 +179,8 @@ def test_a_shard_cut_while_the_model_is_loaded(fp8: Path, tmp_path: Path, monkey
 
 LOADING = """
 import os, sys, time
-from mtp_spec.model import cpu_checkpoint, stored
+from mtp_spec.model.cpu import checkpoint as cpu_checkpoint
+from mtp_spec.model.checkpoint import tensors as stored
 def slowly(read):
     def slow(*what):
         os.write(1, b"reading\\n")  # at once: several threads are here, and print writes a line in two parts
@@ -187,7 +189,7 @@ def slowly(read):
     return slow
 stored.read_tensor = slowly(stored.read_tensor)  # by torch
 cpu_checkpoint.read_part = slowly(stored.read_part)  # onto the engine
-from mtp_spec.cli import main
+from mtp_spec.cli.main import main
 main(["generate", "--model", sys.argv[1], "--raw", "x"])
 """
 

@@ -12,18 +12,19 @@ import torch
 
 import mtp_spec
 import small
-from mtp_spec import foresight, host_memory
-from mtp_spec.bench.cpu import _bytes
-from mtp_spec.cli import main
-from mtp_spec.foresight import StepBytes, disk_rate, engine_rate, foresee, step_bytes
+from mtp_spec import host_memory
+from mtp_spec.bench.cpu import pass_bytes
+from mtp_spec.cli.main import main
+from mtp_spec.cpu import foresight
+from mtp_spec.cpu.foresight import StepBytes, disk_rate, engine_rate, foresee, step_bytes
 from mtp_spec.kernels.cpu.engine import why_not
-from mtp_spec.model import cpu_checkpoint
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import open_checkpoint
-from mtp_spec.model.convert import ranks_job
-from mtp_spec.model.cpu import CPUModel
-from mtp_spec.model.cpu_checkpoint import footprint, load_cpu_model
-from mtp_spec.model.jobs import run_job
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.convert import ranks_job
+from mtp_spec.model.checkpoint.folder import open_checkpoint
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.cpu import checkpoint as cpu_checkpoint
+from mtp_spec.model.cpu.checkpoint import footprint, load_cpu_model
+from mtp_spec.model.cpu.model import CPUModel
 from mtp_spec.weights import with_weights
 
 DEMO = Path(str(files("mtp_spec.configs") / "demo"))
@@ -145,7 +146,7 @@ def test_a_step_reads_what_the_bench_counts(request: pytest.FixtureRequest, name
         step, model, config = step_bytes(checkpoint), load_cpu_model(checkpoint), checkpoint.config
         assert isinstance(model, CPUModel)
         layers = config.num_hidden_layers - config.first_k_dense_replace
-        assert step.total == pytest.approx(_bytes(model, "1 row", layers * config.num_experts_per_tok), rel=0.01)
+        assert step.total == pytest.approx(pass_bytes(model, "1 row", layers * config.num_experts_per_tok), rel=0.01)
         assert step.total < sum(step.kept.values()) < footprint(checkpoint).total
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 import mtp_spec
 import small
-from mtp_spec.cli import main
-from mtp_spec.estimate import estimate
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import load_checkpoint
+from mtp_spec.cli.estimate import estimate
+from mtp_spec.cli.main import main
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
+from mtp_spec.model.checkpoint.export import export_job
+from mtp_spec.model.checkpoint.folder import load_checkpoint
+from mtp_spec.model.checkpoint.formats import stored_format
+from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.convert import hf_job, ranks_job
-from mtp_spec.model.export import export_job
-from mtp_spec.model.formats import stored_format
-from mtp_spec.model.jobs import run_job
 
 SCALE = "_scale_inv"
 

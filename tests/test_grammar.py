@@ -13,8 +13,8 @@ import pytest
 
 import mtp_spec
 from mtp_spec import OptionError, Speculation
-from mtp_spec.cli import main
-from mtp_spec.rules import RULES
+from mtp_spec.acceptance import RULES
+from mtp_spec.cli.main import main
 
 SCHEMA = {
     "type": "object",

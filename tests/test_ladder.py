@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mtp_spec.device_shape import Shape
-from mtp_spec.ladder import PLAIN, Chances, Ladder, TextLadder
-from mtp_spec.options import Speculation
+from mtp_spec.planning.shape_planner import PLAIN, Chances, Ladder, TextLadder
+from mtp_spec.speculation import Speculation
 from mtp_spec.tree import ROOT
+from mtp_spec.tree_shape import TreeShape
 
-SHAPES = [Shape.of(None), *(Shape.of(Speculation(depth)) for depth in (1, 2, 3, 4))]
+SHAPES = [TreeShape.of(None), *(TreeShape.of(Speculation(depth)) for depth in (1, 2, 3, 4))]
 # milliseconds of a small model's steps, where rows are cheap, and of one whose rows bring experts of their own
 CHEAP, DEAR = (0.43, 0.60, 0.79, 0.93, 1.10), (17.1, 24.0, 31.0, 36.0, 42.0)
 TURNING, AHEAD = 0.25, 2
@@ -116,7 +116,7 @@ def test_many_texts_want_more_of_drafting(texts: int, drafts: bool) -> None:
 
 
 def test_chances_are_learned_by_depth_and_rank() -> None:
-    shape, chances, draw = Shape.of(Speculation(branching=(2, 1))), Chances(2000.0), random.Random(1)
+    shape, chances, draw = TreeShape.of(Speculation(branching=(2, 1))), Chances(2000.0), random.Random(1)
     truth = {(1, 0): 0.6, (1, 1): 0.5, (2, 0): 0.3}
     tokens = 0
     for _ in range(4000):

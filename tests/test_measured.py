@@ -11,9 +11,11 @@ import torch
 
 import mtp_spec
 import tiny
-from mtp_spec import measured, times
 from mtp_spec.api import LM
-from mtp_spec.times import StepTimes
+from mtp_spec.cpu import planners
+from mtp_spec.planning import costs as times
+from mtp_spec.planning import store
+from mtp_spec.planning.costs import StepTimes
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ class Counter:
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auto_drafts: None) -> Counter:
     counter = Counter(StepTimes.typical())
-    monkeypatch.setattr(measured, "measure", counter)
+    monkeypatch.setattr(planners, "measure", counter)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return counter
 
@@ -66,7 +68,7 @@ def test_another_version_dtype_or_number_of_threads_is_measured(
 ) -> None:
     before = torch.get_num_threads()
     write_a_text(folder)
-    monkeypatch.setattr(mtp_spec, "__version__", "999")
+    monkeypatch.setattr(store, "__version__", "999")
     write_a_text(folder)
     assert (counter.calls, len(kept(tmp_path))) == (2, 1)  # the old file was replaced
     try:

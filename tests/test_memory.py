@@ -17,17 +17,19 @@ from torch.utils._pytree import tree_leaves
 import mtp_spec
 import small
 from mtp_spec import host_memory, memory
-from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import ROWS, State, stages_of
-from mtp_spec.device_step import Prefill, Step
+from mtp_spec.cuda.memory import COPIES, check_memory, check_room, pass_bytes, plan_memory, rule_bytes
+from mtp_spec.cuda.pages import DevicePages, planned_pages
+from mtp_spec.cuda.state import ROWS, State, stages_of
+from mtp_spec.cuda.step import Prefill, Step
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import commit, gemm, mla, moe, moe_group, moe_route, quant, sampler, uniform
-from mtp_spec.memory import COPIES, check_memory, check_room, pass_bytes, plan_memory, rule_bytes
-from mtp_spec.model.checkpoint import open_checkpoint
+from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.config import load_config
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_checkpoint import empty_device_model, load_device_model
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.model.cuda.checkpoint import empty_device_model, load_device_model
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
+from mtp_spec.tree_shape import TreeShape
 
 
 class Held(TorchDispatchMode):
@@ -89,13 +91,13 @@ def test_passes_hold_what_is_planned(no_launches: None, model: DeviceModel) -> N
     for rows in (64, 256):
         peak = held(Prefill(model, state, rows, True).run)
         assert 0.9 * pass_bytes(model, rows) < peak <= 1.05 * pass_bytes(model, rows)
-    tree = Shape.of(Speculation(branching=(4, 4, 2), budget=64))
+    tree = TreeShape.of(Speculation(branching=(4, 4, 2), budget=64))
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=5, repetition_penalty=1.1)
     peak = held(Step(model, state, tree, stages_of(params), tree.depth + 1)._run)
     assert peak <= pass_bytes(model, ROWS) + 2 * ROWS * model.config.vocab_size * 4
     for shape, rule in ((Speculation(depth=3), "rejection"), (Speculation(branching=(4, 4, 2)), "traversal"),
                         (Speculation(branching=(3, 2, 1)), "hybrid")):  # fmt: skip
-        tree = Shape.of(shape)
+        tree = TreeShape.of(shape)
         peak = held(Step(model, state, tree, stages_of(params), tree.depth + 1, rule)._run)
         assert COPIES * (peak - pass_bytes(model, len(tree.parents) + 1)) <= rule_bytes(model.config, len(tree.parents))
 
@@ -105,8 +107,8 @@ def test_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan_memory(model, 300)
     assert planned == plan_memory(empty_device_model(open_checkpoint(DEMO), "meta"), 300)
     assert planned.weights + planned.draft_head == sum(t.nbytes for t in model.parameters())
-    state = State(model, 300)
-    assert planned.caches == state.store.nbytes
+    pages = DevicePages(model, 300, planned_pages(300, 1), 1)
+    assert planned.caches == pages.caches[0].store.nbytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (planned.weights + 300 * 2**20, 0))
     assert check_memory(model, 300, "cuda") == planned
     with pytest.raises(MTPSpecError, match="max_context="):

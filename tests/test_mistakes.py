@@ -11,8 +11,8 @@ import torch
 
 from enumerated import VOCAB, Toy, error_and_length, every_outcome, random_rows
 from mtp_spec import OptionError, Speculation
-from mtp_spec.rules import Block, Choices, Rejection, Traversal, Verdict
-from mtp_spec.rules.base import Law, Proposal, best, positive_part
+from mtp_spec.acceptance import Block, Choices, Rejection, Traversal, Verdict
+from mtp_spec.acceptance.base import Law, Proposal, best, positive_part
 from mtp_spec.tree import ROOT, TokenTree
 
 # a law is found to be wrong where it errs by more than this; lossless rules err by less than 1e-12

@@ -10,21 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from lms import lm_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mtp_spec
 import small
-from mtp_spec.cli import main
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from mtp_spec.analysis.scoring import score_ids
+from mtp_spec.cli.main import main
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
+from mtp_spec.model.checkpoint.export import export_job
+from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint, save_checkpoint
+from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.config import ModelConfig, ModuleShape
-from mtp_spec.model.convert import hf_job, ranks_job
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.model.export import export_job
-from mtp_spec.model.jobs import run_job
+from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.model.transformer import Transformer
-from mtp_spec.scoring import score_ids
 
 SIZES: dict[str, Any] = {
     "vocab_size": 160, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128,
@@ -84,7 +85,7 @@ def test_every_kind_is_found_and_runs(folder: Path) -> None:
     assert len(found.config.modules) == found.config.num_nextn_predict_layers
     assert any(str(shape) != "experts" for shape in found.config.modules)
     engine = mtp_spec.load(folder, measure=False)
-    wide = mtp_spec.api.LM(load_checkpoint(folder, dtype=torch.float32), None, "single", 300)
+    wide = lm_of(load_checkpoint(folder, dtype=torch.float32), None, 300)
     ours, theirs = engine.score(IDS), wide.score(IDS)
     for one, other in ((ours.logits, theirs.logits), (ours.mtp_logits, theirs.mtp_logits)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -104,7 +105,7 @@ def test_kernels_agree(folder: Path) -> None:
     got = score_ids(load_device_model(fp8, "cpu"), IDS)
     for depth, (one, other) in enumerate(zip(got.mtp_logits, wide.mtp_logits, strict=True), start=1):
         assert (one - other)[:-depth].norm() / other[:-depth].norm() < 0.15
-    lm = mtp_spec.api.LM(load_device_model(fp8, "cpu"), None, "batched", 200)
+    lm = lm_of(load_device_model(fp8, "cpu"), None, 200)
     plain = lm.generate(IDS[:5], max_new_tokens=12, seed=0, speculation=None)
     assert lm.generate(IDS[:5], max_new_tokens=12, seed=0, speculation=3).token_ids == plain.token_ids
 

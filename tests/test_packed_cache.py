@@ -9,27 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from lms import device, lm_of
 from test_device import DEMO, KINDS, SAMPLING, SHAPES, checkpoint
 
 import mtp_spec
-from mtp_spec import loading
+from mtp_spec import load_checks as loading
+from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.api import LM
-from mtp_spec.device_state import State
+from mtp_spec.cuda.memory import plan_memory
+from mtp_spec.cuda.pages import DevicePages, planned_pages
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla_cache import Layout, new_caches
-from mtp_spec.loading import load_model, packs_cache
-from mtp_spec.memory import plan_memory
-from mtp_spec.model.checkpoint import load_checkpoint
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.scoring import score_ids
+from mtp_spec.load_checks import load_model, packs_cache
+from mtp_spec.model.checkpoint.folder import load_checkpoint
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.cuda.model import DeviceModel
 
 FP8 = "float8_e4m3fn"
 
 
 def packed_lm(folder: Path, device: str = "cpu") -> LM:
-    return LM(load_device_model(folder, device, packed_cache=True), None, "batched", 300)
+    return lm_of(load_device_model(folder, device, packed_cache=True), None, 300)
 
 
 def test_what_a_row_holds() -> None:
@@ -57,9 +58,7 @@ def test_same_text_whatever_is_drafted(tmp_path: Path, kind: str, sampling: dict
     lm, prompt = packed_lm(checkpoint(tmp_path, kind)), [(37 * i) % 160 for i in range(12)]
     texts = [lm.generate(prompt, max_new_tokens=6, seed=3, speculation=shape, **sampling) for shape in SHAPES[::2]]
     assert all(text.token_ids == texts[0].token_ids for text in texts)
-    assert lm.runtime is not None
-    state = lm.runtime.acquire()
-    assert all(cache.layout.packed for cache in (*state.caches, *state.mtp_caches))
+    assert all(cache.layout.packed for cache in device(lm).pool.pages.caches)
 
 
 @pytest.mark.parametrize("kind", ["v3", "v2 greedy"])
@@ -75,8 +74,8 @@ def test_close_to_the_bfloat16_cache(tmp_path: Path, kind: str) -> None:
 
 def test_memory_is_foreseen() -> None:
     packed = load_device_model(DEMO, "cpu", packed_cache=True)
-    planned, state = plan_memory(packed, 300), State(packed, 300)
-    assert planned.caches == state.store.nbytes
+    planned, pages = plan_memory(packed, 300), DevicePages(packed, 300, planned_pages(300, 1), 1)
+    assert planned.caches == pages.caches[0].store.nbytes
     assert plan_memory(load_device_model(DEMO, "cpu"), 300).caches * 400 == planned.caches * 640
 
 

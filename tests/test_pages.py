@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import mtp_spec
 import tiny
+from mtp_spec.cache.pages import HostLease, HostPages
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
-from mtp_spec.pages import HostLease, HostPages
 
 
 def store(pages: int, modules: int = 1) -> HostPages:
@@ -225,8 +225,7 @@ def test_few_pages_make_texts_wait_and_refuse_the_longest(folder: Path) -> None:
     texts = [lm.submit(prompt, max_new_tokens=20, speculation=2, seed=0) for prompt in prompts]
     for prompt, text in zip(prompts, texts, strict=True):
         assert text.result().token_ids == lm.generate(prompt, max_new_tokens=20, speculation=2, seed=0).token_ids
-    assert lm._batch is not None
-    pages = lm._batch.pages
+    pages = lm.backend.pages(True)
     assert pages is not None
     assert pages.free + pages.idle == pages.total == 2
 
@@ -258,7 +257,7 @@ def test_cancelled_and_broken_texts_give_their_pages_back(folder: Path) -> None:
     done.set()
     other.join()
     assert len(lm.submit([1], max_new_tokens=1, seed=0).result().token_ids) == 1
-    pages = lm._batch.pages  # type: ignore[union-attr]
+    pages = lm.backend.pages(True)
     lm.close()
     assert pages is not None
     assert pages.free + pages.idle == 6
@@ -268,8 +267,7 @@ def test_closing_frees_the_memory(folder: Path) -> None:
     lm = mtp_spec.load(folder, dtype="bfloat16", max_batch=2)
     texts = [lm.submit([1, 2], max_new_tokens=100, seed=0), lm.submit([3], max_new_tokens=5, seed=0)]
     texts[1].result()
-    assert lm._batch is not None
-    memory = weakref.ref(lm._batch.pages)
+    memory = weakref.ref(lm.backend.pages(True))
     lm.close()
     assert memory() is None
 

@@ -15,19 +15,19 @@ from typing import Any
 
 import pytest
 import torch
+from lms import lm_of
 from safetensors.torch import load_file, save_file
 
 import mtp_spec
 import ranks
 import small
 import tiny
-from mtp_spec.api import LM
-from mtp_spec.cli import main
-from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
-from mtp_spec.model.convert import ranks_job
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.model.jobs import run_job
-from mtp_spec.model.parallel import Ranks
+from mtp_spec.cli.main import main
+from mtp_spec.model.checkpoint.convert import ranks_job
+from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.transformer import Transformer
 
 PATIENCE = 4.0
@@ -94,7 +94,7 @@ def three_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_ranks_on_the_kernels_references(three_blocks: Path, tmp_path: Path) -> None:
-    lm = LM(load_device_model(three_blocks, "cpu"), None, "batched", 200)
+    lm = lm_of(load_device_model(three_blocks, "cpu"), None, 200)
     expected, texts = as_a_rank(lambda: [ranks.short_text(lm), ranks.one_by_one(lm, 4)])
     found = ranks.run({"model": str(three_blocks), "kernels": True}, 2, tmp_path)
     assert [one for one, _ in found] == [expected] * 2

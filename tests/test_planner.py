@@ -13,10 +13,10 @@ from simulated import CONTEXT, Process, fixed, run
 
 import mtp_spec
 import tiny
-from mtp_spec.confidence import Confidence, Outcome
-from mtp_spec.pace import ALLOWED, MOST_DEBT, Pace
-from mtp_spec.planner import Planner, Speed, TextPlanner
-from mtp_spec.times import Curve, StepTimes
+from mtp_spec.planning.confidence import Confidence, Outcome
+from mtp_spec.planning.costs import Curve, StepTimes
+from mtp_spec.planning.governor import ALLOWED, MOST_DEBT, Pace
+from mtp_spec.planning.node_planner import Planner, Speed, TextPlanner
 from mtp_spec.tree import ROOT, TokenTree
 
 
@@ -173,8 +173,7 @@ def test_the_text_does_not_depend_on_the_plan(machine: str, sampling: dict[str, 
     lm = mtp_spec.load()
     options = {"max_new_tokens": 30, "seed": 4, **sampling}
     plain = lm.generate("One day a fox", speculation=None, **options)
-    assert lm._planners is not None
-    lm._planners._planners[torch.get_num_threads()] = Planner(MACHINES[machine])
+    lm.backend.planners._planners[torch.get_num_threads()] = Planner(MACHINES[machine])
     for speculation in ("auto", mtp_spec.Speculation(4, (3, 2), budget=6, adaptive=True)):
         out = lm.generate("One day a fox", speculation=speculation, **options)
         assert out.token_ids == plain.token_ids
@@ -203,7 +202,7 @@ def test_drafts_are_accepted_after_a_long_pause(monkeypatch: pytest.MonkeyPatch)
 
 def test_auto_drafts_nothing_where_rows_run_one_by_one(tmp_path: Path) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path / "model").folder, dtype="float32", measure=False)
-    lm = mtp_spec.LM(lm.model, None, "single", lm.max_context, measure=False)
+    lm.backend.technique = "single"
     assert lm.speculation_for("auto") is None
     assert lm.generate([1, 2, 3], max_new_tokens=4, seed=0).stats.drafted == 0
     assert lm.generate([1, 2, 3], max_new_tokens=4, speculation=2, seed=0).stats.drafted > 0

@@ -13,7 +13,7 @@ from torch import Tensor
 import mtp_spec
 import tiny
 from mtp_spec import OptionError, Speculation
-from mtp_spec.rules import RULES
+from mtp_spec.acceptance import RULES
 
 SHAPES: list[Any] = [3, Speculation(branching=(3, 2, 1)), Speculation(depth=8, adaptive=True),
                      Speculation(branching=(3, 3, 3), budget=7)]  # fmt: skip

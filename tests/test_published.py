@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import published
-from mtp_spec.cli import main
+from mtp_spec.cli.main import main
 from mtp_spec.model.config import load_config
-from mtp_spec.model.device import DeviceModel, why_not
+from mtp_spec.model.cuda.model import DeviceModel, why_not
 from mtp_spec.model.transformer import Transformer
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -11,7 +11,7 @@ import pytest
 
 from mtp_spec.bench.acceptance.questions import read_questions
 from mtp_spec.errors import OptionError
-from mtp_spec.seeds import derived_seed
+from mtp_spec.sampling.seeds import derived_seed
 
 SPEC_BENCH = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorter."], "reference": []},

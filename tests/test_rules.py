@@ -15,9 +15,9 @@ from torch import Tensor
 import mtp_spec
 from enumerated import VOCAB, Context, Rows, Toy, error_and_length, random_rows
 from mtp_spec import Speculation
-from mtp_spec.accept import accept_coupled
-from mtp_spec.rules import RULES, Relaxed
-from mtp_spec.rules.base import SeededChoices
+from mtp_spec.acceptance import RULES, Relaxed
+from mtp_spec.acceptance.accept import accept_coupled
+from mtp_spec.acceptance.base import SeededChoices
 from mtp_spec.tree import ROOT, TokenTree
 
 LOSSLESS = [name for name, rule in RULES.items() if rule.lossless]

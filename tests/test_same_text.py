@@ -11,10 +11,10 @@ import torch
 
 import mtp_spec
 import tiny
-from mtp_spec.draft import Drafter
+from mtp_spec.cpu.draft import Drafter
+from mtp_spec.cpu.passes import Work
 from mtp_spec.model.rows import row_logits, verify_rows
-from mtp_spec.passes import Work
-from mtp_spec.seeds import SAMPLES, derived_seed
+from mtp_spec.sampling.seeds import SAMPLES, derived_seed
 from mtp_spec.tree import ROOT, TokenTree
 
 SHAPES = [

@@ -8,9 +8,9 @@ import torch
 from scipy.stats import chisquare
 
 from mtp_spec import OptionError, SamplingParams, Speculation
-from mtp_spec.noise import GumbelNoise, gumbel, random_bits
-from mtp_spec.options import resolve_speculation
-from mtp_spec.sampling import Sampler
+from mtp_spec.sampling.noise import GumbelNoise, gumbel, random_bits
+from mtp_spec.sampling.sampler import Sampler
+from mtp_spec.speculation import resolve_speculation
 
 
 def philox4x64(counter: list[int], key: list[int]) -> list[int]:

@@ -13,8 +13,8 @@ import torch
 import mtp_spec
 import tiny
 from mtp_spec import Speculation
-from mtp_spec.cli import main
-from mtp_spec.seeds import LIMIT, MADE_BITS, SAMPLES, derived_seed, fresh_seed, text_seeds
+from mtp_spec.cli.main import main
+from mtp_spec.sampling.seeds import LIMIT, MADE_BITS, SAMPLES, derived_seed, fresh_seed, text_seeds
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0}
 SHAPES: list[Any] = [None, 3, Speculation(branching=(2, 2))]

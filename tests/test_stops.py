@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 import mtp_spec
 import tiny
 from mtp_spec import OptionError, Speculation
-from mtp_spec.cli import main
-from mtp_spec.finish import Finisher
-from mtp_spec.options import ACCEPTANCE_RULES
-from mtp_spec.rules import RULES
+from mtp_spec.acceptance import RULES
+from mtp_spec.cli.main import main
+from mtp_spec.speculation import ACCEPTANCE_RULES
 from mtp_spec.text import Tokenizer
+from mtp_spec.text.stopping import StopChecker
 
 DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 EOS, USER = 1, 2
@@ -147,7 +147,7 @@ def test_any_stop_string_in_any_text(data: st.DataObject) -> None:
     expected = naive(tokenizer, ids, stops, least)
     found = []
     for streams in (True, False):
-        finisher, pieces, count = Finisher(tokenizer, frozenset(), stops, len(ids), least), list[str](), 0
+        finisher, pieces, count = StopChecker(tokenizer, frozenset(), stops, len(ids), least), list[str](), 0
         for token in ids:
             count += 1
             ended = finisher.push(token)
@@ -181,7 +181,7 @@ def test_stop_tokens_end_the_text_before_them(small: mtp_spec.LM, temperature: f
         assert out.token_ids == whole.token_ids[:first]
         stream = small.stream([4, 2], seed=5, stop_token_ids=[token], speculation=3, **options)
         list(stream)
-        assert stream.decoder.tokens == [4, 2, *whole.token_ids[: first + 1]]
+        assert stream.sequence.tokens == [4, 2, *whole.token_ids[: first + 1]]
 
 
 def test_the_models_own_ends_count_beside_stop_tokens(lm: mtp_spec.LM) -> None:
@@ -315,9 +315,9 @@ def test_a_least_length_without_room_is_refused(small: mtp_spec.LM) -> None:
 
 def test_after_continues_with_every_option(small: mtp_spec.LM) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 6, "stop_token_ids": [7, 9], "seed": 2}
-    first = small.stream([4, 2, 8], **options)
+    first = small.stream([4, 2, 8] * 24, **options)
     list(first)
-    longer = [4, 2, 8, *first.result.token_ids, 5]
+    longer = [*[4, 2, 8] * 24, *first.result.token_ids, 5]
     following = small.stream(longer, after=first, **options)
     list(following)
     assert (following.result.stats.reused_tokens > 0) == (small.technique == "batched")

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from mtp_spec import teams
+from mtp_spec.cpu import openmp as teams
 
 TASKS = "/proc/self/task"
 

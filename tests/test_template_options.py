@@ -20,8 +20,8 @@ from mtp_spec.chat.loop import converse
 from mtp_spec.chat.reading import LineReader
 from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.session import Session
-from mtp_spec.cli import main
-from mtp_spec.options import SamplingParams
+from mtp_spec.cli.main import main
+from mtp_spec.sampling.params import SamplingParams
 
 DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 TEMPLATE = (

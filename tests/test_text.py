@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import mtp_spec
 from mtp_spec import CheckpointError, MTPSpecError, PromptError
-from mtp_spec.finish import Finisher
 from mtp_spec.text import TextStream, Tokenizer
+from mtp_spec.text.stopping import StopChecker
 
 DEMO = Path(str(files("mtp_spec.configs"))) / "demo"
 
@@ -79,7 +79,7 @@ def test_unreadable_tokenizer_names_its_file(tmp_path: Path) -> None:
 
 def finish(tokenizer: Tokenizer, text: str, stops: Sequence[str], limit: int = 99) -> tuple[list[str], str, int]:
     """Pushes a text token by token; returns the streamed pieces, the reason, and the tokens taken."""
-    finisher = Finisher(tokenizer, frozenset([1]), stops, limit)
+    finisher = StopChecker(tokenizer, frozenset([1]), stops, limit)
     pieces: list[str] = []
     for count, token in enumerate([*tokenizer.raw.encode(text, add_special_tokens=False).ids, 1], 1):
         last = finisher.push(token)
@@ -120,7 +120,7 @@ def test_streamed_text_is_the_text_up_to_the_first_stop(text: str, stop: str) ->
 def test_a_text_told_at_once_is_the_pieces(tokenizer: Tokenizer, ids: list[int], ends: bool) -> None:
     """Any ids, so also bytes that are no character."""
     ids = [token for token in ids if token < tokenizer.raw.get_vocab_size()]
-    at_once, piecewise, late = (Finisher(tokenizer, frozenset([1]), (), len(ids) + 1 - ends) for _ in range(3))
+    at_once, piecewise, late = (StopChecker(tokenizer, frozenset([1]), (), len(ids) + 1 - ends) for _ in range(3))
     pieces, tail = list[str](), ids if ends else [*ids, 1]
     for number, token in enumerate(tail):
         assert at_once.push(token) == piecewise.push(token) == late.push(token) == (number + 1 == len(tail))
@@ -144,10 +144,10 @@ def test_length_ends_with_its_own_reason(tokenizer: Tokenizer) -> None:
 
 def test_a_stop_in_a_token_that_begins_another_character(tokenizer: Tokenizer) -> None:
     (unfinished,) = [i for i in range(tokenizer.raw.get_vocab_size()) if tokenizer.raw.decode([i]) == " \ufffd"]
-    finisher = Finisher(tokenizer, frozenset(), (" ",), 6)
+    finisher = StopChecker(tokenizer, frozenset(), (" ",), 6)
     assert finisher.push(unfinished)
     assert (finisher.reason, "".join(finisher.ready())) == ("stop", "")
-    replaced = Finisher(tokenizer, frozenset(), ("\ufffd",), 2)  # only the end tells that it stays unfinished
+    replaced = StopChecker(tokenizer, frozenset(), ("\ufffd",), 2)  # only the end tells that it stays unfinished
     assert not replaced.push(unfinished)
     assert replaced.push(unfinished)
     assert (replaced.reason, "".join(replaced.ready())) == ("stop", " ")

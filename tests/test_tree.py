@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from mtp_spec import SamplingParams
-from mtp_spec.accept import accept_coupled
-from mtp_spec.sampling import Sampler
+from mtp_spec.acceptance.accept import accept_coupled
+from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.stats import GenerationStats
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -29,20 +29,15 @@ def grow(parents: list[int]) -> TokenTree:
 
 
 @given(st.lists(st.integers(0, 100), max_size=20))
-def test_paths_masks_and_tables_agree(parents: list[int]) -> None:
+def test_paths_agree_with_parents_and_depths(parents: list[int]) -> None:
     tree = grow(parents)
-    mask, table = tree.ancestor_mask(), tree.ancestor_table()
     for node in range(len(tree)):
         path = tree.path(node)
         assert path[-1] == node
         assert tree.parents[path[0]] == ROOT
         assert all(tree.parents[child] == parent for parent, child in pairwise(path))
         assert len(path) == tree.depths[node]
-        assert mask[node].nonzero().flatten().tolist() == sorted(path)
-        assert table[node, : len(path)].tolist() == path
-        assert (table[node, len(path) :] == ROOT).all()
         assert tree.child(tree.parents[node], node) == node
-    assert sum(len(tree.nodes_at(depth)) for depth in range(1, tree.depth + 1)) == len(tree)
     assert tree.is_chain() == all(len(tree.children(node)) <= 1 for node in range(ROOT, len(tree)))
     line = tree.path(len(tree) - 1) if parents else []
     part = tree.part(line)

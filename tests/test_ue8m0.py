@@ -13,13 +13,13 @@ from torch import Tensor
 
 import mtp_spec
 import small
+from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.kernels import gemm, moe
 from mtp_spec.kernels.fp8 import act_quant, weight_dequant
-from mtp_spec.model.checkpoint import load_checkpoint, open_checkpoint
+from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint
 from mtp_spec.model.config import load_config
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.model.device_layers import Dense
-from mtp_spec.scoring import score_ids
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.cuda.layers import Dense
 
 IDS = [(29 * i + 3) % 256 for i in range(20)]
 

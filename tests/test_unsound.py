@@ -18,13 +18,13 @@ from torch import Tensor
 import mtp_spec
 import small
 import tiny
-from mtp_spec.draft import Drafter
+from mtp_spec.cpu.draft import Drafter
 from mtp_spec.kernels.cpu.engine import SWITCH, why_not
 from mtp_spec.model.moe import Gate
-from mtp_spec.options import SamplingParams
-from mtp_spec.planner import Planner, TextPlanner
-from mtp_spec.sampling import Sampler
-from mtp_spec.times import StepTimes
+from mtp_spec.planning.costs import StepTimes
+from mtp_spec.planning.node_planner import Planner, TextPlanner
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.tree import TokenTree
 
 PROMPTS = [[5, 9, 2, 7], [1, 2, 3], [40, 41, 42, 43, 44]]

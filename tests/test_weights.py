@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from lms import lm_of
 from safetensors.torch import load_file, save_file
 
 import mtp_spec
 import small
 from mtp_spec import host_memory
-from mtp_spec.api import LM
-from mtp_spec.cli import main
-from mtp_spec.loading import load_model
-from mtp_spec.memory import plan_memory
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import Checkpoint, load_checkpoint, open_checkpoint, rank_part, read_weights
-from mtp_spec.model.cpu_checkpoint import footprint
-from mtp_spec.model.device_checkpoint import empty_device_model, fp8_obstacle, load_device_model
-from mtp_spec.model.jobs import run_job
-from mtp_spec.model.parallel import Ranks
+from mtp_spec.cli.main import main
+from mtp_spec.cuda.memory import plan_memory
+from mtp_spec.load_checks import load_model
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint, rank_part, read_weights
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.cpu.checkpoint import footprint
+from mtp_spec.model.cuda.checkpoint import empty_device_model, fp8_obstacle, load_device_model
+from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.weights import with_weights
 
@@ -67,7 +67,7 @@ def test_the_kernels_have_the_bits_of_cast(folders: tuple[Path, Path]) -> None:
     assert small.same(one.checkpoint_slots(), two.checkpoint_slots())
     plans = [plan_memory(empty_device_model(source, "meta"), 200) for source in (opened(wide), open_checkpoint(fp8))]
     assert plans[0] == plans[1]
-    lm = LM(one, None, "batched", 200)
+    lm = lm_of(one, None, 200)
     assert lm.generate([3, 4, 5], max_new_tokens=6, seed=0, speculation=2).token_ids
 
 

@@ -26,16 +26,25 @@ static inline int64_t grouped(int64_t n) { return (n + FP8_GROUP - 1) / FP8_GROU
 static inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Rows of x by rows of w that are held in registers at once.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AVX512F__)
 #define ONE 8
 #define TWO 6
 #define THREE 4
 #define FOUR 4
+#elif defined(__aarch64__)  // sixteen lanes take four of 32 registers; those of weights and of x have to fit too
+#define ONE 4
+#define TWO 2
+#define THREE 1
+#define FOUR 1
+#define ACROSS 1
 #else
 #define ONE 4
 #define TWO 3
 #define THREE 2
 #define FOUR 1
+#endif
+#ifndef ACROSS
+#define ACROSS 2  // times sixteen columns, for four rows
 #endif
 
 #define BLOCK(R, N)                                                                                                  \
@@ -45,7 +54,7 @@ static inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1)
 // All of count rows of w with R rows of x.
 ALWAYS void dots_of(int kind, int64_t R, const char *w, int64_t stride, int64_t count, int64_t K, const float *x,
                     int64_t xs, float *y, int64_t ys, int add) {
-    // where sixteen lanes take two registers, three rows by two leave more time for sums than four by one
+    // where sixteen lanes take several registers, three or two rows by two leave more time for sums than four by one
     const int narrow = kind == F32 && FOUR == 1;
     for (; R > 0;) {
         int64_t n = 0, done;
@@ -197,8 +206,8 @@ ALWAYS void columns_of(int kind, const Matrix *m, int64_t first, int64_t N, int6
             float *out = y + r * ys;
             int64_t k = c;
             if (rows == 4)
-                for (; k + 2 * LANES <= last; k += 2 * LANES)
-                    axpy(kind, 4, 2, w + k * ITEM[kind], stride, N, p, pitch, out + k, ys);
+                for (; k + ACROSS * LANES <= last; k += ACROSS * LANES)
+                    axpy(kind, 4, ACROSS, w + k * ITEM[kind], stride, N, p, pitch, out + k, ys);
             for (int64_t i = 0; i < rows; i++) {
                 int64_t own = k;
                 for (; own + 4 * LANES <= last; own += 4 * LANES)

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mtp_spec.accept import Accepted
-from mtp_spec.engine import Decoder
-from mtp_spec.rules.base import Law
-from mtp_spec.sampling import History
+from mtp_spec.acceptance.accept import Accepted
+from mtp_spec.acceptance.base import Law
+from mtp_spec.sampling.sampler import History, Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
 # draws of the noise for each root, besides the one that was
@@ -62,27 +61,37 @@ def best_hybrid(p: Law, q: Law) -> float:
 
 
 class FirstDepth:
-    """Watches one text's steps: whether a draft of the first depth was accepted, and what the laws there allow.
+    """Watches one text's steps (`sequence.Observer`): was a draft of the first depth accepted, and what is possible.
 
     Attributes:
+        sampler: of the sequence, to be set before its first step.
         nodes: steps seen.  accepted: those that accepted a draft.
         bound: sum of the bounds.  redrawn: sum of coupled sampling's acceptance over fresh noise.
     """
 
-    def __init__(self, decoder: Decoder, rule: str, width: int) -> None:
-        assert decoder.drafter is not None
-        self.decoder, self.rule, self.width = decoder, rule, width
-        self.nodes, self.accepted, self.bound, self.redrawn = 0, 0, 0.0, 0.0
-        self._random = np.random.default_rng(decoder.sampler.params.known_seed)
-        decoder.watch = self._watch
+    sampler: Sampler
 
-    def _watch(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
-        drafter, sampler = self.decoder.drafter, self.decoder.sampler
+    def __init__(self, rule: str, width: int) -> None:
+        self.rule, self.width = rule, width
+        self.nodes, self.accepted, self.bound, self.redrawn = 0, 0, 0.0, 0.0
+        self._root: Tensor | None = None
+        self._random: np.random.Generator | None = None
+
+    def drafted(self, parent: int, row: Tensor) -> None:
+        """Keeps the root's row; see `sequence.Observer`."""
+        if parent == ROOT:
+            self._root = row
+
+    def pruned(self, kept: list[int]) -> None:
+        """Looks at the root only."""
+
+    def verified(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
+        """Counts a step."""
+        sampler = self.sampler
         if not len(tree):
             return
-        assert drafter is not None
-        assert drafter.root_row is not None
-        target, draft = sampler.process(logits[0], history), drafter.root_row
+        assert self._root is not None
+        target, draft = sampler.process(logits[0], history), self._root
         p, q = sampler.law(target, 0), sampler.law(draft, 0)
         self.nodes += 1
         self.accepted += len(accepted.nodes) > 0
@@ -98,7 +107,12 @@ class FirstDepth:
 
     def _coupled(self, target: Any, draft: Any) -> float:
         """Returns how often the target's draw is among the drafts', over fresh noise."""
-        noise = self._random.gumbel(size=(REDRAWS, len(target)))
+        noise = self._noise().gumbel(size=(REDRAWS, len(target)))
         drawn = (target + noise).argmax(1)
         drafts = np.argpartition(-(draft + noise), self.width - 1, axis=1)[:, : self.width]
         return float((drafts == drawn[:, None]).any(1).mean())
+
+    def _noise(self) -> np.random.Generator:
+        if self._random is None:
+            self._random = np.random.default_rng(self.sampler.params.known_seed)
+        return self._random

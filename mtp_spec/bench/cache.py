@@ -10,13 +10,13 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from mtp_spec.analysis.scoring import Scores, score_ids
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
 from mtp_spec.errors import OptionError
-from mtp_spec.model.checkpoint import open_checkpoint
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_checkpoint import fp8_obstacle, load_device_model
-from mtp_spec.scoring import Scores, score_ids
+from mtp_spec.model.checkpoint.folder import open_checkpoint
+from mtp_spec.model.cuda.checkpoint import fp8_obstacle, load_device_model
+from mtp_spec.model.cuda.model import DeviceModel
 
 # where a row of sums holds what
 ERROR, SIZE, AGREED, DIVERGENCE, MODULE_AGREED, ROWS, MODULE_ROWS = range(7)

@@ -18,13 +18,15 @@ from mtp_spec.bench.exactness import same_text
 from mtp_spec.bench.files import STAGES, files_bench
 from mtp_spec.bench.grid import TREES
 from mtp_spec.bench.kernels import WHAT, kernels
+from mtp_spec.bench.peers.command import add_cpu_peers, cpu_peers
 from mtp_spec.bench.plan import SEARCHED, TAUGHT, check_plan, plan
 from mtp_spec.bench.products import SHAPES
 from mtp_spec.bench.rows import rows
 from mtp_spec.bench.side_by_side import batch
 from mtp_spec.bench.speed import speed
 from mtp_spec.bench.step import PARTS, step
-from mtp_spec.loading import CACHE_DTYPES
+from mtp_spec.bench.train import train
+from mtp_spec.load_checks import CACHE_DTYPES
 
 
 def add_bench(commands: Any) -> None:
@@ -78,7 +80,9 @@ def add_bench(commands: Any) -> None:
     six.add_argument("--layers", type=parsing.count, help="MoE layers (default: as many as fit)")
     six.add_argument("--library", action="store_true", help="ranks exchange through NCCL, not in one another's memory")
     _add_cpu(kinds)
+    add_cpu_peers(kinds)
     _add_files(kinds)
+    _add_train(kinds)
     four.add_argument("--depths", type=parsing.depths, default=[2, 3, 4, 5], metavar="K,K,...", help="chains to time")
     four.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...")
 
@@ -132,6 +136,20 @@ def _add_files(kinds: Any) -> None:
     nine.add_argument("--max-new-tokens", type=parsing.count, default=8, help="of the texts after loading (8)")
 
 
+def _add_train(kinds: Any) -> None:
+    text = "a training step of the MTP module, the main model frozen"
+    kind = kinds.add_parser("train", help=text, description=train.__doc__)
+    kind.set_defaults(run=train)
+    kind.add_argument("--model", type=Path, metavar="PATH", help="checkpoint folder (default: the bundled model)")
+    kind.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
+    kind.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    kind.add_argument("--batch", type=parsing.count, default=2, metavar="N", help="rows a step (2)")
+    kind.add_argument("--context", type=parsing.count, default=128, metavar="N", help="tokens a row (128)")
+    kind.add_argument("--depths", type=parsing.count, default=4, metavar="N", help="the module is reused to (4)")
+    kind.add_argument("--repeats", type=parsing.count, default=7, help="steps that are timed (7)")
+    kind.add_argument("--compile", action="store_true", help="compile the loss, as the trainer does")
+
+
 def _add(
     kinds: Any, name: str, run: Any, text: str, prompts: int | None, tokens: int | None
 ) -> argparse.ArgumentParser:
@@ -181,7 +199,7 @@ def run_bench(args: argparse.Namespace) -> None:
     """Loads the model if there is one, runs the benchmark, prints and writes its report."""
     if getattr(args, "whole", False):  # it does all of this itself
         return args.run(args)
-    if args.run in (cpu, kernels, step, files_bench):
+    if args.run in (cpu, cpu_peers, kernels, step, files_bench, train):
         return publish(args.run(args), None, args)
     if "check" in args:  # before anything is loaded
         args.check(args)

@@ -27,8 +27,8 @@ from rich.table import Table
 import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
-from mtp_spec.measured import processor_name
-from mtp_spec.seeds import derived_seed
+from mtp_spec.machine import processor_name
+from mtp_spec.sampling.seeds import derived_seed
 
 Row = dict[str, Any]
 
@@ -57,7 +57,7 @@ class Report:
 def bundled_prompts(count: int, seed: int = 0) -> list[Row]:
     """Returns `count` held-out prompts {"category", "prompt", "seed"} in random order.
 
-    Past the end of the list they come again. Every one has a generation seed of its own (`mtp_spec.seeds`).
+    Past the end of the list they come again. Every one has a generation seed of its own (`mtp_spec.sampling.seeds`).
     """
     if count < 1:
         raise OptionError(f"--prompts {count}: give 1 or more")

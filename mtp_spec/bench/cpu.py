@@ -28,9 +28,9 @@ from mtp_spec.bench.synthetic import synthetic_job
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.cpu.engine import library
 from mtp_spec.model.attention import plan_rows
+from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.cpu import CPUModel
-from mtp_spec.model.jobs import run_job
+from mtp_spec.model.cpu.model import CPUModel
 
 # published shapes, which are written with random weights in FP8
 SHAPES = {
@@ -91,7 +91,7 @@ def _measure(args: argparse.Namespace, source: Path | None) -> Report:
     rate, one = median(rates), median(taken["1 row"])
     rows = list[Row]()
     for name in passes:
-        size = _bytes(model, name, median(hits[name]))
+        size = pass_bytes(model, name, median(hits[name]))
         seconds = median(taken[name])
         rows.append({"pass": name, "ms": 1e3 * seconds, "times one row": seconds / one,
                      "experts a layer": median(hits[name]) / _routed_layers(model, name), "GB read": size / 1e9,
@@ -140,7 +140,7 @@ def _passes(lm: LM, model: CPUModel, args: argparse.Namespace) -> dict[str, Call
     return found
 
 
-def _bytes(model: CPUModel, name: str, hits: float) -> float:
+def pass_bytes(model: CPUModel, name: str, hits: float) -> float:
     """Returns the bytes of weights that a pass reads, given the experts that it read."""
     config, weights = model.config, {**model.checkpoint_slots(), **model.scales()}
     draft = name == "draft level"

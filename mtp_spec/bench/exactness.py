@@ -11,7 +11,7 @@ from rich.progress import track
 
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
-from mtp_spec.options import MAX_DEPTH, Speculation
+from mtp_spec.speculation import MAX_DEPTH, Speculation
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},

@@ -28,20 +28,22 @@ import torch
 
 import mtp_spec
 from mtp_spec.api import LM
+from mtp_spec.backends import open_backend
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.disk import forget, read_rate, write_rate
 from mtp_spec.bench.synthetic import fitted, outputs, synthetic_job
+from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.errors import MTPSpecError, OptionError
-from mtp_spec.loading import check_device
-from mtp_spec.memory import host_bytes, plan_memory, read_ahead_bytes
-from mtp_spec.model.assembly import CHECKSUMS
-from mtp_spec.model.cast import cast_job
-from mtp_spec.model.checkpoint import open_checkpoint
+from mtp_spec.load_checks import check_device
+from mtp_spec.memory import model_bytes, read_ahead_bytes
+from mtp_spec.model.checkpoint.cast import cast_job
+from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
+from mtp_spec.model.checkpoint.folder import open_checkpoint
+from mtp_spec.model.checkpoint.jobs import Job, run_job
+from mtp_spec.model.checkpoint.writer import CHECKSUMS
 from mtp_spec.model.config import ModelConfig, load_config
-from mtp_spec.model.convert import hf_job, ranks_job
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_checkpoint import load_device_model
-from mtp_spec.model.jobs import Job, run_job
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.cuda.model import DeviceModel
 
 STAGES = ("convert", "cast", "load")
 WORKERS = 2  # those of the commands
@@ -179,7 +181,7 @@ def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
             read.append(perf_counter() - begin)
 
         if as_stored:
-            lm = LM(load_device_model(checkpoint, device, told), None, "batched", context, False)
+            lm = LM(open_backend(load_device_model(checkpoint, device, told), None, context), None, context)
         else:
             lm = mtp_spec.load(folder, device=device, max_context=context, measure=False, progress=told)
     except mtp_spec.CheckpointError:
@@ -200,7 +202,8 @@ def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
         peak = None if as_stored else torch.cuda.max_memory_allocated()
         ahead = read_ahead_bytes(checkpoint) if as_stored else 0
         return {**facts, "wrong": wrong, "device peak": peak, "planned": planned + ahead}
-    return {**facts, "wrong": wrong, "device peak": None, "planned": host_bytes(checkpoint, lm.model.dtype)}
+    planned = model_bytes(checkpoint.config, lm.model.dtype) + read_ahead_bytes(checkpoint)  # for loading by torch
+    return {**facts, "wrong": wrong, "device peak": None, "planned": planned}
 
 
 def _alone(work: Work, *args: Any) -> Row:

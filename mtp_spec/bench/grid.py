@@ -17,8 +17,8 @@ from typing import Any
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, median_interval, question, spread
 from mtp_spec.bench.turns import Generate, Written, check_kept, in_turn, noise, ours, warm_up
-from mtp_spec.options import Speculation
 from mtp_spec.progress import step_progress
+from mtp_spec.speculation import Speculation
 
 PLAIN, AUTO = "plain", "auto"
 DEPTHS = (1, 2, 3, 4, 5, 6)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from mtp_spec.errors import OptionError
-from mtp_spec.options import ACCEPTANCE_RULES, MAX_DEPTH, Speculation
+from mtp_spec.speculation import ACCEPTANCE_RULES, MAX_DEPTH, Speculation
 
 
 def numbers(text: str) -> list[float]:

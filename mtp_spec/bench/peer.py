@@ -15,9 +15,9 @@ import torch
 from mtp_spec.api import LM
 from mtp_spec.bench.turns import Generate, Written
 from mtp_spec.errors import OptionError
-from mtp_spec.loading import cpu_has_bfloat16
-from mtp_spec.model.checkpoint import load_checkpoint, save_checkpoint
-from mtp_spec.model.cpu import CPUModel
+from mtp_spec.load_checks import cpu_has_bfloat16
+from mtp_spec.model.checkpoint.folder import load_checkpoint, save_checkpoint
+from mtp_spec.model.cpu.model import CPUModel
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.stats import GenerationStats
 

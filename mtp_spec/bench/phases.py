@@ -9,8 +9,8 @@ import torch
 
 from mtp_spec.api import LM
 from mtp_spec.bench.timing import graph_time
-from mtp_spec.device_engine import DeviceDecoder
-from mtp_spec.device_step import Step
+from mtp_spec.cuda.backend import DeviceBackend
+from mtp_spec.cuda.step import Step
 
 WARM_STEPS = 3
 
@@ -25,12 +25,12 @@ def step_phases(
         measure: returns microseconds of some work, which it may repeat.
     """
     stream = lm.stream(ids, **options)
-    decoder = stream.decoder
-    assert isinstance(decoder, DeviceDecoder)
     for event in stream:
         if event.step == WARM_STEPS:
             break
-    used, state = decoder.one_step, decoder.state
+    assert isinstance(lm.backend, DeviceBackend)
+    used = lm.backend.steps_of(stream.sequence)[-1]
+    state = used.state
     if state.length.is_cuda:
         torch.cuda.synchronize()  # a step is under way, and parts are measured on another stream
     # the text's own step keeps what its graph writes to

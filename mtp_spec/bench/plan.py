@@ -9,17 +9,17 @@ from typing import Any
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
 from mtp_spec.bench.grid import grid
-from mtp_spec.confidence import RANKS
-from mtp_spec.device_planned import PlannedDecoder
-from mtp_spec.engine import Decoder
+from mtp_spec.cpu.backend import HostBackend
+from mtp_spec.cuda.backend import DeviceBackend
 from mtp_spec.errors import OptionError
-from mtp_spec.ladder import Ladder
-from mtp_spec.measured import file_of, read, times_subject
 from mtp_spec.model.host import HostModel
-from mtp_spec.planner import Planner
+from mtp_spec.planning.confidence import RANKS
+from mtp_spec.planning.costs import StepTimes
+from mtp_spec.planning.node_planner import Planner
+from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.planning.store import file_of, read, times_subject
 from mtp_spec.progress import step_progress
 from mtp_spec.stats import GenerationStats
-from mtp_spec.times import StepTimes
 
 KINDS = {"verify": "verify a chain", "tree": "verify a tree", "level": "draft a level", "extend": "take in tokens"}
 # leads over the runner-up, in units of noise, and depths that chances are shown for
@@ -53,14 +53,15 @@ def _known(lm: LM, args: argparse.Namespace) -> Report:
                           f'"{lm.technique}"), so verifying costs what it saves; --grid shows it')  # fmt: skip
     rows, notes, facts = list[Row](), list[str](), dict[str, Any]()
     for temperature in args.temperatures:
-        decoder, stats = _write(lm, temperature, args)
-        if isinstance(decoder, Decoder):
-            assert decoder.planner is not None
-            planner = decoder.planner.planner
+        stats = _write(lm, temperature, args)
+        if isinstance(lm.backend, HostBackend):
+            planner = lm.backend.planners.here()
             rows, learned = _times(planner.times), _learned(planner)
         else:
-            learned = {"chances": _device_chances(decoder.planner.ladder)}
-            rows += [{"T": temperature, **row} for row in _rungs(decoder.planner.ladder)]
+            assert isinstance(lm.backend, DeviceBackend)
+            ladder = lm.backend.ladder()
+            learned = {"chances": _device_chances(ladder)}
+            rows += [{"T": temperature, **row} for row in _rungs(ladder)]
         learned["steps by depth drafted"] = {
             depth: sum(counts.values()) / stats.steps for depth, counts in stats.histogram_by_draft_length.items()
         }
@@ -72,20 +73,17 @@ def _known(lm: LM, args: argparse.Namespace) -> Report:
     return Report('What "auto" plans with', rows, {"times": where, **facts}, silent=silent, notes=[where, *notes])
 
 
-def _write(lm: LM, temperature: float, args: argparse.Namespace) -> tuple[Decoder | PlannedDecoder, GenerationStats]:
-    """Lets "auto" write the prompts; returns the last text's decoder, whose planner knows what all of them taught."""
-    total, decoder = GenerationStats(), None
+def _write(lm: LM, temperature: float, args: argparse.Namespace) -> GenerationStats:
+    """Lets "auto" write the prompts, so that its planner knows what all of them taught."""
+    total = GenerationStats()
     with step_progress(sys.stderr.isatty(), f"texts at {temperature:g}") as report:
         for number, item in enumerate(bundled_prompts(args.prompts, seed=1), start=1):
             stream = lm.stream(question(lm, item["prompt"]), temperature=temperature, seed=item["seed"],
                                max_new_tokens=args.max_new_tokens)  # fmt: skip
-            for _ in stream:
-                pass
-            total, decoder = total.merge(stream.result.stats), stream.decoder
+            total = total.merge(stream.rest().stats)
             if report is not None:
                 report(number, args.prompts)
-    assert isinstance(decoder, Decoder | PlannedDecoder)
-    return decoder, total
+    return total
 
 
 def _kept(lm: LM) -> str:

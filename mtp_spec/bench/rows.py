@@ -11,7 +11,7 @@ from torch import Tensor
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.kernels import mla
-from mtp_spec.model.device import DeviceModel
+from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.rows import row_logits, verify_rows
 

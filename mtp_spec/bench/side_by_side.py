@@ -12,7 +12,7 @@ from rich.progress import track
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question, spread
 from mtp_spec.bench.turns import noise
-from mtp_spec.seeds import text_seeds
+from mtp_spec.sampling.seeds import text_seeds
 
 TURNS = "one by one, "
 SEED = 0
@@ -55,10 +55,10 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
 def _warm_up(lm: LM, size: int, ways: dict[str, Any], args: argparse.Namespace) -> None:
     """Lets the planner measure, and a GPU capture what it captures when it comes a second time: once for all texts of
     a running program, so no part of a batch's time. Nor is the collector's walk through all that was imported."""
-    for repeat in range(args.repeats) if lm.runtime is not None else range(1):
+    for repeat in range(args.repeats) if lm.backend.captured else range(1):
         for name, way in ways.items():
             if size == 1 or not name.startswith(TURNS):
-                for _ in range(1 if lm.runtime is None else 2):
+                for _ in range(2 if lm.backend.captured else 1):
                     _run(lm, _prompts(lm, size, repeat, args.adversarial), name, way, args)
     gc.collect()
     gc.freeze()

@@ -16,7 +16,7 @@ from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, average, bundled_prompts, question, spread
 from mtp_spec.bench.peer import transformers_ways
 from mtp_spec.bench.phases import step_phases
-from mtp_spec.bench.turns import Generate, Written, in_turn, noise, ours, warm_up
+from mtp_spec.bench.turns import Generate, Written, in_turn, noise, ours, shared_tokens, warm_up
 
 LOAD = """
 import json, resource, sys, time
@@ -42,7 +42,7 @@ def speed(lm: LM, args: argparse.Namespace) -> Report:
         rows, facts = [], dict[str, Any](absent)
         for temperature in args.temperatures:
             part, facts[f"at temperature {temperature}"] = _compare(lm, ways, temperature, args)
-            if lm.runtime is not None:
+            if lm.backend.captured:
                 parts = _parts(lm, speculations, temperature)
                 facts[f"microseconds of a step at {temperature}"] = parts
                 for row in part:
@@ -81,7 +81,7 @@ def _compare(
         found = in_turn(greedy, number, asked[number], {**options, "seed": item["seed"]})
         for name, text in found.items():
             texts[name].append(text)
-            agree[name].append(_shared(text.ids, found["plain"].ids))
+            agree[name].append(shared_tokens(text.ids, found["plain"].ids))
     rows: list[Row] = []
     for name in greedy:
         ratios = [plain.pace / own.pace for plain, own in zip(texts["plain"], texts[name], strict=True)]
@@ -91,12 +91,6 @@ def _compare(
                      "first tokens as plain": average(agree[name]),
                      **_shares([text.stats.seconds for text in texts[name]])})  # fmt: skip
     return rows, {"seconds per token": {name: [text.pace for text in found] for name, found in texts.items() if found}}
-
-
-def _shared(text: list[int], other: list[int]) -> int:
-    """Returns the number of first tokens that are equal."""
-    pairs = zip(text, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
 
 
 def _shares(phases: list[dict[str, float]]) -> Row:

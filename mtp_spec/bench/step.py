@@ -22,21 +22,23 @@ import torch
 from torch import Tensor
 
 from mtp_spec.api import LM
+from mtp_spec.backends import open_backend
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.timing import copy_rate, graph_time
-from mtp_spec.device_shape import Shape
-from mtp_spec.device_state import ROWS, State, stages_of
-from mtp_spec.device_step import Step
+from mtp_spec.cuda.memory import plan_memory
+from mtp_spec.cuda.state import ROWS, State, stages_of
+from mtp_spec.cuda.step import Step
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla, moe
 from mtp_spec.kernels.sampler import Stages, sample
-from mtp_spec.memory import plan_memory
 from mtp_spec.model.config import ModelConfig, load_config
-from mtp_spec.model.device import DeviceModel
-from mtp_spec.model.device_layers import Dense, Layer, Mixture
-from mtp_spec.model.joining import join_ranks, local_device, open_rooms
-from mtp_spec.model.parallel import Ranks
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.model.cuda.layers import Dense, Layer, Mixture
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.distributed.group import Ranks
+from mtp_spec.model.distributed.joining import join_ranks, local_device, open_rooms
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
+from mtp_spec.tree_shape import TreeShape
 
 CHUNK = 2**28
 # the chain whose rows are drawn and accepted, and how they are drawn
@@ -188,7 +190,7 @@ def _accepting(
 ) -> tuple[dict[str, Row], list[Row]]:
     """Returns microseconds of a chain's step by part, and which share of it drawing, accepting and committing take: in
     this slice's step, and in one of the whole model, whose layers are timed too."""
-    shape, out = Shape.of(Speculation(depth=CHAIN)), dict[str, Row]()
+    shape, out = TreeShape.of(Speculation(depth=CHAIN)), dict[str, Row]()
     layers = _layers(model, state, context, [CHAIN + 1], rate)
     (whole,) = _extrapolated(layers, full, [CHAIN + 1]).values()
     for name, params in ACCEPTED.items():
@@ -298,7 +300,7 @@ def _extrapolated(rows: list[Row], full: ModelConfig, counts: list[int]) -> Row:
 
 def _same_text(model: DeviceModel, context: int) -> dict[str, bool]:
     """Whether speculation leaves the text as it is, at these shapes."""
-    lm = LM(model, None, "batched", context)
+    lm = LM(open_backend(model, None, context), None, context)
     prompt = [(31 * i) % model.config.vocab_size for i in range(70)]
     texts = {}
     for name, speculation in (("plain", None), ("chain of 3", 3), ("tree", Speculation(branching=(3, 2, 1)))):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mtp_spec.api import LM
-from mtp_spec.device_engine import KEPT
-from mtp_spec.device_group import GROUPS
-from mtp_spec.device_planned import PLANNED_DEPTH
-from mtp_spec.device_state import PREFILL_ROWS, prefill_rows
+from mtp_spec.cuda.backend import GROUPS
+from mtp_spec.cuda.kinds import PLANNED_DEPTH
+from mtp_spec.cuda.runtime import KEPT
+from mtp_spec.cuda.state import PREFILL_ROWS, prefill_rows
 from mtp_spec.errors import OptionError
 from mtp_spec.stats import GenerationStats
 
@@ -60,7 +60,7 @@ def settled(lm: LM) -> float:
 
 def prefills(lm: LM, ids: Sequence[int]) -> frozenset[int]:
     """Returns the rows of the captured passes that a prompt takes; none where nothing is captured."""
-    if lm.runtime is None:
+    if not lm.backend.captured:
         return frozenset()
     return frozenset(prefill_rows(len(ids) - first) for first in range(0, len(ids), PREFILL_ROWS[-1]))
 
@@ -73,7 +73,7 @@ def check_kept(lm: LM, ways: int, batch: int = 1) -> None:
     """
     most = (KEPT - OTHERS) // (1 + _halvings(batch))
     most = most if batch == 1 else min(most, GROUPS)
-    if lm.runtime is not None and ways > most:
+    if lm.backend.captured and ways > most:
         beside = f" in batches of {batch}" if batch > 1 else ""
         raise OptionError(f"{ways} ways to draft in turn, and a GPU keeps the captured steps of {most}{beside}: ask "
                           "for fewer shapes or rules at a time")  # fmt: skip
@@ -82,7 +82,7 @@ def check_kept(lm: LM, ways: int, batch: int = 1) -> None:
 def warm_tokens(lm: LM, texts: int) -> list[int]:
     """Returns how many tokens texts side by side write before they are timed: on a GPU fewer and fewer are left, down
     to one, so that the steps of every number of them are captured."""
-    if lm.runtime is None:
+    if not lm.backend.captured:
         return [WARM_TOKENS] * texts
     return [WARM_TOKENS * (1 + _halvings(texts) - number.bit_length()) for number in range(texts)]
 
@@ -111,3 +111,9 @@ def noise(lm: LM, number: int) -> list[int]:
     """Returns a prompt of random tokens, of which no draft can make sense."""
     generator = torch.Generator().manual_seed(number)
     return torch.randint(lm.config.vocab_size, (NOISE_TOKENS,), generator=generator).tolist()
+
+
+def shared_tokens(text: list[int], other: list[int]) -> int:
+    """Returns the number of first tokens that are equal."""
+    pairs = zip(text, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))

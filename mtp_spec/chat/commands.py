@@ -15,9 +15,9 @@ from mtp_spec.chat.parity import parity
 from mtp_spec.chat.report import statistics
 from mtp_spec.chat.settings import NAMES, SHAPES, describe, parse_setting, parse_shape, shape_text, template_text
 from mtp_spec.chat.status import counted
-from mtp_spec.chat_options import template_arguments
+from mtp_spec.cli.chat_options import template_arguments
 from mtp_spec.errors import OptionError
-from mtp_spec.seeds import LIMIT
+from mtp_spec.sampling.seeds import LIMIT
 
 # of the two words' letters, for a suggestion
 SIMILAR = 0.4

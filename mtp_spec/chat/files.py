@@ -12,7 +12,7 @@ from mtp_spec.chat.session import Message, Session, Turn
 from mtp_spec.chat.settings import NAMES, parse_shape, shape_text
 from mtp_spec.chat.status import counted
 from mtp_spec.errors import OptionError
-from mtp_spec.options import SamplingParams
+from mtp_spec.sampling.params import SamplingParams
 
 SHOWN = 60
 

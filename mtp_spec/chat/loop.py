@@ -20,11 +20,11 @@ from mtp_spec.chat.screen import Screen
 from mtp_spec.chat.session import MAX_NEW_TOKENS, Session
 from mtp_spec.chat.settings import shape_text
 from mtp_spec.chat.status import counted
+from mtp_spec.cli.prompts import standard_input
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels.cpu import engine
 from mtp_spec.model.errors import RankError
-from mtp_spec.options import SamplingParams
-from mtp_spec.prompts import standard_input
+from mtp_spec.sampling.params import SamplingParams
 
 
 def converse(chat: Chat) -> None:

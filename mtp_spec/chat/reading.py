@@ -20,7 +20,7 @@ from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 
-from mtp_spec.model.parallel import Ranks
+from mtp_spec.model.distributed.group import Ranks
 
 QUOTES = '"""'
 OPENED = re.compile(rf"\s*(/\w+\s+)?{QUOTES}")

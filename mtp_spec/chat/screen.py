@@ -18,7 +18,8 @@ from rich.text import Text
 
 from mtp_spec.chat.blocks import DEPTH_STYLES, Answer, Blocks, Piece, drawn, style_of
 from mtp_spec.chat.status import status_line
-from mtp_spec.streaming import TokenEvent, TokenStream
+from mtp_spec.results import TokenEvent
+from mtp_spec.stream import TokenStream
 
 # a picture may take this part of the time and come this often
 DRAWING_SHARE, SHORTEST_FRAME = 0.1, 1 / 15

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, PromptError
-from mtp_spec.options import SamplingParams, Speculation
+from mtp_spec.results import Generation
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
-from mtp_spec.streaming import Generation, TokenStream
+from mtp_spec.stream import TokenStream
 
 Message = dict[str, str]
 Shape = Speculation | Literal["auto"] | None
@@ -117,9 +119,8 @@ class Session:
 
     def draw(self, draw: Draw) -> TokenStream:
         """Returns the stream that a draw describes; what it has in common with the last turn is not read again."""
-        options = options_of(draw.params)
-        return self.lm.stream(draw.messages, after=self._last, speculation=draw.speculation, template=draw.template,
-                              tools=draw.tools, **options)  # fmt: skip
+        return self.lm.stream(draw.messages, after=self._last, sampling=draw.params, speculation=draw.speculation,
+                              template=draw.template, tools=draw.tools)  # fmt: skip
 
     def keep(self, draw: Draw, stream: TokenStream, interrupted: bool) -> bool:
         """Adds a turn; returns false, and adds none, where nothing was written before the answer was stopped."""
@@ -167,11 +168,6 @@ class Session:
                 )  # fmt: skip
         alone = self.count(self.messages(question, len(self.turns)))
         raise ContextFullError(f"the question takes {alone} tokens and the context is {context}: shorten it", None)
-
-
-def options_of(params: SamplingParams) -> dict[str, Any]:
-    """Returns sampling parameters as the options of `LM.stream`."""
-    return {field.name: getattr(params, field.name) for field in fields(params)}
 
 
 def _message(role: str, content: str) -> Message:

@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 from mtp_spec.chat.session import Session, Shape
 from mtp_spec.chat.status import counted
 from mtp_spec.errors import OptionError
-from mtp_spec.options import MAX_DEPTH, SamplingParams, Speculation, resolve_speculation
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import MAX_DEPTH, Speculation, resolve_speculation
 
 # a chat shows no log-probabilities, and functions cannot be typed
 NAMES = tuple(field.name for field in fields(SamplingParams) if field.name not in ("logprobs", "logits_processor"))

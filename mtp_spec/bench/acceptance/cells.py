@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Final, Literal
 
 from mtp_spec.bench.peer import MTP
 from mtp_spec.bench.peer import PLAIN as PEER_PLAIN
 from mtp_spec.errors import OptionError
-from mtp_spec.options import Speculation
+from mtp_spec.speculation import Speculation
 
-PLAIN, AUTO = "plain", "auto"
+PLAIN = "plain"
+AUTO: Final = "auto"
 COUPLED = "coupled"
 DEPTHS = (1, 2, 3, 4, 5)
 TREES = ((2, 1, 1), (3, 2, 1), (2, 2, 2, 1))
@@ -68,9 +69,9 @@ class Group:
     context: int | None
     vocabulary: int | str | None
     batch: int = 1
-    ways: dict[Cell, Speculation | str | None] = field(default_factory=dict)
+    ways: dict[Cell, Speculation | Literal["auto"] | None] = field(default_factory=dict)
 
-    def add(self, draft: str, speculation: Speculation | str | None, rule: str = COUPLED) -> None:
+    def add(self, draft: str, speculation: Speculation | Literal["auto"] | None, rule: str = COUPLED) -> None:
         cell = Cell(temperature=self.temperature, draft=draft, rule=rule, context=self.context,
                     batch=self.batch, vocabulary=self.vocabulary)  # fmt: skip
         self.ways[cell] = speculation

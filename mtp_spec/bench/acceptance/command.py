@@ -24,8 +24,8 @@ from mtp_spec.bench.acceptance.report import csv_text, screen, table_rows
 from mtp_spec.bench.acceptance.running import Runner, check_model
 from mtp_spec.bench.common import Report, Row, document, machine, write
 from mtp_spec.errors import OptionError
-from mtp_spec.options import ACCEPTANCE_RULES
 from mtp_spec.progress import step_progress
+from mtp_spec.speculation import ACCEPTANCE_RULES
 
 # what a run may change without another result
 OUTPUTS = ("json", "csv", "html", "png", "resume", "run", "whole", "command")

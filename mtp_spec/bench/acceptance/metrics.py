@@ -45,6 +45,7 @@ def cell_metrics(
     rows = [_text_row(text, other, ids, categories[text.question])
             for text, other, ids in zip(texts, beside, same, strict=True)]  # fmt: skip
     total = merged(texts)
+    plain_steps = sum(total.histogram_by_draft_length.get(0, {}).values())
     timed = all(text.first_depth is None for text in texts)
     result = {
         "axes": {"temperature": cell.temperature, "draft": cell.draft, "rule": cell.rule, "context": cell.context,
@@ -53,7 +54,7 @@ def cell_metrics(
         **averages(rows),
         **_aliases(total),
         "tokens_by_source": _sources(total),
-        "steps_without_draft": total.steps_without_draft / max(1, total.steps),
+        "steps_without_draft": plain_steps / max(1, total.steps),
         "by_category": _split(texts, beside, lambda text: categories[text.question]),
         "by_context": _split(texts, beside, lambda text: bucket(text.stats.prompt_tokens)),
         "cost": _cost(texts, total),

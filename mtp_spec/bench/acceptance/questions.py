@@ -16,7 +16,7 @@ from typing import Any
 
 from mtp_spec.bench.common import bundled_prompts, digest
 from mtp_spec.errors import OptionError
-from mtp_spec.seeds import derived_seed
+from mtp_spec.sampling.seeds import derived_seed
 
 Record = Mapping[str, Any]
 BUNDLED, BUNDLED_COUNT = "bundled", 60

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mtp_spec.bench.acceptance.cells import COUPLED
 from mtp_spec.bench.common import Row
-from mtp_spec.options import MAX_DEPTH
+from mtp_spec.speculation import MAX_DEPTH
 
 # columns of words
 WORDS = ("draft", "95 %", "by depth")

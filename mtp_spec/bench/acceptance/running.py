@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+from mtp_spec.acceptance import RULES
 from mtp_spec.api import LM
 from mtp_spec.bench.acceptance.cells import PEERS, Cell, Group
 from mtp_spec.bench.acceptance.contexts import Message, prompt_ids
@@ -20,11 +21,9 @@ from mtp_spec.bench.acceptance.questions import Question
 from mtp_spec.bench.bound import FirstDepth
 from mtp_spec.bench.peer import MTP, counted_steps, transformers_ways
 from mtp_spec.bench.turns import Generate, check_kept, prefills, settled, warm_tokens
-from mtp_spec.engine import Decoder
 from mtp_spec.errors import OptionError
-from mtp_spec.options import Speculation
 from mtp_spec.progress import Report
-from mtp_spec.rules import RULES
+from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 
 Load = Callable[[int | str | None], LM]
@@ -122,8 +121,10 @@ class Runner:
     ) -> list[Text]:
         """Returns the texts after prompts by their question, each of at most its number of tokens."""
         shape = group.ways[cell]
-        options = {number: {"temperature": group.temperature, "seed": self.questions[number].seed,
-                            "max_new_tokens": most} for number, most in zip(prompts, tokens, strict=True)}  # fmt: skip
+        options: dict[int, dict[str, Any]] = {
+            number: {"temperature": group.temperature, "seed": self.questions[number].seed, "max_new_tokens": most}
+            for number, most in zip(prompts, tokens, strict=True)
+        }
         if group.batch == 1:
             return [self._text(lm, cell, shape, ids, options[number], number, turn) for number, ids in prompts.items()]
         lm.close()  # no batch finds the prompts of the one before in its cache
@@ -144,13 +145,13 @@ class Runner:
         if cell.draft in PEERS:
             out, seconds, stats = _peer_text(self._peers[cell.draft], cell.draft, ids, options)
             return Text(cell.name, number, turn, out, seconds, [], stats)
-        start = settled(lm)
-        stream = lm.stream(ids, speculation=shape, **options)
-        first = None
+        start, first = settled(lm), None
         if self.args.bound and has_bound(cell):
-            assert isinstance(stream.decoder, Decoder)
             assert isinstance(shape, Speculation)
-            first = FirstDepth(stream.decoder, cell.rule, shape.branching[0])
+            first = FirstDepth(cell.rule, shape.branching[0])
+        stream = lm.stream(ids, speculation=shape, observer=first, **options)
+        if first is not None:
+            first.sampler = stream.sequence.sampler
         marks = {0: 0.0}
         for event in stream:
             # as many steps as there were: tokens may be held back until a character is whole
@@ -182,7 +183,7 @@ def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
                               f"model's {lm.max_context}")  # fmt: skip
     if lm.model.ranks.size > 1:
         raise OptionError("bench acceptance keeps one journal, of one process: start it without torchrun")
-    if args.bound and lm.runtime is not None:
+    if args.bound and lm.backend.captured:
         raise OptionError("--bound looks at drafts' laws, which steps on a GPU keep to themselves: --device cpu")
     for group in groups:
         check_kept(lm, len(group.ways), group.batch)

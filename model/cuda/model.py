@@ -1,0 +1,234 @@
+"""The model on a GPU: FP8 weights as stored, and passes made of the kernels in `mtp_spec.kernels`.
+
+One function, `rows`, is prefill, decode, draft and verify, and all it needs lies on the device, so that a pass can be
+captured in a CUDA graph. Arithmetic follows DeepSeek-V3 (2412.19437, section 3.3): activations quantised 1x128 before
+every FP8 product, bfloat16 between, float32 in norms, softmax and gates. It runs on a CPU too, by the kernels'
+references, which is how it is tested without a GPU.
+
+Legend: `M` rows, `D` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_spec.kernels import fp8, gemm, mla, quant
+from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
+from mtp_spec.model.config import ModelConfig, ModuleShape
+from mtp_spec.model.cuda.layers import BLOCK, Layer, Matrix, Slots
+from mtp_spec.model.distributed.group import ALONE, Ranks
+from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.rope import rope_table
+
+HEAD_ROWS = 64 * BLOCK  # rows of the head quantised at once
+
+
+def why_not(config: ModelConfig) -> str | None:
+    """Returns what keeps a model from running on these kernels, or None."""
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "kv_lora_rank": config.kv_lora_rank,
+        "q_lora_rank": config.q_lora_rank or 16,
+    }
+    for name, size in sizes.items():
+        if size % 16:
+            return f"{name} {size} is no multiple of 16"
+    for name in ("kv_lora_rank", "qk_rope_head_dim"):
+        size = getattr(config, name)
+        if size < 16 or size & (size - 1):
+            return f"{name} {size} is no power of two from 16"
+    if config.fp8_block != (BLOCK, BLOCK):
+        return "its weights are not FP8 with 128x128 scales"
+    if config.moe_intermediate_size % BLOCK and config.n_shared_experts > 1:
+        return f"moe_intermediate_size {config.moe_intermediate_size} with {config.n_shared_experts} shared experts"
+    return None
+
+
+class Module:
+    """One multi-token-prediction module (2412.19437, eq. 21-23), see `transformer.MTPModule`."""
+
+    def __init__(
+        self, config: ModelConfig, shape: ModuleShape, device: torch.device, packed: bool, router: torch.dtype,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
+        hidden, self.eps, self.ranks = config.hidden_size, config.rms_norm_eps, ranks
+        self.norms = torch.empty(3, hidden, dtype=torch.bfloat16, device=device)  # enorm, hnorm, last
+        power = config.powers_of_two
+        self.eh = Matrix.empty(len(ranks.part(hidden, BLOCK)), 2 * hidden, device, packed, hidden, power)
+        self.layer = Layer(config, shape.intermediate_size, device, router, ranks)
+        rows = ranks.share(config.vocab_size, "vocab_size")
+        self.embed_tokens = self.norms.new_empty(config.vocab_size, hidden) if shape.own_embedding else None
+        self.head = self.norms.new_empty(rows, hidden) if shape.own_head else None
+        self.draft_head: Matrix | None = None
+
+    def __call__(self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
+        first, _ = quant.rms_norm(embedding, self.norms[0], self.eps)
+        second, _ = quant.rms_norm(hidden, self.norms[1], self.eps)
+        mixed = self.ranks.gather_parts(self.eh(torch.cat((first, second), -1)), first.shape[-1], BLOCK)
+        x, branch = self.layer(mixed, None, table, cache, plan)
+        return quant.rms_norm(x, self.norms[2], self.eps, branch)[0]
+
+    def slots(self, prefix: str) -> Slots:
+        names = ("enorm", "hnorm", "shared_head.norm")
+        norms = {f"{prefix}.{name}.weight": norm for name, norm in zip(names, self.norms, strict=True)}
+        own = {f"{prefix}.embed_tokens.weight": self.embed_tokens, f"{prefix}.shared_head.head.weight": self.head}
+        norms |= {name: weight for name, weight in own.items() if weight is not None}
+        return norms | self.eh.slots(f"{prefix}.eh_proj.weight") | self.layer.slots(prefix)
+
+
+class DeviceModel:
+    """The verifier and its MTP modules in FP8.
+
+    Args:
+        config: `why_not(config)` is None.
+        eh_packed: whether the module's eh_proj is stored in FP8 like the other matrices; DeepSeek's is in bfloat16.
+        router: dtype in which the gates are stored.
+        draft_ids: the tokens that drafts may be, in ascending order; None for all. Fewer are read faster, and a draft
+            cannot change the text.
+        packed_cache: whether latents are cached in FP8.
+        ranks: that share the work, see `parallel`; this model then holds one rank's part of the matrices.
+    """
+
+    runs_on = "the FP8 kernels"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device | str,
+        eh_packed: bool = False,
+        router: torch.dtype = torch.bfloat16,
+        draft_ids: Sequence[int] | None = None,
+        packed_cache: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        if config.hidden_size <= BLOCK * (ranks.size - 1):
+            raise CheckpointError(f"hidden_size {config.hidden_size}: fewer blocks of {BLOCK} than {ranks.size} ranks")
+        self.packed_cache, self.ranks = packed_cache, ranks
+        self.config, self.device, self.dtype = config, torch.device(device), fp8.E4M3
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        dense = [config.intermediate_size] * config.first_k_dense_replace + [None] * config.num_hidden_layers
+        self.layers = [Layer(config, dense[i], self.device, router, ranks) for i in range(config.num_hidden_layers)]
+        self.norm = torch.empty(config.hidden_size, dtype=torch.bfloat16, device=self.device)
+        tied = config.tie_word_embeddings
+        rows, own = ranks.share(config.vocab_size, "vocab_size"), ranks.own(config.vocab_size)
+        self.lm_head = self.embed_tokens[own] if tied else self.embed_tokens.new_empty(rows, config.hidden_size)
+        # drafts read the head in FP8: half the bytes, and a draft cannot change the text
+        drafts = config.num_nextn_predict_layers > 0
+        self.draft_ids: Tensor | None = None
+        if draft_ids is not None:
+            places = [token - own.start for token in draft_ids if own.start <= token < own.stop]
+            self.draft_ids, rows = torch.tensor(places, dtype=torch.int64).to(self.device), len(places)
+        self.draft_head = Matrix.empty(rows, config.hidden_size, self.device) if drafts else None
+        modules = config.num_nextn_predict_layers
+        self.mtp = [Module(config, config.module(module), self.device, eh_packed, router, ranks)
+                    for module in range(modules)]  # fmt: skip
+        for one in self.mtp:
+            one.draft_head = None if one.head is None else Matrix.empty(rows, config.hidden_size, self.device)
+        self._table = torch.empty(0, 2, config.qk_rope_head_dim, dtype=torch.float32, device=self.device)
+
+    def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan) -> Tensor:
+        """Returns the normed hidden states `[M, D]` of tokens ids `[M]` int64, which join the caches."""
+        x, branch = F.embedding(ids, self.embed_tokens), None
+        table = self.table(caches[0].capacity)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, branch = layer(x, branch, table, cache, plan)
+        return quant.rms_norm(x, self.norm, self.config.rms_norm_eps, branch)[0]
+
+    def mtp_rows(self, module: int, ids: Tensor, hidden: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
+        """Returns a module's normed outputs `[M, D]` for tokens ids `[M]` after hidden states `[M, D]`."""
+        own = self.mtp[module].embed_tokens
+        embedding = F.embedding(ids, self.embed_tokens if own is None else own)
+        return self.mtp[module](embedding, hidden, self.table(cache.capacity), cache, plan)
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns `[M, V]` float32 logits of normed hidden states, in `out` if it is given."""
+        return self._logits(hidden, self.lm_head, out)
+
+    def module_logits(self, module: int, hidden: Tensor) -> Tensor:
+        """Returns `[M, V]` float32 logits of a module's normed outputs, by its own head if it has one."""
+        head = self.mtp[module].head
+        return self._logits(hidden, self.lm_head if head is None else head)
+
+    def _logits(self, hidden: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
+        launch = gemm.default_launch(self.config.vocab_size, self.config.hidden_size, "bf16")
+        alone = self.ranks.size == 1
+        own = gemm.bf16_gemm(hidden, head, dtype=torch.float32, out=out if alone else None, launch=launch)
+        whole = self.ranks.gather(own)
+        return whole if alone or out is None else out.copy_(whole)
+
+    def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
+        """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8; -inf where none may be.
+
+        Args:
+            own: the module whose own head it is, as `config.head_of` says; None for the model's.
+        """
+        head = self.draft_head if own is None else self.mtp[own].draft_head
+        assert head is not None
+        assert head.scale is not None
+        if self.draft_ids is not None and not len(self.draft_ids):  # all of them are other ranks'
+            none = torch.full((len(hidden), len(self.lm_head)), -torch.inf, dtype=torch.float32, device=self.device)
+            return self.ranks.gather(none)
+        some = gemm.fp8_gemm(*quant.quant(hidden), head.weight, head.scale, dtype=torch.float32)
+        if self.draft_ids is not None:
+            row = some.new_full((len(some), len(self.lm_head)), -torch.inf)
+            some = row.index_copy_(1, self.draft_ids, some)
+        return self.ranks.gather(some)
+
+    def finish(self) -> None:
+        """Derives what the checkpoint does not hold; to be called once its tensors are in place."""
+        for head, source in self._draft_heads():
+            for first in range(0, head.weight.shape[0], HEAD_ROWS):
+                rows = slice(first, first + HEAD_ROWS)
+                chosen = source[rows] if self.draft_ids is None else source[self.draft_ids[rows]]
+                weight, scale = fp8.weight_quant(chosen)
+                head.weight[rows] = weight
+                assert head.scale is not None
+                head.scale[first // BLOCK : first // BLOCK + scale.shape[0]] = scale
+
+    def _draft_heads(self) -> list[tuple[Matrix, Tensor]]:
+        """Returns the heads that drafts read, each with the one it comes from."""
+        found = [(self.draft_head, self.lm_head), *((module.draft_head, module.head) for module in self.mtp)]
+        return [(head, source) for head, source in found if head is not None and source is not None]
+
+    def table(self, length: int) -> Tensor:
+        """Returns a rope table of more than `length` positions; grown between passes, never inside a captured one."""
+        if self._table.shape[0] <= length:
+            self._table = rope_table(self.config, length + 64, self.device)
+        return self._table
+
+    @property
+    def layout(self) -> Layout:
+        """What a token's row of the caches holds."""
+        return self.layers[0].attention.head.layout(self.packed_cache)
+
+    def new_caches(self, tokens: int, nodes: int, pages: int | None = None) -> list[Cache]:
+        """Returns caches of all layers and, last, of the MTP modules; arguments as `mla_cache.new_caches`."""
+        return new_caches(len(self.layers) + len(self.mtp), tokens, nodes, self.layout, self.device, pages)
+
+    def parameters(self) -> list[Tensor]:
+        """Returns the tensors that hold weights, scales included."""
+        return [*self.checkpoint_slots().values(), *self.derived()]
+
+    def derived(self) -> list[Tensor]:
+        """Returns those that the checkpoint does not hold: the heads that drafts read."""
+        return [part for head, _ in self._draft_heads() for part in (head.weight, head.scale) if part is not None]
+
+    def checkpoint_slots(self) -> Slots:
+        """Returns every checkpoint tensor, scales included, with a view of its place.
+
+        The shared expert's places have its experts as a dimension of their own; reshaped, its tensors fit.
+        """
+        out: Slots = {"model.embed_tokens.weight": self.embed_tokens}
+        blocks: list[Layer | Module] = [*self.layers, *self.mtp]
+        for i, layer in enumerate(blocks):
+            out |= layer.slots(f"model.layers.{i}")
+        out["model.norm.weight"] = self.norm
+        if not self.config.tie_word_embeddings:
+            out["lm_head.weight"] = self.lm_head
+        return out

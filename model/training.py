@@ -1,0 +1,288 @@
+"""What only training needs of a model: its weights with gradients over whole sequences, and the losses of MTP modules.
+
+The weights are a `Transformer`'s own, in their places; the way through them is another. Inference takes rows a few at a
+time, in sums of a fixed order; here every product takes all rows of a batch at once, attention is in its expanded form
+and every expert runs on every row. The logits are inference's within rounding.
+
+Legend: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary, `H` heads, `E` experts, `k` of them a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_spec.model.attention import MLA
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.layers import MLP, gated_silu
+from mtp_spec.model.moe import Gate, MoE
+from mtp_spec.model.transformer import Block, MTPModule, Transformer
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class TrainingForward:
+    """A model's weights with gradients, over whole sequences.
+
+    Args:
+        model: whose weights they are; the whole model in one process.
+        dropout: of both residual branches of every block; 0 switches it off.
+    Attributes:
+        blocks: the model's layers, then one of each MTP module, as a checkpoint counts them.
+        load: of each block rows that its experts took in passes with gradients, `[E]`; None where it has no experts.
+    Raises:
+        ValueError: the model is one rank's part.
+    """
+
+    def __init__(self, model: Transformer, dropout: float = 0.0) -> None:
+        if model.ranks.size > 1:
+            raise ValueError(f"the model is one of {model.ranks.size} ranks' parts: train it whole, in one process")
+        self.model, self.dropout = model, dropout
+        self.modules = [module for module in model.mtp if isinstance(module, MTPModule)]
+        self.blocks: list[Block] = [*model.blocks(), *(module.block for module in self.modules)]
+        self.load = [
+            torch.zeros(block.mlp.experts, dtype=torch.float32, device=model.device)
+            if isinstance(block.mlp, MoE) else None
+            for block in self.blocks
+        ]  # fmt: skip
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Returns hidden states after the final norm `[B, T, D]` of ids `[B, T]`."""
+        model, rope = self.model, self._rope(0, ids.shape[1])
+        x = F.embedding(ids, model.embed_tokens)
+        for number in range(model.config.num_hidden_layers):
+            x = self._block(number, x, rope)
+        out: Tensor = model.norm(x)
+        return out
+
+    def mtp_hidden(
+        self, module: int, ids: Tensor, hidden: Tensor, offset: int, earlier: list[KeysValues] | None = None
+    ) -> Tensor:
+        """Returns an MTP module's normed output `[B, T, D]`.
+
+        Args:
+            module: which one.
+            ids: `[B, T]` the token that follows each hidden state at this depth.
+            hidden: `[B, T, D]` the main model's normed hidden states, or the previous depth's output.
+            offset: position of ids[:, 0].
+            earlier: an empty list at the first depth of a module that is reused on its own output; it carries keys and
+                values from depth to depth, as the module's cache does when drafting.
+        """
+        mtp, rope = self.modules[module], self._rope(offset, ids.shape[1])
+        embeddings = self.model.embed_tokens if mtp.embed_tokens is None else mtp.embed_tokens
+        x = mtp.mix(F.embedding(ids, embeddings), hidden)
+        x = self._block(self.model.config.num_hidden_layers + module, x, rope, earlier)
+        out: Tensor = mtp.norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns the main model's logits `[B, T, V]`."""
+        return self.model.logits(hidden)
+
+    def mtp_logits(self, module: int, hidden: Tensor) -> Tensor:
+        """Returns a module's logits `[B, T, V]`, by its own head if it has one."""
+        return self.model.module_logits(module, hidden)
+
+    def drafts(self, ids: Tensor, hidden: Tensor, depths: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields (depth, outputs `[B, T - depths, D]`) of the first module, reused on its own output as in drafting.
+
+        Args:
+            ids: `[B, T]` the text.
+            hidden: `[B, T, D]` of the main model.
+            depths: how often it is reused, the first time counted.
+        """
+        rows, earlier = ids.shape[1] - depths, list[KeysValues]()
+        hidden = hidden[:, :rows]
+        for depth in range(1, depths + 1):
+            hidden = self.mtp_hidden(0, ids[:, depth : depth + rows], hidden, depth, earlier)
+            yield depth, hidden
+
+    def feed_forward(self, number: int, x: Tensor) -> Tensor:
+        """Returns what a block's MLP or experts make of rows x `[M, D]`."""
+        mlp = self.blocks[number].mlp
+        if isinstance(mlp, MLP):
+            out: Tensor = mlp(x)
+            return out
+        weights, indices = chosen_experts(mlp.gate, x)
+        by_expert = weights.new_zeros(len(x), mlp.experts).scatter(1, indices, weights)
+        load = self.load[number]
+        if load is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                load += (by_expert > 0).sum(0)
+        routed = every_expert(mlp, x, by_expert)
+        return routed if mlp.shared is None else routed + mlp.shared(x)
+
+    @torch.no_grad()
+    def balance(self, step: float) -> float:
+        """Moves each gate's bias towards even load (2408.15664) and forgets the loads.
+
+        Returns:
+            The worst expert's load over the mean.
+        """
+        worst = 0.0
+        for block, load in zip(self.blocks, self.load, strict=True):
+            if load is None or not isinstance(block.mlp, MoE):
+                continue
+            bias = block.mlp.gate.e_score_correction_bias
+            if bias is None:
+                raise ValueError("this model's gates have no bias to balance the load of experts with")
+            bias += step * torch.sign(load.mean() - load)
+            worst = max(worst, float(load.max() / load.mean().clamp_min(1)))
+            load.zero_()
+        return worst
+
+    def _block(self, number: int, x: Tensor, rope: Tensor, earlier: list[KeysValues] | None = None) -> Tensor:
+        block = self.blocks[number]
+        x = x + self._dropped(expanded_attention(block.self_attn, block.input_layernorm(x), rope, earlier))
+        branch = self.feed_forward(number, block.post_attention_layernorm(x).flatten(0, -2)).view_as(x)
+        return x + self._dropped(branch)
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout) if self.dropout else branch
+
+    def _rope(self, offset: int, rows: int) -> Tensor:
+        return self.model.table(offset + rows)[offset : offset + rows, None]
+
+
+# layers
+
+
+def expanded_attention(mla: MLA, x: Tensor, rope: Tensor, earlier: list[KeysValues] | None = None) -> Tensor:
+    """Returns a layer's causal attention `[B, T, D]` over whole sequences x `[B, T, D]`, keys and values by head.
+
+    Args:
+        mla: the layer.
+        x: its normed input.
+        rope: `[T, 1, 2, R]` angles of the rows' positions.
+        earlier: keys and values of the shallower depths of a module that drafts on its own output, to which this
+            depth's are appended. Row t sees the first depth's rows up to t, as the tokens committed before a draft, and
+            of every later depth only row t, its own ancestor.
+    """
+    q_nope, q_rope, row = mla.project(x, rope)
+    latent, k_rope = row.split((mla.latent, mla.rope_dim), dim=-1)
+    k_nope, v = mla.kv_b_proj(latent).unflatten(-1, (mla.heads, -1)).split((mla.nope, mla.v_dim), dim=-1)
+    q = torch.cat((q_nope, q_rope), dim=-1)
+    k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
+    # flash attention wants one head size
+    v = F.pad(v, (0, q.shape[-1] - mla.v_dim)) if q.shape[-1] > mla.v_dim else v
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+    mask = None
+    if earlier is not None:
+        earlier.append((k, v))
+        if len(earlier) > 1:
+            k, v = (torch.cat(parts, dim=-2) for parts in zip(*earlier, strict=True))
+            mask = _draft_mask(x.shape[-2], len(earlier), x.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=mla.scale)
+    values: Tensor = mla.o_proj(out[..., : mla.v_dim].transpose(-3, -2).flatten(-2))
+    return values
+
+
+def _draft_mask(rows: int, depths: int, device: torch.device) -> Tensor:
+    """Returns `[T, depths * T]`: causal over the first depth, the diagonal over the others."""
+    own = torch.eye(rows, dtype=torch.bool, device=device)
+    causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    return torch.cat([causal] + [own] * (depths - 1), dim=1)
+
+
+def chosen_experts(gate: Gate, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns weights `[M, k]` and experts `[M, k]`, in ascending order, of rows x `[M, D]`.
+
+    In the gate's own dtype, float32, whatever autocast says; `Gate.choose` is inference's form of it.
+    """
+    config = gate.config
+    with torch.autocast(x.device.type, enabled=False):
+        logits = F.linear(x.to(gate.weight.dtype), gate.weight)
+    scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+    choice = scores if gate.e_score_correction_bias is None else scores + gate.e_score_correction_bias
+    indices = _within_groups(choice, config).topk(config.num_experts_per_tok, dim=-1).indices.sort(dim=-1).values
+    weights = scores.gather(-1, indices)
+    if config.norm_topk_prob and not config.is_v2:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * config.routed_scaling_factor, indices
+
+
+def _within_groups(choice: Tensor, config: ModelConfig) -> Tensor:
+    """Masks the experts outside each row's best `topk_group` groups."""
+    if config.topk_method == "greedy" or config.n_group == config.topk_group:
+        return choice
+    grouped = choice.view(*choice.shape[:-1], config.n_group, -1)
+    if config.topk_method == "noaux_tc":
+        score, hidden = grouped.topk(2, dim=-1).values.sum(-1), float("-inf")
+    else:
+        score, hidden = grouped.amax(-1), 0.0
+    best = score.topk(config.topk_group, dim=-1).indices
+    keep = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
+    return grouped.masked_fill(~keep.unsqueeze(-1), hidden).flatten(-2)
+
+
+def every_expert(moe: MoE, x: Tensor, weights: Tensor) -> Tensor:
+    """Returns the weighed sum of experts `[M, D]` for rows x `[M, D]` and weights `[M, E]`, zero for those not chosen.
+
+    Every expert on every row as two large products: at the few small experts of a model that is trained on one device
+    this beats sorting rows, and it compiles to dense code.
+    """
+    inner = gated_silu(F.linear(x, moe.gate_up.flatten(0, 1)).unflatten(-1, (moe.experts, -1)))
+    inner = inner * weights.unsqueeze(-1).to(inner.dtype)
+    return F.linear(inner.flatten(1), moe.down.transpose(0, 1).flatten(1))
+
+
+# losses
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Returns the weighted mean loss of logits `[B, T, V]`, of targets and weights `[B, T]`."""
+    loss = F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten(), reduction="none")
+    return (loss * weights.flatten()).sum() / weights.sum()
+
+
+def joint_loss(
+    forward: TrainingForward, ids: Tensor, weights: Tensor, mtp_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the loss of a model with its first module (V3 report eq. 25), the model's part and the module's.
+
+    Args:
+        forward: the model.
+        ids: `[B, T]` text.
+        weights: `[B, T]` of each token as a target.
+        mtp_weight: of the module's part in the sum.
+    """
+    hidden = forward.hidden(ids[:, :-1])
+    own = cross_entropy(forward.logits(hidden), ids[:, 1:], weights[:, 1:])
+    deeper = forward.mtp_hidden(0, ids[:, 1:-1], hidden[:, :-1], 1)
+    mtp = cross_entropy(forward.mtp_logits(0, deeper), ids[:, 2:], weights[:, 2:])
+    return own + mtp_weight * mtp, own, mtp
+
+
+def distil_loss(
+    forward: TrainingForward, ids: Tensor, weights: Tensor, hidden: Tensor, target: Tensor,
+    depth_weights: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """Returns the weighted divergence of the first module's guesses from the main model's own, KL plus total variation.
+
+    Total variation is what coupled and rejection sampling lose (1 - sum min(p, q)); KL has gradients everywhere.
+
+    Args:
+        forward: the model.
+        ids: `[B, T]` text.
+        weights: `[B, T]` of the token that row t is about.
+        hidden: `[B, T, D]` of the frozen main model.
+        target: `[B, T, V]` its log-probabilities; row t is about token t + 1.
+        depth_weights: of each depth that the module is reused to, as in FastMTP (2509.18362).
+    """
+    depths, losses = len(depth_weights), list[Tensor]()
+    rows = ids.shape[1] - depths
+    for depth, deeper in forward.drafts(ids, hidden, depths):
+        log_q = _wide(forward.mtp_logits(0, deeper)).log_softmax(-1)
+        log_p, w = _wide(target[:, depth : depth + rows]), weights[:, depth : depth + rows]
+        p = log_p.exp()
+        far = (p * (log_p - log_q)).sum(-1) + 0.5 * (p - log_q.exp()).abs().sum(-1)
+        losses.append(depth_weights[depth - 1] * (far * w).sum() / w.sum())
+    return torch.stack(losses).sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Returns x in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

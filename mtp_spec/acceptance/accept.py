@@ -1,0 +1,138 @@
+"""Which drafted tokens are accepted, and what of them becomes text.
+
+The default is coupled sampling (Gumbel coupling, Daliri et al. 2408.07978); other rules are in `mtp_spec.acceptance`.
+
+Every row of the target decides for itself: its token is the argmax of its processed logits plus noise that depends
+on seed, position and token alone. A draft is accepted when it is that token. The text is therefore what plain
+decoding draws, whatever was drafted; a draft can only make it arrive sooner. At temperature 0 the noise is absent
+and the same walk is greedy verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtp_spec.acceptance import Choices, Rule
+from mtp_spec.acceptance.base import Law
+from mtp_spec.errors import NotFiniteError
+from mtp_spec.sampling.sampler import History, Sampler
+from mtp_spec.tree import ROOT, TokenTree
+
+TokenLogprob = tuple[float, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token of the text.
+
+    Attributes:
+        token: its id.
+        depth: draft depth of the node that proposed it, 0 if only the target did.
+        logprob: its log-probability under the model and the best alternatives, where asked for.
+    """
+
+    token: int
+    depth: int
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Outcome of one verify pass.
+
+    Attributes:
+        nodes: accepted nodes, depth 1 first.
+        drawn: the tokens committed: those of `nodes`, then the target's own (the bonus token).
+        history: the sampler's history after them.
+        stopped: whether the last token ends the text; it is then the last of `drawn`, wherever it was drawn.
+    """
+
+    nodes: list[int]
+    drawn: list[Drawn]
+    history: History
+    stopped: bool
+
+
+def accept_coupled(
+    tree: TokenTree,
+    logits: Tensor,
+    sampler: Sampler,
+    history: History,
+    position: int,
+    is_last: Callable[[int], bool],
+) -> Accepted:
+    """Returns the path from the root along which drafts equal the target's draws.
+
+    Args:
+        tree: drafted nodes; row n + 1 of the logits belongs to node n, row 0 to the root.
+        logits: `[1 + N, V]` target rows, as the model returned them.
+        history: tokens up to and including the root.
+        position: absolute position of the token that row 0 predicts.
+        is_last: told each token as it is drawn; true ends the text there.
+
+    Raises:
+        NotFiniteError: a row that a token is to be drawn from holds NaN or infinity.
+    """
+    node, nodes, drawn = ROOT, list[int](), list[Drawn]()
+    while True:
+        row = logits[node + 1]
+        token = sampler.draw(_processed(sampler, row, history, position + len(drawn), node), position + len(drawn))
+        history = history.child(token)
+        child = tree.child(node, token)
+        wanted = sampler.params.logprobs
+        logprob = sampler.logprobs(row, token, wanted) if wanted else None
+        drawn.append(Drawn(token, 0 if child is None else tree.depths[child], logprob))
+        stopped = is_last(token)
+        if child is not None:
+            nodes.append(child)
+        if stopped or child is None:
+            return Accepted(nodes, drawn, history, stopped)
+        node = child
+
+
+def accept_by_rule(
+    rule: Rule,
+    choices: Choices,
+    tree: TokenTree,
+    laws: Sequence[Law],
+    logits: Tensor,
+    sampler: Sampler,
+    history: History,
+    position: int,
+    is_last: Callable[[int], bool],
+) -> Accepted:
+    """Returns what a rule accepts; arguments as for `accept_coupled`.
+
+    Args:
+        choices: where the rule's randomness comes from.
+        laws: for each node the law it was drawn from.
+    """
+
+    def target(node: int) -> Law:
+        own = history.extend(tree.path_tokens(node))
+        depth = 0 if node == ROOT else tree.depths[node]
+        return sampler.law(_processed(sampler, logits[node + 1], own, position + depth, node), position + depth)
+
+    verdict = rule.judge(tree, laws, target, choices)
+    tokens = [*(tree.tokens[node] for node in verdict.nodes), verdict.token]
+    rows = [ROOT, *verdict.nodes]
+    wanted, drawn, stopped = sampler.params.logprobs, list[Drawn](), False
+    for number, (row, token) in enumerate(zip(rows, tokens, strict=True), start=1):
+        logprob = sampler.logprobs(logits[row + 1], token, wanted) if wanted else None
+        drawn.append(Drawn(token, number if number < len(tokens) else 0, logprob))
+        stopped = is_last(token)
+        if stopped:
+            break
+    history = history.extend(one.token for one in drawn)
+    return Accepted(verdict.nodes[: len(drawn)], drawn, history, stopped)
+
+
+def _processed(sampler: Sampler, row: Tensor, history: History, position: int, node: int) -> Tensor:
+    try:
+        return sampler.process(row, history, position)
+    except NotFiniteError as error:
+        error.node = node
+        raise

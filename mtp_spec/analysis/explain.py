@@ -1,0 +1,133 @@
+"""A few steps of speculative decoding laid open: the tree, both models' probabilities, the accepted path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.text import Text
+from rich.tree import Tree
+from torch import Tensor
+
+from mtp_spec.acceptance.accept import Accepted
+from mtp_spec.sampling.sampler import History
+from mtp_spec.sequence import Sequence
+from mtp_spec.stream import TokenStream
+from mtp_spec.tree import ROOT, TokenTree
+
+Decode = Callable[[Seq[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A drafted token.
+
+    Attributes:
+        parent: number of the node it follows, -1 for the root.
+        draft, target: its probability under each model, after temperature, truncation, penalties and bias; at
+            temperature 0, where only the best counts, that of temperature 1.
+    """
+
+    token: int
+    text: str
+    parent: int
+    depth: int
+    draft: float
+    target: float
+    accepted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A verify step: the last committed token, the drafts after it, and the token that the target added."""
+
+    root: str
+    nodes: list[Node]
+    bonus: str
+    bonus_target: float
+
+
+@dataclass(slots=True)
+class Explanation:
+    """Steps of a text; rich prints them as trees.
+
+    Attributes:
+        first: the text's first token, which the prompt's last row gives.
+    """
+
+    first: str = ""
+    steps: list[Step] = field(default_factory=list)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Group(*(_tree(number, step) for number, step in enumerate(self.steps, start=1)))
+
+
+class Explainer:
+    """Watches a stream's steps, see `sequence.Observer`."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode, self._found = decode, Explanation()
+        self._rows, self._kept = dict[int, Tensor](), list[int]()
+        self._sequence: Sequence | None = None
+
+    def watch(self, stream: TokenStream, steps: int) -> Explanation:
+        """Returns the first steps of a stream that has not begun."""
+        self._sequence = sequence = stream.sequence
+        while sequence.alive and len(self._found.steps) < steps:
+            stream.advance()
+        stream.close()
+        self._found.first = self._decode(sequence.tokens[sequence.prompt_tokens :][:1])
+        return self._found
+
+    def drafted(self, parent: int, row: Tensor) -> None:
+        """Keeps the row that a node's children come from."""
+        if parent == ROOT:
+            self._rows.clear()
+            self._kept.clear()
+        self._rows[parent] = row
+
+    def pruned(self, kept: list[int]) -> None:
+        """Keeps which nodes are verified."""
+        self._kept[:] = kept
+
+    def verified(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
+        """Adds a step."""
+        sequence = self._sequence
+        assert sequence is not None
+        sampler, decode = sequence.sampler, self._decode
+
+        def target(node: int, token: int) -> float:
+            own = sampler.process(logits[node + 1], history.extend(tree.path_tokens(node)))
+            return _share(own, token)
+
+        def draft(node: int, token: int) -> float:
+            return _share(self._rows[self._kept[node] if self._kept and node != ROOT else node], token)
+
+        kept, nodes = set(accepted.nodes), list[Node]()
+        for node, token in enumerate(tree.tokens):
+            parent, depth = tree.parents[node], tree.depths[node]
+            chances = draft(parent, token), target(parent, token)
+            nodes.append(Node(token, decode([token]), parent, depth, *chances, node in kept))
+        last, row = accepted.drawn[-1].token, [ROOT, *accepted.nodes][len(accepted.drawn) - 1]
+        step = Step(decode([sequence.tokens[-1]]), nodes, decode([last]), target(row, last))
+        self._found.steps.append(step)
+
+
+def _share(row: Tensor, token: int) -> float:
+    """Returns a token's probability by a processed row `[V]`."""
+    return float(row.double().softmax(-1)[token])
+
+
+def _tree(number: int, step: Step) -> Tree:
+    drawn = Tree(Text.assemble((f"step {number} ", "bold"), "after ", (repr(step.root), "cyan")))
+    branches, end = {ROOT: drawn}, ROOT
+    for at, node in enumerate(step.nodes):
+        style = "green" if node.accepted else "dim"
+        mark = "accepted" if node.accepted else "rejected"
+        label = f"{node.text!r}  draft {node.draft:.0%}, target {node.target:.0%}, {mark}"
+        branches[at] = branches[node.parent].add(Text(label, style=style))
+        end = at if node.accepted else end
+    branches[end].add(Text(f"{step.bonus!r}  target {step.bonus_target:.0%}, its own", style="bold yellow"))
+    return drawn

@@ -1,0 +1,1 @@
+"""`bench cpu-peers`: other libraries on this processor, each in a Python of its own, beside this one."""

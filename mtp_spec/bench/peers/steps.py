@@ -1,0 +1,173 @@
+"""Plain steps beside llama.cpp: a model of a published shape with random weights, ours in FP8, theirs in Q8_0.
+
+GGUF's weights are the same numbers, rounded once more, so both choose the same experts but for near ties, and their
+logits must agree: that is measured first. Both read the same random ids after the same context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import mtp_spec
+from mtp_spec.bench.common import Report, Row, spread
+from mtp_spec.bench.cpu import SHAPES, SHARD_BYTES, pass_bytes
+from mtp_spec.bench.peers.process import Peer
+from mtp_spec.bench.synthetic import outputs, synthetic_job
+from mtp_spec.errors import OptionError
+from mtp_spec.host_memory import free_memory
+from mtp_spec.model.cache import LatentCache
+from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.cpu.model import CPUModel
+
+SHAPE = "gigachat3.1-10b"
+STEPS = 8  # of each library before the other's turn
+WARM = 4  # more before a round's, untimed: caches that the other has emptied
+PAUSE = 0.1  # seconds between turns, so that the other's threads have gone to sleep
+AGREE = 0.98  # the least correlation of logits that is one model's
+ROOM_BYTES = 2 * 10**9
+Q8_0 = 34 / 32  # bytes a number
+Steps = dict[str, list[float]]  # "seconds" by the clock and "cpu", of the processor, of each step
+OURS, THEIRS = "mtp_spec plain, FP8", "llama.cpp, Q8_0"
+
+
+def shape(args: argparse.Namespace) -> ModelConfig:
+    """Returns the model: the published one with fewer routed experts, of which as many are read a token.
+
+    Raises:
+        OptionError: fewer experts than are chosen, or not enough memory or disk for both models.
+    """
+    full = SHAPES[SHAPE]
+    if not full.num_experts_per_tok <= args.experts <= full.n_routed_experts:
+        raise OptionError(f"--experts {args.experts}: {full.num_experts_per_tok} to {full.n_routed_experts}")
+    config = replace(full, n_routed_experts=args.experts)
+    size = sum(output.bytes for output in outputs(config))
+    both = size * (1 + Q8_0) + ROOM_BYTES
+    folder = args.folder or Path(tempfile.gettempdir())
+    if not folder.is_dir():
+        raise OptionError(f"--folder {folder} is no folder")
+    for what, room in (("the disk of --folder", shutil.disk_usage(folder).free), ("memory", free_memory())):
+        if room is not None and room < both:
+            raise OptionError(f"both models need {both / 1e9:.1f} GB, {what} has {room / 1e9:.1f} left; "
+                              "give fewer --experts, or another --folder")  # fmt: skip
+    return config
+
+
+def steps(args: argparse.Namespace) -> Report:
+    """Writes both models, times steps of each in turn, deletes the models."""
+    config, python = shape(args), args.llama_python
+    folder = Path(tempfile.mkdtemp(prefix="mtp_spec.", dir=args.folder))
+    try:
+        run_job(synthetic_job(config, SHARD_BYTES), folder / "model")
+        file = str(folder / "model.gguf")
+        with Peer(python, "gguf_worker.py", {"folder": str(folder / "model"), "file": file}, {}) as writer:
+            written = writer.facts
+        tokens = args.context + args.rounds * (STEPS + WARM)
+        lm = mtp_spec.load(folder / "model", max_context=tokens, measure=False)
+        model = lm.model
+        if not isinstance(model, CPUModel):
+            raise OptionError("bench cpu-peers: models do not run on the CPU engine here, see mtp-spec inspect")
+        asked = {"file": file, "context": -(-tokens // 256) * 256, "threads": max(args.threads),
+                 "repack": args.llama_repack}  # fmt: skip
+        with Peer(python, "llama_worker.py", asked, {}) as peer:
+            return _measured(model, peer, args, written)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measured(model: CPUModel, peer: Peer, args: argparse.Namespace, written: Row) -> Report:
+    config = model.config
+    read = {OURS: pass_bytes(model, "1 row", _hits(config)), THEIRS: written["read a token"]}
+    rows = list[Row]()
+    facts: Row = {"llama.cpp": peer.facts, "gguf": written, "config": config.to_hf_dict()}
+    notes = [f"{SHAPE}'s shapes, {config.num_hidden_layers} layers, {config.n_routed_experts} of its "
+             f"{SHAPES[SHAPE].n_routed_experts} experts a layer, {config.num_experts_per_tok} chosen, random weights; "
+             f"{args.context} tokens of context; {peer.facts['llama-cpp-python']} of llama-cpp-python"]  # fmt: skip
+    before = torch.get_num_threads()
+    try:
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            taken, same = _turns(model, peer, args, threads)
+            facts[f"seconds a step and of the processor, {threads} threads"] = taken
+            facts[f"correlation of logits, {threads} threads"] = same
+            rows += table(taken, read, threads)
+            notes.append(f"{threads} threads: the logits after the context correlate by {same:.4f}")
+    finally:
+        torch.set_num_threads(before)
+    return Report("Plain steps beside llama.cpp", rows, facts, notes=notes)
+
+
+def _hits(config: ModelConfig) -> float:
+    """Returns the experts that one token reads."""
+    return (config.num_hidden_layers - config.first_k_dense_replace) * config.num_experts_per_tok
+
+
+def table(taken: dict[str, list[Steps]], read: dict[str, float], threads: int) -> list[Row]:
+    """Returns the rows: medians, over rounds, of the ratio of each round's median step.
+
+    Seconds of the processor are what a shared machine disturbs least with one thread: one that waits for its turn uses
+    none. With more, they count waiting for the other threads too, as far as a library does that without sleeping.
+    """
+    rows = list[Row]()
+    for name in (OURS, THEIRS):
+        seconds, cpu = (
+            spread([median(theirs[what]) / median(own[what])
+                    for theirs, own in zip(taken[THEIRS], taken[name], strict=True)])
+            for what in ("seconds", "cpu")
+        )  # fmt: skip
+        pace = median(median(round["seconds"]) for round in taken[name])
+        rows.append({"threads": threads, "way": name, "tokens/s": 1 / pace, "times llama.cpp": seconds[0],
+                     "quartiles": f"{seconds[1]:.2f}-{seconds[2]:.2f}", "by CPU time": cpu[0],
+                     "its quartiles": f"{cpu[1]:.2f}-{cpu[2]:.2f}", "GB read a token": read[name] / 1e9,
+                     "GB/s": read[name] / pace / 1e9})  # fmt: skip
+    return rows
+
+
+def _turns(
+    model: CPUModel, peer: Peer, args: argparse.Namespace, threads: int
+) -> tuple[dict[str, list[Steps]], float]:
+    """Returns seconds of every step by round, and how the logits after the context correlate."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+
+    def ids(count: int) -> list[int]:
+        drawn: list[int] = torch.randint(vocabulary, (count,), generator=generator).tolist()
+        return drawn
+
+    context = ids(args.context)
+    cache = model.new_cache(args.context + args.rounds * (STEPS + WARM))
+    own = model.logits(model.rows(context, cache, range(-1, len(context) - 1)))[-1]
+    cache.commit(range(len(context)))
+    theirs = torch.tensor(peer.ask(begin=context, threads=threads)["logits"])
+    same = float(torch.corrcoef(torch.stack([own.float(), theirs]))[0, 1])
+    if not same >= AGREE:
+        raise mtp_spec.MTPSpecError(f"llama.cpp's logits correlate with ours by {same:.3f} only: not the same model, "
+                                    "so the times mean nothing")  # fmt: skip
+    taken: dict[str, list[Steps]] = {OURS: [], THEIRS: []}
+    for number in range(args.rounds):
+        now = ids(STEPS + WARM)
+        for name in (OURS, THEIRS) if number % 2 else (THEIRS, OURS):
+            time.sleep(PAUSE)
+            found = _own_steps(model, cache, now) if name == OURS else peer.ask(steps=now)
+            taken[name].append({what: found[what][WARM:] for what in ("seconds", "cpu")})
+    return taken, same
+
+
+def _own_steps(model: CPUModel, cache: LatentCache, ids: list[int]) -> Steps:
+    """Returns seconds of each step by the clock and of the processor, its logits included."""
+    seconds, cpu = [], []
+    for one in ids:
+        start, used = time.perf_counter(), time.process_time()
+        model.logits(model.rows([one], cache, [-1]))
+        cache.commit([0])
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - used)
+    return {"seconds": seconds, "cpu": cpu}

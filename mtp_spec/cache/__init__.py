@@ -1,0 +1,1 @@
+"""Pages of latent cache and the prompt prefixes that sequences share."""

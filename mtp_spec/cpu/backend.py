@@ -1,0 +1,193 @@
+"""A loaded model on a CPU, or by torch anywhere: its pages of cache, its planners, and who runs its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from mtp_spec.cache.pages import HostLease, HostPages, Lease, check_pages
+from mtp_spec.cpu import batch_context
+from mtp_spec.cpu.passes import MOST_ROWS, Passes
+from mtp_spec.cpu.planners import Planners
+from mtp_spec.cpu.state import HostState
+from mtp_spec.cpu.step import HostStep
+from mtp_spec.memory import PagePlan
+from mtp_spec.model.cache import PAGE, pages_for
+from mtp_spec.model.host import HostModel
+from mtp_spec.model.undisturbed import undisturbed
+from mtp_spec.planning.node_planner import TextPlanner
+from mtp_spec.request import Request
+from mtp_spec.sequence import Sequence
+from mtp_spec.speculation import MAX_DEPTH, Speculation
+from mtp_spec.step import step
+from mtp_spec.text import Tokenizer
+
+# rows of prompts that a round reads at most, or one chunk
+PROMPT_ROWS = MOST_ROWS
+# the most that "auto" drafts
+AUTO = Speculation(branching=(2,) * MAX_DEPTH, budget=16, adaptive=True)
+
+
+class HostBackend:
+    """The CPU backend of a model, see `mtp_spec.step.Backend`.
+
+    Args:
+        max_context: most tokens of prompt and text.
+        max_batch: most sequences that share steps.  cache_tokens: of their pages; None for the whole context of all.
+        measure: measure step times for "auto", unless that was done before.  progress: and show a bar meanwhile.
+    """
+
+    auto, captured = AUTO, False
+
+    def __init__(
+        self, model: HostModel, tokenizer: Tokenizer | None, max_context: int, max_batch: int = 1,
+        cache_tokens: int | None = None, measure: bool = True, progress: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.technique = model, model.technique
+        self.planners = Planners(model, model.technique, tokenizer, max_context, measure, progress)
+        self._sizes = max_context, max_batch, cache_tokens
+        self._pages: HostPages | None = None
+        self._threads = 0
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Threads may compute side by side here."""
+        return nullcontext()
+
+    def trim(self) -> None:
+        """Frees the pages if nobody uses them."""
+        if self._pages is not None and not self._pages.leased:
+            self._pages = None
+
+    def runner(self, shared: bool) -> HostRunner:
+        """Returns a runner; see `mtp_spec.step.Backend`."""
+        return HostRunner(self, shared)
+
+    def pages(self, shared: bool) -> HostPages | None:
+        """Returns the pages of all sequences; None where each has memory of its own, on a GPU by torch.
+
+        Raises:
+            MTPSpecError: sequences that share steps could need more memory than the machine has.
+        """
+        model = self.model
+        if model.device.type != "cpu":
+            return None
+        if self._pages is None or shared:
+            max_context, max_batch, cache_tokens = self._sizes
+            plan = PagePlan.of(model.config, model.dtype, max_context, max_batch, cache_tokens, refuse=shared)
+            if self._pages is None:
+                unit = 1 if self.technique == "batched" else MOST_ROWS // PAGE
+                self._pages = HostPages(model.new_layers(plan.pages), len(model.mtp), unit, plan.most_idle)
+        return self._pages
+
+    def lease(self, sequence: Sequence, running: Seq[Sequence], shared: bool) -> HostLease | None:
+        """Returns pages for a sequence; None where it has to wait for those of others."""
+        request, pages = sequence.request, self.pages(shared)
+        if pages is not None:
+            prompt = request.ids if self._same_way(pages) else []
+            others = [(one.lease, one.request.ids, one.request.strict) for one in running
+                      if isinstance(one.lease, Lease)]  # fmt: skip
+            if not pages.is_being_read(prompt, request.strict, others):
+                lease = pages.lease(prompt, request.room, request.strict)
+                if lease is not None:
+                    return lease
+            if shared:
+                return None
+        layers = self.model.new_layers(pages_for(request.room))
+        return HostPages(layers, len(self.model.mtp)).lease([], request.room, False)
+
+    def _same_way(self, pages: HostPages) -> bool:
+        """Whether rows are computed as those in the pages were: by torch they depend on the number of threads."""
+        threads = torch.get_num_threads()
+        if self.model.runs_on != "torch" or threads == self._threads:
+            return True
+        if pages.leased:
+            return False
+        pages.forget()
+        self._threads = threads
+        return True
+
+
+class HostRunner:
+    """Runs sequences on a CPU, see `mtp_spec.step.Runner`."""
+
+    def __init__(self, backend: HostBackend, shared: bool) -> None:
+        self._backend, self._shared = backend, shared
+        self._passes = Passes(backend.model, backend.technique)
+        self._rounds = 0
+
+    def check(self, request: Request) -> None:
+        """Refuses what could never fit; see `mtp_spec.step.Runner`."""
+        pages = self._backend.pages(self._shared)
+        if pages is not None and self._shared:
+            check_pages(request, request.room, pages.total)
+
+    def crowded(self, request: Request) -> bool:
+        """Whether others hold memory that a request needs; see `mtp_spec.step.Runner`."""
+        pages = self._backend.pages(self._shared)
+        return pages is not None and pages.free + pages.idle < pages_for(request.room)
+
+    def begins(self, threads: int) -> None:
+        """Computes with as many threads as the submitter does."""
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+    def measured(self) -> list[float]:
+        """Returns nothing: every step's times are shared at once."""
+        return []
+
+    def learn(self, times: Seq[float]) -> None:
+        """Has nothing to learn."""
+        assert not times
+
+    def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
+        """Leases pages for a sequence; see `mtp_spec.step.Runner`."""
+        backend, speculation, planner = self._backend, sequence.speculation, None
+        if speculation is not None and speculation.adaptive:
+            planner = TextPlanner(backend.planners.here())
+        sequence.lease = lease = backend.lease(sequence, running, self._shared)
+        if lease is None:
+            return False
+        sequence.state = HostState(backend.model, backend.technique, sequence, lease, planner)
+        return True
+
+    @undisturbed()
+    def round(self, running: Seq[Sequence]) -> list[Sequence]:
+        """Takes a step with all that have read their prompts, and reads on beside it; see `mtp_spec.step.Runner`."""
+        states: list[HostState] = [one.state for one in running]
+        stepping = [state for state in states if state.reading is None]
+        batch_context.introduce(stepping, len(running) == 1)
+        batch = [state for state in stepping if state.begins_step()]
+        reading = self._next([state for state in states if state.reading is not None])
+        try:
+            return step(HostStep(self._passes, batch, reading))
+        except Exception as error:  # of a pass: all that took part
+            failed = [state.sequence for state in (*batch, *reading)]
+            for one in failed:
+                one.error = error
+            return failed
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives the sequence's pages back; see `mtp_spec.step.Runner`."""
+        if sequence.lease is not None:
+            sequence.lease.end()
+        sequence.state = None
+
+    def close(self) -> None:
+        """Has nothing to end."""
+
+    def _next(self, reading: list[HostState]) -> list[HostState]:
+        """Returns those whose prompts are read in this round: a chunk of who has waited longest, with others that fit.
+
+        So a long prompt holds up neither the steps nor the other prompts.
+        """
+        found, rows = list[HostState](), 0
+        self._rounds += 1
+        for state in sorted(reading, key=lambda state: state.read):
+            assert state.wanted is not None
+            if found and rows + state.wanted.rows > PROMPT_ROWS:
+                continue
+            found.append(state)
+            rows, state.read = rows + state.wanted.rows, self._rounds
+        return found

@@ -1,0 +1,284 @@
+"""Runs the MTP modules depth by depth and grows the token tree.
+
+Module d turns (hidden state of depth d - 1 at position i, token i + d) into the hidden state from which token
+i + d + 1 is guessed (V3 report, 2412.19437, eq. 21-23). Each module keeps its own latent cache. Before a tree is
+grown, the caches are extended with the true hidden states of the tokens committed since the last step; what drafting
+itself wrote there is forgotten. Past the last module it is reused on its own output.
+
+Legend: `n` position of the root (the last committed token), `D` hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_spec.acceptance import Choices, Rule
+from mtp_spec.acceptance.base import Law
+from mtp_spec.cpu.passes import MOST_ROWS, HeadRows, ModuleRows, Work
+from mtp_spec.model.attention import plan_drafts, plan_rows
+from mtp_spec.model.cache import LatentCache
+from mtp_spec.model.host import HostModel
+from mtp_spec.planning.node_planner import TextPlanner
+from mtp_spec.sampling.sampler import History, Sampler
+from mtp_spec.sequence import Observer
+from mtp_spec.speculation import Speculation
+from mtp_spec.tree import ROOT, TokenTree
+
+# Tokens that the modules have not seen when drafting begins again after plain steps. Older ones are left out, so that a
+# pause costs nothing: drafts need the recent context most (Windowed-MTP, 2607.21535).
+MOST_BEHIND, KEPT_BEHIND = 48, 24
+
+
+@dataclass(slots=True)
+class Leaf:
+    """A node that may get children: what its module needs and where its ancestors lie in that module's cache."""
+
+    node: int
+    hidden: Tensor  # [1, D], the output that predicts this node's children
+    history: History
+    slots: tuple[int, ...]
+    score: float  # of an adaptive tree the chance that it is accepted, else its log-probability under the draft
+
+
+class Drafter:
+    """The MTP side of one sequence.
+
+    Args:
+        model: with at least one MTP module.
+        caches: one for each module.
+        rule: draws the drafts; None for the coupled rule, whose drafts follow the noise.
+        choices: the rule's randomness.
+        planner: decides which nodes an adaptive tree has.
+        observer: shown every row that drafts come from, see `sequence.Observer`.
+    Attributes:
+        laws: for each node of the last tree the law it was drawn from, where a rule drew it.
+        dropped: rows so far that held NaN or infinity, so that no draft came of them.
+    """
+
+    def __init__(
+        self,
+        model: HostModel,
+        caches: Sequence[LatentCache],
+        rule: Rule | None = None,
+        choices: Choices | None = None,
+        planner: TextPlanner | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.model, self.rule, self.choices, self.planner, self.observer = model, rule, choices, planner, observer
+        self.laws: list[Law] = []
+        self.dropped = 0
+        self.caches = list(caches)
+        # per module: inputs not yet in its cache, hidden states of consecutive positions
+        self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
+        self.pending = 0  # committed positions that the first module has not seen
+        self._left_out = 0  # tokens before those of slot 0
+        # the first module's output at the last position it has seen, and its logits, where these are known
+        self._root_hidden: Tensor | None = None
+        self._root_logits: Tensor | None = None
+
+    def settle(self, tokens: Sequence[int]) -> Work[int]:
+        """Brings every module's cache up to the committed tokens; returns `held`."""
+        if self._pending[0]:
+            yield from self._extend(tokens)
+        return self.held
+
+    @property
+    def held(self) -> int:
+        """The first positions that all modules' caches hold."""
+        return 0 if self._left_out else min(cache.length for cache in self.caches)
+
+    def leave_out(self, tokens: int) -> None:
+        """Begins after the first tokens, whose hidden states are not known."""
+        self._left_out = tokens
+        for cache in self.caches:
+            cache.restart(tokens)
+
+    @property
+    def skips(self) -> bool:
+        """Whether tokens were left out, so that the caches are no longer those of a whole text."""
+        return self._left_out > 0
+
+    def observe(self, hidden: Tensor) -> None:
+        """Takes the main model's normed hidden states `[k, D]` of newly committed positions, in order."""
+        self._pending[0].append(hidden)
+        self.pending += hidden.shape[0]
+
+    def skip(self) -> None:
+        """Records a step without drafting: where too many hidden states wait for the modules, the last are kept."""
+        if self.pending > MOST_BEHIND:
+            hidden = torch.cat(self._pending[0])
+            self._left_out += self.caches[0].length + hidden.shape[0] - KEPT_BEHIND
+            self._pending = [[hidden[-KEPT_BEHIND:]], *([] for _ in self.caches[1:])]
+            self.pending = KEPT_BEHIND
+            for cache in self.caches:
+                cache.restart(self._left_out)
+
+    def draft(
+        self,
+        tokens: Sequence[int],
+        speculation: Speculation,
+        depth: int,
+        sampler: Sampler,
+        history: History,
+    ) -> Work[TokenTree]:
+        """Returns the tree of drafts that follow `tokens`.
+
+        Args:
+            tokens: the committed ids 0..n; hidden states of 0..n - 1 were observed.
+            depth: draft no deeper than this.
+            history: the sampler's history at the root.
+        """
+        root, planner = len(tokens) - 1, self.planner
+        hidden = yield from self._extend(tokens)
+        tree, chances, dropped = TokenTree(), list[float](), self.dropped
+        leaves = [Leaf(ROOT, hidden, history, (), 0.0 if planner is None else 1.0)]
+        self.laws.clear()
+        for level in range(1, min(depth, speculation.depth) + 1):
+            if planner is not None and leaves:
+                leaves = [leaves[i] for i in planner.deeper([leaf.score for leaf in leaves], len(tree))]
+            if not leaves:
+                break
+            logits = yield from self._advance(tree, leaves, level, root) if level > 1 else self._root_scores(hidden)
+            leaves = self._grow(tree, leaves, logits, level, root + level, speculation, sampler)
+            chances += [leaf.score for leaf in leaves]
+        if self.dropped > dropped:
+            for cache in self.caches:
+                cache.clean(speculation.nodes)
+        return tree if planner is None else self._chosen(tree, planner.choose(tree, chances))
+
+    def _root_scores(self, hidden: Tensor) -> Work[Tensor]:
+        """Returns the logits `[1, V]` that the root's children come from."""
+        if self._root_logits is None:
+            rated = HeadRows(hidden, self.model.config.head_of(0))
+            yield rated
+            self._root_logits = rated.logits
+        return self._root_logits
+
+    def _chosen(self, tree: TokenTree, nodes: list[int]) -> TokenTree:
+        if self.observer is not None:
+            self.observer.pruned(nodes)
+        return tree.part(nodes)
+
+    def _extend(self, tokens: Sequence[int]) -> Work[Tensor]:
+        """Brings every module's cache up to the committed tokens; returns the root's hidden state `[1, D]`."""
+        if not self._pending[0] and self._root_hidden is not None:  # settled since
+            return self._root_hidden
+        for module, cache in enumerate(self.caches):
+            hidden = torch.cat(self._pending[module])
+            # rows whose token is known
+            ready = max(0, len(tokens) - 1 - module - self._left_out - cache.length)
+            outputs = yield from self._run(module, tokens, hidden[:ready])
+            self._pending[module] = [hidden[ready:]] if ready < hidden.shape[0] else []
+            if module == 0:
+                self._root_hidden, self.pending = outputs[-1:], hidden.shape[0] - ready
+            if module + 1 < len(self.caches):
+                self._pending[module + 1].append(outputs)
+        assert self._root_hidden is not None
+        return self._root_hidden
+
+    def _run(self, module: int, tokens: Sequence[int], hidden: Tensor) -> Work[Tensor]:
+        """Appends and commits rows with true hidden states; returns the module's outputs."""
+        cache, outputs = self.caches[module], [hidden[:0]]
+        table = self.model.table(self._left_out + cache.capacity + len(self.caches))
+        prompt = hidden.shape[0] > MOST_BEHIND
+        for part in hidden.split(MOST_ROWS) if hidden.shape[0] else ():
+            offset = self._left_out + module + 1
+            ids = tokens[offset + cache.length :][: part.shape[0]]
+            plan = plan_rows(table, cache.length, range(-1, len(ids) - 1), offset)
+            extended = ModuleRows(module, ids, part, cache, plan, prompt, scored=int(module == 0))
+            yield extended
+            outputs.append(extended.outputs)
+            if module == 0:
+                self._root_logits = extended.logits
+            cache.commit(range(len(ids)))
+        return torch.cat(outputs)
+
+    def _advance(self, tree: TokenTree, leaves: list[Leaf], level: int, root: int) -> Work[Tensor]:
+        """Runs the module of this level on the leaves' own tokens; returns the logits `[M, V]` of their children."""
+        module = min(level, len(self.caches)) - 1
+        cache = self.caches[module]
+        if level <= len(self.caches):  # a module's first level: nothing drafted is in its cache yet
+            for leaf in leaves:
+                leaf.slots = ()
+        start = max((slot + 1 for leaf in leaves for slot in leaf.slots), default=cache.length)
+        table = self.model.table(root + level + 1)
+        ancestors = [leaf.slots for leaf in leaves]
+        plan = plan_drafts(table, start, cache.length, root + level - 1, ancestors)
+        ids = [tree.tokens[leaf.node] for leaf in leaves]
+        hidden = torch.cat([leaf.hidden for leaf in leaves])
+        drafted = ModuleRows(module, ids, hidden, cache, plan, prompt=False, scored=len(ids))
+        yield drafted
+        for row, leaf in enumerate(leaves):
+            leaf.hidden, leaf.slots = drafted.outputs[row : row + 1], (*leaf.slots, start + row)
+        return drafted.logits
+
+    def _grow(
+        self,
+        tree: TokenTree,
+        leaves: list[Leaf],
+        logits: Tensor,
+        level: int,
+        position: int,
+        speculation: Speculation,
+        sampler: Sampler,
+    ) -> list[Leaf]:
+        """Adds this level's children, the most probable first where the budget is short; returns the new leaves."""
+        width, budget = speculation.branching[level - 1], speculation.budget
+        children: list[tuple[float, int, int, Leaf, Law | None]] = []
+        for row, parent in zip(logits, leaves, strict=True):
+            processed = sampler.process(row, parent.history)
+            if self.observer is not None:
+                self.observer.drafted(parent.node, processed)
+            if sampler.leaves_nothing(processed):
+                if float(processed.max()) != -math.inf:
+                    self._drop(level, row)
+                continue
+            top, laws = self._propose(processed, position, width, sampler)
+            scores = [parent.score] * len(top)
+            if self.planner is not None:
+                lead = sampler.lead(processed, position, top[0])
+                scores = self.planner.children(parent.node, parent.score, lead, level, len(top))
+            elif budget is not None:
+                logprobs = processed.log_softmax(-1)
+                scores = [parent.score + float(logprobs[token]) for token in top]
+            children += [(score, rank, top[rank], parent, laws[rank]) for rank, score in enumerate(scores)]
+        if budget is not None:
+            children = sorted(children, key=lambda child: -child[0])[: speculation.room(level, len(tree))]
+        grown = []
+        for score, rank, token, parent, law in children:
+            node = tree.add(parent.node, token, rank)
+            if law is not None:
+                self.laws.append(law)
+            grown.append(Leaf(node, parent.hidden, parent.history.child(token), parent.slots, score))
+        return grown
+
+    def _drop(self, level: int, row: Tensor) -> None:
+        """Counts a row that no draft can be drawn from, and warns once of the module that it came from."""
+        self.dropped += 1
+        module, model = min(level, len(self.caches)) - 1, self.model
+        if module in model.unsound or not bool((row.isnan() | row.isposinf()).any()):  # a logits processor's
+            return
+        model.unsound.add(module)
+        name = f"model.layers.{model.config.num_hidden_layers + module}"
+        warnings.warn(
+            f"MTP module {module + 1} of {len(self.caches)} ({name}) gives NaN or infinity: its drafts are dropped, "
+            "and the text goes on as without them; check its weights, or load with a wider dtype",
+            stacklevel=2,
+        )  # fmt: skip
+
+    def _propose(
+        self, processed: Tensor, position: int, width: int, sampler: Sampler
+    ) -> tuple[list[int], list[Law | None]]:
+        """Returns the children's tokens, best first, and the laws they were drawn from."""
+        if self.rule is None or self.choices is None:
+            top = sampler.top(processed, position, width)
+            return top, [None] * len(top)
+        law = sampler.law(processed, position)
+        proposals = self.rule.propose(law, processed.numpy(), width, self.choices)
+        return [proposal.token for proposal in proposals], [proposal.law for proposal in proposals]

@@ -1,0 +1,232 @@
+"""Forward passes that sequences ask for, run together: rows of several sequences share one pass.
+
+Work that needs passes is a generator (`Work`): it yields each pass it needs and goes on once the pass holds its
+results. `Passes.together` runs the work of several sequences in step, so that drafting reads the same for one sequence
+and for many. A row's bits do not depend on the rows beside it where the model's technique is "batched"; elsewhere
+passes are run apart.
+
+Legend: `M` rows, `D` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from mtp_spec.model.attention import JointPlan, RowPlan, plan_rows
+from mtp_spec.model.cache import LatentCache
+from mtp_spec.model.host import HostModel, Technique
+from mtp_spec.model.rows import row_logits, verify_rows
+
+_NONE = torch.empty(0)
+# rows of a joint pass at most, and of a prompt's chunk
+MOST_ROWS = 256
+
+
+@dataclass(slots=True, eq=False)
+class MainRows:
+    """Rows through the main model: a chunk of a prompt, or a root and its tree.
+
+    Attributes:
+        parents: the row that each one follows; -1 follows the committed context.
+        scored: so many of the last rows get logits; all or one.
+        prompt: rows of a prompt are taken as one pass even where rows are otherwise computed one by one.
+        hidden: `[M, D]`.  logits: `[scored, V]`; results.
+    """
+
+    ids: Sequence[int]
+    cache: LatentCache
+    parents: Sequence[int]
+    scored: int
+    prompt: bool
+    hidden: Tensor = field(default=_NONE, repr=False)
+    logits: Tensor = field(default=_NONE, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(slots=True, eq=False)
+class ModuleRows:
+    """Rows through an MTP module.
+
+    Attributes:
+        hidden: `[M, D]` what the module is given.
+        prompt: whether they stand for a prompt, which may wait where others are in a hurry.
+        scored: so many of the last rows get logits that propose drafts.
+        outputs: `[M, D]`.  logits: `[scored, V]`; results.
+    """
+
+    module: int
+    ids: Sequence[int]
+    hidden: Tensor
+    cache: LatentCache
+    plan: RowPlan
+    prompt: bool
+    scored: int = 0
+    outputs: Tensor = field(default=_NONE, repr=False)
+    logits: Tensor = field(default=_NONE, repr=False)
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(slots=True, eq=False)
+class HeadRows:
+    """Logits that propose drafts: of `hidden` `[M, D]`, `logits` `[M, V]`, the result.
+
+    `own` is the module whose own head gives them, None for the model's.
+    """
+
+    hidden: Tensor
+    own: int | None = None
+    logits: Tensor = field(default=_NONE, repr=False)
+    prompt: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What ended some work early."""
+
+    error: Exception
+
+
+Pass = MainRows | ModuleRows | HeadRows
+T = TypeVar("T")
+Work = Generator[Pass, None, T]
+
+
+class Passes:
+    """Runs passes.
+
+    Args:
+        technique: how rows are computed on this machine (`model.rows`).
+        most: rows of a joint pass at most.
+    """
+
+    def __init__(self, model: HostModel, technique: Technique, most: int = MOST_ROWS) -> None:
+        self.model, self.technique = model, technique
+        self._most = most if technique == "batched" else 0
+
+    def together(self, works: Sequence[Work[T]], told: Callable[[list[Pass]], None] | None = None) -> list[T | Failed]:
+        """Runs work of different sequences to its end, passes of a kind together.
+
+        Args:
+            told: of the passes that are about to run, each time.
+
+        Returns what each work returns, or how it failed.
+        """
+        results, wanted = list[T | Failed | None]([None] * len(works)), dict[int, Pass]()
+
+        def go_on(number: int) -> None:
+            wanted.pop(number, None)
+            try:
+                wanted[number] = next(works[number])
+            except StopIteration as end:
+                results[number] = end.value
+            except Exception as error:  # its own: a logits processor's, for example
+                results[number] = Failed(error)
+
+        for number in range(len(works)):
+            go_on(number)
+        while wanted:
+            if told is not None:
+                told(list(wanted.values()))
+            self.run(list(wanted.values()))
+            for number in list(wanted):
+                go_on(number)
+        return cast(list[T | Failed], results)
+
+    def alone(self, work: Work[T]) -> T:
+        """Runs one sequence's work to its end; returns what it returns."""
+        (result,) = self.together([work])
+        if isinstance(result, Failed):
+            raise result.error
+        return result
+
+    def run(self, passes: Sequence[Pass]) -> None:
+        """Computes the results of passes of different sequences, those of a kind together."""
+        for _, some in groupby(sorted(passes, key=_kind), key=_kind):
+            for group in self._groups(list(some)):
+                self._run(group)
+
+    def _groups(self, passes: list[Pass]) -> Iterator[list[Pass]]:
+        """Parts the passes of a kind into joint ones of no more rows than were tested."""
+        group, rows = list[Pass](), 0
+        for one in passes:
+            if group and rows + one.rows > self._most:
+                yield group
+                group, rows = [], 0
+            group.append(one)
+            rows += one.rows
+        yield group
+
+    def _run(self, group: list[Pass]) -> None:
+        first = group[0]
+        if isinstance(first, MainRows):
+            self._main([one for one in group if isinstance(one, MainRows)])
+        elif isinstance(first, ModuleRows):
+            self._module(first.module, [one for one in group if isinstance(one, ModuleRows)])
+        else:
+            heads = [one for one in group if isinstance(one, HeadRows)]
+            logits = self.model.draft_logits(torch.cat([one.hidden for one in heads]), heads[0].own)
+            for one, own in zip(heads, logits.split([one.rows for one in heads]), strict=True):
+                one.logits = own
+
+    def _main(self, group: list[MainRows]) -> None:
+        model = self.model
+        if len(group) == 1 and not group[0].prompt and self.technique != "batched":
+            one = group[0]
+            one.hidden = verify_rows(model, one.ids, one.cache, one.parents, self.technique)
+            one.logits = row_logits(model, one.hidden[-one.scored :], self.technique)
+            return
+        plans = [plan_rows(model.table(one.cache.capacity), one.cache.length, one.parents) for one in group]
+        plan = JointPlan.of(*zip((one.cache for one in group), plans, strict=True))
+        _share(group, *model.scored_rows([token for one in group for token in one.ids], plan, _scored(group)))
+
+    def _module(self, module: int, group: list[ModuleRows]) -> None:
+        ids = [token for one in group for token in one.ids]
+        hidden = group[0].hidden if len(group) == 1 else torch.cat([one.hidden for one in group])
+        plan = JointPlan.of(*((one.cache, one.plan) for one in group))
+        _share(group, *self.model.scored_mtp_rows(module, ids, hidden, plan, _scored(group)))
+
+
+def _scored(group: Sequence[MainRows | ModuleRows]) -> list[int]:
+    """Returns which rows of a joint pass get logits."""
+    found, end = list[int](), 0
+    for one in group:
+        end += one.rows
+        found += range(end - one.scored, end)
+    return found
+
+
+def _share(group: Sequence[MainRows | ModuleRows], hidden: Tensor, logits: Tensor) -> None:
+    """Gives each pass its own results."""
+    if len(group) == 1:
+        parts = [(hidden, logits)]
+    else:
+        rows, scored = [one.rows for one in group], [one.scored for one in group]
+        parts = list(zip(hidden.split(rows), logits.split(scored), strict=True))
+    for one, (own, own_logits) in zip(group, parts, strict=True):
+        one.logits = own_logits
+        if isinstance(one, MainRows):
+            one.hidden = own
+        else:
+            one.outputs = own
+
+
+def _kind(one: Pass) -> tuple[int, int]:
+    if isinstance(one, HeadRows):
+        return 2, -1 if one.own is None else one.own
+    return (1, one.module) if isinstance(one, ModuleRows) else (0, 0)

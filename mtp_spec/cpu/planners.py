@@ -1,0 +1,108 @@
+"""The planners of a model on a CPU, and the step times that they start from, measured once and kept."""
+
+from __future__ import annotations
+
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from mtp_spec.cache.pages import HostPages
+from mtp_spec.cpu.passes import Passes
+from mtp_spec.cpu.state import HostState
+from mtp_spec.cpu.step import HostStep
+from mtp_spec.model.cache import pages_for
+from mtp_spec.model.host import HostModel, Technique
+from mtp_spec.model.undisturbed import undisturbed
+from mtp_spec.planning.costs import NEAR, TEXT, StepTimes, measure
+from mtp_spec.planning.node_planner import Planner
+from mtp_spec.planning.store import read, times_subject, write
+from mtp_spec.progress import step_progress
+from mtp_spec.request import Request
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.sampling.sampler import Sampler
+from mtp_spec.sequence import Sequence
+from mtp_spec.speculation import Speculation
+from mtp_spec.step import step
+from mtp_spec.text import Tokenizer
+from mtp_spec.text.stopping import StopChecker
+
+# steps of a text, plain and with a chain so deep, that times are brought to; the first ones warm up
+STEPS, WARM, CHAIN = 20, 4, 2
+# drafts have to promise so much more than plain decoding: times that are measured in a moment are not surer
+MARGIN = 1.1
+
+
+class Planners:
+    """The planners of a loaded model, one for each number of threads.
+
+    Args:
+        longest: most tokens of prompt and text.
+        measuring: measure, unless that was done before; otherwise start from typical times and write nothing.
+        show: a progress bar while measuring.
+    """
+
+    def __init__(
+        self, model: HostModel, technique: Technique, tokenizer: Tokenizer | None, longest: int, measuring: bool,
+        show: bool,
+    ) -> None:  # fmt: skip
+        self._model, self._technique, self._tokenizer, self._longest = model, technique, tokenizer, longest
+        self._measuring, self._show = measuring, show
+        self._planners: dict[int, Planner] = {}
+
+    def here(self) -> Planner:
+        """Returns the planner for torch's present number of threads."""
+        threads = torch.get_num_threads()
+        if threads not in self._planners:
+            self._planners[threads] = Planner(self._times() if self._measuring else StepTimes.typical())
+        return self._planners[threads]
+
+    def _times(self) -> StepTimes:
+        technique, ranks = self._technique, self._model.ranks
+        subject = times_subject(self._model, technique)
+        try:
+            return StepTimes.from_json(ranks.from_first(read(subject) if ranks.rank == 0 else None) or {})
+        except (KeyError, TypeError, ValueError):
+            pass  # nothing was kept, or it cannot be used
+        with step_progress(self._show and ranks.rank == 0, "measuring step times, once") as report:
+            times = measure(self._model, technique, self._tokenizer, self._longest, report)
+        if times is None:  # the machine is too busy: the next start tries again
+            return StepTimes.typical()
+        times = calibrated(times, self._model, technique, self._tokenizer)
+        if ranks.rank == 0:
+            write(subject, times.to_json())
+        return times
+
+
+@undisturbed()
+def calibrated(
+    times: StepTimes, model: HostModel, technique: Technique, tokenizer: Tokenizer | None
+) -> StepTimes:
+    """Returns the times of passes brought to what whole steps take in a text, one plain and one with drafts.
+
+    Passes that follow their like find more in the processor's caches than passes taken in turn, and a step is more than
+    its passes.
+    """
+    ids = tokenizer.encode(TEXT) if tokenizer is not None else [i % model.config.vocab_size for i in range(NEAR)]
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=0), model.config.vocab_size)
+
+    def taken(speculation: Speculation | None) -> float:
+        length = STEPS * (1 + CHAIN)
+        request = Request(ids[:NEAR], sampler, speculation, length, StopChecker(None, frozenset(), (), length + 1))
+        lease = HostPages(model.new_layers(pages_for(request.room)), len(model.mtp)).lease([], request.room, True)
+        assert lease is not None
+        state = HostState(model, technique, Sequence(request), lease, None)
+        passes, seconds = Passes(model, technique), list[float]()
+        step(HostStep(passes, [], [state]))
+        for _ in range(STEPS):
+            start = perf_counter()
+            state.begins_step()
+            step(HostStep(passes, [state], []))
+            seconds.append(perf_counter() - start)
+        return median(seconds[WARM:])
+
+    plain, drafted = model.ranks.first([taken(None), taken(Speculation(depth=CHAIN))])
+    expected = times.extend(2, NEAR) + (CHAIN - 1) * times.level(1, NEAR) + times.verify(1 + CHAIN, NEAR)
+    # the first level is the last row of what was appended, and its head
+    expected += max(0.0, times.level(1, NEAR) - times.extend(1, NEAR))
+    return times.scaled(plain, MARGIN * drafted / expected)

@@ -1,0 +1,221 @@
+"""What the CPU keeps of a sequence beside its tokens, caches and drafter above all, and its own part of each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from mtp_spec.acceptance import RULES
+from mtp_spec.acceptance.accept import Accepted, accept_by_rule, accept_coupled
+from mtp_spec.acceptance.base import SeededChoices
+from mtp_spec.cache.pages import HostLease
+from mtp_spec.cpu.draft import MOST_BEHIND, Drafter
+from mtp_spec.cpu.passes import MOST_ROWS, MainRows, Pass, Work
+from mtp_spec.errors import MTPSpecError, NotFiniteError
+from mtp_spec.model.host import HostModel, Technique
+from mtp_spec.planning.node_planner import ALONE, TextPlanner
+from mtp_spec.sequence import Sequence
+from mtp_spec.tree import ROOT, TokenTree
+
+_NONE = torch.empty(0)
+
+
+class HostState:
+    """The CPU's side of one sequence.
+
+    Args:
+        lease: pages to write to, which may hold the first tokens.
+        planner: decides the trees of adaptive speculation.
+    Attributes:
+        reading: reads the prompt, or shows it to the MTP modules; None between steps.
+        wanted: the pass that `reading` waits for.
+        read: the round in which its prompt's last chunk was read.
+        rows: of the last verified tree and root.
+    """
+
+    def __init__(
+        self, model: HostModel, technique: Technique, sequence: Sequence, lease: HostLease, planner: TextPlanner | None
+    ) -> None:  # fmt: skip
+        self.model, self.technique, self.sequence, self.planner = model, technique, sequence, planner
+        self.lease, self.cache, speculation = lease, lease.cache, sequence.speculation
+        self.sampler, self.stats = sequence.sampler, sequence.stats
+        self.history = self.sampler.history(sequence.tokens)
+        self.rule = None if speculation is None else RULES.get(speculation.acceptance)
+        self.choices = SeededChoices(self.sampler.params.known_seed)
+        self.drafter: Drafter | None = None
+        if speculation is not None:
+            self.drafter = Drafter(model, lease.mtp_caches, self.rule, self.choices, planner, sequence.observer)
+            if not lease.drafted:
+                self.drafter.leave_out(lease.reused)
+        self.stats.reused_tokens = lease.reused
+        self.reading: Work[Accepted | None] | None = self._prefill()
+        self.wanted: Pass | None = next(self.reading)
+        self.read, self.rows, self._drafts = 0, 1, False
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the sequence."""
+        return self.sequence.tokens
+
+    # reading
+
+    def _prefill(self) -> Work[Accepted | None]:
+        """Fills the cache with the prompt and draws the first token."""
+        prompt, hidden, logits = self.tokens, _NONE, _NONE
+        with self.stats.phase("prefill"):
+            for first in range(self.cache.length, len(prompt), MOST_ROWS):
+                chunk = prompt[first : first + MOST_ROWS]
+                last = first + len(chunk) == len(prompt)
+                read = MainRows(chunk, self.cache, range(-1, len(chunk) - 1), scored=int(last), prompt=True)
+                yield read
+                self._keep(read.hidden, range(len(chunk)))
+                hidden, logits = read.hidden[-1:], read.logits
+        self.stats.record_prefill(len(prompt))
+        return self.accept(TokenTree(), hidden, logits)
+
+    def _show_prompt(self) -> Work[Accepted | None]:
+        """Lets the MTP modules read what they are far behind with."""
+        assert self.drafter is not None
+        with self.stats.phase("draft"):
+            yield from self.drafter.settle(self.tokens)
+        return None
+
+    def go_on(self) -> Accepted | None:
+        """Continues reading after the pass that it waited for; returns the first token once it is drawn."""
+        assert self.reading is not None
+        try:
+            self.wanted = next(self.reading)
+            return None
+        except StopIteration as end:
+            accepted: Accepted | None = end.value
+            self.reading = self.wanted = None
+            return accepted
+
+    def begins_step(self) -> bool:
+        """Decides whether the coming step drafts; returns false where the MTP modules first have to read a prompt.
+
+        That takes passes like those of a prompt, which steps of other sequences are not to wait for.
+        """
+        if self._drafts:  # decided before the prompt was read
+            return True
+        self._drafts = self._wants_drafts()
+        if self._drafts and self.drafter is not None and self.drafter.pending > MOST_BEHIND:
+            self.reading = self._show_prompt()
+            self.wanted = next(self.reading)
+            return False
+        return True
+
+    def _wants_drafts(self) -> bool:
+        if self.drafter is None:
+            return False
+        # the target adds a token of its own, so that the deepest useful draft is one short of the limit
+        return self._depth() >= 1 and (self.planner is None or self.planner.drafts(
+            len(self.tokens), self.drafter.pending))  # fmt: skip
+
+    def _depth(self) -> int:
+        return self.sequence.end - len(self.tokens) - 1
+
+    # the parts of a step
+
+    def draft(self) -> Work[TokenTree]:
+        """Returns the tree of the coming step, empty for a plain one."""
+        drafts, self._drafts = self._drafts, False
+        drafter, speculation = self.drafter, self.sequence.speculation
+        if drafter is None or speculation is None:
+            return TokenTree()
+        if not drafts:
+            drafter.skip()
+            return TokenTree()
+        with self.stats.phase("draft"):
+            tree = yield from drafter.draft(self.tokens, speculation, self._depth(), self.sampler, self.history)
+            self.stats.dropped = drafter.dropped
+            return tree
+
+    def verify(self, tree: TokenTree) -> MainRows:
+        """Returns the pass that verifies a tree: hidden states and logits of the root and the nodes."""
+        ids = [self.tokens[-1], *tree.tokens]
+        parents = [-1, *(parent + 1 for parent in tree.parents)]
+        self.rows = len(ids)
+        return MainRows(ids, self.cache, parents, scored=len(ids), prompt=False)
+
+    def accept(self, tree: TokenTree, hidden: Tensor, logits: Tensor) -> Accepted:
+        """Returns the path of a tree that is accepted; hidden states and logits are those of root and nodes."""
+        sequence, position = self.sequence, len(self.tokens)
+        with self.stats.phase("sample"):
+            common = (logits, self.sampler, self.history, position, sequence.is_last)
+            try:
+                if self.rule is None or self.drafter is None or not len(tree):
+                    accepted = accept_coupled(tree, *common)
+                else:
+                    accepted = accept_by_rule(self.rule, self.choices, tree, self.drafter.laws, *common)
+                for node in (ROOT, *accepted.nodes):
+                    self.sampler.check(logits[node + 1], position)
+            except NotFiniteError as error:
+                raise MTPSpecError(f"{error}; {self._origin(tree, error.node, hidden[error.node + 1])}") from error
+        if sequence.observer is not None and sequence.steps:
+            sequence.observer.verified(tree, logits, self.history, accepted)
+        return accepted
+
+    def commit_step(self, tree: TokenTree, hidden: Tensor, accepted: Accepted) -> None:
+        """Keeps the accepted path in the caches, and makes it tokens."""
+        self._keep(hidden, [0, *(node + 1 for node in accepted.nodes)])
+        if len(tree) and self.technique != "batched" and not math.isfinite(float(hidden.sum())):
+            self.cache.clean(len(tree))  # a draft that was not accepted may have left NaN there
+        ranks = [tree.ranks[node] for node in accepted.nodes]
+        self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
+
+    def learn(self, tree: TokenTree, accepted: Accepted, drafting: float, rest: float) -> None:
+        """Shows the planner what came of a step; seconds of drafting, and of what followed, where it was alone."""
+        if self.planner is None:
+            return
+        alone = self.planner.beside is ALONE
+        if alone:
+            taken = len(accepted.drawn), drafting + rest
+            self.stats.record_plan(self.planner.tokens, self.planner.seconds, *taken)
+        if not accepted.stopped:
+            times = self.model.ranks.first([drafting, rest]) if alone else [drafting, rest]  # else not looked at
+            self.planner.learn(tree, accepted.nodes, *times)
+
+    def take(self, accepted: Accepted) -> None:
+        """Makes what was accepted tokens, and lets other sequences share the pages that are full by now."""
+        self.history = accepted.history
+        self.sequence.commit(accepted.drawn, accepted.stopped)
+        if self.technique == "batched":
+            drafted = self.drafter is not None and not self.drafter.skips
+            held = self.drafter.held if self.drafter is not None and drafted else self.cache.length
+            self.lease.publish(self.tokens, held, drafted)
+            if self.planner is not None and (self.stats.steps or self.sequence.finished):
+                self.lease.publish(self.tokens, self.cache.length, False)  # others need not wait for drafts
+        elif self.stats.steps <= 1:
+            # rows depend on the pass that computed them: others find those of whole chunks in a prompt's passes
+            whole = (self.sequence.prompt_tokens - len(self.model.mtp)) // MOST_ROWS * MOST_ROWS
+            drafted = self.drafter is not None and not self.drafter.skips and self.drafter.held >= whole
+            self.lease.publish(self.tokens, whole, drafted)
+
+    def _keep(self, hidden: Tensor, rows: Seq[int]) -> None:
+        """Keeps the cache slots of these rows and shows their hidden states to the drafter."""
+        self.cache.commit(rows)
+        if self.drafter is not None:
+            # a copy where other rows, of this text or of others, lie beside these: they are not to be held with them
+            whole = hidden.shape[0] == 1 and hidden.untyped_storage().nbytes() == hidden.nbytes
+            self.drafter.observe(hidden if whole else hidden[list(rows)])
+
+    def _origin(self, tree: TokenTree, node: int, hidden: Tensor) -> str:
+        """Returns where the first NaN or infinity is, as far as caches and a row's hidden state `[D]` tell."""
+        path, start = tree.path(node), self.cache.length
+        rows = [] if start == len(self.tokens) else [start, *(start + 1 + one for one in path)]  # of the last pass
+        tokens = [*self.tokens[: start + 1], *(tree.tokens[one] for one in path)]
+        found = self.cache.first_unsound([*range(start), *rows])
+        if found is not None:
+            layer, place = found
+            before = f"model.layers.{layer - 1}" if layer else "the embedding"
+            return (
+                f"the first one is at token position {place} (id {tokens[place]}): made by {before}, or by the input "
+                f"norm or kv_a_proj of model.layers.{layer}"
+            )
+        if bool(hidden.isfinite().all()):
+            return "the row's hidden state is finite: made by lm_head"
+        return f"the caches hold none: made by model.layers.{len(self.cache.slots) - 1} or model.norm"

@@ -1,0 +1,106 @@
+"""The step on a CPU: sequences draft, verify, accept and commit together, and prompts are read beside them.
+
+The modules' passes of all sequences that draft are joint, level by level. One pass verifies all trees; it also reads
+the next chunks of prompts, whose rows then cost less than by themselves. A sequence's text is the same as alone, bit
+for bit: its rows are (`cpu.passes`), and everything else is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+
+from mtp_spec.acceptance.accept import Accepted
+from mtp_spec.cpu import batch_context
+from mtp_spec.cpu.passes import Failed, MainRows, ModuleRows, Pass, Passes
+from mtp_spec.cpu.state import HostState
+from mtp_spec.sequence import Sequence
+from mtp_spec.tree import TokenTree
+
+
+class HostStep:
+    """One step, see `mtp_spec.step`.
+
+    Args:
+        batch: those that take it.
+        reading: those whose prompts are read beside it.
+    """
+
+    def __init__(self, passes: Passes, batch: list[HostState], reading: list[HostState]) -> None:
+        self._passes, self._batch, self._reading = passes, batch, reading
+        self._start = self._drafted = perf_counter()
+        self._verifying = self._foreseen = 0.0
+        self._changed = list[Sequence]()
+
+    def draft(self) -> list[TokenTree]:
+        """Returns a tree for each sequence; those that fail leave the step."""
+        trees, batch = list[TokenTree](), list[HostState]()
+        works = [state.draft() for state in self._batch]
+        for state, tree in zip(self._batch, self._passes.together(works, self._foresee), strict=True):
+            if isinstance(tree, Failed):
+                self._fail(state, tree.error)
+            else:
+                trees.append(tree)
+                batch.append(state)
+        self._batch, self._drafted = batch, perf_counter()
+        return trees
+
+    def verify(self, trees: list[TokenTree]) -> list[MainRows]:
+        """Returns the passes with their results."""
+        verified = [state.verify(tree) for state, tree in zip(self._batch, trees, strict=True)]
+        start = perf_counter()
+        self._passes.run([*verified, *(state.wanted for state in self._reading if state.wanted is not None)])
+        self._verifying = perf_counter() - start
+        for state in self._batch:
+            state.stats.add_seconds("verify", self._verifying)
+        return verified
+
+    def accept(self, trees: list[TokenTree], rows: list[MainRows]) -> list[tuple[TokenTree, MainRows, Accepted | None]]:
+        """Returns what is accepted of each tree; None for a sequence that failed."""
+        verdicts = []
+        for state, tree, verified in zip(self._batch, trees, rows, strict=True):
+            accepted = self._own(state, partial(state.accept, tree, verified.hidden, verified.logits))
+            verdicts.append((tree, verified, accepted))
+        return verdicts
+
+    def commit(self, verdicts: list[tuple[TokenTree, MainRows, Accepted | None]]) -> list[Sequence]:
+        """Returns the sequences that have new tokens or have failed."""
+        for state, (tree, verified, accepted) in zip(self._batch, verdicts, strict=True):
+            if accepted is None:
+                continue
+            state.commit_step(tree, verified.hidden, accepted)
+            ended = perf_counter()
+            state.learn(tree, accepted, self._drafted - self._start, ended - self._drafted)
+            state.take(accepted)
+            self._changed.append(state.sequence)
+        self._read_on()
+        if not self._reading:
+            others = perf_counter() - self._start - self._verifying
+            batch_context.learn(self._batch, self._verifying, self._foreseen, others, self._passes.model.ranks)
+        return self._changed
+
+    def _read_on(self) -> None:
+        for state in self._reading:
+            first = self._own(state, state.go_on)
+            if first is not None:
+                state.take(first)
+                self._changed.append(state.sequence)
+
+    def _foresee(self, passes: list[Pass]) -> None:
+        """Adds up what a joint drafting pass takes by what was measured alone."""
+        rows = [one.rows for one in passes if isinstance(one, ModuleRows)]
+        if rows:
+            self._foreseen += batch_context.foresee(self._batch, rows, first=not self._foreseen)
+
+    def _own(self, state: HostState, work: Callable[[], Accepted | None]) -> Accepted | None:
+        """Returns what a sequence's own work returns; None where it fails, which is no matter of the others."""
+        try:
+            return work()
+        except Exception as error:
+            self._fail(state, error)
+            return None
+
+    def _fail(self, state: HostState, error: Exception) -> None:
+        state.sequence.error = error
+        self._changed.append(state.sequence)

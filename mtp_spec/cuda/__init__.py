@@ -1,0 +1,1 @@
+"""The step on a GPU: captured as CUDA graphs, launched ahead of the host."""

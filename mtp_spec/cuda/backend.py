@@ -1,0 +1,374 @@
+"""A loaded model on a GPU: its pages of cache, what was captured for its sequences, and who runs them.
+
+A round reads prompts, in chunks, launches a step of every group, and then looks at the tokens of the steps before, so
+that the GPU never waits for the host. One prompt takes the same way as many: it is a group of one. A sequence's text is
+the same as alone, bit for bit: its rows are, and everything else is its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from time import perf_counter
+
+from mtp_spec.cache.pages import check_pages
+from mtp_spec.cuda.group import Group
+from mtp_spec.cuda.kinds import AUTO, Kind, kind_of
+from mtp_spec.cuda.memory import check_room, pages_bytes
+from mtp_spec.cuda.pages import DeviceLease, DevicePages, planned_pages, room_of
+from mtp_spec.cuda.prefill import First, Reader
+from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.step import Step
+from mtp_spec.cuda.text import DeviceText, Record
+from mtp_spec.model.cache import pages_for
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.host import Technique
+from mtp_spec.model.undisturbed import undisturbed
+from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.request import Request
+from mtp_spec.sequence import Sequence
+
+# rows of prompts that a round reads at most, or one chunk; and where more sequences wait for theirs than take steps
+PROMPT_ROWS, HURRIED_ROWS = 256, 2048
+# groups without sequences that are kept, with the steps that were captured for them
+GROUPS = 8
+
+
+class Pool:
+    """Pages of cache with what was captured on them; who uses a reader or a group has taken it out of here."""
+
+    def __init__(self, runtime: DeviceRuntime, total: int, most: int) -> None:
+        model, tokens = runtime.model, runtime.max_context
+        if model.device.type == "cuda":
+            what = f"A batch of {most} texts" if most > 1 else "A text beside others"
+            check_room(pages_bytes(model, tokens, most, total), model.device, what)
+        self.runtime, self.most, self.pages = runtime, most, DevicePages(model, tokens, total, most)
+        self._readers, self._groups = deque[Reader](), deque[Group]()
+        self.known = list[Group]()  # those that are in use too
+        self._whole = set[Kind]()  # kinds of which there is a group for as many as share steps
+
+    def reader(self) -> Reader:
+        """Takes out a reader."""
+        return self._readers.pop() if self._readers else Reader(self.runtime, self.pages)
+
+    def group(self, kind: Kind, shared: bool) -> Group:
+        """Takes out a group without sequences.
+
+        Args:
+            shared: it is for as many as share steps; else it may be for one.
+        """
+        least = self.most if shared and kind.shared else 1
+        group = next((one for one in self._groups if one.kind == kind and one.most >= least), None)
+        if group is not None:
+            self._groups.remove(group)
+            group.clear()
+            return group
+        while len(self._groups) >= GROUPS:
+            oldest = self._groups.popleft()
+            self._whole.discard(oldest.kind)
+            self.known.remove(oldest)
+            self.runtime.forget(oldest)
+        if kind.shared and kind not in self._whole:  # later sequences will share it
+            self._whole.add(kind)
+            least = self.most
+        self.known.append(Group(self.runtime, self.pages, kind, least))
+        return self.known[-1]
+
+    def give_back(self, reader: Reader | None, groups: Seq[Group]) -> None:
+        """Takes back what nobody uses any more; also called by the garbage collector, in the middle of anything."""
+        if reader is not None:
+            self._readers.append(reader)
+        self._groups.extend(groups)
+
+
+class DeviceBackend:
+    """The GPU backend of a model, see `mtp_spec.step.Backend`.
+
+    Args:
+        max_context: most tokens of prompt and text.
+        max_batch: most sequences that share steps.
+        cache_tokens: of their pages; None for the whole context of all.
+    """
+
+    auto, captured = AUTO, True
+    technique: Technique = "batched"
+
+    def __init__(
+        self, model: DeviceModel, max_context: int, max_batch: int = 1, cache_tokens: int | None = None
+    ) -> None:
+        self.model, self.max_batch = model, max_batch
+        self.runtime = DeviceRuntime(model, max_context)
+        self.total = planned_pages(max_context, max_batch, cache_tokens)
+        self._pools = list[Pool]()
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """The GPU's captured work is one thread's at a time."""
+        return self.runtime.lock
+
+    def ladder(self) -> Ladder:
+        """Returns what was learned of the shapes that took turns last."""
+        return next(group.ladder for group in reversed(self.pool.known) if group.ladder is not None)
+
+    def steps_of(self, sequence: Sequence) -> list[Step]:
+        """Returns the captured steps that a running sequence takes, alone: the shapes that take turns, or one."""
+        return next(group for group in self.pool.known if sequence.state in group.texts).steps()
+
+    def trim(self) -> None:
+        """Keeps what was captured, and the caches that it reads."""
+
+    def runner(self, shared: bool) -> DeviceRunner:
+        """Returns a runner; see `mtp_spec.step.Backend`."""
+        return DeviceRunner(self, shared)
+
+    @property
+    def pool(self) -> Pool:
+        """The pages of all sequences, made when the first of them comes."""
+        if not self._pools:
+            self._pools.append(Pool(self.runtime, self.total, self.max_batch))
+        return self._pools[0]
+
+    def lease(self, request: Request, drafts: bool, shared: bool) -> tuple[Pool, DeviceLease] | None:
+        """Returns pages for a request; None where it has to wait for those of others."""
+        room = room_of(request, self.runtime.max_context)
+        for pool in [self.pool] if shared else [self.pool, *self._pools[1:]]:
+            lease = pool.pages.lease(request.ids, room, drafts)
+            if lease is not None:
+                return pool, lease
+        if shared:
+            return None
+        # a stream beside others that hold all pages
+        pool = Pool(self.runtime, planned_pages(self.runtime.max_context, 1), 1)
+        self._pools.append(pool)
+        lease = pool.pages.lease(request.ids, room, drafts)
+        assert lease is not None
+        return pool, lease
+
+
+class DeviceRunner:
+    """Runs sequences on a GPU, see `mtp_spec.step.Runner`."""
+
+    def __init__(self, backend: DeviceBackend, shared: bool) -> None:
+        self._backend, self._shared, self._runtime = backend, shared, backend.runtime
+        self._pool: Pool | None = None
+        self._reader: Reader | None = None
+        self._groups = list[Group]()
+        self._unread, self._first = deque[DeviceText](), deque[First]()
+        self._changed = list[Sequence]()
+
+    def check(self, request: Request) -> None:
+        """Refuses what could never fit; see `mtp_spec.step.Runner`."""
+        kind_of(request)
+        if self._shared:
+            check_pages(request, room_of(request, self._runtime.max_context), self._backend.total)
+
+    def crowded(self, request: Request) -> bool:
+        """Whether others hold memory that a request needs; see `mtp_spec.step.Runner`."""
+        pages = self._backend.pool.pages
+        return pages.free + pages.idle < pages_for(room_of(request, self._runtime.max_context))
+
+    def begins(self, threads: int) -> None:
+        """Captured steps need no preparation."""
+
+    def measured(self) -> list[float]:
+        """Returns the seconds of steps; see `mtp_spec.step.Runner`."""
+        return [seconds for group in self._groups for *_, seconds in group.untold]
+
+    def learn(self, times: Seq[float]) -> None:
+        """Takes the first rank's in their place."""
+        told = iter(times)
+        for group in self._groups:
+            for ladder, rung, _ in group.untold:
+                ladder.learn(rung, next(told))
+            group.untold.clear()
+
+    @undisturbed()
+    def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
+        """Leases pages for a sequence; see `mtp_spec.step.Runner`."""
+        request, kind, ranks = sequence.request, kind_of(sequence.request), self._backend.model.ranks
+        with self._runtime.lock, nullcontext() if self._shared else ranks.together():
+            others = [(one.lease, one.request.ids, one.state.drafts) for one in running
+                      if isinstance(one.lease, DeviceLease)]  # fmt: skip
+            drafts = kind.depth > 0
+            if others and self._backend.pool.pages.is_being_read(request.ids, drafts, others):
+                return False
+            found = self._backend.lease(request, drafts, self._shared)
+            if found is None:
+                return False
+            self._pool, lease = found
+            sequence.lease = lease
+            sequence.state = text = DeviceText(self._backend.model, sequence, kind, lease)
+            if self._reader is None:
+                self._reader = self._pool.reader()
+            self._unread.append(text)
+            return True
+
+    @undisturbed()
+    def round(self, running: Seq[Sequence]) -> list[Sequence]:
+        """Takes a step with all that have read their prompts, and reads on; see `mtp_spec.step.Runner`."""
+        with self._runtime.lock:
+            start, sampled = perf_counter(), [_sampled(one) for one in running]
+            self._changed, begun = [], [one.steps > 0 for one in running]
+            self._draw_first()
+            read = self._read(len(running))
+            if any(group.kind.host_draws for group in self._groups):
+                self._draw_first()  # the host draws what follows first tokens
+            groups = [group for group in self._groups if group.texts]
+            for group in self._groups:
+                if not group.texts:
+                    group.clear()
+            alone = not read and sum(len(group.texts) for group in groups) == len(running)
+            for group in groups:
+                self._step(group, alone and len(groups) == 1)
+            if not self._shared and self._runtime.model.ranks.size > 1:
+                self.learn(self._runtime.model.ranks.first(self.measured()))
+            seconds = perf_counter() - start
+            for one, steps, before in zip(running, begun, sampled, strict=True):
+                one.stats.add_seconds("step" if steps else "prefill", seconds - (_sampled(one) - before))
+            return self._changed
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives the sequence's pages back; see `mtp_spec.step.Runner`."""
+        text, sequence.state = sequence.state, None
+        if isinstance(text, DeviceText):
+            if text in self._unread:
+                self._unread.remove(text)
+            if self._reader is not None:
+                self._reader.drop(text)
+            self._leave(text)
+        if sequence.lease is not None:
+            sequence.lease.end()
+
+    def close(self) -> None:
+        """Gives back what was captured; see `mtp_spec.step.Runner`."""
+        self._first.clear()
+        groups, self._groups = self._groups, []
+        self._give_back(groups)
+        if self._pool is not None:
+            reader, self._reader = self._reader, None
+            self._pool.give_back(reader, ())
+
+    def _leave(self, text: DeviceText) -> None:
+        for group in [one for one in self._groups if text in one.texts]:
+            group.leave(text)
+            if not group.kind.shared:
+                self._groups.remove(group)
+                self._give_back([group])
+
+    def _give_back(self, groups: Seq[Group]) -> None:
+        if self._pool is not None:
+            self._pool.give_back(None, groups)
+
+    # steps
+
+    def _step(self, group: Group, alone: bool) -> None:
+        texts = group.texts
+        try:
+            if group.kind.host_draws:
+                group.step_on_host()
+                self._changed += [text.sequence for text in texts]
+                return
+            group.launch(alone)
+            done = group.finish()
+        except Exception as error:
+            self._fail(texts, error)
+            return
+        self._take(done)
+
+    def _take(self, done: Seq[tuple[DeviceText, Record]]) -> None:
+        for text, record in done:
+            if text.sequence.state is not text or not text.sequence.alive:  # it ended while the step was on its way
+                continue
+            try:
+                text.take(record)
+                self._changed.append(text.sequence)
+                if text.sequence.finished:
+                    self._leave(text)
+            except Exception as error:
+                self._fail([text], error)
+
+    def _fail(self, texts: Seq[DeviceText], error: Exception) -> None:
+        for text in texts:
+            text.sequence.error = error
+            self._changed.append(text.sequence)
+
+    def _group_of(self, kind: Kind) -> Group:
+        found = next((one for one in self._groups if one.kind == kind and not one.full), None)
+        if found is None:
+            assert self._pool is not None
+            empty = [one for one in self._groups if not one.texts]
+            for idle in empty[: 1 - GROUPS or None]:
+                self._groups.remove(idle)
+                self._give_back([idle])
+            found = self._pool.group(kind, self._shared)
+            self._groups.append(found)
+        return found
+
+    # prompts
+
+    def _draw_first(self) -> None:
+        """Looks at the first tokens of prompts that were read in the round before."""
+        while self._first:
+            first = self._first.popleft()
+            assert self._reader is not None
+            self._runtime.model.ranks.wait(first.ended)
+            tokens, failed = self._reader.done(first)
+            records = [
+                Record([token], [0], bool(fails), prompt=True,
+                       logits=None if first.logits is None else first.logits[slot : slot + 1])
+                for slot, (token, fails) in enumerate(zip(tokens, failed, strict=True))
+            ]  # fmt: skip
+            self._take(list(zip(first.texts, records, strict=True)))
+
+    def _read(self, running: int) -> int:
+        """Reads some prompts; returns how many rows that were."""
+        rows, unread = 0, self._unread
+        while unread and (rows < PROMPT_ROWS or (2 * len(unread) > running and rows < HURRIED_ROWS)):
+            some = [unread[0]]
+            try:
+                some, more, first = self._read_some()
+                if first is not None:
+                    self._first.append(first)
+                    self._join(some, first)
+            except Exception as error:  # their own: others go on
+                for text in some:
+                    if text in unread:
+                        unread.remove(text)
+                self._fail(some, error)
+                continue
+            rows += more
+        return rows
+
+    def _join(self, some: Seq[DeviceText], first: First) -> None:
+        """Lets sequences, whose prompts were read, take their steps."""
+        assert self._reader is not None
+        state, slot = self._reader.state, 0
+        for text in some:
+            self._unread.remove(text)
+        for kind, own in groupby(some, lambda text: text.kind):
+            end = slot + len(list(own))
+            while slot < end:
+                group = self._group_of(kind)
+                count = min(end - slot, group.most - len(group.texts))
+                group.join(first.texts[slot : slot + count], state.part(slot, count))
+                slot += count
+
+    def _read_some(self) -> tuple[list[DeviceText], int, First | None]:
+        """Reads the prompt of who waits longest, with others that fit into the same pass, or a chunk of it.
+
+        Returns the sequences, the pass's rows, and first tokens where the prompts have come to their end.
+        """
+        reader, oldest = self._reader, self._unread[0]
+        assert reader is not None
+        rows, drafts = reader.rows(oldest), oldest.drafts
+        if rows is None:
+            return [oldest], *reader.chunk(oldest, drafts)
+        some = [text for text in self._unread if text.drafts == drafts and reader.fits(text, rows)]
+        some = some[: reader.together(rows)]
+        return some, *reader.whole(some, rows, drafts)
+
+
+def _sampled(sequence: Sequence) -> float:
+    """Returns the seconds that the host has drawn tokens of a sequence."""
+    return sequence.stats.phase_seconds["sample"]

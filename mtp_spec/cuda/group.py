@@ -1,0 +1,340 @@
+"""Sequences on a GPU that take their steps together: those of one kind (`kinds`).
+
+One prompt is a group of one. Every sequence has a slot of one state, the first ones are taken. A step is captured for
+the first so many slots (1, 2, 4, ...): where fewer texts are left, the others stay where they are, on rows that nobody
+reads. Which pages of the caches a slot has stands on the device, so texts come, go and change their slots without
+anything being captured again.
+
+All take a step of one shape. Where it may change from step to step ("auto"), a `Ladder` for every number of texts says
+what steps cost, and one `TextLadder` chooses by what all of them have accepted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mtp_spec.cuda.guided import draw_step
+from mtp_spec.cuda.kinds import Kind
+from mtp_spec.cuda.memory import check_room, group_bytes, rule_bytes
+from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
+from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Rungs, ladder_of
+from mtp_spec.cuda.state import MOST, WAITING, Mail, State, union
+from mtp_spec.cuda.step import Step
+from mtp_spec.cuda.text import DeviceText, Record
+from mtp_spec.kernels import commit as commits
+from mtp_spec.kernels.sampler import Stages
+from mtp_spec.planning.shape_planner import MODEL_MEMORY, PLAIN, Chances, Ladder, TextLadder
+
+
+@dataclass(slots=True)
+class Part:
+    """The captured work of some slots that step together.
+
+    Attributes:
+        first: the first slot.
+        steps: one for every shape.  rungs: with what lies between them, where shapes take turns.
+    """
+
+    first: int
+    state: State
+    steps: list[Step]
+    rungs: Rungs | None
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step on its way.
+
+    Attributes:
+        texts: those that take it, by slot.
+        rung: which shape.
+        ladder: that the shape was chosen from.
+        alone: whether its sequence took it with no other.
+        logits: of the texts that asked for them, `[E, V]` each, by slot.
+    """
+
+    texts: list[DeviceText]
+    rung: int
+    record: Tensor
+    logits: dict[int, Tensor]
+    ladder: Ladder | None
+    alone: bool
+    begun: torch.cuda.Event | None
+    ended: torch.cuda.Event | None
+
+
+class Group:
+    """Sequences of one kind, as many as have slots.
+
+    Args:
+        most: slots.
+    """
+
+    def __init__(self, runtime: DeviceRuntime, pages: DevicePages, kind: Kind, most: int) -> None:
+        self.runtime, self.pages, self.kind, self.most = runtime, pages, kind, most
+        self.shapes, self.extend = kind.shapes, kind.extend
+        model, device = runtime.model, runtime.model.device
+        if device.type == "cuda":
+            check_room(group_bytes(model, most), device, f"A step of {most} texts")
+        self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
+        self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
+        self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
+        self.state.blank()
+        self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
+        self._mail = Mail(2 * most, device)
+        self._slots: list[DeviceText | None] = []
+        self._launched: deque[Flight] = deque()
+        self._hosts = [torch.empty(most, commits.record_size(MOST), dtype=torch.int32,
+                                   pin_memory=device.type == "cuda") for _ in range(2)]  # fmt: skip
+        self._chances = Chances(MODEL_MEMORY)
+        self._planner: TextLadder | None = None
+        self.ladder: Ladder | None = None  # of the last step
+        self._stages = Stages(noise=False)
+        self.untold = list[tuple[Ladder, int, float]]()  # steps' seconds, of which the first rank's will count
+        self._changed = self._disturbed = self._unseen = False
+        self._ended: torch.cuda.Event | None = None
+
+    @property
+    def texts(self) -> list[DeviceText]:
+        """Those that take its steps."""
+        return [text for text in self._slots if text is not None]
+
+    def join(self, texts: Seq[DeviceText], state: State) -> None:
+        """Gives texts, whose prompts were read, slots; `state` holds them."""
+        if None not in self._slots:
+            self.state.part(len(self._slots), len(texts)).take(state)
+            self._slots += texts
+        else:
+            for number, text in enumerate(texts):
+                place = self._slots.index(None) if None in self._slots else len(self._slots)
+                self._slots[place : place + 1] = [text]
+                self.state.part(place, 1).take(state.part(number, 1))
+        self._changed = True
+
+    def leave(self, text: DeviceText) -> None:
+        """Takes a text out, if it is there."""
+        if text in self._slots:
+            self._slots[self._slots.index(text)] = None
+            self._changed = True
+
+    @property
+    def full(self) -> bool:
+        """Whether all slots are taken."""
+        return len(self.texts) == self.most
+
+    def clear(self) -> None:
+        """Takes all texts out, and waits for what is on its way."""
+        self._slots, self._changed, self._planner = [], True, None
+        while self._launched:
+            self.runtime.model.ranks.wait(self._launched.popleft().ended)
+
+    def launch(self, alone: bool) -> None:
+        """Starts the next step of all texts.
+
+        Args:
+            alone: whether the GPU does nothing else meanwhile, so that from step to step is what a step takes.
+        """
+        if self._changed:
+            self._settle_down()
+        texts = self.texts
+        parts = self._parts(len(texts))
+        rung = self._choose(parts) if self.kind.takes_turns else PLAIN
+        if self.kind.takes_turns:
+            self._turn([part.rungs for part in parts if part.rungs is not None], rung, texts)
+        begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
+        self._disturbed = False
+        logits = dict[int, Tensor]()
+        for part in parts:
+            part.steps[rung]()
+            logits |= self._logits(part, rung)
+        host = self._hosts[0]
+        self._hosts.reverse()
+        host.copy_(self.state.record, non_blocking=True)
+        self._ended = self._mark()
+        ladder = None if self._planner is None else self._planner.ladder
+        self._launched.append(Flight(texts, rung, host, logits, ladder, len(texts) == 1, begun, self._ended))
+
+    def finish(self) -> list[tuple[DeviceText, Record]]:
+        """Waits for the step before the one launched last; returns what it brought its sequences."""
+        if len(self._launched) < 2:
+            return []
+        done = self._launched.popleft()
+        self.runtime.model.ranks.wait(done.ended)
+        shape, found = self.shapes[done.rung], list[tuple[DeviceText, Record]]()
+        lines = done.record[: len(done.texts)].tolist()
+        for slot, (text, (count, failed, *numbers)) in enumerate(zip(done.texts, lines, strict=True)):
+            path = numbers[MOST : MOST + count]
+            record = Record(numbers[:count], path, bool(failed), shape.ranks, shape.depth, done.logits.get(slot))
+            found.append((text, record))
+        if self._planner is not None:
+            self._learn(done, self._planner, found)
+        return found
+
+    def step_on_host(self) -> None:
+        """Runs a step whose tokens the host draws, and makes them its sequence's."""
+        if self._changed:
+            self._settle_down()
+        (text,), (part,) = self.texts, self._parts(1)
+        part.steps[PLAIN]()
+        self.runtime.model.ranks.wait()
+        draw_step(text, part.steps[PLAIN])
+
+    def steps(self) -> list[Step]:
+        """Returns the steps, one a shape, of the sequences that it has now."""
+        return self._parts(len(self.texts))[0].steps
+
+    def _logits(self, part: Part, rung: int) -> dict[int, Tensor]:
+        """Returns copies of what texts asked for, by slot: the next pass writes where they are."""
+        rows, room, texts = self.shapes[rung].rows, self.state.logits, self.texts[part.first :]
+        assert room is not None
+        return {part.first + slot: room[slot * rows : (slot + 1) * rows].clone()
+                for slot, text in enumerate(texts[: part.state.texts]) if text.params.logprobs}  # fmt: skip
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self.runtime.model.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    # slots
+
+    def _settle_down(self) -> None:
+        """Moves the last texts into the slots of those that have left, and tells the device who is where."""
+        for place in range(len(self._slots)):
+            while self._slots and self._slots[-1] is None:
+                self._slots.pop()
+            if place < len(self._slots) and self._slots[place] is None:
+                self.state.part(place, 1).take(self.state.part(len(self._slots) - 1, 1))
+                self._slots[place] = self._slots.pop()
+        state, texts = self.state, self.texts
+        assert state.pages is not None
+        assert state.live is not None
+        gone = self.most - len(texts)
+        places = [*(text.lease.row for text in texts), *[self.pages.idle_row] * gone]
+        self._mail.send(self._inbox, [places, [1] * len(texts) + [0] * gone])
+        torch.index_select(self.pages.tables, 0, self._inbox[0], out=state.pages)
+        state.live.copy_(self._inbox[1])
+        if gone:
+            state.part(len(texts), gone).blank()
+        self._stages = union([text.stages for text in texts])
+        self._changed, self._disturbed = False, True
+
+    def _together(self) -> int:
+        """Returns the most slots of a captured step: what fits, by powers of two."""
+        rows = max(self.extend, *(shape.rows for shape in self.shapes))
+        return min(STEP_TEXTS, 1 << (max(1, STEP_ROWS // rows).bit_length() - 1))
+
+    def _parts(self, count: int) -> list[Part]:
+        """Returns the captured work of the first `count` slots, a few more where fewer were not captured."""
+        size, found = self._together(), list[Part]()
+        for first in range(0, count, size):
+            left = min(count - first, size)
+            slots = min(1 << (left - 1).bit_length(), self.most - first)
+            key = (self, first, slots, self._stages)
+            found.append(self.runtime.kept(key, partial(self._capture, first, slots)))
+        return found
+
+    def _capture(self, first: int, slots: int) -> Part:
+        state, runtime = self.state.part(first, slots), self.runtime
+        with state.set_aside(self.pages.tables[self.pages.idle_row]):
+            kind = self.kind
+            steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, not kind.host_draws)
+                     for shape in self.shapes]  # fmt: skip
+            if runtime.graphs is not None:
+                if kind.acceptance != "coupled":
+                    nodes = max(len(shape.parents) for shape in self.shapes)
+                    check_room(rule_bytes(runtime.model.config, nodes), runtime.model.device,
+                               f'acceptance="{kind.acceptance}" on {nodes} nodes')  # fmt: skip
+                for step in steps:
+                    step.capture(runtime.graphs)
+            rungs = None
+            if self.kind.takes_turns:
+                rungs = Rungs.capture(runtime, state, steps, STEP_ROWS)
+        self._disturbed = True
+        return Part(first, state, steps, rungs)
+
+    # shapes that take turns
+
+    def _choose(self, parts: list[Part]) -> int:
+        key = (self, "ladder", tuple(part.state.texts for part in parts), self._stages)
+        ladder = self.runtime.kept(key, lambda: self._measured(parts))
+        if self._planner is None:
+            self._planner = TextLadder(ladder)
+        planner, texts = self._planner, self.texts
+        self.ladder = planner.ladder = ladder
+        planner.texts = len(texts)
+        planner.left = max(text.left for text in texts)
+        planner.behind = max(text.waiting for text in texts)
+        return planner.choose()
+
+    def _measured(self, parts: list[Part]) -> Ladder:
+        """Times the steps on tokens of all kinds, whose rows go to as many experts as those of texts."""
+        measured = list[list[float]]()
+        for part in parts:
+            with part.state.set_aside(self.pages.tables[self.pages.idle_row]):
+                generator = torch.Generator().manual_seed(0)
+                vocabulary, state = self.runtime.model.config.vocab_size, part.state
+                state.tokens.copy_(torch.randint(vocabulary, state.tokens.shape, generator=generator))
+                state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator))
+                assert part.rungs is not None
+                measured.append(part.rungs.seconds(state))
+        self._disturbed = True
+        seconds = [sum(times) for times in zip(*measured, strict=True)]
+        return ladder_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances)
+
+    def _turn(self, rungs: list[Rungs], rung: int, texts: list[DeviceText]) -> None:
+        """Does what lies between steps; sequences may be behind by different numbers of rows."""
+        behind = max(text.waiting for text in texts)
+        if rung == PLAIN:
+            if self._unseen:  # what a drafting step committed lies where the next step writes
+                for one in rungs:
+                    one.settle()
+                self._unseen, self._disturbed = False, True
+                behind = self._set_waiting(texts, 0)
+            if behind == WAITING:
+                behind = self._catch_up(rungs, behind, texts)
+            for text in texts:
+                text.waiting += 1
+        else:
+            if behind > 1:  # the step itself reads the last row
+                self._catch_up(rungs, behind, texts)
+            self._unseen = True
+            self._set_waiting(texts, 0)
+
+    def _catch_up(self, rungs: list[Rungs], behind: int, texts: list[DeviceText]) -> int:
+        rows = next(rows for rows in CATCH_UP_ROWS if behind - 1 <= rows)
+        for one in rungs:
+            one.catch_up[rows]()
+        self._disturbed = True
+        return self._set_waiting(texts, 1)
+
+    def _set_waiting(self, texts: list[DeviceText], rows: int) -> int:
+        for text in texts:
+            text.waiting = rows
+        return rows
+
+    def _learn(self, done: Flight, planner: TextLadder, found: Seq[tuple[DeviceText, Record]]) -> None:
+        paths = [[row - 1 for row in record.path[1:]] for text, record in found if not text.sequence.finished]
+        if done.ladder is not None and done.begun is not None and done.ended is not None:
+            seconds = done.begun.elapsed_time(done.ended) / 1e3
+            if done.alone:
+                ((text, record),) = found
+                expected = planner.tokens(done.rung), done.ladder.seconds(done.rung)
+                text.sequence.stats.record_plan(*expected, len(record.tokens), seconds)
+            self._took(done.ladder, done.rung, seconds)
+        if paths:
+            planner.learn_all(done.rung, paths, None)
+
+    def _took(self, ladder: Ladder, rung: int, seconds: float) -> None:
+        if self.runtime.model.ranks.size == 1:
+            ladder.learn(rung, seconds)
+        else:
+            self.untold.append((ladder, rung, seconds))

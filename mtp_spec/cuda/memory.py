@@ -1,0 +1,160 @@
+"""How much device memory a model needs, foreseen from its shape: what loading checks before it reads a byte."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mtp_spec.cuda.pages import EXTRA_ROWS, IDLE_PAGES, READ_TEXTS, STEP_TEXTS, planned_pages, step_rows
+from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WAITING
+from mtp_spec.errors import MTPSpecError
+from mtp_spec.kernels import mla
+from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
+from mtp_spec.model.cache import PAGE
+from mtp_spec.model.config import SHARED, ModelConfig
+from mtp_spec.model.cuda.model import DeviceModel
+
+# what graphs themselves, products' partial sums, several steps' logits and fragmentation take besides
+OVERHEAD_BYTES = 256 * 2**20
+# work runs once before it is captured, and that memory is not the graphs'
+COPIES = 2
+# hidden states of a row at once: the stream, branches, what a layer and an MTP module were given
+HIDDEN_STATES = 10
+# rows of a law, in float64, that a rule holds at once for every row of a pass
+RULE_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on the device.
+
+    Attributes:
+        weights: as stored, FP8 with scales.
+        draft_head: the copy of the head, or of part of it, that drafts read.
+        caches: latents of all layers and of the MTP modules, and a tree's last keys; of all texts.
+        passes: what the largest pass keeps: partial attention, logits, hidden states; graphs share it. And what texts
+            side by side keep between passes.
+    """
+
+    weights: int
+    draft_head: int
+    caches: int
+    passes: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.draft_head + self.caches + self.passes
+
+    def parts(self) -> dict[str, int]:
+        """Returns the bytes by name."""
+        return {"weights": self.weights, "draft head": self.draft_head, "caches": self.caches, "passes": self.passes}
+
+
+def plan_memory(
+    model: DeviceModel, max_context: int, max_batch: int = 1, cache_tokens: int | None = None
+) -> MemoryPlan:
+    """Returns what a model needs for sequences of up to `max_context` tokens; it may lie on "meta".
+
+    Args:
+        max_batch: most sequences that share steps.
+        cache_tokens: of their pages; None for whole contexts.
+    """
+    config, rows = model.config, step_rows(max_batch)
+    capacity = whole_blocks(max_context + SLACK)
+    caches = pages_bytes(model, max_context, max_batch, planned_pages(max_context, max_batch, cache_tokens))
+    head = model.layers[0].attention.head
+    table = (capacity + 128) * 2 * config.qk_rope_head_dim * 4
+    logits = config.vocab_size * 4
+    settings = 4 * capacity // PAGE * (2 * max_batch + EXTRA_ROWS + READ_TEXTS)  # where whose pages are
+    settings += group_bytes(model, max_batch)
+    largest = max(pass_bytes(model, PREFILL_ROWS[-1]), pass_bytes(model, rows) + rows * logits)
+    weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
+    room = mla.room_bytes(capacity, head, max(PREFILL_ROWS[-1], rows), min(max_batch, STEP_TEXTS))
+    return MemoryPlan(weights, drafts, caches, room + table + settings + COPIES * largest)
+
+
+def pages_bytes(model: DeviceModel, max_context: int, max_batch: int, count: int) -> int:
+    """Returns bytes of so many pages of cache."""
+    layers = len(model.layers) + len(model.mtp)
+    return cache_bytes(layers, max_context + SLACK, step_rows(max_batch), model.layout, count + IDLE_PAGES)
+
+
+def group_bytes(model: DeviceModel, texts: int) -> int:
+    """Returns bytes that sequences that share steps keep besides: hidden states, settings, a step's logits."""
+    config, vocabulary = model.config, model.config.vocab_size
+    hidden = (ROWS + WAITING + config.num_nextn_predict_layers) * config.hidden_size * 2
+    # beside what texts hold, and those whose prompts are read, a copy while steps are captured
+    held = (texts + min(texts, READ_TEXTS)) * (COPIES * hidden + 3 * vocabulary * 4)
+    return held + step_rows(texts) * vocabulary * 4
+
+
+def pass_bytes(model: DeviceModel, rows: int) -> int:
+    """Returns bytes that a pass of so many rows holds at once, logits apart."""
+    config, head, hidden = model.config, model.layers[0].attention.head, model.config.hidden_size
+    queries, context = head.heads * (head.nope + head.rope) * 2, head.heads * (head.latent * 2 + head.value)
+    down = (model.layers[0].attention.a_rows + head.width) * 2
+    attention = down + head.padded * head.width * 2 + max(queries, context)
+    dense = 5 * max(
+        config.intermediate_size if config.first_k_dense_replace else 0,
+        *(shape.intermediate_size or 0 for shape in (*config.modules, SHARED)),
+    )
+    pair = hidden * 4 + config.moe_intermediate_size
+    experts = (config.num_experts_per_tok + config.n_shared_experts) * pair + config.n_routed_experts * 4
+    return rows * (HIDDEN_STATES * hidden * 2 + max(attention, dense, experts))
+
+
+def rule_bytes(config: ModelConfig, nodes: int) -> int:
+    """Returns bytes that an acceptance rule other than the coupled one holds at once for a tree."""
+    return COPIES * RULE_ROWS * (nodes + 1) * config.vocab_size * 8
+
+
+def check_memory(
+    model: DeviceModel, max_context: int, device: str, max_batch: int = 1, cache_tokens: int | None = None
+) -> MemoryPlan:
+    """Returns the plan.
+
+    Raises:
+        MTPSpecError: the device has not that much memory free; the message says what would fit.
+    """
+    plan, free = plan_memory(model, max_context, max_batch, cache_tokens), _free(torch.device(device))
+    needed = plan.total + OVERHEAD_BYTES
+    if needed <= free:
+        return plan
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.parts().items())
+    head = f"{needed / 1e9:.1f} GB of GPU memory are needed ({listed}) and {free / 1e9:.1f} GB are free"
+    if plan.weights + plan.draft_head + OVERHEAD_BYTES > free:
+        raise MTPSpecError(f"{head}: the weights alone do not fit; use a GPU with more memory, or several")
+    if max_batch > 1:
+        fits, tokens = max_batch, planned_pages(max_context, max_batch, cache_tokens) * PAGE
+        while fits > 1 and plan_memory(model, max_context, fits, cache_tokens).total + OVERHEAD_BYTES > free:
+            fits -= 1
+        page = pages_bytes(model, max_context, 1, 1) - pages_bytes(model, max_context, 1, 0)
+        tokens -= -(-(needed - free) // page) * PAGE
+        fewer = f"with cache_tokens={tokens} or less, " if tokens > 0 else ""
+        raise MTPSpecError(f"{head}: load with max_batch={fits} or less, {fewer}with a smaller max_context, or free "
+                           "memory")  # fmt: skip
+    fits = max_context
+    while fits > 1 and plan_memory(model, fits).total + OVERHEAD_BYTES > free:
+        fits = fits * 7 // 8
+    raise MTPSpecError(f"{head}: load with max_context={fits} or less, or free memory")
+
+
+def check_room(needed: int, device: torch.device, what: str) -> None:
+    """Refuses what would not fit any more.
+
+    Raises:
+        MTPSpecError: the device has less memory free.
+    """
+    free = _free(device)
+    if needed > free:
+        raise MTPSpecError(
+            f"{what} needs {needed / 1e9:.2f} GB of GPU memory and {free / 1e9:.2f} GB are free: end other texts, "
+            "draft fewer nodes, or load with a smaller max_context"
+        )
+
+
+def _free(device: torch.device) -> int:
+    """Returns bytes that are free, or that torch holds and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -1,0 +1,110 @@
+"""Pages of cache on a GPU for texts side by side, see `pages`: one allocation for all layers.
+
+Which pages a text has stands on the device, in a row of a table (`kernels.mla.Plan`), so that captured steps follow the
+texts. Behind the pages every layer has a few idle ones: a step that is captured for more texts than there are lets the
+others write there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mtp_spec.cache.pages import Lease, Pages
+from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WORK_ROWS, Mail
+from mtp_spec.kernels import commit
+from mtp_spec.kernels.mla_cache import KEYS
+from mtp_spec.model.cache import PAGE, pages_for
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.request import Request
+
+# most rows of a step's pass, and most sequences of one; where there are more they step by turns
+STEP_ROWS, STEP_TEXTS = 512, 64
+# rows of the table for streams beside the sequences that share steps
+EXTRA_ROWS = 16
+READ_TEXTS = 8  # prompts that are read in one pass
+IDLE_PAGES = pages_for(WORK_ROWS)  # a text that nobody reads has one token
+# rows by which the pass that reads a prompt's end may be longer than what is left of it
+PADDING = max(rows - smaller for smaller, rows in pairwise(PREFILL_ROWS)) - 1
+assert PAGE == KEYS
+
+
+class DevicePages(Pages["DeviceLease"]):
+    """The pages of a loaded model.
+
+    Args:
+        tokens: most tokens of prompt and text.
+        total: pages.
+        most: sequences that share steps at most.
+
+    Attributes:
+        caches: of all layers and the MTP modules.
+        tables: `[most + EXTRA_ROWS + 1, P]` int32, the pages of each text as `mla.Plan` wants them; the row
+            `idle_row`, the last one, is for texts that nobody reads.
+    """
+
+    def __init__(self, model: DeviceModel, tokens: int, total: int, most: int) -> None:
+        super().__init__(total, len(model.mtp))
+        self.most = most
+        self.caches = model.new_caches(tokens + SLACK, step_rows(most), total + IDLE_PAGES)
+        self.idle_row, columns = most + EXTRA_ROWS, self.caches[0].capacity // KEYS
+        self._rows = list(reversed(range(self.idle_row)))
+        idle = torch.arange(total, total + columns).clamp_max(total + IDLE_PAGES - 1) * KEYS
+        self.tables = idle.int().repeat(self.idle_row + 1, 1).to(model.device)
+        self._inbox = torch.zeros(1, columns, dtype=torch.int64, device=model.device)
+        self._mail = Mail(columns, model.device)
+
+    def lease(self, prompt: Sequence[int], tokens: int, drafted: bool) -> DeviceLease | None:
+        return super().lease(prompt, tokens, drafted) if self._rows else None
+
+    def _leased(self, pages: list[int], shared: int, drafted: bool) -> DeviceLease:
+        row, sent = self._rows.pop(), self._inbox[:, : len(pages)]
+        self._mail.send(sent, [pages])
+        commit.clean(self.caches, sent[0, shared:])
+        # what is never read, but for blocks that are masked as a whole, is the text's own
+        self.tables[row].fill_(pages[-1] * KEYS)
+        self.tables[row, : len(pages)] = sent[0] * KEYS
+        return DeviceLease(self, pages, shared, drafted, row)
+
+    def take_back(self, row: int) -> None:
+        """Takes back the row of a text that has ended."""
+        self._rows.append(row)
+
+    def one(self, table: int) -> Tensor:
+        """Returns a copy of a row of `tables`, `[1, P]`."""
+        return self.tables[table : table + 1].clone()
+
+
+class DeviceLease(Lease):
+    """Pages of a text on a GPU.
+
+    Attributes:
+        row: of `DevicePages.tables`.  slots: how many it has.
+    """
+
+    def __init__(self, store: DevicePages, pages: list[int], shared: int, drafted: bool, row: int) -> None:
+        super().__init__(store, pages, shared, drafted)
+        self.store, self.row, self.slots = store, row, len(pages) * PAGE
+
+    def end(self) -> None:
+        if self._pages:
+            self.store.take_back(self.row)
+        super().end()
+
+
+def step_rows(max_batch: int) -> int:
+    """Returns the most rows of a step's pass."""
+    return min(STEP_ROWS, max_batch * ROWS)
+
+
+def room_of(request: Request, max_context: int) -> int:
+    """Returns slots that a text may write to, by steps that run ahead of its end and passes longer than its prompt."""
+    return min(len(request.ids) + max(request.limit + SLACK, PADDING), max_context + SLACK)
+
+
+def planned_pages(max_context: int, max_batch: int, cache_tokens: int | None = None) -> int:
+    """Returns how many pages there are: where nothing else was asked for, every text can have the whole context."""
+    return max_batch * pages_for(max_context + SLACK) if cache_tokens is None else pages_for(cache_tokens)

@@ -1,0 +1,230 @@
+"""Prefill on a GPU: reads prompts and draws their first tokens.
+
+Short prompts are read whole, several in a pass that also draws their first tokens: what the host says of them goes to
+the device in one copy, and one graph does the rest. A long prompt is read chunk by chunk, between the steps of other
+texts. The host does not wait for a first token either: it looks at it when the text has taken its first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtp_spec.cuda.guided import draw_first
+from mtp_spec.cuda.pages import READ_TEXTS, STEP_ROWS, DevicePages
+from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.state import PREFILL_ROWS, Mail, State, settings_of, union
+from mtp_spec.cuda.step import Prefill
+from mtp_spec.cuda.text import DeviceText
+from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Stages, sample, seed_bits
+
+# what is sent along with a prompt: its row of the table of pages, its tokens that are known and all, its seed, and its
+# settings, as bits
+TABLE, FIRST, COUNT, SEED, SETTINGS = range(5)
+SENT = SETTINGS + COLUMNS
+
+
+@dataclass(slots=True)
+class First:
+    """First tokens on their way to the host.
+
+    Attributes:
+        room: the host's memory, in which `record` is a view.
+        record: `[2, slots]` int32, the tokens and whether there was none.
+        logits: `[slots, V]`, where somebody asked for them.
+    """
+
+    texts: Seq[DeviceText]
+    room: Tensor
+    record: Tensor
+    logits: Tensor | None
+    ended: torch.cuda.Event | None
+
+
+class Whole:
+    """A pass that reads prompts of up to `rows` tokens, or all that is not known of them, and draws the texts' first
+    tokens; see `Graphs.later`.
+
+    Args:
+        tables: of pages.  state: of as many texts.
+        drafts: whether the MTP modules read too.  stages: that some text needs.
+    Attributes:
+        inbox: `[B, rows + 1 + SENT]` int64: what is to be read of prompts, padded with their last token, and what is
+            sent along.
+        record: `[2, B]` int32.  logits: `[B, V]`.  Both are results, until the next pass or step.
+    """
+
+    def __init__(
+        self, runtime: DeviceRuntime, tables: Tensor, state: State, rows: int, drafts: bool, stages: Stages
+    ) -> None:
+        self.model, self.tables, self.state, self.stages = runtime.model, tables, state, stages
+        self._prefill = Prefill(runtime.model, state, rows, drafts)
+        device = runtime.model.device
+        self.inbox = torch.zeros(state.texts, rows + 1 + SENT, dtype=torch.int64, device=device)
+        self.record, self.logits = torch.empty(0), torch.empty(0)
+        self._text = torch.arange(state.texts, device=device)
+        self.read = self._run if runtime.graphs is None else runtime.graphs.later(self._run)
+
+    def _run(self) -> None:
+        state, prefill, settings = self.state, self._prefill, self.state.settings
+        ids, sent = self.inbox[:, : prefill.rows + 1], self.inbox[:, prefill.rows + 1 :]
+        first, count = sent[:, FIRST].clone(), sent[:, COUNT].clone()
+        state.forget()
+        state.length.copy_(first)
+        state.begun.copy_(first)
+        assert state.pages is not None
+        torch.index_select(self.tables, 0, sent[:, TABLE].contiguous(), out=state.pages)
+        settings.seed.copy_(sent[:, SEED])
+        settings.values.copy_(sent[:, SETTINGS:].view(torch.float64))
+        if self.stages.penalty and settings.seen is not None:
+            settings.seen.zero_().scatter_(1, ids, IN_PROMPT)
+        prefill.ids.copy_(ids)
+        end = count - first - 1
+        prefill.following.copy_(end)
+        prefill.run()
+        last = prefill.hidden.unflatten(0, (state.texts, prefill.rows))[self._text, end]
+        self.logits = self.model.logits(last)
+        self.record = draw(self.logits, state, last, self._text, count, self.stages)
+
+
+class Reader:
+    """Reads prompts, each into its pages.
+
+    Attributes:
+        state: has the texts that were read last, in its first slots.
+    """
+
+    def __init__(self, runtime: DeviceRuntime, pages: DevicePages) -> None:
+        self.runtime, self.pages, device = runtime, pages, runtime.model.device
+        self._most = min(READ_TEXTS, pages.most)
+        places = pages.one(pages.idle_row).repeat(self._most, 1)
+        self.state = State(runtime.model, runtime.max_context, pages.caches, places)
+        self._one = self.state.part(0, 1)
+        self._text: DeviceText | None = None
+        self._read, self._ids = 0, torch.empty(0)
+        self._mail = Mail(self._most * (PREFILL_ROWS[-1] + 1 + SENT), device)
+        self._rooms: list[Tensor] = []
+        self._biased: list[int] = []  # slots whose last texts had a logit_bias
+
+    def rows(self, text: DeviceText) -> int | None:
+        """Returns the rows of a pass that reads all that is not known of a prompt; None where it is to be read in
+        chunks."""
+        return None if text is self._text else next((rows for rows in PREFILL_ROWS if self.fits(text, rows)), None)
+
+    def fits(self, text: DeviceText, rows: int) -> bool:
+        """Whether a pass of so many rows reads all that is not known of a prompt, and writes to its own pages only."""
+        lease = text.lease
+        # penalties count the known tokens too, which are not sent
+        if text.host_draws or (lease.reused and text.stages.penalty):
+            return False
+        return len(text.tokens) - lease.reused <= rows <= lease.slots - lease.reused
+
+    def together(self, rows: int) -> int:
+        """Returns how many prompts of up to so many tokens are read in one pass."""
+        return min(self._most, STEP_ROWS // rows)
+
+    def whole(self, texts: Seq[DeviceText], rows: int, drafts: bool) -> tuple[int, First]:
+        """Reads prompts of up to `rows` tokens in one pass; returns its rows, and the first tokens.
+
+        Args:
+            drafts: for the MTP modules too.
+        """
+        slots, stages = 1 << (len(texts) - 1).bit_length(), union([text.stages for text in texts])
+        if self.runtime.graphs is None:
+            slots, rows = len(texts), max(len(text.tokens) - text.lease.reused for text in texts)
+        self._set_biases(texts)
+
+        def make() -> Whole:
+            return Whole(self.runtime, self.pages.tables, self.state.part(0, slots), rows, drafts, stages)
+
+        one = make() if self.runtime.graphs is None else self.runtime.kept((self, slots, rows, drafts, stages), make)
+        letters = [self._letter(text, rows) for text in texts]
+        nobody = [0] * (rows + 1) + [self.pages.idle_row, 0, 1, *[0] * (SENT - SEED)]
+        self._mail.send(one.inbox, letters + [nobody] * (slots - len(texts)))
+        one.read()
+        for text in texts:
+            text.has_read(len(text.tokens))
+        return slots * rows, self._first(texts, one.record, one.logits)
+
+    def chunk(self, text: DeviceText, drafts: bool) -> tuple[int, First | None]:
+        """Reads the next chunk of a prompt; returns its rows, and at the prompt's end the first token."""
+        state, prompt = self._one, text.tokens
+        if self._text is not text:
+            self._text, self._read = text, text.lease.reused
+            state.reset(text.params, prompt, text.lease.reused)
+            self._biased = [*{*self._biased, 0}] if text.stages.bias else self._biased
+            assert state.pages is not None
+            state.pages.copy_(self.pages.tables[text.lease.row])
+            self._ids = state.sent(prompt, torch.int64)
+        read = self.runtime.prefill(self, state, len(prompt), self._read, drafts)
+        hidden = read(self._ids, self._read)
+        self._read += len(hidden)
+        text.has_read(self._read)
+        if self._read < len(prompt):
+            return read.rows, None
+        self._text = None
+        last, count = hidden[-1:], state.sent([len(prompt)], torch.int64)
+        logits = self.runtime.model.logits(last)
+        if text.host_draws:
+            self.runtime.model.ranks.wait()
+            token = state.sent([draw_first(text, logits)], torch.int64)
+            state.start(token, last, count, text.stages.penalty)
+            record = torch.stack((token, torch.zeros_like(token))).int()
+        else:
+            record = draw(logits, state, last, torch.zeros_like(count), count, text.stages)
+        return read.rows, self._first([text], record, logits)
+
+    def drop(self, text: DeviceText) -> None:
+        """Forgets a sequence whose prompt was not read to its end."""
+        if self._text is text:
+            self._text = None
+
+    def done(self, first: First) -> list[list[int]]:
+        """Returns the record of first tokens that have arrived; its memory is used again."""
+        self._rooms.append(first.room)
+        return first.record[:, : len(first.texts)].tolist()
+
+    def _letter(self, text: DeviceText, rows: int) -> list[int]:
+        prompt, params = text.tokens, text.params
+        bits = np.array(settings_of(params)).view(np.int64).tolist()
+        unread = prompt[text.lease.reused :]
+        padding = [prompt[-1]] * (rows + 1 - len(unread))
+        return [*unread, *padding, text.lease.row, text.lease.reused, len(prompt), seed_bits(params.known_seed), *bits]
+
+    def _set_biases(self, texts: Seq[DeviceText]) -> None:
+        bias = self.state.settings.bias
+        assert bias is not None
+        for slot in self._biased:
+            bias[slot].zero_()
+        self._biased = [slot for slot, text in enumerate(texts) if text.stages.bias]
+        for slot in self._biased:
+            self.state.add_bias(slot, texts[slot].sampler.params)
+
+    def _first(self, texts: Seq[DeviceText], record: Tensor, logits: Tensor) -> First:
+        cuda, told = record.is_cuda, any(text.params.logprobs for text in texts)
+        room = self._rooms.pop() if self._rooms else torch.empty(2 * self._most, dtype=torch.int32, pin_memory=cuda)
+        host = room[: record.numel()].view(record.shape)
+        host.copy_(record, non_blocking=True)
+        ended = None
+        if cuda:
+            ended = torch.cuda.Event()
+            ended.record()
+        # what follows writes where they are
+        return First(texts, room, host, logits.clone() if told else None, ended)
+
+
+def draw(logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor, stages: Stages) -> Tensor:
+    """Draws the tokens after prompts of `count` `[B]` int64 tokens, with which the state starts.
+
+    Args:
+        logits: `[B, V]` of the last hidden states `last` `[B, D]`.  text: `[B]` 0, 1, ... as int64.
+
+    Returns `[2, B]` int32: the tokens and whether there was none.
+    """
+    drawn = sample(logits, text.int(), count, state.settings, stages)
+    state.start(drawn.tokens[:, 0].long(), last, count, stages.penalty)
+    return torch.stack((drawn.tokens[:, 0], drawn.failed))

@@ -1,0 +1,59 @@
+"""What all sequences of a model on a GPU share: one thread at a time, and what was captured, kept from use to use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar, cast
+
+from mtp_spec.cuda.lock import FairLock
+from mtp_spec.cuda.state import State, prefill_rows
+from mtp_spec.cuda.step import Graphs, Prefill
+from mtp_spec.model.cuda.model import DeviceModel
+
+# captured steps and passes, and what was learned of them; a batch has some for every size
+KEPT = 256
+T = TypeVar("T")
+
+
+class DeviceRuntime:
+    """The captured work of a loaded model.
+
+    Args:
+        max_context: most tokens of prompt and text.
+    Attributes:
+        lock: to be entered by whoever uses the GPU.
+        graphs: None on the kernels' references, which run on a CPU.
+    """
+
+    def __init__(self, model: DeviceModel, max_context: int) -> None:
+        self.model, self.max_context, self.lock = model, max_context, FairLock()
+        self.graphs = Graphs(model.device, model.ranks.size > 1) if model.device.type == "cuda" else None
+        self._kept: dict[Hashable, object] = {}
+
+    def kept(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns what was made for a key; what was not asked for the longest is dropped."""
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = make()
+            while len(self._kept) >= KEPT:
+                self._kept.pop(next(iter(self._kept)))
+        self._kept[key] = found  # the most recent last
+        return cast(T, found)
+
+    def forget(self, owner: object) -> None:
+        """Drops what was made for keys that begin with an object."""
+        self._kept = {key: kept for key, kept in self._kept.items()
+                      if not (isinstance(key, tuple) and key[0] is owner)}  # fmt: skip
+
+    def prefill(self, owner: object, state: State, tokens: int, first: int, draft: bool) -> Prefill:
+        """Returns the pass for a prompt's next chunk, captured where there is a GPU and room for its padding.
+
+        Args:
+            owner: of the state, for `forget`.
+        """
+        left = tokens - first
+        rows = prefill_rows(left)
+        if self.graphs is None or first + rows > state.caches[0].capacity:
+            return Prefill(self.model, state, min(left, rows), draft)
+        graphs = self.graphs
+        return self.kept((owner, rows, draft), lambda: Prefill(self.model, state, rows, draft, graphs))

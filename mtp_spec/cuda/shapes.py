@@ -1,0 +1,116 @@
+"""Steps of several shapes in turn on a GPU, chosen by `planning.shape_planner`: adaptive speculation.
+
+Every shape is a captured step of its own on the same state. A plain step does not run the MTP modules, so that it costs
+what plain decoding costs; it puts its row into a ring instead, which the modules read when drafting begins again, or
+when the ring is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from mtp_spec.cuda.constants import Constants
+from mtp_spec.cuda.draft import feed_modules
+from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.state import WAITING, State
+from mtp_spec.cuda.step import Step
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.planning.shape_planner import Chances, Ladder
+from mtp_spec.tree_shape import TreeShape
+
+# rows that catch up at once; the smallest pass that holds what waits is taken
+CATCH_UP_ROWS = (16, WAITING)
+# for timing: runs of which the mean is taken, and means of which the median is
+RUNS, ROUNDS = 4, 3
+
+
+@dataclass(slots=True)
+class Rungs:
+    """The captured work of one state.
+
+    Attributes:
+        steps: one a rung, the first is plain decoding.
+        settle: shows the modules what the last drafting step committed.
+        catch_up: by rows, shows them what plain steps put aside, all but the last one's row.
+        constants: what the passes read as long as they are replayed.
+    """
+
+    steps: list[Step]
+    settle: Callable[[], None]
+    catch_up: dict[int, Callable[[], None]]
+    constants: Constants
+
+    @classmethod
+    def capture(cls, runtime: DeviceRuntime, state: State, steps: list[Step], most: int = WAITING) -> Rungs:
+        """Captures what lies between steps, in passes of `most` rows; the state must not hold a text."""
+
+        def captured(work: Callable[[], object]) -> Callable[[], None]:
+            def run() -> None:
+                work()
+
+            state.blank()
+            return run if runtime.graphs is None else runtime.graphs.capture(run)
+
+        constants = Constants(runtime.model.device)
+        passes = dict[int, Callable[[], None]]()
+        for rows in CATCH_UP_ROWS:
+            some = [state.part(first, min(most // rows, state.texts - first))
+                    for first in range(0, state.texts, most // rows)]  # fmt: skip
+            passes[rows] = _one_by_one([captured(partial(_catch_up, runtime.model, part, constants, rows))
+                                        for part in some])  # fmt: skip
+        return cls(steps, captured(steps[-1].show), passes, constants)
+
+    def seconds(self, state: State) -> list[float]:
+        """Returns the seconds of each step, of settling, and of catching up by each number of rows."""
+        works: list[Callable[[], None]] = [*self.steps, self.settle, *self.catch_up.values()]
+        return [_time(state, work) for work in works]
+
+
+def ladder_of(shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None) -> Ladder:
+    """Returns the ladder of measured times, in the order of `Rungs.seconds`."""
+    steps, (settling, *reading) = seconds[: len(shapes)], seconds[len(shapes) :]
+    return Ladder(shapes, steps, settling, dict(zip(CATCH_UP_ROWS, reading, strict=True)), chances)
+
+
+def _one_by_one(works: list[Callable[[], None]]) -> Callable[[], None]:
+    def run() -> None:
+        for work in works:
+            work()
+
+    return run
+
+
+def _catch_up(model: DeviceModel, state: State, constants: Constants, rows: int) -> None:
+    """Shows the MTP modules the rows of plain steps, but for the last one."""
+    count = (state.length - 1 - state.fed).long()
+    order, text = constants.places(range(rows)), constants.places(range(len(count)))[:, None]
+    places = (state.fed[:, None] + torch.minimum(order, (count - 1).clamp_min(0)[:, None])) % WAITING
+    tokens, hidden = state.ring_tokens[text, places], state.ring[text, places]
+    feed_modules(model, state, constants, tokens, hidden, state.fed, count)
+    state.fed.copy_(state.length - 1)
+
+
+def _time(state: State, work: Callable[[], object]) -> float:
+    """Returns seconds of some work on a state that holds no text."""
+    if not state.length.is_cuda:  # the kernels' references: there is nothing to tune for
+        state.blank()
+        start = perf_counter()
+        work()
+        return perf_counter() - start
+    means = []
+    for _ in range(ROUNDS + 1):  # the first warms up
+        state.blank()
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        for _ in range(RUNS):
+            work()
+        ended.record()
+        ended.synchronize()
+        means.append(begun.elapsed_time(ended) / 1e3 / RUNS)
+    return median(means[1:])

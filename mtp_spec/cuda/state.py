@@ -1,0 +1,267 @@
+"""What sequences keep on the device from step to step: one, or several that take their steps together."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels import commit as commits
+from mtp_spec.kernels.mla_cache import Cache
+from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Settings, Stages, seed_bits, settings_row
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.sampling.params import SamplingParams
+from mtp_spec.speculation import MAX_DEPTH, MAX_NODES
+
+ROWS = MAX_NODES + 1
+MOST = MAX_DEPTH + 1
+# prompt tokens that pass through the model at once; the last chunk takes the smallest that holds it
+PREFILL_ROWS = (16, 64, 256)
+# rows of plain steps that MTP modules may be behind, in steps of several shapes
+WAITING = 128
+MAIL = 8  # letters on their way at once
+# a step may run ahead of the host's decision to stop, and the one after it; what modules read late is padded
+SLACK = 2 * MOST + max(ROWS, WAITING)
+# slots that work may write to which is captured or timed on a text of one token
+WORK_ROWS = ROWS + WAITING
+# of every text, by name; a text's settings lie beside them
+KEPT = ("length", "begun", "hidden", "fed", "ring", "ring_tokens", "carried", "path", "tokens", "record", "drawn")
+
+
+class State:
+    """Caches, the tokens of the last step, sampling parameters of B texts.
+
+    Args:
+        tokens: most tokens of prompt and text.
+        caches: of all layers and the MTP modules, with room for `tokens` and `SLACK`; its own if they are not given.
+        pages: `[B, P]` int32, where in the caches each text's slots are (`kernels.mla.Plan`); None for one text, whose
+            caches these are.
+    Attributes:
+        length: `[B]` int32, committed slots of the main model; a module's cache has one fewer for each module before.
+        begun: `[B]` int32, slots that the text did not fill itself, in every cache: nothing is written to them.
+        user: whose text the caches hold.
+        hidden: `[B, ROWS, D]` of the last pass.  path, tokens: `[B, MOST]` of the last step, see
+            `kernels.commit.accept`, and so is record.
+        drawn: `[B]` int64, random numbers that a rule has used, see `device_rules`.
+        fed: `[B]` int32, slots of the main model that the modules have seen, where steps of several shapes take turns.
+        ring, ring_tokens: `[B, WAITING, D]` and `[B, WAITING]` int64, rows of plain steps, see `kernels.commit.keep`.
+        carried: `[B, modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
+        live: `[B]` int32, 0 for a text that nobody reads, which stays where it is; None: all are read.
+        logits: room for those of a step of several texts; None: a step has its own.
+    """
+
+    def __init__(
+        self, model: DeviceModel, tokens: int, caches: list[Cache] | None = None, pages: Tensor | None = None
+    ) -> None:
+        config, device = model.config, model.device
+        held = model.new_caches(tokens + SLACK, ROWS) if caches is None else caches
+        self.caches, self.mtp_caches = held[: config.num_hidden_layers], held[config.num_hidden_layers :]
+        self.store, self.pages = held[0].store, pages
+        self.live: Tensor | None = None
+        self.logits: Tensor | None = None
+        model.table(held[0].capacity + MOST)
+        texts, width = 1 if pages is None else len(pages), config.hidden_size
+        self.length = torch.zeros(texts, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(texts, ROWS, width, dtype=torch.bfloat16, device=device)
+        self.begun, self.fed = torch.zeros_like(self.length), torch.zeros_like(self.length)
+        self.ring = self.hidden.new_zeros(texts, WAITING, width)
+        self.ring_tokens = torch.zeros(texts, WAITING, dtype=torch.int64, device=device)
+        self.carried = self.hidden.new_zeros(texts, max(0, len(self.mtp_caches) - 1), width)
+        self.path = torch.zeros(texts, MOST, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros_like(self.path)
+        self.record = torch.zeros(texts, commits.record_size(MOST), dtype=torch.int32, device=device)
+        vocabulary = config.vocab_size
+        self.settings = Settings(
+            values=torch.tensor([settings_row()], dtype=torch.float64).expand(texts, COLUMNS).contiguous().to(device),
+            seed=torch.zeros(texts, dtype=torch.int64, device=device),
+            bias=torch.zeros(texts, vocabulary, dtype=torch.float32, device=device),
+            seen=torch.zeros(texts, vocabulary, dtype=torch.int32, device=device),
+        )
+        self.drawn = torch.zeros(texts, dtype=torch.int64, device=device)
+        self.busy = False
+        self._parts: dict[tuple[int, int], State] = {}
+        self.user: object = None
+
+    @property
+    def texts(self) -> int:
+        """B."""
+        return self.length.shape[0]
+
+    def part(self, first: int, count: int) -> State:
+        """Returns the state of some of the texts, which is the same memory."""
+        def some(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[first : first + count]
+
+        found = self._parts.get((first, count))
+        if found is not None:
+            return found
+        part = copy.copy(self)
+        part._parts = {}
+        for name in (*KEPT, "pages", "live"):
+            setattr(part, name, some(getattr(self, name)))
+        settings = self.settings
+        part.settings = Settings(settings.values[first : first + count], settings.seed[first : first + count],
+                                 some(settings.bias), some(settings.seen))  # fmt: skip
+        self._parts[first, count] = part
+        return part
+
+    def reset(self, params: SamplingParams, prompt: list[int], reused: int = 0, modules: bool = True) -> None:
+        """Prepares for a new text, the only one.
+
+        Args:
+            reused: its first slots that the caches hold already.
+            modules: whether the modules' caches are its own too; else they stay as they are.
+        """
+        if self.pages is None:
+            # numbers left behind could be NaN, which masks do not remove
+            caches = [*self.caches, *self.mtp_caches] if modules else self.caches
+            torch._foreach_zero_([cache.slots[reused:] for cache in caches])
+            self.store[self.caches[0].spare :].zero_()
+        torch._foreach_zero_(self._tensors())
+        self.begun.fill_(reused)
+        settings = self.settings
+        settings.values.copy_(self.sent([settings_of(params)], torch.float64))
+        settings.seed.fill_(seed_bits(params.known_seed))
+        assert settings.seen is not None
+        self.add_bias(0, params)
+        settings.seen[0, self.sent(sorted(set(prompt)), torch.int64)] = IN_PROMPT
+
+    def add_bias(self, text: int, params: SamplingParams) -> None:
+        """Writes a text's `logit_bias` where there was none."""
+        if params.logit_bias:
+            assert self.settings.bias is not None
+            ids, amounts = zip(*params.logit_bias.items(), strict=True)
+            self.settings.bias[text, self.sent(ids, torch.int64)] = self.sent(amounts, torch.float32)
+
+    def forget(self) -> None:
+        """Removes what texts have left, but for caches and settings."""
+        torch._foreach_zero_([getattr(self, name) for name in KEPT])
+
+    def sent(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        """Returns values on the device, on their way there: the host does not wait for the work before."""
+        given = torch.tensor(values, dtype=dtype)
+        return given.pin_memory().to(self.length.device, non_blocking=True) if self.length.is_cuda else given.to(
+            self.length.device
+        )
+
+    def blank(self) -> None:
+        """Makes its texts such of one token, for work that is captured or timed."""
+        self.record.zero_()
+        self.record[:, commits.COUNT] = 1
+        self.length.fill_(1)
+        self.fed.zero_()
+        self.begun.zero_()
+
+    @contextmanager
+    def first_slots_aside(self) -> Iterator[None]:
+        """Lends the caches of one text to work that is captured or timed: what they hold has come back afterwards."""
+        held = [cache.slots[:WORK_ROWS] for cache in (*self.caches, *self.mtp_caches)]
+        kept = [slots.clone() for slots in held]
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(held, kept)
+
+    @contextmanager
+    def set_aside(self, idle: Tensor) -> Iterator[None]:
+        """Lends its memory to work that is captured or timed: texts that it holds have come back afterwards.
+
+        Args:
+            idle: `[P]` int32, pages to which the work may write.
+        """
+        names = [name for name in (*KEPT, "pages") if getattr(self, name) is not None]
+        held = {name: getattr(self, name).clone() for name in names}
+        seen = None if self.settings.seen is None else self.settings.seen.clone()
+        try:
+            if self.pages is not None:
+                self.pages.copy_(idle)
+            self.blank()
+            yield
+        finally:
+            for name, kept in held.items():
+                getattr(self, name).copy_(kept)
+            if self.settings.seen is not None and seen is not None:
+                self.settings.seen.copy_(seen)
+
+    def take(self, other: State) -> None:
+        """Becomes a copy of another state of as many texts; pages apart."""
+        torch._foreach_copy_(self._tensors(), other._tensors())  # one call: texts come and go between steps
+
+    def _tensors(self) -> list[Tensor]:
+        settings = self.settings
+        parts = (settings.values, settings.seed, settings.bias, settings.seen)
+        return [*(getattr(self, name) for name in KEPT), *(part for part in parts if part is not None)]
+
+    def start(self, token: Tensor, hidden: Tensor, length: Tensor, seen: bool) -> None:
+        """Takes first tokens `[B]` int64, drawn from the last hidden states `[B, D]` of prompts of `length` tokens,
+        `[B]` int64."""
+        text, place = torch.arange(self.texts, device=length.device), (length - 1) % WAITING
+        self.length.copy_(length)
+        self.fed.copy_(length - 1)  # a prompt's last token waits for the one after it
+        self.hidden[:, 0] = self.ring[text, place] = hidden  # as a plain step would leave it
+        self.path.zero_()
+        self.tokens[:] = token[:, None]
+        self.ring_tokens[text, place] = token
+        self.record.zero_()
+        self.record[:, commits.COUNT] = 1
+        if seen and self.settings.seen is not None:
+            self.settings.seen.scatter_add_(1, token[:, None], torch.ones_like(token, dtype=torch.int32)[:, None])
+
+
+def settings_of(params: SamplingParams) -> list[float]:
+    """Returns a request's row of `Settings.values`."""
+    return settings_row(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty,
+                        params.presence_penalty, params.frequency_penalty)  # fmt: skip
+
+
+def prefill_rows(left: int) -> int:
+    """Returns the rows of the pass for a prompt's next tokens, of which so many are left."""
+    return next((size for size in PREFILL_ROWS if left <= size), PREFILL_ROWS[-1])
+
+
+def stages_of(params: SamplingParams) -> Stages:
+    """Returns the stages of sampling that a request needs; others would cost a captured step time."""
+    noise = params.temperature > 0
+    penalised = (params.repetition_penalty != 1.0, params.presence_penalty != 0.0, params.frequency_penalty != 0.0)
+    return Stages(
+        bias=bool(params.logit_bias), penalty=any(penalised), noise=noise, top_k=noise and params.top_k > 0,
+        top_p=noise and params.top_p < 1.0, min_p=noise and params.min_p > 0,
+    )  # fmt: skip
+
+
+class Mail:
+    """Numbers on their way to the device: they wait in memory of their own, so that the host does not.
+
+    Args:
+        numbers: most of one `send`.
+    """
+
+    def __init__(self, numbers: int, device: torch.device) -> None:
+        self._cuda, self._free = device.type == "cuda", deque[tuple[Tensor, torch.cuda.Event]]()
+        if self._cuda:
+            room = torch.empty(MAIL, numbers, dtype=torch.int64, pin_memory=True)
+            self._free.extend((part, torch.cuda.Event()) for part in room)
+
+    def send(self, target: Tensor, rows: Sequence[Sequence[int]]) -> None:
+        """Copies rows of whole numbers to `target` `[len(rows), .]` int64."""
+        values = torch.tensor(rows, dtype=torch.int64)
+        if not self._cuda:
+            target.copy_(values)
+            return
+        room, arrived = self._free.popleft()
+        arrived.synchronize()
+        waiting = room[: values.numel()].view(values.shape)
+        waiting.copy_(values)
+        target.copy_(waiting, non_blocking=True)
+        arrived.record()
+        self._free.append((room, arrived))
+
+
+def union(stages: Sequence[Stages]) -> Stages:
+    """Returns the stages of sampling that some text needs: to the others they do nothing."""
+    return Stages(**{one.name: any(getattr(its, one.name) for its in stages) for one in fields(Stages)})

@@ -1,0 +1,291 @@
+"""One step on a GPU as one CUDA graph: extend, draft every depth, verify, accept, commit.
+
+Everything a step needs lies on the device and everything it changes stays there, so that step follows step without
+the host, which reads the record of committed tokens one step behind. Plain decoding is the step without a tree.
+
+Legend: `B` texts that take the step together, `E` rows of each in the verify pass (root and nodes), `M` = B E, `N`
+nodes, `A` = most tokens a step commits, `n` position of the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtp_spec.cuda.constants import Constants
+from mtp_spec.cuda.draft import feed_modules, run_module
+from mtp_spec.cuda.rules import DeviceRule
+from mtp_spec.cuda.state import State
+from mtp_spec.kernels import commit as commits
+from mtp_spec.kernels import mla
+from mtp_spec.kernels.sampler import Sampled, Stages, sample
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.tree_shape import TreeShape
+
+
+@dataclass(slots=True)
+class Step:
+    """The step of one tree on one state, whose texts take it together; call it, after `capture` it replays a graph.
+
+    Args:
+        extend: tokens that the step before may have committed, which the MTP modules have not seen; 0 without drafting.
+            Without a tree they stay unseen: the step is one of several shapes that take turns (`device_planned`).
+        acceptance: the rule; all but "coupled" draw drafts and accept them by `device_rules`.
+        draws: whether the call draws and accepts; else `take` is then told what was drawn.
+    Attributes:
+        logits: `[M, V]` float32 of the last call, root first.  ids: `[M]` int64, the tokens of its rows; unless the
+            state is one of several texts, whose steps leave nothing but their logits, in the state's own room.
+    """
+
+    model: DeviceModel
+    state: State
+    shape: TreeShape
+    stages: Stages
+    extend: int
+    acceptance: str = "coupled"
+    draws: bool = True
+    logits: Tensor = field(init=False)
+    ids: Tensor = field(init=False)
+    _outputs: Tensor = field(init=False)  # [M, D] of the model
+    _graph: Callable[[], None] | None = field(init=False, default=None)
+    _constants: Constants = field(init=False)
+    _rule: DeviceRule | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._constants = Constants(self.model.device)
+        if self.acceptance != "coupled" and self.shape.parents:
+            self._rule = DeviceRule(self.acceptance, self.shape, not self.stages.noise, self.state.drawn)
+
+    def __call__(self) -> None:
+        if self._graph is None:
+            self._run()
+        else:
+            self._graph()
+
+    def capture(self, graphs: Graphs) -> None:
+        """Makes later calls replay a graph; the state must not hold a text."""
+        self.state.blank()
+        self._graph = graphs.capture(self._run)
+        if self.state.logits is not None and self.draws:
+            del self._outputs, self.ids, self.logits  # the many steps of a batch leave each other this memory
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """Returns what a step does, in order; benchmarks time the parts."""
+        return {"draft": self._propose, "verify": self._verify, "accept": self._accept}
+
+    def _run(self) -> None:
+        for name, part in self.parts().items():
+            if self.draws or name != "accept":
+                part()
+
+    def _propose(self) -> None:
+        root = self.state.tokens[:, -1:]  # the last committed token: tokens are padded with it
+        ids = torch.cat((root, self._draft(self.show())), 1) if self.shape.parents else root
+        self.ids = ids.flatten().contiguous()
+
+    def _verify(self) -> None:
+        state, shape, constants = self.state, self.shape, self._constants
+        depths, order = constants.integers([0, *shape.depths]), constants.integers(range(shape.rows))
+        ancestors = None if shape.is_chain else self._rows()
+        plan = mla.Plan(state.length, depths, order, ancestors, shape.depth, pages=state.pages)
+        self._outputs = self.model.rows(self.ids, state.caches, plan)
+        self.logits = self.model.logits(self._outputs, None if state.logits is None else state.logits[: plan.rows])
+
+    def _accept(self) -> None:
+        state, shape, constants, ids = self.state, self.shape, self._constants, self.ids
+        position = (state.length[:, None] + constants.integers([0, *shape.depths]) + 1).long().flatten()
+        seen = state.settings.seen if self.stages.penalty else None
+        path = None
+        if seen is not None and shape.parents:
+            path = _drafted(ids.unflatten(0, (-1, shape.rows)), self._rows()[:, 1:])
+        drawn = self._sample(self.logits, position, path)
+        tokens = drawn.tokens[:, 0].contiguous()
+        if self._rule is not None and drawn.rows is not None:
+            tokens, ids = self._rule.judge(drawn.rows)
+        self._commit(tokens, drawn.failed, ids)
+
+    def take(self, drawn: Tensor) -> None:
+        """Commits what was drawn elsewhere: `[M]` int32, a token for each row of the path, -1 for the others."""
+        self._commit(drawn, torch.zeros_like(drawn), self.ids)
+
+    def _commit(self, tokens: Tensor, failed: Tensor, ids: Tensor) -> None:
+        """Walks the tree along the drawn tokens `[M]`, moves the caches and makes the state the next step's."""
+        state, shape = self.state, self.shape
+        waits = self.extend and not shape.parents
+        if not waits:
+            state.hidden[:, : shape.rows] = self._outputs.unflatten(0, (-1, shape.rows))
+        parents = self._constants.integers([-1, *(parent + 1 for parent in shape.parents)])
+        seen = state.settings.seen if self.stages.penalty else None
+        commits.accept(tokens, failed, ids, parents, state.path, state.tokens, state.record, seen)
+        if waits:
+            commits.keep(self._outputs, state.tokens, state.length, state.hidden, state.ring, state.ring_tokens)
+        if not shape.is_chain:
+            commits.commit(state.caches, state.length, state.path, state.record, state.pages)
+        count = state.record[:, commits.COUNT]
+        if state.live is None:
+            state.length += count
+        else:
+            state.length.addcmul_(count, state.live)
+
+    def _rows(self) -> Tensor:
+        """Returns the rows from the root to each row `[E, A]`."""
+        shape = self.shape
+        return self._constants.table([[0, *(node + 1 for node in shape.path(row - 1))] for row in range(shape.rows)])
+
+    def show(self) -> Tensor:
+        """Shows the MTP modules the tokens of the last step; returns the roots' outputs `[B, D]`."""
+        state, rows = self.state, self.extend
+        count, text = state.record[:, commits.COUNT], self._constants.places(range(state.texts))
+        # rows past the count repeat the last token, so they reach few further experts
+        hidden, first = state.hidden[text[:, None], state.path[:, :rows]], state.length - count
+        out = feed_modules(self.model, state, self._constants, state.tokens[:, :rows], hidden, first, count.long())
+        state.fed.copy_(state.length)
+        return out[text, count.long() - 1]
+
+    def _draft(self, hidden: Tensor) -> Tensor:
+        """Returns the drafted tokens of all nodes `[B, N]` int64; hidden `[B, D]` are the roots' outputs."""
+        state, shape, constants = self.state, self.shape, self._constants
+        tokens = torch.zeros(state.texts, len(shape.parents), dtype=torch.int64, device=self.model.device)
+        feeding = [-1]
+        if self._rule is not None:
+            self._rule.begin(state.settings.seed)
+        for depth in range(1, shape.depth + 1):
+            path = None
+            if depth > 1:
+                above, feeding = feeding, shape.with_children(depth - 1)
+                places = constants.places(above.index(shape.parents[n]) for n in feeding)
+                hidden = hidden.unflatten(0, (-1, len(above))).index_select(1, places).flatten(0, 1)
+                ids = tokens.index_select(1, constants.places(feeding)).flatten()
+                hidden = run_module(self.model, state, shape, constants, feeding, ids, hidden)
+                if self.stages.penalty:
+                    path = _drafted(tokens, constants.table([shape.path(node) for node in feeding]))
+            children = shape.level(depth)
+            width = max(shape.ranks[node] for node in children) + 1
+            position = (state.length[:, None] + depth).long().expand(-1, len(feeding)).contiguous().flatten()
+            own = self.model.config.head_of(min(depth, len(state.mtp_caches)) - 1)
+            best = width if self._rule is None else 1
+            logits = self.model.draft_logits(hidden) if own is None else self.model.draft_logits(hidden, own)
+            drawn = self._sample(logits, position, path, best)
+            if self._rule is not None and drawn.rows is not None:
+                found = self._rule.propose(depth, drawn.rows, drawn.failed)
+            else:
+                places = constants.places(
+                    feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children
+                )
+                found = drawn.tokens.view(state.texts, -1).index_select(1, places)
+            tokens[:, children[0] : children[-1] + 1] = found
+        return tokens
+
+    def _sample(self, logits: Tensor, position: Tensor, path: Tensor | None, best: int = 1) -> Sampled:
+        texts, keep = self.state.texts, self._rule is not None
+        request = self._constants.integers(row * texts // len(logits) for row in range(len(logits)))
+        return sample(logits, request, position, self.state.settings, self.stages, best, path, keep)
+
+
+@dataclass(slots=True)
+class Prefill:
+    """A pass of `rows` tokens of each text's prompt through the model and, with `draft`, its MTP modules.
+
+    A shorter chunk is padded with its last token, whose slots the next pass overwrites.
+
+    Args:
+        graphs: replay a graph, which the second call captures: many a length comes once only.
+    Attributes:
+        ids: `[B, rows + 1]` int64, of the pass and the next: the MTP modules read the tokens that follow.
+        following: `[B]` int64, how many of these there are.
+        hidden: `[B rows, D]`, result.
+    """
+
+    model: DeviceModel
+    state: State
+    rows: int
+    draft: bool
+    graphs: Graphs | None = None
+    ids: Tensor = field(init=False)
+    following: Tensor = field(init=False)
+    hidden: Tensor = field(init=False)
+    _constants: Constants = field(init=False)
+    _run: Callable[[], None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        texts, device = self.state.texts, self.model.device
+        self.ids = torch.zeros(texts, self.rows + 1, dtype=torch.int64, device=device)
+        self.following = torch.zeros(texts, dtype=torch.int64, device=device)
+        self._constants = Constants(self.model.device)
+        self._run = self.run if self.graphs is None else self.graphs.later(self.run)
+
+    def __call__(self, ids: Tensor, first: int) -> Tensor:
+        """Returns the hidden states `[chunk, D]` of the one text's prompt `ids` from token `first` on; they join the
+        caches."""
+        chunk = ids[first : first + self.rows + 1]
+        self.ids.copy_(torch.cat((chunk, chunk[-1:].expand(self.rows + 1 - len(chunk)))))
+        self.following.fill_(len(chunk) - 1)
+        self.state.length.fill_(first)
+        self._run()
+        return self.hidden[: min(self.rows, len(ids) - first)]
+
+    def run(self) -> None:
+        """Reads `ids` from the state's length on."""
+        state, order = self.state, self._constants.integers(range(self.rows))
+        plan = mla.Plan(state.length, order, order, None, self.rows - 1, 0, state.pages)
+        self.hidden = self.model.rows(self.ids[:, :-1].flatten().contiguous(), state.caches, plan)
+        if self.draft:
+            hidden = self.hidden.unflatten(0, (state.texts, self.rows))
+            feed_modules(self.model, state, self._constants, self.ids[:, 1:], hidden, state.length, self.following)
+
+
+class Graphs:
+    """Captures work into CUDA graphs that share their memory.
+
+    They may, because they follow one another on one stream, and what one leaves in its own memory is read before the
+    next is launched: whatever lasts longer lies in a `State`.
+
+    Args:
+        shared: other processes take part, whose library looks at its own work from another thread meanwhile.
+    """
+
+    def __init__(self, device: torch.device, shared: bool = False) -> None:
+        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._mode: Literal["global", "thread_local"] = "thread_local" if shared else "global"
+
+    def capture(self, work: Callable[[], None], ran: bool = False) -> Callable[[], None]:
+        """Returns the replay of work from a CUDA graph.
+
+        Args:
+            ran: whether the work has run before; else it runs once, which compiles what is missing.
+        """
+        if not ran:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                work()
+            torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self._mode):
+            work()
+        return graph.replay
+
+    def later(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Returns what runs work the first time, captures it the second time, and replays it from then on."""
+        replay: Callable[[], None] | None = None
+        ran = False
+
+        def run() -> None:
+            nonlocal replay, ran
+            if not ran:
+                work()
+                ran = True
+                return
+            if replay is None:
+                replay = self.capture(work, ran=True)
+            replay()
+
+        return run
+
+
+def _drafted(ids: Tensor, table: Tensor) -> Tensor:
+    """Returns the tokens of ids `[B, .]` that a table of paths `[E, A]` names, `[B E, A]` int32, -1 where it has -1."""
+    return torch.where(table >= 0, ids[:, table.long().clamp_min(0)], -1).int().flatten(0, 1)

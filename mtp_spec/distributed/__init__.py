@@ -1,0 +1,1 @@
+"""What processes that share a model must agree on."""

@@ -1,0 +1,74 @@
+"""What processes that share a model must have in common: program, machine, checkpoint, and every request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from mtp_spec._version import __version__
+from mtp_spec.errors import MTPSpecError
+from mtp_spec.machine import processor_name
+from mtp_spec.model.checkpoint.folder import Checkpoint
+from mtp_spec.model.checkpoint.tensors import read_tensor
+from mtp_spec.model.distributed.group import Ranks
+
+# matrices of which one row is compared
+SAMPLES = 32
+DIGITS = 16
+
+
+def start_facts(checkpoint: Checkpoint, device: str) -> dict[str, object]:
+    """Returns versions, kind of machine and the checkpoint, before its weights are read."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "mtp_spec": __version__,
+        "torch": torch.__version__,
+        # kinds of processors round differently, and so do numbers of threads
+        "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
+        "threads of torch": "any" if cuda else torch.get_num_threads(),
+        "configuration": _digest(json.dumps(asdict(checkpoint.config), sort_keys=True, default=str).encode()),
+        "weights": _weights(checkpoint),
+    }
+
+
+def request_facts(prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> dict[str, object]:
+    """Returns prompts, and the options of their texts."""
+    facts: dict[str, object] = {name: repr(value) for name, value in sorted(options.items())}
+    if options.get("logits_processor") is not None:  # functions have no value to compare
+        facts["logits_processor"] = "given"
+    facts = {"options": ", ".join(facts), **facts, "prompts": len(prompts)}
+    for number, ids in enumerate(prompts):
+        name = "prompt" if len(prompts) == 1 else f"prompt {number}"
+        facts[name] = f"{len(ids)} tokens {_digest(str(list(ids)).encode())}"
+    return facts
+
+
+def check_first(ranks: Ranks, submitted: int) -> None:
+    """Refuses to go on with a stream that began when so many texts had been submitted, if more have been since."""
+    if ranks.submitted != submitted:
+        raise MTPSpecError(
+            "texts were submitted after this stream had begun, and ranks do one thing at a time: read a stream to its "
+            "end first, or submit its text too"
+        )
+
+
+def _weights(checkpoint: Checkpoint) -> str:
+    """Returns a digest of all names, shapes and types, of all vectors, and of the first row of some matrices."""
+    tensors = checkpoint.tensors
+    names = sorted(tensors)
+    whole = hashlib.sha256("".join(f"{n} {tensors[n].shape} {tensors[n].dtype};" for n in names).encode())
+    matrices = [name for name in names if len(tensors[name].shape) > 1]
+    vectors = [tensors[name] for name in names if len(tensors[name].shape) == 1]
+    rows = [tensors[name].rows(0, 1) for name in matrices[:: max(1, len(matrices) // SAMPLES)]]
+    for info in vectors + rows:
+        whole.update(read_tensor(info).view(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:DIGITS]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:DIGITS]

@@ -1,0 +1,207 @@
+"""What `load` decides before it reads weights: device, dtype, context, and on which code a checkpoint runs."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_spec.cpu.foresight import check_engine
+from mtp_spec.cuda.memory import check_memory
+from mtp_spec.errors import OptionError
+from mtp_spec.kernels.cpu import engine
+from mtp_spec.kernels.launching import runs_triton
+from mtp_spec.memory import check_host
+from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint
+from mtp_spec.model.config import ModelConfig, load_config
+from mtp_spec.model.cpu.checkpoint import load_cpu_model
+from mtp_spec.model.cuda.checkpoint import empty_device_model, fp8_obstacle, load_device_model
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.distributed.group import ALONE, Ranks
+from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.host import HostModel
+from mtp_spec.text import Tokenizer
+from mtp_spec.weights import runs_as_fp8, with_weights
+
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}  # fmt: skip
+CACHE_DTYPES = ("bfloat16", "float8_e4m3fn")  # the first is the default
+FP8_CAPABILITY = (8, 9)
+DraftVocabulary = int | str | Path | None
+
+
+def context_limit(path: Path, max_context: int | None) -> int:
+    """Returns the most tokens of prompt and text together; `path` is a folder with config.json, or the JSON file."""
+    limit = load_config(path).max_position_embeddings
+    if max_context is None:
+        return limit
+    if isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 < max_context <= limit:
+        raise OptionError(f"max_context={max_context!r}: an integer from 2 to {limit}, the model's own limit")
+    return max_context
+
+
+def load_model(
+    source: Path | Checkpoint, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
+    cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE, max_batch: int = 1,
+    cache_tokens: int | None = None, weights: str | None = None,
+) -> HostModel | DeviceModel:  # fmt: skip
+    """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
+    packed, obstacle = packs_cache(cache_dtype), f"dtype={dtype!r} runs by torch, without the FP8 kernels"
+    checkpoint = with_weights(open_checkpoint(source) if isinstance(source, Path) else source, weights)
+    ids = draft_ids(drafts, checkpoint.config)
+    if dtype in (None, torch.float8_e4m3fn):
+        found = _no_fp8_here(device) or fp8_obstacle(checkpoint)
+        if found is None:
+            empty = empty_device_model(checkpoint, "meta", ids, packed, ranks)
+            check_memory(empty, limit, device, max_batch, cache_tokens)
+            return load_device_model(checkpoint, device, report, ids, packed, ranks)
+        obstacle = found
+        if dtype is not None:
+            raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")
+        if device != "cpu" and cache_dtype is None:
+            remedy = '; load with weights="fp8" to run on them' if runs_as_fp8(checkpoint) else ""
+            warnings.warn(
+                f"{checkpoint.folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}{remedy}. Text is "
+                "the same with and without speculation, but nothing is fast", stacklevel=4,
+            )  # fmt: skip
+        if device == "cpu" and runs_engine():
+            dtype = torch.float32
+        else:
+            dtype = torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
+    if cache_dtype is not None:
+        raise cache_refused(cache_dtype, obstacle)
+    if device != "cpu" and cache_tokens is not None:
+        raise OptionError(f"cache_tokens={cache_tokens!r} on a GPU is for the FP8 kernels: {obstacle}; leave it out")
+    if device == "cpu" and runs_engine():
+        check_engine(checkpoint, dtype, ranks)
+        return load_cpu_model(checkpoint, dtype, report, ids, ranks)
+    if device == "cpu" and ranks.size == 1:
+        check_host(checkpoint.config, dtype)
+    model = load_checkpoint(checkpoint, dtype=dtype, device=device, progress=report, ranks=ranks)
+    if ids is not None:
+        model.draft_from(ids)
+    return model
+
+
+def draft_ids(drafts: DraftVocabulary, config: ModelConfig) -> list[int] | None:
+    """Returns the tokens that drafts may be, in ascending order, or None for all.
+
+    Args:
+        drafts: a number: the first tokens, which in a vocabulary of byte pairs are the earliest merges and so the most
+            frequent; a file: those it lists, one id a line. Tokens that end a text are always among them.
+    """
+    if drafts is None:
+        return None
+    whole, name = config.vocab_size, f"draft_vocabulary={drafts!r}"
+    if not config.num_nextn_predict_layers:
+        raise OptionError(f"{name}: this checkpoint has no MTP modules, so nothing is drafted; leave it out")
+    if isinstance(drafts, str | Path):
+        found = _listed_ids(Path(drafts), whole, name)
+    elif isinstance(drafts, bool) or not isinstance(drafts, int) or not 0 < drafts < whole:
+        raise OptionError(f"{name}: a number of tokens from 1 to {whole - 1}, or a file of token ids, one a line")
+    else:
+        found = set(range(drafts))
+    return sorted(found | set(config.eos_token_ids))
+
+
+def check_ends(tokenizer: Tokenizer | None, config: ModelConfig, folder: Path) -> None:
+    """Refuses end tokens that the model cannot write."""
+    size = config.vocab_size
+    for token in config.eos_token_ids:
+        if not 0 <= token < size:
+            raise CheckpointError(
+                f"config.json: eos_token_id {token} is no token of a vocabulary of {size}: correct it"
+            )
+    if tokenizer is not None and tokenizer.eos_id is not None and tokenizer.eos_id >= size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: eos_token has the id {tokenizer.eos_id}, beyond the vocabulary of "
+            f"{size} that config.json states: the tokenizer is not this model's"
+        )
+
+
+def _listed_ids(file: Path, whole: int, name: str) -> set[int]:
+    try:
+        lines = file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{name}: {file} cannot be read ({error})") from error
+    for line in lines:
+        if not (line.isascii() and line.isdigit() and int(line) < whole):
+            raise OptionError(f"{name}: {line!r} in {file} is no token id from 0 to {whole - 1}")
+    if not lines:
+        raise OptionError(f"{name}: {file} is empty; list token ids, one a line")
+    return {int(line) for line in lines}
+
+
+def runs_engine() -> bool:
+    """Whether models on a CPU run on the library's own engine here."""
+    return engine.why_not() is None
+
+
+def _no_fp8_here(device: str) -> str | None:
+    if device.split(":")[0] != "cuda":
+        return "FP8 kernels need an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < FP8_CAPABILITY:
+        return f"this GPU has compute capability {major}.{minor}, FP8 begins with 8.9"
+    return None if runs_triton(torch.empty(0, device=device)) else "Triton is not installed"
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that does not exist here."""
+    kind = str(device).split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise OptionError(f'device={device!r}: allowed are "cpu" and "cuda"')
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError(
+            f'device={device!r}: torch finds no CUDA device here; use device="cpu", or install a CUDA build of torch '
+            "on a machine with an NVIDIA GPU"
+        )
+
+
+def check_batch(max_batch: int, cache_tokens: int | None, device: str) -> None:
+    """Refuses a number of texts side by side, or a size of their cache, that cannot be had."""
+    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+        raise OptionError(f"max_batch={max_batch!r}: an integer, 1 or more")
+    if cache_tokens is None:
+        return
+    if isinstance(cache_tokens, bool) or not isinstance(cache_tokens, int) or cache_tokens < 1:
+        raise OptionError(f"cache_tokens={cache_tokens!r}: an integer, 1 or more")
+    if max_batch == 1 and str(device).split(":")[0] != "cpu":
+        raise OptionError(f"cache_tokens={cache_tokens!r} is for texts side by side: give max_batch too")
+
+
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Returns the torch dtype that a caller named; None leaves the choice open."""
+    if dtype is None:
+        return None
+    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise OptionError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}, or None to choose")
+    return chosen
+
+
+def packs_cache(cache_dtype: str | torch.dtype | None) -> bool:
+    """Whether the FP8 kernels are to cache latents in FP8; None is bfloat16."""
+    name = CACHE_DTYPES[0] if cache_dtype is None else str(cache_dtype).removeprefix("torch.")
+    if name not in CACHE_DTYPES:
+        raise OptionError(f"cache_dtype={cache_dtype!r}: allowed are {', '.join(CACHE_DTYPES)}, or None for the first")
+    return name != CACHE_DTYPES[0]
+
+
+def cache_refused(cache_dtype: str | torch.dtype, obstacle: str) -> OptionError:
+    """Returns the error for a model that runs by torch, whose cache has the dtype of its arithmetic."""
+    return OptionError(f"cache_dtype={cache_dtype!r} is for the FP8 kernels: {obstacle}; leave cache_dtype out")
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 in hardware here (AVX512-BF16 or AMX).
+
+    Its checks ask the processor, also where torch was told to do without (ATEN_CPU_CAPABILITY=avx2).
+    """
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    told = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return told and any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)

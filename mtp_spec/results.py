@@ -1,0 +1,99 @@
+"""What a generation gives: its tokens as they are committed, and the whole of it at the end."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
+
+from mtp_spec.acceptance.accept import Drawn, TokenLogprob
+from mtp_spec.stats import GenerationStats
+from mtp_spec.text.stopping import StopChecker
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of a stream.
+
+    Attributes:
+        text: the text it adds; empty for a token that completes no character yet.
+        token_id: its id.
+        step: the verify step that committed it; 0 is the prefill.
+        source: "target", or the depth of the draft that proposed it.
+    """
+
+    text: str
+    token_id: int
+    step: int
+    source: Literal["target"] | int
+
+
+@dataclass(slots=True)
+class Generation:
+    """A finished text.
+
+    Attributes:
+        text: without the prompt, the end-of-sequence token and the stop string.
+        token_ids: its tokens; `decode(token_ids)` is the text, except where a stop string cut a token in two.
+        finish_reason: "stop" (end-of-sequence token or stop string) or "length".
+        logprobs: None, or for each token its log-probability and the best alternatives.
+        stats: counts, rates and seconds.
+        seed: gives this text again; None for a result that no model has drawn.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] = "length"
+    logprobs: list[TokenLogprob] | None = None
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    seed: int | None = None
+
+
+class EventLog:
+    """Committed tokens of a sequence; makes `TokenEvent`s of them on demand, or all at once at the end.
+
+    Attributes:
+        result: what was made events so far; whole after `finish`.
+        stops: has seen every token taken.
+    """
+
+    def __init__(self, stops: StopChecker, result: Generation) -> None:
+        self.stops, self.result = stops, result
+        self._pending, self._texts = deque[tuple[Drawn, int]](), deque[str]()
+        self._whole = False
+
+    def take(self, drawn: list[Drawn], step: int) -> None:
+        """Takes the tokens of a step."""
+        self._pending.extend([(one, step) for one in drawn])
+
+    def pop(self) -> TokenEvent | None:
+        """Returns the next event, if there is one."""
+        if not self._pending:  # the stop checker has seen more if a step failed halfway
+            return None
+        if not self._texts:
+            self._texts.extend(self.stops.ready())
+            if not self._texts:
+                return None
+        (drawn, step), text = self._pending.popleft(), self._texts.popleft()
+        if not self._whole:
+            self._add(text, [drawn])
+        return TokenEvent(text, drawn.token, step, drawn.depth or "target")
+
+    def finish(self) -> Generation:
+        """Returns the result of a text that has ended; events can still be asked for."""
+        whole = self.stops.whole()
+        if whole is None:
+            self._texts.extend(self.stops.ready())
+            whole = "".join(self._texts), len(self._texts)
+        text, count = whole
+        self._add(text, [drawn for drawn, _ in islice(self._pending, count)])
+        self._whole = True
+        return self.result
+
+    def _add(self, text: str, drawn: list[Drawn]) -> None:
+        result = self.result
+        result.text += text
+        result.token_ids += [one.token for one in drawn]
+        if result.logprobs is not None:
+            result.logprobs += [one.logprob for one in drawn if one.logprob is not None]
