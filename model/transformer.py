@@ -152,7 +152,7 @@ class Transformer(nn.Module, HostModel):
         return self.embed_tokens if mtp.embed_tokens is None else mtp.embed_tokens
 
     def fingerprint(self) -> float:
-        return float(self.norm.weight.double().sum())
+        return float(self.norm.weight.detach().double().sum())
 
     def draft_from(self, ids: Sequence[int]) -> None:
         own = range(self.config.vocab_size)[self.ranks.own(self.config.vocab_size)]

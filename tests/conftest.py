@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.resources import files
@@ -30,6 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import quick  # noqa: E402  # found by the line above
 import small  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background: tests of interrupts need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,6 +18,7 @@ import mtp_spec
 import tiny
 from mtp_spec.api import LM
 from mtp_spec.chat.session import Session
+from mtp_spec.cpu.passes import MOST_ROWS
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.checkpoint.folder import load_checkpoint
 from mtp_spec.sampling.params import SamplingParams
@@ -59,6 +60,11 @@ def assert_same_bits(one: mtp_spec.TokenStream, other: mtp_spec.TokenStream) -> 
     assert one.result.logprobs == other.result.logprobs
 
 
+def shared(lm: LM, tokens: int = 2 * PAGE) -> int:
+    """Returns how many of a beginning's tokens are shared: by torch, where rows depend on their pass, whole chunks."""
+    return tokens if lm.backend.technique == "batched" else tokens // MOST_ROWS * MOST_ROWS
+
+
 def fresh_text(lm: LM, prompt: list[int], **options: Any) -> mtp_spec.TokenStream:
     """Writes a text that shares nothing."""
     pages = lm.backend.pool.pages if lm.backend.captured else lm.backend.pages(False)
@@ -77,7 +83,7 @@ def test_a_second_turn_is_bitwise_that_of_a_fresh_prefill(pair: tuple[LM, LM], s
         question = [*prompt, *turn.result.token_ids, 7, 3]
         second = finished(lm.stream(question, after=after, **options))
         assert_same_bits(second, fresh_text(other, question, **options))
-        assert second.result.stats.reused_tokens == 2 * PAGE
+        assert second.result.stats.reused_tokens == shared(lm)
         assert second.result.stats.prompt_tokens == len(question)
 
 
@@ -86,17 +92,21 @@ def test_any_earlier_text_will_do(pair: tuple[LM, LM]) -> None:
     prompt = [50, *PROMPT]
     whole = fresh_text(other, prompt, speculation=2, **OPTIONS).result.token_ids
     reused = set[int]()
-    for question in (prompt, [*prompt[:70], 40], [*prompt, *whole[:5], 3], prompt[:30]):
-        for speculation in (2, None):
+    questions = (prompt, [*prompt[:70], 40], [*prompt, *whole[:5], 3], prompt[:30])
+    speculations, others = (2, None), [(2, 40), (2, 3), (Speculation(2, adaptive=True), 4), (None, 1), (2, 0)]
+    if lm.backend.captured and lm.model.device.type == "cpu":  # the references take a second for each text: one of each
+        questions, speculations, others = questions[1:3], (2,), [(2, 3), (None, 1)]
+    for question in questions:
+        for speculation in speculations:
             expected = fresh_text(other, question, speculation=speculation, **OPTIONS)
-            for earlier, tokens in ((2, 40), (2, 3), (Speculation(2, adaptive=True), 4), (None, 1), (2, 0)):
+            for earlier, tokens in others:
                 first = lm.stream(prompt, speculation=earlier, **OPTIONS)
                 if tokens:
                     finished(first, tokens)
                 again = finished(lm.stream(question, speculation=speculation, after=first, **OPTIONS))
                 assert_same_bits(again, expected)
                 reused.add(again.result.stats.reused_tokens)
-    assert reused >= {0, PAGE, 2 * PAGE}
+    assert reused >= {shared(lm, PAGE), shared(lm)}
 
 
 def test_the_earlier_stream_goes_on_where_there_is_room(pair: tuple[LM, LM]) -> None:
@@ -116,7 +126,7 @@ def test_an_unfinished_stream_makes_room(pair: tuple[LM, LM]) -> None:
     first = finished(lm.stream([61, *PROMPT[:80]], **options), 3)
     question, few = [61, *PROMPT[:80], 9], {**options, "max_new_tokens": 4}
     second = finished(lm.stream(question, after=first, **few))
-    assert second.result.stats.reused_tokens == PAGE
+    assert second.result.stats.reused_tokens == shared(lm, PAGE)
     assert_same_bits(second, fresh_text(other, question, **few))
     if not first.sequence.alive or first.sequence.lease is None or not first.sequence.lease._pages:
         with pytest.raises(mtp_spec.MTPSpecError, match="left for the one after it"):
@@ -132,7 +142,7 @@ def test_a_text_without_drafts_keeps_what_the_modules_had_read(pair: tuple[LM, L
     last = [*question, 2, *plain.result.token_ids, 3]
     again = finished(lm.stream(last, **{**OPTIONS, "speculation": RULE}))
     assert_same_bits(again, fresh_text(other, last, **{**OPTIONS, "speculation": RULE}))
-    assert again.result.stats.reused_tokens == 2 * PAGE
+    assert again.result.stats.reused_tokens == shared(lm)
 
 
 def test_processors(pair: tuple[LM, LM]) -> None:
@@ -142,7 +152,7 @@ def test_processors(pair: tuple[LM, LM]) -> None:
     question = [*prompt, *first.result.token_ids, 9]
     second = finished(lm.stream(question, **options))
     assert_same_bits(second, fresh_text(other, question, **options))
-    assert second.result.stats.reused_tokens == 2 * PAGE
+    assert second.result.stats.reused_tokens == shared(lm)
 
 
 def test_only_streams_of_this_model(pair: tuple[LM, LM]) -> None:
@@ -238,8 +248,8 @@ def test_a_chat_reads_its_new_turn(backend: str) -> None:
     plain = session.draw(replace(draw, speculation=None))  # as /parity does
     session.follow(finished(plain))
     assert answer.result.stats.reused_tokens == 0
-    assert plain.result.stats.reused_tokens >= PAGE
+    assert plain.result.stats.reused_tokens >= shared(lm, PAGE)
     draw, answer = session.ask("And then?")
-    assert finished(answer).result.stats.reused_tokens >= PAGE
+    assert finished(answer).result.stats.reused_tokens >= shared(lm, PAGE)
     expected = finished(load().stream(draw.messages, max_new_tokens=3, temperature=0.0))
     assert answer.result.token_ids == expected.result.token_ids
