@@ -49,6 +49,9 @@ def test_wheel_holds_library_model_and_weights(tmp_path: Path) -> None:
     for needed in ("model/transformer.py", "kernels/fp8.py", "bench/speed.py", "py.typed", "configs/prompts.jsonl",
                    "configs/demo/tokenizer.json", "configs/demo/model-00001-of-00004.safetensors"):  # fmt: skip
         assert f"mtp_spec/{needed}" in names
+    for folder, place in (("mtp_spec", ""), ("model", "model/"), ("kernels", "kernels/")):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert f"mtp_spec/{place}{file.relative_to(ROOT / folder).as_posix()}" in names
     assert not any("test" in name.lower() for name in names)
 
 
