@@ -7,6 +7,7 @@ of the block have a smaller last block. An all-zero block has scale 1.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,24 +17,16 @@ from mtp_spec.kernels import ordered
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 BLOCK = 128
-PLACES = 128  # a factor that moves bits by e4m3's seven
-SIGN_AND_NUMBER = -0x4080  # 0xBF80: float16's bits that come from e4m3's; the sign was copied to one more
-FEW = 2048  # numbers for which torch's own conversion takes less time
-RATIO = 256.0  # of e4m3's numbers to float16's with these bits
+# the value of every byte, NaN too
+VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).float().numpy()
 
 
 def widen(x: Tensor) -> Tensor:
-    """Returns e4m3 x `[...]` as float32.
-
-    torch converts e4m3 number by number on a CPU. Moved seven places up, its bits are those of a float16 that is
-    `RATIO` times smaller, subnormal ones included, and integer steps and conversions from float16 are vectorised.
-    """
-    if x.device.type != "cpu" or x.numel() <= FEW:
+    """Returns e4m3 x `[...]` as float32; on a CPU by a table, which takes a third of the time of torch's conversion."""
+    if x.device.type != "cpu":
         return x.float()
-    bits = x.view(torch.int8).to(torch.int16).mul_(PLACES).bitwise_and_(SIGN_AND_NUMBER)
-    wide = bits.view(torch.float16).float().mul_(RATIO)
-    low, high = wide.aminmax()
-    return wide if max(-low, high) <= E4M3_MAX else x.float()  # NaN would be a number
+    values = np.take(VALUES, x.view(torch.uint8).numpy(), mode="clip")  # which leaves out a check of the indices
+    return torch.from_numpy(np.asarray(values))
 
 
 def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:

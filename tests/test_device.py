@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lms import lm_of, module_caches, runtime
+from short_demo import short_demo
 
 import mtp_spec
 from mtp_spec.analysis.scoring import score_ids
@@ -132,7 +133,7 @@ def test_every_place_is_filled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampling", SAMPLING, ids=lambda s: str(s)[:40])
 def test_same_text_whatever_is_drafted(sampling: dict[str, Any]) -> None:
-    lm = device_lm()
+    lm = device_lm(short_demo())
     prompt = lm.encode("One day a fox")
     plain = lm.generate(prompt, max_new_tokens=9, seed=3, speculation=None, **sampling)
     for shape in SHAPES[1:]:
@@ -202,7 +203,7 @@ def test_drafts_are_accepted_and_counted() -> None:
 
 
 def test_stops_logprobs_and_streams_agree() -> None:
-    lm = device_lm()
+    lm = device_lm(short_demo())
     whole = lm.generate("One day a fox", temperature=0, max_new_tokens=11, logprobs=2, speculation=None)
     assert whole.logprobs is not None
     assert [best[0][0] for _, best in whole.logprobs] == whole.token_ids
@@ -256,7 +257,7 @@ def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkey
 
 
 def test_one_token_and_the_end_of_the_context() -> None:
-    lm = device_lm(context=40)
+    lm = device_lm(short_demo(), context=40)
     for prompt in ([5], list(range(10, 49)), list(range(10, 30))):
         plain = lm.generate(prompt, temperature=0, speculation=None)
         assert lm.generate(prompt, temperature=0, speculation=8).token_ids == plain.token_ids
@@ -264,7 +265,7 @@ def test_one_token_and_the_end_of_the_context() -> None:
 
 
 def test_no_token_left_is_an_error() -> None:
-    lm = device_lm()
+    lm = device_lm(short_demo())
     norm = lm.model.norm.clone()
     lm.model.norm.fill_(float("nan"))
     for speculation in (None, 2):
@@ -272,7 +273,7 @@ def test_no_token_left_is_an_error() -> None:
             lm.generate("fox", max_new_tokens=2, speculation=speculation)
     lm.model.norm.copy_(norm)
     options = {"max_new_tokens": 2, "seed": 0}
-    assert lm.generate("fox", **options).token_ids == device_lm().generate("fox", **options).token_ids
+    assert lm.generate("fox", **options).token_ids == device_lm(short_demo()).generate("fox", **options).token_ids
 
 
 def test_shape_numbers_nodes_like_the_tree() -> None:

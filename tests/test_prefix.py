@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lms import lm_of, runtime
+from short_demo import short_demo
 from test_device import OnceThenAgain, checkpoint, device_lm
 
 import mtp_spec
@@ -240,7 +241,9 @@ def test_capturing_leaves_what_is_shared(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("backend", ["cpu", "references"])
 def test_a_chat_reads_its_new_turn(backend: str) -> None:
-    load = (lambda: device_lm(context=300)) if backend == "references" else (lambda: mtp_spec.load(max_context=300))
+    def load() -> LM:
+        return device_lm(short_demo(), context=300) if backend == "references" else mtp_spec.load(max_context=300)
+
     lm, question = load(), "Tell me about a fox who " * 10
     session = Session(lm, SamplingParams(max_new_tokens=3, temperature=0.0), 1)
     draw, answer = session.ask(question)
