@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from mtp_spec.cpu.foresight import check_engine
 from mtp_spec.cuda.memory import check_memory
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.cpu import engine
 from mtp_spec.kernels.launching import runs_triton
-from mtp_spec.memory import check_host, check_kept
+from mtp_spec.memory import check_host
 from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cpu.checkpoint import load_cpu_model
@@ -22,7 +23,7 @@ from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.host import HostModel
 from mtp_spec.text import Tokenizer
-from mtp_spec.weights import kept_bytes, runs_as_fp8, with_weights
+from mtp_spec.weights import runs_as_fp8, with_weights
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -76,8 +77,7 @@ def load_model(
     if device != "cpu" and cache_tokens is not None:
         raise OptionError(f"cache_tokens={cache_tokens!r} on a GPU is for the FP8 kernels: {obstacle}; leave it out")
     if device == "cpu" and runs_engine():
-        if checkpoint.narrowed:
-            check_kept(kept_bytes(checkpoint))
+        check_engine(checkpoint, dtype, ranks)
         return load_cpu_model(checkpoint, dtype, report, ids, ranks)
     if device == "cpu" and ranks.size == 1:
         check_host(checkpoint.config, dtype)

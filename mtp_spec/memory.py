@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from mtp_spec import host_memory
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint.folder import Checkpoint
@@ -56,7 +55,7 @@ class PagePlan:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         size = layers * PAGE * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
         whole = max_batch * pages_for(max_context + MAX_NODES + 1)
-        memory = _machine_memory()
+        memory = host_memory.machine_memory()
         idle = None if memory is None else max(IDLE_BYTES, int(memory * IDLE_SHARE)) // size
         plan = cls(whole if cache_tokens is None else pages_for(cache_tokens), size, idle)
         if memory is not None and plan.total > memory and not refuse:
@@ -82,46 +81,38 @@ def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def check_host(config: ModelConfig, dtype: torch.dtype) -> None:
-    """Refuses a model whose weights alone are more than this machine's free memory and swap.
+    """Refuses a model that torch runs whose weights alone are more than this process's free memory and swap.
 
     Raises:
         MTPSpecError: they are; the message says how much there is.
     """
-    needed, free = model_bytes(config, dtype), free_here()
-    if free is not None and needed > free:
-        raise MTPSpecError(
-            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and {free / 1e9:.1f} GB of "
-            "memory are free: use a machine with more, a GPU, which keeps FP8 weights as they are, or several processes"
-        )
+    remedy = "use a machine with more, a GPU, which keeps FP8 weights as they are, or several processes"
+    _check_free(model_bytes(config, dtype), f"in {str(dtype).removeprefix('torch.')}", remedy)
 
 
-def check_kept(needed: int) -> None:
-    """Refuses weights that are kept in memory of their own and are more than this machine's free memory and swap.
+def check_own(needed: int, narrowed: bool, dtype: torch.dtype | None) -> None:
+    """Refuses weights on the CPU engine that are kept outside their files and are more than free memory and swap.
+
+    Args:
+        needed: their bytes.
+        narrowed: they become FP8 while they are read.
+        dtype: that they are rounded to; None and float32: they are kept as they are.
 
     Raises:
         MTPSpecError: they are; the message says how much there is.
     """
-    free = free_here()
+    if narrowed:
+        kind, remedy = "in FP8", "write them once with mtp-spec cast --to fp8, whose files are mapped"
+    elif dtype in (torch.bfloat16, torch.float16):
+        kind, remedy = f"in {str(dtype).removeprefix('torch.')}", "leave dtype out: then they stay in their files"
+    else:
+        kind, remedy = "outside their files", "make one piece of each with mtp-spec convert --to-hf, which are mapped"
+    _check_free(needed, kind, f"{remedy}, or use a machine with more")
+
+
+def _check_free(needed: int, kind: str, remedy: str) -> None:
+    free = host_memory.free_memory()
     if free is not None and needed > free:
         raise MTPSpecError(
-            f"the weights take {needed / 1e9:.1f} GB in FP8 and {free / 1e9:.1f} GB of memory are free: write them "
-            "once with mtp-spec cast --to fp8, whose files are mapped, or use a machine with more"
+            f"the weights take {needed / 1e9:.1f} GB {kind} and {free / 1e9:.1f} GB of memory are free: {remedy}"
         )
-
-
-def free_here() -> int | None:
-    """Returns the bytes of memory and swap that programs can still get, where the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        return found["MemAvailable"] + found["SwapFree"]
-    except (OSError, ValueError, KeyError, IndexError):
-        return None
-
-
-def _machine_memory() -> int | None:
-    """Returns the bytes of memory in this machine, where the system tells."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None

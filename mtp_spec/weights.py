@@ -1,18 +1,17 @@
-"""`load(weights="fp8")`: a wide checkpoint that becomes FP8 while it is read, and what it then takes."""
+"""`load(weights="fp8")`: a wide checkpoint that becomes FP8 while it is read, whose matrices are found here."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from mtp_spec.errors import MTPSpecError, OptionError
-from mtp_spec.kernels.fp8 import BLOCK, block_counts
+from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.model.checkpoint.folder import Checkpoint, stored_weights
 from mtp_spec.model.checkpoint.formats import SCALE
 from mtp_spec.model.checkpoint.narrow import WIDE, is_packed
 from mtp_spec.model.cuda.checkpoint import fp8_obstacle
 
 WEIGHTS = ("fp8",)
-SCALE_BYTES = 4
 
 
 def check_weights(weights: object) -> None:
@@ -44,18 +43,6 @@ def with_weights(checkpoint: Checkpoint, weights: str | None) -> Checkpoint:
         sides = list(block or ())
         raise OptionError(f"weights={weights!r}: {checkpoint.folder} has FP8 in blocks of {sides}; leave it out")
     return replace(checkpoint, config=replace(checkpoint.config, fp8_block=(BLOCK, BLOCK)), narrowed=wide)
-
-
-def kept_bytes(checkpoint: Checkpoint) -> int:
-    """Returns the bytes of a checkpoint's weights once they are read."""
-    size = 0
-    for name, info in stored_weights(checkpoint).items():
-        if name in checkpoint.narrowed:
-            rows, columns = block_counts(*info.shape)
-            size += info.shape[0] * info.shape[1] + SCALE_BYTES * rows * columns
-        else:
-            size += info.bytes
-    return size
 
 
 def runs_as_fp8(checkpoint: Checkpoint) -> bool:

@@ -79,10 +79,10 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, t
     for experts in (full.num_experts_per_tok - 1, full.n_routed_experts + 1):
         with pytest.raises(OptionError, match=f"--experts {experts}: 4 to 64"):
             steps.shape(asked("--experts", str(experts)))
-    monkeypatch.setattr(steps, "free_here", lambda: 10**15)
+    monkeypatch.setattr(steps, "free_memory", lambda: 10**15)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=10**15))
     assert steps.shape(asked("--experts", "8")).n_routed_experts == 8
-    monkeypatch.setattr(steps, "free_here", lambda: 10**9)
+    monkeypatch.setattr(steps, "free_memory", lambda: 10**9)
     with pytest.raises(OptionError, match=r"both models need .* GB, memory has 1\.0 left"):
         steps.shape(asked())
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from mtp_spec.kernels.cpu.engine import why_not
 from mtp_spec.kernels.cpu.team import TEAM
 from mtp_spec.model.cpu.model import CPUModel
+from mtp_spec.model.cpu.room import Rooms
+from mtp_spec.model.distributed.group import Ranks
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -222,10 +224,54 @@ def test_memory_is_found_without_threads_that_a_fork_loses(monkeypatch: pytest.M
 
     model = random_model()
     expected = steps(model)
-    model._memories.clear()
-    model._head_memories.clear()
-    monkeypatch.setattr("mtp_spec.model.cpu.model.torch.zeros", parallel)
+    model._rooms._free.clear()
+    model._head_rooms._free.clear()
+    monkeypatch.setattr("mtp_spec.model.cpu.room.torch.zeros", parallel)
     assert all_equal(steps(model), expected)
+
+
+def test_a_room_is_one_calls_and_is_kept_unless_that_failed() -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def floats(*sizes: int) -> int:
+        asked.append(sizes)  # type: ignore[arg-type]
+        return sum(sizes)
+
+    rooms = Rooms(floats, step=4)
+    with rooms.lent(2, 5, 1) as one, rooms.lent(2, 5, 1) as two:
+        assert one is not two
+        assert one.memory.numel() == 2 + 8 + 1
+    with rooms.lent(1, 8, 1) as again:
+        assert again in (one, two)
+        assert asked == [(2, 8, 1)] * 2
+        with rooms.lent(1, 9, 3) as larger:  # in place of the other, and for all that it was for
+            assert asked[2:] == [(2, 12, 3)]
+    with pytest.raises(RuntimeError, match="in the middle"), rooms.lent(1, 1, 1) as failed:
+        raise RuntimeError("in the middle")
+    assert failed is again
+    with rooms.lent(1, 1, 1) as left, rooms.lent(1, 1, 1) as new:
+        assert left is larger
+        assert new is not failed
+
+
+def test_what_a_failed_exchange_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that ended in the middle does not give its room back; a head's exchange comes after the engine's call."""
+    model = random_model()
+    cache, _ = prompt(model, ids_of(9))
+    hidden = torch.zeros(1, model.config.hidden_size)
+    model.logits(hidden)
+    kinds = model._rooms, model._head_rooms
+    assert [len(rooms._free) for rooms in kinds] == [1, 1]
+
+    def silent(*_: Any) -> Tensor:
+        raise OSError("no answer")
+
+    monkeypatch.setattr(model, "ranks", Ranks(0, 2))
+    monkeypatch.setattr(Ranks, "gather_parts", silent)
+    for call in (lambda: model.rows([1], cache, [-1]), lambda: model.logits(hidden)):
+        with pytest.raises(OSError, match="no answer"):
+            call()
+    assert [len(rooms._free) for rooms in kinds] == [0, 1]
 
 
 PROGRAM = """

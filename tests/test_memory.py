@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import mtp_spec
 import small
-from mtp_spec import memory
+from mtp_spec import host_memory, memory
 from mtp_spec.cuda.memory import COPIES, check_memory, check_room, pass_bytes, plan_memory, rule_bytes
 from mtp_spec.cuda.pages import DevicePages, planned_pages
 from mtp_spec.cuda.state import ROWS, State, stages_of
@@ -127,10 +127,10 @@ def test_a_cpu_without_room_for_the_weights_is_refused_before_reading(
     folder = small.make(tmp_path / "model")
     read: list[tuple[int, int]] = []
     needed = memory.model_bytes(load_config(folder), torch.float32)
-    monkeypatch.setattr(memory, "free_here", lambda: needed - 1)
+    monkeypatch.setattr(host_memory, "free_memory", lambda: needed - 1)
     with pytest.raises(mtp_spec.MTPSpecError, match=r"GB in float32 and .* GB of memory are free"):
         mtp_spec.load(folder, dtype="float32", progress=lambda done, total: read.append((done, total)))
     assert read == []
-    monkeypatch.setattr(memory, "free_here", lambda: needed)
+    monkeypatch.setattr(host_memory, "free_memory", lambda: needed)
     mtp_spec.load(folder, dtype="float32", progress=lambda done, total: read.append((done, total)))
     assert read[-1][0] == read[-1][1] == sum(t.nbytes for t in small.tensors(folder).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -29,13 +30,18 @@ def test_files_are_short() -> None:
 def test_wheel_holds_library_model_and_weights(tmp_path: Path) -> None:
     pytest.importorskip("build")
     pytest.importorskip("setuptools")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    source = tmp_path / "source"  # without build/, from which setuptools would take modules of former builds
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns("build", "*.egg-info", ".*", "docs", "__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for needed in ("model/transformer.py", "kernels/fp8.py", "bench/speed.py", "py.typed", "configs/prompts.jsonl",
                    "configs/demo/tokenizer.json", "configs/demo/model-00001-of-00004.safetensors"):  # fmt: skip
         assert f"mtp_spec/{needed}" in names
+    for folder, place in (("mtp_spec", ""), ("model", "model/"), ("kernels", "kernels/")):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert f"mtp_spec/{place}{file.relative_to(ROOT / folder).as_posix()}" in names
     assert not any("test" in name.lower() for name in names)
 
 

@@ -12,17 +12,18 @@ from safetensors.torch import load_file, save_file
 
 import mtp_spec
 import small
-from mtp_spec import memory
+from mtp_spec import host_memory
 from mtp_spec.cli.main import main
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.load_checks import load_model
 from mtp_spec.model.checkpoint.cast import cast_job
 from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint, rank_part, read_weights
 from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.model.cpu.checkpoint import footprint
 from mtp_spec.model.cuda.checkpoint import empty_device_model, fp8_obstacle, load_device_model
 from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.transformer import Transformer
-from mtp_spec.weights import kept_bytes, with_weights
+from mtp_spec.weights import with_weights
 
 ODD = {"hidden_size": 272, "intermediate_size": 336, "moe_intermediate_size": 176, "q_lora_rank": 80, "v_head_dim": 40}
 
@@ -49,7 +50,7 @@ def test_the_engine_has_the_bits_of_cast(folders: tuple[Path, Path]) -> None:
     prompt = list(range(3, 40, 5))
     one, two = (lm.generate(prompt, max_new_tokens=12, seed=0) for lm in (loaded, cast))
     assert one.token_ids == two.token_ids
-    assert sum(weight.nbytes for weight in ours.values()) <= kept_bytes(opened(wide)) * 1.01
+    assert sum(weight.nbytes for weight in ours.values()) == footprint(opened(wide)).total
 
 
 def test_torch_has_the_bits_of_cast(folders: tuple[Path, Path]) -> None:
@@ -117,7 +118,7 @@ def test_one_error_for_each_mistake(
             save_file(tensors, file)
     with pytest.raises(mtp_spec.CheckpointError, match=f"{name} holds NaN or infinity"):
         mtp_spec.load(broken, weights="fp8")
-    monkeypatch.setattr(memory, "free_here", lambda: 1000)
+    monkeypatch.setattr(host_memory, "free_memory", lambda: 1000)
     with pytest.raises(mtp_spec.MTPSpecError, match=r"GB in FP8 and 0\.0 GB of memory are free"):
         load_model(folders[0], None, "cpu", 64, None, None, weights="fp8")
 

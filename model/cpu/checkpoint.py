@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels.cpu.engine import KINDS, library
+from mtp_spec.kernels.fp8 import block_counts
 from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.checkpoint.folder import Checkpoint, Report, square_block, stored_weights
 from mtp_spec.model.checkpoint.formats import SCALE
@@ -26,6 +29,52 @@ from mtp_spec.model.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAPPED_BYTES = 2**30  # models from this size on are mapped
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of a model's weights on the engine.
+
+    Attributes:
+        own: in memory of the process's own: read, rounded, made FP8 or joined.
+        mapped: in the files, which the system reads when they are used and drops when it needs the memory.
+    """
+
+    own: int
+    mapped: int
+
+    @property
+    def total(self) -> int:
+        return self.own + self.mapped
+
+
+def kept_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, tuple[torch.dtype, int, bool]]:
+    """Returns of every weight, scales apart, the type that `load_cpu_model` keeps it in, its bytes with its scales,
+    and whether it stays in its file."""
+    tensors = stored_weights(checkpoint)
+    mapped = sum(info.bytes for info in tensors.values()) >= MAPPED_BYTES
+    kept: dict[str, tuple[torch.dtype, int, bool]] = {}
+    for name, info in tensors.items():
+        if name.endswith(SCALE):
+            continue
+        numbers, blocks, stored = prod(info.shape), 0, torch.float32 if info.dtype == "F64" else DTYPES[info.dtype]
+        if name in checkpoint.narrowed:
+            stored, blocks = torch.float8_e4m3fn, prod(block_counts(*info.shape))
+        elif name + SCALE in tensors:
+            blocks = prod(tensors[name + SCALE].shape)
+        kind = _kind(name, len(info.shape), stored, dtype)
+        if kind != stored:
+            blocks = 0
+        in_file = mapped and kind == DTYPES[info.dtype] and _lies_whole(info)
+        kept[name] = kind, numbers * kind.itemsize + blocks * SCALE_BYTES, in_file
+    return kept
+
+
+def footprint(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Footprint:
+    """Returns what `load_cpu_model` with this dtype will take, from the files' headers."""
+    sizes = [(size, in_file) for _, size, in_file in kept_weights(checkpoint, dtype).values()]
+    return Footprint(*(sum(size for size, in_file in sizes if in_file == mapped) for mapped in (False, True)))
 
 
 def load_cpu_model(
@@ -61,7 +110,7 @@ def load_cpu_model(
                 weight, weights[name + SCALE] = narrow(name, weight, len(weight), "cpu")
             elif weight.dtype == torch.float8_e4m3fn:
                 _check_numbers(name, weight, info)
-            kind = _kind(name, weight, dtype)
+            kind = _kind(name, weight.dim(), weight.dtype, dtype)
             scale = weights.pop(name + SCALE, None) if kind != weight.dtype else None
             weights[name] = weight.to(kind) if scale is None else dequantise(weight, scale, block, kind)
         done += info.bytes
@@ -73,13 +122,19 @@ def load_cpu_model(
     return model
 
 
-def _kind(name: str, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def _kind(name: str, dimensions: int, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
     """Returns the type that a weight is kept in: its own, the one asked for, or float32 where neither can be."""
-    if weight.dim() == 2 and dtype in (torch.bfloat16, torch.float16):
+    if dimensions == 2 and dtype in (torch.bfloat16, torch.float16):
         return dtype
     # single rows of embeddings are read, and vectors whole: without block scales. Integers have no products
-    plain = weight.dim() != 2 or name.endswith("embed_tokens.weight") or weight.dtype not in KINDS
-    return torch.float32 if plain and weight.dtype not in FLOATS else weight.dtype
+    plain = dimensions != 2 or name.endswith("embed_tokens.weight") or stored not in KINDS
+    return torch.float32 if plain and stored not in FLOATS else stored
+
+
+def _lies_whole(info: TensorInfo) -> bool:
+    """Whether a tensor can be read in place: in one piece, where its numbers may begin."""
+    divided = info.axis is not None and len(info.parts) > 1
+    return info.dtype != "F64" and not divided and not info.parts[0].start % DTYPES[info.dtype].itemsize
 
 
 class _Files:
@@ -91,7 +146,7 @@ class _Files:
     def read(self, info: TensorInfo) -> Tensor:
         """Returns a tensor, in place where it lies in one piece and where its numbers may begin."""
         kind, part = DTYPES[info.dtype], info.parts[0]
-        if info.dtype == "F64" or (info.axis is not None and len(info.parts) > 1) or part.start % kind.itemsize:
+        if not _lies_whole(info):
             tensor = read_tensor(info)
             return tensor.float() if info.dtype == "F64" else tensor
         if part.file not in self._bytes:

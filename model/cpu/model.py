@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -31,12 +30,13 @@ from mtp_spec.kernels.cpu.engine import (
     library,
 )  # fmt: skip
 from mtp_spec.kernels.cpu.team import TEAM
-from mtp_spec.kernels.fp8 import BLOCK, weight_quant
+from mtp_spec.kernels.fp8 import BLOCK, block_counts, weight_quant
 from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.attention import JointPlan
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
 from mtp_spec.model.checkpoint.found import module_prefix
 from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.cpu.room import Rooms, zeros
 from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.layers import LATENT_NORM_EPS
@@ -48,6 +48,7 @@ METHODS = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}
 ATTENDED_AT_ONCE = 4  # rows of a sequence, as pass.h has it
 CONTEXT_STEP = 512  # memory for scores grows by so many slots
 HEAD_UNIT = 64  # rows of a head that ranks divide
+PIECE_BLOCKS = 32  # of a head's rows that are wide numbers at once while it becomes FP8
 NO_MATRIX = MatrixStruct()
 
 
@@ -87,10 +88,11 @@ class CPUModel(HostModel):
         # the engine knows one embedding: a module that has its own sees a model with that one
         self._models = {module: self._keep(self._with_embedding(module))
                         for module in self.mtp if config.module(module).own_embedding}  # fmt: skip
-        self._memories: list[_Memory] = []
-        self._head_memories: list[tuple[int, Tensor]] = []
-        memory = self._memories, self._head_memories
-        weakref.finalize(self, TEAM.release, self._weights, self._kept, self._model, *memory)
+        engine, own = library(), self._model
+        self._rooms = Rooms(lambda *sizes: int(engine.memory(ctypes.byref(own), *sizes)), CONTEXT_STEP)
+        columns = self._head.struct  # of all heads alike, and all that their room depends on
+        self._head_rooms = Rooms(lambda rows, context, threads: int(engine.head_memory(ctypes.byref(columns), threads)))
+        weakref.finalize(self, TEAM.release, self._weights, self._kept, own, self._rooms, self._head_rooms)
 
     # rows over a cache
 
@@ -140,7 +142,7 @@ class CPUModel(HostModel):
 
     def _cache(self, layers: int, tokens: int) -> LatentCache:
         pages, width = pages_for(tokens), self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        memory = [_zeros(pages * PAGE * width).view(-1, width) for _ in range(layers)]
+        memory = [zeros(pages * PAGE * width).view(-1, width) for _ in range(layers)]
         return LatentCache(memory, range(pages))
 
     def fingerprint(self) -> float:
@@ -169,21 +171,18 @@ class CPUModel(HostModel):
         threads, exchange = torch.get_num_threads(), EXCHANGE()
         if self.ranks.size > 1:
             exchange = EXCHANGE(self._exchanged)
-        memory = self._memory(rows, given.longest, threads)
-        with TEAM.called(threads) as able:
+        with self._rooms.lent(rows, given.longest, threads) as room, TEAM.called(threads) as able:
             whole = self._engine.run(ctypes.byref(PassStruct(
                 ctypes.pointer(self._models.get(module, self._model)), module, rows, able, len(given.blocks) - 1,
                 tokens.ctypes.data, given.further.ctypes.data, given.blocks.ctypes.data, given.rows.ctypes.data,
                 given.caches.ctypes.data,
                 given.table.data_ptr(), None if before is None else before.data_ptr(), after.data_ptr(),
                 head.struct, picked.ctypes.data, logits.data_ptr(), len(picked),
-                memory.room.data_ptr(), memory.rows, memory.context, memory.threads, self.ranks.rank, self.ranks.size,
+                room.memory.data_ptr(), room.rows, room.context, room.threads, self.ranks.rank, self.ranks.size,
                 exchange, None if self.hits is None else ctypes.pointer(self.hits),
             )))  # fmt: skip
-        if not whole:
-            TEAM.release(memory)
-            self._fail()
-        self._memories.append(memory)
+            if not whole:
+                self._fail()
         return after, logits
 
     def _multiplied(self, hidden: Tensor, head: _Head) -> Tensor:
@@ -192,22 +191,14 @@ class CPUModel(HostModel):
         if not rows:
             return out
         given = hidden.float().contiguous()
-        try:
-            most, room = self._head_memories.pop()
-        except IndexError:
-            most, room = 0, _zeros(0)
-        if most < threads:
-            TEAM.release(room)
-            most, room = threads, _zeros(self._engine.head_memory(ctypes.byref(head.struct), threads))
         own = self.ranks.part(head.rows, HEAD_UNIT)
-        with TEAM.called(threads) as able:
+        with self._head_rooms.lent(0, 0, threads) as room, TEAM.called(threads) as able:
             self._engine.head(ctypes.byref(HeadStruct(
                 head.struct, given.data_ptr(), out.data_ptr(), rows, able, own.start, own.stop,
-                room.data_ptr(),
+                room.memory.data_ptr(),
             )))  # fmt: skip
         if self.ranks.size > 1 and not self._exchanged(out.data_ptr(), rows, head.rows, head.rows, HEAD_UNIT):
             self._fail()
-        self._head_memories.append((most, room))
         return out
 
     def _exchanged(self, data: int, rows: int, stride: int, count: int, unit: int) -> int:
@@ -226,20 +217,6 @@ class CPUModel(HostModel):
         error, self._lost = self._lost, None
         assert error is not None
         raise error
-
-    def _memory(self, rows: int, context: int, threads: int) -> _Memory:
-        """Returns room for a pass, which is this call's until it is given back."""
-        try:
-            found = self._memories.pop()
-        except IndexError:
-            found = _Memory(0, 0, 0, _zeros(0))
-        if found.rows >= rows and found.context >= context and found.threads >= threads:
-            return found
-        TEAM.release(found)
-        rows, threads = max(rows, found.rows), max(threads, found.threads)
-        context = max(-(-context // CONTEXT_STEP) * CONTEXT_STEP, found.context)
-        size = self._engine.memory(ctypes.byref(self._model), rows, context, threads)
-        return _Memory(rows, context, threads, _zeros(size))
 
     # structures
 
@@ -328,11 +305,16 @@ class CPUModel(HostModel):
         if matrix.scale is not None:
             data = dequantise(data, matrix.scale, matrix.block[0], torch.float32)
         data = data if self._draft_ids is None else data[self._draft_ids]
-        stored, scale = weight_quant(data)
-        for number, rows in enumerate(data.split(BLOCK)):
-            if not rows.isfinite().all():  # which codes cannot say to the engine: such drafts are to be dropped
+        stored = torch.empty(data.shape, dtype=torch.float8_e4m3fn, device="cpu")
+        scale = _floats(*block_counts(*data.shape))
+        for number in range(0, len(scale), PIECE_BLOCKS):
+            blocks = slice(number, number + PIECE_BLOCKS)
+            rows = slice(number * BLOCK, blocks.stop * BLOCK)
+            stored[rows], scale[blocks] = weight_quant(data[rows])
+        for number, part in enumerate(data.split(BLOCK)):
+            if not part.isfinite().all():  # which codes cannot say to the engine: such drafts are to be dropped
                 scale[number] = torch.nan
-        return _Head(Matrix(stored.contiguous(), scale.contiguous()))
+        return _Head(Matrix(stored, scale))
 
 
 def _floats(*shape: int) -> Tensor:
@@ -340,26 +322,11 @@ def _floats(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
-def _zeros(count: int) -> Tensor:
-    """Returns zeros, without torch's threads, which a forked process does not have."""
-    return torch.from_numpy(np.zeros(count, np.float32))
-
-
 class _Head:
     """A matrix that gives logits, and its structure."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix, self.rows, self.struct = matrix, matrix.data.shape[0], matrix.struct()
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """Room for passes of up to so many rows over so many slots by so many threads."""
-
-    rows: int
-    context: int
-    threads: int
-    room: Tensor
 
 
 class _Rows:

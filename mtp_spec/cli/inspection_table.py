@@ -10,16 +10,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mtp_spec.cpu.foresight import foresee
 from mtp_spec.cuda.memory import pages_bytes, plan_memory
+from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels.cpu import engine
 from mtp_spec.kernels.mla_cache import Layout
 from mtp_spec.load_checks import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
+from mtp_spec.memory import check_own
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.checkpoint.summary import CheckpointSummary, opened_or_refused, summed_up
+from mtp_spec.model.cpu.checkpoint import footprint
 from mtp_spec.model.cuda.checkpoint import empty_device_model, fp8_obstacle
 from mtp_spec.speculation import MAX_NODES
-from mtp_spec.weights import kept_bytes, runs_as_fp8, with_weights
+from mtp_spec.weights import runs_as_fp8, with_weights
 
 
 def show_checkpoint(
@@ -33,10 +37,14 @@ def show_checkpoint(
     limit, packed = context_limit(folder, max_context), packs_cache(cache_dtype)
     read = checkpoint if refused is not None else with_weights(checkpoint, weights)
     on_gpu = _gpu(read, drafts, cache_dtype, limit) if refused is None else "no"
+    foreseen = foresee(read) if refused is None and engine.why_not() is None else None
     if as_json:
-        print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary, packed)}))
+        print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary, packed),
+                          "cpu_engine": None if foreseen is None else asdict(foreseen)}))  # fmt: skip
         return
     on_cpu = _cpu(read, summary, limit) if refused is None else "no"
+    if foreseen is not None:
+        on_cpu = f"{on_cpu}\n{_refusal(read) or foreseen}"
     (console or Console()).print(_table(folder, summary, on_cpu, on_gpu, packed))
 
 
@@ -68,9 +76,14 @@ def _gpu(checkpoint: Checkpoint, drafts: DraftVocabulary, cache_dtype: str | Non
 def _cpu(checkpoint: Checkpoint, summary: CheckpointSummary, limit: int) -> str:
     """Returns what runs the model on a CPU, and in how much memory."""
     obstacle, config = engine.why_not(), summary.config
-    item, weights = 4, f"{summary.bytes / 1e6:,.0f} MB of weights as stored, mapped from the files"
+    item, found = 4, footprint(checkpoint)
+    weights = f"{found.total / 1e6:,.0f} MB of weights as stored, read into memory"
+    if found.mapped:
+        weights = f"{found.mapped / 1e6:,.0f} MB of weights as stored, mapped from the files"
+        if found.own:
+            weights += f", {found.own / 1e6:,.0f} MB in memory besides"
     if checkpoint.narrowed:
-        weights = f"{kept_bytes(checkpoint) / 1e6:,.0f} MB of weights, matrices as FP8, read and converted"
+        weights = f"{found.total / 1e6:,.0f} MB of weights, matrices as FP8, read and converted"
     if obstacle is not None:
         item, count = 2, summary.parameters + summary.mtp_parameters
         weights = f"{count * 2 / 1e6:,.0f} MB of weights in bfloat16, twice that in float32"
@@ -79,6 +92,15 @@ def _cpu(checkpoint: Checkpoint, summary: CheckpointSummary, limit: int) -> str:
     runs = f"the engine ({engine.library().level})" if obstacle is None else f"torch: {obstacle}"
     return (f"{runs}; {weights}; caches in pages of {PAGE} tokens, {page:,} bytes each; load(max_batch=N) plans N x "
             f"{pages_for(limit + MAX_NODES + 1)} for {limit} tokens each")  # fmt: skip
+
+
+def _refusal(checkpoint: Checkpoint) -> str | None:
+    """Returns why the engine would not load a checkpoint here and now, or None."""
+    try:
+        check_own(footprint(checkpoint).own, bool(checkpoint.narrowed), None)
+    except MTPSpecError as error:
+        return f"load refuses it: {error}"
+    return None
 
 
 def _modules(summary: CheckpointSummary) -> str:

@@ -22,7 +22,7 @@ from mtp_spec.bench.cpu import SHAPES, SHARD_BYTES, pass_bytes
 from mtp_spec.bench.peers.process import Peer
 from mtp_spec.bench.synthetic import outputs, synthetic_job
 from mtp_spec.errors import OptionError
-from mtp_spec.memory import free_here
+from mtp_spec.host_memory import free_memory
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.config import ModelConfig
@@ -54,7 +54,7 @@ def shape(args: argparse.Namespace) -> ModelConfig:
     folder = args.folder or Path(tempfile.gettempdir())
     if not folder.is_dir():
         raise OptionError(f"--folder {folder} is no folder")
-    for what, room in (("the disk of --folder", shutil.disk_usage(folder).free), ("memory", free_here())):
+    for what, room in (("the disk of --folder", shutil.disk_usage(folder).free), ("memory", free_memory())):
         if room is not None and room < both:
             raise OptionError(f"both models need {both / 1e9:.1f} GB, {what} has {room / 1e9:.1f} left; "
                               "give fewer --experts, or another --folder")  # fmt: skip
