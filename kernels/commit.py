@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.launching import late, runs_triton
-from mtp_spec.kernels.mla_cache import KEYS, Cache
+from mtp_spec.kernels.mla.cache import KEYS, Cache
 
 try:
     import triton
     import triton.language as tl
 
     from mtp_spec.kernels.launching import follow
-    from mtp_spec.kernels.mla_kernels import paged_rows
+    from mtp_spec.kernels.mla.kernels import paged_rows
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 

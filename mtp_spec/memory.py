@@ -12,7 +12,7 @@ from mtp_spec.cuda.pages import IDLE_PAGES, READ_TEXTS, STEP_ROWS, STEP_TEXTS, p
 from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WAITING
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
-from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
+from mtp_spec.kernels.mla import cache_bytes, whole_blocks
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.checkpoint.found import PIECE_BYTES

@@ -17,7 +17,7 @@ from mtp_spec.api import LM
 from mtp_spec.cuda.constants import Shape
 from mtp_spec.cuda.rules import DeviceRule
 from mtp_spec.kernels import commit
-from mtp_spec.kernels.uniform import uniforms
+from mtp_spec.kernels.sampler import uniforms
 from mtp_spec.options import SamplingParams, Speculation
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.tree import ROOT, TokenTree

@@ -1,4 +1,4 @@
-"""The experts' FP8 products as Triton kernels; imported by `moe` where Triton is there.
+"""The experts' FP8 products as Triton kernels; imported by `layer` where Triton is there.
 
 One program handles one slot (an expert with up to TOKENS of its pairs) and one stretch of the expert's outputs, so
 every expert's weights are read once. Operands are swapped as in `gemm`: wgmma's 64 rows are weights, tokens are the
