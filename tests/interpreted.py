@@ -20,7 +20,7 @@ from interpreter import correct
 from mtp_spec.kernels import commit, exchange, fp8, gemm, mla, moe, quant, sampler
 from mtp_spec.kernels.mla import Cache, Layout, new_caches
 from mtp_spec.kernels.mla import attention as mla_attention
-from mtp_spec.kernels.moe.grouping import arrivals
+from mtp_spec.kernels.moe.grouping import ARRIVALS
 from mtp_spec.options import SamplingParams
 from mtp_spec.sampling import noise as library_noise
 from mtp_spec.sampling.sampler import Sampler
@@ -50,11 +50,10 @@ def products() -> None:
             for first, rows in ((0, 1), (5, 2), (7, 17), (1, 63)):
                 part = slice(first, first + rows)
                 out = torch.full((rows, n), float("nan"))
-                gemm._spaces.clear()  # room for partial sums that holds anything
-                gemm._workspace(a.device, 1 << 18, 64)[0].fill_(float("nan"))
+                gemm.PARTS.room(a.device, 1 << 18).fill_(float("nan"))  # room for partial sums holds anything
                 gemm.fp8_gemm(a[part], a_scale[part], w, w_scale, out=out, launch=launch)
                 assert torch.equal(out, whole[part]), "rows depend on their neighbours"
-                assert not gemm._spaces[a.device][1].any(), "arrival counts must return to zero"
+                assert not gemm.ARRIVALS.room(a.device, 1).any(), "arrival counts must return to zero"
 
     w, x = (torch.randn(n, 264, generator=generator).bfloat16() for n in (130, 70))
     for launch in launches:
@@ -144,7 +143,7 @@ def grouping() -> None:
         assert torch.equal(got.count.cpu(), expected.count)
         for ours, theirs in ((got.expert, expected.expert), (got.first, expected.first)):
             assert torch.equal(ours.cpu()[expected.count > 0], theirs[expected.count > 0])
-        assert not arrivals(got.order.device).any()
+        assert not ARRIVALS.room(got.order.device, 1).any()
 
 
 def attention() -> None:
@@ -185,7 +184,6 @@ def attention() -> None:
             latent_q = mla.absorb(q, kv_b, kv_b_scale, angles, plan, head)
             absorbed = mla.absorb_reference(q, kv_b, kv_b_scale, angles, plan, head)
             close(latent_q[:, :heads], absorbed[:, :heads], 0.01)
-            mla_attention._rooms.clear()
             _spoil_room(cache, head, plan)
             seen = mla.attend(latent_q, cache, plan, head)
             close(seen, mla.attend_reference(latent_q, cache, plan, head), 0.02)
@@ -260,9 +258,9 @@ def pages() -> None:
 
 def _spoil_room(cache: Cache, head: mla.Head, plan: mla.Plan) -> None:
     """Fills the room for partial results with numbers that would show."""
-    pairs = plan.texts * mla_attention._pairs(plan.each, head)
-    for room in mla_attention._room(torch.device("cpu"), mla.split_of(cache.capacity - 1) + 1, head, pairs):
-        room.fill_(float("nan"))
+    pairs = plan.texts * mla_attention._pairs(plan.each, head) * (mla.split_of(cache.capacity - 1) + 1)
+    for room, size in ((mla_attention.PARTS, pairs * head.latent), (mla_attention.PEAKS_AND_SUMS, 2 * pairs)):
+        room.room(cache.store.device, size).fill_(float("nan"))
 
 
 def _fill(cache: Cache, value: float) -> None:

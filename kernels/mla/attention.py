@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +28,7 @@ from mtp_spec.kernels.mla.cache import KEYS, TAIL, Cache
 from mtp_spec.kernels.mla.plan import TILE, Head, Plan, split_of
 from mtp_spec.kernels.mla.reference import absorb_reference, attend_reference, prepare_reference, up_reference
 from mtp_spec.kernels.quant import quant
+from mtp_spec.kernels.workspace import Workspace
 
 try:
     import triton
@@ -38,7 +38,9 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
+PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns a program
+STAGES, WARPS = 2, 8  # of `attend` but for Hopper's: tiles in flight, and warps a program; no part of the arithmetic
 GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
 
@@ -123,15 +125,7 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
     return (out, scales) if whole else quant(out, head.power_of_two)
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How `attend` runs: tiles in flight and warps a program; neither changes the arithmetic."""
-
-    stages: int = 2
-    warps: int = 8
-
-
-def attend(q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch | None = None) -> Tensor:
+def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     """Returns the attention-weighted latents `[M, H, C]` bf16.
 
     Args:
@@ -146,9 +140,10 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch | Non
     out = torch.empty(plan.rows, head.heads, head.latent, dtype=torch.bfloat16, device=q.device)
     splits = split_of(cache.capacity - 1) + 1
     turns = list(_turns(plan, head, splits))
-    parts, numbers = _room(q.device, splits, head, max(part.texts * _pairs(part.each, head) for _, part in turns))
+    pairs = splits * max(part.texts * _pairs(part.each, head) for _, part in turns)
+    parts, numbers = PARTS.room(q.device, pairs * head.latent), PEAKS_AND_SUMS.room(q.device, 2 * pairs)
     for rows, part in turns:
-        _attend(q[rows], cache, part, head, launch or Launch(), parts, numbers, splits, out[rows])
+        _attend(q[rows], cache, part, head, parts, numbers, splits, out[rows])
     return out
 
 
@@ -161,8 +156,7 @@ def room_bytes(capacity: int, head: Head, rows: int, texts: int = 1) -> int:
 
 
 def _attend(
-    q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch, parts: Tensor, numbers: Tensor, splits: int,
-    out: Tensor,
+    q: Tensor, cache: Cache, plan: Plan, head: Head, parts: Tensor, numbers: Tensor, splits: int, out: Tensor,
 ) -> None:  # fmt: skip
     each, paged = _pairs(plan.each, head), plan.pages is not None
     padded = plan.texts * each
@@ -195,8 +189,8 @@ def _attend(
         kernels._attend_kernel[(tiles * splits,)](
             described(flat, TILE, width), described(flat, TILE, head.rope),
             described(latents, KEYS, width), described(ropes, KEYS, head.rope), described(sums, TILE, width),
-            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=launch.stages, PACKED=packed,
-            WIDE=interpreted(), num_warps=launch.warps, **sizes,
+            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=STAGES, PACKED=packed,
+            WIDE=interpreted(), num_warps=WARPS, **sizes,
         )  # fmt: skip
     columns = min(head.latent, COLUMNS)
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
@@ -276,21 +270,3 @@ def _turns(plan: Plan, head: Head, splits: int) -> Iterator[tuple[slice, Plan]]:
             end = min(begin + rows, plan.each)
             start = first * plan.each + begin
             yield slice(start, start + some.texts * (end - begin)), some.part(begin, end)
-
-
-_rooms: dict[torch.device, tuple[Tensor, Tensor]] = {}
-_outgrown: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write there
-
-
-def _room(device: torch.device, splits: int, head: Head, pairs: int) -> tuple[Tensor, Tensor]:
-    """Returns room for partial results `[.]` bf16 of so many pairs and their peaks and sums `[.]` float32."""
-    pairs *= splits
-    held = _rooms.get(device)
-    if held is None or held[0].numel() < pairs * head.latent or held[1].numel() < 2 * pairs:
-        _outgrown.extend([] if held is None else [held])
-        sizes = (pairs * head.latent, 2 * pairs)
-        if held is not None:
-            sizes = max(sizes[0], held[0].numel()), max(sizes[1], held[1].numel())
-        held = torch.empty(sizes[0], dtype=torch.bfloat16, device=device), torch.empty(sizes[1], device=device)
-        _rooms[device] = held
-    return held

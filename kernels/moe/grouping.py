@@ -15,6 +15,7 @@ from torch import Tensor
 from mtp_spec.kernels.launching import late, runs_triton
 from mtp_spec.kernels.moe.operands import Groups, most_slots
 from mtp_spec.kernels.moe.reference import group_reference
+from mtp_spec.kernels.workspace import Workspace
 
 try:
     import triton
@@ -26,6 +27,7 @@ except ImportError:  # no Triton for this platform: the references remain
 
 MOST_ROWS = 64  # whose pairs one program sorts
 PAIRS_AT_ONCE = 512  # that a program looks through where there are many
+ARRIVALS = Workspace(torch.int32, zeros=True)  # one: of the router's rows, then of the experts
 
 
 def group(indices: Tensor, experts: int, tokens: int) -> Groups:
@@ -36,7 +38,7 @@ def group(indices: Tensor, experts: int, tokens: int) -> Groups:
     if indices.shape[0] > MOST_ROWS:
         _group_many_kernel[(experts,)](
             indices, groups.order, groups.expert, groups.first, groups.count,
-            torch.empty(experts, dtype=torch.int32, device=indices.device), arrivals(indices.device),
+            torch.empty(experts, dtype=torch.int32, device=indices.device), ARRIVALS.room(indices.device, 1),
             indices.numel(), groups.count.shape[0], CHUNK=PAIRS_AT_ONCE, TOKENS=tokens,
             WIDE_EXPERTS=triton.next_power_of_2(experts), **late(indices),
         )  # fmt: skip
@@ -54,16 +56,6 @@ def empty_groups(indices: Tensor, experts: int, tokens: int | None) -> Groups:
     slots = 1 if tokens is None else most_slots(indices.numel(), experts, tokens)
     space = torch.empty(indices.numel() + 3 * slots, dtype=torch.int32, device=indices.device)
     return Groups(*space.split((indices.numel(), slots, slots, slots)))
-
-
-_counters: dict[torch.device, Tensor] = {}
-
-
-def arrivals(device: torch.device) -> Tensor:
-    """Returns `[1]` int32, zero before and after every launch; kept, because captured graphs write there."""
-    if device not in _counters:
-        _counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[device]
 
 
 if triton is not None:

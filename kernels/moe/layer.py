@@ -30,11 +30,14 @@ from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups, Routing, mo
 from mtp_spec.kernels.moe.reference import experts_reference, moe_reference
 from mtp_spec.kernels.moe.router import route
 from mtp_spec.kernels.quant import quant
+from mtp_spec.kernels.workspace import Workspace
 
 with suppress(ImportError):  # no Triton for this platform: the references remain
     from mtp_spec.kernels.moe.kernels import _down_kernel, _gate_up_kernel
 
 INPUTS = (torch.bfloat16, torch.float32)
+# both products count there: the second touches counts only after the first has ended, see `launching`
+ARRIVALS = Workspace(torch.int32, zeros=True, least=1 << 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,24 +89,20 @@ def moe(
     bias: Tensor | None,
     routing: Routing,
     weights: Experts,
-    residual: Tensor | None = None,
     launch: Launch | None = None,
     exchange: Exchange | None = None,
 ) -> Tensor:
-    """Returns shared(x) + sum over chosen experts of weight * expert(x) (+ residual), `[M, D]` in x's dtype.
+    """Returns shared(x) + sum over chosen experts of weight * expert(x), `[M, D]` in x's dtype.
 
     Args:
         x: `[M, D]` bfloat16 or float32.  router: `[E - shared, D]`.  bias: `[E - shared]` float32 or None.
-        residual: `[M, D]`, added last.
         exchange: completes hidden values `[P, I]` and scales by the columns that other processes have.
     """
     if weights.count != routing.experts + routing.shared:
         raise ValueError(f"{weights.count} experts given, the gate has {routing.experts} + {routing.shared} shared")
     expect("x", x, (None, weights.channels), INPUTS, beside=weights.down)
-    if residual is not None:
-        expect("residual", residual, (x.shape[0], weights.outputs), x.dtype, beside=x)
     if not runs_triton(x):
-        return moe_reference(x, router, bias, routing, weights, residual, exchange)
+        return moe_reference(x, router, bias, routing, weights, exchange)
     launch = launch or default_launch(weights.channels, weights.down.shape[2])
     tokens = launch.slot(x.shape[0])
     routed = route(x, router, bias, routing, tokens=tokens, power_of_two=weights.power_of_two)
@@ -113,7 +112,7 @@ def moe(
     hidden = gate_up(routed.quantised, routed.scales, routed.groups, routing.per_row, weights, launch, routing.shared)
     if exchange is not None:
         hidden = exchange(*hidden)
-    return down(*hidden, routed.groups, routed.weights, weights, launch, x.dtype, residual)
+    return down(*hidden, routed.groups, routed.weights, weights, launch, x.dtype)
 
 
 def experts(
@@ -121,10 +120,9 @@ def experts(
     indices: Tensor,
     pair_weights: Tensor,
     weights: Experts,
-    residual: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """Returns sum over j of pair_weights[m, j] * expert indices[m, j] (x[m]) (+ residual), `[M, D]` in x's dtype.
+    """Returns sum over j of pair_weights[m, j] * expert indices[m, j] (x[m]), `[M, D]` in x's dtype.
 
     Args:
         indices: `[M, K]` int32, shared experts included.  pair_weights: `[M, K]` float32.
@@ -133,15 +131,13 @@ def experts(
     expect("x", x, (rows, weights.channels), INPUTS, beside=weights.down)
     expect("indices", indices, (rows, None), torch.int32, beside=x)
     expect("pair_weights", pair_weights, indices.shape, torch.float32, beside=x)
-    if residual is not None:
-        expect("residual", residual, x.shape, x.dtype, beside=x)
     if not runs_triton(x):
-        return experts_reference(x, indices, pair_weights, weights, residual)
+        return experts_reference(x, indices, pair_weights, weights)
     launch = launch or default_launch(weights.channels, weights.inner)
     quantised, scales = quant(x, weights.power_of_two)
     groups = group(indices, weights.count, launch.slot(rows))
     hidden = gate_up(quantised, scales, groups, indices.shape[1], weights, launch)
-    return down(*hidden, groups, pair_weights, weights, launch, x.dtype, residual)
+    return down(*hidden, groups, pair_weights, weights, launch, x.dtype)
 
 
 def gate_up(
@@ -164,7 +160,7 @@ def gate_up(
         _described(weights.gate_up, launch.up_tile), weights.gate_up, weights.gate_up_scale, x, x_scale,
         groups.order, groups.expert, groups.first, groups.count,
         hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, dtype=torch.float32, device=device),
-        _arrivals(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row, slots, weights.count,
+        ARRIVALS.room(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row, slots, weights.count,
         TILE=launch.up_tile, TOKENS=tokens, STAGES=stages_that_fit(launch.up_stages, step), UNROLL=unroll,
         EVEN=channels % BLOCK == 0, SHARED=shared, AHEAD=launch.up_ahead, POWER=weights.power_of_two,
         LARGEST=E4M3_MAX,
@@ -175,7 +171,7 @@ def gate_up(
 
 def down(
     hidden: Tensor, hidden_scale: Tensor, groups: Groups, pair_weights: Tensor, weights: Experts, launch: Launch,
-    dtype: torch.dtype, residual: Tensor | None = None,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Launches the second product and each row's sum: `[P, I]` e4m3 with scales to `[M, D]` in `dtype`."""
     (pairs, inner), (rows, per_row), device = hidden.shape, pair_weights.shape, hidden.device
@@ -187,10 +183,10 @@ def down(
     _down_kernel[(slots * tiles,)](
         _described(weights.down, launch.down_tile), weights.down, weights.down_scale, hidden, hidden_scale,
         groups.order, groups.expert, groups.first, groups.count,
-        pair_weights, parts, _arrivals(device, rows * tiles), out if residual is None else residual, out,
+        pair_weights, parts, ARRIVALS.room(device, rows * tiles), out,
         inner, channels, hidden_scale.shape[1], slots, weights.count,
         TILE=launch.down_tile, TOKENS=launch.slot(rows), STAGES=stages_that_fit(launch.down_stages, step),
-        UNROLL=unroll, EVEN=inner % BLOCK == 0, PER_ROW=per_row, RESIDUAL=residual is not None,
+        UNROLL=unroll, EVEN=inner % BLOCK == 0, PER_ROW=per_row,
         AHEAD=launch.down_ahead, num_warps=launch.down_warps, **late(hidden),
     )  # fmt: skip
     return out
@@ -199,19 +195,3 @@ def down(
 def _described(weight: Tensor, rows: int) -> Any:
     """Returns the TMA descriptor of `[E, N, K]` weights as one `[E N, K]` matrix in tiles of `rows` by 128."""
     return described(weight.view(-1, weight.shape[-1]), rows, BLOCK)
-
-
-_counters: dict[torch.device, Tensor] = {}
-_outgrown: list[Tensor] = []  # captured graphs may still write there
-
-
-def _arrivals(device: torch.device, count: int) -> Tensor:
-    """Returns `count` int32 or more, zero before and after every launch, kept for later calls.
-
-    Both products count there: the second touches them only after the first has ended, see `launching`.
-    """
-    held = _counters.get(device)
-    if held is None or held.numel() < count:
-        _outgrown.extend([] if held is None else [held])
-        held = _counters[device] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
-    return held

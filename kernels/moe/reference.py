@@ -11,21 +11,20 @@ from torch import Tensor
 
 from mtp_spec.kernels import ordered
 from mtp_spec.kernels.fp8 import act_quant, fp8_gemm
-from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups, Routing, most_slots
+from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups, Routed, Routing, most_slots
 
 
 def moe_reference(
-    x: Tensor, router: Tensor, bias: Tensor | None, routing: Routing, weights: Experts, residual: Tensor | None = None,
+    x: Tensor, router: Tensor, bias: Tensor | None, routing: Routing, weights: Experts,
     exchange: Exchange | None = None,
 ) -> Tensor:  # fmt: skip
     """`moe` in plain torch."""
-    return experts_reference(x, *gate_reference(x, router, bias, routing), weights, residual, exchange)
+    return experts_reference(x, *gate_reference(x, router, bias, routing), weights, exchange)
 
 
 def experts_reference(
-    x: Tensor, indices: Tensor, pair_weights: Tensor, weights: Experts, residual: Tensor | None = None,
-    exchange: Exchange | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, indices: Tensor, pair_weights: Tensor, weights: Experts, exchange: Exchange | None = None
+) -> Tensor:
     """`experts` in plain torch, a pair's numbers as if it were alone."""
     power = weights.power_of_two
     quantised, scales = act_quant(x, power_of_two=power)
@@ -49,7 +48,18 @@ def experts_reference(
     weighted = (parts * pair_weights.flatten()[:, None]).unflatten(0, (-1, per_row))
     for place in range(per_row):
         out += weighted[:, place]
-    return (out if residual is None else out + residual.float()).to(x.dtype)
+    return out.to(x.dtype)
+
+
+def route_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, quantise: bool = True, tokens: int | None = 16,
+    power_of_two: bool = False,
+) -> Routed:  # fmt: skip
+    """`route` in plain torch."""
+    indices, weights = gate_reference(x, weight, bias, routing)
+    quantised, scales = act_quant(x, power_of_two=power_of_two) if quantise else (None, None)
+    groups = None if tokens is None else group_reference(indices, routing.experts + routing.shared, tokens)
+    return Routed(indices, weights, quantised, scales, groups)
 
 
 def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:

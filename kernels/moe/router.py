@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.checks import FLOATS, expect
-from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import late, runs_triton
-from mtp_spec.kernels.moe.grouping import MOST_ROWS, arrivals, empty_groups, group
+from mtp_spec.kernels.moe.grouping import ARRIVALS, MOST_ROWS, empty_groups, group
 from mtp_spec.kernels.moe.operands import Routed, Routing, most_slots
-from mtp_spec.kernels.moe.reference import gate_reference
+from mtp_spec.kernels.moe.reference import route_reference
 
 try:
     import triton
@@ -64,9 +64,7 @@ def route(
     """
     _check(x, weight, bias, routing)
     if not runs_triton(x):
-        indices, weights = gate_reference(x, weight, bias, routing)
-        quantised, scales = act_quant(x, power_of_two=power_of_two) if quantise else (None, None)
-        return Routed(indices, weights, quantised, scales)
+        return route_reference(x, weight, bias, routing, quantise, tokens, power_of_two)
     rows, channels = x.shape
     device, per_row = x.device, routing.per_row
     stretches = -(-channels // STRETCH)
@@ -85,7 +83,7 @@ def route(
     groups = empty_groups(indices, routing.experts + routing.shared, tokens if in_kernel else None)
     size = routing.experts // routing.groups
     _select_kernel[(rows,)](
-        parts, weight if bias is None else bias, indices, weights, arrivals(device),
+        parts, weight if bias is None else bias, indices, weights, ARRIVALS.room(device, 1),
         groups.order, groups.expert, groups.first, groups.count,
         rows, routing.experts, stretches, routing.scale, groups.count.shape[0],
         STRETCHES=triton.next_power_of_2(stretches), GROUPS=routing.groups, KEPT=routing.kept_groups, SIZE=size,
