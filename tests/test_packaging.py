@@ -67,8 +67,10 @@ def test_wheel_holds_library_model_and_weights(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for needed in ("model/transformer.py", "kernels/fp8.py", "bench/speed.py", "py.typed", "configs/prompts.jsonl",
-                   "configs/demo/tokenizer.json", "configs/demo/model-00001-of-00004.safetensors"):  # fmt: skip
+    for needed in ("model/transformer.py", "kernels/fp8.py", "kernels/mla/attention.py", "kernels/moe/router.py",
+                   "kernels/sampler/uniform.py", "kernels/tuned/moe.json", "bench/speed.py", "py.typed",
+                   "configs/prompts.jsonl", "configs/demo/tokenizer.json",
+                   "configs/demo/model-00001-of-00004.safetensors"):  # fmt: skip
         assert f"mtp_spec/{needed}" in names
     assert not any("test" in name.lower() for name in names)
 
