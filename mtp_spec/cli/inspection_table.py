@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mtp_spec.cuda.memory import pages_bytes, plan_memory
 from mtp_spec.kernels.cpu import engine
-from mtp_spec.kernels.mla_cache import Layout
+from mtp_spec.kernels.mla import Layout
 from mtp_spec.load_checks import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint.folder import Checkpoint
