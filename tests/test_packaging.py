@@ -72,6 +72,9 @@ def test_wheel_holds_library_model_and_weights(tmp_path: Path) -> None:
                    "configs/prompts.jsonl", "configs/demo/tokenizer.json",
                    "configs/demo/model-00001-of-00004.safetensors"):  # fmt: skip
         assert f"mtp_spec/{needed}" in names
+    for folder, place in (("mtp_spec", "mtp_spec"), ("model", "mtp_spec/model"), ("kernels", "mtp_spec/kernels")):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert f"{place}/{file.relative_to(ROOT / folder).as_posix()}" in names
     assert not any("test" in name.lower() for name in names)
 
 
