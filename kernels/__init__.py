@@ -1,5 +1,9 @@
 """Kernels of the model: plain-torch references that run anywhere, Triton kernels beside them for NVIDIA GPUs.
 
+An operation is a file, or a folder where it has several launches: `mla`, `moe`, `sampler`. The reference of a wrapper
+`x` is `x_reference`, in the operation's file or in `reference.py` of its folder. References are made of `fp8` and
+`ordered`, which are plain torch as a whole. `exchange` has none: without its kernel the ranks' library exchanges.
+
 `act_quant`, `weight_dequant` and `fp8_gemm` have the names and call forms of DeepSeek-V3's inference/kernel.py.
 """
 

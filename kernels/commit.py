@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.launching import late, runs_triton
-from mtp_spec.kernels.mla_cache import KEYS, Cache
+from mtp_spec.kernels.mla.cache import KEYS, Cache
 
 try:
     import triton
     import triton.language as tl
 
     from mtp_spec.kernels.launching import follow
-    from mtp_spec.kernels.mla_kernels import paged_rows
+    from mtp_spec.kernels.mla.kernels import paged_rows
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
@@ -60,11 +60,7 @@ def accept(
     if seen is not None:
         expect("seen", seen, (texts, None), torch.int32, beside=ids)
     if not runs_triton(ids):
-        for text in range(texts):
-            part = slice(text * rows, (text + 1) * rows)
-            _accept_reference(drawn[part], failed[part], ids[part], parents, path[text], tokens[text], record[text],
-                              None if seen is None else seen[text])  # fmt: skip
-        return
+        return accept_reference(drawn, failed, ids, parents, path, tokens, record, seen)
     _accept_kernel[(texts,)](
         drawn, failed, ids, parents, path, tokens, record, record if seen is None else seen, rows,
         0 if seen is None else seen.shape[1], MOST=most, WIDE=triton.next_power_of_2(rows), COUNTED=seen is not None,
@@ -91,10 +87,7 @@ def keep(
     expect("ring", ring, (texts, places, width), outputs.dtype, beside=outputs)
     expect("ring_tokens", ring_tokens, (texts, places), torch.int64, beside=outputs)
     if not runs_triton(outputs):
-        every, place = torch.arange(texts, device=outputs.device), length.long() % places
-        hidden[:, 0] = ring[every, place] = outputs
-        ring_tokens[every, place] = tokens[:, 0]
-        return
+        return keep_reference(outputs, tokens, length, hidden, ring, ring_tokens)
     _keep_kernel[(-(-width // KEPT_COLUMNS), texts)](
         outputs, tokens, length, hidden, ring, ring_tokens, width, rows, places, tokens.shape[1],
         COLUMNS=KEPT_COLUMNS, **late(outputs),
@@ -117,12 +110,7 @@ def commit(
         expect("pages", pages, (texts, caches[0].capacity // KEYS), torch.int32, beside=store)
     apart = _distance(caches)
     if not runs_triton(store):
-        for text in range(texts):
-            slots = int(length[text]) + torch.arange(int(record[text, COUNT]), device=store.device)
-            for cache in caches:
-                own = cache if pages is None else replace(cache, pages=pages[text])
-                cache.store[own.rows(slots)] = cache.store[own.rows(length[text] + path[text, : len(slots)])]
-        return
+        return commit_reference(caches, length, path, record, pages)
     width = store.shape[1]
     _commit_kernel[(len(caches), -(-width // COLUMNS), texts)](
         store, length, length if pages is None else pages, 0 if pages is None else pages.shape[1], path, record, apart,
@@ -136,9 +124,7 @@ def clean(caches: list[Cache], pages: Tensor) -> None:
     store, apart = caches[0].words, _distance(caches)
     expect("pages", pages, (None,), torch.int64, beside=store)
     if not runs_triton(store):
-        for cache in caches:
-            cache.store[cache.base :].unflatten(0, (-1, KEYS)).index_fill_(0, pages, 0)
-        return
+        return clean_reference(caches, pages)
     width = store.shape[1]
     _clean_kernel[(len(caches), len(pages))](
         store, pages, apart, caches[0].base, width, ROWS=KEYS, COLUMNS=CLEANED_COLUMNS, **late(store),
@@ -153,7 +139,45 @@ def _distance(caches: list[Cache]) -> int:
     return apart
 
 
-def _accept_reference(
+def accept_reference(
+    drawn: Tensor, failed: Tensor, ids: Tensor, parents: Tensor, path: Tensor, tokens: Tensor, record: Tensor,
+    seen: Tensor | None = None,
+) -> None:  # fmt: skip
+    """`accept` in plain torch, one text at a time."""
+    rows = parents.shape[0]
+    for text in range(path.shape[0]):
+        part = slice(text * rows, (text + 1) * rows)
+        _walk(drawn[part], failed[part], ids[part], parents, path[text], tokens[text], record[text],
+              None if seen is None else seen[text])  # fmt: skip
+
+
+def keep_reference(
+    outputs: Tensor, tokens: Tensor, length: Tensor, hidden: Tensor, ring: Tensor, ring_tokens: Tensor
+) -> None:
+    """`keep` in plain torch."""
+    every, place = torch.arange(outputs.shape[0], device=outputs.device), length.long() % ring.shape[1]
+    hidden[:, 0] = ring[every, place] = outputs
+    ring_tokens[every, place] = tokens[:, 0]
+
+
+def commit_reference(
+    caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pages: Tensor | None = None
+) -> None:
+    """`commit` in plain torch, one text and layer at a time."""
+    for text in range(path.shape[0]):
+        slots = int(length[text]) + torch.arange(int(record[text, COUNT]), device=path.device)
+        for cache in caches:
+            own = cache if pages is None else replace(cache, pages=pages[text])
+            cache.store[own.rows(slots)] = cache.store[own.rows(length[text] + path[text, : len(slots)])]
+
+
+def clean_reference(caches: list[Cache], pages: Tensor) -> None:
+    """`clean` in plain torch."""
+    for cache in caches:
+        cache.store[cache.base :].unflatten(0, (-1, KEYS)).index_fill_(0, pages, 0)
+
+
+def _walk(
     drawn: Tensor, failed: Tensor, ids: Tensor, parents: Tensor, path: Tensor, tokens: Tensor, record: Tensor,
     seen: Tensor | None,
 ) -> None:  # fmt: skip

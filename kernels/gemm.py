@@ -1,7 +1,7 @@
 """Matrix products y = a @ w.T, made for few rows: block-scaled FP8 (1x128 by 128x128) and bfloat16.
 
-Reference: `fp8.fp8_gemm` (DeepSeek-V3 report, 2412.19437, section 3.3). Decode, draft and verify multiply 1 to 64 rows
-with matrices that are read once, so that time is bytes of weights over bandwidth:
+Block scales are those of the DeepSeek-V3 report (2412.19437, section 3.3). Decode, draft and verify multiply 1 to 64
+rows with matrices that are read once, so that time is bytes of weights over bandwidth:
 
 - Operands are swapped. wgmma wants 64 rows on one side and takes 8 to 256 on the other; the weights are the wide side.
 - K is split over programs where the matrix has too few row blocks to keep all multiprocessors reading. The last
@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels import ordered
+from mtp_spec.kernels import fp8, ordered
 from mtp_spec.kernels.checks import FLOATS, expect
 from mtp_spec.kernels.fp8 import BLOCK
-from mtp_spec.kernels.fp8 import fp8_gemm as reference
 from mtp_spec.kernels.launching import MULTIPROCESSORS, described, interpreted, late, runs_triton, stages_that_fit
+from mtp_spec.kernels.workspace import Workspace
 
 try:
     import triton
@@ -40,6 +40,7 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 ROW_TILES = (16, 32, 64)
+PARTS, ARRIVALS = Workspace(torch.float32), Workspace(torch.int32, zeros=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ def fp8_gemm(
         out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     expect("out", out, (rows, outputs), FLOATS, beside=a)
     if not runs_triton(a):
-        return out.copy_(reference(a, a_scale, w, w_scale))
+        return out.copy_(fp8_gemm_reference(a, a_scale, w, w_scale))
     return _launch(a, w, a_scale, w_scale, out, launch or default_launch(outputs, w.shape[1]))
 
 
@@ -211,8 +212,18 @@ def bf16_gemm(
         out = torch.empty(rows, outputs, dtype=dtype, device=a.device)
     expect("out", out, (rows, outputs), FLOATS, beside=a)
     if not runs_triton(a):
-        return out.copy_(ordered.products(a.float(), w.float()))
+        return out.copy_(bf16_gemm_reference(a, w))
     return _launch(a, w, None, None, out, launch or default_launch(outputs, w.shape[1], "bf16"))
+
+
+def fp8_gemm_reference(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+    """`fp8_gemm` in plain torch, float32."""
+    return fp8.fp8_gemm(a, a_scale, w, w_scale)
+
+
+def bf16_gemm_reference(a: Tensor, w: Tensor) -> Tensor:
+    """`bf16_gemm` in plain torch, float32."""
+    return ordered.products(a.float(), w.float())
 
 
 def _launch(
@@ -222,7 +233,6 @@ def _launch(
     row_tile = next((size for size in ROW_TILES if rows <= size), ROW_TILES[-1])
     tiles = -(-outputs // launch.tile) * -(-rows // row_tile)
     step = launch.unroll * BLOCK * a.element_size() * (launch.tile + row_tile)
-    parts, arrivals = _workspace(a.device, launch.splits * tiles * launch.tile * row_tile, tiles)
     _gemm_kernel[(tiles, launch.splits)](
         described(w, launch.tile, BLOCK),
         w,
@@ -230,8 +240,8 @@ def _launch(
         w if w_scale is None else w_scale,
         a if a_scale is None else a_scale,
         out,
-        parts,
-        arrivals,
+        PARTS.room(a.device, launch.splits * tiles * launch.tile * row_tile),
+        ARRIVALS.room(a.device, tiles),
         rows,
         outputs,
         inputs,
@@ -262,18 +272,3 @@ def _check(a: Tensor, w: Tensor) -> tuple[int, int]:
     expect("a", a, a.shape)
     expect("w", w, w.shape, beside=a)
     return a.shape[0], w.shape[0]
-
-
-_spaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
-_outgrown: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write there
-
-
-def _workspace(device: torch.device, parts: int, tiles: int) -> tuple[Tensor, Tensor]:
-    """Returns room for partial sums and arrival counts, kept for later calls."""
-    held = _spaces.get(device)
-    if held is None or held[0].numel() < parts or held[1].numel() < tiles:
-        sizes = (parts, tiles) if held is None else (max(parts, held[0].numel()), max(tiles, held[1].numel()))
-        _outgrown.extend([] if held is None else [held])
-        held = (torch.empty(sizes[0], device=device), torch.zeros(sizes[1], dtype=torch.int32, device=device))
-        _spaces[device] = held
-    return held

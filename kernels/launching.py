@@ -13,17 +13,25 @@ cache by the time the kernel before it ends. Three rules keep the order of a str
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# The first with everything that kernels use. 3.4 has the names, but its `gdc_wait` does not compile; 3.5 lacks forms of
+# Gluon. The files of kernels ask this one for `follow`, so with an older one they have no Triton either.
+OLDEST_TRITON = (3, 6)
 
 try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # no Triton for this platform: the references remain
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        triton = None
+except ImportError:  # none for this platform, or an old one: the references remain
     triton = None
 
 MULTIPROCESSORS = 132  # of an H100 or H200; a number of splits is part of the arithmetic, so it is fixed
@@ -34,6 +42,18 @@ HOPPER = (9, 0)  # the first cards that launch a kernel before its predecessor h
 def runs_triton(x: Tensor) -> bool:
     """Whether a kernel runs on this tensor: on CUDA, or anywhere while Triton interprets."""
     return triton is not None and (x.is_cuda or interpreted())
+
+
+def triton_obstacle() -> str | None:
+    """Returns why no kernel runs on a GPU here, and what to do about it; None where they run."""
+    if triton is not None:
+        return None
+    try:
+        found = import_module("triton").__version__
+    except ImportError:
+        return "Triton is not installed (pip install triton)"
+    oldest = ".".join(str(part) for part in OLDEST_TRITON)
+    return f"Triton {found} is not one that the kernels run with, {oldest} is the first (pip install -U torch triton)"
 
 
 def interpreted() -> bool:

@@ -39,8 +39,7 @@ def rms_norm_quant(
     """
     _check_norm(x, weight, residual)
     if not runs_triton(x):
-        total = x if residual is None else x + residual
-        return *act_quant(normed(total, weight, eps), power_of_two=power_of_two), total
+        return rms_norm_quant_reference(x, weight, eps, residual, power_of_two)
     quantised, scales = _outputs(x, *x.shape)
     return quantised, scales, _launch_norm(x, weight, eps, residual, quantised, scales, power_of_two)
 
@@ -49,10 +48,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """Returns RMSNorm(x + residual) in x's dtype and the sum x + residual, `[M, D]` both."""
     _check_norm(x, weight, residual)
     if not runs_triton(x):
-        total = x if residual is None else x + residual
-        return normed(total, weight, eps), total
+        return rms_norm_reference(x, weight, eps, residual)
     out = torch.empty_like(x)
     return out, _launch_norm(x, weight, eps, residual, out, None)
+
+
+def rms_norm_quant_reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rms_norm_quant` in plain torch."""
+    out, total = rms_norm_reference(x, weight, eps, residual)
+    return *act_quant(out, power_of_two=power_of_two), total
+
+
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` in plain torch."""
+    total = x if residual is None else x + residual
+    return normed(total, weight, eps), total
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -92,8 +106,7 @@ def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor,
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up is {list(gate_up.shape)}: gate and up of one size beside each other are expected")
     if not runs_triton(gate_up):
-        gate, up = gate_up.chunk(2, dim=-1)
-        return act_quant(ordered.by_row(F.silu, gate.float()) * up.float(), power_of_two=power_of_two)
+        return silu_mul_quant_reference(gate_up, power_of_two)
     quantised, scales = _outputs(gate_up, rows, channels)
     _silu_mul_quant_kernel[(rows, -(-channels // STRETCH))](
         gate_up, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX,
@@ -102,18 +115,29 @@ def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor,
     return quantised, scales
 
 
+def silu_mul_quant_reference(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """`silu_mul_quant` in plain torch."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return act_quant(ordered.by_row(F.silu, gate.float()) * up.float(), power_of_two=power_of_two)
+
+
 def quant(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Returns e4m3 `[M, D]` and scales `[M, B]` of x `[M, D]`; `fp8.act_quant` as a kernel."""
     expect("x", x, (None, None), FLOATS)
     rows, channels = x.shape
     if not runs_triton(x):
-        return act_quant(x, power_of_two=power_of_two)
+        return quant_reference(x, power_of_two)
     quantised, scales = _outputs(x, rows, channels)
     _quant_kernel[(rows, -(-channels // STRETCH))](
         x, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX,
         **late(x),
     )  # fmt: skip
     return quantised, scales
+
+
+def quant_reference(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """`quant` in plain torch."""
+    return act_quant(x, power_of_two=power_of_two)
 
 
 def _outputs(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor]:

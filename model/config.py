@@ -12,10 +12,10 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from mtp_spec.model.checkpoint.dialects import DENSE, SPARSE, SUPPORTED, translated
-from mtp_spec.model.checkpoint.formats import POWERS, block_scales, side_format
-from mtp_spec.model.checkpoint.json_object import read_object
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.dialects import DENSE, SPARSE, SUPPORTED, translated
+from mtp_spec.model.files.formats import POWERS, block_scales, side_format
+from mtp_spec.model.files.json_object import read_object
 
 SCORING = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")

@@ -12,7 +12,7 @@ from mtp_spec.cpu.foresight import check_engine
 from mtp_spec.cuda.memory import check_memory
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.cpu import engine
-from mtp_spec.kernels.launching import runs_triton
+from mtp_spec.kernels.launching import triton_obstacle
 from mtp_spec.memory import check_host
 from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
@@ -147,7 +147,7 @@ def _no_fp8_here(device: str) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < FP8_CAPABILITY:
         return f"this GPU has compute capability {major}.{minor}, FP8 begins with 8.9"
-    return None if runs_triton(torch.empty(0, device=device)) else "Triton is not installed"
+    return triton_obstacle()
 
 
 def check_device(device: str) -> None:

@@ -11,8 +11,8 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.checkpoint.found import PIECE_BYTES
-from mtp_spec.model.checkpoint.tensors import AHEAD_BYTES
 from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.files.tensors import AHEAD_BYTES
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.speculation import MAX_NODES
 

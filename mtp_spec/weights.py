@@ -7,9 +7,9 @@ from dataclasses import replace
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.model.checkpoint.folder import Checkpoint, stored_weights
-from mtp_spec.model.checkpoint.formats import SCALE
 from mtp_spec.model.checkpoint.narrow import WIDE, is_packed
 from mtp_spec.model.cuda.checkpoint import fp8_obstacle
+from mtp_spec.model.files.formats import SCALE
 
 WEIGHTS = ("fp8",)
 

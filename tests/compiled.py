@@ -29,21 +29,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mtp_spec.cuda.pages import STEP_ROWS
 from mtp_spec.cuda.state import SLACK, State, stages_of
 from mtp_spec.cuda.step import Prefill, Step
-from mtp_spec.kernels import (
-    commit,
-    exchange,
-    fp8,
-    gemm,
-    launching,
-    mla,
-    moe,
-    moe_group,
-    moe_route,
-    quant,
-    sampler,
-    uniform,
-)
-from mtp_spec.kernels.mla_cache import KEYS
+from mtp_spec.kernels import commit, exchange, fp8, gemm, launching, quant
+from mtp_spec.kernels.mla import KEYS, attention
+from mtp_spec.kernels.moe import grouping, layer, router
+from mtp_spec.kernels.sampler import sampling, uniform
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.sampling.params import SamplingParams
@@ -110,8 +99,8 @@ def main(name: str) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # the cache keeps no log
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)  # type: ignore[method-assign]
-    launching.overlaps = mla.on_hopper = lambda _: True
-    for module in (commit, gemm, mla, moe, moe_group, moe_route, quant, sampler, uniform):
+    launching.overlaps = attention.on_hopper = lambda _: True
+    for module in (commit, gemm, attention, layer, grouping, router, quant, sampling, uniform):
         module.runs_triton = lambda _: True
     folder = files("mtp_spec.configs")
     if name == "demo":

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from interpreter import correct
-from mtp_spec.kernels import commit, exchange, fp8, gemm, mla, moe, moe_group, quant, sampler, uniform
-from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
+from mtp_spec.kernels import commit, exchange, fp8, gemm, mla, moe, quant, sampler
+from mtp_spec.kernels.mla import Cache, Layout, new_caches
+from mtp_spec.kernels.mla import attention as mla_attention
+from mtp_spec.kernels.moe.grouping import ARRIVALS
 from mtp_spec.sampling import noise as library_noise
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.sampler import Sampler
@@ -48,11 +50,10 @@ def products() -> None:
             for first, rows in ((0, 1), (5, 2), (7, 17), (1, 63)):
                 part = slice(first, first + rows)
                 out = torch.full((rows, n), float("nan"))
-                gemm._spaces.clear()  # room for partial sums that holds anything
-                gemm._workspace(a.device, 1 << 18, 64)[0].fill_(float("nan"))
+                gemm.PARTS.room(a.device, 1 << 18).fill_(float("nan"))  # room for partial sums holds anything
                 gemm.fp8_gemm(a[part], a_scale[part], w, w_scale, out=out, launch=launch)
                 assert torch.equal(out, whole[part]), "rows depend on their neighbours"
-                assert not gemm._spaces[a.device][1].any(), "arrival counts must return to zero"
+                assert not gemm.ARRIVALS.room(a.device, 1).any(), "arrival counts must return to zero"
 
     w, x = (torch.randn(n, 264, generator=generator).bfloat16() for n in (130, 70))
     for launch in launches:
@@ -136,13 +137,13 @@ def grouping() -> None:
     for rows, chosen, experts, tokens in sizes:
         weights = torch.rand(rows, experts, generator=generator) * torch.arange(experts).square()
         indices = weights.argsort(1, descending=True)[:, :chosen].sort(1).values.int()
-        got = moe_group.group(indices.to(ON), experts, tokens)
-        expected = moe_group.sorted_groups(indices, experts, tokens)
+        got = moe.group(indices.to(ON), experts, tokens)
+        expected = moe.group_reference(indices, experts, tokens)
         assert torch.equal(got.order.cpu(), expected.order)
         assert torch.equal(got.count.cpu(), expected.count)
         for ours, theirs in ((got.expert, expected.expert), (got.first, expected.first)):
             assert torch.equal(ours.cpu()[expected.count > 0], theirs[expected.count > 0])
-        assert not moe_group.arrivals(got.order.device).any()
+        assert not ARRIVALS.room(got.order.device, 1).any()
 
 
 def attention() -> None:
@@ -183,7 +184,6 @@ def attention() -> None:
             latent_q = mla.absorb(q, kv_b, kv_b_scale, angles, plan, head)
             absorbed = mla.absorb_reference(q, kv_b, kv_b_scale, angles, plan, head)
             close(latent_q[:, :heads], absorbed[:, :heads], 0.01)
-            mla._rooms.clear()
             _spoil_room(cache, head, plan)
             seen = mla.attend(latent_q, cache, plan, head)
             close(seen, mla.attend_reference(latent_q, cache, plan, head), 0.02)
@@ -245,10 +245,10 @@ def pages() -> None:
             return [*prepared, latents, mla.attend(padded, cache, plan, head)]
 
         expected = [run(*part) for part in parts]
-        for room in (mla.PARTS_BYTES, 1)[: 1 + (texts == 3)]:  # the second: text by text
-            mla.PARTS_BYTES, before = room, mla.PARTS_BYTES
+        for room in (mla_attention.PARTS_BYTES, 1)[: 1 + (texts == 3)]:  # the second: text by text
+            mla_attention.PARTS_BYTES, before = room, mla_attention.PARTS_BYTES
             together = run(slice(None), plan, cache)
-            mla.PARTS_BYTES = before
+            mla_attention.PARTS_BYTES = before
             for (rows, _, single), alone, (*_, own) in zip(parts, expected, plan.apart(cache), strict=True):
                 for ours, theirs in zip(together, alone, strict=True):
                     assert ours.float().isfinite().all()
@@ -258,9 +258,9 @@ def pages() -> None:
 
 def _spoil_room(cache: Cache, head: mla.Head, plan: mla.Plan) -> None:
     """Fills the room for partial results with numbers that would show."""
-    pairs = plan.texts * mla._pairs(plan.each, head)
-    for room in mla._room(torch.device("cpu"), mla.split_of(cache.capacity - 1) + 1, head, pairs):
-        room.fill_(float("nan"))
+    pairs = plan.texts * mla_attention._pairs(plan.each, head) * (mla.split_of(cache.capacity - 1) + 1)
+    for room, size in ((mla_attention.PARTS, pairs * head.latent), (mla_attention.PEAKS_AND_SUMS, 2 * pairs)):
+        room.room(cache.store.device, size).fill_(float("nan"))
 
 
 def _fill(cache: Cache, value: float) -> None:
@@ -283,9 +283,9 @@ def noise() -> None:
         stream = np.random.Generator(np.random.Philox(key=np.array([seed, 1], dtype=np.uint64))).random(60)
         for first in (0, 1, 7, 40):
             place = torch.tensor([first]).to(ON)
-            got = uniform.uniforms(torch.tensor([sampler.seed_bits(seed)]).to(ON), place, 20)
+            got = sampler.uniforms(torch.tensor([sampler.seed_bits(seed)]).to(ON), place, 20)
             assert got.tolist() == stream[first : first + 20].tolist()
-            assert torch.equal(uniform.uniforms_reference(seed, first, 20), got.cpu())
+            assert torch.equal(sampler.uniforms_reference(seed, first, 20), got.cpu())
 
 
 WAYS: list[dict[str, Any]] = [

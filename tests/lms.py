@@ -6,7 +6,7 @@ from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
 from mtp_spec.cuda.backend import DeviceBackend
 from mtp_spec.cuda.runtime import DeviceRuntime
-from mtp_spec.kernels.mla_cache import Cache
+from mtp_spec.kernels.mla import Cache
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import HostModel
 from mtp_spec.text import Tokenizer

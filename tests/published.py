@@ -14,9 +14,9 @@ from typing import Any
 from transformers import AutoConfig
 
 from mtp_spec.cli.estimate import estimate
-from mtp_spec.model.checkpoint.formats import stored_format
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.formats import stored_format
 
 ROOT = Path(__file__).parent.parent
 PAGE, BEGIN, END = ROOT / "docs" / "howto" / "checkpoints.md", "<!-- published -->", "<!-- /published -->"

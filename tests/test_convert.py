@@ -25,11 +25,11 @@ import tiny
 from mtp_spec.cli.main import main
 from mtp_spec.model.checkpoint import writer as assembly
 from mtp_spec.model.checkpoint.convert import hf_job, model_args, ranks_job
-from mtp_spec.model.checkpoint.deepseek import hf_name, place
 from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint
 from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.checkpoint.writer import wrong_checksums
 from mtp_spec.model.config import load_config
+from mtp_spec.model.files.deepseek import hf_name, place
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # the table of DeepSeek-V3's inference/convert.py: Hugging Face's key -> its name and divided axis

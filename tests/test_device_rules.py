@@ -16,7 +16,7 @@ from mtp_spec.acceptance.base import Law, SeededChoices
 from mtp_spec.api import LM
 from mtp_spec.cuda.rules import DeviceRule
 from mtp_spec.kernels import commit
-from mtp_spec.kernels.uniform import uniforms
+from mtp_spec.kernels.sampler import uniforms
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.speculation import Speculation

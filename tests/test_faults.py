@@ -16,14 +16,14 @@ import pytest
 
 import mtp_spec
 import small
-from mtp_spec.model.checkpoint import tensors as stored
 from mtp_spec.model.checkpoint import writer as assembly
 from mtp_spec.model.checkpoint.cast import cast_job
 from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
 from mtp_spec.model.checkpoint.folder import save_checkpoint
 from mtp_spec.model.checkpoint.jobs import Job, run_job
-from mtp_spec.model.checkpoint.tensors import read_header
 from mtp_spec.model.config import load_config
+from mtp_spec.model.files import tensors as stored
+from mtp_spec.model.files.tensors import read_header
 from mtp_spec.model.transformer import Transformer
 
 MOMENTS = 14  # of a run, from its first write to its last, at which it is stopped
@@ -180,7 +180,7 @@ def test_a_shard_cut_while_the_model_is_loaded(fp8: Path, tmp_path: Path, monkey
 LOADING = """
 import os, sys, time
 from mtp_spec.model.cpu import checkpoint as cpu_checkpoint
-from mtp_spec.model.checkpoint import tensors as stored
+from mtp_spec.model.files import tensors as stored
 def slowly(read):
     def slow(*what):
         os.write(1, b"reading\\n")  # at once: several threads are here, and print writes a line in two parts

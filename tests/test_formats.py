@@ -21,9 +21,9 @@ from mtp_spec.model.checkpoint.cast import cast_job
 from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
 from mtp_spec.model.checkpoint.export import export_job
 from mtp_spec.model.checkpoint.folder import load_checkpoint
-from mtp_spec.model.checkpoint.formats import stored_format
 from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.files.formats import stored_format
 
 SCALE = "_scale_inv"
 

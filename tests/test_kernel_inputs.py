@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtp_spec.kernels import commit, fp8, gemm, mla, moe, quant, sampler
-from mtp_spec.kernels.mla_cache import Layout, new_caches
+from mtp_spec.kernels.mla import Layout, new_caches
 
 A, A_SCALE = fp8.act_quant(torch.randn(3, 256))
 W, W_SCALE = fp8.weight_quant(torch.randn(128, 256))

@@ -13,10 +13,10 @@ from transformers import AutoConfig
 
 import mtp_spec
 import tiny
-from mtp_spec.model.checkpoint.dialects import SUPPORTED
-from mtp_spec.model.checkpoint.keys import key_notes, tensor_needs
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.dialects import SUPPORTED
+from mtp_spec.model.files.keys import key_notes, tensor_needs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 V3 = {**{name: value for name, value in tiny.V3.items() if value is not None}, "model_type": "deepseek_v3"}

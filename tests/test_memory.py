@@ -22,7 +22,10 @@ from mtp_spec.cuda.pages import DevicePages, planned_pages
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Prefill, Step
 from mtp_spec.errors import MTPSpecError
-from mtp_spec.kernels import commit, gemm, mla, moe, moe_group, moe_route, quant, sampler, uniform
+from mtp_spec.kernels import commit, gemm, quant
+from mtp_spec.kernels.mla import attention
+from mtp_spec.kernels.moe import grouping, layer, router
+from mtp_spec.kernels.sampler import sampling, uniform
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.checkpoint import empty_device_model, load_device_model
@@ -75,7 +78,7 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are not launched: their wrappers allocate what they need and no more."""
     jit = pytest.importorskip("triton.runtime.jit")
     monkeypatch.setattr(jit.JITFunction, "run", lambda *_, **__: None)
-    for module in (commit, gemm, mla, moe, moe_group, moe_route, quant, sampler, uniform):
+    for module in (commit, gemm, attention, layer, grouping, router, quant, sampling, uniform):
         monkeypatch.setattr(module, "runs_triton", lambda _: True)
 
 

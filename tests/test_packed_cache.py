@@ -20,7 +20,7 @@ from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.cuda.pages import DevicePages, planned_pages
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla
-from mtp_spec.kernels.mla_cache import Layout, new_caches
+from mtp_spec.kernels.mla import Layout, new_caches
 from mtp_spec.load_checks import load_model, packs_cache
 from mtp_spec.model.checkpoint.folder import load_checkpoint
 from mtp_spec.model.cuda.checkpoint import load_device_model

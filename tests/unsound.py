@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mtp_spec.kernels import moe
-from mtp_spec.kernels.moe_route import gate, gate_reference
+from mtp_spec.kernels.moe import gate, gate_reference
 
 
 def unsound_gates(routing: moe.Routing, x: torch.Tensor, router: torch.Tensor, bias: torch.Tensor) -> None:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, block_counts, weight_dequant, weight_quant
 from mtp_spec.kernels.fp8_cpu import dequantise, quantise
-from mtp_spec.model.checkpoint.deepseek import rank_files
 from mtp_spec.model.checkpoint.folder import open_checkpoint
-from mtp_spec.model.checkpoint.formats import POWERS, SCALE
 from mtp_spec.model.checkpoint.jobs import Job, Task, carried_files
 from mtp_spec.model.checkpoint.narrow import WIDE, is_packed
-from mtp_spec.model.checkpoint.tensors import TensorInfo, widen_scales
 from mtp_spec.model.checkpoint.writer import CHECKSUMS, Output, as_json
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.deepseek import rank_files
+from mtp_spec.model.files.formats import POWERS, SCALE
+from mtp_spec.model.files.tensors import TensorInfo, widen_scales
 
 KINDS = ("bf16", "fp8")
 CHUNK_NUMBERS = 2**22  # computed at once, in float32

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK
-from mtp_spec.model.checkpoint.deepseek import Place, place, rank_files
-from mtp_spec.model.checkpoint.dialects import DEEPSEEK_KEYS
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
-from mtp_spec.model.checkpoint.formats import SCALE
 from mtp_spec.model.checkpoint.jobs import Job, Task, carried_files
-from mtp_spec.model.checkpoint.tensors import Part, TensorInfo, listing, read_part
 from mtp_spec.model.checkpoint.writer import CHECKSUMS, Output, as_json
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.deepseek import Place, place, rank_files
+from mtp_spec.model.files.dialects import DEEPSEEK_KEYS
+from mtp_spec.model.files.formats import SCALE
+from mtp_spec.model.files.tensors import Part, TensorInfo, listing, read_part
 
 ARGS = "model_args.json"
 SHARD_BYTES = 5 * 10**9  # of a Hugging Face file, the size that its library writes

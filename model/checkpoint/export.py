@@ -18,13 +18,13 @@ from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.model.checkpoint.cast import narrowed, widened
 from mtp_spec.model.checkpoint.convert import SHARD_BYTES, gathered, sharded, small_files
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
-from mtp_spec.model.checkpoint.formats import POWERS, SCALE
 from mtp_spec.model.checkpoint.found import shared_copies
 from mtp_spec.model.checkpoint.jobs import Job, Task
 from mtp_spec.model.checkpoint.narrow import is_packed
 from mtp_spec.model.checkpoint.writer import Output, as_json
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.formats import POWERS, SCALE
 
 # fields that engines read and DeepSeek's programs do without
 ALWAYS = {"moe_layer_freq": 1, "attention_bias": False, "torch_dtype": "bfloat16"}

@@ -22,11 +22,14 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import E4M3, weight_quant
 from mtp_spec.kernels.fp8_cpu import dequantise
-from mtp_spec.model.checkpoint.formats import SCALE, WAY_OUT, format_of, stored_format, usual_names
 from mtp_spec.model.checkpoint.found import PIECE_BYTES, found_modules, own_copies, shared_copies
-from mtp_spec.model.checkpoint.keys import key_notes, tensor_needs
 from mtp_spec.model.checkpoint.narrow import narrow
-from mtp_spec.model.checkpoint.tensors import (
+from mtp_spec.model.config import ModelConfig, config_of, read_config
+from mtp_spec.model.distributed.group import ALONE, Ranks
+from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.formats import SCALE, WAY_OUT, format_of, stored_format, usual_names
+from mtp_spec.model.files.keys import key_notes, tensor_needs
+from mtp_spec.model.files.tensors import (
     INDEX,
     TensorInfo,
     listing,
@@ -35,9 +38,6 @@ from mtp_spec.model.checkpoint.tensors import (
     unlisted_modules,
     widen_scales,
 )
-from mtp_spec.model.config import ModelConfig, config_of, read_config
-from mtp_spec.model.distributed.group import ALONE, Ranks
-from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.transformer import Transformer
 
 NUMBERS = ("F8_E4M3", "BF16", "F16", "F32", "F64")
@@ -115,7 +115,7 @@ def open_checkpoint(folder: Path, config_file: Path | None = None) -> Checkpoint
     """Returns what a folder describes and holds, without reading weights but repeated embeddings and heads.
 
     Args:
-        folder: a Hugging Face folder, or one of per-rank files (`mtp_spec.model.checkpoint.deepseek`).
+        folder: a Hugging Face folder, or one of per-rank files (`mtp_spec.model.files.deepseek`).
         config_file: describes the model in place of the folder's config.json.
 
     Raises:

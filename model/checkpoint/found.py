@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import torch
 
-from mtp_spec.model.checkpoint.deepseek import FILE, layer_of
-from mtp_spec.model.checkpoint.formats import SCALE
-from mtp_spec.model.checkpoint.tensors import TensorInfo, read_tensor
 from mtp_spec.model.config import SHARED, ModelConfig, ModuleShape
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.deepseek import FILE, layer_of
+from mtp_spec.model.files.formats import SCALE
+from mtp_spec.model.files.tensors import TensorInfo, read_tensor
 
 PIECE_BYTES = 2**25  # of embeddings and heads, which are large, at once
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -15,9 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mtp_spec.model.checkpoint.tensors import TensorInfo, read_tensor
 from mtp_spec.model.checkpoint.writer import PART, Assembly, Output
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.tensors import TensorInfo, read_tensor
 
 SMALL_BYTES = 64 * 2**20
 NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", PART)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from mtp_spec.model.checkpoint.deepseek import layer_of
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint, unreadable
-from mtp_spec.model.checkpoint.formats import SCALE, usual_names
 from mtp_spec.model.checkpoint.found import EMBEDDING, found_modules, shared_copies
-from mtp_spec.model.checkpoint.tensors import TensorInfo, read_headers, unlisted_modules
 from mtp_spec.model.config import ModelConfig, config_of, read_config
+from mtp_spec.model.files.deepseek import layer_of
+from mtp_spec.model.files.formats import SCALE, usual_names
+from mtp_spec.model.files.tensors import TensorInfo, read_headers, unlisted_modules
 from mtp_spec.model.transformer import Transformer
 
 

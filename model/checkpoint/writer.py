@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_spec.model.checkpoint.tensors import DTYPES, INDEX, LENGTH_BYTES, read_header
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.tensors import DTYPES, INDEX, LENGTH_BYTES, read_header
 
 PART = ".part"
 JOURNAL = ".journal.jsonl"

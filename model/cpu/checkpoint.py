@@ -20,12 +20,12 @@ from mtp_spec.kernels.cpu.engine import KINDS, library
 from mtp_spec.kernels.fp8 import block_counts
 from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.checkpoint.folder import Checkpoint, Report, square_block, stored_weights
-from mtp_spec.model.checkpoint.formats import SCALE
 from mtp_spec.model.checkpoint.narrow import narrow
-from mtp_spec.model.checkpoint.tensors import DTYPES, Part, TensorInfo, read_part, read_tensor, widen_scales
 from mtp_spec.model.cpu.model import CPUModel
 from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.formats import SCALE
+from mtp_spec.model.files.tensors import DTYPES, Part, TensorInfo, read_part, read_tensor, widen_scales
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAPPED_BYTES = 2**30  # models from this size on are mapped

@@ -9,10 +9,10 @@ import torch
 
 from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.checkpoint.folder import Checkpoint, Report, open_checkpoint, rank_part, read_weights
-from mtp_spec.model.checkpoint.formats import SCALE
-from mtp_spec.model.checkpoint.tensors import listing
 from mtp_spec.model.cuda.model import DeviceModel, why_not
 from mtp_spec.model.distributed.group import ALONE, Ranks
+from mtp_spec.model.files.formats import SCALE
+from mtp_spec.model.files.tensors import listing
 
 
 def fp8_obstacle(checkpoint: Checkpoint) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels import fp8, gemm, mla, moe, quant
-from mtp_spec.kernels.mla_cache import Cache
+from mtp_spec.kernels.mla import Cache
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.errors import CheckpointError

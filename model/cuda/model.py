@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.kernels import fp8, gemm, mla, quant
-from mtp_spec.kernels.mla_cache import Cache, Layout, new_caches
+from mtp_spec.kernels.mla import Cache, Layout, new_caches
 from mtp_spec.model.config import ModelConfig, ModuleShape
 from mtp_spec.model.cuda.layers import BLOCK, Layer, Matrix, Slots
 from mtp_spec.model.distributed.group import ALONE, Ranks
@@ -208,7 +208,7 @@ class DeviceModel:
         return self.layers[0].attention.head.layout(self.packed_cache)
 
     def new_caches(self, tokens: int, nodes: int, pages: int | None = None) -> list[Cache]:
-        """Returns caches of all layers and, last, of the MTP modules; arguments as `mla_cache.new_caches`."""
+        """Returns caches of all layers and, last, of the MTP modules; arguments as `mla.new_caches`."""
         return new_caches(len(self.layers) + len(self.mtp), tokens, nodes, self.layout, self.device, pages)
 
     def parameters(self) -> list[Tensor]:

@@ -17,7 +17,7 @@ from mtp_spec.bench.common import Row
 from mtp_spec.bench.timing import graph_time
 from mtp_spec.bench.tuning import expert_rounds, label, search
 from mtp_spec.kernels import fp8, moe, quant
-from mtp_spec.kernels.moe_group import Groups, group
+from mtp_spec.kernels.moe import Groups, group
 
 EXPERTS, SHARED, CHOSEN, CHANNELS, INNER = 64, 1, 8, 7168, 2048
 ROUTINGS = 8

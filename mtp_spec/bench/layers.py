@@ -14,8 +14,7 @@ from torch import Tensor
 from mtp_spec.bench.common import Row
 from mtp_spec.bench.timing import CACHE_BYTES, graph_time
 from mtp_spec.kernels import mla
-from mtp_spec.kernels.mla_cache import Cache, new_caches
-from mtp_spec.kernels.mla_reference import attend_reference
+from mtp_spec.kernels.mla import Cache, attend_reference, new_caches
 
 HEADS, CONTEXTS = (128, 16), (1024, 8192, 32768)
 

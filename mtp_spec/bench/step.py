@@ -17,6 +17,7 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Step
 from mtp_spec.errors import OptionError
-from mtp_spec.kernels import mla, moe
+from mtp_spec.kernels import mla
+from mtp_spec.kernels.moe import layer as mixture
+from mtp_spec.kernels.moe import route
 from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cuda.layers import Dense, Layer, Mixture
@@ -261,18 +264,14 @@ def _pass(name: str, work: tuple[Callable[[], Any], list[Any], int], rate: float
 def _routes() -> Iterator[list[Tensor]]:
     """Collects the expert indices of every gate that runs inside."""
     found: list[Tensor] = []
-    original = moe.route
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        routed = original(*args, **kwargs)
+        routed = route(*args, **kwargs)
         found.append(routed.indices)
         return routed
 
-    moe.route = watched
-    try:
+    with patch.object(mixture, "route", watched):
         yield found
-    finally:
-        moe.route = original
 
 
 def _bytes(part: Tensor | Layer, experts: Iterator[int]) -> int:

@@ -19,13 +19,13 @@ from torch import Tensor
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, block_counts
 from mtp_spec.model.checkpoint.convert import sharded
-from mtp_spec.model.checkpoint.formats import SCALE
 from mtp_spec.model.checkpoint.found import shared_copies
 from mtp_spec.model.checkpoint.jobs import Job, Task
 from mtp_spec.model.checkpoint.narrow import is_packed
-from mtp_spec.model.checkpoint.tensors import DTYPES
 from mtp_spec.model.checkpoint.writer import Output, as_json
 from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.files.formats import SCALE
+from mtp_spec.model.files.tensors import DTYPES
 from mtp_spec.model.transformer import Transformer
 
 TILE_NUMBERS = 2**23

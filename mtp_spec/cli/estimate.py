@@ -1,6 +1,6 @@
 """What a model would need and how fast it could be, from its configuration alone: `mtp-spec inspect CONFIG.json`.
 
-Memory follows from shapes: DeepSeek's way of dividing tensors among ranks (`mtp_spec.model.checkpoint.deepseek`), FP8
+Memory follows from shapes: DeepSeek's way of dividing tensors among ranks (`mtp_spec.model.files.deepseek`), FP8
 where released checkpoints have it. Speed is an upper estimate for one text with plain decoding: the bytes of weights
 that a token reads on a rank, over the rate at which the card copies memory. Launches, communication and the cache are
 left out, and chosen experts count as spread evenly over ranks; speculation multiplies it by tokens per step at best.
@@ -18,11 +18,11 @@ from rich.table import Table
 
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.fp8 import BLOCK
-from mtp_spec.model.checkpoint.deepseek import place
-from mtp_spec.model.checkpoint.formats import Format, stored_format
-from mtp_spec.model.checkpoint.keys import key_notes
 from mtp_spec.model.checkpoint.narrow import is_packed
 from mtp_spec.model.config import ModelConfig, config_of, read_config
+from mtp_spec.model.files.deepseek import place
+from mtp_spec.model.files.formats import Format, stored_format
+from mtp_spec.model.files.keys import key_notes
 from mtp_spec.model.transformer import Transformer
 
 # TB/s read and written together by a device copy of 2 GiB, as `bench step` measures it. H100: that of

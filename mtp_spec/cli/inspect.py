@@ -124,8 +124,8 @@ def _agree(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from mtp_spec.model.checkpoint.tensors import listing
     from mtp_spec.model.checkpoint.writer import wrong_checksums
+    from mtp_spec.model.files.tensors import listing
 
     if args.path is None or args.json or _loads(args):
         raise OptionError("--checksums takes a folder that cast or convert wrote, and no other option")

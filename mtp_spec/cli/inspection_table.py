@@ -14,7 +14,7 @@ from mtp_spec.cpu.foresight import foresee
 from mtp_spec.cuda.memory import pages_bytes, plan_memory
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels.cpu import engine
-from mtp_spec.kernels.mla_cache import Layout
+from mtp_spec.kernels.mla import Layout
 from mtp_spec.load_checks import CACHE_DTYPES, DraftVocabulary, cache_refused, context_limit, draft_ids, packs_cache
 from mtp_spec.memory import check_own
 from mtp_spec.model.cache import PAGE, pages_for

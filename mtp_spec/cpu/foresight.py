@@ -24,12 +24,12 @@ from mtp_spec import host_memory
 from mtp_spec.kernels.cpu.engine import HeadStruct, Matrix, library
 from mtp_spec.kernels.cpu.team import TEAM
 from mtp_spec.memory import check_own
-from mtp_spec.model.checkpoint.deepseek import layer_of
 from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.checkpoint.found import EMBEDDING
 from mtp_spec.model.cpu.checkpoint import footprint, kept_weights
 from mtp_spec.model.cpu.room import zeros
 from mtp_spec.model.distributed.group import Ranks
+from mtp_spec.model.files.deepseek import layer_of
 
 READ_BYTES = 2**28  # of a matrix that is multiplied again and again: more than processors keep
 SECONDS = 0.15  # for measuring a rate, and at least so many products

@@ -10,7 +10,7 @@ from mtp_spec.cuda.pages import EXTRA_ROWS, IDLE_PAGES, READ_TEXTS, STEP_TEXTS, 
 from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WAITING
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla
-from mtp_spec.kernels.mla_cache import cache_bytes, whole_blocks
+from mtp_spec.kernels.mla import cache_bytes, whole_blocks
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.config import SHARED, ModelConfig
 from mtp_spec.model.cuda.model import DeviceModel

@@ -16,7 +16,7 @@ from torch import Tensor
 from mtp_spec.cache.pages import Lease, Pages
 from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WORK_ROWS, Mail
 from mtp_spec.kernels import commit
-from mtp_spec.kernels.mla_cache import KEYS
+from mtp_spec.kernels.mla import KEYS
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.request import Request

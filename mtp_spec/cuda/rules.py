@@ -21,7 +21,7 @@ from torch import Tensor
 from mtp_spec.acceptance import RULES
 from mtp_spec.acceptance.lossy import Relaxed, Typical
 from mtp_spec.cuda.constants import Constants
-from mtp_spec.kernels.uniform import uniforms
+from mtp_spec.kernels.sampler import uniforms
 from mtp_spec.tree_shape import TreeShape
 
 

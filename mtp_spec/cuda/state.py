@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels import commit as commits
-from mtp_spec.kernels.mla_cache import Cache
+from mtp_spec.kernels.mla import Cache
 from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Settings, Stages, seed_bits, settings_row
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.sampling.params import SamplingParams

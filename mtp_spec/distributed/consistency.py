@@ -14,8 +14,8 @@ from mtp_spec._version import __version__
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.machine import processor_name
 from mtp_spec.model.checkpoint.folder import Checkpoint
-from mtp_spec.model.checkpoint.tensors import read_tensor
 from mtp_spec.model.distributed.group import Ranks
+from mtp_spec.model.files.tensors import read_tensor
 
 # matrices of which one row is compared
 SAMPLES = 32

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mtp_spec.errors import OptionError
-from mtp_spec.model.checkpoint.json_object import read_object
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.json_object import read_object
 from mtp_spec.sampling.params import SamplingParams
 
 CHOICES = ("library", "checkpoint")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtp_spec.model.checkpoint.json_object import read_object
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.json_object import read_object
 
 CONFIG = "tokenizer_config.json"
 # the names that every template may ask for; a folder may add others that end with _token

@@ -1,22 +1,18 @@
 """Multi-head latent attention in plain torch: what every kernel of `mla` is compared with.
 
-Legend: as in `mla`.
+Legend: as in `attention`.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels import ordered
 from mtp_spec.kernels.fp8 import act_quant, weight_dequant
-from mtp_spec.kernels.mla_cache import Cache
+from mtp_spec.kernels.mla.cache import Cache
+from mtp_spec.kernels.mla.plan import Head, Plan
 from mtp_spec.kernels.quant import normed
-
-if TYPE_CHECKING:  # `mla` imports this file
-    from mtp_spec.kernels.mla import Head, Plan
 
 
 def prepare_reference(

@@ -7,24 +7,21 @@ coupled sampling has the key (seed, 0).
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.launching import late, runs_triton
+from mtp_spec.kernels.sampler.reference import uniforms_reference
 
 try:
     import triton
     import triton.language as tl
 
     from mtp_spec.kernels.launching import follow
-    from mtp_spec.kernels.sampler_kernels import _philox_round
+    from mtp_spec.kernels.sampler.kernels import _philox_round
 except ImportError:  # no Triton for this platform: the reference remains
     triton = None
-
-MASK = (1 << 64) - 1
-
 
 def uniforms(seed: Tensor, first: Tensor, count: int) -> Tensor:
     """Returns numbers first .. first + count - 1 of a seed, `[count]` float64 in [0, 1).
@@ -42,14 +39,6 @@ def uniforms(seed: Tensor, first: Tensor, count: int) -> Tensor:
     out = torch.empty(count, dtype=torch.float64, device=seed.device)
     _uniform_kernel[(1,)](seed, first, out, count, WIDE=triton.next_power_of_2(count), **late(out))
     return out
-
-
-def uniforms_reference(seed: int, first: int, count: int) -> Tensor:
-    """`uniforms` by NumPy, which adds one to the counter before it generates."""
-    counter = np.array([first // 4, 0, 0, 0], dtype=np.uint64)
-    generator = np.random.Philox(key=np.array([seed & MASK, 1], dtype=np.uint64), counter=counter)
-    words = generator.random_raw(first % 4 + count)[first % 4 :]
-    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 if triton is not None:

@@ -4,13 +4,13 @@ The tile's sums, 64 rows by C, fill the registers of two warpgroups, each holdin
 block of keys would be needed by both; instead each warpgroup computes those of every other block and hands its weights
 over through shared memory, so that no product is done twice and one computes softmax while the other multiplies
 (FlashMLA's "seesaw"; DeepSeek, FlashMLA deep dive of April 2025). Peaks and sums of the online softmax travel with the
-weights, from block to block: the arithmetic is that of `mla_kernels._attend_kernel`, block after block in ascending
+weights, from block to block: the arithmetic is that of `kernels._attend_kernel`, block after block in ascending
 order, whichever warpgroup owns a block.
 
 Warpgroup 0 owns even blocks and columns 0 .. C/2 - 1, warpgroup 1 odd blocks and the other columns. A block lives in
 the key buffer of its owner until both have multiplied with it.
 
-Legend: as in `mla`.
+Legend: as in `attention`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mtp_spec.kernels.mla import TILE, Head
-from mtp_spec.kernels.mla_cache import KEYS
-from mtp_spec.kernels.mla_kernels import _split_start as _split_start_of
-from mtp_spec.kernels.mla_kernels import split_of as _split_of
+from mtp_spec.kernels.mla.cache import KEYS
+from mtp_spec.kernels.mla.kernels import _split_start as _split_start_of
+from mtp_spec.kernels.mla.kernels import split_of as _split_of
+from mtp_spec.kernels.mla.plan import TILE, Head
 
 # Triton 3.6's name, and the later one
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -316,7 +316,7 @@ def attend_kernel(
     CHAIN: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Partial attention, as `mla_kernels._attend_kernel`'s, of a tile of ROWS node-head pairs over some splits.
+    """Partial attention, as `kernels._attend_kernel`'s, of a tile of ROWS node-head pairs over some splits.
 
     A tile's splits are dealt out to `each` programs, so that a program reads its queries once and goes from split to
     split without a pause. Which program computes a split does not enter its result.

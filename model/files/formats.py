@@ -15,8 +15,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mtp_spec.model.checkpoint.tensors import TensorInfo
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.tensors import TensorInfo
 
 SCALE = "_scale_inv"
 POWERS = "ue8m0"  # scales that are powers of two, DeepSeek-V3.1's

@@ -1,6 +1,6 @@
 """Pairs of rows and experts grouped by expert, as the experts' products take them, without the host.
 
-A few pairs are sorted by one program; `moe_route` lets the last one that chooses do it. Of many, every expert's program
+A few pairs are sorted by one program; `router` lets the last one that chooses do it. Of many, every expert's program
 finds its own.
 
 Legend: `M` rows, `E` experts including the shared ones, `K` experts a row, `P` = M K pairs, pair m K + j is row m with
@@ -9,12 +9,13 @@ its j-th expert. A slot is one expert with up to `tokens` of its pairs: what one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels.launching import late, runs_triton
+from mtp_spec.kernels.moe.operands import Groups, most_slots
+from mtp_spec.kernels.moe.reference import group_reference
+from mtp_spec.kernels.workspace import Workspace
 
 try:
     import triton
@@ -26,33 +27,18 @@ except ImportError:  # no Triton for this platform: the references remain
 
 MOST_ROWS = 64  # whose pairs one program sorts
 PAIRS_AT_ONCE = 512  # that a program looks through where there are many
-
-
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """Pairs grouped by expert.
-
-    Attributes:
-        order: `[P]` int32, pairs sorted by expert, then by number.
-        expert: `[slots]` int32.  first: `[slots]` int32, where the slot's pairs start in `order`.
-        count: `[slots]` int32, how many they are; 0 in slots left over.
-    """
-
-    order: Tensor
-    expert: Tensor
-    first: Tensor
-    count: Tensor
+ARRIVALS = Workspace(torch.int32, zeros=True)  # one: of the router's rows, then of the experts
 
 
 def group(indices: Tensor, experts: int, tokens: int) -> Groups:
     """Returns the pairs of indices `[M, K]` int32 grouped by expert; `experts` counts the shared ones."""
     if not runs_triton(indices):
-        return sorted_groups(indices, experts, tokens)
+        return group_reference(indices, experts, tokens)
     groups = empty_groups(indices, experts, tokens)
     if indices.shape[0] > MOST_ROWS:
         _group_many_kernel[(experts,)](
             indices, groups.order, groups.expert, groups.first, groups.count,
-            torch.empty(experts, dtype=torch.int32, device=indices.device), arrivals(indices.device),
+            torch.empty(experts, dtype=torch.int32, device=indices.device), ARRIVALS.room(indices.device, 1),
             indices.numel(), groups.count.shape[0], CHUNK=PAIRS_AT_ONCE, TOKENS=tokens,
             WIDE_EXPERTS=triton.next_power_of_2(experts), **late(indices),
         )  # fmt: skip
@@ -66,42 +52,10 @@ def group(indices: Tensor, experts: int, tokens: int) -> Groups:
     return groups
 
 
-def sorted_groups(indices: Tensor, experts: int, tokens: int) -> Groups:
-    """`group` in plain torch."""
-    flat = indices.flatten().long()
-    order = flat.argsort(stable=True)
-    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
-    counts.index_add_(0, flat, torch.ones_like(flat))
-    chunks = -(-counts // tokens)
-    ends = chunks.cumsum(0)
-    slots = torch.arange(most_slots(flat.numel(), experts, tokens), device=flat.device)
-    expert = torch.searchsorted(ends, slots, right=True).clamp(max=experts - 1)
-    within = (slots - (ends - chunks)[expert]) * tokens
-    first = (counts.cumsum(0) - counts)[expert] + within
-    count = (counts[expert] - within).clamp(0, tokens).where(slots < ends[-1], 0)
-    first = first.where(count > 0, 0)
-    return Groups(order.int(), expert.int(), first.int(), count.int())
-
-
-def most_slots(pairs: int, experts: int, tokens: int) -> int:
-    """Returns how many slots any routing can need."""
-    return min(pairs, experts + pairs // tokens)
-
-
 def empty_groups(indices: Tensor, experts: int, tokens: int | None) -> Groups:
     slots = 1 if tokens is None else most_slots(indices.numel(), experts, tokens)
     space = torch.empty(indices.numel() + 3 * slots, dtype=torch.int32, device=indices.device)
     return Groups(*space.split((indices.numel(), slots, slots, slots)))
-
-
-_counters: dict[torch.device, Tensor] = {}
-
-
-def arrivals(device: torch.device) -> Tensor:
-    """Returns `[1]` int32, zero before and after every launch; kept, because captured graphs write there."""
-    if device not in _counters:
-        _counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[device]
 
 
 if triton is not None:

@@ -1,6 +1,6 @@
 """Mixture of experts in FP8 for 1 to 64 rows (decode, draft, verify) and for any number (prefill).
 
-`moe` is the whole layer in four launches: router with quantisation, choice with grouping (`moe_route`), gate and up
+`moe` is the whole layer in four launches: router with quantisation, choice with grouping (`router`), gate and up
 with activation and quantisation, down with the weighted sum. None waits for the host, so a step fits one CUDA graph.
 Weights are read once for each expert hit. A row's result is the same bits whatever rows are beside it; launch
 configurations come from tuned/moe.json by (D, I) and never change with the rows, but for `tokens`, the width of the
@@ -13,86 +13,31 @@ the shared ones, `P` = M K pairs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
-from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant, fp8_gemm
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import described, late, runs_triton, stages_that_fit
-from mtp_spec.kernels.moe_group import MOST_ROWS, Groups, group, most_slots
-from mtp_spec.kernels.moe_route import Routing, gate, gate_reference, route
+from mtp_spec.kernels.moe.grouping import MOST_ROWS, group
+from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups, Routing, most_slots
+from mtp_spec.kernels.moe.reference import experts_reference, moe_reference
+from mtp_spec.kernels.moe.router import route
+from mtp_spec.kernels.quant import quant
+from mtp_spec.kernels.workspace import Workspace
 
-__all__ = ["Experts", "Launch", "Routing", "default_launch", "experts", "experts_reference", "gate", "gate_reference",
-           "moe", "moe_reference", "route"]  # fmt: skip
+with suppress(ImportError):  # no Triton for this platform: the references remain
+    from mtp_spec.kernels.moe.kernels import _down_kernel, _gate_up_kernel
 
 INPUTS = (torch.bfloat16, torch.float32)
-Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """The weights of one layer's experts; shared experts are the last ones.
-
-    Where several processes share the layer, each has some of the I columns of the first product, in whole blocks, and
-    some of the D outputs of the second.
-
-    Attributes:
-        gate_up: `[E, 2 I, D]` e4m3, gate rows first.
-        gate_up_scale: `[E, 2 ceil(I / 128), ceil(D / 128)]` float32: gate and up are quantised on their own.
-        down: `[E, D, I]` e4m3.  down_scale: `[E, ceil(D / 128), ceil(I / 128)]` float32.
-        power_of_two: whether the scales of what they are multiplied with are rounded up to powers of two ("ue8m0").
-    """
-
-    gate_up: Tensor
-    gate_up_scale: Tensor
-    down: Tensor
-    down_scale: Tensor
-    power_of_two: bool = False
-
-    def __post_init__(self) -> None:
-        count, twice, channels = self.gate_up.shape
-        inner, (outputs, whole) = twice // 2, self.down.shape[1:]
-        alone = (outputs, whole) == (channels, inner)
-        if self.down.shape[0] != count or not (alone or (outputs <= channels and whole % inner == inner % BLOCK == 0)):
-            raise ValueError(f"gate_up {tuple(self.gate_up.shape)} and down {tuple(self.down.shape)} do not fit")
-        blocks = -(-inner // BLOCK)
-        expected = (
-            (count, 2 * blocks, -(-channels // BLOCK)), (count, -(-outputs // BLOCK), -(-whole // BLOCK))
-        )  # fmt: skip
-        given = (tuple(self.gate_up_scale.shape), tuple(self.down_scale.shape))
-        if given != expected:
-            raise ValueError(f"scales {given[0]} and {given[1]}: expected {expected[0]} and {expected[1]}")
-        if channels % 16 or inner % 16:
-            raise ValueError(f"D={channels}, I={inner}: rows must be whole multiples of 16 bytes")
-        if not all(t.is_contiguous() for t in (self.gate_up, self.gate_up_scale, self.down, self.down_scale)):
-            raise ValueError("weights and scales must be contiguous")
-
-    @property
-    def count(self) -> int:
-        """E."""
-        return self.gate_up.shape[0]
-
-    @property
-    def channels(self) -> int:
-        """D."""
-        return self.gate_up.shape[2]
-
-    @property
-    def inner(self) -> int:
-        """I of the first product."""
-        return self.gate_up.shape[1] // 2
-
-    @property
-    def outputs(self) -> int:
-        """D of the second product."""
-        return self.down.shape[1]
+# both products count there: the second touches counts only after the first has ended, see `launching`
+ARRIVALS = Workspace(torch.int32, zeros=True, least=1 << 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +78,7 @@ class Launch:
 @lru_cache
 def default_launch(channels: int, inner: int) -> Launch:
     """Returns what was measured for a shape, else the defaults."""
-    path = Path(__file__).parent / "tuned" / "moe.json"
+    path = Path(__file__).parents[1] / "tuned" / "moe.json"
     tuned: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     return Launch(**tuned.get(f"{channels}x{inner}", {}))
 
@@ -144,24 +89,20 @@ def moe(
     bias: Tensor | None,
     routing: Routing,
     weights: Experts,
-    residual: Tensor | None = None,
     launch: Launch | None = None,
     exchange: Exchange | None = None,
 ) -> Tensor:
-    """Returns shared(x) + sum over chosen experts of weight * expert(x) (+ residual), `[M, D]` in x's dtype.
+    """Returns shared(x) + sum over chosen experts of weight * expert(x), `[M, D]` in x's dtype.
 
     Args:
         x: `[M, D]` bfloat16 or float32.  router: `[E - shared, D]`.  bias: `[E - shared]` float32 or None.
-        residual: `[M, D]`, added last.
         exchange: completes hidden values `[P, I]` and scales by the columns that other processes have.
     """
     if weights.count != routing.experts + routing.shared:
         raise ValueError(f"{weights.count} experts given, the gate has {routing.experts} + {routing.shared} shared")
     expect("x", x, (None, weights.channels), INPUTS, beside=weights.down)
-    if residual is not None:
-        expect("residual", residual, (x.shape[0], weights.outputs), x.dtype, beside=x)
     if not runs_triton(x):
-        return moe_reference(x, router, bias, routing, weights, residual, exchange)
+        return moe_reference(x, router, bias, routing, weights, exchange)
     launch = launch or default_launch(weights.channels, weights.down.shape[2])
     tokens = launch.slot(x.shape[0])
     routed = route(x, router, bias, routing, tokens=tokens, power_of_two=weights.power_of_two)
@@ -171,7 +112,7 @@ def moe(
     hidden = gate_up(routed.quantised, routed.scales, routed.groups, routing.per_row, weights, launch, routing.shared)
     if exchange is not None:
         hidden = exchange(*hidden)
-    return down(*hidden, routed.groups, routed.weights, weights, launch, x.dtype, residual)
+    return down(*hidden, routed.groups, routed.weights, weights, launch, x.dtype)
 
 
 def experts(
@@ -179,10 +120,9 @@ def experts(
     indices: Tensor,
     pair_weights: Tensor,
     weights: Experts,
-    residual: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """Returns sum over j of pair_weights[m, j] * expert indices[m, j] (x[m]) (+ residual), `[M, D]` in x's dtype.
+    """Returns sum over j of pair_weights[m, j] * expert indices[m, j] (x[m]), `[M, D]` in x's dtype.
 
     Args:
         indices: `[M, K]` int32, shared experts included.  pair_weights: `[M, K]` float32.
@@ -191,55 +131,13 @@ def experts(
     expect("x", x, (rows, weights.channels), INPUTS, beside=weights.down)
     expect("indices", indices, (rows, None), torch.int32, beside=x)
     expect("pair_weights", pair_weights, indices.shape, torch.float32, beside=x)
-    if residual is not None:
-        expect("residual", residual, x.shape, x.dtype, beside=x)
     if not runs_triton(x):
-        return experts_reference(x, indices, pair_weights, weights, residual)
-    from mtp_spec.kernels.quant import quant
-
+        return experts_reference(x, indices, pair_weights, weights)
     launch = launch or default_launch(weights.channels, weights.inner)
     quantised, scales = quant(x, weights.power_of_two)
     groups = group(indices, weights.count, launch.slot(rows))
     hidden = gate_up(quantised, scales, groups, indices.shape[1], weights, launch)
-    return down(*hidden, groups, pair_weights, weights, launch, x.dtype, residual)
-
-
-def experts_reference(
-    x: Tensor, indices: Tensor, pair_weights: Tensor, weights: Experts, residual: Tensor | None = None,
-    exchange: Exchange | None = None,
-) -> Tensor:  # fmt: skip
-    """`experts` in plain torch, a pair's numbers as if it were alone."""
-    power = weights.power_of_two
-    quantised, scales = act_quant(x, power_of_two=power)
-    per_row, blocks, chosen = indices.shape[1], weights.gate_up_scale.shape[1] // 2, indices.flatten()
-    by_expert = [(expert, (chosen == expert).nonzero().flatten()) for expert in chosen.unique().tolist()]
-    activated = dict[int, tuple[Tensor, Tensor]]()
-    for expert, pairs in by_expert:
-        halves = weights.gate_up[expert].split(weights.inner), weights.gate_up_scale[expert].split(blocks)
-        rows = quantised[pairs // per_row], scales[pairs // per_row]
-        gate_part, up = (fp8_gemm(*rows, *half).split(1) for half in zip(*halves, strict=True))
-        for pair, one, other in zip(pairs.tolist(), gate_part, up, strict=True):
-            activated[pair] = act_quant(F.silu(one) * other, power_of_two=power)
-    hidden, hidden_scale = (torch.cat(parts) for parts in zip(*(activated[pair] for pair in range(len(chosen))),
-                                                              strict=True))  # fmt: skip
-    if exchange is not None:
-        hidden, hidden_scale = exchange(hidden, hidden_scale)
-    parts = torch.empty(len(chosen), weights.outputs, dtype=torch.float32, device=x.device)
-    for expert, pairs in by_expert:
-        parts[pairs] = fp8_gemm(hidden[pairs], hidden_scale[pairs], weights.down[expert], weights.down_scale[expert])
-    out = torch.zeros(x.shape[0], weights.outputs, dtype=torch.float32, device=x.device)
-    weighted = (parts * pair_weights.flatten()[:, None]).unflatten(0, (-1, per_row))
-    for place in range(per_row):
-        out += weighted[:, place]
-    return (out if residual is None else out + residual.float()).to(x.dtype)
-
-
-def moe_reference(
-    x: Tensor, router: Tensor, bias: Tensor | None, routing: Routing, weights: Experts, residual: Tensor | None = None,
-    exchange: Exchange | None = None,
-) -> Tensor:  # fmt: skip
-    """`moe` in plain torch."""
-    return experts_reference(x, *gate_reference(x, router, bias, routing), weights, residual, exchange)
+    return down(*hidden, groups, pair_weights, weights, launch, x.dtype)
 
 
 def gate_up(
@@ -250,8 +148,6 @@ def gate_up(
     Args:
         shared: how many of the last experts every row is known to choose.
     """
-    from mtp_spec.kernels.moe_kernels import _gate_up_kernel
-
     (rows, channels), inner, device = x.shape, weights.inner, x.device
     pairs, slots, tokens = rows * per_row, groups.count.shape[0], launch.slot(rows)
     assert slots == most_slots(pairs, weights.count, tokens)
@@ -264,7 +160,7 @@ def gate_up(
         _described(weights.gate_up, launch.up_tile), weights.gate_up, weights.gate_up_scale, x, x_scale,
         groups.order, groups.expert, groups.first, groups.count,
         hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, dtype=torch.float32, device=device),
-        _arrivals(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row, slots, weights.count,
+        ARRIVALS.room(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row, slots, weights.count,
         TILE=launch.up_tile, TOKENS=tokens, STAGES=stages_that_fit(launch.up_stages, step), UNROLL=unroll,
         EVEN=channels % BLOCK == 0, SHARED=shared, AHEAD=launch.up_ahead, POWER=weights.power_of_two,
         LARGEST=E4M3_MAX,
@@ -275,11 +171,9 @@ def gate_up(
 
 def down(
     hidden: Tensor, hidden_scale: Tensor, groups: Groups, pair_weights: Tensor, weights: Experts, launch: Launch,
-    dtype: torch.dtype, residual: Tensor | None = None,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Launches the second product and each row's sum: `[P, I]` e4m3 with scales to `[M, D]` in `dtype`."""
-    from mtp_spec.kernels.moe_kernels import _down_kernel
-
     (pairs, inner), (rows, per_row), device = hidden.shape, pair_weights.shape, hidden.device
     channels, slots, tiles = weights.outputs, groups.count.shape[0], -(-weights.outputs // launch.down_tile)
     unroll = launch.unrolled(launch.down_unroll, rows)
@@ -289,10 +183,10 @@ def down(
     _down_kernel[(slots * tiles,)](
         _described(weights.down, launch.down_tile), weights.down, weights.down_scale, hidden, hidden_scale,
         groups.order, groups.expert, groups.first, groups.count,
-        pair_weights, parts, _arrivals(device, rows * tiles), out if residual is None else residual, out,
+        pair_weights, parts, ARRIVALS.room(device, rows * tiles), out,
         inner, channels, hidden_scale.shape[1], slots, weights.count,
         TILE=launch.down_tile, TOKENS=launch.slot(rows), STAGES=stages_that_fit(launch.down_stages, step),
-        UNROLL=unroll, EVEN=inner % BLOCK == 0, PER_ROW=per_row, RESIDUAL=residual is not None,
+        UNROLL=unroll, EVEN=inner % BLOCK == 0, PER_ROW=per_row,
         AHEAD=launch.down_ahead, num_warps=launch.down_warps, **late(hidden),
     )  # fmt: skip
     return out
@@ -301,19 +195,3 @@ def down(
 def _described(weight: Tensor, rows: int) -> Any:
     """Returns the TMA descriptor of `[E, N, K]` weights as one `[E N, K]` matrix in tiles of `rows` by 128."""
     return described(weight.view(-1, weight.shape[-1]), rows, BLOCK)
-
-
-_counters: dict[torch.device, Tensor] = {}
-_outgrown: list[Tensor] = []  # captured graphs may still write there
-
-
-def _arrivals(device: torch.device, count: int) -> Tensor:
-    """Returns `count` int32 or more, zero before and after every launch, kept for later calls.
-
-    Both products count there: the second touches them only after the first has ended, see `launching`.
-    """
-    held = _counters.get(device)
-    if held is None or held.numel() < count:
-        _outgrown.extend([] if held is None else [held])
-        held = _counters[device] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
-    return held

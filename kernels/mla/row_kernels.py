@@ -1,8 +1,8 @@
-"""Products, norms and rotation around MLA's attention as Triton kernels; imported by `mla` where Triton is there.
+"""Products, norms and rotation around MLA's attention as Triton kernels; imported by `attention` where Triton is there.
 
 Every number of a row is computed as if the row were alone.
 
-Legend: as in `mla`.
+Legend: as in `attention`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from mtp_spec.kernels.launching import follow
-from mtp_spec.kernels.mla_kernels import paged_rows, start_of
+from mtp_spec.kernels.mla.kernels import paged_rows, start_of
 from mtp_spec.kernels.quant import _store_quantised, block_scaled
 
 

@@ -5,7 +5,7 @@ C + R cached numbers however many heads there are. One pass over the cache serve
 (node, head) pairs, the context is split over the multiprocessors, and a node sees the committed slots and its own
 ancestors. Five launches: prepare (norms, rotation, cache write), absorb, attend, combine, up.
 
-How a context is cut depends on positions alone (`mla_kernels.split_of`), so a row's bits are those of plain decoding.
+How a context is cut depends on positions alone (`kernels.split_of`), so a row's bits are those of plain decoding.
 
 Legend: `B` texts, `E` rows of each, `M` = B E rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C`
 kv_lora_rank, `W` = C + R, `V` v_head_dim, `A` columns of the ancestor table, `S` splits.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,122 +24,25 @@ from torch import Tensor
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import HOPPER, MULTIPROCESSORS, described, interpreted, late, runs_triton
-from mtp_spec.kernels.mla_cache import KEYS, TAIL, Cache, Layout
-from mtp_spec.kernels.mla_reference import absorb_reference, attend_reference, prepare_reference, up_reference
+from mtp_spec.kernels.mla.cache import KEYS, TAIL, Cache
+from mtp_spec.kernels.mla.plan import TILE, Head, Plan, split_of
+from mtp_spec.kernels.mla.reference import absorb_reference, attend_reference, prepare_reference, up_reference
 from mtp_spec.kernels.quant import quant
+from mtp_spec.kernels.workspace import Workspace
 
 try:
     import triton
+
+    from mtp_spec.kernels.mla import kernels, row_kernels
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-# Positions a split, and where larger ones begin: short ones fill the machine at short contexts, long ones keep the
-# parts few at long contexts. Part of the arithmetic.
-SPLIT_SIZES = (128, 512, 1024, 4096)
-SPLIT_ENDS = (1024, 8192, 32768)
-TILE = 64  # node-head pairs a program, wgmma's rows
 PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
+PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns a program
+STAGES, WARPS = 2, 8  # of `attend` but for Hopper's: tiles in flight, and warps a program; no part of the arithmetic
 GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Sizes of the attention: see the legend."""
-
-    heads: int
-    nope: int
-    rope: int
-    latent: int
-    value: int
-    scale: float  # of the scores
-    interleaved: bool = True
-    power_of_two: bool = False  # scales of what is quantised for a product ("ue8m0")
-
-    @property
-    def width(self) -> int:
-        """W."""
-        return self.latent + self.rope
-
-    def layout(self, packed: bool = False) -> Layout:
-        """Returns the layout of a cache for these sizes."""
-        return Layout(self.latent, self.rope, packed)
-
-    @property
-    def padded(self) -> int:
-        """Heads a row of queries has: tiles of node-head pairs then begin and end with a head."""
-        power = 1 << (self.heads - 1).bit_length()
-        return power if power <= TILE else -(-self.heads // TILE) * TILE
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Where the rows of one pass stand; on the device, so that a captured pass follows the texts.
-
-    The rows of a pass are those of B texts, E of each, one text's after the other's; their trees are of one shape.
-
-    Attributes:
-        length: `[B]` int32, committed slots L of each text.
-        depths: `[E]` int32: a text's row e has position offset + L + depths[e].
-        slots: `[E]` int32: row e is written to slot L + slots[e].
-        ancestors: `[E, A]` int32: column d holds the number (as in `slots`) of row e's ancestor at depth d, column
-            depths[e] its own. None for a chain: depths and slots rise by one from row to row.
-        deepest: the largest depth.
-        offset: position of slot 0.
-        pages: `[B, P]` int32, where each text's slots are: the first row, of those of a layer, of every `KEYS` of them.
-            None for one text with a cache of its own, whose slots are in a row.
-    """
-
-    length: Tensor
-    depths: Tensor
-    slots: Tensor
-    ancestors: Tensor | None
-    deepest: int
-    offset: int = 0
-    pages: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        """M = B E."""
-        return self.texts * self.each
-
-    @property
-    def texts(self) -> int:
-        """B."""
-        return self.length.shape[0]
-
-    @property
-    def each(self) -> int:
-        """E."""
-        return self.depths.shape[0]
-
-    def part(self, begin: int, end: int) -> Plan:
-        """Returns the plan of every text's rows begin .. end - 1."""
-        ancestors, deepest = self.ancestors, self.deepest
-        if ancestors is None:
-            deepest -= self.each - end
-        else:
-            ancestors = ancestors[begin:end]
-        return replace(self, depths=self.depths[begin:end], slots=self.slots[begin:end], ancestors=ancestors,
-                       deepest=deepest)  # fmt: skip
-
-    def some(self, begin: int, end: int) -> Plan:
-        """Returns the plan of all rows of texts begin .. end - 1."""
-        pages = None if self.pages is None else self.pages[begin:end]
-        return replace(self, length=self.length[begin:end], pages=pages)
-
-    def apart(self, cache: Cache) -> Iterator[tuple[slice, Plan, Cache]]:
-        """Yields each text's rows in the pass, and the plan and the cache that it has alone."""
-        for text in range(self.texts):
-            alone, pages = self.some(text, text + 1), None if self.pages is None else self.pages[text]
-            yield slice(text * self.each, (text + 1) * self.each), alone, replace(cache, pages=pages)
-
-
-def chain(length: Tensor, rows: int, offset: int = 0) -> Plan:
-    """Returns the plan of rows that follow the committed slots and each other."""
-    order = torch.arange(rows, dtype=torch.int32, device=length.device)
-    return Plan(length, order, order, None, rows - 1, offset)
 
 
 def prepare(
@@ -165,12 +67,10 @@ def prepare(
     _check_cache(cache, head)
     if not runs_triton(down):
         return prepare_reference(down, q_norm, kv_norm, table, cache, plan, head, eps)
-    from mtp_spec.kernels import mla_row_kernels as kernels
-
     lora = q_norm is not None
     quantised = torch.empty(rows if lora else 0, q_rank, dtype=E4M3, device=down.device)
     scales = torch.empty(rows if lora else 0, -(-q_rank // BLOCK), dtype=torch.float32, device=down.device)
-    kernels._prepare_kernel[(rows, 2 if lora else 1)](
+    row_kernels._prepare_kernel[(rows, 2 if lora else 1)](
         down, kv_norm if q_norm is None else q_norm, kv_norm, table, *_where(plan), plan.depths, plan.slots, quantised,
         scales, *cache.parts, cache.base, plan.offset, eps, plan.each, PAGED=plan.pages is not None, A_ROWS=q_rank,
         C=head.latent, R=head.rope, BLOCK=KEYS,
@@ -192,11 +92,9 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
     """
     if not runs_triton(q):
         return absorb_reference(q, kv_b, kv_b_scale, table, plan, head)
-    from mtp_spec.kernels import mla_row_kernels as kernels
-
     rows = q.shape[0]
     out = torch.empty(rows, head.padded, head.width, dtype=torch.bfloat16, device=q.device)
-    kernels._absorb_kernel[(head.heads, -(-head.latent // BLOCK) + 1)](
+    row_kernels._absorb_kernel[(head.heads, -(-head.latent // BLOCK) + 1)](
         q, kv_b, kv_b if kv_b_scale is None else kv_b_scale, table, plan.length, plan.depths, out, rows, q.stride(0),
         plan.offset, head.padded, plan.each, PAGED=plan.pages is not None, N=head.nope, V=head.value, C=head.latent,
         R=head.rope,
@@ -214,13 +112,11 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
     """
     if not runs_triton(context):
         return up_reference(context, kv_b, kv_b_scale, head)
-    from mtp_spec.kernels import mla_row_kernels as kernels
-
     rows, columns = context.shape[0], head.heads * head.value
     whole = head.value % BLOCK == 0
     out = torch.empty(rows, columns, dtype=E4M3 if whole else torch.bfloat16, device=context.device)
     scales = torch.empty(rows, -(-columns // BLOCK), dtype=torch.float32, device=context.device)
-    kernels._up_kernel[(head.heads, -(-head.value // BLOCK))](
+    row_kernels._up_kernel[(head.heads, -(-head.value // BLOCK))](
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads,
         N=head.nope, V=head.value, C=head.latent, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
         ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, POWER=head.power_of_two, LARGEST=E4M3_MAX,
@@ -229,15 +125,7 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> 
     return (out, scales) if whole else quant(out, head.power_of_two)
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How `attend` runs: tiles in flight and warps a program; neither changes the arithmetic."""
-
-    stages: int = 2
-    warps: int = 8
-
-
-def attend(q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch | None = None) -> Tensor:
+def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     """Returns the attention-weighted latents `[M, H, C]` bf16.
 
     Args:
@@ -252,20 +140,11 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch | Non
     out = torch.empty(plan.rows, head.heads, head.latent, dtype=torch.bfloat16, device=q.device)
     splits = split_of(cache.capacity - 1) + 1
     turns = list(_turns(plan, head, splits))
-    parts, numbers = _room(q.device, splits, head, max(part.texts * _pairs(part.each, head) for _, part in turns))
+    pairs = splits * max(part.texts * _pairs(part.each, head) for _, part in turns)
+    parts, numbers = PARTS.room(q.device, pairs * head.latent), PEAKS_AND_SUMS.room(q.device, 2 * pairs)
     for rows, part in turns:
-        _attend(q[rows], cache, part, head, launch or Launch(), parts, numbers, splits, out[rows])
+        _attend(q[rows], cache, part, head, parts, numbers, splits, out[rows])
     return out
-
-
-def split_of(position: int) -> int:
-    """Returns the split that a position belongs to; `mla_kernels.split_of` on the device."""
-    split = begin = 0
-    for end, size in zip(SPLIT_ENDS, SPLIT_SIZES, strict=False):
-        if position < end:
-            return split + (position - begin) // size
-        split, begin = split + (end - begin) // size, end
-    return split + (position - begin) // SPLIT_SIZES[-1]
 
 
 def room_bytes(capacity: int, head: Head, rows: int, texts: int = 1) -> int:
@@ -277,11 +156,8 @@ def room_bytes(capacity: int, head: Head, rows: int, texts: int = 1) -> int:
 
 
 def _attend(
-    q: Tensor, cache: Cache, plan: Plan, head: Head, launch: Launch, parts: Tensor, numbers: Tensor, splits: int,
-    out: Tensor,
+    q: Tensor, cache: Cache, plan: Plan, head: Head, parts: Tensor, numbers: Tensor, splits: int, out: Tensor,
 ) -> None:  # fmt: skip
-    from mtp_spec.kernels import mla_kernels as kernels
-
     each, paged = _pairs(plan.each, head), plan.pages is not None
     padded = plan.texts * each
     peaks, totals = numbers[: 2 * splits * padded].split(splits * padded)
@@ -313,8 +189,8 @@ def _attend(
         kernels._attend_kernel[(tiles * splits,)](
             described(flat, TILE, width), described(flat, TILE, head.rope),
             described(latents, KEYS, width), described(ropes, KEYS, head.rope), described(sums, TILE, width),
-            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=launch.stages, PACKED=packed,
-            WIDE=interpreted(), num_warps=launch.warps, **sizes,
+            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=STAGES, PACKED=packed,
+            WIDE=interpreted(), num_warps=WARPS, **sizes,
         )  # fmt: skip
     columns = min(head.latent, COLUMNS)
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
@@ -333,10 +209,10 @@ def on_hopper(device: torch.device) -> bool:
 def _hopper() -> Any:
     """Returns the Gluon kernel's module, or None where this Triton has no Gluon for Hopper."""
     try:
-        from mtp_spec.kernels import mla_hopper
+        from mtp_spec.kernels.mla import hopper
     except ImportError:
         return None
-    return mla_hopper
+    return hopper
 
 
 def _check_cache(cache: Cache, head: Head) -> None:
@@ -394,21 +270,3 @@ def _turns(plan: Plan, head: Head, splits: int) -> Iterator[tuple[slice, Plan]]:
             end = min(begin + rows, plan.each)
             start = first * plan.each + begin
             yield slice(start, start + some.texts * (end - begin)), some.part(begin, end)
-
-
-_rooms: dict[torch.device, tuple[Tensor, Tensor]] = {}
-_outgrown: list[tuple[Tensor, Tensor]] = []  # captured graphs may still write there
-
-
-def _room(device: torch.device, splits: int, head: Head, pairs: int) -> tuple[Tensor, Tensor]:
-    """Returns room for partial results `[.]` bf16 of so many pairs and their peaks and sums `[.]` float32."""
-    pairs *= splits
-    held = _rooms.get(device)
-    if held is None or held[0].numel() < pairs * head.latent or held[1].numel() < 2 * pairs:
-        _outgrown.extend([] if held is None else [held])
-        sizes = (pairs * head.latent, 2 * pairs)
-        if held is not None:
-            sizes = max(sizes[0], held[0].numel()), max(sizes[1], held[1].numel())
-        held = torch.empty(sizes[0], dtype=torch.bfloat16, device=device), torch.empty(sizes[1], device=device)
-        _rooms[device] = held
-    return held

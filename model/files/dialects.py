@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtp_spec.model.checkpoint.keys import ROPE_KEYS, refuse_keys
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.keys import ROPE_KEYS, refuse_keys
 
 # model_type -> class in `architectures`. All but V2 are DeepSeek-V3 under another name
 SUPPORTED = {

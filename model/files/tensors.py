@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_spec.model.checkpoint.deepseek import hf_name, layer_of, place, rank_files
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.deepseek import hf_name, layer_of, place, rank_files
 
 INDEX = "model.safetensors.index.json"
 MTP_FILE = re.compile("mtp|nextn", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Absorbed MLA as Triton kernels; imported by `mla` where Triton is there.
+"""Absorbed MLA as Triton kernels; imported by `attention` where Triton is there.
 
 Every number of a row is computed as if the row were alone. Its context is cut at absolute positions, into blocks of
 BLOCK and into splits that grow with the position (`split_of`), and its keys are brought into position order from
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from mtp_spec.kernels.launching import follow
-from mtp_spec.kernels.mla import SPLIT_ENDS, SPLIT_SIZES
-from mtp_spec.kernels.mla import split_of as split_of_position
+from mtp_spec.kernels.mla.plan import SPLIT_ENDS, SPLIT_SIZES
+from mtp_spec.kernels.mla.plan import split_of as split_of_position
 
 END0, END1, END2 = (tl.constexpr(end) for end in SPLIT_ENDS)
 SIZE0, SIZE1, SIZE2, SIZE3 = (tl.constexpr(size) for size in SPLIT_SIZES)

@@ -13,89 +13,23 @@ Legend: `M` rows, `V` vocabulary, `R` requests, `B` best tokens wanted a row.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.launching import late, runs_triton
+from mtp_spec.kernels.sampler.reference import gumbel_reference, sample_reference
+from mtp_spec.kernels.sampler.settings import COLUMNS, Sampled, Settings, Stages
 
 try:
     import triton
+
+    from mtp_spec.kernels.sampler import kernels
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-COLUMNS = 8
-IN_PROMPT = 1 << 30
 WAYS = 16
 SHIFTS = range(28, -1, -4)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stages:
-    """Stages that exist in a captured step; a request may still leave them unused."""
-
-    bias: bool = False
-    penalty: bool = False
-    noise: bool = True
-    top_k: bool = False
-    top_p: bool = False
-    min_p: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Sampling parameters of R requests on the device.
-
-    Attributes:
-        values: `[R, 8]` float64: temperature, top_k, top_p, log(min_p), repetition, presence, frequency penalty, 0.
-        seed: `[R]` int64, bits of a number from 0 to 2**64 - 1.
-        bias: `[R, V]` float32, or None.
-        seen: `[R, V]` int32: how often a token was generated, plus `IN_PROMPT` if the prompt has it; or None.
-    """
-
-    values: Tensor
-    seed: Tensor
-    bias: Tensor | None = None
-    seen: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """Tokens `[M, B]` int32 best first, their scores `[M, B]` float32, and `[M]` int32: 1 where none can be drawn.
-
-    A row with fewer than B tokens left repeats its best with a score of -inf; a failed row has token 0.
-
-    Attributes:
-        rows: `[M, V]` float32, what tokens are drawn from, before noise, removed ones at -inf; where they were kept.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    failed: Tensor
-    rows: Tensor | None = None
-
-
-def settings_row(
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-) -> list[float]:
-    """Returns one row of `Settings.values`."""
-    log_min_p = math.log(min_p) if min_p > 0 else -math.inf
-    return [temperature, top_k, top_p, log_min_p, repetition_penalty, presence_penalty, frequency_penalty, 0.0]
-
-
-def seed_bits(seed: int) -> int:
-    """Returns a seed of 0 .. 2**64 - 1 as the int64 of the same bits."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 def sample(
@@ -119,8 +53,6 @@ def sample(
     _check(logits, request, position, settings, stages, path, best)
     if not runs_triton(logits):
         return sample_reference(logits, request, position, settings, stages, best, path, keep)
-    from mtp_spec.kernels import sampler_kernels as kernels
-
     rows, vocabulary = logits.shape
     device, stretch = logits.device, stretch_of(vocabulary)
     stretches = -(-vocabulary // stretch)
@@ -161,76 +93,12 @@ def gumbel(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
         return torch.stack([
             gumbel_reference(int(s), int(p), vocabulary) for s, p in zip(seed, position, strict=True)
         ])  # fmt: skip
-    from mtp_spec.kernels import sampler_kernels as kernels
-
     stretch = stretch_of(vocabulary)
     out = torch.empty(seed.shape[0], vocabulary, dtype=torch.float32, device=seed.device)
     kernels._gumbel_kernel[(seed.shape[0], -(-vocabulary // stretch))](
         seed, position, out, vocabulary, STRETCH=stretch, **late(out)
     )
     return out
-
-
-def gumbel_reference(seed: int, position: int, vocabulary: int) -> Tensor:
-    """`mtp_spec.sampling.gumbel` once more: kernels know nothing of the library above them. Tests compare the two."""
-    mask = (1 << 64) - 1
-    counter = np.array([0, position & mask, 0, 0], dtype=np.uint64)
-    generator = np.random.Philox(key=np.array([seed & mask, 0], dtype=np.uint64), counter=counter)
-    words = generator.random_raw(-(-vocabulary // 2)).astype("<u8").view("<u4")[:vocabulary]
-    uniform = np.minimum((words.astype(np.float64) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
-    return torch.from_numpy((-np.log(-np.log(1.0 - uniform))).astype(np.float32))
-
-
-def sample_reference(
-    logits: Tensor, request: Tensor, position: Tensor, settings: Settings, stages: Stages, best: int = 1,
-    path: Tensor | None = None, keep: bool = False,
-) -> Sampled:  # fmt: skip
-    """`sample` in plain torch, one row at a time."""
-    rows, kept = [], []
-    for row in range(logits.shape[0]):
-        of = int(request[row])
-        drafted = None if path is None else path[row]
-        scores = _reference_row(logits[row].float(), of, settings, stages, drafted)
-        kept.append(scores)
-        if stages.noise and settings.values[of, 0] > 0 and torch.isfinite(scores.max()):
-            noise = gumbel_reference(int(settings.seed[of]), int(position[row]), len(scores))
-            scores = scores + noise.to(scores.device)
-        failed = not bool(torch.isfinite(scores.max()))  # the maximum of a row with NaN is NaN
-        value, token = scores.sort(descending=True, stable=True)
-        value, token = value[:best], token[:best]
-        token = torch.where(value > -math.inf, token, token[0])
-        rows.append((torch.zeros_like(token) if failed else token, value, failed))
-    tokens, values, bad = zip(*rows, strict=True)
-    flags = torch.tensor(bad, dtype=torch.int32, device=logits.device)
-    return Sampled(torch.stack(tokens).int(), torch.stack(values), flags, torch.stack(kept) if keep else None)
-
-
-def _reference_row(row: Tensor, of: int, settings: Settings, stages: Stages, path: Tensor | None) -> Tensor:
-    temperature, top_k, top_p, log_min_p, repetition, presence, frequency, _ = settings.values[of].tolist()
-    if stages.bias and settings.bias is not None:
-        row = row + settings.bias[of]
-    if stages.penalty and settings.seen is not None:
-        known = settings.seen[of].clone()
-        for token in [] if path is None else path[path >= 0].tolist():
-            known[token] += 1
-        count = known & (IN_PROMPT - 1)
-        repeated = torch.where(row > 0, row / repetition, row * repetition)
-        row = torch.where((known > 0) & (repetition != 1.0), repeated, row)
-        row = torch.where(count > 0, row - (presence + frequency * count.double()).float(), row)
-    if not stages.noise or temperature == 0 or not torch.isfinite(row.max()):
-        return row
-    row = (row - row.max()) / max(np.float32(temperature), np.finfo(np.float32).tiny)
-    if stages.top_k and 0 < top_k < len(row):
-        dropped = row.argsort(descending=True, stable=True)[int(top_k) :]
-        row = row.index_fill(0, dropped, -math.inf)
-    if stages.top_p and top_p < 1:
-        order = row.argsort(descending=True, stable=True)
-        mass = row[order].exp().double().cumsum(0)
-        keep = int(torch.searchsorted(mass, top_p * mass[-1])) + 1
-        row = row.index_fill(0, order[keep:], -math.inf)
-    if stages.min_p:
-        row = row.masked_fill(row < np.float32(log_min_p), -math.inf)
-    return row
 
 
 def stretch_of(vocabulary: int) -> int:
@@ -242,8 +110,6 @@ def _search(
     work: Tensor, highest: Tensor, request: Tensor, settings: Settings, stages: Stages, stretch: int
 ) -> tuple[Tensor, Tensor]:
     """Returns where rows are cut, `[M, 2]` int64, and elements exactly there before each stretch, `[M, S]` int32."""
-    from mtp_spec.kernels import sampler_kernels as kernels
-
     (rows, vocabulary), stretches = work.shape, highest.shape[1]
     device, wide = work.device, triton.next_power_of_2(highest.shape[1])
     edge = torch.empty(rows, 2, dtype=torch.int64, device=device)

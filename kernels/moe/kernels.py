@@ -1,4 +1,4 @@
-"""The experts' FP8 products as Triton kernels; imported by `moe` where Triton is there.
+"""The experts' FP8 products as Triton kernels; imported by `layer` where Triton is there.
 
 One program handles one slot (an expert with up to TOKENS of its pairs) and one stretch of the expert's outputs, so
 every expert's weights are read once. Operands are swapped as in `gemm`: wgmma's 64 rows are weights, tokens are the
@@ -146,7 +146,6 @@ def _down_kernel(
     weights,  # [M, K] float32
     parts,  # [P, D]
     arrivals,  # [M * ceil(D / TILE)] int32, zero before and after
-    residual,  # [M, D], unused without RESIDUAL
     out,  # [M, D]
     inner,
     channels,
@@ -159,7 +158,6 @@ def _down_kernel(
     UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
     PER_ROW: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -210,7 +208,5 @@ def _down_kernel(
             part = tl.load(parts + its[:, None] * channels + column[None, :], mask=mask, other=0.0, volatile=True)
             summed += tl.load(weights + its, mask=last, other=0.0)[:, None] * part.to(tl.float32)
         places_out = row[:, None] * channels + column[None, :]
-        if RESIDUAL:
-            summed += tl.load(residual + places_out, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + places_out, summed.to(out.dtype.element_ty), mask=mask)
         tl.store(counter, 0, mask=last)

@@ -1,4 +1,4 @@
-"""Sampling as Triton kernels; imported by `sampler` where Triton is there.
+"""Sampling as Triton kernels; imported by `sampling` where Triton is there.
 
 A row is cut into fixed stretches of the vocabulary, one program each, and every launch adds the stretches of the one
 before in order: a row's token depends on nothing but the row. Nothing waits for the host.

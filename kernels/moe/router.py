@@ -16,16 +16,15 @@ is row m with its j-th expert. A slot is one expert with up to `tokens` of its p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels import ordered
 from mtp_spec.kernels.checks import FLOATS, expect
-from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
+from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import late, runs_triton
-from mtp_spec.kernels.moe_group import MOST_ROWS, Groups, arrivals, empty_groups, group, most_slots
+from mtp_spec.kernels.moe.grouping import ARRIVALS, MOST_ROWS, empty_groups, group
+from mtp_spec.kernels.moe.operands import Routed, Routing, most_slots
+from mtp_spec.kernels.moe.reference import route_reference
 
 try:
     import triton
@@ -33,7 +32,7 @@ try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     from mtp_spec.kernels.launching import follow, pull
-    from mtp_spec.kernels.moe_group import group_few
+    from mtp_spec.kernels.moe.grouping import group_few
     from mtp_spec.kernels.quant import _store_quantised
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
@@ -41,54 +40,6 @@ except ImportError:  # no Triton for this platform: the references remain
 STRETCH = 512  # channels a router program; part of the arithmetic
 ROUTER_EXPERTS = 8
 LOWEST = -1e38  # below every score, above the -inf of what is not there; twice it is finite
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Routing:
-    """How a gate chooses.
-
-    Attributes:
-        experts: E.  chosen: experts a row, without the shared.  shared: experts that every row gets, weight 1.
-        groups: equal groups of neighbouring experts.  kept_groups: groups a row may choose from.
-        best: a group is worth the sum of its best 1 (V2) or 2 (V3) experts.
-        scoring: "sigmoid" or "softmax".  normalise: weights of a row sum to `scale`.  scale: factor on all weights.
-    """
-
-    experts: int
-    chosen: int
-    groups: int = 1
-    kept_groups: int = 1
-    best: int = 2
-    scoring: str = "sigmoid"
-    normalise: bool = True
-    scale: float = 1.0
-    shared: int = 0
-
-    def __post_init__(self) -> None:
-        if self.scoring not in ("sigmoid", "softmax"):
-            raise ValueError(f"scoring={self.scoring!r}: sigmoid or softmax")
-        if self.best not in (1, 2):
-            raise ValueError(f"best={self.best}: 1 or 2")
-        if self.experts % self.groups or not 1 <= self.kept_groups <= self.groups:
-            raise ValueError(f"{self.experts} experts, {self.groups} groups, {self.kept_groups} kept: do not fit")
-        if not 1 <= self.chosen <= self.experts // self.groups * self.kept_groups:
-            raise ValueError(f"{self.chosen} experts cannot be chosen from {self.kept_groups} of {self.groups} groups")
-
-    @property
-    def per_row(self) -> int:
-        """K."""
-        return self.chosen + self.shared
-
-
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """Result of the gate: indices `[M, K]` int32 ascending, weights `[M, K]` float32, x in FP8, pairs by expert."""
-
-    indices: Tensor
-    weights: Tensor
-    quantised: Tensor | None = None  # [M, D] e4m3
-    scales: Tensor | None = None  # [M, ceil(D / 128)] float32
-    groups: Groups | None = None
 
 
 def gate(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -113,9 +64,7 @@ def route(
     """
     _check(x, weight, bias, routing)
     if not runs_triton(x):
-        indices, weights = gate_reference(x, weight, bias, routing)
-        quantised, scales = act_quant(x, power_of_two=power_of_two) if quantise else (None, None)
-        return Routed(indices, weights, quantised, scales)
+        return route_reference(x, weight, bias, routing, quantise, tokens, power_of_two)
     rows, channels = x.shape
     device, per_row = x.device, routing.per_row
     stretches = -(-channels // STRETCH)
@@ -134,7 +83,7 @@ def route(
     groups = empty_groups(indices, routing.experts + routing.shared, tokens if in_kernel else None)
     size = routing.experts // routing.groups
     _select_kernel[(rows,)](
-        parts, weight if bias is None else bias, indices, weights, arrivals(device),
+        parts, weight if bias is None else bias, indices, weights, ARRIVALS.room(device, 1),
         groups.order, groups.expert, groups.first, groups.count,
         rows, routing.experts, stretches, routing.scale, groups.count.shape[0],
         STRETCHES=triton.next_power_of_2(stretches), GROUPS=routing.groups, KEPT=routing.kept_groups, SIZE=size,
@@ -146,31 +95,6 @@ def route(
     if tokens is not None and not in_kernel:
         groups = group(indices, routing.experts + routing.shared, tokens)
     return Routed(indices, weights, quantised, scales, groups if tokens is not None else None)
-
-
-def gate_reference(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
-    """`gate` in plain torch."""
-    logits = ordered.products(x.float(), weight.float())
-    scores = ordered.by_row(torch.sigmoid, logits) if routing.scoring == "sigmoid" else ordered.softmax(logits)
-    choice = scores if bias is None else scores + bias
-    if routing.kept_groups < routing.groups:
-        grouped = choice.unflatten(-1, (routing.groups, -1))
-        worth = ordered.total(grouped.topk(min(routing.best, grouped.shape[-1]), dim=-1).values)
-        # a stable sort: among equals the lowest index wins
-        best = worth.argsort(dim=-1, descending=True, stable=True)[:, : routing.kept_groups]
-        keep = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
-        choice = grouped.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
-    chosen = choice.argsort(dim=-1, descending=True, stable=True)[:, : routing.chosen]
-    indices = chosen.sort(dim=-1).values
-    weights = scores.gather(-1, indices)
-    if routing.normalise:
-        weights = weights / (ordered.total(weights).unsqueeze(-1) + 1e-20)
-    given = logits if bias is None else logits + bias
-    weights = weights.masked_fill(~given.isfinite().all(-1, keepdim=True), torch.nan)
-    rows = x.shape[0]
-    shared = torch.arange(routing.experts, routing.experts + routing.shared, device=x.device).expand(rows, -1)
-    ones = torch.ones(rows, routing.shared, dtype=torch.float32, device=x.device)
-    return torch.cat((indices, shared), -1).int(), torch.cat((weights * routing.scale, ones), -1)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> None:

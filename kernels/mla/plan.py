@@ -1,0 +1,128 @@
+"""What attention's launches are told: sizes of the heads, where the rows of a pass stand, how a context is cut.
+
+Legend: as in `attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mtp_spec.kernels.mla.cache import Cache, Layout
+
+# Positions a split, and where larger ones begin: short ones fill the machine at short contexts, long ones keep the
+# parts few at long contexts. Part of the arithmetic.
+SPLIT_SIZES = (128, 512, 1024, 4096)
+SPLIT_ENDS = (1024, 8192, 32768)
+TILE = 64  # node-head pairs a program, wgmma's rows
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Sizes of the attention: see the legend."""
+
+    heads: int
+    nope: int
+    rope: int
+    latent: int
+    value: int
+    scale: float  # of the scores
+    interleaved: bool = True
+    power_of_two: bool = False  # scales of what is quantised for a product ("ue8m0")
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.latent + self.rope
+
+    def layout(self, packed: bool = False) -> Layout:
+        """Returns the layout of a cache for these sizes."""
+        return Layout(self.latent, self.rope, packed)
+
+    @property
+    def padded(self) -> int:
+        """Heads a row of queries has: tiles of node-head pairs then begin and end with a head."""
+        power = 1 << (self.heads - 1).bit_length()
+        return power if power <= TILE else -(-self.heads // TILE) * TILE
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where the rows of one pass stand; on the device, so that a captured pass follows the texts.
+
+    The rows of a pass are those of B texts, E of each, one text's after the other's; their trees are of one shape.
+
+    Attributes:
+        length: `[B]` int32, committed slots L of each text.
+        depths: `[E]` int32: a text's row e has position offset + L + depths[e].
+        slots: `[E]` int32: row e is written to slot L + slots[e].
+        ancestors: `[E, A]` int32: column d holds the number (as in `slots`) of row e's ancestor at depth d, column
+            depths[e] its own. None for a chain: depths and slots rise by one from row to row.
+        deepest: the largest depth.
+        offset: position of slot 0.
+        pages: `[B, P]` int32, where each text's slots are: the first row, of those of a layer, of every `KEYS` of them.
+            None for one text with a cache of its own, whose slots are in a row.
+    """
+
+    length: Tensor
+    depths: Tensor
+    slots: Tensor
+    ancestors: Tensor | None
+    deepest: int
+    offset: int = 0
+    pages: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """M = B E."""
+        return self.texts * self.each
+
+    @property
+    def texts(self) -> int:
+        """B."""
+        return self.length.shape[0]
+
+    @property
+    def each(self) -> int:
+        """E."""
+        return self.depths.shape[0]
+
+    def part(self, begin: int, end: int) -> Plan:
+        """Returns the plan of every text's rows begin .. end - 1."""
+        ancestors, deepest = self.ancestors, self.deepest
+        if ancestors is None:
+            deepest -= self.each - end
+        else:
+            ancestors = ancestors[begin:end]
+        return replace(self, depths=self.depths[begin:end], slots=self.slots[begin:end], ancestors=ancestors,
+                       deepest=deepest)  # fmt: skip
+
+    def some(self, begin: int, end: int) -> Plan:
+        """Returns the plan of all rows of texts begin .. end - 1."""
+        pages = None if self.pages is None else self.pages[begin:end]
+        return replace(self, length=self.length[begin:end], pages=pages)
+
+    def apart(self, cache: Cache) -> Iterator[tuple[slice, Plan, Cache]]:
+        """Yields each text's rows in the pass, and the plan and the cache that it has alone."""
+        for text in range(self.texts):
+            alone, pages = self.some(text, text + 1), None if self.pages is None else self.pages[text]
+            yield slice(text * self.each, (text + 1) * self.each), alone, replace(cache, pages=pages)
+
+
+def chain(length: Tensor, rows: int, offset: int = 0) -> Plan:
+    """Returns the plan of rows that follow the committed slots and each other."""
+    order = torch.arange(rows, dtype=torch.int32, device=length.device)
+    return Plan(length, order, order, None, rows - 1, offset)
+
+
+def split_of(position: int) -> int:
+    """Returns the split that a position belongs to; `kernels.split_of` on the device."""
+    split = begin = 0
+    for end, size in zip(SPLIT_ENDS, SPLIT_SIZES, strict=False):
+        if position < end:
+            return split + (position - begin) // size
+        split, begin = split + (end - begin) // size, end
+    return split + (position - begin) // SPLIT_SIZES[-1]

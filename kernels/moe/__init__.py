@@ -1,0 +1,15 @@
+"""Mixture of experts in FP8: `layer` has the launches, `operands` what they take and give.
+
+What other folders call is named here.
+"""
+
+from __future__ import annotations
+
+from mtp_spec.kernels.moe.grouping import group
+from mtp_spec.kernels.moe.layer import Launch, default_launch, down, experts, gate_up, moe
+from mtp_spec.kernels.moe.operands import Experts, Groups, Routing
+from mtp_spec.kernels.moe.reference import experts_reference, gate_reference, group_reference, moe_reference
+from mtp_spec.kernels.moe.router import gate, route
+
+__all__ = ["Experts", "Groups", "Launch", "Routing", "default_launch", "down", "experts", "experts_reference", "gate",
+           "gate_reference", "gate_up", "group", "group_reference", "moe", "moe_reference", "route"]  # fmt: skip
