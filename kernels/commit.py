@@ -42,8 +42,10 @@ def accept(
     """Walks from the root along the drafts that the target drew.
 
     Args:
-        drawn: `[B E]` int32, the target's token at each row.  failed: `[B E]` int32, 1 where none could be drawn.
-        ids: `[B E]` int64, the tokens of the pass.  parents: `[E]` int32, row 0 has -1.
+        drawn: `[B E]` int32, the target's token at each row.
+        failed: `[B E]` int32, 1 where none could be drawn.
+        ids: `[B E]` int64, the tokens of the pass.
+        parents: `[E]` int32, row 0 has -1.
         path: `[B, A]` int64, receives the rows (of a text's own) whose draws were committed, the last one repeated.
         tokens: `[B, A]` int64, receives these draws, the last one repeated.
         record: `[B, 2 + 2 A]` int32, receives count, failure, tokens and path.
@@ -74,10 +76,12 @@ def keep(
     """Puts the row of each text's plain step aside for MTP modules that will read it when drafting begins again.
 
     Args:
-        outputs: `[B, D]` of the pass.  tokens: `[B, A]` int64, the first is what it drew.
+        outputs: `[B, D]` of the pass.
+        tokens: `[B, A]` int64, the first is what it drew.
         length: `[B]` int32, the rows' positions.
         hidden: `[B, R, D]`, receives the row as its first, as every step does.
-        ring: `[B, W, D]`, receives it at its position modulo W.  ring_tokens: `[B, W]` int64, the token there.
+        ring: `[B, W, D]`, receives it at its position modulo W.
+        ring_tokens: `[B, W]` int64, the token there.
     """
     (texts, width), (rows, places) = outputs.shape, (hidden.shape[1], ring.shape[1])
     expect("outputs", outputs, (texts, width), outputs.dtype)
@@ -100,7 +104,9 @@ def commit(
     """Moves each text's committed rows' latents to the slots behind its `length` `[B]`, in all layers at once.
 
     Args:
-        path: `[B, A]` int64.  record: `[B, 2 + 2 A]` int32.  pages: `[B, P]` int32, see `mla.Plan`.
+        path: `[B, A]` int64.
+        record: `[B, 2 + 2 A]` int32.
+        pages: `[B, P]` int32, see `mla.Plan`.
     """
     store, (texts, most) = caches[0].words, path.shape
     expect("length", length, (texts,), torch.int32, beside=store)

@@ -19,7 +19,8 @@ def dequantise(
     """Returns w `[N, K]` times its block scales, as `fp8.weight_dequant`.
 
     Args:
-        weight: on the CPU.  scale: float32, one for each block.
+        weight: on the CPU.
+        scale: float32, one for each block.
         out: where to write; None makes a tensor of `dtype`.
 
     Raises:

@@ -35,7 +35,9 @@ def rms_norm_quant(
     """Returns e4m3 `[M, D]` and scales `[M, B]` of RMSNorm(x + residual), and the sum x + residual `[M, D]`.
 
     Args:
-        x: `[M, D]`.  residual: `[M, D]` or None.  weight: `[D]`.
+        x: `[M, D]`.
+        residual: `[M, D]` or None.
+        weight: `[D]`.
     """
     _check_norm(x, weight, residual)
     if not runs_triton(x):

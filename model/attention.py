@@ -132,7 +132,8 @@ class JointMasks:
     """A `JointPlan` as tensors.
 
     Attributes:
-        rope: `[M, 1, 2, R]` angles of all rows.  counts: rows of each sequence.
+        rope: `[M, 1, 2, R]` angles of all rows.
+        counts: rows of each sequence.
     """
 
     parts: tuple[tuple[LatentCache, Masks], ...]

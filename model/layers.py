@@ -54,7 +54,8 @@ class MLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, so that a step makes one product less.
 
     Args:
-        hidden: D.  intermediate: I.
+        hidden: D.
+        intermediate: I.
         ranks: divide the columns of I and, of the second product, of D.
     """
 

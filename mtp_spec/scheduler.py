@@ -24,7 +24,8 @@ class Scheduler:
         max_batch: most that run at a time.
         failing: told of sequences that fail and why, before they leave; may raise what ends all.
     Attributes:
-        waiting: those that have not begun.  running: those that have.
+        waiting: those that have not begun.
+        running: those that have.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -67,3 +68,22 @@ def test_mtp_spec_is_in_order() -> None:
     for here, (other, name), file in edges("mtp_spec"):
         if other == "mtp_spec" and name != here:
             assert ORDER.index(name) < ORDER.index(here), f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_the_map_names_what_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    folder = Path()
+    for name in names:
+        if name.startswith(("kernels/", "model/", "mtp_spec/")):
+            path = Path(name)
+            folder = path if name.endswith("/") and path.parent == Path() else path.parent
+        else:
+            path = folder / name  # beside the one before
+        assert (ROOT / path).exists(), path
+    listed = {Path(name).name for name in names}
+    left_out = {"__init__", "__main__", "_version", "backends", "console", "errors", "evaluation", "host_memory",
+                "keywords", "machine", "option_checks", "progress", "prompt", "weights", "mtp_spec"}  # fmt: skip
+    for name in set(ORDER) - left_out:
+        assert name in listed or f"{name}.py" in listed, f"CONTRIBUTING.md does not name {name}"

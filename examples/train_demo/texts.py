@@ -22,7 +22,8 @@ class Rows:
     """Rows of context + 1 tokens that begin with a chat; every pass puts the chats in a new order.
 
     Args:
-        ids: all chats end to end.  starts: where each begins.
+        ids: all chats end to end.
+        starts: where each begins.
     """
 
     def __init__(self, ids: np.ndarray, starts: np.ndarray, device: str, context: int, seed: int) -> None:

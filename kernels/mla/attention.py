@@ -59,7 +59,8 @@ def prepare(
 
     Args:
         down: `[M, Q + W]` bf16, output of the fused down-projection; without query LoRA Q = H (N + R).
-        q_norm: `[Q]`, or None without query LoRA.  kv_norm: `[C]`.
+        q_norm: `[Q]`, or None without query LoRA.
+        kv_norm: `[C]`.
         table: `[L, 2, R]` float32, `model.rope.rope_table`.
     """
     rows, columns = down.shape
@@ -129,7 +130,8 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     """Returns the attention-weighted latents `[M, H, C]` bf16.
 
     Args:
-        q: `[M, head.padded, W]` bf16, from `absorb`.  cache: with the rows' own latents in it.
+        q: `[M, head.padded, W]` bf16, from `absorb`.
+        cache: with the rows' own latents in it.
 
     Raises:
         ValueError: shapes, or sizes that are no power of two.

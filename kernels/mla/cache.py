@@ -62,7 +62,8 @@ class Cache:
 
     Attributes:
         store: `[rows, W]` bf16, or `[rows, layout.row_bytes]` uint8.
-        base: the layer's first row.  capacity: rows of a text, a multiple of 64.
+        base: the layer's first row.
+        capacity: rows of a text, a multiple of 64.
         spare: first of the rows, `TAIL` a node, where a tree's last keys are brought into order; all layers share them.
         pages: `[capacity / KEYS]` int32, where a text's slots are (`mla.Plan`); None: in a row, from `base` on.
     """

@@ -45,12 +45,15 @@ class Launch:
     """How the experts' products run.
 
     Attributes:
-        up_tile: columns of gate, and of up, a program: 64 or 128.  down_tile: outputs a program, 64 or 128.
-        up_stages, down_stages: steps of K in flight.  up_warps, down_warps: a program.
+        up_tile: columns of gate, and of up, a program: 64 or 128.
+        down_tile: outputs a program, 64 or 128.
+        up_stages, down_stages: steps of K in flight.
+        up_warps, down_warps: a program.
         up_unroll, down_unroll: blocks of 128 of K a step.
         up_ahead: KiB / 16 of the shared experts that a program pulls into the cache before the gate has chosen.
         down_ahead: blocks of 128 of K that a program pulls of its own expert before the hidden values are there.
-        tokens: pairs a program for up to 64 rows, 16, 32 or 64.  prefill_tokens: for more.
+        tokens: pairs a program for up to 64 rows, 16, 32 or 64.
+        prefill_tokens: for more.
     """
 
     up_tile: int = 64
@@ -95,7 +98,9 @@ def moe(
     """Returns shared(x) + sum over chosen experts of weight * expert(x), `[M, D]` in x's dtype.
 
     Args:
-        x: `[M, D]` bfloat16 or float32.  router: `[E - shared, D]`.  bias: `[E - shared]` float32 or None.
+        x: `[M, D]` bfloat16 or float32.
+        router: `[E - shared, D]`.
+        bias: `[E - shared]` float32 or None.
         exchange: completes hidden values `[P, I]` and scales by the columns that other processes have.
     """
     if weights.count != routing.experts + routing.shared:
@@ -125,7 +130,8 @@ def experts(
     """Returns sum over j of pair_weights[m, j] * expert indices[m, j] (x[m]), `[M, D]` in x's dtype.
 
     Args:
-        indices: `[M, K]` int32, shared experts included.  pair_weights: `[M, K]` float32.
+        indices: `[M, K]` int32, shared experts included.
+        pair_weights: `[M, K]` float32.
     """
     rows = x.shape[0]
     expect("x", x, (rows, weights.channels), INPUTS, beside=weights.down)

@@ -25,7 +25,8 @@ class Experts:
     Attributes:
         gate_up: `[E, 2 I, D]` e4m3, gate rows first.
         gate_up_scale: `[E, 2 ceil(I / 128), ceil(D / 128)]` float32: gate and up are quantised on their own.
-        down: `[E, D, I]` e4m3.  down_scale: `[E, ceil(D / 128), ceil(I / 128)]` float32.
+        down: `[E, D, I]` e4m3.
+        down_scale: `[E, ceil(D / 128), ceil(I / 128)]` float32.
         power_of_two: whether the scales of what they are multiplied with are rounded up to powers of two ("ue8m0").
     """
 
@@ -79,10 +80,15 @@ class Routing:
     """How a gate chooses.
 
     Attributes:
-        experts: E.  chosen: experts a row, without the shared.  shared: experts that every row gets, weight 1.
-        groups: equal groups of neighbouring experts.  kept_groups: groups a row may choose from.
+        experts: E.
+        chosen: experts a row, without the shared.
+        shared: experts that every row gets, weight 1.
+        groups: equal groups of neighbouring experts.
+        kept_groups: groups a row may choose from.
         best: a group is worth the sum of its best 1 (V2) or 2 (V3) experts.
-        scoring: "sigmoid" or "softmax".  normalise: weights of a row sum to `scale`.  scale: factor on all weights.
+        scoring: "sigmoid" or "softmax".
+        normalise: weights of a row sum to `scale`.
+        scale: factor on all weights.
     """
 
     experts: int
@@ -128,7 +134,8 @@ class Groups:
 
     Attributes:
         order: `[P]` int32, pairs sorted by expert, then by number.
-        expert: `[slots]` int32.  first: `[slots]` int32, where the slot's pairs start in `order`.
+        expert: `[slots]` int32.
+        first: `[slots]` int32, where the slot's pairs start in `order`.
         count: `[slots]` int32, how many they are; 0 in slots left over.
     """
 

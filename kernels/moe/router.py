@@ -46,7 +46,8 @@ def gate(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tu
     """Returns indices `[M, K]` int32 and weights `[M, K]` float32 of rows x `[M, D]`, any M.
 
     Args:
-        weight: router `[E, D]`, float32 or bfloat16.  bias: `[E]` float32, for choosing only, or None.
+        weight: router `[E, D]`, float32 or bfloat16.
+        bias: `[E]` float32, for choosing only, or None.
     """
     routed = route(x, weight, bias, routing, quantise=False, tokens=None)
     return routed.indices, routed.weights

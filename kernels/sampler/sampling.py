@@ -45,7 +45,8 @@ def sample(
     """Returns the `best` tokens of every row; CPU tensors take the reference unless Triton interprets.
 
     Args:
-        logits: `[M, V]` float32 or bfloat16.  request: `[M]` int32, whose settings.
+        logits: `[M, V]` float32 or bfloat16.
+        request: `[M]` int32, whose settings.
         position: `[M]` int64, absolute position of the token to be drawn.
         path: `[M, depth]` int32, tokens drafted since `settings.seen` was brought up to date; -1 for none.
         keep: return the processed rows too, which rules of acceptance compare.

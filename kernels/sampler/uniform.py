@@ -27,7 +27,8 @@ def uniforms(seed: Tensor, first: Tensor, count: int) -> Tensor:
     """Returns numbers first .. first + count - 1 of a seed, `[count]` float64 in [0, 1).
 
     Args:
-        seed: `[1]` int64, bits of a number from 0 to 2**64 - 1.  first: `[1]` int64.
+        seed: `[1]` int64, bits of a number from 0 to 2**64 - 1.
+        first: `[1]` int64.
 
     Raises:
         ValueError: another shape or dtype.

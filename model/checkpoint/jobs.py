@@ -31,7 +31,8 @@ class Task:
     """One step of a job.
 
     Attributes:
-        reads: tensors that are read.  writes: those that come of them.
+        reads: tensors that are read.
+        writes: those that come of them.
         work: given the tensors of `reads`, yields those of `writes` in order.
         extra_bytes: what `work` needs besides what it reads and yields.
     """

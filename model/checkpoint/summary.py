@@ -24,8 +24,10 @@ class CheckpointSummary:
 
     Attributes:
         config: the model's shape, MTP modules as found in the files.
-        bytes: of all tensors.  dtypes: safetensors dtype -> number of tensors.
-        parameters: of the main model (scales not counted).  active: those a token uses, embedding row apart.
+        bytes: of all tensors.
+        dtypes: safetensors dtype -> number of tensors.
+        parameters: of the main model (scales not counted).
+        active: those a token uses, embedding row apart.
         mtp_parameters: of the MTP modules, without the shared embedding and head.
         mtp_modules: of each module what it is made of, in words.
         refused: why `load` does not take the folder, or None.

@@ -50,7 +50,8 @@ class Place:
     """Where a tensor of a Hugging Face checkpoint goes.
 
     Attributes:
-        name: DeepSeek's.  axis: the one that is divided among ranks, or None.
+        name: DeepSeek's.
+        axis: the one that is divided among ranks, or None.
         expert: number of the routed expert it belongs to, which goes whole to one rank, or None.
         layer: its layer, -1 outside layers.
     """

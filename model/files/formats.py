@@ -48,7 +48,8 @@ class Format:
         bits: a number takes, scales included; None if that is not known.
         block: of FP8 that this library reads, else None.
         scale_fmt: "ue8m0" where scales are powers of two.
-        skipped: names or patterns of modules that are not packed.  targets: patterns of those that are; none is all.
+        skipped: names or patterns of modules that are not packed.
+        targets: patterns of those that are; none is all.
     """
 
     name: str

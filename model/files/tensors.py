@@ -62,7 +62,8 @@ class TensorInfo:
     """A tensor's place in the files.
 
     Attributes:
-        shape: of the whole.  dtype: safetensors' name, such as F8_E4M3.
+        shape: of the whole.
+        dtype: safetensors' name, such as F8_E4M3.
         parts: one; or shares along `axis` in order; or, if `axis` is None, copies.
     """
 

@@ -65,8 +65,10 @@ class FirstDepth:
 
     Attributes:
         sampler: of the sequence, to be set before its first step.
-        nodes: steps seen.  accepted: those that accepted a draft.
-        bound: sum of the bounds.  redrawn: sum of coupled sampling's acceptance over fresh noise.
+        nodes: steps seen.
+        accepted: those that accepted a draft.
+        bound: sum of the bounds.
+        redrawn: sum of coupled sampling's acceptance over fresh noise.
     """
 
     sampler: Sampler

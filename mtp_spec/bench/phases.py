@@ -21,7 +21,8 @@ def step_phases(
     """Returns microseconds of a step's parts in the middle of a text: draft, verify, accept.
 
     Args:
-        ids: the prompt.  options: as for `generate`.
+        ids: the prompt.
+        options: as for `generate`.
         measure: returns microseconds of some work, which it may repeat.
     """
     stream = lm.stream(ids, **options)

@@ -106,7 +106,8 @@ def measure(
     """Returns the rows, facts and notes of the parts that were asked for but texts; the caches hold random numbers.
 
     Args:
-        full: the whole model, of which `model` is a slice.  rate: TB/s of a copy.
+        full: the whole model, of which `model` is a slice.
+        rate: TB/s of a copy.
     """
     rows, facts, notes, seconds = list[Row](), dict[str, Any](), list[str](), dict[str, float]()
     state.reset(SamplingParams(temperature=0.8, seed=0), [0])

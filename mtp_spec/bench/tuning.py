@@ -66,7 +66,8 @@ def search(
 
     Args:
         rounds: the changes tried together on what was best before.
-        run: launches once, which compiles.  time: returns microseconds.
+        run: launches once, which compiles.
+        time: returns microseconds.
         tried: receives microseconds, or the error, of every candidate by its fields.
     """
     best, least = start, _attempt(start, time, tried)

@@ -287,7 +287,8 @@ class HostPages(Pages["HostLease"]):
 
     Args:
         layers: per layer `[pages * PAGE, width]`: the main model's, then one for each MTP module.
-        modules: how many of the layers are modules'.  unit, most_idle: see `Pages`.
+        modules: how many of the layers are modules'.
+        unit, most_idle: see `Pages`.
     """
 
     def __init__(

@@ -38,7 +38,8 @@ class Estimate:
     """What one rank of `ranks` holds and reads.
 
     Attributes:
-        weights: bytes on a rank.  whole: of all ranks, nothing counted twice.
+        weights: bytes on a rank.
+        whole: of all ranks, nothing counted twice.
         read: bytes of weights that a token reads on a rank.
         cache: bytes a token of context takes on every rank, in bfloat16.
         tokens_per_second: of one text, at best; None without a card.

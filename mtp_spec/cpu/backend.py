@@ -35,8 +35,10 @@ class HostBackend:
 
     Args:
         max_context: most tokens of prompt and text.
-        max_batch: most sequences that share steps.  cache_tokens: of their pages; None for the whole context of all.
-        measure: measure step times for "auto", unless that was done before.  progress: and show a bar meanwhile.
+        max_batch: most sequences that share steps.
+        cache_tokens: of their pages; None for the whole context of all.
+        measure: measure step times for "auto", unless that was done before.
+        progress: and show a bar meanwhile.
     """
 
     auto, captured = AUTO, False

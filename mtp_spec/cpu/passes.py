@@ -36,7 +36,8 @@ class MainRows:
         parents: the row that each one follows; -1 follows the committed context.
         scored: so many of the last rows get logits; all or one.
         prompt: rows of a prompt are taken as one pass even where rows are otherwise computed one by one.
-        hidden: `[M, D]`.  logits: `[scored, V]`; results.
+        hidden: `[M, D]`.
+        logits: `[scored, V]`; results.
     """
 
     ids: Sequence[int]
@@ -60,7 +61,8 @@ class ModuleRows:
         hidden: `[M, D]` what the module is given.
         prompt: whether they stand for a prompt, which may wait where others are in a hurry.
         scored: so many of the last rows get logits that propose drafts.
-        outputs: `[M, D]`.  logits: `[scored, V]`; results.
+        outputs: `[M, D]`.
+        logits: `[scored, V]`; results.
     """
 
     module: int

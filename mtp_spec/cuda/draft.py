@@ -64,7 +64,8 @@ def run_module(
     """Runs the module of their depth on nodes of one depth; returns outputs `[B R, D]`, which predict their children.
 
     Args:
-        ids: `[B R]` int64 their tokens.  hidden: `[B R, D]` the outputs that predicted them.
+        ids: `[B R]` int64 their tokens.
+        hidden: `[B R, D]` the outputs that predicted them.
     """
     depth = shape.depths[nodes[0]]
     module = min(depth + 1, len(state.mtp_caches)) - 1

@@ -39,7 +39,8 @@ class Part:
 
     Attributes:
         first: the first slot.
-        steps: one for every shape.  rungs: with what lies between them, where shapes take turns.
+        steps: one for every shape.
+        rungs: with what lies between them, where shapes take turns.
     """
 
     first: int

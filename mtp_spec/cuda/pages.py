@@ -82,7 +82,8 @@ class DeviceLease(Lease):
     """Pages of a text on a GPU.
 
     Attributes:
-        row: of `DevicePages.tables`.  slots: how many it has.
+        row: of `DevicePages.tables`.
+        slots: how many it has.
     """
 
     def __init__(self, store: DevicePages, pages: list[int], shared: int, drafted: bool, row: int) -> None:

@@ -50,12 +50,15 @@ class Whole:
     tokens; see `Graphs.later`.
 
     Args:
-        tables: of pages.  state: of as many texts.
-        drafts: whether the MTP modules read too.  stages: that some text needs.
+        tables: of pages.
+        state: of as many texts.
+        drafts: whether the MTP modules read too.
+        stages: that some text needs.
     Attributes:
         inbox: `[B, rows + 1 + SENT]` int64: what is to be read of prompts, padded with their last token, and what is
             sent along.
-        record: `[2, B]` int32.  logits: `[B, V]`.  Both are results, until the next pass or step.
+        record: `[2, B]` int32.
+        logits: `[B, V]`.  Both are results, until the next pass or step.
     """
 
     def __init__(
@@ -221,7 +224,8 @@ def draw(logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor
     """Draws the tokens after prompts of `count` `[B]` int64 tokens, with which the state starts.
 
     Args:
-        logits: `[B, V]` of the last hidden states `last` `[B, D]`.  text: `[B]` 0, 1, ... as int64.
+        logits: `[B, V]` of the last hidden states `last` `[B, D]`.
+        text: `[B]` 0, 1, ... as int64.
 
     Returns `[2, B]` int32: the tokens and whether there was none.
     """

@@ -45,7 +45,8 @@ class State:
         length: `[B]` int32, committed slots of the main model; a module's cache has one fewer for each module before.
         begun: `[B]` int32, slots that the text did not fill itself, in every cache: nothing is written to them.
         user: whose text the caches hold.
-        hidden: `[B, ROWS, D]` of the last pass.  path, tokens: `[B, MOST]` of the last step, see
+        hidden: `[B, ROWS, D]` of the last pass.
+        path, tokens: `[B, MOST]` of the last step, see
             `kernels.commit.accept`, and so is record.
         drawn: `[B]` int64, random numbers that a rule has used, see `device_rules`.
         fed: `[B]` int32, slots of the main model that the modules have seen, where steps of several shapes take turns.

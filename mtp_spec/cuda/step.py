@@ -37,7 +37,8 @@ class Step:
         acceptance: the rule; all but "coupled" draw drafts and accept them by `device_rules`.
         draws: whether the call draws and accepts; else `take` is then told what was drawn.
     Attributes:
-        logits: `[M, V]` float32 of the last call, root first.  ids: `[M]` int64, the tokens of its rows; unless the
+        logits: `[M, V]` float32 of the last call, root first.
+        ids: `[M]` int64, the tokens of its rows; unless the
             state is one of several texts, whose steps leave nothing but their logits, in the state's own room.
     """
 

@@ -139,8 +139,10 @@ class Planner:
         """Takes the times of a step of several texts.
 
         Args:
-            rows: that were verified.  verifying: seconds of that.
-            drafted: seconds that drafting should have taken by what was measured alone.  others: those of all the rest.
+            rows: that were verified.
+            verifying: seconds of that.
+            drafted: seconds that drafting should have taken by what was measured alone.
+            others: those of all the rest.
         """
         expected = self.times.verify(rows, context) * self.speed.factor("verify")
         self.speed.learn("verify", verifying, expected)
@@ -251,7 +253,10 @@ class TextPlanner:
         """Returns the chances of a node's children, best first, without those that cannot pay.
 
         Args:
-            chance: of the node.  lead: of its best child over the next.  depth: of the children.  width: most of them.
+            chance: of the node.
+            lead: of its best child over the next.
+            depth: of the children.
+            width: most of them.
         """
         best = self._confidence.chance(lead, depth)
         self._leads[node] = (lead, depth)

@@ -61,7 +61,8 @@ class Chances:
         """Takes the nodes of an accepted path, depth 1 first.
 
         Args:
-            times: texts of which it was the path.  texts: those that took the step: all of them are one observation
+            times: texts of which it was the path.
+            texts: those that took the step: all of them are one observation
                 as far as it is to be forgotten.
         """
         keep = self._keep ** (times / texts)
@@ -145,7 +146,8 @@ class TextLadder:
 
     Attributes:
         ladder: that of the next step; another one where another number of texts takes it.
-        texts: that take it.  left: tokens that the longest of them may still get.
+        texts: that take it.
+        left: tokens that the longest of them may still get.
         behind: rows of theirs that the MTP modules have not read.
     """
 

@@ -47,7 +47,8 @@ class QuestionSet:
     """The questions of a run.
 
     Attributes:
-        name: the file's name, or "bundled".  kind: its format.
+        name: the file's name, or "bundled".
+        kind: its format.
     """
 
     name: str
