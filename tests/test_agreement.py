@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mtp_spec
-from mtp_spec.analysis.watch import FEW, STEPS, Watch
+from mtp_spec.analysis.watch import EVIDENCE, FEW, STEPS, Watch
 from mtp_spec.cli.agreement import agreement
 from mtp_spec.cli.inspect import run_inspect
 from mtp_spec.cli.main import build_parser, main
@@ -54,7 +54,7 @@ def _inspect(folder: Path) -> argparse.Namespace:
     [
         (stats(STEPS, STEPS, 4), 0.7, True, "--agreement"),
         (stats(STEPS, STEPS, 4), 2.0, True, "temperature 2"),
-        (stats(STEPS, 12, 8), 0.7, True, "67% of first drafts"),
+        (stats(STEPS, EVIDENCE, 0), 0.7, True, "0 drafted tokens accepted in 12 steps"),
         (stats(STEPS, STEPS, 4), 0.7, False, "one by one"),
     ],
 )
@@ -74,9 +74,21 @@ def test_does_not_warn_of_few_steps_or_of_good_drafts() -> None:
         Watch(True).ended(stats(STEPS, STEPS, int(STEPS * (FEW - 1.0)) + 1), SamplingParams())
 
 
+def test_does_not_warn_where_drafts_are_left_out() -> None:
+    watch = Watch(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(EVIDENCE - 1):
+            watch.ended(stats(STEPS, 1, 0), SamplingParams())
+        watch.ended(stats(STEPS, 1, 1), SamplingParams())  # the twelfth is right
+        lm = mtp_spec.load()
+        for seed in range(3):
+            lm.generate("Tell me a story about a fox", max_new_tokens=150, seed=seed, ignore_eos=True)
+
+
 def test_texts_of_a_model_with_untrained_modules_warn(tmp_path: Path) -> None:
     lm = mtp_spec.load(make(tmp_path / "model"))
-    with pytest.warns(UserWarning, match="tokens a step in"):
+    with pytest.warns(UserWarning, match="accepted in"):
         lm.generate([[3, 5 + i] for i in range(9)], max_new_tokens=30, temperature=0.0, speculation=1)
 
 
