@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("kernels", "model", "mtp_spec")  # from the lowest to the highest
 # A module or folder of mtp_spec/ imports only what stands before it; "mtp_spec" is the package's face.
 ORDER = """
-    errors _version machine console progress text option_checks sampling tree acceptance speculation tree_shape stats
-    results handle distributed keywords request cache sequence step scheduler planning host_memory memory cpu serving
-    stream prompt analysis cuda weights load_checks backends api loading mtp_spec evaluation chat bench cli __main__
+    errors _version machine console shapes progress text option_checks sampling tree acceptance speculation
+    tree_shape stats results handle distributed keywords request cache sequence step scheduler planning host_memory
+    memory cpu serving stream prompt analysis cuda weights load_checks backends api loading mtp_spec evaluation chat
+    bench cli __main__
 """.split()  # noqa: SIM905  # forty quoted words are no easier to read
 
 
@@ -84,6 +85,7 @@ def test_the_map_names_what_is_there() -> None:
         assert (ROOT / path).exists(), path
     listed = {Path(name).name for name in names}
     left_out = {"__init__", "__main__", "_version", "backends", "console", "errors", "evaluation", "host_memory",
-                "keywords", "machine", "option_checks", "progress", "prompt", "weights", "mtp_spec"}  # fmt: skip
+                "keywords", "machine", "option_checks", "progress", "prompt", "shapes", "weights",
+                "mtp_spec"}  # fmt: skip
     for name in set(ORDER) - left_out:
         assert name in listed or f"{name}.py" in listed, f"CONTRIBUTING.md does not name {name}"

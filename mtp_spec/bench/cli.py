@@ -69,10 +69,12 @@ def add_bench(commands: Any) -> None:
     five.add_argument("--quick", action="store_true", help="without torch's and cuBLAS's products beside")
     five.add_argument("--tune", action="store_true", help="search for launches of products and experts first")
     five.add_argument("--write", type=Path, metavar="FOLDER", help="put what --tune found there: kernels/tuned")
-    six = kinds.add_parser("step", help="decode, verify and draft passes of a full-width DeepSeek-V3 slice on a GPU",
+    six = kinds.add_parser("step", help="decode, verify and draft passes of a slice at full width on a GPU",
                            description=step.__doc__)  # fmt: skip
     six.set_defaults(run=step)
     six.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
+    six.add_argument("--shape", type=parsing.shape_file, default="671B", metavar="NAME",
+                     help="a published model or a config.json (671B)")  # fmt: skip
     six.add_argument("--rows", type=parsing.integers, default=[1, 2, 4, 8, 16], metavar="M,...", help="rows to time")
     six.add_argument("--context", type=parsing.count, default=1024, help="committed tokens (1024)")
     six.add_argument("--parts", type=parsing.chosen(PARTS), default=list(PARTS), metavar="NAME,...",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mtp_spec.errors import OptionError
+from mtp_spec.shapes import named_shape
 from mtp_spec.speculation import ACCEPTANCE_RULES, MAX_DEPTH, Speculation
 
 
@@ -23,6 +25,13 @@ def integers(text: str) -> list[int]:
 def count(text: str) -> int:
     (value,) = integers(text)
     return value
+
+
+def shape_file(text: str) -> Path:
+    try:
+        return named_shape(Path(text))
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def depths(text: str) -> list[int]:

@@ -1,9 +1,9 @@
-"""`bench step`: a slice of DeepSeek-V3 at full width, against the bytes that a pass must read.
+"""`bench step`: a model's shape at full width, against the bytes that a pass must read.
 
-Three dense layers, as many MoE layers as the card holds, embedding, head and the MTP module, random FP8 weights. A
-pass is timed as a CUDA graph. Its floor is the bytes of the weights it reads (of the distinct experts its rows were
-routed to, counted), of the cache and of the scales, over the copy rate measured in the same run. Random routing is the
-worst case: neighbouring tokens of a text share experts.
+The dense layers, as many MoE layers as the card holds, embedding, head and the MTP module, random FP8 weights. A pass
+is timed as a CUDA graph. Its floor is the bytes of the weights it reads (of the distinct experts its rows were routed
+to, counted), of the cache and of the scales, over the rate at which a kernel reads in the same run; a copy, which was
+the floor before, is slower. Random routing is the worst case: neighbouring tokens of a text share experts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +23,7 @@ from torch import Tensor
 from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
 from mtp_spec.bench.common import Report, Row
-from mtp_spec.bench.timing import copy_rate, graph_time
+from mtp_spec.bench.timing import copy_rate, graph_time, kernel_times, read_rate
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Step
@@ -62,7 +60,7 @@ FINITE = 0xBF  # clears e4m3's highest exponent bit: no NaN, magnitudes below 2
 
 
 def step(args: argparse.Namespace) -> Report:
-    """Times a full-width slice of DeepSeek-V3. Passes: decode, verify and draft against the bytes they must read.
+    """Times a slice of a model at full width. Passes: decode, verify and draft against the bytes they must read.
     Layers: one of either kind and the head, and the whole model from these. Accepting: which share of a step sampling
     and acceptance take at the whole vocabulary. Text: whether speculation changes it."""
     if not torch.cuda.is_available():
@@ -71,9 +69,9 @@ def step(args: argparse.Namespace) -> Report:
     device = local_device("cuda", ranks)
     if not args.library:
         open_rooms(ranks, device)
-    (rate,) = ranks.first((copy_rate(),))
+    rate, copying = ranks.first((read_rate(), copy_rate()))
     torch.cuda.empty_cache()
-    full = load_config(Path(str(files("mtp_spec.configs") / "config_671B.json")))
+    full = load_config(args.shape)
     full = replace(full, num_nextn_predict_layers=1, fp8_block=(128, 128))
     config = _slice(full, args.context, args.layers, ranks)
     planned = plan_memory(DeviceModel(config, "meta", ranks=ranks), args.context + ROWS)
@@ -86,7 +84,8 @@ def step(args: argparse.Namespace) -> Report:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     facts = {
-        "copy_TB_per_s": rate, "context": args.context, "dense layers": config.first_k_dense_replace,
+        "shape": args.shape.stem, "read_TB_per_s": rate, "copy_TB_per_s": copying, "context": args.context,
+        "dense layers": config.first_k_dense_replace,
         "moe layers": config.num_hidden_layers - config.first_k_dense_replace, "memory planned": planned.total,
         "memory at the peak": peak, "memory ratio": peak / planned.total, **found,
         "ranks": ranks.size, "exchange": "none" if ranks.size == 1 else "library" if ranks.rooms is None else "rooms",
@@ -94,8 +93,8 @@ def step(args: argparse.Namespace) -> Report:
     if TEXT in args.parts:
         facts["same text"] = _same_text(model, args.context)
         notes.append(f"texts with speculation that are those without: {facts['same text']}")
-    title = (f"DeepSeek-V3 at full width, {facts['dense layers']} dense and {facts['moe layers']} MoE layers, context "
-             f"{args.context}; device copy {rate:.2f} TB/s")  # fmt: skip
+    title = (f"{args.shape.stem} at full width, {facts['dense layers']} dense and {facts['moe layers']} MoE layers, "
+             f"context {args.context}; reads {rate:.2f} TB/s, copies {copying:.2f} TB/s")  # fmt: skip
     failed = not all(facts.get("same text", {}).values())
     return Report(title, rows, facts, failed, silent=ranks.rank > 0, notes=notes)
 
@@ -107,7 +106,7 @@ def measure(
 
     Args:
         full: the whole model, of which `model` is a slice.
-        rate: TB/s of a copy.
+        rate: TB/s of reading.
     """
     rows, facts, notes, seconds = list[Row](), dict[str, Any](), list[str](), dict[str, float]()
     state.reset(SamplingParams(temperature=0.8, seed=0), [0])
@@ -117,6 +116,7 @@ def measure(
         if part == "passes":
             rows += [_pass(f"decode and verify, {m} rows", _verify(model, state, context, m), rate) for m in args.rows]
             rows.append(_pass("draft, 1 row", _draft(model, state, context), rate))
+            facts["kernels of one row"] = kernel_times(_verify(model, state, context, 1)[0])
         elif part == "layers":
             rows += _layers(model, state, context, args.rows, rate)
             facts["extrapolated"] = _extrapolated(rows, full, args.rows)
@@ -137,7 +137,7 @@ def _slice(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) ->
         config = replace(full, num_hidden_layers=full.first_k_dense_replace + count)
         if plan_memory(DeviceModel(config, "meta", ranks=ranks), context + ROWS).total < free:
             return config
-    raise OptionError(f"bench step needs room for one MoE layer of DeepSeek-V3: {free / 1e9:.1f} GB are free")
+    raise OptionError(f"bench step needs room for one MoE layer: {free / 1e9:.1f} GB are free")
 
 
 def _fill(model: DeviceModel) -> None:
@@ -241,7 +241,7 @@ def _layers(model: DeviceModel, state: State, context: int, counts: list[int], r
 
             kv = len(layers) * (context + m) * state.store.shape[1] * 2
             row = _pass(f"{name}, {m} rows", (run, [layer for layer, _ in layers], kv), rate)
-            for key in ("us", "floor us", "GB"):
+            for key in ("us", "floor us", "GB", "launches"):
                 row[key] /= len(layers)
             rows.append(row)
         rows.append(_pass(f"head, {m} rows", (partial(model.logits, x), [model.lm_head], 0), rate))
@@ -258,7 +258,9 @@ def _pass(name: str, work: tuple[Callable[[], Any], list[Any], int], rate: float
     size = cached + sum(_bytes(part, experts) for part in reads)
     floor = size / rate / 1e6
     hit = sum(per_layer) / len(per_layer) if per_layer else 0.0
-    return {"pass": name, "us": micro, "floor us": floor, "x floor": micro / floor, "GB": size / 1e9, "experts": hit}
+    launches = sum(count for count, _ in kernel_times(run).values())
+    return {"pass": name, "us": micro, "floor us": floor, "x floor": micro / floor, "GB": size / 1e9, "experts": hit,
+            "launches": launches}  # fmt: skip
 
 
 @contextmanager

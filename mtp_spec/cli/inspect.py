@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mtp_spec.bench.cli import add_load_options
 from mtp_spec.cli.inspection_table import show_checkpoint
 from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.shapes import named_shape, published
 
 EXAMPLES = """examples:
   mtp-spec inspect /models/DeepSeek-V3
@@ -51,7 +51,7 @@ def run_inspect(args: argparse.Namespace) -> None:
         OptionError: an option that does not belong to what the path is.
         MTPSpecError: a tensor differs from its checksum.
     """
-    args.path = _named(args.path)
+    args.path = args.path and named_shape(args.path)
     if args.device is not None and not args.agreement:
         raise OptionError(f"--device {args.device} belongs to --agreement: nothing else runs the model")
     for_file = [name for name in ("model_parallel", "card", "copy_rate") if getattr(args, name) is not None]
@@ -76,24 +76,6 @@ def run_inspect(args: argparse.Namespace) -> None:
 
     ranks = 1 if args.model_parallel is None else args.model_parallel
     show_estimate(args.path, ranks, card_rate(args.card, args.copy_rate), args.json)
-
-
-def published() -> list[str]:
-    """Returns the names of the shapes that the library has."""
-    folder = files("mtp_spec.configs")
-    return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
-
-
-def _named(path: Path | None) -> Path | None:
-    """Returns the configuration that a name stands for, where nothing lies under it."""
-    if path is None or path.exists() or len(path.parts) > 1:
-        return path
-    names = {name.lower(): name for name in published()}
-    wanted = path.name.lower().removesuffix(".json")
-    found = names.get(wanted) or names.get(f"config_{wanted}")
-    if found is None:
-        raise OptionError(f"{path} does not exist here, and the library's own shapes are {', '.join(names.values())}")
-    return Path(str(files("mtp_spec.configs") / f"{found}.json"))
 
 
 def _loads(args: argparse.Namespace) -> bool:

@@ -1,0 +1,30 @@
+"""The shapes of published models that the library has, by name."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from mtp_spec.errors import OptionError
+
+
+def published() -> list[str]:
+    """Returns the names of the shapes that the library has."""
+    folder = files("mtp_spec.configs")
+    return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
+
+
+def named_shape(path: Path) -> Path:
+    """Returns the configuration that a name stands for, where nothing lies under it.
+
+    Raises:
+        OptionError: nothing has that name.
+    """
+    if path.exists() or len(path.parts) > 1:
+        return path
+    names = {name.lower(): name for name in published()}
+    wanted = path.name.lower().removesuffix(".json")
+    found = names.get(wanted) or names.get(f"config_{wanted}")
+    if found is None:
+        raise OptionError(f"{path} does not exist here, and the library's own shapes are {', '.join(names.values())}")
+    return Path(str(files("mtp_spec.configs") / f"{found}.json"))
