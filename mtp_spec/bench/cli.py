@@ -64,8 +64,8 @@ def add_bench(commands: Any) -> None:
     five.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
     five.add_argument("--rows", type=parsing.integers, default=[1, 4, 8, 16, 64], metavar="M,...", help="rows to time")
     five.add_argument("--what", type=parsing.chosen(WHAT), default=list(WHAT), metavar="NAME,...", help=", ".join(WHAT))
-    five.add_argument("--shapes", type=parsing.chosen(SHAPES), default=list(SHAPES), metavar="NxK,...",
-                      help="products to time")  # fmt: skip
+    five.add_argument("--shapes", type=parsing.products, default=list(SHAPES), metavar="NxK,...",
+                      help="products to time (DeepSeek-V3's)")  # fmt: skip
     five.add_argument("--quick", action="store_true", help="without torch's and cuBLAS's products beside")
     five.add_argument("--tune", action="store_true", help="search for launches of products and experts first")
     five.add_argument("--write", type=Path, metavar="FOLDER", help="put what --tune found there: kernels/tuned")

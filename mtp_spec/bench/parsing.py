@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def integers(text: str) -> list[int]:
 def count(text: str) -> int:
     (value,) = integers(text)
     return value
+
+
+def products(text: str) -> list[str]:
+    """Returns matrices' names, such as 4096x7168 or "4096x7168 bf16"."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if re.fullmatch(r"[1-9]\d*x[1-9]\d*( bf16)?", name) is None:
+            raise argparse.ArgumentTypeError(f"{name!r}: give NxK, such as 4096x7168 or '4096x7168 bf16'")
+    return names
 
 
 def shape_file(text: str) -> Path:

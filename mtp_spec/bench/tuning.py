@@ -38,13 +38,13 @@ def product_rounds(n: int, k: int) -> list[Changes]:
     """Returns what is tried for a product: shapes and splits together, then how much is pulled ahead, and when."""
     first: Changes = []
     for tile, stages, unroll, warps in PRODUCT_SHAPES:
-        for splits in SPLITS:
-            programs = -(-n // tile) * splits
-            blocks = -(-k // fp8.BLOCK) // splits
-            if splits > 1 and (programs > PROGRAMS[1] or blocks < 3 * unroll):
-                continue
-            if programs >= PROGRAMS[0] or splits == SPLITS[-1]:
-                first.append({"tile": tile, "splits": splits, "stages": stages, "unroll": unroll, "warps": warps})
+        tiles, blocks = -(-n // tile), -(-k // fp8.BLOCK)
+        allowed = [splits for splits in SPLITS
+                   if splits == 1 or (tiles * splits <= PROGRAMS[1] and blocks // splits >= 3 * unroll)]  # fmt: skip
+        # all that give every multiprocessor something to do, or, of a small matrix, the most
+        enough = [splits for splits in allowed if tiles * splits >= PROGRAMS[0]] or allowed[-2:]
+        first += [{"tile": tile, "splits": splits, "stages": stages, "unroll": unroll, "warps": warps}
+                  for splits in enough]  # fmt: skip
     both = [{"ahead": ahead, "call": call} for ahead in AHEAD for call in CALL]
     return [first, both, [{"ahead": ahead} for ahead in FURTHER]]
 
