@@ -17,14 +17,28 @@ from mtp_spec.kernels import ordered
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 BLOCK = 128
-# the value of every byte, NaN too
-VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).float().numpy()
+VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).float().numpy()  # of every byte, NaN too
+PLACES = 128  # a factor that moves bits by e4m3's seven
+SIGN_AND_NUMBER = -0x4080  # 0xBF80: float16's bits that come from e4m3's; the sign was copied to one more
+FEW = 2**15  # numbers that a table converts in less time
+RATIO = 256.0  # of e4m3's numbers to float16's with these bits
 
 
 def widen(x: Tensor) -> Tensor:
-    """Returns e4m3 x `[...]` as float32; on a CPU by a table, which takes a third of the time of torch's conversion."""
+    """Returns e4m3 x `[...]` as float32.
+
+    torch converts e4m3 number by number on a CPU. Few numbers are looked up. Of many, bits are moved seven places up,
+    which makes them those of a float16 that is `RATIO` times smaller, subnormal ones included: integer steps and
+    conversions from float16 are vectorised, and run in torch's threads.
+    """
     if x.device.type != "cpu":
         return x.float()
+    if x.numel() > FEW:
+        bits = x.view(torch.int8).to(torch.int16).mul_(PLACES).bitwise_and_(SIGN_AND_NUMBER)
+        wide = bits.view(torch.float16).float().mul_(RATIO)
+        low, high = wide.aminmax()
+        if max(-low, high) <= E4M3_MAX:  # else there is a NaN, which would be a number
+            return wide
     values = np.take(VALUES, x.view(torch.uint8).numpy(), mode="clip")  # which leaves out a check of the indices
     return torch.from_numpy(np.asarray(values))
 
