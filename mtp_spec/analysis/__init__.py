@@ -1,1 +1,1 @@
-"""What is asked about a model rather than of it: scores, explained steps, agreement of its MTP modules."""
+"""What is asked about a model rather than of it: scores, explained steps, drafts that keep failing."""

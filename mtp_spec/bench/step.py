@@ -72,6 +72,7 @@ def step(args: argparse.Namespace) -> Report:
     rate, copying = ranks.first((read_rate(), copy_rate()))
     torch.cuda.empty_cache()
     full = load_config(args.shape)
+    named = full.num_nextn_predict_layers
     full = replace(full, num_nextn_predict_layers=1, fp8_block=(128, 128))
     config = _slice(full, args.context, args.layers, ranks)
     planned = plan_memory(DeviceModel(config, "meta", ranks=ranks), args.context + ROWS)
@@ -90,6 +91,8 @@ def step(args: argparse.Namespace) -> Report:
         "memory at the peak": peak, "memory ratio": peak / planned.total, **found,
         "ranks": ranks.size, "exchange": "none" if ranks.size == 1 else "library" if ranks.rooms is None else "rooms",
     }  # fmt: skip
+    if not named:
+        notes.append(f"{args.shape.stem} names no MTP module: the draft's is one of the model's own layers")
     if TEXT in args.parts:
         facts["same text"] = _same_text(model, args.context)
         notes.append(f"texts with speculation that are those without: {facts['same text']}")
