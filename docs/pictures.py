@@ -107,6 +107,7 @@ def draw_noise(words: list[str], target: list[float], draft: list[float], noise:
     low = min(*target, *draft, *(a + b for a, b in zip(target, noise, strict=True))) - 0.5
     high = max(a + b for row in (target, draft) for a, b in zip(row, noise, strict=True)) + 0.5
     for name, row, left in (("target", target, 110), ("draft", draft, 450)):
+
         def x(value: float, left: int = left) -> float:
             return left + (value - low) / (high - low) * width
 

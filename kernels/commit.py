@@ -70,9 +70,7 @@ def accept(
     )  # fmt: skip
 
 
-def keep(
-    outputs: Tensor, tokens: Tensor, length: Tensor, hidden: Tensor, ring: Tensor, ring_tokens: Tensor
-) -> None:
+def keep(outputs: Tensor, tokens: Tensor, length: Tensor, hidden: Tensor, ring: Tensor, ring_tokens: Tensor) -> None:
     """Puts the row of each text's plain step aside for MTP modules that will read it when drafting begins again.
 
     Args:
@@ -98,9 +96,7 @@ def keep(
     )  # fmt: skip
 
 
-def commit(
-    caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pages: Tensor | None = None
-) -> None:
+def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pages: Tensor | None = None) -> None:
     """Moves each text's committed rows' latents to the slots behind its `length` `[B]`, in all layers at once.
 
     Args:

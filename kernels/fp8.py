@@ -79,15 +79,11 @@ def weight_quant(w: Tensor, block_size: int = BLOCK, power_of_two: bool = False)
     pad = (0, column_blocks * block_size - columns, 0, row_blocks * block_size - rows)
     blocks = F.pad(w.float(), pad).view(row_blocks, block_size, column_blocks, block_size)
     scale = block_scale(blocks.abs().amax((1, 3)), power_of_two)
-    quantised = _to_e4m3(blocks, scale[:, None, :, None]).view(
-        row_blocks * block_size, column_blocks * block_size
-    )
+    quantised = _to_e4m3(blocks, scale[:, None, :, None]).view(row_blocks * block_size, column_blocks * block_size)
     return quantised[:rows, :columns].contiguous(), scale
 
 
-def weight_dequant(
-    w: Tensor, scale: Tensor, block_size: int = BLOCK, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
+def weight_dequant(w: Tensor, scale: Tensor, block_size: int = BLOCK, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Returns w `[N, K]` times its block scales, in `dtype`.
 
     Raises:

@@ -63,9 +63,7 @@ def rms_norm_quant_reference(
     return *act_quant(out, power_of_two=power_of_two), total
 
 
-def rms_norm_reference(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`rms_norm` in plain torch."""
     total = x if residual is None else x + residual
     return normed(total, weight, eps), total
@@ -183,9 +181,7 @@ if triton is not None:
         row, first = tl.program_id(0), tl.program_id(1) * SIZE
         places = first + tl.arange(0, SIZE)
         values = tl.load(x + row.to(tl.int64) * channels + places, mask=places < channels, other=0.0)
-        _store_quantised(
-            values.to(tl.float32), row, first, quantised, scales, channels, blocks, SIZE, POWER, LARGEST
-        )
+        _store_quantised(values.to(tl.float32), row, first, quantised, scales, channels, blocks, SIZE, POWER, LARGEST)
 
     @triton.jit
     def _silu_mul_quant_kernel(

@@ -58,9 +58,7 @@ class HostModel:
     def joint_mtp_rows(self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan) -> Tensor:
         """Appends rows to caches of a module; returns the module's normed outputs `[M, D]`."""
 
-    def scored_rows(
-        self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    def scored_rows(self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns `joint_rows`, and the logits `[S, V]` of those of its rows that `scored` counts."""
         hidden = self.joint_rows(ids, plan)
         return hidden, self.logits(hidden[list(scored)])
@@ -105,9 +103,7 @@ class HostModel:
         """
         return self.joint_rows(ids, JointPlan.of((cache, plan_rows(self.table(cache.capacity), cache.length, parents))))
 
-    def mtp_rows(
-        self, module: int, ids: Sequence[int], hidden: Tensor, cache: LatentCache, plan: RowPlan
-    ) -> Tensor:
+    def mtp_rows(self, module: int, ids: Sequence[int], hidden: Tensor, cache: LatentCache, plan: RowPlan) -> Tensor:
         """Appends rows to a module's cache and returns the module's normed outputs `[M, D]`."""
         return self.joint_mtp_rows(module, ids, hidden, JointPlan.of((cache, plan)))
 

@@ -34,9 +34,7 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32 or wider, returned in the input's dtype."""
 
-    def __init__(
-        self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.weight = empty_parameter(size, dtype=dtype, device=device)
         self.eps = eps

@@ -132,8 +132,6 @@ def apply_rope(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
         table: `[..., 2, R]` rows of `rope_table`, broadcast against x.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    swapped = (
-        wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else wide.roll(wide.shape[-1] // 2, -1)
-    )
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else wide.roll(wide.shape[-1] // 2, -1)
     own, other = table.unbind(-2)
     return (wide * own + swapped * other).to(x.dtype)

@@ -37,9 +37,7 @@ class Block(nn.Module):
         self.self_attn = MLA(config, dtype, device, ranks)
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype, device)
         self.mlp: MLP | MoE = (
-            MoE(config, dtype, device, ranks)
-            if dense is None
-            else MLP(hidden, dense, dtype, device, ranks)
+            MoE(config, dtype, device, ranks) if dense is None else MLP(hidden, dense, dtype, device, ranks)
         )
 
     def rows(self, x: Tensor, layer: int, plan: JointMasks) -> Tensor:
@@ -79,9 +77,7 @@ class MTPModule(nn.Module):
         self.embed_tokens: Tensor | None = (
             empty_parameter(config.vocab_size, hidden, dtype=dtype, device=device) if shape.own_embedding else None
         )
-        self.head: Tensor | None = (
-            empty_parameter(rows, hidden, dtype=dtype, device=device) if shape.own_head else None
-        )
+        self.head: Tensor | None = empty_parameter(rows, hidden, dtype=dtype, device=device) if shape.own_head else None
 
     def mix(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         mixed: Tensor = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))

@@ -1,8 +1,10 @@
 """Exact speculative decoding of DeepSeek-V3-style models with their own multi-token-prediction modules.
 
-    import mtp_spec
-    lm = mtp_spec.load()
-    print(lm.generate("Tell me a story about a fox", temperature=0.7).text)
+```python
+import mtp_spec
+lm = mtp_spec.load()
+print(lm.generate("Tell me a story about a fox", temperature=0.7).text)
+```
 """
 
 from mtp_spec._version import __version__

@@ -105,9 +105,7 @@ class LM:
         self, prompt: str | Ids, **options: Unpack[GenerateOptions]
     ) -> Generation: ...
     @overload
-    def generate(
-        self, prompt: Seq[str] | Seq[Ids], **options: Unpack[GenerateOptions]
-    ) -> list[Generation]: ...
+    def generate(self, prompt: Seq[str] | Seq[Ids], **options: Unpack[GenerateOptions]) -> list[Generation]: ...
     def generate(self, prompt: Any, *, n: int | None = None, **options: Unpack[GenerateOptions]) -> Any:
         """Returns the continuation of a prompt, or a list of them in order for a list of prompts.
 
@@ -224,8 +222,12 @@ class LM:
             return self._worker.submit([Sequence(request, ended=ended) for request in requests], self)
 
     def stream(
-        self, prompt: str | Ids | Seq[Message], *, after: TokenStream | None = None,
-        observer: Observer | None = None, **options: Unpack[StreamOptions],
+        self,
+        prompt: str | Ids | Seq[Message],
+        *,
+        after: TokenStream | None = None,
+        observer: Observer | None = None,
+        **options: Unpack[StreamOptions],
     ) -> TokenStream:
         """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `chat`.
 
@@ -350,4 +352,3 @@ class LM:
         if self.tokenizer is not None:
             ids |= set(self.tokenizer.eos_ids)
         return frozenset(ids)
-

@@ -76,9 +76,7 @@ class SpeculativeLM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.text.template if chat_template else None
 
-    def apply_chat_template(
-        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         if not add_generation_prompt:
             raise OptionError("a task that begins the answer itself (gen_prefix) has no counterpart: run it without "
                               "--apply_chat_template")  # fmt: skip

@@ -345,7 +345,7 @@ def commits() -> None:
                 record = torch.full((texts, commit.record_size(9)), -7, dtype=torch.int32, device=place)
                 seen = torch.zeros(texts, 3, dtype=torch.int32, device=place)
                 inputs = [t.to(place) for t in (drawn, failed, ids, parents.int())]
-                commit.runs_triton = (lambda _, kernel=kernel: kernel)  # else the references
+                commit.runs_triton = lambda _, kernel=kernel: kernel  # else the references
                 if _depth(parents) < 9:
                     commit.accept(*inputs, path, tokens, record, seen)
                 caches = new_caches(3, 100, 0, Layout(64, 16, packed=rows % 2 == 1), place, 6 if texts > 1 else None)

@@ -106,7 +106,7 @@ def outcome(checkpoint: Published) -> tuple[str, str]:
     stored = stored_format(given)
     size = estimate(config, stored=stored).whole / 1e9
     if stored is not None and stored.block is None:
-        return "refused", f"{stored.name}: take the bfloat16 folder and `weights=\"fp8\"`; {size:,.0f} GB"
+        return "refused", f'{stored.name}: take the bfloat16 folder and `weights="fp8"`; {size:,.0f} GB'
     if config.fp8_block is not None:
         scales = ", scales powers of two" if config.powers_of_two else ""
         return "accepted", f"FP8{scales}; {size:,.0f} GB"

@@ -165,8 +165,6 @@ def test_exponential_is_right_to_an_ulp() -> None:
     assert same(special, [1, 1, 0, 0, np.nan, 0])
 
 
-
-
 def test_activate_far_below_zero(engine: Kernels) -> None:
     gate = np.linspace(-1000, -85, 999).astype(np.float32)
     assert np.abs(engine.activate(gate, np.ones_like(gate))).max() < 1e-30

@@ -93,9 +93,7 @@ def program(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
     return "worker.py"
 
 
-def test_a_peer_answers_and_knows_nothing_of_this_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_answers_and_knows_nothing_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     text = (
         "print(json.dumps({'asked': json.loads(sys.argv[1]), 'path': os.environ.get('PYTHONPATH'),"
@@ -111,13 +109,12 @@ def test_a_peer_answers_and_knows_nothing_of_this_process(
 
 
 @pytest.mark.parametrize("ready", ["", "print('{}', flush=True)\nsys.stdin.readline()\n"])
-def test_a_peer_that_ends_tells_its_last_words(
-    ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_that_ends_tells_its_last_words(ready: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = program(tmp_path, monkeypatch, ready + "print('the disk is full', file=sys.stderr)\nsys.exit(3)\n")
-    with pytest.raises(PeerError, match=r"worker\.py ended with 3:\nthe disk is full"), Peer(
-        Path(HERE), name, {}, {}
-    ) as peer:
+    with (
+        pytest.raises(PeerError, match=r"worker\.py ended with 3:\nthe disk is full"),
+        Peer(Path(HERE), name, {}, {}) as peer,
+    ):
         peer.ask(x=1)
 
 

@@ -131,9 +131,7 @@ def test_a_bad_file_matters_to_those_who_ask_for_it(folder: Path, tmp_path: Path
         lm_of(lm.model, None, 64).generate([1], defaults="checkpoint")
 
 
-def test_on_the_command_line_and_in_a_chat(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_the_command_line_and_in_a_chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     common = ["generate", "The fox", "--json", "--seed", "3", "--max-new-tokens", "60"]
     texts = []
     for more in (["--defaults", "checkpoint"], ["--temperature", "0.7"], []):

@@ -187,9 +187,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("rungs", [[0, 0, 3, 1, 0], [0] * (RING + 4) + [4, 1]], ids=["in turn", "long pauses"])
-def test_turns_change_nothing(
-    folder: Path, scripted: Any, rungs: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_turns_change_nothing(folder: Path, scripted: Any, rungs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[tuple[list[int], int, list[torch.Tensor]]] = []
     leave = Group.leave
 

@@ -78,7 +78,10 @@ def test_pages_without_the_modules_slots(folder: Path) -> None:
 
 @pytest.mark.parametrize("speculation", [None, RULE, Speculation(4, adaptive=True)], ids=str)
 def test_what_a_text_has_written_is_shared(
-    folder: Path, scripted: Any, monkeypatch: pytest.MonkeyPatch, speculation: Any  # noqa: F811
+    folder: Path,
+    scripted: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    speculation: Any,
 ) -> None:
     """Pages of the answer too, but for what the modules may not have seen of it."""
     scripted([0] * (RING + 4) + [4, 1])

@@ -247,9 +247,7 @@ def test_a_disk_is_measured(tmp_path: Path) -> None:
 
 
 @engine
-def test_inspect_tells_it(
-    fp8: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_tells_it(fp8: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     main(["inspect", str(fp8), "--json"])
     told = json.loads(capsys.readouterr().out)["cpu_engine"]
     assert told["step"] == step_bytes(open_checkpoint(fp8)).total

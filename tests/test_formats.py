@@ -111,9 +111,7 @@ FORMATS: dict[str, tuple[dict[str, Any], str, float | None]] = {
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_named_sized_and_refused(
-    kind: str, fp8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_named_sized_and_refused(kind: str, fp8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given, name, bits = FORMATS[kind]
     folder = Path(shutil.copytree(fp8.with_name("fp8-bf16"), tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": given}

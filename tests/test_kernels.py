@@ -51,9 +51,7 @@ def test_product_compiles_to_fp8_tensor_cores(tile: int, rows: int, splits: int,
     }
     constants = {"TILE": tile, "ROWS": rows, "SPLITS": splits, "STAGES": 4, "UNROLL": unroll, "AHEAD": 8, "CALL": call,
                  "SCALED": True, "WIDE": False, "PDL": True}  # fmt: skip
-    source = ASTSource(
-        gemm._gemm_kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants
-    )
+    source = ASTSource(gemm._gemm_kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     ptx = compiled.asm["ptx"]
     assert f"m64n{rows}k32.f32.e4m3.e4m3" in ptx

@@ -249,5 +249,3 @@ def test_pruning_by_what_was_drawn_is_refused_because_it_is_wrong() -> None:
     with pytest.raises(OptionError, match="judges chains"):
         Speculation(branching=(2, 1), acceptance="block")
     assert Speculation(depth=2, budget=2, acceptance="typical").budget == 2
-
-

@@ -132,9 +132,7 @@ def test_a_list_of_seeds_is_for_a_list_of_prompts(lm: mtp_spec.LM) -> None:
             call([4, 2], seed=[1])
 
 
-def test_the_command_line_tells_the_seed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_tells_the_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--max-new-tokens", "6", "--raw", "--temperature", "1.5"]
     main(["generate", "The fox", *arguments])
     text, err = capsys.readouterr()

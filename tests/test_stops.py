@@ -222,9 +222,7 @@ def test_a_text_has_its_least_length(
 
 
 @pytest.mark.parametrize("rule", ACCEPTANCE_RULES)
-def test_every_rule_keeps_the_least_length(
-    small: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch, rule: str
-) -> None:
+def test_every_rule_keeps_the_least_length(small: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
     monkeypatch.setattr(small, "stop_ids", lambda: frozenset([EOS]))
     chain = rule in RULES and RULES[rule].chains_only
     shape = Speculation(branching=(1, 1, 1) if chain else (2, 2, 1), acceptance=rule)

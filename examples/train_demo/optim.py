@@ -29,9 +29,7 @@ class Muon:
         adam_lr: of embedding, head, gates and norms.
     """
 
-    def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], lr: float, decay: float, adam_lr: float
-    ) -> None:
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], lr: float, decay: float, adam_lr: float) -> None:
         self.lr, self.decay, self.adam_lr, self.momentum = lr, decay, adam_lr, 0.95
         self.groups: dict[torch.Size, list[nn.Parameter]] = {}
         others: list[nn.Parameter] = []

@@ -1,6 +1,6 @@
 """Draws the demonstration model's loss curves from its training logs.
 
-    python examples/train_demo/plot_loss.py configs/demo
+`python examples/train_demo/plot_loss.py configs/demo`
 """
 
 from __future__ import annotations

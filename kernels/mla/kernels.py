@@ -34,15 +34,11 @@ def split_of(position):
 @triton.jit
 def _split_start(split):
     late = tl.where(split < FIRST3, END1 + (split - FIRST2) * SIZE2, END2 + (split - FIRST3) * SIZE3)
-    return tl.where(
-        split < FIRST1, split * SIZE0, tl.where(split < FIRST2, END0 + (split - FIRST1) * SIZE1, late)
-    )
+    return tl.where(split < FIRST1, split * SIZE0, tl.where(split < FIRST2, END0 + (split - FIRST1) * SIZE1, late))
 
 
 @triton.jit
-def _absorb_block(
-    q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, WIDE: tl.constexpr
-):
+def _absorb_block(q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, WIDE: tl.constexpr):
     """One step of the online softmax: keys, tiles [BLOCK, WIDTH] and [BLOCK, R], for queries [ROWS, .] alike."""
     scores = tl.dot(q_latents[0], latents[0].T)
     for tile in tl.static_range(1, len(latents)):

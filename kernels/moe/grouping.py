@@ -136,6 +136,4 @@ if triton is not None:
         PDL: tl.constexpr,
     ):  # fmt: skip
         follow(PDL)
-        group_few(
-            indices, order, slot_expert, slot_first, slot_count, pairs, slots, PAIRS, TOKENS, WIDE_EXPERTS, SLOTS
-        )
+        group_few(indices, order, slot_expert, slot_first, slot_count, pairs, slots, PAIRS, TOKENS, WIDE_EXPERTS, SLOTS)

@@ -23,6 +23,7 @@ try:
 except ImportError:  # no Triton for this platform: the reference remains
     triton = None
 
+
 def uniforms(seed: Tensor, first: Tensor, count: int) -> Tensor:
     """Returns numbers first .. first + count - 1 of a seed, `[count]` float64 in [0, 1).
 

@@ -102,9 +102,7 @@ class CPUModel(HostModel):
     def joint_mtp_rows(self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan) -> Tensor:
         return self._pass(module, ids, hidden, plan, self._head, ())[0]
 
-    def scored_rows(
-        self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    def scored_rows(self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int]) -> tuple[Tensor, Tensor]:
         return self._pass(-1, ids, None, plan, self._head, scored)
 
     def scored_mtp_rows(

@@ -135,9 +135,7 @@ class Dense:
         # gate and up are quantised on their own: their scales meet where the rows do only at whole blocks
         self.inner, self.fused = inner, inner % BLOCK == 0
         each = 2 if self.fused else 1
-        self.parts = [
-            Matrix.empty(each * inner, hidden, device, whole=each * intermediate) for _ in range(3 - each)
-        ]
+        self.parts = [Matrix.empty(each * inner, hidden, device, whole=each * intermediate) for _ in range(3 - each)]
         self.down = Matrix.empty(len(ranks.part(hidden, BLOCK)), intermediate, device, whole=hidden)
 
     def __call__(self, x: tuple[Tensor, Tensor]) -> Tensor:
@@ -161,9 +159,7 @@ class Mixture:
     busy, where experts placed whole would leave one rank waiting for the other.
     """
 
-    def __init__(
-        self, config: ModelConfig, device: torch.device, router: torch.dtype, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, router: torch.dtype, ranks: Ranks = ALONE) -> None:
         hidden, shared, self.ranks = config.hidden_size, config.n_shared_experts, ranks
         self.inner = ranks.share(config.moe_intermediate_size, "moe_intermediate_size", BLOCK)
         if ranks.size > 1 and shared > 1:

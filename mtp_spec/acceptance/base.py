@@ -93,9 +93,7 @@ class Rule(Protocol):
         """
         ...
 
-    def judge(
-        self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices
-    ) -> Verdict:
+    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
         """Returns what is accepted.
 
         Args:

@@ -19,9 +19,7 @@ class Block(WithoutReplacement):
 
     chains_only = True
 
-    def judge(
-        self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices
-    ) -> Verdict:
+    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
         if not tree.is_chain():
             raise ValueError("block verification judges chains")
         count, weights = len(tree), [1.0]

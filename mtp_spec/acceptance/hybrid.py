@@ -33,9 +33,7 @@ class Hybrid:
         law = rest / mass
         return [*certain, Proposal(choices.pick(law), law)]
 
-    def judge(
-        self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices
-    ) -> Verdict:
+    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
         node, nodes = ROOT, list[int]()
         while True:
             p, children = target(node), tree.children(node)

@@ -31,9 +31,7 @@ class _Lossy(ABC):
     def accepts(self, p: Law, token: int) -> bool:
         """Returns whether a draft will do."""
 
-    def judge(
-        self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices
-    ) -> Verdict:
+    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
         node, nodes = ROOT, list[int]()
         while True:
             p = target(node)

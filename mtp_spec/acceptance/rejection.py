@@ -17,9 +17,7 @@ from mtp_spec.tree import ROOT, TokenTree
 class Rejection(WithoutReplacement):
     """See the module."""
 
-    def judge(
-        self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices
-    ) -> Verdict:
+    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
         node, nodes = ROOT, list[int]()
         while True:
             left = target(node)

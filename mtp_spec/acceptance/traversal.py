@@ -18,9 +18,7 @@ from mtp_spec.tree import ROOT, TokenTree
 class Traversal(WithoutReplacement):
     """See the module."""
 
-    def judge(
-        self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices
-    ) -> Verdict:
+    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
         # a node's weight is fixed when the walk first reaches it: its parent changes only once it is removed
         weight, left = {ROOT: 1.0}, {ROOT: target(ROOT)}
         children = {node: tree.children(node) for node in range(ROOT, len(tree))}

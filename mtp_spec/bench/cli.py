@@ -187,8 +187,12 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_draft_vocabulary(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--draft-vocabulary", type=parsing.vocabulary, metavar="N|FILE",
-                        help="draft only the first N tokens, or those in a file of ids; the text stays the same")
+    parser.add_argument(
+        "--draft-vocabulary",
+        type=parsing.vocabulary,
+        metavar="N|FILE",
+        help="draft only the first N tokens, or those in a file of ids; the text stays the same",
+    )
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:

@@ -175,4 +175,3 @@ def _read_rate(buffer: Tensor) -> float:
         start = time.perf_counter()
         list(pool.map(read, parts))
         return len(buffer) / (time.perf_counter() - start)
-

@@ -92,9 +92,7 @@ def _given(layer: Layer, m: int, prepared: list[Prepared], rate: float, launch: 
     return rows
 
 
-def _tune(
-    layer: Layer, prepared: dict[int, list[Prepared]], launch: moe.Launch, tried: dict[str, Any]
-) -> moe.Launch:
+def _tune(layer: Layer, prepared: dict[int, list[Prepared]], launch: moe.Launch, tried: dict[str, Any]) -> moe.Launch:
     """Searches for the launch of one product after the other, then for what is pulled ahead in whole layers.
 
     Each number of rows counts alike.

@@ -177,6 +177,7 @@ def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
     read = list[float]()
     begin = perf_counter()
     try:
+
         def told(done: int, total: int) -> None:
             read.append(perf_counter() - begin)
 

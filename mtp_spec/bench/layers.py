@@ -76,9 +76,7 @@ def decoded_alone(q: Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> Te
     return mla.attend(q[-1:], cache, mla.chain(plan.length + depth, 1), head)[0]
 
 
-def _row(
-    kernel: str, shape: str, m: int, micro: float, size: float, rate: float, error: float, exact: bool
-) -> Row:
+def _row(kernel: str, shape: str, m: int, micro: float, size: float, rate: float, error: float, exact: bool) -> Row:
     speed = size / micro / 1e6
     return {
         "kernel": kernel, "shape": shape, "M": m, "us": micro, "TB/s": speed, "of copy": speed / rate,

@@ -73,9 +73,7 @@ def products(args: argparse.Namespace, rate: float, facts: dict[str, Any]) -> tu
     return rows, launches
 
 
-def _row(
-    case: Case, m: int, launch: gemm.Launch, exact: bool, rate: float, quick: bool, errors: dict[str, str]
-) -> Row:
+def _row(case: Case, m: int, launch: gemm.Launch, exact: bool, rate: float, quick: bool, errors: dict[str, str]) -> Row:
     a, w = case.rows(m), case.weights[0]
     out = _multiply(a, w, launch).float()
     expected = a[0].float() @ w[0].float().T if a[1] is None or w[1] is None else fp8.fp8_gemm(a[0], a[1], w[0], w[1])

@@ -91,9 +91,7 @@ def _halvings(texts: int) -> int:
     return (texts - 1).bit_length()
 
 
-def warm_up(
-    lm: LM, ways: Mapping[str, Generate], prompts: Sequence[list[int]], options: Mapping[str, Any]
-) -> None:
+def warm_up(lm: LM, ways: Mapping[str, Generate], prompts: Sequence[list[int]], options: Mapping[str, Any]) -> None:
     """Writes a few tokens after a prompt of each kind: compiling, capturing and measuring are no part of a text's
     time."""
     for ids in {prefills(lm, ids): ids for ids in prompts}.values():

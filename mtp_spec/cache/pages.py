@@ -291,9 +291,7 @@ class HostPages(Pages["HostLease"]):
         unit, most_idle: see `Pages`.
     """
 
-    def __init__(
-        self, layers: Sequence[Tensor], modules: int, unit: int = 1, most_idle: int | None = None
-    ) -> None:
+    def __init__(self, layers: Sequence[Tensor], modules: int, unit: int = 1, most_idle: int | None = None) -> None:
         super().__init__(layers[0].shape[0] // PAGE, modules, unit, most_idle)
         self.layers = list(layers)
 

@@ -86,9 +86,7 @@ def estimate(
     return Estimate(ranks, round(weights), round(whole), round(read), cache, copy_rate)
 
 
-def _stored_bytes(
-    name: str, shape: tuple[int, ...], wide: int, config: ModelConfig, stored: Format | None
-) -> float:
+def _stored_bytes(name: str, shape: tuple[int, ...], wide: int, config: ModelConfig, stored: Format | None) -> float:
     numbers = torch.Size(shape).numel()
     if stored is not None and stored.block is None:
         packed = stored.bits is not None and is_packed(name, shape) and stored.packs(name)

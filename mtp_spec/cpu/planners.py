@@ -75,9 +75,7 @@ class Planners:
 
 
 @undisturbed()
-def calibrated(
-    times: StepTimes, model: HostModel, technique: Technique, tokenizer: Tokenizer | None
-) -> StepTimes:
+def calibrated(times: StepTimes, model: HostModel, technique: Technique, tokenizer: Tokenizer | None) -> StepTimes:
     """Returns the times of passes brought to what whole steps take in a text, one plain and one with drafts.
 
     Passes that follow their like find more in the processor's caches than passes taken in turn, and a step is more than

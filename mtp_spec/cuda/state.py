@@ -95,6 +95,7 @@ class State:
 
     def part(self, first: int, count: int) -> State:
         """Returns the state of some of the texts, which is the same memory."""
+
         def some(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[first : first + count]
 
@@ -146,8 +147,10 @@ class State:
     def sent(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
         """Returns values on the device, on their way there: the host does not wait for the work before."""
         given = torch.tensor(values, dtype=dtype)
-        return given.pin_memory().to(self.length.device, non_blocking=True) if self.length.is_cuda else given.to(
-            self.length.device
+        return (
+            given.pin_memory().to(self.length.device, non_blocking=True)
+            if self.length.is_cuda
+            else given.to(self.length.device)
         )
 
     def blank(self) -> None:

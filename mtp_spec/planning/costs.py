@@ -133,7 +133,6 @@ class StepTimes:
             curves[name] = Curve.rising((near, far), dict(zip(rows, seconds, strict=True)))
         return cls(**curves)
 
-
     def scaled(self, plain: float, factor: float) -> StepTimes:
         """Returns times in which a plain step takes so many seconds, and everything else `factor` times as long."""
         near, far = self.verify.seconds[0]

@@ -225,9 +225,7 @@ class TextPlanner:
         several, extend = beside.drafting, self._times.extend
         factor = self._drafts_share()
         self._extending = (extend(several * pending, context) - extend(several, context)) * factor
-        self._catching_up = factor * max(
-            0.0, extend(several * pending, context) - extend(several * MAX_DEPTH, context)
-        )
+        self._catching_up = factor * max(0.0, extend(several * pending, context) - extend(several * MAX_DEPTH, context))
         self._drafting, self._leads = 0.0, dict[int, tuple[float, int]]()
         self.tokens, self.seconds = 1.0, self._plain
 

@@ -28,6 +28,7 @@ from mtp_spec.stats import GenerationStats
 
 Load = Callable[[int | str | None], LM]
 
+
 @dataclass(slots=True)
 class Runner:
     """Generates what the journal does not hold yet.
@@ -157,10 +158,7 @@ class Runner:
             # as many steps as there were: tokens may be held back until a character is whole
             marks[event.step + 1] = stream.result.stats.total_seconds
         seconds, steps = perf_counter() - start, sorted(marks)
-        step_ms = [
-            round(1000 * (marks[step] - marks[before]) / (step - before), 3)
-            for before, step in pairwise(steps)
-        ]
+        step_ms = [round(1000 * (marks[step] - marks[before]) / (step - before), 3) for before, step in pairwise(steps)]
         sums = None if first is None else {name: getattr(first, name) for name in FIRST_DEPTH}
         return Text(cell.name, number, turn, stream.result.token_ids, seconds, step_ms, stream.result.stats, sums)
 

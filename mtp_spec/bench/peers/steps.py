@@ -131,9 +131,7 @@ def table(taken: dict[str, list[Steps]], read: dict[str, float], threads: int) -
     return rows
 
 
-def _turns(
-    model: CPUModel, peer: Peer, args: argparse.Namespace, threads: int
-) -> tuple[dict[str, list[Steps]], float]:
+def _turns(model: CPUModel, peer: Peer, args: argparse.Namespace, threads: int) -> tuple[dict[str, list[Steps]], float]:
     """Returns seconds of every step by round, and how the logits after the context correlate."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
