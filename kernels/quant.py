@@ -1,4 +1,6 @@
-"""Fused steps before an FP8 product: norm, activation and residual in one pass with the 1x128 quantisation.
+"""Fused steps before a product: norm, activation and residual in one pass with the 1x128 quantisation of FP8.
+
+Before a product in bfloat16 or float16 the same steps end without it.
 
 Each has its plain-torch reference beside it. One program works on one row (or one stretch of it), so a row's bits do
 not depend on its neighbours. Scales as in `fp8.act_quant`; with `power_of_two` they are rounded up to a power of two,
@@ -27,6 +29,8 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 STRETCH = 1024  # channels a program of the elementwise kernels
+# what a product takes on its left: e4m3 with scales for FP8 weights, or the type of the weights
+Operand = Tensor | tuple[Tensor, Tensor]
 
 
 def rms_norm_quant(
@@ -101,24 +105,54 @@ def _launch_norm(
 
 def silu_mul_quant(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Returns e4m3 `[M, D]` and scales `[M, B]` of silu(gate) * up for gate_up `[M, 2 D]`."""
-    expect("gate_up", gate_up, (None, None), FLOATS)
-    rows, channels = gate_up.shape[0], gate_up.shape[1] // 2
-    if gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up is {list(gate_up.shape)}: gate and up of one size beside each other are expected")
+    rows, channels = _halves(gate_up)
     if not runs_triton(gate_up):
         return silu_mul_quant_reference(gate_up, power_of_two)
     quantised, scales = _outputs(gate_up, rows, channels)
-    _silu_mul_quant_kernel[(rows, -(-channels // STRETCH))](
-        gate_up, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX,
-        **late(gate_up),
-    )  # fmt: skip
+    _launch_silu(gate_up, quantised, scales, power_of_two)
     return quantised, scales
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Returns silu(gate) * up `[M, D]` in gate_up's dtype, rounded once, for gate_up `[M, 2 D]`."""
+    rows, channels = _halves(gate_up)
+    if not runs_triton(gate_up):
+        return silu_mul_reference(gate_up)
+    out = gate_up.new_empty(rows, channels)
+    _launch_silu(gate_up, out, None)
+    return out
 
 
 def silu_mul_quant_reference(gate_up: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """`silu_mul_quant` in plain torch."""
+    return act_quant(_silu_mul(gate_up), power_of_two=power_of_two)
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    """`silu_mul` in plain torch."""
+    return _silu_mul(gate_up).to(gate_up.dtype)
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return act_quant(ordered.by_row(F.silu, gate.float()) * up.float(), power_of_two=power_of_two)
+    return ordered.by_row(F.silu, gate.float()) * up.float()
+
+
+def _halves(gate_up: Tensor) -> tuple[int, int]:
+    """Returns rows and channels of gate and up beside each other."""
+    expect("gate_up", gate_up, (None, None), FLOATS)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up is {list(gate_up.shape)}: gate and up of one size beside each other are expected")
+    return gate_up.shape[0], gate_up.shape[1] // 2
+
+
+def _launch_silu(gate_up: Tensor, out: Tensor, scales: Tensor | None, power_of_two: bool = False) -> None:
+    """Writes the product to `out`, quantised if there are scales."""
+    rows, channels = out.shape
+    _silu_mul_quant_kernel[(rows, -(-channels // STRETCH))](
+        gate_up, out, out if scales is None else scales, channels, -(-channels // BLOCK), SIZE=STRETCH,
+        POWER=power_of_two, LARGEST=E4M3_MAX, QUANTISE=scales is not None, **late(gate_up),
+    )  # fmt: skip
 
 
 def quant(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -186,7 +220,7 @@ if triton is not None:
     @triton.jit
     def _silu_mul_quant_kernel(
         gate_up, quantised, scales, channels, blocks,
-        SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
+        SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr, QUANTISE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         follow(PDL)
         row, first = tl.program_id(0), tl.program_id(1) * SIZE
@@ -196,7 +230,11 @@ if triton is not None:
         gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(source + channels, mask=inside, other=0.0).to(tl.float32)
         values = gate / (1 + tl.exp(-gate)) * up
-        _store_quantised(values, row, first, quantised, scales, channels, blocks, SIZE, POWER, LARGEST)
+        if QUANTISE:
+            _store_quantised(values, row, first, quantised, scales, channels, blocks, SIZE, POWER, LARGEST)
+        else:
+            target = quantised + row.to(tl.int64) * channels + places
+            tl.store(target, values.to(quantised.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _rms_norm_quant_kernel(

@@ -17,7 +17,14 @@ from mtp_spec.memory import check_host
 from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cpu.checkpoint import load_cpu_model
-from mtp_spec.model.cuda.checkpoint import empty_device_model, fp8_obstacle, load_device_model
+from mtp_spec.model.cuda.checkpoint import (
+    PACKED,
+    empty_device_model,
+    fp8_obstacle,
+    load_device_model,
+    stored_dtype,
+)
+from mtp_spec.model.cuda.checkpoint import obstacle as kernels_obstacle
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.errors import CheckpointError
@@ -30,7 +37,8 @@ DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }  # fmt: skip
 CACHE_DTYPES = ("bfloat16", "float8_e4m3fn")  # the first is the default
-FP8_CAPABILITY = (8, 9)
+# dtypes of the kernels' 16-bit products, and compute capabilities that they and FP8's begin with
+HALVES, HALF_CAPABILITY, FP8_CAPABILITY = (torch.bfloat16, torch.float16), (8, 0), (8, 9)
 DraftVocabulary = int | str | Path | None
 
 
@@ -49,33 +57,37 @@ def load_model(
     cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE, max_batch: int = 1,
     cache_tokens: int | None = None, weights: str | None = None,
 ) -> HostModel | DeviceModel:  # fmt: skip
-    """Returns the model on the FP8 kernels where they run, which None and float8_e4m3fn ask for, else by torch."""
-    packed, obstacle = packs_cache(cache_dtype), f"dtype={dtype!r} runs by torch, without the FP8 kernels"
-    checkpoint = with_weights(open_checkpoint(source) if isinstance(source, Path) else source, weights)
+    """Returns the model on a GPU's kernels where they run, else by torch; on a CPU on the engine where it runs."""
+    packed, checkpoint = packs_cache(cache_dtype), open_checkpoint(source) if isinstance(source, Path) else source
+    checkpoint = with_weights(checkpoint, weights)
     ids = draft_ids(drafts, checkpoint.config)
-    if dtype in (None, torch.float8_e4m3fn):
-        found = _no_fp8_here(device) or fp8_obstacle(checkpoint)
-        if found is None:
-            empty = empty_device_model(checkpoint, "meta", ids, packed, ranks)
-            check_memory(empty, limit, device, max_batch, cache_tokens)
-            return load_device_model(checkpoint, device, report, ids, packed, ranks)
-        obstacle = found
-        if dtype is not None:
-            raise OptionError(f"dtype={dtype!r}: {obstacle}; leave dtype out to compute in bfloat16")
-        if device != "cpu" and cache_dtype is None:
-            remedy = '; load with weights="fp8" to run on them' if runs_as_fp8(checkpoint) else ""
+    if dtype == torch.float8_e4m3fn:
+        found = _no_kernels(device, FP8_CAPABILITY) or fp8_obstacle(checkpoint)
+        if found is not None:
+            raise OptionError(f"dtype={dtype!r}: {found}; leave dtype out to compute in bfloat16")
+    obstacle = _no_kernels(device, HALF_CAPABILITY) or kernels_obstacle(checkpoint)
+    if dtype == torch.float32:
+        obstacle = obstacle or f"dtype={dtype!r} runs by torch"
+    if packed and obstacle is None:
+        obstacle = _no_kernels(device, FP8_CAPABILITY)
+    if packed and torch.float16 in (dtype, stored_dtype(checkpoint)) and dtype != torch.bfloat16:
+        obstacle = obstacle or "float16 cannot hold all that FP8 latents with their scales can"
+    if obstacle is None:
+        return _on_kernels(checkpoint, dtype, device, limit, ids, report, packed, ranks, max_batch, cache_tokens)
+    if cache_dtype is not None:
+        raise cache_refused(cache_dtype, obstacle)
+    if device != "cpu" and cache_tokens is not None:
+        raise OptionError(f"cache_tokens={cache_tokens!r} on a GPU is for the kernels: {obstacle}; leave it out")
+    if dtype is None:
+        if device != "cpu":
             warnings.warn(
-                f"{checkpoint.folder} runs in bfloat16 by torch, not on the FP8 kernels: {obstacle}{remedy}. Text is "
-                "the same with and without speculation, but nothing is fast", stacklevel=4,
+                f"{checkpoint.folder} runs in bfloat16 by torch, not on the kernels: {obstacle}. Text is the same with "
+                "and without speculation, but nothing is fast", stacklevel=4,
             )  # fmt: skip
         if device == "cpu" and runs_engine():
             dtype = torch.float32
         else:
             dtype = torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
-    if cache_dtype is not None:
-        raise cache_refused(cache_dtype, obstacle)
-    if device != "cpu" and cache_tokens is not None:
-        raise OptionError(f"cache_tokens={cache_tokens!r} on a GPU is for the FP8 kernels: {obstacle}; leave it out")
     if device == "cpu" and runs_engine():
         check_engine(checkpoint, dtype, ranks)
         return load_cpu_model(checkpoint, dtype, report, ids, ranks)
@@ -85,6 +97,22 @@ def load_model(
     if ids is not None:
         model.draft_from(ids)
     return model
+
+
+def _on_kernels(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, limit: int, ids: list[int] | None, report: Any,
+    packed_cache: bool, ranks: Ranks, max_batch: int, cache_tokens: int | None,
+) -> DeviceModel:  # fmt: skip
+    """Returns the model on the kernels: FP8 weights stay so where the card multiplies it and `dtype` does not widen."""
+    wide, no_fp8 = dtype if dtype in HALVES else None, _no_kernels(device, FP8_CAPABILITY)
+    stored_packed = any(checkpoint.dtype(name) == PACKED for name in checkpoint.tensors)
+    widened = no_fp8 or fp8_obstacle(checkpoint)
+    if wide is None and stored_packed and widened is not None:
+        warnings.warn(f"{checkpoint.folder} has FP8 weights, which become 16 bits wide: {widened}", stacklevel=5)
+    empty = empty_device_model(checkpoint, "meta", ids, packed_cache, ranks, wide, no_fp8 is None)
+    remedy = 'load with weights="fp8", ' if not stored_packed and runs_as_fp8(checkpoint) else ""
+    check_memory(empty, limit, device, max_batch, cache_tokens, remedy)
+    return load_device_model(checkpoint, device, report, ids, packed_cache, ranks, wide, no_fp8 is None)
 
 
 def draft_ids(drafts: DraftVocabulary, config: ModelConfig) -> list[int] | None:
@@ -141,12 +169,14 @@ def runs_engine() -> bool:
     return engine.why_not() is None
 
 
-def _no_fp8_here(device: str) -> str | None:
+def _no_kernels(device: str, least: tuple[int, int]) -> str | None:
+    """Returns why kernels that begin with a compute capability do not run on a device, or None."""
+    what = "FP8" if least == FP8_CAPABILITY else "bfloat16"
     if device.split(":")[0] != "cuda":
-        return "FP8 kernels need an NVIDIA GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < FP8_CAPABILITY:
-        return f"this GPU has compute capability {major}.{minor}, FP8 begins with 8.9"
+        return f"{what} kernels need an NVIDIA GPU"
+    found = torch.cuda.get_device_capability(device)
+    if found < least:
+        return f"this GPU has compute capability {found[0]}.{found[1]}, {what} begins with {least[0]}.{least[1]}"
     return triton_obstacle()
 
 
@@ -185,7 +215,7 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def packs_cache(cache_dtype: str | torch.dtype | None) -> bool:
-    """Whether the FP8 kernels are to cache latents in FP8; None is bfloat16."""
+    """Whether the kernels are to cache latents in FP8; None is as activations are."""
     name = CACHE_DTYPES[0] if cache_dtype is None else str(cache_dtype).removeprefix("torch.")
     if name not in CACHE_DTYPES:
         raise OptionError(f"cache_dtype={cache_dtype!r}: allowed are {', '.join(CACHE_DTYPES)}, or None for the first")
@@ -194,7 +224,7 @@ def packs_cache(cache_dtype: str | torch.dtype | None) -> bool:
 
 def cache_refused(cache_dtype: str | torch.dtype, obstacle: str) -> OptionError:
     """Returns the error for a model that runs by torch, whose cache has the dtype of its arithmetic."""
-    return OptionError(f"cache_dtype={cache_dtype!r} is for the FP8 kernels: {obstacle}; leave cache_dtype out")
+    return OptionError(f"cache_dtype={cache_dtype!r} is for the kernels of a GPU: {obstacle}; leave cache_dtype out")
 
 
 def cpu_has_bfloat16() -> bool:

@@ -46,7 +46,7 @@ def with_weights(checkpoint: Checkpoint, weights: str | None) -> Checkpoint:
 
 
 def runs_as_fp8(checkpoint: Checkpoint) -> bool:
-    """Whether the FP8 kernels would run a checkpoint that they do not run, with `weights="fp8"`."""
+    """Whether a checkpoint would run in FP8 with `weights="fp8"`."""
     try:
         return fp8_obstacle(with_weights(checkpoint, "fp8")) is None
     except MTPSpecError:

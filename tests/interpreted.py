@@ -21,11 +21,13 @@ from mtp_spec.kernels import commit, exchange, fp8, gemm, mla, moe, quant, sampl
 from mtp_spec.kernels.mla import Cache, Layout, new_caches
 from mtp_spec.kernels.mla import attention as mla_attention
 from mtp_spec.kernels.moe.grouping import ARRIVALS
+from mtp_spec.kernels.quant import Operand
 from mtp_spec.sampling import noise as library_noise
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.sampler import Sampler
 from unsound import unsound_gates
 
+HALVES = (torch.bfloat16, torch.float16)
 ON = os.environ.get("KERNELS_ON", "cpu")  # on a GPU the kernels run as they are
 if ON == "cpu":
     correct()
@@ -55,11 +57,12 @@ def products() -> None:
                 assert torch.equal(out, whole[part]), "rows depend on their neighbours"
                 assert not gemm.ARRIVALS.room(a.device, 1).any(), "arrival counts must return to zero"
 
-    w, x = (torch.randn(n, 264, generator=generator).bfloat16() for n in (130, 70))
-    for launch in launches:
-        whole = gemm.bf16_gemm(x, w, dtype=torch.float32, launch=launch)
-        close(whole, x.float() @ w.float().T, 1e-5)
-        assert torch.equal(gemm.bf16_gemm(x[5:6], w, dtype=torch.float32, launch=launch), whole[5:6])
+    for dtype in HALVES:
+        w, x = (torch.randn(n, 264, generator=generator).to(dtype) for n in (130, 70))
+        for launch in launches:
+            whole = gemm.bf16_gemm(x, w, dtype=torch.float32, launch=launch)
+            close(whole, x.float() @ w.float().T, 1e-5)
+            assert torch.equal(gemm.bf16_gemm(x[5:6], w, dtype=torch.float32, launch=launch), whole[5:6])
 
 
 def quantisers() -> None:
@@ -84,6 +87,10 @@ def quantisers() -> None:
             expected = fp8.act_quant(wide, power_of_two=power)
             close(scales, expected[1], 1e-5)
             close(fp8_values(got, scales), fp8_values(*expected), 0.07)
+            for dtype in HALVES:
+                given = both.to(dtype)
+                close(quant.silu_mul(given), quant.silu_mul_reference(given), 0.01)
+                assert torch.equal(quant.silu_mul(given[-1:]), quant.silu_mul(given)[-1:])
             alone = quant.rms_norm_quant(x[-1:], weight, 1e-6, other[-1:], power)
             assert torch.equal(alone[0].view(torch.uint8), got[-1:].view(torch.uint8))
     x[:3, 5] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:rows]
@@ -91,9 +98,30 @@ def quantisers() -> None:
 
 
 def experts() -> None:
-    """The whole layer against its reference, and every row alone; scales as they are, and powers of two."""
+    """The whole layer against its reference, and every row alone; scales as they are, and powers of two; 16 bits."""
     for power in (False, True):
         _experts(power)
+    for dtype in HALVES:
+        _wide_experts(dtype)
+
+
+def _wide_experts(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    routing = moe.Routing(experts=6, chosen=2, shared=1, scale=1.5)
+    channels, inner = 208, 80
+    gate_up, down = (torch.randn(shape, generator=generator).div(8).to(dtype).to(ON)
+                     for shape in ((7, 2 * inner, channels), (7, channels, inner)))  # fmt: skip
+    weights = moe.Experts(gate_up, None, down, None)
+    router, bias = torch.randn(6, channels, generator=generator).to(ON), torch.randn(6, generator=generator).to(ON)
+    x = torch.randn(70, channels, generator=generator).to(dtype).to(ON)
+    expected = moe.moe_reference(x, router, bias, routing, weights)
+    for launch in (moe.Launch(), moe.Launch(up_tile=128, down_tile=128), moe.Launch(tokens=32, up_unroll=2)):
+        whole = moe.moe(x, router, bias, routing, weights, launch=launch)
+        close(whole, expected, 0.01)
+        for first, rows in ((0, 1), (3, 2), (1, 16), (5, 63)):
+            chosen = slice(first, first + rows)
+            alone = moe.moe(x[chosen].contiguous(), router, bias, routing, weights, launch=launch)
+            assert torch.equal(alone, whole[chosen])
 
 
 def _experts(power: bool) -> None:
@@ -156,11 +184,14 @@ def attention() -> None:
         (4, 32, 64, True, (0, 62), False), (3, 128, 64, True, (1022,), False), (33, 32, 64, False, (1,), False),
         (4, 32, 64, True, (130,), True), (3, 128, 256, True, (64,), True),
     )  # fmt: skip
-    for heads, value, latent, packed, contexts, packed_cache in sizes:
+    # the products before and after in FP8, in bfloat16, in float16
+    kinds = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False))
+    for number, (heads, value, latent, packed, contexts, packed_cache) in enumerate(sizes):
+        dtype, quantise = kinds[0 if packed_cache else number % 3]
         power = packed_cache != (value == 128)
-        head = mla.Head(heads, 32, 16, latent, value, 0.1, interleaved=packed, power_of_two=power)
+        head = mla.Head(heads, 32, 16, latent, value, 0.1, interleaved=packed, power_of_two=power, dtype=dtype)
         rows = heads * (32 + value)
-        kv_b, kv_b_scale = torch.randn(rows, latent, generator=generator).bfloat16(), None
+        kv_b, kv_b_scale = torch.randn(rows, latent, generator=generator).to(dtype), None
         if packed:
             kv_b, kv_b_scale = fp8.weight_quant(kv_b)
         angles = torch.randn(1200, 2, 16, generator=generator)
@@ -170,17 +201,17 @@ def attention() -> None:
             # a second layer's rows and those of the other tokens hold numbers that would show
             cache = new_caches(2, 1100, 6, head.layout(packed_cache), "cpu")[1]
             _fill(cache, 1e4)
-            cache.write(torch.arange(context), torch.randn(context, head.width, generator=generator).bfloat16())
-            down = torch.randn(6, 96 + head.width, generator=generator).bfloat16()
+            cache.write(torch.arange(context), torch.randn(context, head.width, generator=generator).to(dtype))
+            down = torch.randn(6, 96 + head.width, generator=generator).to(dtype)
             norms = torch.rand(96, generator=generator) + 0.5, torch.rand(latent, generator=generator) + 0.5
             other = replace(cache, store=cache.store.clone())
-            got = mla.prepare(down, *norms, angles, cache, plan, head, 1e-6)
-            expected = mla.prepare_reference(down, *norms, angles, other, plan, head, 1e-6)
-            close(fp8_values(*got), fp8_values(*expected), 0.08)
+            got = mla.prepare(down, *norms, angles, cache, plan, head, 1e-6, quantise)
+            expected = mla.prepare_reference(down, *norms, angles, other, plan, head, 1e-6, quantise)
+            close(_values(got), _values(expected), 0.08 if quantise else 0.01)
             written = torch.arange(context + 6)
             close(cache.read(written), other.read(written), 0.08 if packed_cache else 0.01)
             assert (cache.slots[context + 6 :] == cache.store[0]).all()
-            q = torch.randn(6, heads * 48, generator=generator).bfloat16()
+            q = torch.randn(6, heads * 48, generator=generator).to(dtype)
             latent_q = mla.absorb(q, kv_b, kv_b_scale, angles, plan, head)
             absorbed = mla.absorb_reference(q, kv_b, kv_b_scale, angles, plan, head)
             close(latent_q[:, :heads], absorbed[:, :heads], 0.01)
@@ -196,9 +227,10 @@ def attention() -> None:
                 assert torch.equal(mla.attend(latent_q[row : row + 1], alone, one, head), seen[row : row + 1])
             line = mla.chain(length, 6)
             close(mla.attend(latent_q, cache, line, head), mla.attend_reference(latent_q, cache, line, head), 0.02)
-            values = mla.up(seen, kv_b, kv_b_scale, head)
-            close(fp8_values(*values), fp8_values(*mla.up_reference(seen, kv_b, kv_b_scale, head)), 0.08)
-            for _, scales in (got, values):
+            values = mla.up(seen, kv_b, kv_b_scale, head, quantise)
+            expected = mla.up_reference(seen, kv_b, kv_b_scale, head, quantise)
+            close(_values(values), _values(expected), 0.08 if quantise else 0.01)
+            for _, scales in (got, values) if quantise else ():
                 assert (scales.frexp().mantissa == 0.5).all().item() == power
 
 
@@ -404,6 +436,12 @@ def _depth(parents: torch.Tensor) -> int:
     for parent in parents.tolist():
         depths.append(0 if parent < 0 else depths[parent] + 1)
     return max(depths)
+
+
+def _values(given: Operand | None) -> torch.Tensor:
+    """Returns what a product would read, in float32."""
+    assert given is not None
+    return given.float() if isinstance(given, torch.Tensor) else fp8_values(*given)
 
 
 def fp8_values(quantised: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

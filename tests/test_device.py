@@ -27,7 +27,7 @@ from mtp_spec.kernels import commit, mla, moe
 from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.cuda.checkpoint import fp8_obstacle, load_device_model
-from mtp_spec.model.cuda.layers import Mixture
+from mtp_spec.model.cuda.layers import Mixture, Store
 from mtp_spec.model.moe import Gate
 from mtp_spec.model.training import chosen_experts
 from mtp_spec.model.transformer import Transformer
@@ -103,7 +103,9 @@ def test_same_logits_as_the_dequantised_model(tmp_path: Path, kind: str) -> None
 def test_same_experts_as_the_gate(kind: str) -> None:
     torch.manual_seed(0)
     config = ModelConfig(**{**SIZES, **KINDS[kind]})
-    gate, mixture = Gate(config, "cpu"), Mixture(config, torch.device("cpu"), torch.float32)
+    gate = Gate(config, "cpu")
+    store = Store(torch.device("cpu"), lambda name: True, router=torch.float32)
+    mixture = Mixture(config, store, "model.layers.0.mlp")
     with torch.no_grad():
         gate.weight.normal_()
         mixture.router.copy_(gate.weight)

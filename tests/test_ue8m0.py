@@ -20,7 +20,7 @@ from mtp_spec.kernels.moe import reference as moe_reference
 from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.checkpoint import load_device_model
-from mtp_spec.model.cuda.layers import Dense
+from mtp_spec.model.cuda.layers import Dense, Store
 
 IDS = [(29 * i + 3) % 256 for i in range(20)]
 
@@ -71,7 +71,7 @@ def test_every_product_follows(powers: Path, fp8: Path, monkeypatch: pytest.Monk
 def test_a_layer_against_plain_torch() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 256).bfloat16()
-    dense = Dense(256, 384, torch.device("cpu"), power_of_two=True)
+    dense = Dense(256, 384, Store(torch.device("cpu"), lambda name: True, power_of_two=True), "mlp")
     for part in (*dense.parts, dense.down):
         part.weight.copy_(torch.randn(part.weight.shape))
         assert part.scale is not None

@@ -27,7 +27,7 @@ from mtp_spec.kernels.launching import HOPPER, MULTIPROCESSORS, described, inter
 from mtp_spec.kernels.mla.cache import KEYS, TAIL, Cache
 from mtp_spec.kernels.mla.plan import TILE, Head, Plan, split_of
 from mtp_spec.kernels.mla.reference import absorb_reference, attend_reference, prepare_reference, up_reference
-from mtp_spec.kernels.quant import quant
+from mtp_spec.kernels.quant import Operand, quant
 from mtp_spec.kernels.workspace import Workspace
 
 try:
@@ -54,47 +54,52 @@ def prepare(
     plan: Plan,
     head: Head,
     eps: float,
-) -> tuple[Tensor, Tensor] | None:
-    """Writes the rows' latents to the cache; returns the query's latent as e4m3 `[M, Q]` with scales, if it has one.
+    quantise: bool = True,
+) -> Operand | None:
+    """Writes the rows' latents to the cache; returns the query's latent `[M, Q]`, if it has one.
 
     Args:
-        down: `[M, Q + W]` bf16, output of the fused down-projection; without query LoRA Q = H (N + R).
+        down: `[M, Q + W]` bf16 or fp16, output of the fused down-projection; without query LoRA Q = H (N + R).
         q_norm: `[Q]`, or None without query LoRA.
         kv_norm: `[C]`.
         table: `[L, 2, R]` float32, `model.rope.rope_table`.
+        quantise: return the query's latent as e4m3 with scales, else as `down` is.
     """
     rows, columns = down.shape
     q_rank = columns - head.width
     _check_cache(cache, head)
     if not runs_triton(down):
-        return prepare_reference(down, q_norm, kv_norm, table, cache, plan, head, eps)
+        return prepare_reference(down, q_norm, kv_norm, table, cache, plan, head, eps, quantise)
     lora = q_norm is not None
-    quantised = torch.empty(rows if lora else 0, q_rank, dtype=E4M3, device=down.device)
-    scales = torch.empty(rows if lora else 0, -(-q_rank // BLOCK), dtype=torch.float32, device=down.device)
+    out = down.new_empty(rows if lora else 0, q_rank, dtype=E4M3 if quantise else down.dtype)
+    scales = down.new_empty(rows if lora and quantise else 0, -(-q_rank // BLOCK), dtype=torch.float32)
     row_kernels._prepare_kernel[(rows, 2 if lora else 1)](
-        down, kv_norm if q_norm is None else q_norm, kv_norm, table, *_where(plan), plan.depths, plan.slots, quantised,
+        down, kv_norm if q_norm is None else q_norm, kv_norm, table, *_where(plan), plan.depths, plan.slots, out,
         scales, *cache.parts, cache.base, plan.offset, eps, plan.each, PAGED=plan.pages is not None, A_ROWS=q_rank,
         C=head.latent, R=head.rope, BLOCK=KEYS,
         WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=max(BLOCK, triton.next_power_of_2(head.latent)),
-        WIDE_R=triton.next_power_of_2(head.rope), BYTES=cache.layout.row_bytes, LORA=lora, PACKED=cache.layout.packed,
-        INTERLEAVED=head.interleaved, POWER=head.power_of_two, LARGEST=E4M3_MAX, **late(down),
+        WIDE_R=triton.next_power_of_2(head.rope), BYTES=cache.layout.row_bytes, LORA=lora, QUANTISE=quantise,
+        PACKED=cache.layout.packed, INTERLEAVED=head.interleaved, POWER=head.power_of_two, LARGEST=E4M3_MAX,
+        **late(down),
     )  # fmt: skip
-    return (quantised, scales) if lora else None
+    if not lora:
+        return None
+    return (out, scales) if quantise else out
 
 
 def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, plan: Plan, head: Head) -> Tensor:
-    """Returns queries in the latent space `[M, head.padded, W]` bf16: q_nope @ W_UK beside the rotated q_rope.
+    """Returns queries in the latent space `[M, head.padded, W]` as q: q_nope @ W_UK beside the rotated q_rope.
 
     Heads past H are there for `attend`'s tiles and hold anything.
 
     Args:
-        q: `[M, H (N + R)]` bf16, columns contiguous.
-        kv_b: `[H (N + V), C]` bf16, or e4m3 with scales `[ceil(H (N + V) / 128), ceil(C / 128)]`.
+        q: `[M, H (N + R)]` bf16 or fp16, columns contiguous.
+        kv_b: `[H (N + V), C]` as q, or e4m3 with scales `[ceil(H (N + V) / 128), ceil(C / 128)]`.
     """
     if not runs_triton(q):
         return absorb_reference(q, kv_b, kv_b_scale, table, plan, head)
     rows = q.shape[0]
-    out = torch.empty(rows, head.padded, head.width, dtype=torch.bfloat16, device=q.device)
+    out = q.new_empty(rows, head.padded, head.width)
     row_kernels._absorb_kernel[(head.heads, -(-head.latent // BLOCK) + 1)](
         q, kv_b, kv_b if kv_b_scale is None else kv_b_scale, table, plan.length, plan.depths, out, rows, q.stride(0),
         plan.offset, head.padded, plan.each, PAGED=plan.pages is not None, N=head.nope, V=head.value, C=head.latent,
@@ -105,32 +110,35 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
     return out
 
 
-def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
-    """Returns the heads' values `[M, H V]` as e4m3 with scales `[M, ceil(H V / 128)]`: context @ W_UV.T.
+def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, quantise: bool = True) -> Operand:
+    """Returns the heads' values `[M, H V]`: context @ W_UV.T.
 
     Args:
-        context: `[M, H, C]` bf16.
+        context: `[M, H, C]` bf16 or fp16.
+        quantise: return e4m3 with scales `[M, ceil(H V / 128)]`, else as `context` is.
     """
     if not runs_triton(context):
-        return up_reference(context, kv_b, kv_b_scale, head)
+        return up_reference(context, kv_b, kv_b_scale, head, quantise)
     rows, columns = context.shape[0], head.heads * head.value
-    whole = head.value % BLOCK == 0
-    out = torch.empty(rows, columns, dtype=E4M3 if whole else torch.bfloat16, device=context.device)
-    scales = torch.empty(rows, -(-columns // BLOCK), dtype=torch.float32, device=context.device)
+    whole = quantise and head.value % BLOCK == 0
+    out = context.new_empty(rows, columns, dtype=E4M3 if whole else context.dtype)
+    scales = context.new_empty(rows if whole else 0, -(-columns // BLOCK), dtype=torch.float32)
     row_kernels._up_kernel[(head.heads, -(-head.value // BLOCK))](
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads,
         N=head.nope, V=head.value, C=head.latent, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
         ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, POWER=head.power_of_two, LARGEST=E4M3_MAX,
         WIDE=interpreted(), **late(context),
     )  # fmt: skip
-    return (out, scales) if whole else quant(out, head.power_of_two)
+    if whole:
+        return out, scales
+    return quant(out, head.power_of_two) if quantise else out
 
 
 def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
-    """Returns the attention-weighted latents `[M, H, C]` bf16.
+    """Returns the attention-weighted latents `[M, H, C]` as q.
 
     Args:
-        q: `[M, head.padded, W]` bf16, from `absorb`.
+        q: `[M, head.padded, W]` bf16 or fp16, from `absorb`.
         cache: with the rows' own latents in it.
 
     Raises:
@@ -139,11 +147,12 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     _check(q, cache, plan, head)
     if not runs_triton(q):
         return attend_reference(q, cache, plan, head)
-    out = torch.empty(plan.rows, head.heads, head.latent, dtype=torch.bfloat16, device=q.device)
+    out = q.new_empty(plan.rows, head.heads, head.latent)
     splits = split_of(cache.capacity - 1) + 1
     turns = list(_turns(plan, head, splits))
     pairs = splits * max(part.texts * _pairs(part.each, head) for _, part in turns)
-    parts, numbers = PARTS.room(q.device, pairs * head.latent), PEAKS_AND_SUMS.room(q.device, 2 * pairs)
+    parts = PARTS.room(q.device, pairs * head.latent).view(head.dtype)
+    numbers = PEAKS_AND_SUMS.room(q.device, 2 * pairs)
     for rows, part in turns:
         _attend(q[rows], cache, part, head, parts, numbers, splits, out[rows])
     return out
@@ -230,9 +239,9 @@ def _check_cache(cache: Cache, head: Head) -> None:
 
 def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
     _check_cache(cache, head)
-    if q.shape != (plan.rows, head.padded, head.width) or q.dtype != torch.bfloat16 or not q.is_contiguous():
+    if q.shape != (plan.rows, head.padded, head.width) or q.dtype != head.dtype or not q.is_contiguous():
         raise ValueError(f"q {tuple(q.shape)} {q.dtype}: a contiguous [{plan.rows}, {head.padded}, {head.width}] "
-                         "bfloat16 expected")  # fmt: skip
+                         f"{head.dtype} expected")  # fmt: skip
     if plan.pages is not None:
         expect("pages", plan.pages, (plan.texts, cache.capacity // KEYS), torch.int32, beside=q)
     if cache.capacity % KEYS or (plan.pages is None and cache.base + cache.capacity > cache.spare):

@@ -1,4 +1,4 @@
-"""The latent cache of multi-head latent attention: bfloat16, or packed with FP8 latents.
+"""The latent cache of multi-head latent attention: bfloat16 or float16, or packed with FP8 latents.
 
 A packed row is laid out as FlashMLA's FP8 cache of DeepSeek-V3.2: latents in e4m3, a float32 scale for every 128 of
 them, and the rotated part in bfloat16, whose errors would grow with the distance of two tokens. Scales are powers of
@@ -30,6 +30,7 @@ class Layout:
     latent: int
     rope: int
     packed: bool = False
+    dtype: torch.dtype = torch.bfloat16  # of what is not packed
 
     @property
     def width(self) -> int:
@@ -50,7 +51,7 @@ class Layout:
 
     def empty(self, rows: int, device: torch.device | str) -> Tensor:
         """Returns a store of zeros."""
-        columns, dtype = (self.row_bytes, torch.uint8) if self.packed else (self.width, torch.bfloat16)
+        columns, dtype = (self.row_bytes, torch.uint8) if self.packed else (self.width, self.dtype)
         return torch.zeros(rows, columns, dtype=dtype, device=device)
 
 
@@ -61,7 +62,7 @@ class Cache:
     Rows that no token was written to must hold finite numbers: reads come in whole blocks, masked afterwards.
 
     Attributes:
-        store: `[rows, W]` bf16, or `[rows, layout.row_bytes]` uint8.
+        store: `[rows, W]` bf16 or fp16, or `[rows, layout.row_bytes]` uint8.
         base: the layer's first row.
         capacity: rows of a text, a multiple of 64.
         spare: first of the rows, `TAIL` a node, where a tree's last keys are brought into order; all layers share them.
@@ -95,7 +96,7 @@ class Cache:
 
     @property
     def latents(self) -> Tensor:
-        """The store's latents `[rows, C]` bf16 or e4m3."""
+        """The store's latents `[rows, C]` bf16, fp16 or e4m3."""
         latents = self.store[:, : self.layout.latent]
         return latents.view(E4M3) if self.layout.packed else latents
 
@@ -107,8 +108,8 @@ class Cache:
 
     @property
     def ropes(self) -> Tensor:
-        """The store's rotated parts `[rows, R]` bf16."""
-        return self.store.view(torch.bfloat16)[:, -self.layout.rope :]
+        """The store's rotated parts `[rows, R]` bf16 or fp16."""
+        return self.store.view(self.layout.dtype)[:, -self.layout.rope :]
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,17 +124,17 @@ class Cache:
             # as bytes: not every index operation knows e4m3
             self.store[at, : self.layout.latent] = quantised.view(torch.uint8)
         else:
-            self.latents[at] = latent.to(torch.bfloat16)
-        self.ropes[at] = rows[:, self.layout.latent :].to(torch.bfloat16)
+            self.latents[at] = latent.to(self.layout.dtype)
+        self.ropes[at] = rows[:, self.layout.latent :].to(self.layout.dtype)
 
     def read(self, slots: Tensor) -> Tensor:
-        """Returns what slots `[n]` int64 of the layer hold, `[n, W]` bf16."""
+        """Returns what slots `[n]` int64 of the layer hold, `[n, W]` bf16 or fp16."""
         at = self.rows(slots)
         if not self.layout.packed:
             return self.store[at]
         scales = self.scales[at].repeat_interleave(BLOCK, 1)[:, : self.layout.latent]
         latents = self.store[at, : self.layout.latent].view(E4M3).float() * scales
-        return torch.cat((latents.bfloat16(), self.ropes[at]), 1)
+        return torch.cat((latents.to(self.layout.dtype), self.ropes[at]), 1)
 
 
 def new_caches(

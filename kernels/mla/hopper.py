@@ -15,6 +15,7 @@ Legend: as in `attention`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -47,7 +48,8 @@ def descriptors(q: Tensor, store: Tensor, head: Head) -> tuple[TensorDescriptor,
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+    kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
 
 
@@ -137,8 +139,8 @@ def _scores(queries, q_rope, keys, key_ropes, zero, OWN: gl.constexpr, ROWS: gl.
 
 
 @gluon.jit
-def _weighed(scores, position, member, walk, block, peak, total, scale, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-             CHAIN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def _weighed(scores, position, member, walk, block, peak, total, scale, KIND: gl.constexpr, BLOCK: gl.constexpr,
+             TAIL: gl.constexpr, CHAIN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """One step of the online softmax: returns weights, the peak they refer to, and the sum so far."""
     at, _, whose = _block_at(block, walk, BLOCK, TAIL, CHAIN)
     keys = at + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
@@ -151,7 +153,7 @@ def _weighed(scores, position, member, walk, block, peak, total, scale, BLOCK: g
     safe = gl.where(higher == float("-inf"), 0.0, higher)
     weights = gl.exp2(scores - gl.expand_dims(safe, 1))
     total = total * gl.exp2(peak - safe) + gl.sum(weights, 1)
-    return weights.to(gl.bfloat16), higher, total
+    return weights.to(KIND), higher, total
 
 
 @gluon.jit
@@ -181,6 +183,7 @@ def _multiply(
     queries, handed, keys, key_ropes, stats = sm
     q_bar, full, free, shown, taken = bars
     half: gl.constexpr = C // 2
+    kind: gl.constexpr = keys.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -214,8 +217,8 @@ def _multiply(
             scores = warpgroup_mma_wait(0, deps=[scores])
             if OWN == 0:
                 before = peak
-                weights, peak, total = _weighed(scores, position, member, walk, 2 * pair, peak, total, scale, BLOCK,
-                                                TAIL, CHAIN, s_layout)  # fmt: skip
+                weights, peak, total = _weighed(scores, position, member, walk, 2 * pair, peak, total, scale, kind,
+                                                BLOCK, TAIL, CHAIN, s_layout)  # fmt: skip
                 mbarrier.wait(taken.index(0), phase ^ 1)
                 _hand_over(weights, peak, total, handed, stats, shown.index(0), 0)
                 acc = _shrunk(acc, before, peak, o_layout)
@@ -240,7 +243,7 @@ def _multiply(
                 acc = _shrunk(acc, peak, before, o_layout)
                 acc = warpgroup_mma(handed.index(0), keys.index(zero + 1), acc, is_async=True)
                 weights, peak, total = _weighed(scores, position, member, walk, 2 * pair + 1, before, total, scale,
-                                                BLOCK, TAIL, CHAIN, s_layout)  # fmt: skip
+                                                kind, BLOCK, TAIL, CHAIN, s_layout)  # fmt: skip
                 mbarrier.wait(taken.index(1), phase ^ 1)
                 _hand_over(weights, peak, total, handed, stats, shown.index(1), 1)
                 acc = warpgroup_mma_wait(0, deps=[acc])
@@ -259,12 +262,12 @@ def _multiply(
 
 @gluon.jit
 def _store(acc, target, C: gl.constexpr, ROWS: gl.constexpr, half: gl.constexpr):
-    """Writes sums [ROWS, C / 2] in bf16, 16 bytes a thread, so that no buffer waits for them."""
+    """Writes sums [ROWS, C / 2] in bf16 or fp16, 16 bytes a thread, so that no buffer waits for them."""
     pairs: gl.constexpr = _layout_with(2, ROWS, half)
     fours: gl.constexpr = _layout_with(4, ROWS, half)
     eights: gl.constexpr = _layout_with(8, ROWS, half)
     # two exchanges within four threads; one conversion for both would go through shared memory
-    values = gl.convert_layout(acc.to(gl.bfloat16), pairs, assert_trivial=True)
+    values = gl.convert_layout(acc.to(target.dtype.element_ty), pairs, assert_trivial=True)
     values = gl.convert_layout(gl.convert_layout(values, fours), eights)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, eights))
     column = gl.arange(0, half, layout=gl.SliceLayout(0, eights))
@@ -340,10 +343,10 @@ def attend_kernel(
         start = gl.load(length)
     count = split_of(start + deepest) + 1
     if turn < count:
-        queries = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, C // 2], q_half.layout)
-        keys = gl.allocate_shared_memory(gl.bfloat16, [4, BLOCK, C // 2], k_half.layout)
-        key_ropes = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, R], k_rope.layout)
-        handed = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, BLOCK], q_rope.layout)
+        queries = gl.allocate_shared_memory(q_rope.dtype, [2, ROWS, C // 2], q_half.layout)
+        keys = gl.allocate_shared_memory(q_rope.dtype, [4, BLOCK, C // 2], k_half.layout)
+        key_ropes = gl.allocate_shared_memory(q_rope.dtype, [2, BLOCK, R], k_rope.layout)
+        handed = gl.allocate_shared_memory(q_rope.dtype, [2, ROWS, BLOCK], q_rope.layout)
         stats = gl.allocate_shared_memory(gl.float32, [4, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

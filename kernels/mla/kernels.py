@@ -38,7 +38,9 @@ def _split_start(split):
 
 
 @triton.jit
-def _absorb_block(q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, WIDE: tl.constexpr):
+def _absorb_block(
+    q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, KIND: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
     """One step of the online softmax: keys, tiles [BLOCK, WIDTH] and [BLOCK, R], for queries [ROWS, .] alike."""
     scores = tl.dot(q_latents[0], latents[0].T)
     for tile in tl.static_range(1, len(latents)):
@@ -50,7 +52,7 @@ def _absorb_block(q_latents, q_rope, latents, rope, seen, peak, total, sums, sca
     kept = tl.exp2(peak - safe)
     weights = tl.exp2(scores - safe[:, None])
     total = total * kept + tl.sum(weights, 1)
-    weights = weights.to(tl.bfloat16)
+    weights = weights.to(KIND)
     if WIDE:
         weights = weights.to(tl.float32)
     out = ()
@@ -69,12 +71,14 @@ def _tiles(desc, row, TILES: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constex
 
 
 @triton.jit
-def _unpacked_tiles(desc, row, scales, TILES: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+def _unpacked_tiles(
+    desc, row, scales, TILES: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
     """Returns e4m3 rows from `row` on in bf16, exactly: scales, at addresses [BLOCK] and on, are powers of two."""
     out = ()
     for tile in tl.static_range(TILES):
         values = desc.load([row, tile * WIDTH]).to(tl.float32) * tl.load(scales + tile)[:, None]
-        out = out + (_widened(values.to(tl.bfloat16), WIDE),)
+        out = out + (_widened(values.to(KIND), WIDE),)
     return out
 
 
@@ -145,7 +149,7 @@ def _gather_kernel(
 def _attend_kernel(
     q_latent_desc,  # [M H, W] in tiles [ROWS, WIDTH]
     q_rope_desc,  # [M H, W] in tiles [ROWS, R]
-    latent_desc,  # [rows of all layers, C] bf16 or e4m3 in tiles [BLOCK, WIDTH]
+    latent_desc,  # [rows of all layers, C] as the queries, or e4m3, in tiles [BLOCK, WIDTH]
     rope_desc,  # [rows of all layers, R] in tiles [BLOCK, R]
     parts_desc,  # [S * padded, C] in tiles [ROWS, WIDTH]
     scales,  # [rows of all layers, ceil(C / 128)] float32, BYTES apart, used with PACKED
@@ -185,6 +189,7 @@ def _attend_kernel(
     follow(PDL)
     GROUP: tl.constexpr = (ROWS + HEADS - 1) // HEADS  # nodes a tile
     TILES: tl.constexpr = C // WIDTH
+    KIND: tl.constexpr = q_rope_desc.dtype
     in_block, lane = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     tiles = padded // ROWS
     place, tile, q_row = tl.program_id(0) % tiles, tl.program_id(0) % tiles, (tl.program_id(0) % tiles) * ROWS
@@ -235,14 +240,14 @@ def _attend_kernel(
                 key0 = tl.where(block < shared, page, key0)
         if PACKED:
             its_scales = scales + (key0 + in_block).to(tl.int64) * (BYTES // 4)
-            latents = _unpacked_tiles(latent_desc, key0, its_scales, TILES, WIDTH, WIDE)
+            latents = _unpacked_tiles(latent_desc, key0, its_scales, TILES, WIDTH, KIND, WIDE)
         else:
             latents = _tiles(latent_desc, key0, TILES, WIDTH, WIDE)
         rope = _widened(rope_desc.load([key0, 0]), WIDE)
         seen = (at0 + in_block)[None, :] <= position[:, None]
         if not CHAIN and GROUP > 1:
             seen = seen & ((block < shared) | (node == node0 + member))[:, None]
-        peak, total, sums = _absorb_block(q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, WIDE)
+        peak, total, sums = _absorb_block(q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, KIND, WIDE)
     row = split * padded + place * ROWS
     tl.store(peaks + row + lane, peak)
     tl.store(totals + row + lane, total)
@@ -257,7 +262,7 @@ def _combine_kernel(
     totals,  # [S, padded] float32
     length,  # [B] int32
     depths,  # [each] int32
-    out,  # [M, H, C] bf16
+    out,  # [M, H, C] bf16 or fp16
     count,  # padded
     each,  # nodes a text
     pairs,  # of a text, in whole tiles
@@ -295,4 +300,4 @@ def _combine_kernel(
         acc = acc * kept + tl.sum(weight[:, None] * part.to(tl.float32), 0)
         peak = higher
     acc = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out + (node * tl.num_programs(1) + head).to(tl.int64) * C + column, acc.to(tl.bfloat16))
+    tl.store(out + (node * tl.num_programs(1) + head).to(tl.int64) * C + column, acc.to(out.dtype.element_ty))

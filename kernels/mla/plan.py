@@ -32,6 +32,7 @@ class Head:
     scale: float  # of the scores
     interleaved: bool = True
     power_of_two: bool = False  # scales of what is quantised for a product ("ue8m0")
+    dtype: torch.dtype = torch.bfloat16  # of activations and cache
 
     @property
     def width(self) -> int:
@@ -40,7 +41,7 @@ class Head:
 
     def layout(self, packed: bool = False) -> Layout:
         """Returns the layout of a cache for these sizes."""
-        return Layout(self.latent, self.rope, packed)
+        return Layout(self.latent, self.rope, packed, self.dtype)
 
     @property
     def padded(self) -> int:

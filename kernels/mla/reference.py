@@ -12,20 +12,23 @@ from mtp_spec.kernels import ordered
 from mtp_spec.kernels.fp8 import act_quant, weight_dequant
 from mtp_spec.kernels.mla.cache import Cache
 from mtp_spec.kernels.mla.plan import Head, Plan
-from mtp_spec.kernels.quant import normed
+from mtp_spec.kernels.quant import Operand, normed
 
 
 def prepare_reference(
     down: Tensor, q_norm: Tensor | None, kv_norm: Tensor, table: Tensor, cache: Cache, plan: Plan, head: Head,
-    eps: float,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    eps: float, quantise: bool = True,
+) -> Operand | None:  # fmt: skip
     """`prepare` in plain torch."""
     q, latent, rope = down.split((down.shape[1] - head.width, head.latent, head.rope), dim=-1)
     turned = _rotate(rope, table[_positions(plan)], head.interleaved)
     row = torch.cat((normed(latent, kv_norm, eps), turned), -1)
     for rows, alone, own in plan.apart(cache):
         own.write(alone.length.long() + alone.slots.long(), row[rows])
-    return None if q_norm is None else act_quant(normed(q, q_norm, eps), power_of_two=head.power_of_two)
+    if q_norm is None:
+        return None
+    latent = normed(q, q_norm, eps)
+    return act_quant(latent, power_of_two=head.power_of_two) if quantise else latent
 
 
 def absorb_reference(
@@ -40,11 +43,14 @@ def absorb_reference(
     return torch.nn.functional.pad(absorbed, (0, 0, 0, head.padded - head.heads))
 
 
-def up_reference(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head) -> tuple[Tensor, Tensor]:
+def up_reference(
+    context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, quantise: bool = True
+) -> Operand:
     """`up` in plain torch."""
     w_uv = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, head.nope :]
     values = ordered.products(context.float().transpose(0, 1), w_uv).transpose(0, 1)
-    return act_quant(values.to(context.dtype).flatten(1), power_of_two=head.power_of_two)
+    rounded = values.to(context.dtype).flatten(1)
+    return act_quant(rounded, power_of_two=head.power_of_two) if quantise else rounded
 
 
 def attend_reference(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:

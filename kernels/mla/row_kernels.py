@@ -34,7 +34,7 @@ def _rotated(source, table, position, mask, R: tl.constexpr, WIDE_R: tl.constexp
 
 @triton.jit(do_not_specialize=["each"])
 def _prepare_kernel(
-    down,  # [M, A_ROWS + C + R] bf16: the fused down-projection
+    down,  # [M, A_ROWS + C + R] bf16 or fp16: the fused down-projection
     q_norm,  # [A_ROWS], used with LORA
     kv_norm,  # [C]
     table,  # [L, 2, R] float32
@@ -43,10 +43,10 @@ def _prepare_kernel(
     page_count,  # P
     depths,  # [each] int32
     slots,  # [each] int32
-    quantised,  # [M, A_ROWS] e4m3, used with LORA
-    scales,  # [M, ceil(A_ROWS / 128)] float32
-    latents,  # [rows of all layers, C] bf16 or e4m3, BYTES apart like the two below
-    ropes,  # [., R] bf16
+    out,  # [M, A_ROWS] e4m3, or as `down` without QUANTISE; used with LORA
+    scales,  # [M, ceil(A_ROWS / 128)] float32, used with QUANTISE
+    latents,  # [rows of all layers, C] as `down`, or e4m3, BYTES apart like the two below
+    ropes,  # [., R] as `down`
     latent_scales,  # [., ceil(C / 128)] float32, used with PACKED
     base,  # first row of the layer
     offset,
@@ -62,13 +62,14 @@ def _prepare_kernel(
     WIDE_R: tl.constexpr,
     BYTES: tl.constexpr,
     LORA: tl.constexpr,
+    QUANTISE: tl.constexpr,
     PACKED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     POWER: tl.constexpr,
     LARGEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norms both latents: the query's is quantised, the key's goes to the cache with its rotated part."""
+    """Norms both latents: the query's is quantised if wanted, the key's goes to the cache with its rotated part."""
     follow(PDL)
     row = tl.program_id(0)
     source = down + row.to(tl.int64) * (A_ROWS + C + R)
@@ -93,28 +94,33 @@ def _prepare_kernel(
         position = start + offset + tl.load(depths + place) + tl.zeros((1, 1), dtype=tl.int32)
         turned = _rotated(source + A_ROWS + C, table, position, position >= 0, R, WIDE_R, INTERLEAVED)
         lane_r = tl.arange(0, WIDE_R)[None, :]
-        tl.store(ropes + at * (BYTES // 2) + lane_r, turned.to(tl.bfloat16), mask=lane_r < R)
+        tl.store(ropes + at * (BYTES // 2) + lane_r, turned.to(ropes.dtype.element_ty), mask=lane_r < R)
     elif LORA:
-        values = _normed(source, q_norm, eps, A_ROWS, WIDE_A).to(tl.float32)
-        blocks: tl.constexpr = (A_ROWS + 127) // 128
-        _store_quantised(values, row, 0, quantised, scales, A_ROWS, blocks, WIDE_A, POWER, LARGEST)
+        values = _normed(source, q_norm, eps, A_ROWS, WIDE_A)
+        if QUANTISE:
+            blocks: tl.constexpr = (A_ROWS + 127) // 128
+            _store_quantised(values.to(tl.float32), row, 0, out, scales, A_ROWS, blocks, WIDE_A, POWER, LARGEST)
+        else:
+            lane_a = tl.arange(0, WIDE_A)
+            tl.store(out + row.to(tl.int64) * A_ROWS + lane_a, values, mask=lane_a < A_ROWS)
 
 
 @triton.jit
 def _normed(source, weight, eps, SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """Returns the RMS norm of SIZE numbers in bf16, rounded before and after the weight, as the model does."""
+    """Returns the RMS norm of SIZE numbers in their type, rounded before and after the weight, as the model does."""
     lane = tl.arange(0, WIDE)
+    kind: tl.constexpr = source.dtype.element_ty
     x = tl.load(source + lane, mask=lane < SIZE, other=0.0).to(tl.float32)
-    normed = (x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)).to(tl.bfloat16).to(tl.float32)
-    return (tl.load(weight + lane, mask=lane < SIZE, other=0.0).to(tl.float32) * normed).to(tl.bfloat16)
+    normed = (x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)).to(kind).to(tl.float32)
+    return (tl.load(weight + lane, mask=lane < SIZE, other=0.0).to(tl.float32) * normed).to(kind)
 
 
 @triton.jit
 def _up_weight(
-    kv_b, kv_b_scale, row, row_mask, first, SIZE: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
-    WIDE: tl.constexpr,
+    kv_b, kv_b_scale, row, row_mask, first, SIZE: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Returns SIZE columns of kv_b's rows, inside one block of 128, in bf16, dequantised if they are e4m3."""
+    """Returns SIZE columns of kv_b's rows, inside one block of 128, in type KIND, dequantised if they are e4m3."""
     column = first + tl.arange(0, SIZE)
     mask = row_mask[:, None] & (column < C)[None, :]
     w = tl.load(kv_b + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
@@ -122,7 +128,7 @@ def _up_weight(
         blocks: tl.constexpr = (C + 127) // 128
         scale = tl.load(kv_b_scale + row // 128 * blocks + first // 128, mask=row_mask, other=0.0)
         w = w.to(tl.float32) * scale[:, None]
-    w = w.to(tl.bfloat16)
+    w = w.to(KIND)
     if WIDE:  # the interpreter cannot multiply bfloat16
         w = w.to(tl.float32)
     return w
@@ -130,13 +136,13 @@ def _up_weight(
 
 @triton.jit(do_not_specialize=["rows", "each"])
 def _absorb_kernel(
-    q,  # [M, H, N + R] bf16, rows `stride` apart
+    q,  # [M, H, N + R] bf16 or fp16, rows `stride` apart
     kv_b,  # [H (N + V), C]
     kv_b_scale,
     table,  # [L, 2, R] float32
     length,  # [B] int32
     depths,  # [each] int32
-    out,  # [M, padded H, W] bf16
+    out,  # [M, padded H, W] as `q`
     rows,
     stride,
     offset,
@@ -173,11 +179,12 @@ def _absorb_kernel(
             turned = _rotated(source[:, None], table, position[:, None], real[:, None], R, WIDE_R, INTERLEAVED)
             lane_r = tl.arange(0, WIDE_R)[None, :]
             target = out + (row.to(tl.int64) * heads + head)[:, None] * (C + R) + C + lane_r
-            tl.store(target, turned.to(tl.bfloat16), mask=real[:, None] & (lane_r < R))
+            tl.store(target, turned.to(out.dtype.element_ty), mask=real[:, None] & (lane_r < R))
     else:
         inner = tl.arange(0, WIDE_N)
         column = part * 128 + tl.arange(0, 128)
-        w = _up_weight(kv_b, kv_b_scale, head * (N + V) + inner, inner < N, part * 128, 128, C, PACKED, WIDE)
+        kind: tl.constexpr = q.dtype.element_ty
+        w = _up_weight(kv_b, kv_b_scale, head * (N + V) + inner, inner < N, part * 128, 128, C, kind, PACKED, WIDE)
         for first in range(0, rows, ROWS):
             row = first + lane
             source = q + row.to(tl.int64)[:, None] * stride + head * (N + R) + inner[None, :]
@@ -185,15 +192,15 @@ def _absorb_kernel(
             if WIDE:
                 x = x.to(tl.float32)
             target = out + (row.to(tl.int64) * heads + head)[:, None] * (C + R) + column[None, :]
-            tl.store(target, tl.dot(x, w).to(tl.bfloat16), mask=(row < rows)[:, None] & (column < C)[None, :])
+            tl.store(target, tl.dot(x, w).to(kind), mask=(row < rows)[:, None] & (column < C)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _up_kernel(
-    context,  # [M, H, C] bf16
+    context,  # [M, H, C] bf16 or fp16
     kv_b,
     kv_b_scale,
-    out,  # [M, H V] bf16, or e4m3 with QUANTISE
+    out,  # [M, H V] as `context`, or e4m3 with QUANTISE
     scales,  # [M, H V / 128] float32, used with QUANTISE
     rows,
     heads,
@@ -214,12 +221,14 @@ def _up_kernel(
     head = tl.program_id(0)
     value = tl.program_id(1) * 128 + tl.arange(0, 128)
     lane = tl.arange(0, ROWS)
+    kind: tl.constexpr = context.dtype.element_ty
     for first in range(0, rows, ROWS):
         row = first + lane
         real = row < rows
         total = tl.zeros((128, ROWS), dtype=tl.float32)
         for chunk in tl.range(0, C, CHUNK):
-            w = _up_weight(kv_b, kv_b_scale, head * (N + V) + N + value, value < V, chunk, CHUNK, C, PACKED, WIDE)
+            its = head * (N + V) + N + value
+            w = _up_weight(kv_b, kv_b_scale, its, value < V, chunk, CHUNK, C, kind, PACKED, WIDE)
             column = chunk + tl.arange(0, CHUNK)
             source = context + (row.to(tl.int64) * heads + head)[None, :] * C + column[:, None]
             x = tl.load(source, mask=real[None, :] & (column < C)[:, None], other=0.0)
@@ -228,7 +237,7 @@ def _up_kernel(
             total = tl.dot(w, x, total)
         kept = real[None, :] & (value < V)[:, None]
         target = out + row.to(tl.int64)[None, :] * (heads * V) + head * V + value[:, None]
-        values = total.to(tl.bfloat16)
+        values = total.to(kind)
         if QUANTISE:
             wide = values.to(tl.float32)
             scale = tl.max(tl.abs(wide), axis=0) / LARGEST

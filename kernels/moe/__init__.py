@@ -1,4 +1,4 @@
-"""Mixture of experts in FP8: `layer` has the launches, `operands` what they take and give.
+"""Mixture of experts: `layer` has the launches, `operands` what they take and give.
 
 What other folders call is named here.
 """

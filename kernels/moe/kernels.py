@@ -1,4 +1,4 @@
-"""The experts' FP8 products as Triton kernels; imported by `layer` where Triton is there.
+"""The experts' products as Triton kernels, in FP8 or 16 bits; imported by `layer` where Triton is there.
 
 One program handles one slot (an expert with up to TOKENS of its pairs) and one stretch of the expert's outputs, so
 every expert's weights are read once. Operands are swapped as in `gemm`: wgmma's 64 rows are weights, tokens are the
@@ -27,19 +27,28 @@ def _slot_pairs(order, first, count, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _times(w, a, total, WIDE: tl.constexpr):
+    """Returns total + w @ a.T of 16-bit tiles."""
+    if WIDE:  # the interpreter cannot multiply bfloat16
+        w = w.to(tl.float32)
+        a = a.to(tl.float32)
+    return tl.dot(w, a.T, total)
+
+
+@triton.jit
 def _gate_up_kernel(
-    w_desc,  # [E * 2I, D] e4m3, tiles [TILE, 128]
+    w_desc,  # [E * 2I, D] e4m3, bf16 or fp16, tiles [TILE, 128]
     w,  # the same, to be pulled into the cache
-    w_scale,  # [E, 2 * ceil(I / 128), blocks] float32
-    x,  # [M, D] e4m3
-    x_scale,  # [M, blocks] float32
+    w_scale,  # [E, 2 * ceil(I / 128), blocks] float32, used with SCALED
+    x,  # [M, D] as w
+    x_scale,  # [M, blocks] float32, used with SCALED
     order,
     slot_expert,
     slot_first,
     slot_count,
-    hidden,  # [P, I] e4m3
-    hidden_scale,  # [P, ceil(I / 128)] float32
-    wide,  # [P, I] float32, used with tiles of 64
+    hidden,  # [P, I] as w
+    hidden_scale,  # [P, ceil(I / 128)] float32, used with SCALED
+    wide,  # [P, I] float32, used with SCALED and tiles of 64
     arrivals,  # [slots * ceil(I / 128)] int32, zero before and after
     inner,
     channels,
@@ -57,17 +66,20 @@ def _gate_up_kernel(
     PDL: tl.constexpr,
     POWER: tl.constexpr,
     LARGEST: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """hidden = quantised silu(gate) * up; a program has the same TILE columns of gate and of up."""
+    """hidden = silu(gate) * up, quantised if SCALED; a program has the same TILE columns of gate and of up."""
     if PDL:
         if SHARED > 0 and AHEAD > 0:
             # Every row chooses the shared experts, the last ones, so their weights are wanted before the gate has
             # chosen. Each program has a stretch of them, each of four threads a part of it.
             part = tl.program_id(0).to(tl.int64) * 4 + tl.arange(0, 128) // 32
-            first_byte = (experts - SHARED).to(tl.int64) * 2 * inner * channels + part * AHEAD * 4096
-            left = experts.to(tl.int64) * 2 * inner * channels - first_byte
+            size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+            first_one = (experts - SHARED).to(tl.int64) * 2 * inner * channels + part * (AHEAD * 4096 // size)
+            left = (experts.to(tl.int64) * 2 * inner * channels - first_one) * size
             wanted = (left > 0) & (tl.arange(0, 128) % 32 == 0)
-            prefetch(w + tl.where(wanted, first_byte, 0), tl.minimum(left, AHEAD * 4096).to(tl.int32), wanted)
+            prefetch(w + tl.where(wanted, first_one, 0), tl.minimum(left, AHEAD * 4096).to(tl.int32), wanted)
         gdc_wait()
         gdc_launch_dependents()  # not earlier: the next kernel looks at the slots before it waits
     tiles = tl.cdiv(inner, TILE)
@@ -94,11 +106,19 @@ def _gate_up_kernel(
         else:
             inside = real[:, None] & (block * 128 + places < channels)[None, :]
             a = tl.load(rows + block * 128, mask=inside, other=0.0)
-        scale = tl.load(x_scale + token * blocks + block, mask=real, other=0.0)
-        gate += tl.dot(w_gate, a.T) * (scale * tl.load(gate_scale + block))[None, :]
-        up += tl.dot(w_up, a.T) * (scale * tl.load(up_scale + block))[None, :]
+        if SCALED:
+            scale = tl.load(x_scale + token * blocks + block, mask=real, other=0.0)
+            gate += tl.dot(w_gate, a.T) * (scale * tl.load(gate_scale + block))[None, :]
+            up += tl.dot(w_up, a.T) * (scale * tl.load(up_scale + block))[None, :]
+        else:
+            gate = _times(w_gate, a, gate, WIDE)
+            up = _times(w_up, a, up, WIDE)
     values = tl.trans(gate / (1 + tl.exp(-gate)) * up)  # [TOKENS, TILE]
-    if TILE == 128:
+    if not SCALED:
+        column = tile * TILE + tl.arange(0, TILE)
+        kept = real[:, None] & (column < inner)[None, :]
+        tl.store(hidden + pair[:, None] * inner + column[None, :], values.to(hidden.dtype.element_ty), mask=kept)
+    elif TILE == 128:
         column = tile * 128 + places
         _store_hidden(values, column, hidden, hidden_scale, pair, real, inner, inner_blocks, tile, POWER, LARGEST)
     else:
@@ -134,11 +154,11 @@ def _store_hidden(
 
 @triton.jit
 def _down_kernel(
-    w_desc,  # [E * D, I] e4m3, tiles [TILE, 128]
+    w_desc,  # [E * D, I] e4m3, bf16 or fp16, tiles [TILE, 128]
     w,  # the same, to be pulled into the cache
-    w_scale,  # [E, ceil(D / 128), blocks] float32
-    hidden,  # [P, I] e4m3
-    hidden_scale,  # [P, blocks] float32
+    w_scale,  # [E, ceil(D / 128), blocks] float32, used with SCALED
+    hidden,  # [P, I] as w
+    hidden_scale,  # [P, blocks] float32, used with SCALED
     order,
     slot_expert,
     slot_first,
@@ -160,6 +180,8 @@ def _down_kernel(
     PER_ROW: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """parts[pair] = down of the pair's expert @ hidden[pair]; the last of a row's pairs to arrive adds them up."""
     tiles = tl.cdiv(channels, TILE)
@@ -189,8 +211,11 @@ def _down_kernel(
         else:
             inside = real[:, None] & (block * 128 + places < inner)[None, :]
             a = tl.load(rows + block * 128, mask=inside, other=0.0)
-        scale = tl.load(hidden_scale + pair * blocks + block, mask=real, other=0.0) * tl.load(scale_row + block)
-        total += tl.dot(w_tile, a.T) * scale[None, :]
+        if SCALED:
+            scale = tl.load(hidden_scale + pair * blocks + block, mask=real, other=0.0) * tl.load(scale_row + block)
+            total += tl.dot(w_tile, a.T) * scale[None, :]
+        else:
+            total = _times(w_tile, a, total, WIDE)
     column = tile * TILE + tl.arange(0, TILE)
     inside = (column < channels)[None, :]
     part = tl.trans(total).to(parts.dtype.element_ty)  # [TOKENS, TILE]

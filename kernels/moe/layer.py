@@ -1,4 +1,4 @@
-"""Mixture of experts in FP8 for 1 to 64 rows (decode, draft, verify) and for any number (prefill).
+"""Mixture of experts in FP8 or 16 bits for 1 to 64 rows (decode, draft, verify) and for any number (prefill).
 
 `moe` is the whole layer in four launches: router with quantisation, choice with grouping (`router`), gate and up
 with activation and quantisation, down with the weighted sum. None waits for the host, so a step fits one CUDA graph.
@@ -13,6 +13,7 @@ the shared ones, `P` = M K pairs.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
-from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
-from mtp_spec.kernels.launching import described, late, runs_triton, stages_that_fit
+from mtp_spec.kernels.fp8 import BLOCK, E4M3_MAX
+from mtp_spec.kernels.launching import described, interpreted, late, runs_triton, stages_that_fit
 from mtp_spec.kernels.moe.grouping import MOST_ROWS, group
 from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups, Routing, most_slots
 from mtp_spec.kernels.moe.reference import experts_reference, moe_reference
@@ -35,7 +36,7 @@ from mtp_spec.kernels.workspace import Workspace
 with suppress(ImportError):  # no Triton for this platform: the references remain
     from mtp_spec.kernels.moe.kernels import _down_kernel, _gate_up_kernel
 
-INPUTS = (torch.bfloat16, torch.float32)
+INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 # both products count there: the second touches counts only after the first has ended, see `launching`
 ARRIVALS = Workspace(torch.int32, zeros=True, least=1 << 16)
 
@@ -79,11 +80,16 @@ class Launch:
 
 
 @lru_cache
-def default_launch(channels: int, inner: int) -> Launch:
-    """Returns what was measured for a shape, else the defaults."""
+def default_launch(channels: int, inner: int, kind: str = "fp8") -> Launch:
+    """Returns what was measured for a shape ("fp8", or "bf16" for 16 bits of either type), else the defaults."""
     path = Path(__file__).parents[1] / "tuned" / "moe.json"
     tuned: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-    return Launch(**tuned.get(f"{channels}x{inner}", {}))
+    return Launch(**tuned.get(f"{channels}x{inner}" + ("" if kind == "fp8" else f" {kind}"), {}))
+
+
+def launch_of(weights: Experts) -> Launch:
+    """Returns the launch for some experts' shape and type."""
+    return default_launch(weights.channels, weights.down.shape[2], "fp8" if weights.scaled else "bf16")
 
 
 def moe(
@@ -98,26 +104,24 @@ def moe(
     """Returns shared(x) + sum over chosen experts of weight * expert(x), `[M, D]` in x's dtype.
 
     Args:
-        x: `[M, D]` bfloat16 or float32.
+        x: `[M, D]` bfloat16, float16 or float32; without scales in the type of the weights.
         router: `[E - shared, D]`.
         bias: `[E - shared]` float32 or None.
-        exchange: completes hidden values `[P, I]` and scales by the columns that other processes have.
+        exchange: completes hidden values `[P, I]`, and their scales if any, by the columns of other processes.
     """
     if weights.count != routing.experts + routing.shared:
         raise ValueError(f"{weights.count} experts given, the gate has {routing.experts} + {routing.shared} shared")
-    expect("x", x, (None, weights.channels), INPUTS, beside=weights.down)
+    expect("x", x, (None, weights.channels), _inputs(weights), beside=weights.down)
     if not runs_triton(x):
         return moe_reference(x, router, bias, routing, weights, exchange)
-    launch = launch or default_launch(weights.channels, weights.down.shape[2])
-    tokens = launch.slot(x.shape[0])
-    routed = route(x, router, bias, routing, tokens=tokens, power_of_two=weights.power_of_two)
-    assert routed.quantised is not None
-    assert routed.scales is not None
+    launch = launch or launch_of(weights)
+    routed = route(x, router, bias, routing, weights.scaled, launch.slot(x.shape[0]), weights.power_of_two)
     assert routed.groups is not None
-    hidden = gate_up(routed.quantised, routed.scales, routed.groups, routing.per_row, weights, launch, routing.shared)
+    given = x if routed.quantised is None else routed.quantised
+    hidden = gate_up(given, routed.scales, routed.groups, routing.per_row, weights, launch, routing.shared)
     if exchange is not None:
         hidden = exchange(*hidden)
-    return down(*hidden, routed.groups, routed.weights, weights, launch, x.dtype)
+    return down(hidden, routed.groups, routed.weights, weights, launch, x.dtype)
 
 
 def experts(
@@ -134,22 +138,26 @@ def experts(
         pair_weights: `[M, K]` float32.
     """
     rows = x.shape[0]
-    expect("x", x, (rows, weights.channels), INPUTS, beside=weights.down)
+    expect("x", x, (rows, weights.channels), _inputs(weights), beside=weights.down)
     expect("indices", indices, (rows, None), torch.int32, beside=x)
     expect("pair_weights", pair_weights, indices.shape, torch.float32, beside=x)
     if not runs_triton(x):
         return experts_reference(x, indices, pair_weights, weights)
-    launch = launch or default_launch(weights.channels, weights.inner)
-    quantised, scales = quant(x, weights.power_of_two)
+    launch = launch or launch_of(weights)
+    given, scales = quant(x, weights.power_of_two) if weights.scaled else (x, None)
     groups = group(indices, weights.count, launch.slot(rows))
-    hidden = gate_up(quantised, scales, groups, indices.shape[1], weights, launch)
-    return down(*hidden, groups, pair_weights, weights, launch, x.dtype)
+    hidden = gate_up(given, scales, groups, indices.shape[1], weights, launch)
+    return down(hidden, groups, pair_weights, weights, launch, x.dtype)
+
+
+def _inputs(weights: Experts) -> tuple[torch.dtype, ...]:
+    return INPUTS if weights.scaled else (weights.down.dtype,)
 
 
 def gate_up(
-    x: Tensor, x_scale: Tensor, groups: Groups, per_row: int, weights: Experts, launch: Launch, shared: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Launches silu(gate) * up of every pair: x `[M, D]` e4m3 with scales to `[P, I]` e4m3 with scales.
+    x: Tensor, x_scale: Tensor | None, groups: Groups, per_row: int, weights: Experts, launch: Launch, shared: int = 0
+) -> tuple[Tensor, ...]:
+    """Launches silu(gate) * up of every pair: x `[M, D]` to `[P, I]`, e4m3 with scales both, or in 16 bits without.
 
     Args:
         shared: how many of the last experts every row is known to choose.
@@ -157,45 +165,54 @@ def gate_up(
     (rows, channels), inner, device = x.shape, weights.inner, x.device
     pairs, slots, tokens = rows * per_row, groups.count.shape[0], launch.slot(rows)
     assert slots == most_slots(pairs, weights.count, tokens)
-    inner_blocks, halves = -(-inner // BLOCK), launch.up_tile < BLOCK
+    scaled = x_scale is not None
+    # two programs share a block of scales
+    inner_blocks, halves = -(-inner // BLOCK), scaled and launch.up_tile < BLOCK
     unroll = launch.unrolled(launch.up_unroll, rows)
-    step = unroll * BLOCK * (2 * launch.up_tile + tokens)
-    hidden = torch.empty(pairs, inner, dtype=E4M3, device=device)
-    hidden_scale = torch.empty(pairs, inner_blocks, dtype=torch.float32, device=device)
+    step = unroll * BLOCK * (2 * launch.up_tile + tokens) * x.element_size()
+    hidden = x.new_empty(pairs, inner)
+    hidden_scale = x.new_empty(pairs if scaled else 0, inner_blocks, dtype=torch.float32)
     _gate_up_kernel[(slots * -(-inner // launch.up_tile),)](
-        _described(weights.gate_up, launch.up_tile), weights.gate_up, weights.gate_up_scale, x, x_scale,
+        _described(weights.gate_up, launch.up_tile), weights.gate_up, _or(weights.gate_up_scale, x), x, _or(x_scale, x),
         groups.order, groups.expert, groups.first, groups.count,
         hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, dtype=torch.float32, device=device),
-        ARRIVALS.room(device, slots * inner_blocks), inner, channels, x_scale.shape[1], per_row, slots, weights.count,
+        ARRIVALS.room(device, slots * inner_blocks), inner, channels, -(-channels // BLOCK), per_row, slots,
+        weights.count,
         TILE=launch.up_tile, TOKENS=tokens, STAGES=stages_that_fit(launch.up_stages, step), UNROLL=unroll,
         EVEN=channels % BLOCK == 0, SHARED=shared, AHEAD=launch.up_ahead, POWER=weights.power_of_two,
-        LARGEST=E4M3_MAX,
-        num_warps=launch.up_warps, **late(x),
+        LARGEST=E4M3_MAX, SCALED=scaled, WIDE=not scaled and interpreted(), num_warps=launch.up_warps, **late(x),
     )  # fmt: skip
-    return hidden, hidden_scale
+    return (hidden, hidden_scale) if scaled else (hidden,)
 
 
 def down(
-    hidden: Tensor, hidden_scale: Tensor, groups: Groups, pair_weights: Tensor, weights: Experts, launch: Launch,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Launches the second product and each row's sum: `[P, I]` e4m3 with scales to `[M, D]` in `dtype`."""
+    given: Sequence[Tensor], groups: Groups, pair_weights: Tensor, weights: Experts, launch: Launch, dtype: torch.dtype
+) -> Tensor:
+    """Launches the second product and each row's sum: what `gate_up` returned, `[P, I]`, to `[M, D]` in `dtype`."""
+    hidden, scale = given[0], given[1] if len(given) > 1 else None
     (pairs, inner), (rows, per_row), device = hidden.shape, pair_weights.shape, hidden.device
     channels, slots, tiles = weights.outputs, groups.count.shape[0], -(-weights.outputs // launch.down_tile)
     unroll = launch.unrolled(launch.down_unroll, rows)
-    step = unroll * BLOCK * (launch.down_tile + launch.slot(rows))
+    step = unroll * BLOCK * (launch.down_tile + launch.slot(rows)) * hidden.element_size()
     parts = torch.empty(pairs, channels, dtype=torch.float32, device=device)
     out = torch.empty(rows, channels, dtype=dtype, device=device)
     _down_kernel[(slots * tiles,)](
-        _described(weights.down, launch.down_tile), weights.down, weights.down_scale, hidden, hidden_scale,
+        _described(weights.down, launch.down_tile), weights.down, _or(weights.down_scale, hidden), hidden,
+        _or(scale, hidden),
         groups.order, groups.expert, groups.first, groups.count,
         pair_weights, parts, ARRIVALS.room(device, rows * tiles), out,
-        inner, channels, hidden_scale.shape[1], slots, weights.count,
+        inner, channels, -(-inner // BLOCK), slots, weights.count,
         TILE=launch.down_tile, TOKENS=launch.slot(rows), STAGES=stages_that_fit(launch.down_stages, step),
         UNROLL=unroll, EVEN=inner % BLOCK == 0, PER_ROW=per_row,
-        AHEAD=launch.down_ahead, num_warps=launch.down_warps, **late(hidden),
+        AHEAD=launch.down_ahead, SCALED=scale is not None, WIDE=scale is None and interpreted(),
+        num_warps=launch.down_warps, **late(hidden),
     )  # fmt: skip
     return out
+
+
+def _or(scale: Tensor | None, other: Tensor) -> Tensor:
+    """Returns scales, or something in the place of those that no kernel reads."""
+    return other if scale is None else scale
 
 
 def _described(weight: Tensor, rows: int) -> Any:

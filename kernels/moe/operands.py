@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mtp_spec.kernels.fp8 import BLOCK
+from mtp_spec.kernels.fp8 import BLOCK, E4M3
 
-Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Exchange = Callable[..., tuple[Tensor, ...]]  # hidden values, and scales where they have some
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +23,18 @@ class Experts:
     some of the D outputs of the second.
 
     Attributes:
-        gate_up: `[E, 2 I, D]` e4m3, gate rows first.
-        gate_up_scale: `[E, 2 ceil(I / 128), ceil(D / 128)]` float32: gate and up are quantised on their own.
-        down: `[E, D, I]` e4m3.
-        down_scale: `[E, ceil(D / 128), ceil(I / 128)]` float32.
+        gate_up: `[E, 2 I, D]` e4m3, bfloat16 or float16, gate rows first.
+        gate_up_scale: `[E, 2 ceil(I / 128), ceil(D / 128)]` float32, gate and up quantised on their own; None unless
+            e4m3.
+        down: `[E, D, I]`, as gate_up.
+        down_scale: `[E, ceil(D / 128), ceil(I / 128)]` float32, or None.
         power_of_two: whether the scales of what they are multiplied with are rounded up to powers of two ("ue8m0").
     """
 
     gate_up: Tensor
-    gate_up_scale: Tensor
+    gate_up_scale: Tensor | None
     down: Tensor
-    down_scale: Tensor
+    down_scale: Tensor | None
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
@@ -42,17 +43,31 @@ class Experts:
         alone = (outputs, whole) == (channels, inner)
         if self.down.shape[0] != count or not (alone or (outputs <= channels and whole % inner == inner % BLOCK == 0)):
             raise ValueError(f"gate_up {tuple(self.gate_up.shape)} and down {tuple(self.down.shape)} do not fit")
-        blocks = -(-inner // BLOCK)
+        if self.gate_up.dtype != self.down.dtype:
+            raise ValueError(f"gate_up is {self.gate_up.dtype} and down is {self.down.dtype}: one dtype expected")
+        blocks, scaled = -(-inner // BLOCK), self.gate_up.dtype == E4M3
         expected = (
             (count, 2 * blocks, -(-channels // BLOCK)), (count, -(-outputs // BLOCK), -(-whole // BLOCK))
         )  # fmt: skip
-        given = (tuple(self.gate_up_scale.shape), tuple(self.down_scale.shape))
-        if given != expected:
-            raise ValueError(f"scales {given[0]} and {given[1]}: expected {expected[0]} and {expected[1]}")
+        given = tuple(None if s is None else tuple(s.shape) for s in (self.gate_up_scale, self.down_scale))
+        if given != (expected if scaled else (None, None)):
+            wanted = f"expected {expected[0]} and {expected[1]}" if scaled else f"none expected with {self.down.dtype}"
+            raise ValueError(f"scales {given[0]} and {given[1]}: {wanted}")
         if channels % 16 or inner % 16:
             raise ValueError(f"D={channels}, I={inner}: rows must be whole multiples of 16 bytes")
-        if not all(t.is_contiguous() for t in (self.gate_up, self.gate_up_scale, self.down, self.down_scale)):
+        if not all(t.is_contiguous() for t in self.tensors):
             raise ValueError("weights and scales must be contiguous")
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Weights, and scales where they have some."""
+        parts = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
+        return [part for part in parts if part is not None]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether weights are e4m3 with scales."""
+        return self.gate_up_scale is not None
 
     @property
     def count(self) -> int:
@@ -119,7 +134,7 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Result of the gate: indices `[M, K]` int32 ascending, weights `[M, K]` float32, x in FP8, pairs by expert."""
+    """Result of the gate: indices `[M, K]` int32 ascending, weights `[M, K]` float32, x in FP8 if wanted, pairs."""
 
     indices: Tensor
     weights: Tensor

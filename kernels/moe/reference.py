@@ -5,6 +5,8 @@ Legend: as in `layer` and `router`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,29 +28,47 @@ def experts_reference(
     x: Tensor, indices: Tensor, pair_weights: Tensor, weights: Experts, exchange: Exchange | None = None
 ) -> Tensor:
     """`experts` in plain torch, a pair's numbers as if it were alone."""
-    power = weights.power_of_two
-    quantised, scales = act_quant(x, power_of_two=power)
-    per_row, blocks, chosen = indices.shape[1], weights.gate_up_scale.shape[1] // 2, indices.flatten()
+    given = _operands(x, weights)
+    per_row, chosen = indices.shape[1], indices.flatten()
     by_expert = [(expert, (chosen == expert).nonzero().flatten()) for expert in chosen.unique().tolist()]
-    activated = dict[int, tuple[Tensor, Tensor]]()
+    activated = dict[int, tuple[Tensor, ...]]()
     for expert, pairs in by_expert:
-        halves = weights.gate_up[expert].split(weights.inner), weights.gate_up_scale[expert].split(blocks)
-        rows = quantised[pairs // per_row], scales[pairs // per_row]
-        gate_part, up = (fp8_gemm(*rows, *half).split(1) for half in zip(*halves, strict=True))
+        rows = [part[pairs // per_row] for part in given]
+        gate_part, up = (_product(rows, *half).split(1) for half in _halves(weights, expert))
         for pair, one, other in zip(pairs.tolist(), gate_part, up, strict=True):
-            activated[pair] = act_quant(F.silu(one) * other, power_of_two=power)
-    hidden, hidden_scale = (torch.cat(parts) for parts in zip(*(activated[pair] for pair in range(len(chosen))),
-                                                              strict=True))  # fmt: skip
+            activated[pair] = _operands(F.silu(one) * other, weights)
+    hidden = tuple(torch.cat(parts) for parts in zip(*(activated[pair] for pair in range(len(chosen))), strict=True))
     if exchange is not None:
-        hidden, hidden_scale = exchange(hidden, hidden_scale)
+        hidden = exchange(*hidden)
     parts = torch.empty(len(chosen), weights.outputs, dtype=torch.float32, device=x.device)
     for expert, pairs in by_expert:
-        parts[pairs] = fp8_gemm(hidden[pairs], hidden_scale[pairs], weights.down[expert], weights.down_scale[expert])
+        scale = None if weights.down_scale is None else weights.down_scale[expert]
+        parts[pairs] = _product([part[pairs] for part in hidden], weights.down[expert], scale)
     out = torch.zeros(x.shape[0], weights.outputs, dtype=torch.float32, device=x.device)
     weighted = (parts * pair_weights.flatten()[:, None]).unflatten(0, (-1, per_row))
     for place in range(per_row):
         out += weighted[:, place]
     return out.to(x.dtype)
+
+
+def _operands(x: Tensor, weights: Experts) -> tuple[Tensor, ...]:
+    """Returns x as it is multiplied: quantised, or rounded to the weights' type."""
+    return act_quant(x, power_of_two=weights.power_of_two) if weights.scaled else (x.to(weights.down.dtype),)
+
+
+def _halves(weights: Experts, expert: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Returns an expert's gate and up with their scales."""
+    both, scales = weights.gate_up[expert].split(weights.inner), weights.gate_up_scale
+    if scales is None:
+        return [(half, None) for half in both]
+    return list(zip(both, scales[expert].split(scales.shape[1] // 2), strict=True))
+
+
+def _product(rows: Sequence[Tensor], weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Returns rows @ weight.T in float32."""
+    if scale is None:
+        return ordered.products(rows[0].float(), weight.float())
+    return fp8_gemm(rows[0], rows[1], weight, scale)
 
 
 def route_reference(

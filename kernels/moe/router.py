@@ -57,7 +57,7 @@ def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, quantise: bool = True, tokens: int | None = 16,
     power_of_two: bool = False,
 ) -> Routed:  # fmt: skip
-    """Returns what the experts need, in two launches; CPU tensors take the reference unless Triton interprets.
+    """Returns what the experts take, in two launches; CPU tensors take the reference unless Triton interprets.
 
     Args:
         quantise: also quantise x, 1x128; `power_of_two` as for `fp8.act_quant`.
@@ -95,7 +95,8 @@ def route(
     )  # fmt: skip
     if tokens is not None and not in_kernel:
         groups = group(indices, routing.experts + routing.shared, tokens)
-    return Routed(indices, weights, quantised, scales, groups if tokens is not None else None)
+    return Routed(indices, weights, quantised if quantise else None, scales if quantise else None,
+                  groups if tokens is not None else None)  # fmt: skip
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> None:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder onto the FP8 kernels: weights as they are stored."""
+"""A Hugging Face folder onto the kernels of a GPU: weights as they are stored, FP8 or 16 bits, or widened to 16."""
 
 from __future__ import annotations
 
@@ -6,34 +6,72 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from mtp_spec.kernels.fp8 import BLOCK, weight_dequant
 from mtp_spec.kernels.fp8_cpu import dequantise
-from mtp_spec.model.checkpoint.folder import Checkpoint, Report, open_checkpoint, rank_part, read_weights
+from mtp_spec.model.checkpoint.folder import (
+    Checkpoint,
+    Report,
+    open_checkpoint,
+    rank_part,
+    read_weights,
+    square_block,
+)  # fmt: skip
 from mtp_spec.model.cuda.model import DeviceModel, why_not
 from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.files.formats import SCALE
-from mtp_spec.model.files.tensors import listing
+
+PACKED, HALF = "F8_E4M3", "F16"
+
+
+def obstacle(checkpoint: Checkpoint) -> str | None:
+    """Returns why the kernels cannot run a checkpoint at all, or None; see `model.why_not`."""
+    reason = why_not(checkpoint.config)
+    if reason is None and checkpoint.config.fp8_block is not None and len(set(checkpoint.config.fp8_block)) > 1:
+        return f"its FP8 weights have blocks of {list(checkpoint.config.fp8_block)}, which are not square"
+    return reason
 
 
 def fp8_obstacle(checkpoint: Checkpoint) -> str | None:
-    """Returns why a checkpoint cannot run on the FP8 kernels, or None; see `device.why_not`."""
-    reason = why_not(checkpoint.config)
+    """Returns why the kernels cannot run a checkpoint in FP8, as far as it is not in 16 bits, or None."""
+    reason = obstacle(checkpoint)
     if reason is not None:
         return reason
-    packed, tensors = empty_device_model(checkpoint, "meta").checkpoint_slots(), checkpoint.tensors
-    other = [name for name in sorted(tensors) if name + SCALE in packed and checkpoint.dtype(name) != "F8_E4M3"]
-    return f"{listing(other)} {'is' if len(other) == 1 else 'are'} not stored in FP8" if other else None
+    stored = [name for name in checkpoint.tensors if checkpoint.dtype(name) == PACKED]
+    if not stored:
+        return "its weights are not FP8 with 128x128 scales"
+    if checkpoint.config.fp8_block != (BLOCK, BLOCK):
+        return f"its FP8 weights have blocks of {list(checkpoint.config.fp8_block or ())}, not of 128x128"
+    return None
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Returns the type of activations: float16 where the embedding is stored in it, else bfloat16."""
+    return torch.float16 if checkpoint.dtype("model.embed_tokens.weight") == HALF else torch.bfloat16
 
 
 def empty_device_model(
     checkpoint: Checkpoint, device: torch.device | str, draft_ids: Sequence[int] | None = None,
-    packed_cache: bool = False, ranks: Ranks = ALONE,
+    packed_cache: bool = False, ranks: Ranks = ALONE, dtype: torch.dtype | None = None, fp8_products: bool = True,
 ) -> DeviceModel:  # fmt: skip
-    """Returns a model with room for the checkpoint's weights, without them; on "meta" it costs nothing."""
+    """Returns a model with room for the checkpoint's weights, without them; on "meta" it costs nothing.
+
+    Args:
+        dtype: bfloat16 or float16, to widen FP8 weights to it; None keeps them where `fp8_obstacle` is None.
+        fp8_products: whether the device has them; otherwise FP8 weights are widened.
+    """
     stored = {name.split(".", 3)[-1]: info.dtype for name, info in checkpoint.tensors.items()}
-    router = torch.float32 if stored.get("mlp.gate.weight") == "F32" else torch.bfloat16
-    eh_packed = stored.get("eh_proj.weight") == "F8_E4M3"
-    return DeviceModel(checkpoint.config, device, eh_packed, router, draft_ids, packed_cache, ranks)
+    router = torch.float32 if stored.get("mlp.gate.weight") == "F32" else dtype or stored_dtype(checkpoint)
+    keeps = dtype is None and fp8_products and fp8_obstacle(checkpoint) is None
+
+    def packed(name: str) -> bool:
+        return keeps and name in checkpoint.tensors and checkpoint.dtype(name) == PACKED
+
+    return DeviceModel(
+        checkpoint.config, device, packed, router, draft_ids, packed_cache, ranks, dtype or stored_dtype(checkpoint),
+        fp8_products,
+    )  # fmt: skip
 
 
 def load_device_model(
@@ -43,31 +81,53 @@ def load_device_model(
     draft_ids: Sequence[int] | None = None,
     packed_cache: bool = False,
     ranks: Ranks = ALONE,
+    dtype: torch.dtype | None = None,
+    fp8_products: bool = True,
 ) -> DeviceModel:
-    """Returns the model with its FP8 weights as they are stored; `fp8_obstacle` is None.
+    """Returns the model with its weights; `obstacle` is None.
 
     Args:
         source, progress: as for `load_checkpoint`.
         draft_ids: the tokens that drafts may be; None for all.
         packed_cache: whether latents are cached in FP8.
         ranks: that share the model; this one reads what it holds.
+        dtype, fp8_products: as for `empty_device_model`.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
     """
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
-    model = empty_device_model(checkpoint, device, draft_ids, packed_cache, ranks)
-    slots = model.checkpoint_slots()
+    model = empty_device_model(checkpoint, device, draft_ids, packed_cache, ranks, dtype, fp8_products)
+    slots, block = model.checkpoint_slots(), square_block(checkpoint.config)
     with torch.no_grad():
         for name, first, value, scale in read_weights(rank_part(checkpoint, slots, ranks), progress, device):
             if scale is None:
-                slots[name][first : first + len(value)] = value
+                _put(slots[name], first, value)
             elif name + SCALE in slots:
                 # as bytes: on a CPU torch copies e4m3 number by number
                 slots[name].view(torch.uint8).copy_(value.view(torch.uint8).reshape(slots[name].shape))
                 slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
             else:
-                whole = dequantise(value.cpu(), scale.cpu(), 128, torch.float32)
-                slots[name].copy_(whole[len(whole) - len(slots[name]) :])
+                wide = _widened(value, scale, block, slots[name])
+                rows = slots[name].numel() // wide.shape[1]
+                _put(slots[name], 0, wide[len(wide) - rows :])  # rows that only complete a block come first
     model.finish()
     return model
+
+
+def _widened(value: Tensor, scale: Tensor, block: int, slot: Tensor) -> Tensor:
+    """Returns an FP8 matrix in the type of its place, on the place's device."""
+    if slot.device.type == "cpu":
+        return dequantise(value.cpu(), scale.cpu(), block, slot.dtype)
+    return weight_dequant(value.to(slot.device), scale.to(slot.device), block, slot.dtype)
+
+
+def _put(slot: Tensor, first: int, value: Tensor) -> None:
+    """Writes rows of a checkpoint's matrix to their place, which may have the shared experts as a dimension more."""
+    if slot.ndim == value.ndim:
+        slot[first : first + len(value)] = value
+    elif slot.shape[-1] == value.shape[-1]:  # [shared, I, D]: one expert's rows after the other's
+        for row, part in zip(range(first, first + len(value)), value, strict=True):
+            slot[row // slot.shape[1], row % slot.shape[1]] = part
+    else:  # [D, shared, I]
+        slot[first : first + len(value)] = value.reshape(len(value), *slot.shape[1:])

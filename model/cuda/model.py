@@ -1,16 +1,17 @@
-"""The model on a GPU: FP8 weights as stored, and passes made of the kernels in `mtp_spec.kernels`.
+"""The model on a GPU: weights as stored, FP8 or 16 bits, and passes made of the kernels in `mtp_spec.kernels`.
 
 One function, `rows`, is prefill, decode, draft and verify, and all it needs lies on the device, so that a pass can be
 captured in a CUDA graph. Arithmetic follows DeepSeek-V3 (2412.19437, section 3.3): activations quantised 1x128 before
-every FP8 product, bfloat16 between, float32 in norms, softmax and gates. It runs on a CPU too, by the kernels'
-references, which is how it is tested without a GPU.
+every FP8 product, bfloat16 (or float16) between, float32 in norms, softmax and gates. It runs on a CPU too, by the
+kernels' references, which is how it is tested without a GPU.
 
 Legend: `M` rows, `D` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from mtp_spec.kernels import fp8, gemm, mla, quant
 from mtp_spec.kernels.mla import Cache, Layout, new_caches
 from mtp_spec.model.config import ModelConfig, ModuleShape
-from mtp_spec.model.cuda.layers import BLOCK, Layer, Matrix, Slots
+from mtp_spec.model.cuda.layers import BLOCK, Layer, Matrix, Slots, Store
 from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.rope import rope_table
@@ -42,10 +43,6 @@ def why_not(config: ModelConfig) -> str | None:
         size = getattr(config, name)
         if size < 16 or size & (size - 1):
             return f"{name} {size} is no power of two from 16"
-    if config.fp8_block != (BLOCK, BLOCK):
-        return "its weights are not FP8 with 128x128 scales"
-    if config.moe_intermediate_size % BLOCK and config.n_shared_experts > 1:
-        return f"moe_intermediate_size {config.moe_intermediate_size} with {config.n_shared_experts} shared experts"
     return None
 
 
@@ -53,14 +50,13 @@ class Module:
     """One multi-token-prediction module (2412.19437, eq. 21-23), see `transformer.MTPModule`."""
 
     def __init__(
-        self, config: ModelConfig, shape: ModuleShape, device: torch.device, packed: bool, router: torch.dtype,
-        ranks: Ranks = ALONE,
-    ) -> None:  # fmt: skip
+        self, config: ModelConfig, shape: ModuleShape, store: Store, prefix: str, ranks: Ranks = ALONE
+    ) -> None:
         hidden, self.eps, self.ranks = config.hidden_size, config.rms_norm_eps, ranks
-        self.norms = torch.empty(3, hidden, dtype=torch.bfloat16, device=device)  # enorm, hnorm, last
-        power = config.powers_of_two
-        self.eh = Matrix.empty(len(ranks.part(hidden, BLOCK)), 2 * hidden, device, packed, hidden, power)
-        self.layer = Layer(config, shape.intermediate_size, device, router, ranks)
+        self.norms = store.empty(3, hidden)  # enorm, hnorm, last
+        rows = len(ranks.part(hidden, BLOCK))
+        self.eh = store.matrix(rows, 2 * hidden, store.all_packed(prefix, "eh_proj"), hidden)
+        self.layer = Layer(config, shape.intermediate_size, store, prefix, ranks)
         rows = ranks.share(config.vocab_size, "vocab_size")
         self.embed_tokens = self.norms.new_empty(config.vocab_size, hidden) if shape.own_embedding else None
         self.head = self.norms.new_empty(rows, hidden) if shape.own_head else None
@@ -82,54 +78,64 @@ class Module:
 
 
 class DeviceModel:
-    """The verifier and its MTP modules in FP8.
+    """The verifier and its MTP modules.
 
     Args:
         config: `why_not(config)` is None.
-        eh_packed: whether the module's eh_proj is stored in FP8 like the other matrices; DeepSeek's is in bfloat16.
+        packed: whether a checkpoint's matrix of a name is kept in FP8 with 128x128 scales; None: as DeepSeek has it,
+            where the config says FP8.
+        dtype: of everything else, and of activations.
         router: dtype in which the gates are stored.
+        fp8_products: whether the device has them: drafts then read a copy of the head in it, half the bytes.
         draft_ids: the tokens that drafts may be, in ascending order; None for all. Fewer are read faster, and a draft
             cannot change the text.
         packed_cache: whether latents are cached in FP8.
         ranks: that share the work, see `parallel`; this model then holds one rank's part of the matrices.
     """
 
-    runs_on = "the FP8 kernels"
+    runs_on = "the kernels"
 
     def __init__(
         self,
         config: ModelConfig,
         device: torch.device | str,
-        eh_packed: bool = False,
+        packed: Callable[[str], bool] | None = None,
         router: torch.dtype = torch.bfloat16,
         draft_ids: Sequence[int] | None = None,
         packed_cache: bool = False,
         ranks: Ranks = ALONE,
+        dtype: torch.dtype = torch.bfloat16,
+        fp8_products: bool = True,
     ) -> None:
         if config.hidden_size <= BLOCK * (ranks.size - 1):
             raise CheckpointError(f"hidden_size {config.hidden_size}: fewer blocks of {BLOCK} than {ranks.size} ranks")
         self.packed_cache, self.ranks = packed_cache, ranks
-        self.config, self.device, self.dtype = config, torch.device(device), fp8.E4M3
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        self.config, self.device, self.activations = config, torch.device(device), dtype
+        store = Store(self.device, packed or _as_published(config), dtype, router, config.powers_of_two)
+        self.embed_tokens = store.empty(config.vocab_size, config.hidden_size)
         dense = [config.intermediate_size] * config.first_k_dense_replace + [None] * config.num_hidden_layers
-        self.layers = [Layer(config, dense[i], self.device, router, ranks) for i in range(config.num_hidden_layers)]
-        self.norm = torch.empty(config.hidden_size, dtype=torch.bfloat16, device=self.device)
+        count = config.num_hidden_layers
+        self.layers = [Layer(config, dense[i], store, f"model.layers.{i}", ranks) for i in range(count)]
+        self.norm = store.empty(config.hidden_size)
         tied = config.tie_word_embeddings
         rows, own = ranks.share(config.vocab_size, "vocab_size"), ranks.own(config.vocab_size)
         self.lm_head = self.embed_tokens[own] if tied else self.embed_tokens.new_empty(rows, config.hidden_size)
-        # drafts read the head in FP8: half the bytes, and a draft cannot change the text
-        drafts = config.num_nextn_predict_layers > 0
+        modules = config.num_nextn_predict_layers
         self.draft_ids: Tensor | None = None
         if draft_ids is not None:
             places = [token - own.start for token in draft_ids if own.start <= token < own.stop]
             self.draft_ids, rows = torch.tensor(places, dtype=torch.int64).to(self.device), len(places)
-        self.draft_head = Matrix.empty(rows, config.hidden_size, self.device) if drafts else None
-        modules = config.num_nextn_predict_layers
-        self.mtp = [Module(config, config.module(module), self.device, eh_packed, router, ranks)
+        # drafts read the head in FP8 where they can: half the bytes, and a draft cannot change the text
+        heads = replace(store, power_of_two=False)
+        copied = modules and (fp8_products or draft_ids is not None)
+        self.draft_head = heads.matrix(rows, config.hidden_size, fp8_products) if copied else None
+        self.mtp = [Module(config, config.module(module), store, f"model.layers.{count + module}", ranks)
                     for module in range(modules)]  # fmt: skip
         for one in self.mtp:
-            one.draft_head = None if one.head is None else Matrix.empty(rows, config.hidden_size, self.device)
+            if one.head is not None and self.draft_head is not None:
+                one.draft_head = heads.matrix(rows, config.hidden_size, fp8_products)
+        slots = self.checkpoint_slots().values()
+        self.dtype = next((slot.dtype for slot in slots if slot.dtype == fp8.E4M3), dtype)
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, dtype=torch.float32, device=self.device)
 
     def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan) -> Tensor:
@@ -163,18 +169,18 @@ class DeviceModel:
         return whole if alone or out is None else out.copy_(whole)
 
     def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
-        """Returns `[M, V]` float32 logits that propose drafts, from the head in FP8; -inf where none may be.
+        """Returns `[M, V]` float32 logits that propose drafts; -inf where none may be.
 
         Args:
             own: the module whose own head it is, as `config.head_of` says; None for the model's.
         """
         head = self.draft_head if own is None else self.mtp[own].draft_head
-        assert head is not None
-        assert head.scale is not None
+        if head is None:
+            return self.logits(hidden) if own is None else self.module_logits(own, hidden)
         if self.draft_ids is not None and not len(self.draft_ids):  # all of them are other ranks'
             none = torch.full((len(hidden), len(self.lm_head)), -torch.inf, dtype=torch.float32, device=self.device)
             return self.ranks.gather(none)
-        some = gemm.fp8_gemm(*quant.quant(hidden), head.weight, head.scale, dtype=torch.float32)
+        some = head(hidden, torch.float32)
         if self.draft_ids is not None:
             row = some.new_full((len(some), len(self.lm_head)), -torch.inf)
             some = row.index_copy_(1, self.draft_ids, some)
@@ -186,9 +192,11 @@ class DeviceModel:
             for first in range(0, head.weight.shape[0], HEAD_ROWS):
                 rows = slice(first, first + HEAD_ROWS)
                 chosen = source[rows] if self.draft_ids is None else source[self.draft_ids[rows]]
+                if head.scale is None:
+                    head.weight[rows] = chosen
+                    continue
                 weight, scale = fp8.weight_quant(chosen)
                 head.weight[rows] = weight
-                assert head.scale is not None
                 head.scale[first // BLOCK : first // BLOCK + scale.shape[0]] = scale
 
     def _draft_heads(self) -> list[tuple[Matrix, Tensor]]:
@@ -201,6 +209,12 @@ class DeviceModel:
         if self._table.shape[0] <= length:
             self._table = rope_table(self.config, length + 64, self.device)
         return self._table
+
+    @property
+    def wide(self) -> bool:
+        """Whether some MLP's second product takes 16-bit numbers."""
+        blocks = [*self.layers, *(module.layer for module in self.mtp)]
+        return not all(block.mlp.second_packed for block in blocks)
 
     @property
     def layout(self) -> Layout:
@@ -232,3 +246,9 @@ class DeviceModel:
         if not self.config.tie_word_embeddings:
             out["lm_head.weight"] = self.lm_head
         return out
+
+
+def _as_published(config: ModelConfig) -> Callable[[str], bool]:
+    """Returns which matrices are FP8 in a checkpoint like DeepSeek's: all where the config says so, but for eh_proj."""
+    blocks = config.fp8_block == (BLOCK, BLOCK)
+    return lambda name: blocks and not name.endswith("eh_proj.weight")

@@ -15,7 +15,7 @@ from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
 from mtp_spec.errors import OptionError
 from mtp_spec.model.checkpoint.folder import open_checkpoint
-from mtp_spec.model.cuda.checkpoint import fp8_obstacle, load_device_model
+from mtp_spec.model.cuda.checkpoint import load_device_model, obstacle
 from mtp_spec.model.cuda.model import DeviceModel
 
 # where a row of sums holds what
@@ -39,7 +39,7 @@ def cache(lm: LM, args: argparse.Namespace) -> Report:
         exact, packed = _scored(model, text, False), _scored(model, text, True)
         pairs = {"FP8 cache against bfloat16 cache": (packed, exact)}
         if model is not lm.model:
-            pairs["FP8 kernels, bfloat16 cache, against torch"] = exact, lm.score(text)
+            pairs["kernels, bfloat16 cache, against torch"] = exact, lm.score(text)
         for name, pair in pairs.items():
             sums[name] = sums.get(name, torch.zeros(7, dtype=torch.float64)) + _compared(*pair, first)
     layout = model.layers[0].attention.head.layout
@@ -49,9 +49,9 @@ def cache(lm: LM, args: argparse.Namespace) -> Report:
 
 def _on_kernels(folder: Path, device: torch.device) -> DeviceModel:
     checkpoint = open_checkpoint(folder)
-    obstacle = fp8_obstacle(checkpoint)
-    if obstacle is not None:
-        raise OptionError(f"bench cache compares caches of the FP8 kernels, which do not run {folder}: {obstacle}")
+    found = obstacle(checkpoint)
+    if found is not None:
+        raise OptionError(f"bench cache compares caches of the kernels, which do not run {folder}: {found}")
     return load_device_model(checkpoint, device)
 
 

@@ -196,7 +196,7 @@ def _add_draft_vocabulary(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cache-dtype", help=f"of the latent cache on the FP8 kernels: {' or '.join(CACHE_DTYPES)}")
+    parser.add_argument("--cache-dtype", help=f"of the latent cache on a GPU: {' or '.join(CACHE_DTYPES)}")
     parser.add_argument("--max-context", type=parsing.count, metavar="N",
                         help="most tokens of prompt and text (default: the model's own limit)")  # fmt: skip
 

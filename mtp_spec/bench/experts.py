@@ -46,7 +46,7 @@ class Prepared:
     indices: Tensor
     pair_weights: Tensor
     groups: Groups
-    hidden: tuple[Tensor, Tensor]
+    hidden: tuple[Tensor, ...]
 
 
 def experts(counts: list[int], rate: float, tune: bool, facts: dict[str, Any]) -> tuple[list[Row], moe.Launch]:
@@ -115,12 +115,12 @@ def _tune(layer: Layer, prepared: dict[int, list[Prepared]], launch: moe.Launch,
     return search_with("ahead", lambda c, m: [layer(x[:m], c) for x in layer.inputs], launch)
 
 
-def _up(layer: Layer, p: Prepared, launch: moe.Launch) -> tuple[Tensor, Tensor]:
+def _up(layer: Layer, p: Prepared, launch: moe.Launch) -> tuple[Tensor, ...]:
     return moe.gate_up(*p.x, p.groups, CHOSEN, layer.weights, launch)
 
 
 def _down(layer: Layer, p: Prepared, launch: moe.Launch) -> Tensor:
-    return moe.down(*p.hidden, p.groups, p.pair_weights, layer.weights, launch, torch.bfloat16)
+    return moe.down(p.hidden, p.groups, p.pair_weights, layer.weights, launch, torch.bfloat16)
 
 
 def _each(work: Callable[[], Any]) -> float:

@@ -45,7 +45,7 @@ class _Torch:
 
 
 class _Device:
-    """A text on the FP8 kernels."""
+    """A text on the kernels."""
 
     def __init__(self, model: DeviceModel, prefix: Sequence[int], room: int) -> None:
         self.model = model

@@ -288,7 +288,7 @@ def _bytes(part: Tensor | Layer, experts: Iterator[int]) -> int:
     if isinstance(part.mlp, Dense):
         return size + sum(t.nbytes for t in part.mlp.slots("").values())
     held = part.mlp.experts
-    whole = sum(t.nbytes for t in (held.gate_up, held.gate_up_scale, held.down, held.down_scale))
+    whole = sum(t.nbytes for t in held.tensors)
     return size + part.mlp.router.nbytes + whole * next(experts) // held.count
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,7 @@ from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.checkpoint.summary import CheckpointSummary, opened_or_refused, summed_up
 from mtp_spec.model.cpu.checkpoint import footprint
-from mtp_spec.model.cuda.checkpoint import empty_device_model, fp8_obstacle
+from mtp_spec.model.cuda.checkpoint import empty_device_model, obstacle
 from mtp_spec.speculation import MAX_NODES
 from mtp_spec.weights import runs_as_fp8, with_weights
 
@@ -56,21 +57,22 @@ def cache_bytes(summary: CheckpointSummary, packed: bool) -> int:
 
 
 def _gpu(checkpoint: Checkpoint, drafts: DraftVocabulary, cache_dtype: str | None, limit: int) -> str:
-    """Returns the memory plan for a context of `limit` tokens, or why the FP8 kernels do not run it."""
-    config, obstacle = checkpoint.config, fp8_obstacle(checkpoint)
-    if obstacle is not None:
+    """Returns the memory plan for a context of `limit` tokens, or why the kernels do not run it."""
+    config, found = checkpoint.config, obstacle(checkpoint)
+    if found is not None:
         if cache_dtype is not None:
-            raise cache_refused(cache_dtype, obstacle)
-        remedy = '; with weights="fp8" it runs on them' if runs_as_fp8(checkpoint) else ""
-        return f"bfloat16 by torch, not on the FP8 kernels: {obstacle}{remedy}"
+            raise cache_refused(cache_dtype, found)
+        return f"bfloat16 by torch, not on the kernels: {found}"
     model = empty_device_model(checkpoint, "meta", draft_ids(drafts, config), packs_cache(cache_dtype))
     plan, more = plan_memory(model, limit), [plan_memory(model, limit, texts).total for texts in (2, 3)]
     listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in plan.parts().items())
     second, further = more[0] - plan.total, more[1] - more[0]
     page = pages_bytes(model, limit, 1, 1) - pages_bytes(model, limit, 1, 0)
-    return (f"{plan.total / 1e6:,.0f} MB in FP8 for {limit} tokens: {listed}; load(max_batch=2) "
+    kind = "FP8" if model.dtype == torch.float8_e4m3fn else str(model.dtype).removeprefix("torch.")
+    remedy = '; weights="fp8" halves the matrices' if kind != "FP8" and runs_as_fp8(checkpoint) else ""
+    return (f"{plan.total / 1e6:,.0f} MB in {kind} for {limit} tokens: {listed}; load(max_batch=2) "
             f"{second / 1e6:,.0f} MB more, and {further / 1e6:,.0f} with every further text, or with cache_tokens= "
-            f"{page / 1e6:,.2f} for every {PAGE} tokens of all")  # fmt: skip
+            f"{page / 1e6:,.2f} for every {PAGE} tokens of all{remedy}")  # fmt: skip
 
 
 def _cpu(checkpoint: Checkpoint, summary: CheckpointSummary, limit: int) -> str:

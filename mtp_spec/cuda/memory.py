@@ -30,7 +30,7 @@ class MemoryPlan:
     """Bytes on the device.
 
     Attributes:
-        weights: as stored, FP8 with scales.
+        weights: as they are kept, with scales.
         draft_head: the copy of the head, or of part of it, that drafts read.
         caches: latents of all layers and of the MTP modules, and a tree's last keys; of all texts.
         passes: what the largest pass keeps: partial attention, logits, hidden states; graphs share it. And what texts
@@ -95,11 +95,12 @@ def pass_bytes(model: DeviceModel, rows: int) -> int:
     queries, context = head.heads * (head.nope + head.rope) * 2, head.heads * (head.latent * 2 + head.value)
     down = (model.layers[0].attention.a_rows + head.width) * 2
     attention = down + head.padded * head.width * 2 + max(queries, context)
-    dense = 5 * max(
+    each = 2 if model.wide else 1  # bytes of a number that the second product of an MLP takes
+    dense = (4 + each) * max(
         config.intermediate_size if config.first_k_dense_replace else 0,
         *(shape.intermediate_size or 0 for shape in (*config.modules, SHARED)),
     )
-    pair = hidden * 4 + config.moe_intermediate_size
+    pair = hidden * 4 + config.moe_intermediate_size * each
     experts = (config.num_experts_per_tok + config.n_shared_experts) * pair + config.n_routed_experts * 4
     return rows * (HIDDEN_STATES * hidden * 2 + max(attention, dense, experts))
 
@@ -110,9 +111,13 @@ def rule_bytes(config: ModelConfig, nodes: int) -> int:
 
 
 def check_memory(
-    model: DeviceModel, max_context: int, device: str, max_batch: int = 1, cache_tokens: int | None = None
-) -> MemoryPlan:
+    model: DeviceModel, max_context: int, device: str, max_batch: int = 1, cache_tokens: int | None = None,
+    remedy: str = "",
+) -> MemoryPlan:  # fmt: skip
     """Returns the plan.
+
+    Args:
+        remedy: what else would help where the weights alone do not fit, ending in a comma.
 
     Raises:
         MTPSpecError: the device has not that much memory free; the message says what would fit.
@@ -124,7 +129,7 @@ def check_memory(
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.parts().items())
     head = f"{needed / 1e9:.1f} GB of GPU memory are needed ({listed}) and {free / 1e9:.1f} GB are free"
     if plan.weights + plan.draft_head + OVERHEAD_BYTES > free:
-        raise MTPSpecError(f"{head}: the weights alone do not fit; use a GPU with more memory, or several")
+        raise MTPSpecError(f"{head}: the weights alone do not fit; {remedy}use a GPU with more memory, or several")
     if max_batch > 1:
         fits, tokens = max_batch, planned_pages(max_context, max_batch, cache_tokens) * PAGE
         while fits > 1 and plan_memory(model, max_context, fits, cache_tokens).total + OVERHEAD_BYTES > free:

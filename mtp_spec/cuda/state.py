@@ -68,7 +68,7 @@ class State:
         model.table(held[0].capacity + MOST)
         texts, width = 1 if pages is None else len(pages), config.hidden_size
         self.length = torch.zeros(texts, dtype=torch.int32, device=device)
-        self.hidden = torch.zeros(texts, ROWS, width, dtype=torch.bfloat16, device=device)
+        self.hidden = torch.zeros(texts, ROWS, width, dtype=model.activations, device=device)
         self.begun, self.fed = torch.zeros_like(self.length), torch.zeros_like(self.length)
         self.ring = self.hidden.new_zeros(texts, WAITING, width)
         self.ring_tokens = torch.zeros(texts, WAITING, dtype=torch.int64, device=device)
