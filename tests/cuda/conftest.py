@@ -11,6 +11,12 @@ from mtp_spec.cuda import shapes as device_planned
 from mtp_spec.cuda import state as device_state
 from mtp_spec.cuda import text as device_text
 from scripted import RING, SMALL, Script
+from unwritten import spoil
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch)
 
 
 @pytest.fixture
