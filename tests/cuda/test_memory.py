@@ -96,12 +96,12 @@ def test_passes_hold_what_is_planned(no_launches: None, model: DeviceModel) -> N
         assert 0.9 * pass_bytes(model, rows) < peak <= 1.05 * pass_bytes(model, rows)
     tree = TreeShape.of(Speculation(branching=(4, 4, 2), budget=64))
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=5, repetition_penalty=1.1)
-    peak = held(Step(model, state, tree, stages_of(params), tree.depth + 1)._run)
+    peak = held(Step(model, state, tree, stages_of(params), tree.depth + 1))
     assert peak <= pass_bytes(model, ROWS) + 2 * ROWS * model.config.vocab_size * 4
     for shape, rule in ((Speculation(depth=3), "rejection"), (Speculation(branching=(4, 4, 2)), "traversal"),
                         (Speculation(branching=(3, 2, 1)), "hybrid")):  # fmt: skip
         tree = TreeShape.of(shape)
-        peak = held(Step(model, state, tree, stages_of(params), tree.depth + 1, rule)._run)
+        peak = held(Step(model, state, tree, stages_of(params), tree.depth + 1, rule))
         assert COPIES * (peak - pass_bytes(model, len(tree.parents) + 1)) <= rule_bytes(model.config, len(tree.parents))
 
 

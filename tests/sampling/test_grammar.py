@@ -15,6 +15,7 @@ import mtp_spec
 from mtp_spec import OptionError, Speculation
 from mtp_spec.acceptance import RULES
 from mtp_spec.cli.main import main
+from mtp_spec.sampling.grammar import Grammars
 
 SCHEMA = {
     "type": "object",
@@ -98,10 +99,8 @@ def test_streams_samples_and_further_processors(lm: mtp_spec.LM) -> None:
 @installed
 def test_usual_layouts_of_json_are_in_the_grammar(lm: mtp_spec.LM) -> None:
     """The bound on blanks leaves every way in which json.dumps writes."""
-    lm.generate("x", response_format={"type": "json_object"}, max_new_tokens=1, seed=0)
-    assert lm._grammars is not None
-    processor = lm._grammars.processor({"type": "json_object"})
     assert lm.tokenizer is not None
+    processor = Grammars(lm.tokenizer, lm.config.vocab_size, lm.stop_ids()).processor({"type": "json_object"})
     for indent in (None, 2, 4):
         for separators in (None, (",", ":")):
             text = json.dumps({"a": [1, {"b": None}], "c": {}}, indent=indent, separators=separators)
@@ -131,8 +130,8 @@ def test_what_is_no_grammar_is_refused(lm: mtp_spec.LM, value: Any) -> None:
         lm.generate("x", response_format=value)
 
 
-def test_without_the_package_its_name_is_given(lm: mtp_spec.LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm, "_grammars", None)
+def test_without_the_package_its_name_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = mtp_spec.load()  # one that has not compiled a grammar
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(OptionError, match=r"pip install 'mtp-spec\[grammar\]'"):
         lm.generate("x", response_format={"type": "json_object"})

@@ -119,8 +119,8 @@ def main(name: str) -> None:
         # a packed cache changes attention alone: of all that reads it, what captured groups run is enough
         for speculation, rule in [] if packed else rules if name == "v3" else rules[1:2]:
             shape = TreeShape.of(speculation)
-            Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)._run()
-        Step(model, state, TreeShape.of(None), stages_of(params), extend=4)._run()
+            Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)()
+        Step(model, state, TreeShape.of(None), stages_of(params), extend=4)()
         Prefill(model, state, 256, draft=True).run()
         caches = model.new_caches(1000 + SLACK, STEP_ROWS, 40)
         pages = torch.empty(4, caches[0].capacity // KEYS, dtype=torch.int32, device="meta")
@@ -129,8 +129,8 @@ def main(name: str) -> None:
         several.live, several.logits = several.length.clone(), torch.empty(64, config.vocab_size, device="meta")
         for speculation in (None, chain, tree) if name == "v3" and not packed else (chain,):
             shape = TreeShape.of(speculation)
-            Step(model, several, shape, stages_of(params), 4 if speculation else 0)._run()
-        Step(model, several, TreeShape.of(None), stages_of(params), extend=4)._run()
+            Step(model, several, shape, stages_of(params), 4 if speculation else 0)()
+        Step(model, several, TreeShape.of(None), stages_of(params), extend=4)()
     given = [torch.empty(8, size, dtype=kind, device="meta") for size, kind in ((8192, fp8.E4M3), (64, torch.float32))]
     counts = [torch.empty(1, dtype=torch.int32, device="meta") for _ in range(2)]
     exchange.exchange(given, exchange.Rooms(0, torch.empty(2, dtype=torch.int64, device="meta"), *counts))

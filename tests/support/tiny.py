@@ -168,9 +168,9 @@ def make(folder: Path, kind: str = "v3", seed: int = 0) -> Tiny:
     for module in (main, mtp):
         if module is not None:
             _randomise(module)
-    tensors = _names(main.state_dict(), 0)
+    tensors = stored_names(main.state_dict(), 0)
     if mtp is not None:
-        tensors |= _names(mtp.state_dict(), values["num_hidden_layers"])
+        tensors |= stored_names(mtp.state_dict(), values["num_hidden_layers"])
     folder.mkdir(parents=True, exist_ok=True)
     items = sorted(tensors.items())
     files = ("model-1.safetensors", "model-2.safetensors")
@@ -196,7 +196,7 @@ def _randomise(module: torch.nn.Module) -> None:
             tensor.normal_(0.0, tensor.shape[-1] ** -0.5 * (2.0 if "lm_head" in name else 1.0))
 
 
-def _names(state: dict[str, Tensor], first_layer: int) -> dict[str, Tensor]:
+def stored_names(state: dict[str, Tensor], first_layer: int) -> dict[str, Tensor]:
     """Renames transformers' module names to the checkpoint's."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -36,7 +36,7 @@ from cpu_models import (
     wide,
 )
 from mtp_spec.analysis.scoring import score_ids
-from mtp_spec.kernels.cpu.engine import SWITCH, levels, why_not
+from mtp_spec.kernels.cpu.engine import SWITCH, levels, library, why_not
 from mtp_spec.kernels.fp8 import weight_dequant, weight_quant
 from mtp_spec.model.attention import JointPlan, plan_drafts, plan_rows
 from mtp_spec.model.cache import PAGE, LatentCache
@@ -101,10 +101,10 @@ def _put(module: Any, weights: dict[str, Tensor], prefix: str) -> None:
             if experts.endswith("mlp.experts.") and experts != name:
                 parts = ("gate", "up") if name.endswith("gate_up_proj") else ("down",)
                 for e in range(len(slot)):
-                    found = [tiny._names({f"{experts}{e}.{part}_proj.weight": slot[e]}, first) for part in parts]
+                    found = [tiny.stored_names({f"{experts}{e}.{part}_proj.weight": slot[e]}, first) for part in parts]
                     slot[e].copy_(torch.cat([weights[next(iter(one))] for one in found]))
                 continue
-            (known,) = tiny._names({name: slot}, first)
+            (known,) = tiny.stored_names({name: slot}, first)
             slot.copy_(weights[known])
 
 
@@ -268,7 +268,7 @@ def test_threads_and_levels(monkeypatch: pytest.MonkeyPatch, threads: None, kind
     expected = scenario(random_model(kind, stored))
     use(monkeypatch, level)
     model = random_model(kind, stored)
-    assert model._engine.level == level
+    assert library().level == level  # which models made from now on run
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         assert all_equal(scenario(model), expected)
