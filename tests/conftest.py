@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import product
@@ -15,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+import quick
+import small
 from mtp_spec.api import LM
 from mtp_spec.cpu import planners
 from mtp_spec.kernels.cpu.engine import SWITCH
@@ -24,13 +25,9 @@ from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.planning import store
 from mtp_spec.planning.costs import StepTimes
 
+TESTS = Path(__file__).parent
 # workers side by side that each spread over every core spend their time waiting for one another
 THREADS = os.environ.get("OMP_NUM_THREADS") or ("1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import quick  # noqa: E402  # found by the line above
-import small  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background: tests of interrupts need it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -96,7 +93,7 @@ def two(fp8: Path) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     chosen = quick.names()
     for item in items:
-        if (item.path.stem, item.name.partition("[")[0]) in chosen:
+        if (item.path.relative_to(TESTS).with_suffix("").as_posix(), item.name.partition("[")[0]) in chosen:
             item.add_marker("quick")
     if not torch.cuda.is_available():
         for item in items:

@@ -1,0 +1,34 @@
+"""Fixtures of tests of captured steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mtp_spec.cuda import group as device_group
+from mtp_spec.cuda import shapes as device_planned
+from mtp_spec.cuda import state as device_state
+from mtp_spec.cuda import text as device_text
+from scripted import RING, SMALL, Script
+from unwritten import spoil
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Rungs from a list in place of learned ones, and a small ring."""
+    for module in (device_state, device_planned, device_group, device_text):
+        monkeypatch.setattr(module, "WAITING", RING)
+    for module in (device_planned, device_group):
+        monkeypatch.setattr(module, "CATCH_UP_ROWS", (SMALL, RING))
+    monkeypatch.setattr(device_planned.Rungs, "seconds", lambda rungs, _: [1.0] * (len(rungs.steps) + 3))
+
+    def use(rungs: list[int]) -> None:
+        monkeypatch.setattr(device_group, "TextLadder", lambda ladder: Script(rungs, ladder))
+
+    return use

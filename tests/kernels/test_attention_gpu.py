@@ -1,0 +1,68 @@
+"""Attention at DeepSeek-V3's sizes on a GPU: against plain torch, and each row against itself decoded alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mtp_spec.bench.layers import decoded_alone, tree
+from mtp_spec.kernels import mla
+from mtp_spec.kernels.mla import KEYS, new_caches
+
+CONTEXTS = (1, 2, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 1500, 8191, 8193, 32760)
+TOLERANCE = 0.01  # weights are multiplied in bf16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["bf16", "packed"])
+@pytest.mark.parametrize("latent", [512, 256, 64])
+@pytest.mark.parametrize("heads", [128, 20, 16, 8])
+def test_attention_of_chains_and_trees(heads: int, latent: int, packed: bool) -> None:
+    torch.manual_seed(heads)
+    head = mla.Head(heads, 128, 64, latent, 128, 192**-0.5)
+    for context in CONTEXTS if heads == 128 and latent == 512 else CONTEXTS[:-3]:
+        cache = new_caches(2, context + 70, 66, head.layout(packed), "cuda")[1]
+        everything = replace(cache, base=0, capacity=len(cache.store))
+        rows_of_all = torch.arange(len(cache.store), device="cuda")
+        length = torch.tensor([context - 1], dtype=torch.int32, device="cuda")
+        for rows in (1, 3, 8, 64 if context < 1500 else 16):
+            for plan in (mla.chain(length, rows), tree(length, rows)):
+                everything.write(rows_of_all, torch.randn(len(rows_of_all), head.width, device="cuda"))
+                q = torch.randn(rows, head.padded, head.width, device="cuda").bfloat16()
+                got = mla.attend(q, cache, plan, head)
+                expected = mla.attend_reference(q, cache, plan, head).float()
+                assert (got.float() - expected).norm() < TOLERANCE * expected.norm(), (context, rows)
+                assert torch.equal(decoded_alone(q, cache, plan, head), got[-1]), (context, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["bf16", "packed"])
+@pytest.mark.parametrize("latent", [512, 64])
+@pytest.mark.parametrize("heads", [128, 16])
+def test_pages_are_read_as_slots_in_a_row(heads: int, latent: int, packed: bool) -> None:
+    """Several texts on pages in any order, two with a common beginning, among pages that hold no numbers."""
+    torch.manual_seed(heads)
+    head, rows_of_page = mla.Head(heads, 128, 64, latent, 128, 192**-0.5), torch.arange(KEYS, device="cuda")
+    lengths = (0, 63, 64, 65, 127, 191, 192, 1000, 1025, 1535)
+    cache = new_caches(2, 1536 + KEYS, 64 * len(lengths), head.layout(packed), "cuda", 200)[1]
+    columns = cache.capacity // KEYS
+    cache.store[: cache.spare].view(torch.bfloat16).fill_(float("nan"))
+    length = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    for rows in (1, 3, 8, 64):
+        free = iter(torch.randperm(200).tolist())
+        pages = [[next(free) for _ in range((context + rows + KEYS - 1) // KEYS)] for context in lengths]
+        pages[-1][:5] = pages[-2][:5]
+        for page in {page for own in pages for page in own}:
+            cache.write(rows_of_page + page * KEYS, torch.randn(KEYS, head.width, device="cuda"))
+        table = torch.tensor([own + own[-1:] * (columns - len(own)) for own in pages]).int().cuda() * KEYS
+        for plan in (mla.chain(length, rows), replace(tree(length[:1], rows), length=length)):
+            q = torch.randn(rows * len(lengths), head.padded, head.width, device="cuda").bfloat16()
+            paged = replace(plan, pages=table)
+            got = mla.attend(q, cache, paged, head)
+            for part, alone, own in paged.apart(cache):
+                single = new_caches(2, cache.capacity, rows, head.layout(packed), "cuda")[1]
+                single.slots.copy_(own.slots)
+                expected = mla.attend(q[part].contiguous(), single, replace(alone, pages=None), head)
+                assert torch.equal(got[part], expected), (rows, int(alone.length))
