@@ -248,7 +248,7 @@ def _launch(
         TILE=launch.tile,
         ROWS=row_tile,
         SPLITS=launch.splits,
-        STAGES=stages_that_fit(launch.stages, step),
+        STAGES=stages_that_fit(launch.stages, step, a.device),
         UNROLL=launch.unroll,
         AHEAD=launch.ahead,
         CALL=launch.call,

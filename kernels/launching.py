@@ -35,7 +35,7 @@ except ImportError:  # none for this platform, or an old one: the references rem
     triton = None
 
 MULTIPROCESSORS = 132  # of an H100 or H200; a number of splits is part of the arithmetic, so it is fixed
-SHARED_MEMORY = 216 * 1024  # bytes a program can have for its tiles
+RESERVED = 11 * 1024  # bytes of a program's shared memory for other than tiles
 HOPPER = (9, 0)  # the first cards that launch a kernel before its predecessor has ended
 
 
@@ -71,9 +71,17 @@ def late(x: Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if overlaps(x.device) else {"PDL": False}
 
 
-def stages_that_fit(stages: int, step: int) -> int:
+def stages_that_fit(stages: int, step: int, device: torch.device) -> int:
     """Returns how many of `stages` steps of `step` bytes a program has room for; not part of the arithmetic."""
-    return max(1, min(stages, SHARED_MEMORY // step))
+    return max(1, min(stages, (shared_memory(device) - RESERVED) // step))
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Returns bytes of shared memory that a program can have; Hopper's where there is no card."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 @lru_cache

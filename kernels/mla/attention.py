@@ -23,7 +23,15 @@ from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
-from mtp_spec.kernels.launching import HOPPER, MULTIPROCESSORS, described, interpreted, late, runs_triton
+from mtp_spec.kernels.launching import (
+    HOPPER,
+    MULTIPROCESSORS,
+    described,
+    interpreted,
+    late,
+    runs_triton,
+    shared_memory,
+)
 from mtp_spec.kernels.mla.cache import KEYS, TAIL, Cache
 from mtp_spec.kernels.mla.plan import TILE, Head, Plan, split_of
 from mtp_spec.kernels.mla.reference import absorb_reference, attend_reference, prepare_reference, up_reference
@@ -41,6 +49,7 @@ PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attend
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns a program
 STAGES, WARPS = 2, 8  # of `attend` but for Hopper's: tiles in flight, and warps a program; no part of the arithmetic
+SMALL_BLOCK, SMALL_MEMORY = 32, 160 * 1024  # keys a step there where a program has less shared memory, in bytes
 GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
 
@@ -197,11 +206,12 @@ def _attend(
         latents, ropes, scales = cache.parts
         # a scale's latents at a time: all of them would not fit into the registers beside the sums
         width = min(head.latent, BLOCK) if packed else head.latent
+        block = KEYS if shared_memory(q.device) > SMALL_MEMORY else SMALL_BLOCK
         kernels._attend_kernel[(tiles * splits,)](
             described(flat, TILE, width), described(flat, TILE, head.rope),
-            described(latents, KEYS, width), described(ropes, KEYS, head.rope), described(sums, TILE, width),
-            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=STAGES, PACKED=packed,
-            WIDE=interpreted(), num_warps=WARPS, **sizes,
+            described(latents, block, width), described(ropes, block, head.rope), described(sums, TILE, width),
+            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=STAGES, PACKED=packed, PAGE=KEYS,
+            WIDE=interpreted(), num_warps=WARPS, **sizes | {"BLOCK": block},
         )  # fmt: skip
     columns = min(head.latent, COLUMNS)
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](

@@ -172,6 +172,7 @@ def _attend_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
     TAIL: tl.constexpr,
     BYTES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -200,7 +201,7 @@ def _attend_kernel(
         spare += text * nodes * TAIL
     start = start_of(length, text, PAGED)
     splits = split_of(start + deepest) + 1
-    whole = start // BLOCK * BLOCK
+    whole = start // PAGE * PAGE
     # the long splits come first; programs past the last split have nothing to do
     split = splits - 1 - tl.program_id(0) // tiles
     if split < 0:
@@ -233,7 +234,7 @@ def _attend_kernel(
             at0 = tl.where(block < shared, at0, tail + (late - member * own) * BLOCK)
             key0 = tl.where(block < shared, base + at0, spare + (node0 + member) * TAIL + at0 - whole)
         if PAGED:
-            page = base + tl.load(pages + text * page_count + at0 // BLOCK)
+            page = base + tl.load(pages + text * page_count + at0 // PAGE) + at0 % PAGE
             if CHAIN:
                 key0 = page
             else:

@@ -178,7 +178,7 @@ def gate_up(
         hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, dtype=torch.float32, device=device),
         ARRIVALS.room(device, slots * inner_blocks), inner, channels, -(-channels // BLOCK), per_row, slots,
         weights.count,
-        TILE=launch.up_tile, TOKENS=tokens, STAGES=stages_that_fit(launch.up_stages, step), UNROLL=unroll,
+        TILE=launch.up_tile, TOKENS=tokens, STAGES=stages_that_fit(launch.up_stages, step, device), UNROLL=unroll,
         EVEN=channels % BLOCK == 0, SHARED=shared, AHEAD=launch.up_ahead, POWER=weights.power_of_two,
         LARGEST=E4M3_MAX, SCALED=scaled, WIDE=not scaled and interpreted(), num_warps=launch.up_warps, **late(x),
     )  # fmt: skip
@@ -202,7 +202,7 @@ def down(
         groups.order, groups.expert, groups.first, groups.count,
         pair_weights, parts, ARRIVALS.room(device, rows * tiles), out,
         inner, channels, -(-inner // BLOCK), slots, weights.count,
-        TILE=launch.down_tile, TOKENS=launch.slot(rows), STAGES=stages_that_fit(launch.down_stages, step),
+        TILE=launch.down_tile, TOKENS=launch.slot(rows), STAGES=stages_that_fit(launch.down_stages, step, device),
         UNROLL=unroll, EVEN=inner % BLOCK == 0, PER_ROW=per_row,
         AHEAD=launch.down_ahead, SCALED=scale is not None, WIDE=scale is None and interpreted(),
         num_warps=launch.down_warps, **late(hidden),

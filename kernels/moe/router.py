@@ -70,7 +70,7 @@ def route(
     device, per_row = x.device, routing.per_row
     stretches = -(-channels // STRETCH)
     parts = torch.empty(rows, stretches, routing.experts, dtype=torch.float32, device=device)
-    quantised = torch.empty(rows if quantise else 0, channels, dtype=E4M3, device=device)
+    quantised = torch.empty(rows if quantise else 0, channels, dtype=E4M3 if quantise else x.dtype, device=device)
     scales = torch.empty(rows if quantise else 0, -(-channels // BLOCK), dtype=torch.float32, device=device)
     row_parts = -(-rows // MOST_ROWS)
     _router_kernel[(-(-routing.experts // ROUTER_EXPERTS), stretches, row_parts)](

@@ -90,7 +90,7 @@ def test_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, cause in ((None, "need an NVIDIA GPU"), ("float32", "runs by torch")):
         with pytest.raises(OptionError, match=f"cache_dtype='{FP8}' .*{cause}.*leave cache_dtype out"):
             mtp_spec.load(dtype=dtype, cache_dtype=FP8)
-    monkeypatch.setattr(loading, "_no_fp8_here", lambda _: None)
+    monkeypatch.setattr(loading, "_no_kernels", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
     for given, packed in ((None, False), (FP8, True)):
         model = load_model(DEMO, None, "cpu", 300, None, None, cache_dtype=given)

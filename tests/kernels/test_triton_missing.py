@@ -28,7 +28,7 @@ assert all(module.triton is None for module in (attention, commit, exchange, gem
 x = torch.ones(2, 128)
 assert quant.quant(x)[1].shape == (2, 1)
 assert sampler.uniforms(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 2).shape == (2,)
-print(load_checks._no_fp8_here("cuda:0"))
+print(load_checks._no_kernels("cuda:0", load_checks.HALF_CAPABILITY))
 """
 
 

@@ -1,4 +1,4 @@
-"""Compiles every kernel of a captured step for sm_90 without a GPU: run as a program. See cuda/test_step.py.
+"""Compiles every kernel of a captured step without a GPU, for sm_90 or another card. See cuda/test_step.py.
 
 Tensors live on the meta device and launches are replaced by compilation, so that what is compiled is what a step at
 these sizes launches. Prints one JSON line a kernel: tensor core shapes, shared memory, registers spilled.
@@ -41,10 +41,13 @@ from mtp_spec.tree_shape import TreeShape
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "grid", "warmup")
 TYPES = {
-    torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.float8_e4m3fn: "fp8e4nv",
-    torch.int32: "i32", torch.int64: "i64",
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 done: set[str] = set()
+ARCH = int(sys.argv[2]) if len(sys.argv) > 2 else 90
+# bytes that a program can have, by compute capability
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
@@ -76,7 +79,7 @@ def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
     with redirect_stdout(StringIO()) as log:  # the assembler's
         compiled = triton.compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options.get("num_warps", 4)}
+            source, target=GPUTarget("cuda", ARCH, 32), options={"num_warps": options.get("num_warps", 4)}
         )
     ptx = compiled.asm["ptx"]
     print(json.dumps({
@@ -95,11 +98,12 @@ def _late(ptx: str) -> bool | None:
     return "launch_dependents" in ptx and not re.search(r"\b((ld|st|red|atom)\.(global|v\d)|bulk\.tensor)", before)
 
 
-def main(name: str) -> None:
+def main(name: str, kind: str) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # the cache keeps no log
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)  # type: ignore[method-assign]
-    launching.overlaps = attention.on_hopper = lambda _: True
+    launching.overlaps, attention.on_hopper = (lambda _: ARCH >= 90), (lambda _: ARCH == 90)
+    launching.shared_memory = attention.shared_memory = lambda _: SHARED[ARCH]
     for module in (commit, gemm, attention, layer, grouping, router, quant, sampling, uniform):
         module.runs_triton = lambda _: True
     folder = files("mtp_spec.configs")
@@ -110,14 +114,18 @@ def main(name: str) -> None:
         config = load_config(Path(str(folder / ("config_671B.json" if name == "v3" else f"{name}.json"))))
         config = replace(config, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
                          fp8_block=(128, 128))  # fmt: skip
+    if kind != "fp8":
+        config = replace(config, fp8_block=None)
     params = SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, logit_bias={1: 1.0})
     chain, tree = Speculation(depth=2), Speculation(branching=(2, 2))
-    for packed in (False, True) if name == "v3" else (False,):
-        model = DeviceModel(config, "meta", packed_cache=packed)
+    whole = name == "v3" and kind == "fp8" and ARCH == 90
+    for packed in (False, True) if whole else (False,):
+        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+        model = DeviceModel(config, "meta", packed_cache=packed, dtype=dtype, fp8_products=ARCH > 86)
         state = State(model, 1000)
         rules = [(None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")]
         # a packed cache changes attention alone: of all that reads it, what captured groups run is enough
-        for speculation, rule in [] if packed else rules if name == "v3" else rules[1:2]:
+        for speculation, rule in [] if packed else rules if whole else rules[1:2]:
             shape = TreeShape.of(speculation)
             Step(model, state, shape, stages_of(params), shape.depth + 1 if speculation else 0, rule)()
         Step(model, state, TreeShape.of(None), stages_of(params), extend=4)()
@@ -127,7 +135,7 @@ def main(name: str) -> None:
         commit.clean(caches, torch.empty(3, dtype=torch.int64, device="meta"))
         several = State(model, 1000, caches, pages)
         several.live, several.logits = several.length.clone(), torch.empty(64, config.vocab_size, device="meta")
-        for speculation in (None, chain, tree) if name == "v3" and not packed else (chain,):
+        for speculation in (None, chain, tree) if whole and not packed else (tree,):
             shape = TreeShape.of(speculation)
             Step(model, several, shape, stages_of(params), 4 if speculation else 0)()
         Step(model, several, TreeShape.of(None), stages_of(params), extend=4)()
@@ -138,5 +146,5 @@ def main(name: str) -> None:
 
 if __name__ == "__main__":
     assert tl
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[3] if len(sys.argv) > 3 else "fp8")
     print("passed")
