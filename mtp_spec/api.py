@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from functools import partial
 from threading import Lock
 from typing import Any, overload
 
@@ -16,8 +15,8 @@ from typing_extensions import Unpack
 from mtp_spec.analysis.explain import Explainer, Explanation
 from mtp_spec.analysis.scoring import Scores, score_ids
 from mtp_spec.analysis.watch import Watch
-from mtp_spec.distributed.consistency import check_first, request_facts
-from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.distributed.consistency import check_first
+from mtp_spec.errors import OptionError
 from mtp_spec.handle import Handle
 from mtp_spec.keywords import ChatIdsOptions, ChatOptions, GenerateOptions, StreamOptions
 from mtp_spec.model.config import ModelConfig
@@ -33,7 +32,7 @@ from mtp_spec.sequence import Observer, Sequence
 from mtp_spec.serving import Worker
 from mtp_spec.speculation import Speculation, resolve_speculation
 from mtp_spec.step import Backend
-from mtp_spec.stream import TokenStream
+from mtp_spec.stream import SharedStream, TokenStream
 from mtp_spec.text import Tokenizer
 
 Ids = Seq[int]
@@ -57,6 +56,8 @@ class LM:
         self._asking = Asking(tokenizer, self.config, max_context)
         self._worker: Worker | None = None
         self._starting = Lock()
+        self._place = self.model.ranks.place()
+        self._closed = 0
         self._watch = Watch(backend.technique == "batched")
         self._grammars: Grammars | None = None
 
@@ -125,11 +126,8 @@ class LM:
             PromptError: an empty prompt, an id outside the vocabulary, or a prompt longer than the context.
         """
         prompts, given = self._asking.prompts(prompt), expanded_options(options)
-        # ranks write a single text beside others where they write several: they compute in one thread at a time
-        shared = self.model.ranks.size > 1 and self.max_batch > 1
-        if not is_batch(prompt) and n is None and not shared:
-            self._agree(prompts, given)
-            return self._stream(self._request(prompts[0], given)).rest()
+        if not is_batch(prompt) and n is None and self.model.ranks.size == 1:
+            return self._stream(self._sequence(self._request(prompts[0], given))).rest()
         results = self._samples(prompts, n, given)
         return results if is_batch(prompt) else results[0]
 
@@ -165,14 +163,16 @@ class LM:
         """
         given = expanded_options(options)
         ids = self._asking.ids(prompt, given)
-        self._agree([ids], given, beside=True)
-        request = self._request(ids, given)
-        self.model.ranks.submitted += 1
-        return self._submit([request])[0]
+        self._agree("text", [ids], given)
+        return self._submit([self._sequence(self._request(ids, given), beside=True)])[0]
 
     def close(self) -> None:
-        """Cancels the texts that were submitted and ends their worker; the model itself can go on."""
+        """Cancels the texts that were submitted and ends their worker; the model itself can go on.
+
+        Where ranks share the model, one but the first waits until what the first has not cancelled is written.
+        """
         with self._starting:
+            self._closed += 1
             if self._worker is not None:
                 self._end_worker()
                 atexit.unregister(self._end_worker)
@@ -187,39 +187,37 @@ class LM:
 
     def _samples(self, prompts: list[list[int]], n: int | None, options: Mapping[str, Any]) -> list[Any]:
         """Returns for each prompt its text, or n of them, all written side by side."""
-        self._agree(prompts, {**options, **({} if n is None else {"n": n})}, beside=True)
+        self._agree("text", prompts, {**options, **({} if n is None else {"n": n})})
         seeds = text_seeds(options.get("seed"), len(prompts), n, self._fresh_seed)
-        texts = self._texts([self._request(ids, {**options, "seed": seed})
-                             for ids, own in zip(prompts, seeds, strict=True) for seed in own])  # fmt: skip
-        return texts if n is None else [texts[first : first + n] for first in range(0, len(texts), n)]
-
-    def _texts(self, requests: list[Request]) -> list[Generation]:
-        handles, ranks = self._submit(requests), self.model.ranks
+        requests = [self._request(ids, {**options, "seed": seed})
+                    for ids, own in zip(prompts, seeds, strict=True) for seed in own]  # fmt: skip
+        handles = self._submit([self._sequence(request, beside=True) for request in requests])
         try:
             texts = [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
                 handle.cancel()
-            ranks.submitted += 1
             raise
-        if ranks.size > 1:  # the caller's thread may compute next
-            all(user.rests() for user in ranks.users)
-        return texts
+        return texts if n is None else [texts[first : first + n] for first in range(0, len(texts), n)]
 
-    def _submit(self, requests: list[Request]) -> list[Handle]:
+    def _submit(self, sequences: list[Sequence]) -> list[Handle]:
         with self._starting:
-            if self._worker is None:
-                ranks = self.model.ranks
-                # the worker knows this object by its handles only, so that it ends with a model that nobody holds
-                with ranks.together():
-                    self._worker = Worker(self.backend.runner(shared=True), self.max_batch, ranks)
-                self._end_worker = weakref.finalize(self, self._worker.close)
-                if ranks.size > 1:
-                    ranks.users.add(self._worker)
-                    atexit.register(self._end_worker)  # before the ranks leave one another, which was registered first
-            # beside others "auto" drafts little or nothing, which is no sign of anything
-            ended = self._ended if self.max_batch == 1 else None
-            return self._worker.submit([Sequence(request, ended=ended) for request in requests], self)
+            return self._started().submit(sequences, self)
+
+    def _started(self) -> Worker:
+        """Returns the worker, started if need be."""
+        if self._worker is None:
+            ranks = self.model.ranks
+            # the worker knows this object by its handles only, so that it ends with a model that nobody holds
+            with ranks.together():
+                # a single text of several ranks has memory of its own, as in a process alone
+                shared = ranks.size == 1 or self.max_batch > 1
+                self._worker = Worker(self.backend.runner(shared), self.max_batch, ranks)
+            self._end_worker = weakref.finalize(self, self._worker.close)
+            if ranks.size > 1:
+                ranks.users.add(self._worker)
+                atexit.register(self._end_worker)  # before the ranks leave one another, which was registered first
+        return self._worker
 
     def stream(
         self,
@@ -231,21 +229,21 @@ class LM:
     ) -> TokenStream:
         """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `chat`.
 
-        The events are those of `generate`: same tokens, same text. `stream.result` is the `Generation`.
+        The events are those of `generate`: same tokens, same text. `stream.result` is the `Generation`. Where ranks
+        share the model, the text is written at once, beside others, whether or not the stream is read.
 
         Args:
             after: an earlier stream of this model: prompts that begin alike share what was computed for them in any
                 case, and this makes room for the next turn of a chat where memory is for one text alone, by closing
-                the earlier stream if it was left unfinished.
+                the earlier stream if it was left unfinished. Several ranks close it in any case.
             observer: is shown every step's drafts and rows (`mtp_spec.sequence.Observer`); on a CPU only.
         """
         given = expanded_options(options)
         ids = self._asking.ids(prompt, given)
-        self._agree([ids], given)
-        request = self._request(ids, given)
         if after is not None and (not isinstance(after, TokenStream) or after.owner is not self):
             raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
-        return self._stream(request, after, observer)
+        self._agree("text", [ids], given)
+        return self._stream(self._sequence(self._request(ids, given), observer), after)
 
     def explain(
         self, prompt: str | Ids | Seq[Message], steps: int = 3, **options: Unpack[StreamOptions]
@@ -261,36 +259,32 @@ class LM:
             raise OptionError(f"steps={steps!r}: an integer of 1 or more")
         given = expanded_options(options)
         ids = self._asking.ids(prompt, given)
-        self._agree([ids], given)
-        explainer = Explainer(lambda ids: self.decode(ids) if self.tokenizer else str(ids))
-        stream = self._stream(self._request(ids, given), observer=explainer)
-        return explainer.watch(stream, steps)
+        self._agree("text", [ids], given)
+        explainer = Explainer(lambda ids: self.decode(ids) if self.tokenizer else str(ids), steps)
+        explainer.sequence = self._sequence(self._request(ids, given), explainer)
+        return explainer.watch(self._stream(explainer.sequence))
 
     def score(self, token_ids: Ids) -> Scores:
         """Returns the model's and the MTP modules' logits for a text, teacher-forced; see `Scores`."""
         ids = checked_ids(token_ids, None, self.config, self.max_context)
-        self._agree([ids], {})
-        with self.backend.exclusive():
-            return score_ids(self.model, ids)
+        self._agree("score", [ids], {})
 
-    def _agree(self, prompts: Seq[list[int]], options: Mapping[str, Any], beside: bool = False) -> None:
-        """Compares what ranks are asked for.
+        def scores() -> Scores:
+            with self.backend.exclusive():
+                return score_ids(self.model, ids)
 
-        Args:
-            beside: it is written beside the texts that this model's worker has.
+        if self.model.ranks.size == 1:
+            return scores()
+        with self._starting:
+            worker = self._started()
+        return worker.call(scores)
 
-        Raises:
-            MTPSpecError: a worker's thread computes, and this one is to do so too.
-        """
+    def _agree(self, call: str, prompts: Seq[list[int]], options: Mapping[str, Any]) -> None:
+        """Compares what ranks are asked for; where several models share their group, waits for the others' turns."""
         ranks = self.model.ranks
-        if ranks.size == 1:
-            return
-        busy = any(not user.rests() for user in ranks.users if not beside or user is not self._worker)
-        if ranks.agree(request_facts(prompts, options), busy):
-            raise MTPSpecError(
-                "submitted texts are still being written, and ranks do one thing at a time: wait for their handles, or "
-                "close the model, then call again"
-            )
+        if ranks.size > 1:
+            ranks.rest(beside=self._worker)
+            check_first(ranks, f"{call}, model {self._place}, closed {self._closed} times", prompts, options)
 
     def _request(self, ids: list[int], options: Mapping[str, Any]) -> Request:
         given = self.defaults.applied(options)
@@ -310,15 +304,20 @@ class LM:
         """Returns a seed that nobody gave, the same on all ranks."""
         return int(self.model.ranks.from_first(fresh_seed()))
 
-    def _stream(
-        self, request: Request, after: TokenStream | None = None, observer: Observer | None = None
-    ) -> TokenStream:
+    def _sequence(self, request: Request, observer: Observer | None = None, beside: bool = False) -> Sequence:
         if observer is not None and self.backend.captured:
             raise OptionError('steps on a GPU keep their drafts to themselves: load(..., device="cpu") to look at them')
-        ranks, ended = self.model.ranks, None if request.speculation is None else self._ended
-        sequence = Sequence(request, observer=observer, ended=ended)
-        allowed = None if ranks.size == 1 else partial(check_first, ranks, ranks.submitted)
-        return TokenStream(sequence, self.backend.runner(shared=False), self, allowed, after)
+        # beside others "auto" drafts little or nothing, which is no sign of anything
+        unwatched = request.speculation is None or (beside and self.max_batch > 1)
+        return Sequence(request, observer=observer, ended=None if unwatched else self._ended)
+
+    def _stream(self, sequence: Sequence, after: TokenStream | None = None) -> TokenStream:
+        if self.model.ranks.size == 1:
+            return TokenStream(sequence, self.backend.runner(shared=False), self, after)
+        if after is not None:
+            after.close()
+        (handle,) = self._submit([sequence])
+        return SharedStream(sequence, handle, self)
 
     def _ended(self, sequence: Sequence) -> None:
         if sequence.speculation is not None:

@@ -23,12 +23,14 @@ class Handle:
     Args:
         owner: the model.
         log: of the sequence.
+    Attributes:
+        events: those that were made so far.
     """
 
     def __init__(self, owner: object, log: EventLog) -> None:
         self._owner: object = owner  # a model lives as long as a text of it is being written
         self._future: Future[Generation] = Future()
-        self._events: list[TokenEvent] = []
+        self.events: list[TokenEvent] = []
         self._log = log
         self._lock, self._listeners = Lock(), list[Callable[[], object]]()
         self._heard = False  # whether anybody wants events: else none are made
@@ -67,18 +69,14 @@ class Handle:
             with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens any more
                 loop.call_soon_threadsafe(news.set)
 
-        with self._lock:
-            self._listeners.append(wake)
-            self._heard = True
+        self.listen(wake)
         try:
             while True:
                 news.clear()
-                done = self._future.done()  # asked first: events come before the end
-                if done and not self.cancelled():
-                    self._tell_all()
-                while seen < len(self._events):
+                done = self.told()
+                while seen < len(self.events):
                     seen += 1
-                    yield self._events[seen - 1]
+                    yield self.events[seen - 1]
                 if done:
                     break
                 await news.wait()
@@ -86,6 +84,19 @@ class Handle:
             with self._lock:
                 self._listeners.remove(wake)
         await self  # raises what went wrong
+
+    def listen(self, wake: Callable[[], object]) -> None:
+        """Calls `wake`, in the worker's thread, when there are new events and at the end."""
+        with self._lock:
+            self._listeners.append(wake)
+            self._heard = True
+
+    def told(self) -> bool:
+        """Returns whether the text has ended and all of its events are made."""
+        done = self._future.done()  # asked first: events come before the end
+        if done and not self.cancelled():
+            self._tell_all()
+        return done
 
     # what the worker does; it alone asks for events until the text is done
 
@@ -106,11 +117,11 @@ class Handle:
 
     def _tell_all(self) -> bool:
         """Makes events of what was written; returns whether there was any."""
-        before = len(self._events)
+        before = len(self.events)
         with self._lock:
             while (event := self._log.pop()) is not None:
-                self._events.append(event)
-        return len(self._events) > before
+                self.events.append(event)
+        return len(self.events) > before
 
     def _ended(self, _: Future[Generation]) -> None:
         self._owner = None

@@ -93,6 +93,7 @@ def load(
         raise OptionError(f"progress={progress!r}: allowed are True, False or a function of (bytes read, bytes in all)")
     check_device(device)
     ranks = join_ranks(parallel, str(device))
+    ranks.rest()
     with ranks.together():
         device = local_device(str(device), ranks)
         check_batch(max_batch, cache_tokens, device)

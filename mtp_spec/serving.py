@@ -1,20 +1,23 @@
 """The thread that runs a scheduler for submitted sequences, and the queue in front of it.
 
-Where processes share a model, each has such a thread, and all of them run the same rounds (`distributed.sync`): a
-sequence is admitted, and a cancelled one leaves, once all ranks know of it.
+Where processes share a model, each has such a thread, every text goes through it, and all of them run the same rounds.
+The first rank decides: before a round it tells the others in one small message how many texts have come, which were
+cancelled and what it measured. The others were asked for the same texts in the same order, and carry it out.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mtp_spec.cpu import openmp
-from mtp_spec.distributed.sync import Lockstep, News
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.handle import Handle
 from mtp_spec.model.distributed import store as control
@@ -34,6 +37,14 @@ class Submitted:
     handle: Handle
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Other work with the model between two rounds, and who waits for what it returns."""
+
+    work: Callable[[], Any]
+    result: Future[Any]
+
+
 class Worker:
     """The thread of a scheduler.
 
@@ -44,16 +55,16 @@ class Worker:
     """
 
     def __init__(self, runner: Runner, max_batch: int, ranks: Ranks) -> None:
-        self.runner, self.lockstep = runner, Lockstep(ranks)
+        self.runner, self._ranks, self._channel = runner, ranks, ranks.channel()
         self.scheduler = Scheduler(runner, max_batch, self._failing)
-        self._inbox, self._handles = deque[Submitted](), dict[Sequence, Handle]()
+        self._inbox, self._handles = deque[Submitted | Call](), dict[Sequence, Handle]()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed, self._resting = False, True
         self._error: BaseException | None = None
         self._threads, self._device = 1, -1
-        # sequences that have come, those of them that all ranks know of, and numbers that some rank cancelled
-        self._arrived, self._known, self._cancelled = 0, 0, frozenset[int]()
+        # what has come so far, and what of it the thread has taken out of the inbox
+        self._arrived = self._taken = 0
 
     def submit(self, sequences: Seq[Sequence], owner: object) -> list[Handle]:
         """Puts sequences in the queue, all at once.
@@ -65,15 +76,50 @@ class Worker:
         for sequence in sequences:
             self.runner.check(sequence.request)
         handles = [Handle(owner, sequence.log) for sequence in sequences]
+        self._put([Submitted(sequence, handle) for sequence, handle in zip(sequences, handles, strict=True)])
+        return handles
+
+    def call(self, work: Callable[[], Any]) -> Any:
+        """Returns what some work returns, done in the thread between two rounds.
+
+        Raises:
+            MTPSpecError, RankError: as `submit`, or what the work raises.
+        """
+        call = Call(work, Future())
+        self._put([call])
+        return call.result.result()
+
+    def close(self) -> None:
+        """Cancels every sequence, queued or running, and ends the thread; no harm if repeated.
+
+        Where ranks share the model, what the first one has not cancelled is written to its end before.
+        """
+        with self._wake:
+            self._closed = True
+            left = self._left()
+            self._wake.notify_all()
+        for handle in left:
+            handle.cancel()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def rest(self) -> None:
+        """Waits until nothing is left to compute."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._resting)
+
+    def _put(self, given: Seq[Submitted | Call]) -> None:
         with self._wake:
             if isinstance(self._error, RankError):
                 raise RankError(str(self._error)) from self._error
             if self._closed:
                 raise MTPSpecError("this model was closed: load it again")
-            for sequence, handle in zip(sequences, handles, strict=True):
-                sequence.number = self._arrived
-                self._inbox.append(Submitted(sequence, handle))
+            for one in given:
+                if isinstance(one, Submitted):
+                    one.sequence.number = self._arrived
+                self._inbox.append(one)
                 self._arrived += 1
+            self._resting = False
             self._threads = torch.get_num_threads()  # a new thread would begin with torch's own default
             self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
             if self._thread is None:
@@ -81,58 +127,101 @@ class Worker:
                 self._thread.start()
             self._wake.notify_all()
         openmp.dismiss()  # the worker computes now
-        return handles
 
-    def close(self) -> None:
-        """Cancels every sequence, queued or running, and ends the thread; no harm if repeated."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def rests(self) -> bool:
-        """Returns whether nothing is left to write, once what was cancelled or written last is out of the way."""
-        with self._wake:
-            left = [one.handle for one in list(self._inbox)] + list(self._handles.values())
-            return all(handle.done() for handle in left) and self._wake.wait_for(
-                lambda: self._resting, control.PATIENCE
-            )
+    def _left(self) -> list[Handle]:
+        """Returns the handles of what is queued or running."""
+        return [one.handle for one in self._inbox if isinstance(one, Submitted)] + list(self._handles.values())
 
     def _serve(self) -> None:
         error: BaseException | None = None
         if self._device >= 0:
             torch.cuda.set_device(self._device)
-        with self.lockstep.held():
+        with self._ranks.on(self._channel):
             try:
                 while self._work_arrives():
                     self._round()
             except BaseException as failure:  # nobody may wait for a thread that is gone
-                error = failure
+                error = self._told("its worker", failure)
             self._stop(error)
+
+    def _work_arrives(self) -> bool:
+        """Waits for something to do; returns whether the thread goes on."""
+        if not self.scheduler.idle:
+            return True
+        with self._wake:
+            while self._arrived == self._taken:
+                self._resting = True
+                self._wake.notify_all()
+                if self._closed:
+                    return False
+                openmp.dismiss()  # the others compute, if anyone does
+                self._wake.wait()
+            threads = self._threads
+        self.runner.begins(threads)
+        return True
 
     @undisturbed()
     def _round(self) -> None:
-        scheduler = self.scheduler
-        while self._inbox and self._inbox[0].sequence.number < self._known:
-            one = self._inbox.popleft()
-            self._handles[one.sequence] = one.handle
-            scheduler.add(one.sequence)
-        for sequence, handle in self._handles.items():
-            if handle.cancelled() if self.lockstep.alone else sequence.number in self._cancelled:
-                sequence.cancelled = True
-        for sequence in scheduler.round():
+        arrived, cancelled = self._decided()
+        while self._taken < arrived:
+            self._take()
+        for sequence in self._handles:
+            sequence.cancelled = sequence.cancelled or sequence.number in cancelled
+        for sequence in self.scheduler.round():
             handle = self._handles[sequence]
             if sequence.error is not None:
                 handle.fail(sequence.error)
             elif sequence.cancelled:
-                handle.cancel()  # by another rank
+                handle.cancel()  # by the first rank
             else:
                 handle.written()
                 if sequence.finished:
                     handle.finish()
             if not sequence.alive:
-                del self._handles[sequence]
+                with self._wake:
+                    del self._handles[sequence]
+
+    def _decided(self) -> tuple[int, set[int]]:
+        """Returns how much has come on the first rank, and the numbers of texts that were cancelled there.
+
+        Raises:
+            MTPSpecError: this rank was not asked for as much.
+            RankError: a rank failed or does not answer.
+        """
+        ranks, times = self._ranks, self.runner.measured()
+        with self._wake:
+            left = [one for one in self._inbox if isinstance(one, Submitted)]
+            states = [(one.sequence, one.handle) for one in left] + list(self._handles.items())
+            mine = [sequence.number for sequence, handle in states if handle.cancelled()]
+            here = self._arrived
+        arrived, count, *times = ranks.first([here, len(mine), *times])
+        cancelled = ranks.first(mine if ranks.rank == 0 else [0] * int(count))
+        self.runner.learn(times)
+        patience = control.PATIENCE / 2  # so that the others still wait for an answer
+        with self._wake:
+            if not self._wake.wait_for(lambda: self._arrived >= arrived, patience):
+                raise MTPSpecError(f"a text that rank 0 was asked for did not come here within {patience:.0f} s")
+        return int(arrived), {int(number) for number in cancelled}
+
+    def _take(self) -> None:
+        """Takes the next out of the inbox."""
+        with self._wake:
+            one = self._inbox.popleft()
+            self._taken += 1
+            if isinstance(one, Submitted):
+                self._handles[one.sequence] = one.handle
+        if isinstance(one, Submitted):
+            self.scheduler.add(one.sequence)
+            return
+        try:
+            found = one.work()
+        except BaseException as error:
+            told = self._told("a call", error)
+            one.result.set_exception(told)
+            if isinstance(told, RankError):
+                raise told from error
+        else:
+            one.result.set_result(found)
 
     def _failing(self, sequences: list[Sequence]) -> None:
         """Asks whether sequences fail on every rank.
@@ -143,24 +232,31 @@ class Worker:
         error = sequences[0].error
         assert error is not None
         names = ", ".join(str(one.number) for one in sequences)
-        try:
-            self.lockstep.ranks.fail_alike(f"text {names}", error)
-        except BaseException as failure:
+        told = self._told(f"text {names}", error)
+        if isinstance(told, RankError):
             for one in sequences:
-                one.error = failure
-            raise
+                one.error = told
+            raise told from error
+
+    def _told(self, where: str, error: BaseException) -> BaseException:
+        """Returns an error that every rank has; else a `RankError`, of which the others know."""
+        try:
+            self._ranks.fail_alike(where, error)
+        except RankError as failure:
+            return failure
+        return error
 
     def _stop(self, error: BaseException | None) -> None:
         """Ends what is left."""
         with self._wake:
             self._closed, self._error = True, error
-            left = [one.handle for one in self._inbox] + list(self._handles.values())
+            left, calls = self._left(), [one for one in self._inbox if isinstance(one, Call)]
             self._inbox.clear()
-        for handle in left:
-            if error is None:
-                handle.cancel()
-            else:
+        if error is not None:
+            for handle in left:
                 handle.fail(error)
+            for call in calls:
+                call.result.set_exception(error)
         try:
             self.scheduler.close()
         finally:
@@ -168,62 +264,3 @@ class Worker:
             with self._wake:
                 self._resting = True
                 self._wake.notify_all()
-
-    def _work_arrives(self) -> bool:
-        """Waits for something to do and takes the news; returns whether the thread goes on."""
-        with self._wake:
-            resting = self.scheduler.idle
-            if resting:
-                self._wait()
-            threads = self._threads
-        if not self._take_news(resting):
-            return False
-        if resting and self._inbox:
-            self.runner.begins(threads)
-        return True
-
-    def _wait(self) -> None:
-        self._resting = True
-        self._wake.notify_all()
-        while not (self._closed or self._arrived > self._known):
-            openmp.dismiss()  # the others compute, if anyone does
-            self._wake.wait()
-        self._resting = False
-
-    def _news(self) -> News:
-        """Returns this rank's."""
-        lockstep = self.lockstep
-        closing = (lockstep.ranks.rank,) if self._closed else ()
-        if lockstep.alone:  # asks when it comes to a sequence
-            return News(self._arrived, self._cancelled, closing)
-        left = [(one.sequence.number, one.handle) for one in self._inbox]
-        left += [(sequence.number, handle) for sequence, handle in self._handles.items()]
-        return News(self._arrived, frozenset(number for number, handle in left if handle.cancelled()), closing)
-
-    def _take_news(self, resting: bool) -> bool:
-        """Takes the news, as all ranks have it where there are several; returns whether the thread goes on."""
-        lockstep = self.lockstep
-        if not (lockstep.alone or resting or lockstep.due()):
-            return True
-        with self._wake:
-            news = self._news()
-        if resting and not lockstep.alone:
-            news = lockstep.rest(news)
-        elif not lockstep.alone:
-            news, times = lockstep.point(news, self.runner.measured())
-            self.runner.learn(times)
-        if news.closing:
-            self._close_with(news.closing[0])
-            return False
-        self._known, self._cancelled = news.arrived, news.cancelled
-        return True
-
-    def _close_with(self, rank: int) -> None:
-        """Waits for this rank's program to close the model too, as another's has."""
-        ranks = self.lockstep.ranks
-        with self._wake:
-            if not self._wake.wait_for(lambda: self._closed, control.PATIENCE):
-                raise RankError(
-                    f"rank {rank} of {ranks.size} closed the model or ended, and rank {ranks.rank} did not within "
-                    f"{control.PATIENCE:.0f} s: all make the same calls"
-                )

@@ -92,14 +92,14 @@ class Runner(Protocol):
         ...
 
     def measured(self) -> list[float]:
-        """Returns the seconds measured since this was asked last, as many on every rank.
+        """Returns the seconds measured and not learned yet, as many on every rank; none where a process is alone.
 
         Ranks that plan by times of their own would plan differently: the first one's count.
         """
         ...
 
     def learn(self, times: Seq[float]) -> None:
-        """Takes the first rank's in their place."""
+        """Learns the first rank's in their place."""
         ...
 
     def close(self) -> None:

@@ -1,15 +1,20 @@
-"""One sequence that its caller's thread generates, token by token: what `LM.stream` returns."""
+"""One sequence, token by token, as `LM.stream` returns it; its caller's thread generates it, or a worker does."""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 from mtp_spec.errors import MTPSpecError
+from mtp_spec.handle import Handle
 from mtp_spec.results import Generation, TokenEvent
 from mtp_spec.scheduler import Scheduler
 from mtp_spec.sequence import Sequence
 from mtp_spec.step import Runner
+
+CLOSED = "this stream was closed, or left for the one after it (after=): begin it again"
 
 
 class TokenStream(Iterator[TokenEvent]):
@@ -18,14 +23,12 @@ class TokenStream(Iterator[TokenEvent]):
     Args:
         owner: the model, which lives as long as the stream.
         after: an earlier stream, which is closed if it is unfinished and there is no room for both.
-        allowed: asked before every step; raises where the text cannot go on.
     """
 
     def __init__(
-        self, sequence: Sequence, runner: Runner, owner: object = None, allowed: Callable[[], None] | None = None,
-        after: TokenStream | None = None,
-    ) -> None:  # fmt: skip
-        self.sequence, self.owner, self._allowed = sequence, owner, allowed
+        self, sequence: Sequence, runner: Runner, owner: object = None, after: TokenStream | None = None
+    ) -> None:
+        self.sequence, self.owner = sequence, owner
         runner.check(sequence.request)
         if after is not None and after.sequence.alive and runner.crowded(sequence.request):
             after.close()
@@ -43,9 +46,7 @@ class TokenStream(Iterator[TokenEvent]):
         return self
 
     def __next__(self) -> TokenEvent:
-        if self._allowed is not None and self.sequence.alive:
-            self._allowed()
-        while (event := self.sequence.log.pop()) is None:
+        while (event := self._pop()) is None:
             if not self.advance():
                 raise StopIteration
         return event
@@ -66,9 +67,7 @@ class TokenStream(Iterator[TokenEvent]):
         if sequence.finished or sequence.error is not None:
             return False
         if not self._end.alive:
-            raise MTPSpecError("this stream was closed, or left for the one after it (after=): begin it again")
-        if self._allowed is not None:
-            self._allowed()
+            raise MTPSpecError(CLOSED)
         try:
             self._scheduler.round()
         except BaseException as error:  # cut short in the middle of a step, whose caches are not to be used
@@ -78,3 +77,58 @@ class TokenStream(Iterator[TokenEvent]):
         if sequence.error is not None:
             raise sequence.error
         return True
+
+    def _pop(self) -> TokenEvent | None:
+        return self.sequence.log.pop()
+
+
+class SharedStream(TokenStream):
+    """Iterates over the tokens of a text that a worker writes, beside others and whether or not it is read.
+
+    What it tells, and its `result`, depend on what was read of it only, so they are the same on all ranks.
+    """
+
+    def __init__(self, sequence: Sequence, handle: Handle, owner: object) -> None:
+        self.sequence, self.owner, self._handle = sequence, owner, handle
+        self._news, self._read, self._whole = threading.Event(), list[TokenEvent](), False
+        handle.listen(self._news.set)
+        self._end = weakref.finalize(self, handle.cancel)  # nobody wants the rest any more
+
+    @property
+    def result(self) -> Generation:
+        """What was told so far; whole once the stream has ended."""
+        made, count = self.sequence.log.result, len(self._read)
+        if self._whole:
+            return made
+        logprobs = None if made.logprobs is None else made.logprobs[:count]
+        text, ids = "".join(one.text for one in self._read), [one.token_id for one in self._read]
+        return replace(made, text=text, token_ids=ids, logprobs=logprobs)
+
+    def rest(self) -> Generation:
+        """Waits for the end."""
+        for _ in self:
+            pass
+        return self.result
+
+    def advance(self) -> bool:
+        """Waits for news; returns false at the end."""
+        if self._whole:
+            return False
+        self._news.clear()
+        done = self._handle.told()
+        if not self._end.alive or self._handle.cancelled():
+            raise MTPSpecError(CLOSED)
+        if len(self._handle.events) > len(self._read):
+            return True
+        if done:
+            self._whole = True
+            self._handle.result()  # or what went wrong
+            return False
+        self._news.wait()
+        return True
+
+    def _pop(self) -> TokenEvent | None:
+        if not self._end.alive or len(self._read) == len(self._handle.events):
+            return None
+        self._read.append(self._handle.events[len(self._read)])
+        return self._read[-1]

@@ -38,8 +38,8 @@ _all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tenso
 class User(Protocol):
     """Computes in a thread of its own."""
 
-    def rests(self) -> bool:
-        """Returns whether nothing is left to compute."""
+    def rest(self) -> None:
+        """Waits until nothing is left to compute."""
         ...
 
 
@@ -52,8 +52,7 @@ class Ranks:
         facts: exchanges facts; None alone.
     Attributes:
         rooms: through which GPUs of one host exchange small tensors; None where the group does it all.
-        users: who computes with them in threads of their own.
-        submitted: how often texts were given to such threads, on every rank alike.
+        users: who computes with them in threads of their own, in turn.
     """
 
     def __init__(
@@ -61,14 +60,24 @@ class Ranks:
     ) -> None:
         self.rank, self.size, self.group, self._facts = rank, size, group, facts
         self.rooms: exchange.Rooms | None = None
-        self.users, self.submitted = WeakSet[User](), 0
-        self._here, self._channels = local(), 0
+        self.users = WeakSet[User]()
+        self._here, self._channels, self._places = local(), 0, 0
 
     @property
     def _control(self) -> Control | None:
         """This thread's exchange of facts."""
         control: Control | None = getattr(self._here, "channel", self._facts)
         return control
+
+    def place(self) -> int:
+        """Returns the number of a model among those that they share, which all load in the same order."""
+        self._places += 1
+        return self._places
+
+    def rest(self, beside: User | None = None) -> None:
+        """Waits until nobody computes in a thread of its own, but one who may: exchanges of two would mix."""
+        for user in [user for user in self.users if user is not beside]:
+            user.rest()
 
     def channel(self) -> Control | None:
         """Returns an exchange of facts for another thread, to be made in the same order everywhere; None alone."""
@@ -146,10 +155,13 @@ class Ranks:
         return out
 
     def first(self, values: Sequence[float]) -> list[float]:
-        """Returns the first rank's values: what was measured differs, and all must act alike."""
-        if self.size == 1:
+        """Returns the first rank's values, as many on every rank: what was measured differs, and all must act alike."""
+        if self.size == 1 or not values:
             return list(values)
-        return self.stack(torch.tensor(values, dtype=torch.float64))[0].tolist()
+        told = torch.tensor(values, dtype=torch.float64)
+        with self._explained():
+            dist.broadcast(told, group=self.group, group_src=0)
+        return told.tolist()
 
     def wait(self, ready: torch.cuda.Event | None = None) -> None:
         """Waits until the GPU has come to an event, or to the end of its work, as long as all ranks are alive.
@@ -227,25 +239,21 @@ class Ranks:
         """Whether the group's exchanges run on GPUs; kept, for a group that was given up does not tell any more."""
         return self.group is not None and torch.cuda.is_available() and "nccl" in dist.get_backend_config(self.group)
 
-    def agree(self, facts: Mapping[str, object], doubt: bool = False) -> bool:
+    def agree(self, facts: Mapping[str, object]) -> None:
         """Compares facts that must be the same everywhere.
-
-        Returns:
-            Whether any rank has a `doubt`.
 
         Raises:
             RankError: they are not; on every rank, with what differs.
         """
-        everyone = self.everyone([{name: str(value) for name, value in facts.items()}, doubt])
-        first = everyone[0][0]
-        for rank, (theirs, _) in enumerate(everyone):
+        everyone = self.everyone({name: str(value) for name, value in facts.items()})
+        first = everyone[0]
+        for rank, theirs in enumerate(everyone):
             for name in first:
                 if theirs.get(name) != first[name]:
                     raise RankError(
                         f"ranks differ in {name}: rank 0 has {first[name]}, rank {rank} has {theirs.get(name)}; "
                         "start all with the same program, options and files"
                     )
-        return any(theirs for _, theirs in everyone)
 
     def everyone(self, value: Any, patience: float | None = None) -> list[Any]:
         """Returns what every rank gives, JSON values, however long that takes, or within so many seconds."""

@@ -67,19 +67,13 @@ class Control:
         Raises:
             RankError: a rank gave no sign of life for `SILENCE` seconds or did not come, or the store is gone.
         """
-        number = self.give(value)
+        number, self._count = self._count, self._count + 1
         with explained(self.rank, self.size):
+            self.store.set(f"{number}/{self.rank}", json.dumps(value))
             found = [self._wait(number, rank, patience) for rank in range(self.size)]
             # all are here, so none still reads the exchange before
             self.store.delete_key(f"{number - 1}/{self.rank}")
         return found
-
-    def give(self, value: Any) -> int:
-        """Leaves this rank's value for the next exchange, without waiting for the others; returns its number."""
-        number, self._count = self._count, self._count + 1
-        with explained(self.rank, self.size):
-            self.store.set(f"{number}/{self.rank}", json.dumps(value))
-        return number
 
     def given(self) -> list[tuple[int, Any]]:
         """Returns which ranks have come to the next exchange already, and with what."""

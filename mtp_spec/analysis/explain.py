@@ -65,19 +65,24 @@ class Explanation:
 
 
 class Explainer:
-    """Watches a stream's steps, see `sequence.Observer`."""
+    """Watches a sequence's first steps, see `sequence.Observer`.
 
-    def __init__(self, decode: Decode) -> None:
-        self._decode, self._found = decode, Explanation()
+    Attributes:
+        sequence: to be set before its first step.
+    """
+
+    def __init__(self, decode: Decode, steps: int) -> None:
+        self._decode, self._steps, self._found = decode, steps, Explanation()
         self._rows, self._kept = dict[int, Tensor](), list[int]()
-        self._sequence: Sequence | None = None
+        self.sequence: Sequence | None = None
 
-    def watch(self, stream: TokenStream, steps: int) -> Explanation:
-        """Returns the first steps of a stream that has not begun."""
-        self._sequence = sequence = stream.sequence
-        while sequence.alive and len(self._found.steps) < steps:
-            stream.advance()
+    def watch(self, stream: TokenStream) -> Explanation:
+        """Returns the first steps of a stream that has not been read."""
+        for _ in stream:
+            if len(self._found.steps) == self._steps:
+                break
         stream.close()
+        sequence = stream.sequence
         self._found.first = self._decode(sequence.tokens[sequence.prompt_tokens :][:1])
         return self._found
 
@@ -94,7 +99,9 @@ class Explainer:
 
     def verified(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
         """Adds a step."""
-        sequence = self._sequence
+        if len(self._found.steps) == self._steps:  # it was written on
+            return
+        sequence = self.sequence
         assert sequence is not None
         sampler, decode = sequence.sampler, self._decode
 

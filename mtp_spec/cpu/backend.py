@@ -13,6 +13,7 @@ from mtp_spec.cpu.passes import MOST_ROWS, Passes
 from mtp_spec.cpu.planners import Planners
 from mtp_spec.cpu.state import HostState
 from mtp_spec.cpu.step import HostStep
+from mtp_spec.cpu.untold import Untold
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.host import HostModel
@@ -117,6 +118,7 @@ class HostRunner:
     def __init__(self, backend: HostBackend, shared: bool) -> None:
         self._backend, self._shared = backend, shared
         self._passes = Passes(backend.model, backend.technique)
+        self._untold = Untold(backend.model.ranks.size == 1)
         self._rounds = 0
 
     def check(self, request: Request) -> None:
@@ -136,12 +138,12 @@ class HostRunner:
             torch.set_num_threads(threads)
 
     def measured(self) -> list[float]:
-        """Returns nothing: every step's times are shared at once."""
-        return []
+        """Returns the seconds of steps; see `mtp_spec.step.Runner`."""
+        return self._untold.measured()
 
     def learn(self, times: Seq[float]) -> None:
-        """Has nothing to learn."""
-        assert not times
+        """Learns the first rank's in their place."""
+        self._untold.learn(times)
 
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
         """Leases pages for a sequence; see `mtp_spec.step.Runner`."""
@@ -163,7 +165,7 @@ class HostRunner:
         batch = [state for state in stepping if state.begins_step()]
         reading = self._next([state for state in states if state.reading is not None])
         try:
-            return step(HostStep(self._passes, batch, reading))
+            return step(HostStep(self._passes, batch, reading, self._untold))
         except Exception as error:  # of a pass: all that took part
             failed = [state.sequence for state in (*batch, *reading)]
             for one in failed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mtp_spec.cpu.state import HostState
-from mtp_spec.model.distributed.group import Ranks
+from mtp_spec.cpu.untold import Untold
 from mtp_spec.planning.node_planner import ALONE, Beside, TextPlanner
 
 
@@ -47,17 +47,17 @@ def foresee(batch: Sequence[HostState], rows: Sequence[int], first: bool) -> flo
     return times.level(len(rows), context) + times.extend(total, context) - times.extend(len(rows), context)
 
 
-def learn(verified: Sequence[HostState], verifying: float, drafted: float, others: float, ranks: Ranks) -> None:
+def learn(verified: Sequence[HostState], verifying: float, drafted: float, others: float, untold: Untold) -> None:
     """Takes the times of a step of several sequences; arguments as `Planner.learn_round`.
 
     Args:
-        ranks: of which the first one's times count.
+        untold: takes the times.
     """
     planner = _planner(verified)
     if planner is not None and len(verified) > 1 and verifying > 0:
         rows, context = sum(state.rows for state in verified), _context(verified)
-        verifying, others = ranks.first((verifying, others))
-        planner.planner.learn_round(rows, context, verifying, drafted, others)
+        learn = planner.planner.learn_round
+        untold.add((verifying, others), lambda verifying, others: learn(rows, context, verifying, drafted, others))
 
 
 def _planner(states: Sequence[HostState]) -> TextPlanner | None:

@@ -11,6 +11,7 @@ from mtp_spec.cache.pages import HostPages
 from mtp_spec.cpu.passes import Passes
 from mtp_spec.cpu.state import HostState
 from mtp_spec.cpu.step import HostStep
+from mtp_spec.cpu.untold import Untold
 from mtp_spec.model.cache import pages_for
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.undisturbed import undisturbed
@@ -90,12 +91,12 @@ def calibrated(times: StepTimes, model: HostModel, technique: Technique, tokeniz
         lease = HostPages(model.new_layers(pages_for(request.room)), len(model.mtp)).lease([], request.room, True)
         assert lease is not None
         state = HostState(model, technique, Sequence(request), lease, None)
-        passes, seconds = Passes(model, technique), list[float]()
-        step(HostStep(passes, [], [state]))
+        passes, untold, seconds = Passes(model, technique), Untold(alone=True), list[float]()
+        step(HostStep(passes, [], [state], untold))
         for _ in range(STEPS):
             start = perf_counter()
             state.begins_step()
-            step(HostStep(passes, [state], []))
+            step(HostStep(passes, [state], [], untold))
             seconds.append(perf_counter() - start)
         return median(seconds[WARM:])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mtp_spec.acceptance.base import SeededChoices
 from mtp_spec.cache.pages import HostLease
 from mtp_spec.cpu.draft import MOST_BEHIND, Drafter
 from mtp_spec.cpu.passes import MOST_ROWS, MainRows, Pass, Work
+from mtp_spec.cpu.untold import Untold
 from mtp_spec.errors import MTPSpecError, NotFiniteError
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.planning.node_planner import ALONE, TextPlanner
@@ -167,7 +169,7 @@ class HostState:
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
 
-    def learn(self, tree: TokenTree, accepted: Accepted, drafting: float, rest: float) -> None:
+    def learn(self, tree: TokenTree, accepted: Accepted, drafting: float, rest: float, untold: Untold) -> None:
         """Shows the planner what came of a step; seconds of drafting, and of what followed, where it was alone."""
         if self.planner is None:
             return
@@ -176,8 +178,11 @@ class HostState:
             taken = len(accepted.drawn), drafting + rest
             self.stats.record_plan(self.planner.tokens, self.planner.seconds, *taken)
         if not accepted.stopped:
-            times = self.model.ranks.first([drafting, rest]) if alone else [drafting, rest]  # else not looked at
-            self.planner.learn(tree, accepted.nodes, *times)
+            learn = partial(self.planner.learn, tree, accepted.nodes)
+            if alone:
+                untold.add((drafting, rest), learn)
+            else:
+                learn(drafting, rest)  # which are not looked at
 
     def take(self, accepted: Accepted) -> None:
         """Makes what was accepted tokens, and lets other sequences share the pages that are full by now."""

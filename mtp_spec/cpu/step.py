@@ -15,6 +15,7 @@ from mtp_spec.acceptance.accept import Accepted
 from mtp_spec.cpu import batch_context
 from mtp_spec.cpu.passes import Failed, MainRows, ModuleRows, Pass, Passes
 from mtp_spec.cpu.state import HostState
+from mtp_spec.cpu.untold import Untold
 from mtp_spec.sequence import Sequence
 from mtp_spec.tree import TokenTree
 
@@ -25,10 +26,11 @@ class HostStep:
     Args:
         batch: those that take it.
         reading: those whose prompts are read beside it.
+        untold: takes its times.
     """
 
-    def __init__(self, passes: Passes, batch: list[HostState], reading: list[HostState]) -> None:
-        self._passes, self._batch, self._reading = passes, batch, reading
+    def __init__(self, passes: Passes, batch: list[HostState], reading: list[HostState], untold: Untold) -> None:
+        self._passes, self._batch, self._reading, self._untold = passes, batch, reading, untold
         self._start = self._drafted = perf_counter()
         self._verifying = self._foreseen = 0.0
         self._changed = list[Sequence]()
@@ -71,13 +73,13 @@ class HostStep:
                 continue
             state.commit_step(tree, verified.hidden, accepted)
             ended = perf_counter()
-            state.learn(tree, accepted, self._drafted - self._start, ended - self._drafted)
+            state.learn(tree, accepted, self._drafted - self._start, ended - self._drafted, self._untold)
             state.take(accepted)
             self._changed.append(state.sequence)
         self._read_on()
         if not self._reading:
             others = perf_counter() - self._start - self._verifying
-            batch_context.learn(self._batch, self._verifying, self._foreseen, others, self._passes.model.ranks)
+            batch_context.learn(self._batch, self._verifying, self._foreseen, others, self._untold)
         return self._changed
 
     def _read_on(self) -> None:

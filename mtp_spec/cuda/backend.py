@@ -221,8 +221,6 @@ class DeviceRunner:
             alone = not read and sum(len(group.texts) for group in groups) == len(running)
             for group in groups:
                 self._step(group, alone and len(groups) == 1)
-            if not self._shared and self._runtime.model.ranks.size > 1:
-                self.learn(self._runtime.model.ranks.first(self.measured()))
             seconds = perf_counter() - start
             for one, steps, before in zip(running, begun, sampled, strict=True):
                 one.stats.add_seconds("step" if steps else "prefill", seconds - (_sampled(one) - before))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from mtp_spec._version import __version__
-from mtp_spec.errors import MTPSpecError
 from mtp_spec.machine import processor_name
 from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.distributed.group import Ranks
@@ -36,6 +35,18 @@ def start_facts(checkpoint: Checkpoint, device: str) -> dict[str, object]:
     }
 
 
+def check_first(ranks: Ranks, call: str, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> None:
+    """Refuses a call, before anything is computed for it, that is not the next one on every rank.
+
+    Args:
+        call: what is asked for, of which model.
+
+    Raises:
+        RankError: on every rank, with what differs.
+    """
+    ranks.agree({"call": call, **request_facts(prompts, options)})
+
+
 def request_facts(prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> dict[str, object]:
     """Returns prompts, and the options of their texts."""
     facts: dict[str, object] = {name: repr(value) for name, value in sorted(options.items())}
@@ -46,15 +57,6 @@ def request_facts(prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) 
         name = "prompt" if len(prompts) == 1 else f"prompt {number}"
         facts[name] = f"{len(ids)} tokens {_digest(str(list(ids)).encode())}"
     return facts
-
-
-def check_first(ranks: Ranks, submitted: int) -> None:
-    """Refuses to go on with a stream that began when so many texts had been submitted, if more have been since."""
-    if ranks.submitted != submitted:
-        raise MTPSpecError(
-            "texts were submitted after this stream had begun, and ranks do one thing at a time: read a stream to its "
-            "end first, or submit its text too"
-        )
 
 
 def _weights(checkpoint: Checkpoint) -> str:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,11 @@ from mtp_spec.model.checkpoint.convert import ranks_job
 from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
 from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.distributed import store as control
 from mtp_spec.model.distributed.group import Ranks
+from mtp_spec.model.errors import RankError
 from mtp_spec.model.transformer import Transformer
+from mtp_spec.serving import Worker
 
 PATIENCE = 4.0
 SECONDS = 60
@@ -60,27 +63,64 @@ def assert_side_by_side(found: list[dict[str, Any]], texts: list[Any]) -> None:
         for rank, one in enumerate(found):
             assert one[name] == value, f"{name} on rank {rank}"
     assert first["texts"] == texts
+    *streams, left, closed, after = first["streams"]
+    assert streams == [texts[number] for number in ranks.STREAMED]
+    assert left[0] == texts[ranks.LEFT][0][:2]
+    assert texts[ranks.LEFT][1].startswith(left[1][:-2])
+    assert closed.startswith("MTPSpecError: this stream was closed")
+    assert len(after) <= 2
+    assert first["scores"] == first["scores alone"]
     assert first["heard"]
     assert first["again"]
-    assert first["cancelled"].startswith("CancelledError")  # by one rank
+    assert first["cancelled"].startswith("CancelledError")  # by the first rank
     assert first["failing"] == "LookupError: a processor's own error"
-    for name in ("busy", "beside"):
-        assert first[name].startswith("MTPSpecError: submitted texts are still being written")
-    assert first["stream"].startswith("MTPSpecError: texts were submitted after this stream had begun")
 
 
-def test_a_rank_that_closes_or_fails_alone_ends_the_texts_of_all(fp8: Path, tmp_path: Path) -> None:
+def test_what_one_rank_does_alone_hangs_none(fp8: Path, tmp_path: Path) -> None:
     job = {"model": str(fp8), "dtype": "bfloat16", "parted": True, "patience": PATIENCE}
-    assert_parted(*ranks.run(job, 2, tmp_path), PATIENCE)
+    assert_parted(*ranks.run(job, 2, tmp_path))
 
 
-def assert_parted(first: dict[str, str], second: dict[str, str], patience: float) -> None:
-    """What one rank closes or fails at alone is said everywhere; see `ranks.parted`."""
-    assert first["closed"].startswith("RankError: rank 1 of 2 closed the model or ended, and rank 0 did not within "
-                                      f"{patience:.0f} s")  # fmt: skip
-    assert second["closed"].startswith("CancelledError")
+def assert_parted(first: dict[str, str], second: dict[str, str]) -> None:
+    """The first rank decides, and what differs or fails is said everywhere; see `ranks.parted`."""
+    # the second rank cancels and closes: the first one's texts are written to their ends
+    assert first["cancelled 0"] == first["closed 0"] == first["stream 0"] == "none, but True"
+    for found, round in ((second, 0), (first, 1), (second, 1)):
+        assert found[f"cancelled {round}"].startswith("CancelledError")
+        assert found[f"closed {round}"].startswith("CancelledError")
+        assert found[f"stream {round}"].startswith("MTPSpecError: this stream was closed")
     for found in (first, second):
+        assert found["prompt"].startswith("RankError: ranks differ in prompt: rank 0 has 38 tokens")
+        assert found["call"].startswith("RankError: ranks differ in call: rank 0 has text, model 1, closed 0 times, "
+                                        "rank 1 has score, model 1, closed 0 times")  # fmt: skip
+        assert found["interrupted"] == "KeyboardInterrupt"
+        for round, closed in (0, (0, 1)), (1, (2, 1)):
+            assert (f"rank 0 has text, model 1, closed {closed[0]} times, rank 1 has text, model 1, closed {closed[1]}"
+                    in found[f"closed alone {round}"])  # fmt: skip
         assert found["failed"] == found["beside"] == "RankError: rank 1 of 2 failed: text 1: a processor's own error"
+
+
+class Leading(Ranks):
+    """The second of two ranks, whose first one was asked for one text more."""
+
+    def first(self, values: Sequence[float]) -> list[float]:
+        return [values[0] + 1, *values[1:]] if values else []
+
+    def fail_alike(self, where: str, error: BaseException) -> None:
+        raise RankError(f"{where}: {error}") from error
+
+
+def test_a_text_that_one_rank_does_not_begin_ends_the_others(fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "PATIENCE", 1.0)
+    lm = mtp_spec.load(fp8, measure=False)
+    worker = Worker(lm.backend.runner(True), 1, Leading(1, 2))
+    (handle,) = worker.submit([lm._sequence(lm._request([1, 2], {"seed": 0}))], lm)
+    said = "its worker: a text that rank 0 was asked for did not come here within 0 s"
+    with pytest.raises(mtp_spec.RankError, match=said):
+        handle.result(SECONDS)
+    worker.rest()
+    with pytest.raises(mtp_spec.RankError, match=said):
+        worker.call(lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -275,4 +315,4 @@ def test_texts_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
     assert [one for one, _ in found] == [expected] * 2
     assert_side_by_side([beside for _, beside in found], texts)
     job = {"model": None, "device": "cuda", "parted": True, "patience": 20.0}
-    assert_parted(*ranks.run(job, 2, tmp_path), 20)
+    assert_parted(*ranks.run(job, 2, tmp_path))

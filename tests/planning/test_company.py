@@ -11,7 +11,7 @@ import mtp_spec
 import tiny
 from mtp_spec.cpu import batch_context as company
 from mtp_spec.cpu.draft import KEPT_BEHIND, MOST_BEHIND
-from mtp_spec.model.distributed.group import ALONE as SINGLE
+from mtp_spec.cpu.untold import Untold
 from mtp_spec.planning.costs import StepTimes
 from mtp_spec.planning.node_planner import ALONE, Beside, Planner, TextPlanner
 from mtp_spec.stats import GenerationStats
@@ -77,7 +77,7 @@ def simulate(
             expected = sum(times.level(count, context) for count in leaves if count)
             expected += times.extend(pending, context) - times.extend(drafting, context)
         others = expected * dearer * noise.uniform(0.9, 1.1)
-        company.learn(texts, verifying, expected, others, SINGLE)  # type: ignore[arg-type]
+        company.learn(texts, verifying, expected, others, Untold(alone=True))  # type: ignore[arg-type]
         spent = verifying + others
         seconds += spent
         for number, (text, (tree, accepted)) in enumerate(zip(texts, trees, strict=True)):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,21 +104,18 @@ def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
     Worker.submit = late  # type: ignore[method-assign]
     endless = lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm), logits_processor=in_no_hurry)
     handles = [lm.submit(prompt, **options) for prompt, options in wishes(tokens)]
-    found: dict[str, Any] = {"busy": said(lm.score, PROMPT), "beside": said(lm.stream, PROMPT)}
+    found: dict[str, Any] = {"streams": streams(lm, tokens), "scores": lm.score(PROMPT[:4]).logits.sum().item()}
     failing = lm.submit(PROMPT[:4], max_new_tokens=9, logit_bias=no_end(lm), logits_processor=Wishes(fails=True))
-    if rank:
+    if rank == 0:
         endless.cancel()
     asyncio.run(listen(handles[1], heard := []))
     found["texts"] = [written(handle.result()) for handle in handles]
     found["heard"] = heard == handles[1].result().token_ids
     found["failing"], found["cancelled"] = said(failing.result), said(endless.result)
-    stream = lm.stream(PROMPT, max_new_tokens=9)
-    next(stream)
     last = lm.submit(PROMPT[:3], max_new_tokens=2)
-    found["stream"] = said(next, stream)
     last.result()
     found["list"] = [written(one) for one in lm.generate([PROMPT[:4]] * 2, n=2, max_new_tokens=3, seed=0)[1]]
-    lm.score(PROMPT[:4])
+    found["scores alone"] = lm.score(PROMPT[:4]).logits.sum().item()
     lm.close()
     again = lm.submit(PROMPT[:3], max_new_tokens=2, seed=last.result().seed).result()
     found["again"] = again.token_ids == last.result().token_ids
@@ -123,6 +123,22 @@ def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
     drawn = [lm.submit(PROMPT[:3], max_new_tokens=2).result(), *lm.generate([PROMPT[:3]] * 2, max_new_tokens=2)]
     found["drawn"] = [[one.seed, one.token_ids] for one in drawn]
     return found
+
+
+STREAMED, LEFT = (3, 6), 1  # of `wishes`
+
+
+def streams(lm: mtp_spec.LM, tokens: int) -> list[list[Any]]:
+    """Returns two texts whose streams were read in turn, and one of which two tokens were read."""
+    some = wishes(tokens)
+    both = [lm.stream(some[number][0], **some[number][1]) for number in STREAMED]
+    left = lm.stream(some[LEFT][0], **some[LEFT][1])
+    while [event for one in both if (event := next(one, None)) is not None]:
+        if len(left.result.token_ids) < 2:
+            next(left)
+    ids, logprobs = left.result.token_ids, left.result.logprobs
+    after = lm.stream(PROMPT[:4], after=left, max_new_tokens=2)
+    return [*(written(one.result) for one in both), [ids, repr(logprobs)], said(next, left), after.rest().token_ids]
 
 
 def in_no_hurry(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
@@ -148,19 +164,50 @@ def said(call: Callable[..., Any], *given: Any) -> str:
 
 
 def parted(lm: mtp_spec.LM, rank: int) -> dict[str, str]:
-    """Returns what is said where the model is closed on one rank, and where a text fails on one."""
-    endless = lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm), logits_processor=in_no_hurry)
+    """Returns what is said where ranks are asked for different things, close the model or cancel alone, are
+    interrupted, and where a text fails on one."""
     found = dict[str, str]()
-    if rank:
-        lm.close()
-    found["closed"] = said(endless.result)
-    lm.close()
+    alone = lm.generate(PROMPT[:3], max_new_tokens=9, seed=0).token_ids
+    found["prompt"] = said(lm.generate, PROMPT[rank:])
+    found["call"] = said(lm.score if rank else lm.generate, PROMPT)
+    found["interrupted"] = interrupted(lm)
+    for closing in range(2):
+        some = [lm.submit(PROMPT[:3], max_new_tokens=9, seed=0, logits_processor=in_no_hurry) for _ in range(2)]
+        stream = lm.stream(PROMPT[:3], max_new_tokens=9, seed=0, logits_processor=in_no_hurry)
+        if rank == 1 - closing:
+            some[0].cancel()
+        found[f"cancelled {closing}"] = ended(some[0], alone)
+        if rank == 1 - closing:
+            lm.close()
+        found[f"closed {closing}"] = ended(some[1], alone)
+        found[f"stream {closing}"] = said(lambda stream=stream: stream.rest().token_ids == alone)
+        found[f"closed alone {closing}"] = said(lm.generate, PROMPT[:3])
+        if rank == closing:
+            lm.close()
     handles = [lm.submit(PROMPT[:4], max_new_tokens=99, logit_bias=no_end(lm),
                          logits_processor=Wishes(fails=bool(rank and one))) for one in range(2)]  # fmt: skip
     found["failed"], found["beside"] = said(handles[1].result), said(handles[0].result)
     with suppress(mtp_spec.RankError):
         lm.submit([1])
     return found
+
+
+def ended(handle: Handle, text: list[int]) -> str:
+    """Returns what became of a text that would be this one."""
+    return said(lambda: handle.result().token_ids == text)
+
+
+def interrupted(lm: mtp_spec.LM) -> str:
+    """Returns what a long text ends with on Ctrl-C, on the first rank last."""
+    rank, main = lm.model.ranks.rank, threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.4 - 0.1 * rank, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    try:
+        return said(partial(lm.generate, PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm),
+                            logits_processor=in_no_hurry))  # fmt: skip
+    except KeyboardInterrupt:
+        return "KeyboardInterrupt"
 
 
 def start(job: dict[str, Any], count: int, folder: Path, absent: Sequence[int] = ()) -> list[subprocess.Popen[str]]:
@@ -224,7 +271,10 @@ def main(out: Path, job: dict[str, Any]) -> None:
     if job.get("forever"):
         out.write_text("{}")
         while True:
-            lm.generate([PROMPT] * most if most > 1 else PROMPT, max_new_tokens=100)
+            if most == 1:
+                lm.stream(PROMPT, max_new_tokens=100).rest()
+            else:
+                lm.generate([PROMPT] * most, max_new_tokens=100)
     if job.get("parted"):
         out.write_text(json.dumps(parted(lm, rank)))
         return
