@@ -48,8 +48,9 @@ except ImportError:  # no Triton for this platform: the references remain
 PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns a program
-STAGES, WARPS = 2, 8  # of `attend` but for Hopper's: tiles in flight, and warps a program; no part of the arithmetic
-SMALL_BLOCK, SMALL_MEMORY = 32, 160 * 1024  # keys a step there where a program has less shared memory, in bytes
+WARPS = 8  # a program of `attend` but for Hopper's; no part of the arithmetic
+# there: tiles in flight and keys a step, by the least bytes of shared memory that a program must have for them
+STEPS = ((220 * 1024, 2, KEYS), (120 * 1024, 1, KEYS // 2), (0, 1, KEYS // 4))
 GATHERED = 16  # keys a program that brings tails into order
 ROW_TILE = 16  # rows of the small products of a head
 
@@ -206,11 +207,11 @@ def _attend(
         latents, ropes, scales = cache.parts
         # a scale's latents at a time: all of them would not fit into the registers beside the sums
         width = min(head.latent, BLOCK) if packed else head.latent
-        block = KEYS if shared_memory(q.device) > SMALL_MEMORY else SMALL_BLOCK
+        stages, block = next(step for least, *step in STEPS if shared_memory(q.device) >= least)
         kernels._attend_kernel[(tiles * splits,)](
             described(flat, TILE, width), described(flat, TILE, head.rope),
             described(latents, block, width), described(ropes, block, head.rope), described(sums, TILE, width),
-            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=STAGES, PACKED=packed, PAGE=KEYS,
+            scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=stages, PACKED=packed, PAGE=KEYS,
             WIDE=interpreted(), num_warps=WARPS, **sizes | {"BLOCK": block},
         )  # fmt: skip
     columns = min(head.latent, COLUMNS)
