@@ -237,11 +237,12 @@ class LM:
             after: an earlier stream of this model: prompts that begin alike share what was computed for them in any
                 case, and this makes room for the next turn of a chat where memory is for one text alone, by closing
                 the earlier stream if it was left unfinished.
-            observer: is shown every step's drafts and rows (`mtp_spec.sequence.Observer`); on a CPU only.
+            observer: is shown every step's drafts and rows (`mtp_spec.sequence.Observer`), on every rank or on none. On
+                a GPU its steps are not captured, so they take longer.
         """
         given = expanded_options(options)
         ids = self._asking.ids(prompt, given)
-        self._agree([ids], given)
+        self._agree([ids], given if observer is None else {**given, "observer": "given"})
         request = self._request(ids, given)
         if after is not None and (not isinstance(after, TokenStream) or after.owner is not self):
             raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
@@ -313,8 +314,6 @@ class LM:
     def _stream(
         self, request: Request, after: TokenStream | None = None, observer: Observer | None = None
     ) -> TokenStream:
-        if observer is not None and self.backend.captured:
-            raise OptionError('steps on a GPU keep their drafts to themselves: load(..., device="cpu") to look at them')
         ranks, ended = self.model.ranks, None if request.speculation is None else self._ended
         sequence = Sequence(request, observer=observer, ended=ended)
         allowed = None if ranks.size == 1 else partial(check_first, ranks, ranks.submitted)

@@ -7,12 +7,13 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 from test_device import SAMPLING, SHAPES, checkpoint, device_lm
 from torch import Tensor
 
 import mtp_spec
 from mtp_spec.api import LM
-from mtp_spec.cuda.guided import drafted
+from mtp_spec.cuda.text import Drafts, tree_of
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree_shape import TreeShape
 
@@ -65,7 +66,8 @@ def test_other_rules_are_refused_by_name(lm: LM) -> None:
 def test_repeated_siblings_are_no_nodes() -> None:
     shape = TreeShape.of(Speculation(branching=(2, 2)))
     assert shape.parents == (-1, -1, 0, 0, 1, 1)
-    tree, rows = drafted(shape, [9, 5, 5, 1, 2, 3, 4])
+    drafts = Drafts(shape, [9, 5, 5, 1, 2, 3, 4], {node: torch.zeros(9) for node in (-1, 0, 1)})
+    tree, rows = tree_of(drafts)
     assert tree.tokens == [5, 1, 2]
     assert tree.parents == [-1, 0, 0]
     assert rows == [1, 3, 4]
