@@ -103,12 +103,16 @@ class Guide:
 def guide_rows(text: DeviceText, shape: TreeShape, ids: Seq[int], rows: npt.NDArray[Any]) -> None:
     """Writes what may follow each node of a verified tree; nodes that may not follow theirs are left as they are.
 
+    Where the guidance of a draft fails, nothing may follow it, and the error is kept: the text may end before, or go
+    another way. That of the root is raised.
+
     Args:
         ids: of the rows, root first.
         rows: `[E, ceil(V / 8)]` uint8 masks, or `[E, V]` float32 rows of the model.
     """
     assert text.history is not None
     sampler, paths, masks = text.sampler, {ROOT: text.history}, rows.dtype == np.uint8
+    text.errors.clear()
     for row, token in enumerate(ids):
         node = row - 1
         if node != ROOT:
@@ -116,10 +120,15 @@ def guide_rows(text: DeviceText, shape: TreeShape, ids: Seq[int], rows: npt.NDAr
             if parent not in paths or not _may_follow(rows[parent + 1], token):
                 continue
             paths[node] = paths[parent].child(token)
-        if masks:
-            rows[row] = sampler.mask(paths[node])[: rows.shape[1]]
-        else:
-            rows[row] = sampler.guided(torch.from_numpy(rows[row]), paths[node]).numpy()
+        try:
+            if masks:
+                rows[row] = sampler.mask(paths[node])[: rows.shape[1]]
+            else:
+                rows[row] = sampler.guided(torch.from_numpy(rows[row]), paths[node]).numpy()
+        except Exception as error:
+            if node == ROOT:
+                raise
+            rows[row], text.errors[row] = (0 if masks else -np.inf), error
 
 
 def guide_first(text: DeviceText, logits: Tensor, state: State) -> Tensor:

@@ -65,6 +65,7 @@ class DeviceText:
     Attributes:
         stages: of sampling that it needs.
         history: of its tokens, where the host guides it or somebody looks on.
+        errors: what went wrong where the host guided the last step, by row: of interest where the path comes there.
         waiting: rows that plain steps put aside for the MTP modules, see `shapes`.
     """
 
@@ -74,6 +75,7 @@ class DeviceText:
         self.params = self.sampler.params
         self.stages = stages_of(self.params)
         self.history = self.sampler.history(sequence.tokens) if kind.guided or kind.watched else None
+        self.errors: dict[int, Exception] = {}
         self.waiting = 1
         self.drafts = kind.depth > 0
         # tokens that the MTP modules have not seen at most: of steps on their way, and put aside by plain ones
@@ -100,10 +102,10 @@ class DeviceText:
         Raises:
             MTPSpecError: a row had no token.
         """
-        if record.failed:
-            self._fail(record.logits[record.path[-1]] if record.logits is not None else None)
         wanted, drawn, ended = self.params.logprobs, list[Drawn](), False
         for j, token in enumerate(record.tokens):
+            if record.failed and j + 1 == len(record.tokens):
+                self._fail(record, len(self.tokens) + j)
             logprob = None
             if wanted and record.logits is not None:
                 logprob = self.sampler.logprobs(record.logits[record.path[j]], token, wanted)
@@ -142,16 +144,18 @@ class DeviceText:
         """Lets others share pages with these slots of the main model, and of the first MTP module if it drafts."""
         self.lease.publish(self.tokens, fed - len(self.model.mtp) + 1 if self.drafts else held, self.drafts)
 
-    def _fail(self, row: Tensor | None) -> None:
+    def _fail(self, record: Record, position: int) -> None:
+        row = record.path[-1]
+        if row in self.errors and not record.prompt:
+            raise self.errors[row]
         reason = "no token is left after logit_bias, or the logits hold NaN or infinity"
         if self.kind.guided:
             reason = ("no token is left after logit_bias, logits_processor, response_format and min_new_tokens, or the "
                       "logits hold NaN or infinity")  # fmt: skip
-        if row is not None and not bool(row.isfinite().any()):
+        if record.logits is not None and not bool(record.logits[row].isfinite().any()):
             reason = "the logits hold no finite number"
         raise MTPSpecError(
-            f"no token can be drawn at position {len(self.tokens)} or after: {reason}; check the weights, or allow "
-            "more tokens"
+            f"no token can be drawn at position {position}: {reason}; check the weights, or allow more tokens"
         )
 
 
