@@ -253,7 +253,7 @@ def test_a_grammar_that_the_bias_forbids(short: LM) -> None:
     options: dict[str, Any] = {"response_format": {"type": "regex", "regex": "a [0-9]"}, "seed": 0,
                                "logit_bias": dict.fromkeys(digits, -float("inf"))}  # fmt: skip
     for shape in (None, 2):
-        with pytest.raises(MTPSpecError, match="no token can be drawn at position .*response_format"):
+        with pytest.raises(MTPSpecError, match=r"no token can be drawn at position .*response_format"):
             short.generate("x", speculation=shape, **options)
 
 

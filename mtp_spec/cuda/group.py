@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mtp_spec.cuda.guided import Guide
 from mtp_spec.cuda.kinds import Kind
-from mtp_spec.cuda.memory import check_room, group_bytes, rule_bytes
+from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_bytes
 from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Rungs, ladder_of
@@ -164,7 +164,7 @@ class Group:
         else:
             for part in parts:
                 part.steps[rung]()
-                flight.logits |= self._logits(part, rung)
+                flight.logits |= self._logits(flight, part)
             self._end(flight)
         self._launched.append(flight)
 
@@ -184,7 +184,7 @@ class Group:
     def _begin(self, flight: Flight, part: Part) -> None:
         assert part.guide is not None
         part.guide.begin(part.steps[flight.rung])
-        flight.logits |= self._logits(part, flight.rung)
+        flight.logits |= self._logits(flight, part)
 
     def _end(self, flight: Flight) -> None:
         """Lets the record of a step come to the host."""
@@ -220,12 +220,13 @@ class Group:
         """Returns the steps, one a shape, of the sequences that it has now."""
         return self._parts(len(self.texts))[0].steps
 
-    def _logits(self, part: Part, rung: int) -> dict[int, Tensor]:
+    def _logits(self, flight: Flight, part: Part) -> dict[int, Tensor]:
         """Returns copies of what texts asked for, by slot: the next pass writes where they are."""
-        rows, room, texts = self.shapes[rung].rows, self.state.logits, self.texts[part.first :]
+        rows, room = self.shapes[flight.rung].rows, self.state.logits
         assert room is not None
+        own = flight.texts[part.first : part.first + part.state.texts]
         return {part.first + slot: room[slot * rows : (slot + 1) * rows].clone()
-                for slot, text in enumerate(texts[: part.state.texts]) if text.params.logprobs or self.kind.watched}  # fmt: skip
+                for slot, text in enumerate(own) if text.params.logprobs or self.kind.watched}  # fmt: skip
 
     def _mark(self) -> torch.cuda.Event | None:
         if self.runtime.model.device.type != "cuda":
@@ -275,13 +276,15 @@ class Group:
     def _capture(self, first: int, slots: int) -> Part:
         state, runtime = self.state.part(first, slots), self.runtime
         with state.set_aside(self.pages.tables[self.pages.idle_row]):
-            kind, guide = self.kind, None
+            kind, guide, rows = self.kind, None, slots * max(shape.rows for shape in self.shapes)
             if kind.guided:
-                rows = slots * max(shape.rows for shape in self.shapes)
                 guide = Guide(runtime.model.device, rows, runtime.model.config.vocab_size, kind.guided)
             steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided,
                           None if guide is None else guide.masks, kind.watched) for shape in self.shapes]  # fmt: skip
             if runtime.graphs is not None and not kind.watched:
+                if guide is not None:
+                    check_room(guided_bytes(runtime.model.config, rows), runtime.model.device,
+                               f"A guided step of {rows} rows")  # fmt: skip
                 if kind.acceptance != "coupled":
                     nodes = max(len(shape.parents) for shape in self.shapes)
                     check_room(rule_bytes(runtime.model.config, nodes), runtime.model.device,

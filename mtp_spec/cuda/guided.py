@@ -136,7 +136,7 @@ def guide_first(text: DeviceText, logits: Tensor, state: State) -> Tensor:
     assert text.history is not None
     if text.kind.guided == "masks":
         mask = state.sent(text.sampler.mask(text.history)[None], torch.uint8)
-        return masked(logits, mask, Constants(logits.device))
+        return masked(logits.clone(), mask, Constants(logits.device))
     return state.sent(text.sampler.guided(logits[0].cpu(), text.history).numpy()[None], torch.float32)
 
 
@@ -146,10 +146,10 @@ def remaining(stages: Stages, guided: Guided | None) -> Stages:
 
 
 def masked(logits: Tensor, masks: Tensor, constants: Constants) -> Tensor:
-    """Returns logits `[M, V]` without the tokens that masks `[M, >= V / 8]` lack; NaN and infinity stay."""
-    bits = (masks[:, :, None].int() >> constants.integers(range(8))) & 1
+    """Removes the tokens that masks `[M, >= V / 8]` lack from logits `[M, V]`, in place; NaN and infinity stay."""
+    bits = (masks[:, :, None] >> constants.bytes(range(8))) & 1
     lacking = (bits == 0).flatten(1)[:, : logits.shape[1]]
-    return torch.zeros_like(logits).masked_fill_(lacking, -torch.inf) + logits
+    return logits.masked_fill_(lacking & (logits < torch.inf), -torch.inf)
 
 
 def _may_follow(row: npt.NDArray[Any], token: int) -> bool:

@@ -219,9 +219,7 @@ class Reader:
         return First(texts, room, host, logits.clone() if told else None, ended)
 
 
-def draw(
-    logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor, stages: Stages, seen: bool
-) -> Tensor:
+def draw(logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor, stages: Stages, seen: bool) -> Tensor:
     """Draws the tokens after prompts of `count` `[B]` int64 tokens, with which the state starts.
 
     Args:

@@ -41,7 +41,7 @@ class Step:
         masks: where it comes to lie, see `guided.Guide`.
         watched: keep the rows that drafts come from.
     Attributes:
-        logits: `[M, V]` float32 of the last call, root first.
+        logits: `[M, V]` float32 of the last call, root first; after "accept" without what a guide has removed.
         ids: `[M]` int64, the tokens of its rows; unless the
             state is one of several texts, whose steps leave nothing but their logits, in the state's own room.
         drafted: of every depth the nodes that have children, and their processed rows `[F, V]`, where watched.
