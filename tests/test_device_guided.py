@@ -283,3 +283,24 @@ def test_json_on_the_gpu() -> None:
     plain = lm.generate("A fox as JSON: ", speculation=None, **options)
     assert 0 <= json.loads(plain.text)["legs"] <= 9
     assert lm.generate("A fox as JSON: ", **options).token_ids == plain.token_ids
+
+
+@pytest.mark.gpu
+def test_guided_texts_side_by_side_on_the_gpu() -> None:
+    lm = mtp_spec.load(device="cuda", max_batch=4)
+    ways: list[dict[str, Any]] = [{}, {"logits_processor": no_repeats}, {"min_new_tokens": 20}]
+    if find_spec("llguidance") is not None:
+        ways.append({"response_format": GRAMMARS[0]})
+    tree = Speculation(branching=(3, 2))
+    asked: list[tuple[Any, dict[str, Any]]]
+    asked = [(f"Day {number} of the fox", {"seed": number, "max_new_tokens": 40, "speculation": shape, **way})
+             for number, (way, shape) in enumerate((way, shape) for way in ways for shape in (3, tree, "auto"))]  # fmt: skip
+    handles = [lm.submit(prompt, **options) for prompt, options in asked]
+    for handle, (prompt, options) in zip(handles, asked, strict=True):
+        plain = lm.generate(prompt, **{**options, "speculation": None})
+        assert handle.result(300).token_ids == plain.token_ids, options
+    for name, rule in RULES.items():
+        shape = Speculation(branching=(1, 1, 1) if rule.chains_only else (2, 2), acceptance=name)
+        out = lm.generate("One day a fox", speculation=shape, min_new_tokens=30, max_new_tokens=40, seed=2)
+        assert len(out.token_ids) >= 30
+        assert out.stats.accepted > 0
