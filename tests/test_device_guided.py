@@ -6,6 +6,7 @@ import json
 import random
 import re
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -292,9 +293,10 @@ def test_guided_texts_side_by_side_on_the_gpu() -> None:
     if find_spec("llguidance") is not None:
         ways.append({"response_format": GRAMMARS[0]})
     tree = Speculation(branching=(3, 2))
-    asked: list[tuple[Any, dict[str, Any]]]
-    asked = [(f"Day {number} of the fox", {"seed": number, "max_new_tokens": 40, "speculation": shape, **way})
-             for number, (way, shape) in enumerate((way, shape) for way in ways for shape in (3, tree, "auto"))]  # fmt: skip
+    asked = list[tuple[str, dict[str, Any]]]()
+    for number, (way, shape) in enumerate(product(ways, (3, tree, "auto"))):
+        options = {"seed": number, "max_new_tokens": 40, "speculation": shape, **way}
+        asked.append((f"Day {number} of the fox", options))
     handles = [lm.submit(prompt, **options) for prompt, options in asked]
     for handle, (prompt, options) in zip(handles, asked, strict=True):
         plain = lm.generate(prompt, **{**options, "speculation": None})

@@ -129,7 +129,8 @@ def test_turns_change_nothing_on_the_gpu(tmp_path: Path, scripted: Any, sampling
     turns(lm, scripted, [(37 * i) % 160 for i in range(12)], 160, {**sampling, "top_k": 4})
 
 
-def test_adaptive_speculation_goes_as_deep_as_it_says(lm: LM, scripted: Any) -> None:
+def test_adaptive_speculation_goes_as_deep_as_it_says(tmp_path: Path, scripted: Any) -> None:
+    lm = device_lm(checkpoint(tmp_path, "v3"))
     scripted([7, 0, 6])
     deep = Speculation(depth=7, adaptive=True)
     options: dict[str, Any] = {"max_new_tokens": 12, "seed": 1, "temperature": 0.0}

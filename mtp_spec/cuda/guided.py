@@ -131,12 +131,12 @@ def guide_rows(text: DeviceText, shape: TreeShape, ids: Seq[int], rows: npt.NDAr
             rows[row], text.errors[row] = (0 if masks else -np.inf), error
 
 
-def guide_first(text: DeviceText, logits: Tensor, state: State) -> Tensor:
+def guide_first(text: DeviceText, logits: Tensor, state: State, constants: Constants) -> Tensor:
     """Returns a prompt's last row `[1, V]`, guided; to be drawn from with `remaining` stages."""
     assert text.history is not None
     if text.kind.guided == "masks":
         mask = state.sent(text.sampler.mask(text.history)[None], torch.uint8)
-        return masked(logits.clone(), mask, Constants(logits.device))
+        return masked(logits.clone(), mask, constants)
     return state.sent(text.sampler.guided(logits[0].cpu(), text.history).numpy()[None], torch.float32)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtp_spec.cuda.constants import Constants
 from mtp_spec.cuda.guided import guide_first, remaining
 from mtp_spec.cuda.pages import READ_TEXTS, STEP_ROWS, DevicePages
 from mtp_spec.cuda.runtime import DeviceRuntime
@@ -111,6 +112,7 @@ class Reader:
         self._read, self._ids = 0, torch.empty(0)
         self._mail = Mail(self._most * (PREFILL_ROWS[-1] + 1 + SENT), device)
         self._rooms: list[Tensor] = []
+        self._constants = Constants(device)
         self._biased: list[int] = []  # slots whose last texts had a logit_bias
 
     def rows(self, text: DeviceText) -> int | None:
@@ -176,7 +178,7 @@ class Reader:
         if text.kind.guided:
             if text.kind.guided == "rows":
                 self.runtime.model.ranks.wait()
-            logits = guide_first(text, raw, state)
+            logits = guide_first(text, raw, state, self._constants)
         record = draw(logits, state, last, torch.zeros_like(count), count, stages, text.stages.penalty)
         return read.rows, self._first([text], record, raw)
 
