@@ -39,7 +39,7 @@ def accept(
     drawn: Tensor, failed: Tensor, ids: Tensor, parents: Tensor, path: Tensor, tokens: Tensor, record: Tensor,
     seen: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Walks from the root along the drafts that the target drew.
+    """Walks from the root along the drafts that the target drew, up to a row that failed.
 
     Args:
         drawn: `[B E]` int32, the target's token at each row.
@@ -187,7 +187,7 @@ def _walk(
     while True:
         bad |= int(failed[row])
         children = ((parents == row) & (ids == drawn[row].long())).nonzero().flatten().tolist()
-        if not children:
+        if bad or not children:
             break
         row = children[0]
         rows.append(row)
@@ -229,7 +229,7 @@ if triton is not None:
                 tl.atomic_add(seen + token, alive)
             count += alive
             child = tl.min(tl.where((its_parent == row) & (its_token == token), lane, WIDE), axis=0)
-            alive = tl.where(child < WIDE, alive, 0)
+            alive = tl.where((child < WIDE) & (bad == 0), alive, 0)
             row = tl.where(alive > 0, child, row)
         tl.store(record, count)
         tl.store(record + 1, bad)

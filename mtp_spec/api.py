@@ -236,13 +236,14 @@ class LM:
             after: an earlier stream of this model: prompts that begin alike share what was computed for them in any
                 case, and this makes room for the next turn of a chat where memory is for one text alone, by closing
                 the earlier stream if it was left unfinished. Several ranks close it in any case.
-            observer: is shown every step's drafts and rows (`mtp_spec.sequence.Observer`); on a CPU only.
+            observer: is shown every step's drafts and rows (`mtp_spec.sequence.Observer`), on every rank or on none. On
+                a GPU its steps are not captured, so they take longer.
         """
         given = expanded_options(options)
         ids = self._asking.ids(prompt, given)
         if after is not None and (not isinstance(after, TokenStream) or after.owner is not self):
             raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
-        self._agree("text", [ids], given)
+        self._agree("text", [ids], given if observer is None else {**given, "observer": "given"})
         return self._stream(self._sequence(self._request(ids, given), observer), after)
 
     def explain(
@@ -305,8 +306,6 @@ class LM:
         return int(self.model.ranks.from_first(fresh_seed()))
 
     def _sequence(self, request: Request, observer: Observer | None = None, beside: bool = False) -> Sequence:
-        if observer is not None and self.backend.captured:
-            raise OptionError('steps on a GPU keep their drafts to themselves: load(..., device="cpu") to look at them')
         # beside others "auto" drafts little or nothing, which is no sign of anything
         unwatched = request.speculation is None or (beside and self.max_batch > 1)
         return Sequence(request, observer=observer, ended=None if unwatched else self._ended)

@@ -114,7 +114,7 @@ class Backend(Protocol):
         model: with its MTP modules.
         technique: how rows are computed, see `model.host`.
         auto: the largest tree that `speculation="auto"` drafts.
-        captured: whether steps are captured as CUDA graphs, which keep what they draft to themselves.
+        captured: whether steps are captured as CUDA graphs.
     """
 
     model: Any

@@ -159,7 +159,6 @@ class DeviceRunner:
 
     def check(self, request: Request) -> None:
         """Refuses what could never fit; see `mtp_spec.step.Runner`."""
-        kind_of(request)
         if self._shared:
             check_pages(request, room_of(request, self._runtime.max_context), self._backend.total)
 
@@ -186,7 +185,8 @@ class DeviceRunner:
     @undisturbed()
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
         """Leases pages for a sequence; see `mtp_spec.step.Runner`."""
-        request, kind, ranks = sequence.request, kind_of(sequence.request), self._backend.model.ranks
+        request, ranks = sequence.request, self._backend.model.ranks
+        kind = kind_of(request, sequence.observer is not None)
         with self._runtime.lock, nullcontext() if self._shared else ranks.together():
             others = [(one.lease, one.request.ids, one.state.drafts) for one in running
                       if isinstance(one.lease, DeviceLease)]  # fmt: skip
@@ -212,8 +212,6 @@ class DeviceRunner:
             self._changed, begun = [], [one.steps > 0 for one in running]
             self._draw_first()
             read = self._read(len(running))
-            if any(group.kind.host_draws for group in self._groups):
-                self._draw_first()  # the host draws what follows first tokens
             groups = [group for group in self._groups if group.texts]
             for group in self._groups:
                 if not group.texts:
@@ -263,16 +261,14 @@ class DeviceRunner:
     def _step(self, group: Group, alone: bool) -> None:
         texts = group.texts
         try:
-            if group.kind.host_draws:
-                group.step_on_host()
-                self._changed += [text.sequence for text in texts]
-                return
             group.launch(alone)
-            done = group.finish()
+            self._take(group.finish())
+            if group.kind.guided:
+                self._draw_first()  # what follows first tokens depends on them
+                for text, error in group.guide():
+                    self._fail([text], error)
         except Exception as error:
-            self._fail(texts, error)
-            return
-        self._take(done)
+            self._fail([text for text in texts if text.sequence.alive], error)
 
     def _take(self, done: Seq[tuple[DeviceText, Record]]) -> None:
         for text, record in done:

@@ -20,6 +20,10 @@ class Constants:
         """Returns them as int32."""
         return self._constant(list(values), torch.int32)
 
+    def bytes(self, values: Iterable[int]) -> Tensor:
+        """Returns them as uint8."""
+        return self._constant(list(values), torch.uint8)
+
     def places(self, values: Iterable[int]) -> Tensor:
         """Returns them as int64, to index with."""
         return self._constant(list(values), torch.int64)

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mtp_spec.cuda.guided import draw_step
+from mtp_spec.cuda.guided import Guide
 from mtp_spec.cuda.kinds import Kind
-from mtp_spec.cuda.memory import check_room, group_bytes, rule_bytes
+from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_bytes
 from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Rungs, ladder_of
 from mtp_spec.cuda.state import MOST, WAITING, Mail, State, union
 from mtp_spec.cuda.step import Step
-from mtp_spec.cuda.text import DeviceText, Record
+from mtp_spec.cuda.text import DeviceText, Drafts, Record
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages
 from mtp_spec.planning.shape_planner import MODEL_MEMORY, PLAIN, Chances, Ladder, TextLadder
@@ -41,12 +41,14 @@ class Part:
         first: the first slot.
         steps: one for every shape.
         rungs: with what lies between them, where shapes take turns.
+        guide: of guided texts.
     """
 
     first: int
     state: State
     steps: list[Step]
     rungs: Rungs | None
+    guide: Guide | None
 
 
 @dataclass(slots=True)
@@ -55,20 +57,24 @@ class Flight:
 
     Attributes:
         texts: those that take it, by slot.
+        parts: their slots.
         rung: which shape.
         ladder: that the shape was chosen from.
         alone: whether its sequence took it with no other.
         logits: of the texts that asked for them, `[E, V]` each, by slot.
+        drafts: what an observer is shown.
     """
 
     texts: list[DeviceText]
+    parts: list[Part]
     rung: int
-    record: Tensor
-    logits: dict[int, Tensor]
     ladder: Ladder | None
     alone: bool
     begun: torch.cuda.Event | None
-    ended: torch.cuda.Event | None
+    ended: torch.cuda.Event | None = None
+    record: Tensor = field(default_factory=partial(torch.empty, 0))
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    drafts: Drafts | None = None
 
 
 class Group:
@@ -137,7 +143,7 @@ class Group:
             self.runtime.model.ranks.wait(self._launched.popleft().ended)
 
     def launch(self, alone: bool) -> None:
-        """Starts the next step of all texts.
+        """Starts the next step of all texts; that of guided ones is ended by `guide`.
 
         Args:
             alone: whether the GPU does nothing else meanwhile, so that from step to step is what a step takes.
@@ -151,16 +157,47 @@ class Group:
             self._turn([part.rungs for part in parts if part.rungs is not None], rung, texts)
         begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
         self._disturbed = False
-        logits = dict[int, Tensor]()
-        for part in parts:
-            part.steps[rung]()
-            logits |= self._logits(part, rung)
+        ladder = None if self._planner is None else self._planner.ladder
+        flight = Flight(texts, parts, rung, ladder, len(texts) == 1, begun)
+        if self.kind.guided:
+            self._begin(flight, parts[0])
+        else:
+            for part in parts:
+                part.steps[rung]()
+                flight.logits |= self._logits(flight, part)
+            self._end(flight)
+        self._launched.append(flight)
+
+    def guide(self) -> list[tuple[DeviceText, Exception]]:
+        """Ends the step launched last, of guided texts whose tokens of earlier steps have been taken; returns those
+        that failed."""
+        flight, failed = self._launched[-1], list[tuple[DeviceText, Exception]]()
+        for part in flight.parts:
+            if part is not flight.parts[0]:
+                self._begin(flight, part)
+            assert part.guide is not None
+            own = flight.texts[part.first : part.first + part.state.texts]
+            failed += part.guide.end(part.steps[flight.rung], own, self.runtime.model.ranks.wait)
+        self._end(flight)
+        return failed
+
+    def _begin(self, flight: Flight, part: Part) -> None:
+        assert part.guide is not None
+        part.guide.begin(part.steps[flight.rung])
+        flight.logits |= self._logits(flight, part)
+
+    def _end(self, flight: Flight) -> None:
+        """Lets the record of a step come to the host."""
         host = self._hosts[0]
         self._hosts.reverse()
         host.copy_(self.state.record, non_blocking=True)
-        self._ended = self._mark()
-        ladder = None if self._planner is None else self._planner.ladder
-        self._launched.append(Flight(texts, rung, host, logits, ladder, len(texts) == 1, begun, self._ended))
+        flight.record, flight.ended = host, self._mark()
+        self._ended = flight.ended
+        if self.kind.watched:
+            self.runtime.model.ranks.wait(flight.ended)
+            step = flight.parts[0].steps[flight.rung]
+            places = ((node, row) for nodes, rows in step.drafted for node, row in zip(nodes, rows.cpu(), strict=True))
+            flight.drafts = Drafts(step.shape, step.proposed(), dict(places))
 
     def finish(self) -> list[tuple[DeviceText, Record]]:
         """Waits for the step before the one launched last; returns what it brought its sequences."""
@@ -172,31 +209,24 @@ class Group:
         lines = done.record[: len(done.texts)].tolist()
         for slot, (text, (count, failed, *numbers)) in enumerate(zip(done.texts, lines, strict=True)):
             path = numbers[MOST : MOST + count]
-            record = Record(numbers[:count], path, bool(failed), shape.ranks, shape.depth, done.logits.get(slot))
+            record = Record(numbers[:count], path, bool(failed), shape.ranks, shape.depth, done.logits.get(slot),
+                            drafts=done.drafts)  # fmt: skip
             found.append((text, record))
         if self._planner is not None:
             self._learn(done, self._planner, found)
         return found
 
-    def step_on_host(self) -> None:
-        """Runs a step whose tokens the host draws, and makes them its sequence's."""
-        if self._changed:
-            self._settle_down()
-        (text,), (part,) = self.texts, self._parts(1)
-        part.steps[PLAIN]()
-        self.runtime.model.ranks.wait()
-        draw_step(text, part.steps[PLAIN])
-
     def steps(self) -> list[Step]:
         """Returns the steps, one a shape, of the sequences that it has now."""
         return self._parts(len(self.texts))[0].steps
 
-    def _logits(self, part: Part, rung: int) -> dict[int, Tensor]:
+    def _logits(self, flight: Flight, part: Part) -> dict[int, Tensor]:
         """Returns copies of what texts asked for, by slot: the next pass writes where they are."""
-        rows, room, texts = self.shapes[rung].rows, self.state.logits, self.texts[part.first :]
+        rows, room = self.shapes[flight.rung].rows, self.state.logits
         assert room is not None
+        own = flight.texts[part.first : part.first + part.state.texts]
         return {part.first + slot: room[slot * rows : (slot + 1) * rows].clone()
-                for slot, text in enumerate(texts[: part.state.texts]) if text.params.logprobs}  # fmt: skip
+                for slot, text in enumerate(own) if text.params.logprobs or self.kind.watched}  # fmt: skip
 
     def _mark(self) -> torch.cuda.Event | None:
         if self.runtime.model.device.type != "cuda":
@@ -246,10 +276,15 @@ class Group:
     def _capture(self, first: int, slots: int) -> Part:
         state, runtime = self.state.part(first, slots), self.runtime
         with state.set_aside(self.pages.tables[self.pages.idle_row]):
-            kind = self.kind
-            steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, not kind.host_draws)
-                     for shape in self.shapes]  # fmt: skip
-            if runtime.graphs is not None:
+            kind, guide, rows = self.kind, None, slots * max(shape.rows for shape in self.shapes)
+            if kind.guided:
+                guide = Guide(runtime.model.device, rows, runtime.model.config.vocab_size, kind.guided)
+            steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided,
+                          None if guide is None else guide.masks, kind.watched) for shape in self.shapes]  # fmt: skip
+            if runtime.graphs is not None and not kind.watched:
+                if guide is not None:
+                    check_room(guided_bytes(runtime.model.config, rows), runtime.model.device,
+                               f"A guided step of {rows} rows")  # fmt: skip
                 if kind.acceptance != "coupled":
                     nodes = max(len(shape.parents) for shape in self.shapes)
                     check_room(rule_bytes(runtime.model.config, nodes), runtime.model.device,
@@ -260,7 +295,7 @@ class Group:
             if self.kind.takes_turns:
                 rungs = Rungs.capture(runtime, state, steps, STEP_ROWS)
         self._disturbed = True
-        return Part(first, state, steps, rungs)
+        return Part(first, state, steps, rungs, guide)
 
     # shapes that take turns
 

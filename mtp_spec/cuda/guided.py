@@ -1,61 +1,158 @@
-"""Steps whose tokens the host draws: logits processors are Python and see every row, and so it is with grammars.
+"""Guided texts: what may follow depends on grammars, logits processors or `min_new_tokens`, which only the host knows.
 
-Drafts and verification stay captured; then the rows come to the host, where tokens are drawn as on a CPU, and what was
-drawn goes back. So the GPU waits for the host in every step, and copies `M` rows of the vocabulary to it. Drafts do not
-know the processors: fewer are accepted than on a CPU, where they do. Plain decoding takes the same way, so that the
-text is the same with and without speculation.
+A step stays captured, in three graphs: draft, verify, accept. The drafts do not know the guidance, they were drawn
+before the host has seen the token that they follow. While the GPU verifies them, they come to the host, which finds out
+for every node, along its own path, what may follow it, and sends that before the target's rows are drawn from. So the
+text is what plain decoding draws, whatever the rule: a draft that may not follow has no probability under the target,
+and a rule is told the law that it really was drawn from. The host waits once in a step, and has the tokens of the step
+before by then.
+
+A grammar and `min_new_tokens` only remove tokens: a bit for each goes to the GPU. A logits processor is Python and sees
+rows: they come to the host, after verification, and go back changed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mtp_spec.acceptance.accept import accept_coupled
-from mtp_spec.cuda.step import Step
-from mtp_spec.cuda.text import DeviceText, Record
-from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.cuda.constants import Constants
+from mtp_spec.cuda.kinds import Guided
+from mtp_spec.cuda.text import DeviceText
+from mtp_spec.kernels.sampler import Stages
+from mtp_spec.tree import ROOT
 from mtp_spec.tree_shape import TreeShape
 
-
-def draw_first(text: DeviceText, logits: Tensor) -> int:
-    """Returns a sequence's first token, drawn from the prompt's last row `[1, V]`."""
-    assert text.history is not None
-    row = text.sampler.process(logits[0], text.history, len(text.tokens))
-    token = text.sampler.draw(row, len(text.tokens))
-    text.history = text.history.child(token)
-    return token
+if TYPE_CHECKING:
+    from mtp_spec.cuda.state import State
+    from mtp_spec.cuda.step import Step
 
 
-def draw_step(text: DeviceText, step: Step) -> None:
-    """Draws on the host from the rows of a step that has run, and tells the step what was drawn."""
-    assert text.history is not None
-    shape = step.shape
-    tree, rows = drafted(shape, step.ids.tolist())
-    logits = step.logits[[0, *rows]].cpu()
-    with text.sequence.stats.phase("sample"):
-        accepted = accept_coupled(tree, logits, text.sampler, text.history, len(text.tokens), text.sequence.is_last)
-    text.history = accepted.history
-    path = [0, *(rows[node] for node in accepted.nodes)]
-    if not accepted.stopped:
-        drawn = [-1] * (len(shape.parents) + 1)
-        for row, one in zip(path, accepted.drawn, strict=True):
-            drawn[row] = one.token
-        step.take(torch.tensor(drawn, dtype=torch.int32).to(step.model.device))
-    record = Record([one.token for one in accepted.drawn], path, ranks=shape.ranks, depth=shape.depth)
-    text.commit(record, accepted.drawn, accepted.stopped)
+class Guide:
+    """Guides the steps of some slots.
 
-
-def drafted(shape: TreeShape, ids: Seq[int]) -> tuple[TokenTree, list[int]]:
-    """Returns the tree that a pass of `ids` (root first) verified, and the row of each of its nodes.
-
-    A row that repeats a sibling, as where a distribution had too few tokens, is no node.
+    Args:
+        rows: most of a step.
+        guided: by what.
+    Attributes:
+        masks: `[rows, ceil(V / 8)]` uint8 on the device, bits of the tokens that may follow; None where rows change.
     """
-    tree, rows, nodes = TokenTree(), list[int](), {ROOT: ROOT}
-    for place, parent in enumerate(shape.parents):
-        if parent in nodes and tree.child(nodes[parent], ids[place + 1]) is None:
-            nodes[place] = tree.add(nodes[parent], ids[place + 1], shape.ranks[place])
-            rows.append(place + 1)
-    return tree, rows
+
+    def __init__(self, device: torch.device, rows: int, vocabulary: int, guided: Guided) -> None:
+        pinned, self.masks = device.type == "cuda", None
+        if guided == "masks":
+            self._room = torch.empty(rows, -(-vocabulary // 8), dtype=torch.uint8, pin_memory=pinned)
+            self.masks = torch.full(self._room.shape, 255, dtype=torch.uint8, device=device)
+        else:
+            self._room = torch.empty(rows, vocabulary, dtype=torch.float32, pin_memory=pinned)
+        self._ids = torch.empty(rows, dtype=torch.int64, pin_memory=pinned)
+        self._arrived: torch.cuda.Event | None = None
+
+    def begin(self, step: Step) -> None:
+        """Drafts and verifies; the host does not wait."""
+        step.run("draft")
+        self._ids[: len(step.ids)].copy_(step.ids, non_blocking=True)
+        if self.masks is not None:
+            self._mark()
+        step.run("verify")
+        if self.masks is None:
+            self._room[: len(step.ids)].copy_(step.logits, non_blocking=True)
+            self._mark()
+
+    def end(
+        self, step: Step, texts: Seq[DeviceText], wait: Callable[[torch.cuda.Event | None], None]
+    ) -> list[tuple[DeviceText, Exception]]:
+        """Finds out what may follow, and accepts; returns texts that failed, whose rows are left as they are.
+
+        Args:
+            texts: of the first slots; their tokens have been taken, but for those of this step.
+        """
+        wait(self._arrived)
+        shape, failed = step.shape, list[tuple[DeviceText, Exception]]()
+        count = len(step.ids)
+        room, ids = self._room[:count], self._ids[:count].view(-1, shape.rows).tolist()
+        if self.masks is not None:
+            room.fill_(255)
+        for slot, text in enumerate(texts):
+            if text.sequence.state is not text or not text.sequence.alive:  # nobody reads what it still draws
+                continue
+            own = room[slot * shape.rows : (slot + 1) * shape.rows].numpy()
+            try:
+                with text.sequence.stats.phase("sample"):
+                    guide_rows(text, shape, ids[slot], own)
+            except Exception as error:
+                failed.append((text, error))
+        target = step.logits if self.masks is None else self.masks[:count]
+        target.copy_(room, non_blocking=True)
+        step.run("accept")
+        return failed
+
+    def _mark(self) -> None:
+        if self._ids.is_pinned():
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+
+def guide_rows(text: DeviceText, shape: TreeShape, ids: Seq[int], rows: npt.NDArray[Any]) -> None:
+    """Writes what may follow each node of a verified tree; nodes that may not follow theirs are left as they are.
+
+    Where the guidance of a draft fails, nothing may follow it, and the error is kept: the text may end before, or go
+    another way. That of the root is raised.
+
+    Args:
+        ids: of the rows, root first.
+        rows: `[E, ceil(V / 8)]` uint8 masks, or `[E, V]` float32 rows of the model.
+    """
+    assert text.history is not None
+    sampler, paths, masks = text.sampler, {ROOT: text.history}, rows.dtype == np.uint8
+    text.errors.clear()
+    for row, token in enumerate(ids):
+        node = row - 1
+        if node != ROOT:
+            parent = shape.parents[node]
+            if parent not in paths or not _may_follow(rows[parent + 1], token):
+                continue
+            paths[node] = paths[parent].child(token)
+        try:
+            if masks:
+                rows[row] = sampler.mask(paths[node])[: rows.shape[1]]
+            else:
+                rows[row] = sampler.guided(torch.from_numpy(rows[row]), paths[node]).numpy()
+        except Exception as error:
+            if node == ROOT:
+                raise
+            rows[row], text.errors[row] = (0 if masks else -np.inf), error
+
+
+def guide_first(text: DeviceText, logits: Tensor, state: State, constants: Constants) -> Tensor:
+    """Returns a prompt's last row `[1, V]`, guided; to be drawn from with `remaining` stages."""
+    assert text.history is not None
+    if text.kind.guided == "masks":
+        mask = state.sent(text.sampler.mask(text.history)[None], torch.uint8)
+        return masked(logits.clone(), mask, constants)
+    return state.sent(text.sampler.guided(logits[0].cpu(), text.history).numpy()[None], torch.float32)
+
+
+def remaining(stages: Stages, guided: Guided | None) -> Stages:
+    """Returns the stages of sampling that the target's rows still have to pass."""
+    return replace(stages, bias=False, penalty=False) if guided == "rows" else stages
+
+
+def masked(logits: Tensor, masks: Tensor, constants: Constants) -> Tensor:
+    """Removes the tokens that masks `[M, >= V / 8]` lack from logits `[M, V]`, in place; NaN and infinity stay."""
+    bits = (masks[:, :, None] >> constants.bytes(range(8))) & 1
+    lacking = (bits == 0).flatten(1)[:, : logits.shape[1]]
+    return logits.masked_fill_(lacking & (logits < torch.inf), -torch.inf)
+
+
+def _may_follow(row: npt.NDArray[Any], token: int) -> bool:
+    if row.dtype == np.uint8:
+        return bool(row[token // 8] >> (token % 8) & 1)
+    return bool(row[token] > -np.inf)

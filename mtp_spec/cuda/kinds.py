@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
-from mtp_spec.errors import OptionError
 from mtp_spec.request import Request
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree_shape import TreeShape
 
-# deepest chain that "auto" drafts, and where the host draws
-PLANNED_DEPTH, HOST_DEPTH = 5, 3
+# what "auto" drafts at most
+PLANNED_DEPTH = 5
 AUTO = Speculation(depth=PLANNED_DEPTH, adaptive=True)
+Guided = Literal["masks", "rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,15 @@ class Kind:
     Attributes:
         shapes: of their trees; several take turns, plain decoding first.
         acceptance: the rule.
-        host_draws: whether tokens are drawn on the host: a logits processor, a grammar or `min_new_tokens` see rows.
+        guided: what the host sends between verify and accept (`guided`): which tokens may follow, for a grammar or
+            `min_new_tokens`, or rows that a logits processor has changed; None: nothing.
+        watched: somebody looks at drafts and rows, so that steps run as they stand and are not captured.
     """
 
     shapes: tuple[TreeShape, ...]
     acceptance: str = "coupled"
-    host_draws: bool = False
+    guided: Guided | None = None
+    watched: bool = False
 
     @property
     def depth(self) -> int:
@@ -46,36 +50,21 @@ class Kind:
 
     @property
     def shared(self) -> bool:
-        """Whether several sequences can take a step together: their randomness, or the host, is no part of it."""
-        return self.acceptance == "coupled" and not self.host_draws
+        """Whether several sequences can take a step together: neither randomness nor an observer is part of it."""
+        return self.acceptance == "coupled" and not self.watched
 
 
-def kind_of(request: Request) -> Kind:
+def kind_of(request: Request, watched: bool = False) -> Kind:
     """Returns the kind of a request's steps.
 
-    Raises:
-        OptionError: an acceptance rule whose draft distributions do not leave the GPU, where the host has to draw.
+    Args:
+        watched: see `Kind`.
     """
-    speculation, host = speculation_of(request), request.sampler.on_host
-    acceptance = "coupled" if speculation is None else speculation.acceptance
-    if host and acceptance != "coupled":
-        raise OptionError(
-            f'acceptance="{acceptance}" with logits_processor, response_format or min_new_tokens runs on the CPU only: '
-            'use "coupled" on a GPU'
-        )
-    return Kind(_shapes(speculation), acceptance, host)
-
-
-def speculation_of(request: Request) -> Speculation | None:
-    """Returns what a request drafts here.
-
-    Where the host draws between steps, nothing is gained by taking turns: the depth that pays on most texts is taken.
-    """
-    speculation = request.speculation
-    if speculation is None or not speculation.adaptive or not request.sampler.on_host:
-        return speculation
-    depth = min(speculation.depth, HOST_DEPTH)
-    return Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
+    speculation, sampler = request.speculation, request.sampler
+    guided: Guided | None = None
+    if sampler.guides:
+        guided = "masks" if sampler.masks else "rows"
+    return Kind(_shapes(speculation), "coupled" if speculation is None else speculation.acceptance, guided, watched)
 
 
 @lru_cache  # asked for every sequence in every round while prompts are read
@@ -85,6 +74,6 @@ def _shapes(speculation: Speculation | None) -> tuple[TreeShape, ...]:
         return (TreeShape.of(speculation),)
     trees = [
         Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
-        for depth in range(1, min(speculation.depth, PLANNED_DEPTH) + 1)
+        for depth in range(1, speculation.depth + 1)
     ]
     return tuple(TreeShape.of(tree) for tree in (None, *trees))

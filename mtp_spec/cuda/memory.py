@@ -23,6 +23,8 @@ COPIES = 2
 HIDDEN_STATES = 10
 # rows of a law, in float64, that a rule holds at once for every row of a pass
 RULE_ROWS = 8
+# bytes that masking a token of a row takes
+MASK_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,11 @@ def pass_bytes(model: DeviceModel, rows: int) -> int:
 def rule_bytes(config: ModelConfig, nodes: int) -> int:
     """Returns bytes that an acceptance rule other than the coupled one holds at once for a tree."""
     return COPIES * RULE_ROWS * (nodes + 1) * config.vocab_size * 8
+
+
+def guided_bytes(config: ModelConfig, rows: int) -> int:
+    """Returns bytes that masking the rows of guided texts holds at once."""
+    return COPIES * MASK_BYTES * rows * config.vocab_size
 
 
 def check_memory(

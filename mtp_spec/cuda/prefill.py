@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_spec.cuda.guided import draw_first
+from mtp_spec.cuda.constants import Constants
+from mtp_spec.cuda.guided import guide_first, remaining
 from mtp_spec.cuda.pages import READ_TEXTS, STEP_ROWS, DevicePages
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.state import PREFILL_ROWS, Mail, State, settings_of, union
@@ -91,7 +92,7 @@ class Whole:
         prefill.run()
         last = prefill.hidden.unflatten(0, (state.texts, prefill.rows))[self._text, end]
         self.logits = self.model.logits(last)
-        self.record = draw(self.logits, state, last, self._text, count, self.stages)
+        self.record = draw(self.logits, state, last, self._text, count, self.stages, self.stages.penalty)
 
 
 class Reader:
@@ -111,6 +112,7 @@ class Reader:
         self._read, self._ids = 0, torch.empty(0)
         self._mail = Mail(self._most * (PREFILL_ROWS[-1] + 1 + SENT), device)
         self._rooms: list[Tensor] = []
+        self._constants = Constants(device)
         self._biased: list[int] = []  # slots whose last texts had a logit_bias
 
     def rows(self, text: DeviceText) -> int | None:
@@ -122,7 +124,7 @@ class Reader:
         """Whether a pass of so many rows reads all that is not known of a prompt, and writes to its own pages only."""
         lease = text.lease
         # penalties count the known tokens too, which are not sent
-        if text.host_draws or (lease.reused and text.stages.penalty):
+        if text.kind.guided or (lease.reused and text.stages.penalty):
             return False
         return len(text.tokens) - lease.reused <= rows <= lease.slots - lease.reused
 
@@ -172,14 +174,13 @@ class Reader:
         self._text = None
         last, count = hidden[-1:], state.sent([len(prompt)], torch.int64)
         logits = self.runtime.model.logits(last)
-        if text.host_draws:
-            self.runtime.model.ranks.wait()
-            token = state.sent([draw_first(text, logits)], torch.int64)
-            state.start(token, last, count, text.stages.penalty)
-            record = torch.stack((token, torch.zeros_like(token))).int()
-        else:
-            record = draw(logits, state, last, torch.zeros_like(count), count, text.stages)
-        return read.rows, self._first([text], record, logits)
+        raw, stages = logits, remaining(text.stages, text.kind.guided)
+        if text.kind.guided:
+            if text.kind.guided == "rows":
+                self.runtime.model.ranks.wait()
+            logits = guide_first(text, raw, state, self._constants)
+        record = draw(logits, state, last, torch.zeros_like(count), count, stages, text.stages.penalty)
+        return read.rows, self._first([text], record, raw)
 
     def drop(self, text: DeviceText) -> None:
         """Forgets a sequence whose prompt was not read to its end."""
@@ -220,15 +221,16 @@ class Reader:
         return First(texts, room, host, logits.clone() if told else None, ended)
 
 
-def draw(logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor, stages: Stages) -> Tensor:
+def draw(logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor, stages: Stages, seen: bool) -> Tensor:
     """Draws the tokens after prompts of `count` `[B]` int64 tokens, with which the state starts.
 
     Args:
         logits: `[B, V]` of the last hidden states `last` `[B, D]`.
         text: `[B]` 0, 1, ... as int64.
+        seen: whether tokens are counted for penalties.
 
     Returns `[2, B]` int32: the tokens and whether there was none.
     """
     drawn = sample(logits, text.int(), count, state.settings, stages)
-    state.start(drawn.tokens[:, 0].long(), last, count, stages.penalty)
+    state.start(drawn.tokens[:, 0].long(), last, count, seen)
     return torch.stack((drawn.tokens[:, 0], drawn.failed))

@@ -104,7 +104,7 @@ class DeviceRule:
         Args:
             rows: `[M, V]` float32, the target's processed rows.
         """
-        p, tokens, there = _law(rows, self.greedy), torch.cat(self._tokens), torch.cat(self._there)
+        p, tokens, there = _law(rows, self.greedy), torch.cat(self._tokens), self.there
         outcome = _JUDGES[self.name](self, p, tokens, there)
         reached = (self._paths() <= outcome.good).all(-1)
         # nodes are numbered from the root down, so the last one is where the path ends
@@ -118,6 +118,11 @@ class DeviceRule:
         above = torch.where(reached, self._constants.places(parent + 1 for parent in self.shape.parents), count)
         drawn = bonus.repeat(count + 1).scatter(0, above, tokens)[:count]
         return drawn.int(), torch.nn.functional.pad(torch.where(reached, tokens, -1), (1, 0), value=-1)
+
+    @property
+    def there(self) -> Tensor:
+        """`[N]` bool, which nodes were proposed."""
+        return torch.cat(self._there)
 
     # drafts
 
@@ -304,8 +309,9 @@ def _law(rows: Tensor, greedy: bool) -> Tensor:
         best = rows.argmax(-1, keepdim=True)
         return torch.zeros_like(rows, dtype=torch.float64).scatter(1, best, 1.0)
     wide = rows.double()
-    weights = (wide - wide.amax(-1, keepdim=True)).exp()
-    return weights / weights.sum(-1, keepdim=True)
+    # a row without tokens has a law of zeros: one that is not reached must not spoil what weighs it, as NaN would
+    weights = (wide - wide.amax(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).min)).exp()
+    return weights / weights.sum(-1, keepdim=True).clamp_min(1.0)
 
 
 def _pick(law: Tensor, number: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -144,7 +146,7 @@ class State:
         """Removes what texts have left, but for caches and settings."""
         torch._foreach_zero_([getattr(self, name) for name in KEPT])
 
-    def sent(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
+    def sent(self, values: Sequence[object] | npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
         """Returns values on the device, on their way there: the host does not wait for the work before."""
         given = torch.tensor(values, dtype=dtype)
         return (

@@ -1,4 +1,4 @@
-"""One step on a GPU as one CUDA graph: extend, draft every depth, verify, accept, commit.
+"""One step on a GPU as one CUDA graph, or three where the host guides it: extend, draft, verify, accept, commit.
 
 Everything a step needs lies on the device and everything it changes stays there, so that step follows step without
 the host, which reads the record of committed tokens one step behind. Plain decoding is the step without a tree.
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mtp_spec.cuda.constants import Constants
 from mtp_spec.cuda.draft import feed_modules, run_module
+from mtp_spec.cuda.guided import masked, remaining
+from mtp_spec.cuda.kinds import Guided
 from mtp_spec.cuda.rules import DeviceRule
 from mtp_spec.cuda.state import State
 from mtp_spec.kernels import commit as commits
@@ -35,11 +37,14 @@ class Step:
         extend: tokens that the step before may have committed, which the MTP modules have not seen; 0 without drafting.
             Without a tree they stay unseen: the step is one of several shapes that take turns (`device_planned`).
         acceptance: the rule; all but "coupled" draw drafts and accept them by `device_rules`.
-        draws: whether the call draws and accepts; else `take` is then told what was drawn.
+        guided: what the host sends between verify and accept, see `kinds.Kind`: the three are captured one by one.
+        masks: where it comes to lie, see `guided.Guide`.
+        watched: keep the rows that drafts come from.
     Attributes:
-        logits: `[M, V]` float32 of the last call, root first.
+        logits: `[M, V]` float32 of the last call, root first; after "accept" without what a guide has removed.
         ids: `[M]` int64, the tokens of its rows; unless the
             state is one of several texts, whose steps leave nothing but their logits, in the state's own room.
+        drafted: of every depth the nodes that have children, and their processed rows `[F, V]`, where watched.
     """
 
     model: DeviceModel
@@ -48,11 +53,14 @@ class Step:
     stages: Stages
     extend: int
     acceptance: str = "coupled"
-    draws: bool = True
+    guided: Guided | None = None
+    masks: Tensor | None = None
+    watched: bool = False
     logits: Tensor = field(init=False)
     ids: Tensor = field(init=False)
+    drafted: list[tuple[list[int], Tensor]] = field(init=False, default_factory=list)
     _outputs: Tensor = field(init=False)  # [M, D] of the model
-    _graph: Callable[[], None] | None = field(init=False, default=None)
+    _graphs: dict[str, Callable[[], None]] = field(init=False, default_factory=dict)
     _constants: Constants = field(init=False)
     _rule: DeviceRule | None = field(init=False, default=None)
 
@@ -62,16 +70,24 @@ class Step:
             self._rule = DeviceRule(self.acceptance, self.shape, not self.stages.noise, self.state.drawn)
 
     def __call__(self) -> None:
-        if self._graph is None:
-            self._run()
-        else:
-            self._graph()
+        for work in (self._graphs or self.parts()).values():
+            work()
+
+    def run(self, part: str) -> None:
+        """Runs one of `parts`, of a guided step."""
+        (self._graphs or self.parts())[part]()
 
     def capture(self, graphs: Graphs) -> None:
         """Makes later calls replay a graph; the state must not hold a text."""
         self.state.blank()
-        self._graph = graphs.capture(self._run)
-        if self.state.logits is not None and self.draws:
+        if self.guided is None:
+            self._graphs = {"all": graphs.capture(self._run)}
+        else:  # what one leaves for the next is kept; no other graph may run between them
+            for name, work in self.parts().items():
+                replay = graphs.capture(work)
+                replay()  # the next one runs on what this one leaves
+                self._graphs = {**self._graphs, name: replay}
+        if self.state.logits is not None and self.guided is None:
             del self._outputs, self.ids, self.logits  # the many steps of a batch leave each other this memory
 
     def parts(self) -> dict[str, Callable[[], None]]:
@@ -79,9 +95,8 @@ class Step:
         return {"draft": self._propose, "verify": self._verify, "accept": self._accept}
 
     def _run(self) -> None:
-        for name, part in self.parts().items():
-            if self.draws or name != "accept":
-                part()
+        for part in self.parts().values():
+            part()
 
     def _propose(self) -> None:
         root = self.state.tokens[:, -1:]  # the last committed token: tokens are padded with it
@@ -99,19 +114,16 @@ class Step:
     def _accept(self) -> None:
         state, shape, constants, ids = self.state, self.shape, self._constants, self.ids
         position = (state.length[:, None] + constants.integers([0, *shape.depths]) + 1).long().flatten()
-        seen = state.settings.seen if self.stages.penalty else None
-        path = None
-        if seen is not None and shape.parents:
+        stages, path, logits = remaining(self.stages, self.guided), None, self.logits
+        if stages.penalty and shape.parents:
             path = _drafted(ids.unflatten(0, (-1, shape.rows)), self._rows()[:, 1:])
-        drawn = self._sample(self.logits, position, path)
+        if self.masks is not None:
+            logits = masked(logits, self.masks[: len(logits)], constants)
+        drawn = self._sample(logits, position, path, stages)
         tokens = drawn.tokens[:, 0].contiguous()
         if self._rule is not None and drawn.rows is not None:
             tokens, ids = self._rule.judge(drawn.rows)
         self._commit(tokens, drawn.failed, ids)
-
-    def take(self, drawn: Tensor) -> None:
-        """Commits what was drawn elsewhere: `[M]` int32, a token for each row of the path, -1 for the others."""
-        self._commit(drawn, torch.zeros_like(drawn), self.ids)
 
     def _commit(self, tokens: Tensor, failed: Tensor, ids: Tensor) -> None:
         """Walks the tree along the drawn tokens `[M]`, moves the caches and makes the state the next step's."""
@@ -154,6 +166,7 @@ class Step:
         feeding = [-1]
         if self._rule is not None:
             self._rule.begin(state.settings.seed)
+        self.drafted = []
         for depth in range(1, shape.depth + 1):
             path = None
             if depth > 1:
@@ -170,7 +183,9 @@ class Step:
             own = self.model.config.head_of(min(depth, len(state.mtp_caches)) - 1)
             best = width if self._rule is None else 1
             logits = self.model.draft_logits(hidden) if own is None else self.model.draft_logits(hidden, own)
-            drawn = self._sample(logits, position, path, best)
+            drawn = self._sample(logits, position, path, self.stages, best, self.watched)
+            if self.watched and drawn.rows is not None:
+                self.drafted.append((feeding, drawn.rows))
             if self._rule is not None and drawn.rows is not None:
                 found = self._rule.propose(depth, drawn.rows, drawn.failed)
             else:
@@ -181,10 +196,21 @@ class Step:
             tokens[:, children[0] : children[-1] + 1] = found
         return tokens
 
-    def _sample(self, logits: Tensor, position: Tensor, path: Tensor | None, best: int = 1) -> Sampled:
-        texts, keep = self.state.texts, self._rule is not None
+    def _sample(
+        self, logits: Tensor, position: Tensor, path: Tensor | None, stages: Stages, best: int = 1, keep: bool = False
+    ) -> Sampled:
+        texts = self.state.texts
         request = self._constants.integers(row * texts // len(logits) for row in range(len(logits)))
-        return sample(logits, request, position, self.state.settings, self.stages, best, path, keep)
+        return sample(
+            logits, request, position, self.state.settings, stages, best, path, keep or self._rule is not None
+        )
+
+    def proposed(self) -> list[int]:
+        """Returns the tokens of the last call's rows; -1 where a rule had none left to propose."""
+        if self._rule is None:
+            return self.ids.tolist()
+        there = torch.cat((torch.ones_like(self._rule.there[:1]), self._rule.there))
+        return torch.where(there, self.ids, -1).tolist()
 
 
 @dataclass(slots=True)

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mtp_spec.acceptance.accept import Drawn
+from mtp_spec.acceptance.accept import Accepted, Drawn
 from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.pages import DeviceLease
 from mtp_spec.cuda.state import MOST, WAITING, stages_of
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.sampling.sampler import History
 from mtp_spec.sequence import Sequence
+from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree_shape import TreeShape
+
+
+@dataclass(slots=True)
+class Drafts:
+    """What a watched step drafted.
+
+    Attributes:
+        ids: of its rows, root first; -1 where nothing was proposed.
+        rows: `[V]` processed rows that children come from, by the node above them.
+    """
+
+    shape: TreeShape
+    ids: Seq[int]
+    rows: Mapping[int, Tensor]
 
 
 @dataclass(slots=True)
@@ -28,6 +46,7 @@ class Record:
         depth: of the tree.
         logits: `[E, V]` of the sequence's rows, where it asked for them.
         prompt: whether the prompt was read.
+        drafts: what an observer is shown.
     """
 
     tokens: list[int]
@@ -37,6 +56,7 @@ class Record:
     depth: int = 0
     logits: Tensor | None = field(default=None, repr=False)
     prompt: bool = False
+    drafts: Drafts | None = field(default=None, repr=False)
 
 
 class DeviceText:
@@ -44,7 +64,8 @@ class DeviceText:
 
     Attributes:
         stages: of sampling that it needs.
-        host_draws: whether tokens are drawn on the host: a logits processor sees every row.
+        history: of its tokens, where the host guides it or somebody looks on.
+        errors: what went wrong where the host guided the last step, by row: of interest where the path comes there.
         waiting: rows that plain steps put aside for the MTP modules, see `shapes`.
     """
 
@@ -52,8 +73,9 @@ class DeviceText:
         self.model, self.sequence, self.kind, self.lease = model, sequence, kind, lease
         self.sampler = sequence.sampler
         self.params = self.sampler.params
-        self.stages, self.host_draws = stages_of(self.params), kind.host_draws
-        self.history = self.sampler.history(sequence.tokens) if self.host_draws else None
+        self.stages = stages_of(self.params)
+        self.history = self.sampler.history(sequence.tokens) if kind.guided or kind.watched else None
+        self.errors: dict[int, Exception] = {}
         self.waiting = 1
         self.drafts = kind.depth > 0
         # tokens that the MTP modules have not seen at most: of steps on their way, and put aside by plain ones
@@ -80,10 +102,10 @@ class DeviceText:
         Raises:
             MTPSpecError: a row had no token.
         """
-        if record.failed:
-            self._fail(record.logits[record.path[-1]] if record.logits is not None else None)
         wanted, drawn, ended = self.params.logprobs, list[Drawn](), False
         for j, token in enumerate(record.tokens):
+            if record.failed and j + 1 == len(record.tokens):
+                self._fail(record, len(self.tokens) + j)
             logprob = None
             if wanted and record.logits is not None:
                 logprob = self.sampler.logprobs(record.logits[record.path[j]], token, wanted)
@@ -91,11 +113,11 @@ class DeviceText:
             ended = self.sequence.is_last(token)
             if ended:
                 break
-        self.commit(record, drawn, ended)
-
-    def commit(self, record: Record, drawn: list[Drawn], ended: bool) -> None:
-        """Counts what a record brought, and makes it tokens."""
-        stats = self.sequence.stats
+        before, stats = self.history, self.sequence.stats
+        if before is not None:
+            self.history = before.extend(one.token for one in drawn)
+            if record.drafts is not None:
+                self._show(record, record.drafts, before, Accepted([], drawn, self.history, ended))
         if record.prompt:
             stats.record_prefill(len(self.tokens))
         else:
@@ -105,15 +127,50 @@ class DeviceText:
         held = len(self.tokens) - 1
         self._share(held, held - self._late if self.drafts else held)
 
+    def _show(self, record: Record, drafts: Drafts, history: History, accepted: Accepted) -> None:
+        """Shows the sequence's observer a step; `history` is that of its root, the nodes come here."""
+        observer = self.sequence.observer
+        assert observer is not None
+        assert record.logits is not None
+        tree, rows = tree_of(drafts)
+        nodes = {0: ROOT, **{row: node for node, row in enumerate(rows)}}
+        for parent, row in drafts.rows.items():
+            if parent + 1 in nodes:
+                observer.drafted(nodes[parent + 1], row)
+        accepted.nodes[:] = [nodes[row] for row in record.path[1 : len(accepted.drawn) + 1]]
+        observer.verified(tree, record.logits[[0, *rows]].cpu(), history, accepted)
+
     def _share(self, held: int, fed: int) -> None:
         """Lets others share pages with these slots of the main model, and of the first MTP module if it drafts."""
         self.lease.publish(self.tokens, fed - len(self.model.mtp) + 1 if self.drafts else held, self.drafts)
 
-    def _fail(self, row: Tensor | None) -> None:
+    def _fail(self, record: Record, position: int) -> None:
+        row = record.path[-1]
+        if row in self.errors and not record.prompt:
+            raise self.errors[row]
         reason = "no token is left after logit_bias, or the logits hold NaN or infinity"
-        if row is not None and not bool(row.isfinite().any()):
+        if self.kind.guided:
+            reason = ("no token is left after logit_bias, logits_processor, response_format and min_new_tokens, or the "
+                      "logits hold NaN or infinity")  # fmt: skip
+        if record.logits is not None and not bool(record.logits[row].isfinite().any()):
             reason = "the logits hold no finite number"
         raise MTPSpecError(
-            f"no token can be drawn at position {len(self.tokens)} or after: {reason}; check the weights, or allow "
-            "more tokens"
+            f"no token can be drawn at position {position}: {reason}; check the weights, or allow more tokens"
         )
+
+
+def tree_of(drafts: Drafts) -> tuple[TokenTree, list[int]]:
+    """Returns the tree that a pass verified, and the row of each of its nodes.
+
+    A row that repeats a sibling, as where a distribution had too few tokens, is no node, and neither is what follows a
+    row without tokens.
+    """
+    tree, rows, nodes, shape = TokenTree(), list[int](), {ROOT: ROOT}, drafts.shape
+    for place, parent in enumerate(shape.parents):
+        token = drafts.ids[place + 1]
+        if parent not in nodes or token < 0 or not bool(drafts.rows[parent].max().isfinite()):
+            continue
+        if tree.child(nodes[parent], token) is None:
+            nodes[place] = tree.add(nodes[parent], token, shape.ranks[place])
+            rows.append(place + 1)
+    return tree, rows

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.sampling.processors import Masking
 from mtp_spec.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,13 +33,13 @@ KEPT_GRAMMARS = 16
 
 @dataclass(slots=True)
 class _State:
-    """A path of the text: where the grammar stands after it, and `[V]` which tokens may follow, once asked for."""
+    """A path of the text: where the grammar stands after it, and which tokens may follow, bits, once asked for."""
 
     matcher: LLMatcher
-    allowed: npt.NDArray[np.bool_] | None = None
+    mask: npt.NDArray[np.uint8] | None = None
 
 
-class GrammarProcessor:
+class GrammarProcessor(Masking):
     """Keeps a text to a grammar: a `LogitsProcessor`."""
 
     def __init__(self, compiled: LLMatcher) -> None:
@@ -54,12 +55,16 @@ class GrammarProcessor:
         return _State(matcher)
 
     def apply(self, state: _State, logits: Tensor) -> Tensor:
-        if state.allowed is None:
+        allowed = np.unpackbits(self.mask(state), bitorder="little")[: len(logits)].astype(np.bool_)
+        return logits.masked_fill_(torch.from_numpy(~allowed), -torch.inf)
+
+    def mask(self, state: _State) -> npt.NDArray[np.uint8]:
+        if state.mask is None:
             bits = np.frombuffer(state.matcher.compute_bitmask(), dtype=np.uint8)
             if state.matcher.is_error():
                 raise MTPSpecError(f"the grammar cannot be followed further: {state.matcher.get_error()}")
-            state.allowed = np.unpackbits(bits, bitorder="little")[: len(logits)].astype(np.bool_)
-        return logits.masked_fill_(torch.from_numpy(~state.allowed), -torch.inf)
+            state.mask = bits
+        return state.mask
 
 
 class Grammars:

@@ -7,6 +7,7 @@ of its arguments. Rows after a token that ends the text are not shown to it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar, cast
@@ -47,6 +48,14 @@ class LogitsProcessor(Protocol[S]):
 
 ProcessorFunction = Callable[[list[int], Tensor], Tensor]
 Processor = ProcessorFunction | LogitsProcessor[Any]
+
+
+class Masking(ABC):
+    """A `LogitsProcessor` that only removes tokens, whatever the row."""
+
+    @abstractmethod
+    def mask(self, state: Any) -> npt.NDArray[np.uint8]:
+        """Returns which tokens may follow, a bit each, the lowest first. Not to be written to."""
 
 
 class _Stateless:
@@ -152,6 +161,11 @@ class Trail:
         # what it returned may be its own, and later stages write into the row
         result: Float32Array = (out if out is logits else out.detach().to("cpu", torch.float32, copy=True)).numpy()
         return result
+
+    def mask(self) -> npt.NDArray[np.uint8]:
+        """Returns the mask, where the processor is `Masking`."""
+        assert isinstance(self._processor, Masking)
+        return self._processor.mask(self._resolve())
 
     def _resolve(self) -> Any:
         pending = [self]

@@ -22,7 +22,7 @@ import torch
 from mtp_spec.errors import MTPSpecError, NotFiniteError, OptionError
 from mtp_spec.sampling.noise import GumbelNoise
 from mtp_spec.sampling.params import SamplingParams
-from mtp_spec.sampling.processors import LogitsProcessor, Trail
+from mtp_spec.sampling.processors import LogitsProcessor, Masking, Trail
 from mtp_spec.sampling.seeds import fresh_seed
 
 Float32Array = npt.NDArray[np.float32]
@@ -137,9 +137,14 @@ class Sampler:
             raise OptionError(f"min_new_tokens={params.min_new_tokens} leaves nothing: every token ends the text")
 
     @property
-    def on_host(self) -> bool:
-        """Whether rows are changed in ways that only this class knows, so that a GPU's rows come to it."""
+    def guides(self) -> bool:
+        """Whether what may follow depends on the text in ways that only this class knows."""
         return bool(self.processors) or self.forbids_ends
+
+    @property
+    def masks(self) -> bool:
+        """Whether that is known without the rows: a grammar at most, no processor that changes them."""
+        return not self.processors or (len(self.processors) == 1 and isinstance(self.processors[0], Masking))
 
     @property
     def forbids_ends(self) -> bool:
@@ -176,13 +181,7 @@ class Sampler:
             if position is not None and highest != -math.inf:
                 raise NotFiniteError(str(self._no_token(highest, position)))
             return torch.from_numpy(row)
-        if len(self._bias_ids):
-            row[self._bias_ids] += self._bias_values
-        self._penalise(row, history)
-        if history.trail is not None:
-            row = history.trail.apply(row)
-        if history.length < self.params.min_new_tokens:
-            row[self._early] = _NEGATIVE_INFINITY
+        row = self._changed(row, history)
         # a row without a finite best token is left as it is, for draw to report
         if self.params.greedy or not math.isfinite(best := row.max()):
             return torch.from_numpy(row)
@@ -195,6 +194,31 @@ class Sampler:
             # the best token is at 0
             row[row < self._log_min_p] = _NEGATIVE_INFINITY
         return torch.from_numpy(row)
+
+    def guided(self, logits_row: torch.Tensor, history: History) -> torch.Tensor:
+        """The row after all stages before temperature, for a device that does the others; otherwise as `process`."""
+        row = self._float_row(logits_row).copy()
+        return torch.from_numpy(self._changed(row, history) if math.isfinite(float(row.max())) else row)
+
+    def mask(self, history: History) -> npt.NDArray[np.uint8]:
+        """Where `masks`: which tokens grammar and `min_new_tokens` leave, `[ceil(V / 8)]`, the lowest bit first."""
+        trail = history.trail
+        given = np.full(-(-self.vocab_size // 8), 255, np.uint8) if trail is None else trail.mask()
+        if history.length < self.params.min_new_tokens:
+            given = given.copy()
+            np.bitwise_and.at(given, self._early // 8, ~(1 << self._early % 8).astype(np.uint8))
+        return given
+
+    def _changed(self, row: Float32Array, history: History) -> Float32Array:
+        """The row, which may be written to, after bias, penalties, processors and the least length."""
+        if len(self._bias_ids):
+            row[self._bias_ids] += self._bias_values
+        self._penalise(row, history)
+        if history.trail is not None:
+            row = history.trail.apply(row)
+        if history.length < self.params.min_new_tokens:
+            row[self._early] = _NEGATIVE_INFINITY
+        return row
 
     def check(self, logits_row: torch.Tensor, position: int) -> None:
         """Refuses a row of a model that holds -inf, which only processors may put there; `process` looks for the rest.

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import mtp_spec
+from asked import SHAPES, check, wishes
 from device_models import FEW, SAMPLING, OnceThenAgain, batch_lm, checkpoint
 from lms import assert_same, runtime
-from mtp_spec.api import LM
 from mtp_spec.cuda import group as device_group
 from mtp_spec.cuda.group import Group
 from mtp_spec.cuda.lock import FairLock
@@ -32,28 +32,10 @@ from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.speculation import Speculation
 from scripted import RING
 
-WAYS: list[dict[str, Any]] = [*SAMPLING, {"top_k": 4, "logit_bias": FEW}]
-SHAPES: list[Any] = [None, None, 1, 3, 3, Speculation(branching=(3, 2, 1)), Speculation(branching=(2, 2), budget=5)]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("model"), "two modules", num_hidden_layers=2, eos_token_ids=(3,))
-
-
-def wishes(count: int, seed: int, shapes: list[Any] = SHAPES) -> list[tuple[list[int], dict[str, Any]]]:
-    """Random prompts and options."""
-    dice = random.Random(seed)
-    return [([dice.randrange(160) for _ in range(dice.choice((1, 3, 17, 20)))],
-             {"max_new_tokens": dice.randrange(1, 9), "seed": dice.randrange(9), "logprobs": dice.choice((0, 0, 2)),
-              "speculation": dice.choice(shapes), **dice.choice(WAYS)}) for _ in range(count)]  # fmt: skip
-
-
-def check(lm: LM, asked: list[tuple[list[int], dict[str, Any]]]) -> None:
-    """Submits all of them and compares each with itself alone."""
-    handles = [lm.submit(prompt, **options) for prompt, options in asked]
-    for handle, (prompt, options) in zip(handles, asked, strict=True):
-        assert_same(handle.result(300), lm.generate(prompt, **options))
 
 
 @pytest.mark.parametrize("most", [2, 5])

@@ -105,3 +105,13 @@ def test_turns_change_nothing_on_the_gpu(tmp_path: Path, scripted: Any, sampling
     turns(mtp_spec.load(device="cuda"), scripted, "Tell me a story about a fox", 160, sampling)
     lm = mtp_spec.load(checkpoint(tmp_path, "three modules"), device="cuda")
     turns(lm, scripted, [(37 * i) % 160 for i in range(12)], 160, {**sampling, "top_k": 4})
+
+
+def test_adaptive_speculation_goes_as_deep_as_it_says(tmp_path: Path, scripted: Any) -> None:
+    lm = device_lm(checkpoint(tmp_path, "v3"))
+    scripted([7, 0, 6])
+    deep = Speculation(depth=7, adaptive=True)
+    options: dict[str, Any] = {"max_new_tokens": 12, "seed": 1, "temperature": 0.0}
+    out = lm.generate([3, 1, 4], speculation=deep, **options)
+    assert out.token_ids == lm.generate([3, 1, 4], speculation=None, **options).token_ids
+    assert out.stats.drafted >= 13

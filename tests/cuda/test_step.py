@@ -244,6 +244,11 @@ def test_accept_walks_to_the_deepest_match() -> None:
         assert places[0].tolist() == path + path[-1:] * (5 - count)
         assert tokens[0, :count].tolist() == [drawn[row] for row in path]
         assert int(seen.sum()) == count
+    # a row that failed ends the path, whatever token stands for what it could not draw
+    failed = torch.tensor([0, 0, 1, 0, 0], dtype=torch.int32)
+    commit.accept(torch.tensor([8, 0, 5, 6, 4]).int(), failed, ids, parents, places, tokens, record)
+    assert record[0, :2].tolist() == [2, 1]
+    assert places[0].tolist() == [0, 2, 2, 2, 2]
 
 
 def test_what_cannot_run_says_why(tmp_path: Path) -> None:

@@ -182,7 +182,10 @@ def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
     if lm.model.ranks.size > 1:
         raise OptionError("bench acceptance keeps one journal, of one process: start it without torchrun")
     if args.bound and lm.backend.captured:
-        raise OptionError("--bound looks at drafts' laws, which steps on a GPU keep to themselves: --device cpu")
+        raise OptionError(
+            "--bound looks at every step, and watched steps on a GPU are not captured, so their times say nothing: "
+            "--device cpu"
+        )
     for group in groups:
         check_kept(lm, len(group.ways), group.batch)
 
