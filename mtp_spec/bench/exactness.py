@@ -11,6 +11,7 @@ from rich.progress import track
 
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
+from mtp_spec.bench.options import ModelBenchmark, Option, Switch, text_options
 from mtp_spec.speculation import MAX_DEPTH, Speculation
 
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -67,6 +68,19 @@ def same_text(lm: LM, args: argparse.Namespace) -> Report:
     facts = {"by_sampling": {w: {"equal": a, "texts": b} for w, (a, b) in by_way.items()}, "wrong": wrong}
     title = f"Texts equal to plain decoding: {sums[0]} of {sums[1]} over {args.prompts} prompts"
     return Report(title, rows, facts, failed=bool(wrong))
+
+
+BENCHMARK = ModelBenchmark(
+    name="same-text",
+    help="texts equal to plain decoding, any shape and sampling",
+    run=same_text,
+    options=(
+        *text_options(200, 40),
+        Option("--shapes", "shapes tried a prompt (3)", type=int, default=3),
+        Switch("--all", "every shape for every prompt"),
+        Switch("--digest", "print one number made of 100 texts instead, to compare"),
+    ),
+)
 
 
 def _digest(lm: LM, args: argparse.Namespace) -> Report:

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from importlib.resources import files
 from itertools import accumulate
 from multiprocessing import get_context
@@ -29,9 +28,11 @@ import torch
 import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.disk import forget, read_rate, write_rate
-from mtp_spec.bench.synthetic import fitted, outputs, synthetic_job
+from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
+from mtp_spec.bench.synthetic import fitted, outputs, synthetic_job, with_module
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.load_checks import check_device
@@ -79,10 +80,30 @@ def files_bench(args: argparse.Namespace) -> Report:
             shutil.rmtree(folder)
 
 
+BENCHMARK = Benchmark(
+    name="files",
+    help="convert, cast and load of a large FP8 checkpoint against the disk",
+    run=files_bench,
+    options=(
+        JSON,
+        Option("--folder", "where to work: a new folder, deleted at the end", type=Path, required=True),
+        Switch("--keep", "do not delete it"),
+        Option("--gigabytes", "of the checkpoint, at most (20)", type=float, default=20.0, metavar="N"),
+        Option("--layers", "of the model, one dense (2)", type=parsing.count, default=2, metavar="N"),
+        Option("--model-parallel", "ranks to convert to (4)", type=parsing.count, default=4, metavar="N"),
+        Option("--stages", ", ".join(STAGES), type=parsing.chosen(STAGES), default=list(STAGES), metavar="NAME,..."),
+        Option("--config", "another model's shape than DeepSeek-V3's", type=Path, metavar="FILE"),
+        Option("--device", "where to load: cpu or cuda", default="cpu"),
+        Switch("--as-stored", "on a CPU, keep FP8 weights as they are, as a GPU does, and write the texts by the "
+               "kernels' references, slowly"),
+        Option("--max-new-tokens", "of the texts after loading (8)", type=parsing.count, default=8),
+    ),
+)  # fmt: skip
+
+
 def _config(args: argparse.Namespace) -> ModelConfig:
     file = args.config or Path(str(files("mtp_spec.configs") / "config_671B.json"))
-    full = replace(load_config(file), num_nextn_predict_layers=1, fp8_block=(128, 128))
-    return fitted(full, args.gigabytes, args.layers, args.model_parallel)
+    return fitted(with_module(load_config(file)), args.gigabytes, args.layers, args.model_parallel)
 
 
 def _measured(folder: Path, config: ModelConfig, size: int, args: argparse.Namespace) -> Report:

@@ -7,8 +7,10 @@ import sys
 from typing import Any
 
 from mtp_spec.api import LM
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
-from mtp_spec.bench.grid import grid
+from mtp_spec.bench.grid import TREES, grid
+from mtp_spec.bench.options import ModelBenchmark, Option, Switch
 from mtp_spec.cpu.backend import HostBackend
 from mtp_spec.cuda.backend import DeviceBackend
 from mtp_spec.errors import OptionError
@@ -38,13 +40,35 @@ def plan(lm: LM, args: argparse.Namespace) -> Report:
 
 def check_plan(args: argparse.Namespace) -> None:
     """Refuses options that would be ignored, and fills in the number of prompts."""
-    alone = [name for name in ("depths", "trees", "halving", "adversarial") if getattr(args, name)]
+    given: dict[str, Any] = vars(args)
+    alone = [name for name in ("depths", "trees", "halving", "adversarial") if given[name]]
     if alone and not args.grid:
         raise OptionError(f"bench plan: --{alone[0]} needs --grid")
     if args.prompts is None:
         args.prompts = SEARCHED if args.grid else TAUGHT
     if args.grid and args.prompts < 2:
         raise OptionError("--grid needs --prompts 2 or more: one half chooses the best plan, the other compares")
+
+
+BENCHMARK = ModelBenchmark(
+    name="plan",
+    help='what "auto" plans with; --grid: the best fixed plan, and "auto" beside it',
+    run=plan,
+    check=check_plan,
+    options=(
+        Switch("--grid", 'search for the best fixed plan and compare "auto" with it'),
+        Option("--depths", "chains of the grid (1,2,3,4,5,6); with --depths or --trees, only what they name",
+               type=parsing.depths, metavar="K,K,..."),
+        Option("--trees", f"its trees, children by depth ({','.join('x'.join(map(str, tree)) for tree in TREES)})",
+               type=parsing.trees, metavar="NxN,..."),
+        Switch("--halving", "drop the slower half of the plans again and again"),
+        Option("--temperatures", "(0,0.8)", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,..."),
+        Switch("--adversarial", "--grid: also random prompts at temperature 2"),
+        Option("--prompts", f"held-out prompts ({TAUGHT}; --grid: {SEARCHED}, one half chooses)", type=parsing.count,
+               metavar="N"),
+        Option("--max-new-tokens", "tokens a text (96)", type=parsing.count, default=96),
+    ),
+)  # fmt: skip
 
 
 def _known(lm: LM, args: argparse.Namespace) -> Report:

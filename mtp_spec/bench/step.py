@@ -22,7 +22,10 @@ from torch import Tensor
 
 from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
+from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.timing import copy_rate, graph_time, kernel_times, read_rate
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.cuda.state import ROWS, State, stages_of
@@ -73,7 +76,7 @@ def step(args: argparse.Namespace) -> Report:
     torch.cuda.empty_cache()
     full = load_config(args.shape)
     named = full.num_nextn_predict_layers
-    full = replace(full, num_nextn_predict_layers=1, fp8_block=(128, 128))
+    full = with_module(full)
     config = _slice(full, args.context, args.layers, ranks)
     planned = plan_memory(DeviceModel(config, "meta", ranks=ranks), args.context + ROWS)
     before = torch.cuda.memory_allocated()
@@ -100,6 +103,24 @@ def step(args: argparse.Namespace) -> Report:
              f"context {args.context}; reads {rate:.2f} TB/s, copies {copying:.2f} TB/s")  # fmt: skip
     failed = not all(facts.get("same text", {}).values())
     return Report(title, rows, facts, failed, silent=ranks.rank > 0, notes=notes)
+
+
+BENCHMARK = Benchmark(
+    name="step",
+    help="decode, verify and draft passes of a slice at full width on a GPU",
+    run=step,
+    options=(
+        JSON,
+        Option("--shape", "a published model or a config.json (671B)", type=parsing.shape_file, default="671B",
+               metavar="NAME"),
+        Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 4, 8, 16], metavar="M,..."),
+        Option("--context", "committed tokens (1024)", type=parsing.count, default=1024),
+        Option("--parts", f"what to measure (all): {', '.join(PARTS)}", type=parsing.chosen(PARTS),
+               default=list(PARTS), metavar="NAME,..."),
+        Option("--layers", "MoE layers (default: as many as fit)", type=parsing.count),
+        Switch("--library", "ranks exchange through NCCL, not in one another's memory"),
+    ),
+)  # fmt: skip
 
 
 def measure(

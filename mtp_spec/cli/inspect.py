@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mtp_spec.bench.cli import add_load_options
+from mtp_spec.bench.options import LOAD, add_options
 from mtp_spec.cli.inspection_table import show_checkpoint
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.shapes import named_shape, published
@@ -37,7 +37,7 @@ def add_inspect(commands: Any) -> None:
                          help="load it and measure how often drafts of each depth are what it writes")  # fmt: skip
     inspect.add_argument("--device", metavar="DEVICE", help="where --agreement runs: cpu or cuda (cpu)")
     inspect.add_argument("--checksums", action="store_true", help="read everything and compare with checksums.json")
-    add_load_options(inspect)
+    add_options(inspect, LOAD)
     alone = inspect.add_argument_group("of a configuration file")
     alone.add_argument("--model-parallel", type=int, metavar="N", help="ranks (1)")
     alone.add_argument("--card", metavar="NAME", help="estimate the speed on H100 or H200")

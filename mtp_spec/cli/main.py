@@ -17,11 +17,12 @@ from typing import Any
 from rich.console import Console
 
 import mtp_spec
-from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
+from mtp_spec.bench.cli import add_bench, run_bench
+from mtp_spec.bench.options import LOAD, add_options
 from mtp_spec.cli.chat_options import add_chat_options, chat_options
 from mtp_spec.cli.convert import add_converting, run_cast, run_convert, run_export
 from mtp_spec.cli.inspect import add_inspect, run_inspect
-from mtp_spec.cli.prompts import add_prompts, check_interactive, read_prompts
+from mtp_spec.cli.prompts import NOT_IN_CHAT, add_prompts, check_interactive, read_prompts
 from mtp_spec.model.distributed.joining import join_ranks
 from mtp_spec.sampling.defaults import CHOICES
 from mtp_spec.sampling.seeds import fresh_seed, text_seeds
@@ -111,7 +112,8 @@ def _add_chat(commands: Any) -> None:
     chat.add_argument("--once", metavar="PROMPT", help="answer this one question; - reads it from standard input")
     chat.add_argument("--history", type=Path, metavar="FILE", help="where what is typed is remembered")
     _add_shape(chat, "speculation (never changes the text)")
-    _add_sampling(chat, {name: option for name, option in SAMPLING.items() if name != "logprobs"})
+    _add_sampling(chat, {name: option for name, option in SAMPLING.items() if name not in NOT_IN_CHAT})
+    chat.set_defaults(**NOT_IN_CHAT)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +122,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of its config.json")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored on a CPU)")
-    add_load_options(parser)
+    add_options(parser, LOAD)
 
 
 def _add_shape(parser: argparse.ArgumentParser, title: str) -> Any:
@@ -255,14 +257,13 @@ def _load(args: argparse.Namespace) -> mtp_spec.LM:
         signal.signal(signal.SIGTERM, _stopped)
     return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype, weights=args.weights,
                          draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-                         max_context=args.max_context, max_batch=getattr(args, "max_batch", 1),
+                         max_context=args.max_context, max_batch=args.max_batch,
                          progress=sys.stderr.isatty())  # fmt: skip
 
 
 def _chat(args: argparse.Namespace) -> None:
     from mtp_spec.chat.loop import run_chat
 
-    args.acceptance = args.trace = args.json = None
     options = _options(args)
     lm = _load(args)
     run_chat(lm, {**options, **chat_options(args)}, system=args.system, prompt=args.once, history=args.history)
@@ -293,8 +294,8 @@ def statistics_line(stats: mtp_spec.GenerationStats, seed: int) -> str:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name, None) for name in (*SAMPLING, "stop", "ignore_eos", "defaults")}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = vars(args)
+    options = {name: given[name] for name in (*SAMPLING, "stop", "ignore_eos", "defaults") if given[name] is not None}
     if args.stop_token_ids is not None:
         options["stop_token_ids"] = _numbers("--stop-token-ids", args.stop_token_ids, "1,2")
     if (response_format := _response_format(args)) is not None:
@@ -303,7 +304,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         raise mtp_spec.OptionError("--no-speculation excludes --depth, --branching and --acceptance")
     if args.depth == 0 and (args.branching or args.acceptance):
         raise mtp_spec.OptionError("--depth 0 is plain decoding: it excludes --branching and --acceptance")
-    if getattr(args, "max_batch", 1) != 1 and (not args.json or args.trace is not None):
+    if args.max_batch != 1 and (not args.json or args.trace is not None):
         raise mtp_spec.OptionError("--max-batch needs --json: texts that are written side by side cannot be shown so")
     if args.trace is not None and args.json:
         raise mtp_spec.OptionError("--trace excludes --json: it shows trees instead of the text")

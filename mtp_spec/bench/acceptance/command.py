@@ -23,45 +23,13 @@ from mtp_spec.bench.acceptance.questions import BUNDLED, KINDS, QuestionSet, rea
 from mtp_spec.bench.acceptance.report import csv_text, screen, table_rows
 from mtp_spec.bench.acceptance.running import Runner, check_model
 from mtp_spec.bench.common import Report, Row, document, machine, write
+from mtp_spec.bench.options import JSON, LOADED, Benchmark, Option, OptionGroup, Switch
 from mtp_spec.errors import OptionError
 from mtp_spec.progress import step_progress
 from mtp_spec.speculation import ACCEPTANCE_RULES
 
 # what a run may change without another result
-OUTPUTS = ("json", "csv", "html", "png", "resume", "run", "whole", "command")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what is measured, on what, and where it goes."""
-    prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--set", default=BUNDLED, metavar="FILE", help="questions: Spec-Bench, MT-Bench, GSM8K, "
-                         "HumanEval, lines of JSON or text, .gz too (default: bundled held-out prompts)")  # fmt: skip
-    prompts.add_argument("--set-kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS) + " (default: by fields)")
-    prompts.add_argument("--prompts", type=int, metavar="N", help="so many, chosen at random (60; of a file: all)")
-    prompts.add_argument("--raw", action="store_true", help="continue prompts instead of answering them as a chat")
-    prompts.add_argument("--max-new-tokens", type=parsing.count, default=128, help="tokens a text (128)")
-    grid = parser.add_argument_group("cells: every combination of these lists")
-    grid.add_argument("--depths", type=parsing.depths, metavar="K,K,...", help="chains (1,2,3,4,5)")
-    grid.add_argument("--trees", type=parsing.trees, metavar="NxN,...", help="children by depth (2x1x1,3x2x1,2x2x2x1)")
-    grid.add_argument("--auto", action="store_true", help='the default speculation, "auto"')
-    grid.add_argument("--rules", type=parsing.rules, metavar="RULE,...", help="acceptance rules: all, or some of "
-                      + ", ".join(ACCEPTANCE_RULES))  # fmt: skip
-    grid.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...", help="(0,0.8)")
-    grid.add_argument("--contexts", type=parsing.integers, default=[None], metavar="N,N,...",
-                      help="cut or pad prompts to so many tokens (default: as they are)")  # fmt: skip
-    grid.add_argument("--batch", type=parsing.integers, default=[1], metavar="N,N,...",
-                      help="texts written side by side (1)")  # fmt: skip
-    grid.add_argument("--draft-vocabulary", type=parsing.vocabularies, default=[None], metavar="N|FILE|all,...",
-                      help="draft only the first N tokens, or those in a file of ids")  # fmt: skip
-    grid.add_argument("--transformers", action="store_true", help="also transformers' generate, plain and use_mtp")
-    grid.add_argument("--bound", action="store_true", help="also how often a first draft could be accepted at most; "
-                      "takes time, so speed-up is not told")  # fmt: skip
-    out = parser.add_argument_group("output, beside the table")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
-    out.add_argument("--csv", type=Path, metavar="FILE", help="write one line a cell")
-    out.add_argument("--html", type=Path, metavar="FILE", help="write one page with plots (needs mtp-spec[plots])")
-    out.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots (needs mtp-spec[plots])")
-    out.add_argument("--resume", action="store_true", help="go on where an interrupted run with these files stopped")
+OUTPUTS = ("json", "csv", "html", "png", "resume", "command")
 
 
 def acceptance(args: argparse.Namespace) -> None:
@@ -72,9 +40,9 @@ def acceptance(args: argparse.Namespace) -> None:
     output = args.json or args.csv or args.html
     if args.resume and output is None:
         raise OptionError("--resume needs --json, --csv or --html: the journal lies beside it")
-    for option in ("html", "png"):
-        if getattr(args, option) is not None:
-            need_matplotlib(f"--{option}")
+    for option, file in (("--html", args.html), ("--png", args.png)):
+        if file is not None:
+            need_matplotlib(option)
     questions = read_questions(args.set, args.set_kind, args.prompts)
     groups, left_out = sweep(args)
     models = _Models(args)
@@ -99,6 +67,50 @@ def acceptance(args: argparse.Namespace) -> None:
         write(path, content)
         console.print(f"written to {path}", markup=False, soft_wrap=True)
     journal.remove()
+
+
+BENCHMARK = Benchmark(
+    name="acceptance",
+    help="tokens per step, acceptance and speed-up over shapes, rules, contexts",
+    run=acceptance,
+    options=(
+        *LOADED,
+        OptionGroup(
+            "prompts",
+            Option("--set", "questions: Spec-Bench, MT-Bench, GSM8K, HumanEval, lines of JSON or text, .gz too "
+                   "(default: bundled held-out prompts)", default=BUNDLED, metavar="FILE"),
+            Option("--set-kind", f"{', '.join(KINDS)} (default: by fields)", choices=KINDS, metavar="KIND"),
+            Option("--prompts", "so many, chosen at random (60; of a file: all)", type=int, metavar="N"),
+            Switch("--raw", "continue prompts instead of answering them as a chat"),
+            Option("--max-new-tokens", "tokens a text (128)", type=parsing.count, default=128),
+        ),
+        OptionGroup(
+            "cells: every combination of these lists",
+            Option("--depths", "chains (1,2,3,4,5)", type=parsing.depths, metavar="K,K,..."),
+            Option("--trees", "children by depth (2x1x1,3x2x1,2x2x2x1)", type=parsing.trees, metavar="NxN,..."),
+            Switch("--auto", 'the default speculation, "auto"'),
+            Option("--rules", f"acceptance rules: all, or some of {', '.join(ACCEPTANCE_RULES)}", type=parsing.rules,
+                   metavar="RULE,..."),
+            Option("--temperatures", "(0,0.8)", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,..."),
+            Option("--contexts", "cut or pad prompts to so many tokens (default: as they are)", type=parsing.integers,
+                   default=[None], metavar="N,N,..."),
+            Option("--batch", "texts written side by side (1)", type=parsing.integers, default=[1], metavar="N,N,..."),
+            Option("--draft-vocabulary", "draft only the first N tokens, or those in a file of ids",
+                   type=parsing.vocabularies, default=[None], metavar="N|FILE|all,..."),
+            Switch("--transformers", "also transformers' generate, plain and use_mtp"),
+            Switch("--bound", "also how often a first draft could be accepted at most; takes time, so speed-up is not "
+                   "told"),
+        ),
+        OptionGroup(
+            "output, beside the table",
+            JSON,
+            Option("--csv", "write one line a cell", type=Path, metavar="FILE"),
+            Option("--html", "write one page with plots (needs mtp-spec[plots])", type=Path, metavar="FILE"),
+            Option("--png", "write the plots (needs mtp-spec[plots])", type=Path, metavar="FOLDER"),
+            Switch("--resume", "go on where an interrupted run with these files stopped"),
+        ),
+    ),
+)  # fmt: skip
 
 
 class _Models:

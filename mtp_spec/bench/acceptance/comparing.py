@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mtp_spec.bench.acceptance.metrics import BATCH, PACE, ratio_of_sums, sums
 from mtp_spec.bench.common import Row, over, write
+from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
 from mtp_spec.errors import OptionError
 
 RESAMPLES = 1000
@@ -31,16 +32,6 @@ MEASURES: dict[str, tuple[tuple[str, ...], str, Callable[[Any], Any]]] = {
     "tokens_per_step": (("step_tokens", "steps"), "question", lambda column: over(column[0], column[1])),
     "times_plain": (PACE, BATCH, ratio_of_sums),
 }
-
-
-def add_compare(kinds: Any) -> None:
-    """Adds the subcommand."""
-    parser = kinds.add_parser("compare", help="two documents of bench acceptance, cell by cell",
-                              description=compare.__doc__)  # fmt: skip
-    parser.set_defaults(run=compare, whole=True)
-    parser.add_argument("files", type=Path, nargs=2, metavar="FILE.json", help="documents: A, then B")
-    parser.add_argument("--anyway", action="store_true", help="compare even different models, questions or lengths")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -68,6 +59,18 @@ def compare(args: argparse.Namespace) -> None:
         whole = {"benchmark": "compare", "files": [str(file) for file in args.files], "different": different,
                  "cells": cells, "only": only}  # fmt: skip
         write(args.json, (json.dumps(whole, indent=1) + "\n").encode())
+
+
+BENCHMARK = Benchmark(
+    name="compare",
+    help="two documents of bench acceptance, cell by cell",
+    run=compare,
+    options=(
+        Option("files", "documents: A, then B", type=Path, nargs=2, metavar="FILE.json"),
+        Switch("--anyway", "compare even different models, questions or lengths"),
+        JSON,
+    ),
+)
 
 
 def _read(file: Path) -> Row:
