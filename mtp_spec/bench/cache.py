@@ -89,7 +89,10 @@ def _compared(got: Scores, expected: Scores, first: int) -> Tensor:
 def _row(name: str, sums: Tensor) -> Row:
     total, modules = sums[ROWS], sums[MODULE_ROWS].clamp_min(1)
     return {
-        "compared": name, "tokens": int(total), "relative error": float((sums[ERROR] / sums[SIZE]).sqrt()),
-        "same greedy token": float(sums[AGREED] / total), "KL, nats": float(sums[DIVERGENCE] / total),
+        "compared": name,
+        "tokens": int(total),
+        "relative error": float((sums[ERROR] / sums[SIZE]).sqrt()),
+        "same greedy token": float(sums[AGREED] / total),
+        "KL, nats": float(sums[DIVERGENCE] / total),
         "same greedy draft": float(sums[MODULE_AGREED] / modules),
-    }  # fmt: skip
+    }

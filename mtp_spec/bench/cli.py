@@ -24,9 +24,23 @@ from mtp_spec.bench.peers import command as peers
 
 BENCHMARKS: dict[str, Benchmark] = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (exactness, rows, acceptance, comparing, speed, plan, cache, side_by_side, kernels, step, cpu, peers,
-                   files, train)
-}  # fmt: skip
+    for module in (
+        exactness,
+        rows,
+        acceptance,
+        comparing,
+        speed,
+        plan,
+        cache,
+        side_by_side,
+        kernels,
+        step,
+        cpu,
+        peers,
+        files,
+        train,
+    )
+}
 
 
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

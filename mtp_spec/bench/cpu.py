@@ -70,15 +70,19 @@ BENCHMARK = Benchmark(
     options=(
         MODEL,
         JSON,
-        Option("--shape", "a published model or a config.json, with random weights", type=parsing.shape_file,
-               metavar="NAME"),
+        Option(
+            "--shape",
+            "a published model or a config.json, with random weights",
+            type=parsing.shape_file,
+            metavar="NAME",
+        ),
         Option("--folder", "where --shape writes them (the temporary folder)", type=Path, metavar="FOLDER"),
         Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 3, 4, 8, 16], metavar="M,..."),
         Option("--context", "committed tokens (256)", type=parsing.count, default=256),
         Option("--repeats", "rounds (15)", type=parsing.count, default=15),
         Option("--acceptance", "of each draft, for the notes (0.8)", type=float, default=0.8, metavar="P"),
     ),
-)  # fmt: skip
+)
 
 
 def check_room(what: str, size: float, folder: Path | None, remedy: str = "another --folder") -> None:
@@ -129,23 +133,39 @@ def _measure(args: argparse.Namespace, source: Path | None) -> Report:
     for name in passes:
         size = pass_bytes(model, name, median(hits[name]))
         seconds = median(taken[name])
-        rows.append({"pass": name, "ms": 1e3 * seconds, "times one row": seconds / one,
-                     "experts a layer": median(hits[name]) / _routed_layers(model, name), "GB read": size / 1e9,
-                     "of the memory's rate": size / seconds / rate})  # fmt: skip
+        rows.append(
+            {
+                "pass": name,
+                "ms": 1e3 * seconds,
+                "times one row": seconds / one,
+                "experts a layer": median(hits[name]) / _routed_layers(model, name),
+                "GB read": size / 1e9,
+                "of the memory's rate": size / seconds / rate,
+            }
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    facts = {"read rate GB/s": rate / 1e9, "load seconds": loaded, "peak GB": peak / 1e9,
-             "shape": None if args.shape is None else args.shape.stem,
-             "runs on": model.runs_on, "context": args.context}  # fmt: skip
-    notes = [f"the memory is read at {rate / 1e9:.1f} GB/s by {torch.get_num_threads()} threads; loaded in "
-             f"{loaded:.1f} s; peak memory, mapped files included, {peak / 1e9:.1f} GB"]  # fmt: skip
+    facts = {
+        "read rate GB/s": rate / 1e9,
+        "load seconds": loaded,
+        "peak GB": peak / 1e9,
+        "shape": None if args.shape is None else args.shape.stem,
+        "runs on": model.runs_on,
+        "context": args.context,
+    }
+    notes = [
+        f"the memory is read at {rate / 1e9:.1f} GB/s by {torch.get_num_threads()} threads; loaded in "
+        f"{loaded:.1f} s; peak memory, mapped files included, {peak / 1e9:.1f} GB"
+    ]
     if "draft level" in taken:
         for depth in (1, 2, 3):
             step = median(taken[f"{depth + 1} rows"]) if f"{depth + 1} rows" in taken else None
             if step is not None:
                 cost = (step + depth * median(taken["draft level"])) / one
                 tokens = sum(args.acceptance**level for level in range(depth + 1))
-                notes.append(f"a chain of {depth} whose drafts are each accepted at {args.acceptance:.0%}: "
-                             f"{tokens / cost:.2f} times plain")  # fmt: skip
+                notes.append(
+                    f"a chain of {depth} whose drafts are each accepted at {args.acceptance:.0%}: "
+                    f"{tokens / cost:.2f} times plain"
+                )
     return Report("Passes of the CPU engine", rows, facts, notes=notes)
 
 

@@ -85,8 +85,9 @@ BENCHMARK = ModelBenchmark(
 
 def _digest(lm: LM, args: argparse.Namespace) -> Report:
     number = texts_digest(lm, DIGEST_TEXTS, args.max_new_tokens)
-    rows: list[Row] = [{"texts": DIGEST_TEXTS, "tokens a text": args.max_new_tokens, "runs on": lm.model.runs_on,
-                        "digest": number}]  # fmt: skip
+    rows: list[Row] = [
+        {"texts": DIGEST_TEXTS, "tokens a text": args.max_new_tokens, "runs on": lm.model.runs_on, "digest": number}
+    ]
     return Report("Digest of texts, held-out prompts in six ways of sampling", rows, {"digest": number})
 
 
@@ -95,7 +96,8 @@ def texts_digest(lm: LM, count: int, max_new_tokens: int) -> str:
     hashed = hashlib.sha256()
     for number, item in enumerate(track(bundled_prompts(count), "texts", transient=True)):
         options = SAMPLING[list(SAMPLING)[number % len(SAMPLING)]]
-        out = lm.generate(question(lm, item["prompt"]), speculation=None, seed=number,
-                          max_new_tokens=max_new_tokens, **options)  # fmt: skip
+        out = lm.generate(
+            question(lm, item["prompt"]), speculation=None, seed=number, max_new_tokens=max_new_tokens, **options
+        )
         hashed.update(json.dumps(out.token_ids).encode())
     return hashed.hexdigest()[:16]

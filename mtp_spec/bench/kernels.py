@@ -57,10 +57,15 @@ BENCHMARK = Benchmark(
         JSON,
         Option("--rows", "rows to time", type=parsing.integers, default=[1, 4, 8, 16, 64], metavar="M,..."),
         Option("--what", ", ".join(WHAT), type=parsing.chosen(WHAT), default=list(WHAT), metavar="NAME,..."),
-        Option("--shapes", "products to time (DeepSeek-V3's)", type=parsing.products, default=list(SHAPES),
-               metavar="NxK,..."),
+        Option(
+            "--shapes",
+            "products to time (DeepSeek-V3's)",
+            type=parsing.products,
+            default=list(SHAPES),
+            metavar="NxK,...",
+        ),
         Switch("--quick", "without torch's and cuBLAS's products beside"),
         Switch("--tune", "search for launches of products and experts first"),
         Option("--write", "put what --tune found there: kernels/tuned", type=Path, metavar="FOLDER"),
     ),
-)  # fmt: skip
+)

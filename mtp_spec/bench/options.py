@@ -58,9 +58,13 @@ MODEL = Option("--model", "checkpoint folder (default: the bundled model)", type
 WEIGHTS = Option("--weights", "fp8: make a bfloat16 folder FP8 while it loads", metavar="KIND")
 CACHE = (
     Option("--cache-dtype", f"of the latent cache on the FP8 kernels: {' or '.join(CACHE_DTYPES)}"),
-    Option("--max-context", "most tokens of prompt and text (default: the model's own limit)",
-           type=parsing.count, metavar="N"),
-)  # fmt: skip
+    Option(
+        "--max-context",
+        "most tokens of prompt and text (default: the model's own limit)",
+        type=parsing.count,
+        metavar="N",
+    ),
+)
 DRAFT_VOCABULARY = Option(
     "--draft-vocabulary",
     "draft only the first N tokens, or those in a file of ids; the text stays the same",
@@ -142,7 +146,14 @@ class ModelBenchmark(Benchmark):
 
     def execute(self, args: argparse.Namespace) -> None:
         self.check(args)
-        lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, weights=args.weights,
-                           draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-                           max_context=args.max_context, max_batch=self.side_by_side(args))  # fmt: skip
+        lm = mtp_spec.load(
+            args.model,
+            device=args.device,
+            dtype=args.dtype,
+            weights=args.weights,
+            draft_vocabulary=args.draft_vocabulary,
+            cache_dtype=args.cache_dtype,
+            max_context=args.max_context,
+            max_batch=self.side_by_side(args),
+        )
         publish(self.run(lm, args), lm, args)

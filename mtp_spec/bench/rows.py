@@ -92,10 +92,17 @@ def rows(lm: LM, args: argparse.Namespace) -> Report:
             for context in CONTEXTS:
                 chains = sum(_chain_is_equal(lm, context, count) for count in COUNTS)
                 trees = sum(_tree_is_equal(lm, context, children) for children in CHILDREN)
-                table.append({
-                    "threads": threads, "rows": lm.technique, "context": context, "chains equal": chains,
-                    "of": len(COUNTS), "trees equal": trees, "of trees": len(CHILDREN),
-                })  # fmt: skip
+                table.append(
+                    {
+                        "threads": threads,
+                        "rows": lm.technique,
+                        "context": context,
+                        "chains equal": chains,
+                        "of": len(COUNTS),
+                        "trees equal": trees,
+                        "of trees": len(CHILDREN),
+                    }
+                )
     finally:
         torch.set_num_threads(threads_before)
     failed = any(row["chains equal"] < row["of"] or row["trees equal"] < row["of trees"] for row in table)

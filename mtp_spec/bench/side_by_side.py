@@ -45,8 +45,16 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
         for name in ways:
             quotients = [own / plain for own, plain in zip(rates[name], rates["plain"], strict=True)]
             median, low, high = spread(quotients)
-            rows.append({"batch": size, "way": name, "tokens/s": spread(rates[name])[0], "times plain": median,
-                         "quartiles": f"{low:.2f}-{high:.2f}", "tokens a step": spread(steps[name])[0]})  # fmt: skip
+            rows.append(
+                {
+                    "batch": size,
+                    "way": name,
+                    "tokens/s": spread(rates[name])[0],
+                    "times plain": median,
+                    "quartiles": f"{low:.2f}-{high:.2f}",
+                    "tokens a step": spread(steps[name])[0],
+                }
+            )
             rated[f"{size} {name}"] = rates[name]
     gc.unfreeze()
     title = f"Texts side by side, median of {args.repeats} batches, temperature {args.temperature}"

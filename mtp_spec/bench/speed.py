@@ -103,10 +103,17 @@ def _compare(
     for name in greedy:
         ratios = [plain.pace / own.pace for plain, own in zip(texts["plain"], texts[name], strict=True)]
         median, low, high = spread(ratios)
-        rows.append({"T": temperature, "way": name, "times plain": median, "quartiles": f"{low:.2f}-{high:.2f}",
-                     "tokens/s": 1 / spread([text.pace for text in texts[name]])[0],
-                     "first tokens as plain": average(agree[name]),
-                     **_shares([text.stats.seconds for text in texts[name]])})  # fmt: skip
+        rows.append(
+            {
+                "T": temperature,
+                "way": name,
+                "times plain": median,
+                "quartiles": f"{low:.2f}-{high:.2f}",
+                "tokens/s": 1 / spread([text.pace for text in texts[name]])[0],
+                "first tokens as plain": average(agree[name]),
+                **_shares([text.stats.seconds for text in texts[name]]),
+            }
+        )
     return rows, {"seconds per token": {name: [text.pace for text in found] for name, found in texts.items() if found}}
 
 

@@ -60,12 +60,21 @@ def train(args: argparse.Namespace) -> Report:
         {"part": name, "ms": 1e3 * seconds, "share": seconds / whole, "tokens a second": tokens / seconds}
         for name, seconds in [*parts, ("a step", whole)]
     ]
-    facts = {"device": device, "batch": args.batch, "context": args.context, "depths": depths,
-             "compiled": args.compile, "trained parameters": sum(p.numel() for p in step.trained),
-             "loss first": step.losses[0], "loss last": step.losses[-1],
-             "steps ms": [[1e3 * seconds for seconds in parts] for parts in taken]}  # fmt: skip
-    note = (f"the loss went from {step.losses[0]:.3f} to {step.losses[-1]:.3f} in {len(step.losses)} steps on one "
-            "batch of random tokens")  # fmt: skip
+    facts = {
+        "device": device,
+        "batch": args.batch,
+        "context": args.context,
+        "depths": depths,
+        "compiled": args.compile,
+        "trained parameters": sum(p.numel() for p in step.trained),
+        "loss first": step.losses[0],
+        "loss last": step.losses[-1],
+        "steps ms": [[1e3 * seconds for seconds in parts] for parts in taken],
+    }
+    note = (
+        f"the loss went from {step.losses[0]:.3f} to {step.losses[-1]:.3f} in {len(step.losses)} steps on one "
+        "batch of random tokens"
+    )
     title = f"Training steps of {args.batch} rows of {args.context} tokens, the module reused to depth {depths}"
     return Report(title, rows, facts, failed=not step.losses[-1] < step.losses[0], notes=[note])
 

@@ -54,8 +54,7 @@ SAMPLING: dict[str, tuple[type, str]] = {
     "logprobs": (int, "report log-probabilities and this many alternatives, with --json (0: off)"),
 }
 
-VERBS = {"inspect": run_inspect, "bench": run_bench, "convert": run_convert, "cast": run_cast,
-         "export": run_export}  # fmt: skip
+VERBS = {"inspect": run_inspect, "bench": run_bench, "convert": run_convert, "cast": run_cast, "export": run_export}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,12 +88,17 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
     generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt, each of its own seed (1)")
     generate.add_argument("--json", action="store_true", help="print one JSON document a text instead of the text")
-    generate.add_argument("--max-batch", type=int, default=1, metavar="N",
-                          help="write up to N texts side by side; with --json (1)")  # fmt: skip
+    generate.add_argument(
+        "--max-batch", type=int, default=1, metavar="N", help="write up to N texts side by side; with --json (1)"
+    )
     drafting = _add_shape(generate, "speculation (never changes the text, but for --acceptance)")
     drafting.add_argument("--trace", type=int, metavar="N", help="show N steps as trees instead of the text")
-    drafting.add_argument("--acceptance", choices=ACCEPTANCE_RULES, metavar="RULE", help=", ".join(ACCEPTANCE_RULES)
-                          + " (coupled: same text; typical and relaxed change its distribution)")  # fmt: skip
+    drafting.add_argument(
+        "--acceptance",
+        choices=ACCEPTANCE_RULES,
+        metavar="RULE",
+        help=", ".join(ACCEPTANCE_RULES) + " (coupled: same text; typical and relaxed change its distribution)",
+    )
     _add_sampling(generate, SAMPLING)
 
 
@@ -117,8 +121,13 @@ def _add_chat(commands: Any) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", "--ckpt-path", type=Path, metavar="PATH",
-                        help="checkpoint folder, per-rank files too (default: the bundled model)")  # fmt: skip
+    parser.add_argument(
+        "--model",
+        "--ckpt-path",
+        type=Path,
+        metavar="PATH",
+        help="checkpoint folder, per-rank files too (default: the bundled model)",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of its config.json")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored on a CPU)")
@@ -138,11 +147,13 @@ def _add_sampling(parser: argparse.ArgumentParser, options: dict[str, tuple[type
     for name, (kind, text) in options.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    sampling.add_argument("--defaults", choices=CHOICES, help="of these: the library's, or those of the checkpoint's "
-                          "generation_config.json (library)")  # fmt: skip
+    sampling.add_argument(
+        "--defaults",
+        choices=CHOICES,
+        help="of these: the library's, or those of the checkpoint's generation_config.json (library)",
+    )
     sampling.add_argument("--stop-token-ids", metavar="N,N,...", help="token ids that end the text too")
-    sampling.add_argument("--ignore-eos", action="store_true", default=None,
-                          help="go on after end-of-sequence tokens")  # fmt: skip
+    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on after end-of-sequence tokens")
     formats = sampling.add_mutually_exclusive_group()
     formats.add_argument("--json-object", action="store_true", help="write a JSON object (needs mtp-spec[grammar])")
     formats.add_argument("--json-schema", type=Path, metavar="FILE", help="write JSON that follows this schema")
@@ -213,8 +224,11 @@ def _write(
         print(f"[{said}]", file=sys.stderr)
     options = {**options, **(chat_options(args) if chat else {})}
     asked: list[tuple[str, int, Any]]
-    asked = [(prompt, seed, [{"role": "user", "content": prompt}] if chat else prompt)
-             for prompt, own in zip(prompts, seeds, strict=True) for seed in own]  # fmt: skip
+    asked = [
+        (prompt, seed, [{"role": "user", "content": prompt}] if chat else prompt)
+        for prompt, own in zip(prompts, seeds, strict=True)
+        for seed in own
+    ]
     if args.max_batch > 1:
         handles = [lm.submit(question, **{**options, "seed": seed}) for _, seed, question in asked]
         for (prompt, _, _), handle in zip(asked, handles, strict=True):
@@ -255,10 +269,18 @@ def _answers(args: argparse.Namespace, lm: mtp_spec.LM) -> tuple[bool, str]:
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
     if join_ranks("auto", args.device).size > 1:
         signal.signal(signal.SIGTERM, _stopped)
-    return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype, weights=args.weights,
-                         draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-                         max_context=args.max_context, max_batch=args.max_batch,
-                         progress=sys.stderr.isatty())  # fmt: skip
+    return mtp_spec.load(
+        args.model,
+        config=args.config,
+        device=args.device,
+        dtype=args.dtype,
+        weights=args.weights,
+        draft_vocabulary=args.draft_vocabulary,
+        cache_dtype=args.cache_dtype,
+        max_context=args.max_context,
+        max_batch=args.max_batch,
+        progress=sys.stderr.isatty(),
+    )
 
 
 def _chat(args: argparse.Namespace) -> None:

@@ -77,8 +77,13 @@ BENCHMARK = Benchmark(
         *LOADED,
         OptionGroup(
             "prompts",
-            Option("--set", "questions: Spec-Bench, MT-Bench, GSM8K, HumanEval, lines of JSON or text, .gz too "
-                   "(default: bundled held-out prompts)", default=BUNDLED, metavar="FILE"),
+            Option(
+                "--set",
+                "questions: Spec-Bench, MT-Bench, GSM8K, HumanEval, lines of JSON or text, .gz too "
+                "(default: bundled held-out prompts)",
+                default=BUNDLED,
+                metavar="FILE",
+            ),
             Option("--set-kind", f"{', '.join(KINDS)} (default: by fields)", choices=KINDS, metavar="KIND"),
             Option("--prompts", "so many, chosen at random (60; of a file: all)", type=int, metavar="N"),
             Switch("--raw", "continue prompts instead of answering them as a chat"),
@@ -89,17 +94,32 @@ BENCHMARK = Benchmark(
             Option("--depths", "chains (1,2,3,4,5)", type=parsing.depths, metavar="K,K,..."),
             Option("--trees", "children by depth (2x1x1,3x2x1,2x2x2x1)", type=parsing.trees, metavar="NxN,..."),
             Switch("--auto", 'the default speculation, "auto"'),
-            Option("--rules", f"acceptance rules: all, or some of {', '.join(ACCEPTANCE_RULES)}", type=parsing.rules,
-                   metavar="RULE,..."),
+            Option(
+                "--rules",
+                f"acceptance rules: all, or some of {', '.join(ACCEPTANCE_RULES)}",
+                type=parsing.rules,
+                metavar="RULE,...",
+            ),
             Option("--temperatures", "(0,0.8)", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,..."),
-            Option("--contexts", "cut or pad prompts to so many tokens (default: as they are)", type=parsing.integers,
-                   default=[None], metavar="N,N,..."),
+            Option(
+                "--contexts",
+                "cut or pad prompts to so many tokens (default: as they are)",
+                type=parsing.integers,
+                default=[None],
+                metavar="N,N,...",
+            ),
             Option("--batch", "texts written side by side (1)", type=parsing.integers, default=[1], metavar="N,N,..."),
-            Option("--draft-vocabulary", "draft only the first N tokens, or those in a file of ids",
-                   type=parsing.vocabularies, default=[None], metavar="N|FILE|all,..."),
+            Option(
+                "--draft-vocabulary",
+                "draft only the first N tokens, or those in a file of ids",
+                type=parsing.vocabularies,
+                default=[None],
+                metavar="N|FILE|all,...",
+            ),
             Switch("--transformers", "also transformers' generate, plain and use_mtp"),
-            Switch("--bound", "also how often a first draft could be accepted at most; takes time, so speed-up is not "
-                   "told"),
+            Switch(
+                "--bound", "also how often a first draft could be accepted at most; takes time, so speed-up is not told"
+            ),
         ),
         OptionGroup(
             "output, beside the table",
@@ -110,7 +130,7 @@ BENCHMARK = Benchmark(
             Switch("--resume", "go on where an interrupted run with these files stopped"),
         ),
     ),
-)  # fmt: skip
+)
 
 
 class _Models:
@@ -126,10 +146,16 @@ class _Models:
         if self.lm is None or vocabulary != self._vocabulary:
             args, self.lm, self._vocabulary = self.args, None, vocabulary
             gc.collect()  # texts hold their model in cycles: its memory is needed for the next one
-            self.lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, weights=args.weights,
-                                    draft_vocabulary=vocabulary,
-                                    cache_dtype=args.cache_dtype, max_context=args.max_context,
-                                    max_batch=max(args.batch))  # fmt: skip
+            self.lm = mtp_spec.load(
+                args.model,
+                device=args.device,
+                dtype=args.dtype,
+                weights=args.weights,
+                draft_vocabulary=vocabulary,
+                cache_dtype=args.cache_dtype,
+                max_context=args.max_context,
+                max_batch=max(args.batch),
+            )
         return self.lm
 
 
@@ -143,14 +169,15 @@ def _identity(lm: LM, questions: QuestionSet, args: argparse.Namespace) -> Row:
 def _report(groups: list[Group], questions: QuestionSet, runner: Runner, args: argparse.Namespace) -> Report:
     details = _details(runner.journal, groups, questions)
     if not details:
-        raise OptionError("no question leaves room for --max-new-tokens in the model's context, their tokens are "
-                          f"{runner.too_long}: cut them with --contexts")  # fmt: skip
+        raise OptionError(
+            "no question leaves room for --max-new-tokens in the model's context, their tokens are "
+            f"{runner.too_long}: cut them with --contexts"
+        )
     count = len(questions.questions)
     title = f"Tokens per step, {count} questions ({questions.name}), up to {args.max_new_tokens} tokens"
     if runner.too_long:
         title += f"; left out as too long for the context: {len(runner.too_long)} (--contexts cuts them)"
-    known = {"name": questions.name, "kind": questions.kind, "digest": questions.digest,
-             "questions": count}  # fmt: skip
+    known = {"name": questions.name, "kind": questions.kind, "digest": questions.digest, "questions": count}
     facts = {"set": known, "details": details, "absent": runner.absent, "too_long": runner.too_long}
     return Report(title, table_rows(details), facts)
 
@@ -183,8 +210,11 @@ def _stopped(journal: Journal, groups: list[Group], questions: QuestionSet) -> N
     if journal.file is None:
         console.print("nothing is kept: a journal needs --json, --csv or --html")
     else:
-        console.print(f"{len(journal.texts)} texts are kept in {journal.file}: the same command with --resume goes on",
-                      markup=False, soft_wrap=True)  # fmt: skip
+        console.print(
+            f"{len(journal.texts)} texts are kept in {journal.file}: the same command with --resume goes on",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _files(whole: Row, args: argparse.Namespace) -> dict[Path, bytes]:

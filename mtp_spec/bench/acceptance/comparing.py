@@ -49,15 +49,22 @@ def compare(args: argparse.Namespace) -> None:
     if not both:
         raise OptionError(f"{args.files[0]} and {args.files[1]} have no cell in common")
     cells = {name: _cell(first["details"][name], second["details"][name], not different) for name in both}
-    only = {str(file): [name for name in document["details"] if name not in both]
-            for file, document in zip(args.files, (first, second), strict=True)}  # fmt: skip
+    only = {
+        str(file): [name for name in document["details"] if name not in both]
+        for file, document in zip(args.files, (first, second), strict=True)
+    }
     machines = [", ".join(f"{name} {document[name]}" for name in MACHINE) for document in (first, second)]
     notes = [f"they differ in {', '.join(different)}"] if different else []
     notes += [f"measured on {machines[0]}, and on {machines[1]}"] if machines[0] != machines[1] else []
     _show(args, cells, only, notes)
     if args.json is not None:
-        whole = {"benchmark": "compare", "files": [str(file) for file in args.files], "different": different,
-                 "cells": cells, "only": only}  # fmt: skip
+        whole = {
+            "benchmark": "compare",
+            "files": [str(file) for file in args.files],
+            "different": different,
+            "cells": cells,
+            "only": only,
+        }
         write(args.json, (json.dumps(whole, indent=1) + "\n").encode())
 
 
@@ -93,8 +100,12 @@ def _cell(first: Row, second: Row, paired: bool) -> Row:
             continue  # speed beside a bound is not measured
         a, b = (np.asarray(sums(cell["texts"], *columns, by=unit), dtype=float) for cell in (first, second))
         values = [float(statistic(part.sum(1))) for part in (a, b)]
-        result[name] = {"a": values[0], "b": values[1], "difference": values[1] - values[0],
-                        "interval": _interval(a, b, statistic, paired)}  # fmt: skip
+        result[name] = {
+            "a": values[0],
+            "b": values[1],
+            "difference": values[1] - values[0],
+            "interval": _interval(a, b, statistic, paired),
+        }
     return result
 
 
@@ -111,8 +122,9 @@ def _show(args: argparse.Namespace, cells: Row, only: dict[str, list[str]], note
     for line in (f"A: {args.files[0]}", f"B: {args.files[1]}", *notes):
         console.print(line, markup=False, soft_wrap=True)
     for measure, title in (("tokens_per_step", "Tokens per step"), ("times_plain", "Times plain, ratio of sums")):
-        shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
-                      pad_edge=False)  # fmt: skip
+        shown = Table(
+            title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+        )
         shown.add_column("cell")
         for name in ("A", "B", "B - A", "95 %"):
             shown.add_column(name, justify="right", no_wrap=True)

@@ -34,9 +34,11 @@ def cpu_peers(args: argparse.Namespace) -> Report:
     weights. One of the two at a time.
     """
     if (args.vllm_python is None) == (args.llama_python is None):
-        raise OptionError("bench cpu-peers needs another library's Python: give --vllm-python or --llama-python, one "
-                          "of the two at a time, such as --vllm-python PEER/bin/python after python -m venv PEER && "
-                          f"PEER/bin/pip install {VLLM['vllm']}")  # fmt: skip
+        raise OptionError(
+            "bench cpu-peers needs another library's Python: give --vllm-python or --llama-python, one "
+            "of the two at a time, such as --vllm-python PEER/bin/python after python -m venv PEER && "
+            f"PEER/bin/pip install {VLLM['vllm']}"
+        )
     if args.folder is not None and not args.folder.is_dir():
         raise OptionError(f"--folder {args.folder} is no folder")
     if args.vllm_python is not None:
@@ -62,18 +64,33 @@ BENCHMARK = Benchmark(
         Option("--depths", "vLLM: drafts a step", type=parsing.depths, default=[1, 2, 3], metavar="K,..."),
         Option("--vllm-dtype", f"of vLLM's weights ({DTYPES[0]})", choices=DTYPES, default=DTYPES[0]),
         Switch("--vllm-eager", "vLLM without torch.compile"),
-        Option("--vllm-preload", "libraries that vLLM asks to be loaded first: libtcmalloc_minimal.so.4 and "
-               "PEER/lib/libiomp5.so", type=_files, default=[], metavar="FILE,..."),
-        Option("--llama-python", "of a virtual environment with llama-cpp-python and gguf", type=Path,
-               metavar="PYTHON"),
-        Switch("--llama-repack", "llama.cpp may lay weights out anew, as it does by default; with AMX, 0.3.36 then "
-               "stops at this architecture"),
-        Option("--experts", "llama.cpp: routed experts a layer of both models; a token reads 4 of them (32; the "
-               "published model has 64)", type=parsing.count, default=32, metavar="N"),
+        Option(
+            "--vllm-preload",
+            "libraries that vLLM asks to be loaded first: libtcmalloc_minimal.so.4 and PEER/lib/libiomp5.so",
+            type=_files,
+            default=[],
+            metavar="FILE,...",
+        ),
+        Option(
+            "--llama-python", "of a virtual environment with llama-cpp-python and gguf", type=Path, metavar="PYTHON"
+        ),
+        Switch(
+            "--llama-repack",
+            "llama.cpp may lay weights out anew, as it does by default; with AMX, 0.3.36 then "
+            "stops at this architecture",
+        ),
+        Option(
+            "--experts",
+            "llama.cpp: routed experts a layer of both models; a token reads 4 of them (32; the "
+            "published model has 64)",
+            type=parsing.count,
+            default=32,
+            metavar="N",
+        ),
         Option("--context", "llama.cpp: tokens before the steps (256)", type=parsing.count, default=256),
         Option("--rounds", "llama.cpp: turns of 8 steps each (15)", type=parsing.count, default=15),
     ),
-)  # fmt: skip
+)
 
 
 def _loaded(measure: Callable[[argparse.Namespace], Report], args: argparse.Namespace) -> Report:

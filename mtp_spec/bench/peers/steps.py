@@ -71,8 +71,12 @@ def steps(args: argparse.Namespace) -> Report:
         model = lm.model
         if not isinstance(model, CPUModel):
             raise OptionError("bench cpu-peers: models do not run on the CPU engine here, see mtp-spec inspect")
-        asked = {"file": file, "context": -(-tokens // 256) * 256, "threads": max(args.threads),
-                 "repack": args.llama_repack}  # fmt: skip
+        asked = {
+            "file": file,
+            "context": -(-tokens // 256) * 256,
+            "threads": max(args.threads),
+            "repack": args.llama_repack,
+        }
         with Peer(python, "llama_worker.py", asked, {}) as peer:
             return _measured(model, peer, args, written)
     finally:
@@ -85,9 +89,11 @@ def _measured(model: CPUModel, peer: Peer, args: argparse.Namespace, written: Ro
     rows = list[Row]()
     facts: Row = {"llama.cpp": peer.facts, "gguf": written, "config": config.to_hf_dict()}
     every = published_config().n_routed_experts
-    notes = [f"{SHAPE}'s shapes, {config.num_hidden_layers} layers, {config.n_routed_experts} of its {every} experts "
-             f"a layer, {config.num_experts_per_tok} chosen, random weights; "
-             f"{args.context} tokens of context; {peer.facts['llama-cpp-python']} of llama-cpp-python"]  # fmt: skip
+    notes = [
+        f"{SHAPE}'s shapes, {config.num_hidden_layers} layers, {config.n_routed_experts} of its {every} experts "
+        f"a layer, {config.num_experts_per_tok} chosen, random weights; "
+        f"{args.context} tokens of context; {peer.facts['llama-cpp-python']} of llama-cpp-python"
+    ]
     before = torch.get_num_threads()
     try:
         for threads in args.threads:
@@ -116,15 +122,28 @@ def table(taken: dict[str, list[Steps]], read: dict[str, float], threads: int) -
     rows = list[Row]()
     for name in (OURS, THEIRS):
         seconds, cpu = (
-            spread([median(theirs[what]) / median(own[what])
-                    for theirs, own in zip(taken[THEIRS], taken[name], strict=True)])
+            spread(
+                [
+                    median(theirs[what]) / median(own[what])
+                    for theirs, own in zip(taken[THEIRS], taken[name], strict=True)
+                ]
+            )
             for what in ("seconds", "cpu")
-        )  # fmt: skip
+        )
         pace = median(median(round["seconds"]) for round in taken[name])
-        rows.append({"threads": threads, "way": name, "tokens/s": 1 / pace, "times llama.cpp": seconds[0],
-                     "quartiles": f"{seconds[1]:.2f}-{seconds[2]:.2f}", "by CPU time": cpu[0],
-                     "its quartiles": f"{cpu[1]:.2f}-{cpu[2]:.2f}", "GB read a token": read[name] / 1e9,
-                     "GB/s": read[name] / pace / 1e9})  # fmt: skip
+        rows.append(
+            {
+                "threads": threads,
+                "way": name,
+                "tokens/s": 1 / pace,
+                "times llama.cpp": seconds[0],
+                "quartiles": f"{seconds[1]:.2f}-{seconds[2]:.2f}",
+                "by CPU time": cpu[0],
+                "its quartiles": f"{cpu[1]:.2f}-{cpu[2]:.2f}",
+                "GB read a token": read[name] / 1e9,
+                "GB/s": read[name] / pace / 1e9,
+            }
+        )
     return rows
 
 
@@ -144,8 +163,9 @@ def _turns(model: CPUModel, peer: Peer, args: argparse.Namespace, threads: int) 
     theirs = torch.tensor(peer.ask(begin=context, threads=threads)["logits"])
     same = float(torch.corrcoef(torch.stack([own.float(), theirs]))[0, 1])
     if not same >= AGREE:
-        raise mtp_spec.MTPSpecError(f"llama.cpp's logits correlate with ours by {same:.3f} only: not the same model, "
-                                    "so the times mean nothing")  # fmt: skip
+        raise mtp_spec.MTPSpecError(
+            f"llama.cpp's logits correlate with ours by {same:.3f} only: not the same model, so the times mean nothing"
+        )
     taken: dict[str, list[Steps]] = {OURS: [], THEIRS: []}
     for number in range(args.rounds):
         now = ids(STEPS + WARM)
