@@ -40,7 +40,7 @@ class Gate(nn.Module):
         config = self.config
         logits: npt.NDArray[np.float32] = row_products(x.float(), self.weight).detach().cpu().numpy()
         if config.scoring_func == "sigmoid":
-            scores = 1 / (1 + np.exp(-logits))
+            scores: npt.NDArray[np.float32] = 1 / (1 + np.exp(-logits))
         else:
             scores = np.exp(logits - logits.max(-1, keepdims=True))
             scores /= scores.sum(-1, keepdims=True)
