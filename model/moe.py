@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class Gate(nn.Module):
         config = self.config
         logits: npt.NDArray[np.float32] = row_products(x.float(), self.weight).detach().cpu().numpy()
         if config.scoring_func == "sigmoid":
-            scores: npt.NDArray[np.float32] = 1 / (1 + np.exp(-logits))
+            scores = 1 / (1 + np.exp(-logits))
         else:
             scores = np.exp(logits - logits.max(-1, keepdims=True))
             scores /= scores.sum(-1, keepdims=True)
@@ -58,7 +59,7 @@ class Gate(nn.Module):
             weights[~np.isfinite(logits + choice).all(-1)] = math.nan
         return weights.tolist(), indices.tolist()
 
-    def _within_groups(self, choice: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _within_groups(self, choice: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Returns -inf for experts outside each row's best `topk_group` groups."""
         config = self.config
         if config.topk_method == "greedy" or config.n_group == config.topk_group:

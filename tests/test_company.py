@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
+from lms import host
 from simulated import CONTEXT, Process, _draft
 from test_planner import CHEAP_ROWS, MACHINES, PROCESSES
 
@@ -53,13 +54,13 @@ def simulate(
     noise, texts = random.Random(seed), [Text(planner) for _ in processes]
     seconds, tokens, steps, nodes = 0.0, 0, 0, 0
     while steps < length * len(texts):
-        company.introduce(texts, len(texts) == 1)  # type: ignore[arg-type]
+        company.introduce(texts, len(texts) == 1)
         leaves, pending, drafting, trees = list[int](), 0, 0, []
         for text, process in zip(texts, processes, strict=True):
             tree, accepted = TokenTree(), list[int]()
             if text.planner.drafts(len(text.tokens), text.pending):
                 levels = Levels()
-                whole, path, _ = _draft(text.planner, levels, process, noise, len(text.tokens), text.pending)  # type: ignore[arg-type]
+                whole, path, _ = _draft(text.planner, levels, process, noise, len(text.tokens), text.pending)
                 kept = text.planner.choose(whole, [chance for _, chance in path])
                 places = {node: place for place, node in enumerate(kept)}
                 tree = whole.part(kept)
@@ -78,7 +79,7 @@ def simulate(
             expected = sum(times.level(count, context) for count in leaves if count)
             expected += times.extend(pending, context) - times.extend(drafting, context)
         others = expected * dearer * noise.uniform(0.9, 1.1)
-        company.learn(texts, verifying, expected, others, SINGLE)  # type: ignore[arg-type]
+        company.learn(texts, verifying, expected, others, SINGLE)
         spent = verifying + others
         seconds += spent
         for number, (text, (tree, accepted)) in enumerate(zip(texts, trees, strict=True)):
@@ -153,7 +154,7 @@ def test_a_node_costs_more_beside_more_rows() -> None:
 @pytest.mark.usefixtures("auto_drafts")
 def test_the_text_is_the_same_whatever_the_company(tmp_path_factory: pytest.TempPathFactory) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path_factory.mktemp("tiny") / "model").folder, dtype="bfloat16", max_batch=6)
-    lm.backend.planners.here().times = CHEAP_ROWS
+    host(lm).planners.here().times = CHEAP_ROWS
     prompts = [[i, i + 1] for i in range(12)]
     texts = lm.generate(prompts, max_new_tokens=30, temperature=0.7, speculation="auto")
     assert sum(text.stats.drafted for text in texts) > 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lms import host
 from simulated import CONTEXT, Process, fixed, run
 
 import mtp_spec
@@ -173,7 +174,7 @@ def test_the_text_does_not_depend_on_the_plan(machine: str, sampling: dict[str, 
     lm = mtp_spec.load()
     options = {"max_new_tokens": 30, "seed": 4, **sampling}
     plain = lm.generate("One day a fox", speculation=None, **options)
-    lm.backend.planners._planners[torch.get_num_threads()] = Planner(MACHINES[machine])
+    host(lm).planners._planners[torch.get_num_threads()] = Planner(MACHINES[machine])
     for speculation in ("auto", mtp_spec.Speculation(4, (3, 2), budget=6, adaptive=True)):
         out = lm.generate("One day a fox", speculation=speculation, **options)
         assert out.token_ids == plain.token_ids

@@ -177,11 +177,11 @@ def test_gradients_are_finite_differences(which: str, scoring: str) -> None:
         direction = torch.randn(parameter.shape, dtype=torch.float64)
         direction /= direction.norm()
         with torch.no_grad():
-            parameter += step * direction
+            parameter.add_(step * direction)
             above = loss()
-            parameter -= 2 * step * direction
+            parameter.sub_(2 * step * direction)
             below = loss()
-            parameter += step * direction
+            parameter.add_(step * direction)
         found, expected = float((above - below) / (2 * step)), float((parameter.grad * direction).sum())
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-8), name
         checked += abs(expected) > 1e-6
@@ -249,7 +249,7 @@ def test_loads_are_counted_with_gradients_and_balanced() -> None:
     assert mixed is not None
     assert module is not None
     assert mixed.sum() == 0
-    gate = model.blocks()[1].mlp.gate
+    gate: Any = model.blocks()[1].mlp.gate
     forward.hidden(ids)
     assert mixed.sum() == 3 * 20 * CONFIG.num_experts_per_tok
     assert module.sum() == 0
@@ -281,7 +281,7 @@ def test_bfloat16_autocast_is_near() -> None:
     exact = forward.logits(forward.hidden(ids))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = forward.logits(forward.hidden(ids))
-        gate = model.blocks()[1].mlp.gate
+        gate: Any = model.blocks()[1].mlp.gate
         x = torch.randn(40, CONFIG.hidden_size)
         assert chosen_experts(gate, x)[0].dtype == torch.float32
         assert chosen_experts(gate, x)[1].tolist() == gate.choose(x)[1]
