@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,7 @@ from mtp_spec.acceptance import RULES
 lm = mtp_spec.load()
 topics = ["a fox", "the sea", "a lost key", "two friends", "winter", "a clever cat", "a train", "the moon"]
 prompts = [f"Tell me a story about {topic}" for topic in topics[: int(sys.argv[1]) if len(sys.argv) > 1 else None]]
-options = {"temperature": 1.0, "max_new_tokens": 60, "seed": 0}
+options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 60, "seed": 0}
 
 
 def write(speculation: mtp_spec.Speculation | None) -> tuple[list[list[int]], mtp_spec.GenerationStats]:

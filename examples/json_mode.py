@@ -7,10 +7,11 @@ truth: what the small bundled model puts into the fields is its own.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import mtp_spec
 
-schema = {
+schema: dict[str, Any] = {
     "type": "object",
     "properties": {
         "title": {"type": "string", "maxLength": 60},

@@ -7,6 +7,7 @@ Either way the text is that of plain decoding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -44,7 +45,8 @@ class NoRepeat:
 
 
 chat = [{"role": "user", "content": "Tell me a story about a fox"}]
-for processor in (no_comma, NoRepeat(2), [no_comma, NoRepeat(2)]):
+processors: list[Any] = [no_comma, NoRepeat(2), [no_comma, NoRepeat(2)]]
+for processor in processors:
     plain = lm.chat(chat, logits_processor=processor, max_new_tokens=60, seed=0, speculation=None)
     drafted = lm.chat(chat, logits_processor=processor, max_new_tokens=60, seed=0, speculation=3)
     assert drafted.token_ids == plain.token_ids

@@ -81,7 +81,8 @@ def shared_memory(device: torch.device) -> int:
     """Returns bytes of shared memory that a program can have; Hopper's where there is no card."""
     if device.type != "cuda":
         return 227 * 1024
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"])
 
 
 @lru_cache

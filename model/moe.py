@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,39 +34,43 @@ class Gate(nn.Module):
 
     @np.errstate(all="ignore")  # NaN and infinity are looked for
     def choose(self, x: Tensor) -> tuple[list[list[float]], list[list[int]]]:
-        """The same choice in plain Python: for a decode step's few numbers that is faster than torch's dispatch."""
+        """Returns weights and experts of rows x `[M, D]`, experts in ascending order.
+
+        By NumPy, whose functions give a number the same bits wherever it stands among others; torch's sigmoid does not.
+        """
+        config = self.config
         logits: npt.NDArray[np.float32] = row_products(x.float(), self.weight).detach().cpu().numpy()
-        if self.config.scoring_func == "sigmoid":
+        if config.scoring_func == "sigmoid":
             scores = 1 / (1 + np.exp(-logits))
         else:
             scores = np.exp(logits - logits.max(-1, keepdims=True))
             scores /= scores.sum(-1, keepdims=True)
         bias = self.e_score_correction_bias
         choice = scores if bias is None else scores + bias.cpu().numpy()
-        rows = [self._choose_row(*row) for row in zip(scores.tolist(), choice.tolist(), strict=True)]
-        weights, indices = [own for own, _ in rows], [own for _, own in rows]
-        if not math.isfinite((logits + choice).sum()):  # which order and sigmoid would hide: it is passed on
-            for row in np.flatnonzero(~np.isfinite(logits + choice).all(-1)):
-                weights[row] = [math.nan] * len(weights[row])
-        return weights, indices
-
-    def _choose_row(self, scores: list[float], choice: list[float]) -> tuple[list[float], list[int]]:
-        config = self.config
-        allowed: Iterable[int] = range(len(choice))
-        if config.topk_method != "greedy" and config.n_group != config.topk_group:
-            size = len(choice) // config.n_group
-            groups = [range(first, first + size) for first in range(0, len(choice), size)]
-            best_of = 2 if config.topk_method == "noaux_tc" else 1
-            worth = [sum(sorted(choice[e] for e in group)[-best_of:]) for group in groups]
-            # sorting is stable: among equals the lowest index wins, as in topk
-            best = sorted(range(len(groups)), key=lambda g: -worth[g])[: config.topk_group]
-            allowed = sorted(e for g in best for e in groups[g])
-        indices = sorted(sorted(allowed, key=lambda e: -choice[e])[: config.num_experts_per_tok])
-        weights = [scores[e] for e in indices]
-        scale = config.routed_scaling_factor
+        # sorting is stable: among equals the lowest index wins
+        best = np.argsort(-self._within_groups(choice), axis=-1, kind="stable")[:, : config.num_experts_per_tok]
+        indices = np.sort(best, axis=-1)
+        weights = scores[np.arange(len(scores))[:, None], indices].astype(np.float64)
+        scale = np.full(len(weights), config.routed_scaling_factor)
         if config.norm_topk_prob and not config.is_v2:
-            scale /= sum(weights) + 1e-20
-        return [w * scale for w in weights], indices
+            scale /= sum(weights.T) + 1e-20  # added one by one, in ascending order of experts
+        weights *= scale[:, None]
+        if not math.isfinite((logits + choice).sum()):  # which order and sigmoid would hide: it is passed on
+            weights[~np.isfinite(logits + choice).all(-1)] = math.nan
+        return weights.tolist(), indices.tolist()
+
+    def _within_groups(self, choice: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Returns -inf for experts outside each row's best `topk_group` groups."""
+        config = self.config
+        if config.topk_method == "greedy" or config.n_group == config.topk_group:
+            return choice
+        grouped = choice.reshape(len(choice), config.n_group, -1)
+        best_of = 2 if config.topk_method == "noaux_tc" else 1
+        worth = np.sort(grouped, axis=-1)[..., -best_of:].sum(-1, dtype=np.float64)
+        best = np.argsort(-worth, axis=-1, kind="stable")[:, : config.topk_group]
+        allowed, rows = np.full_like(grouped, -np.inf), np.arange(len(choice))[:, None]
+        allowed[rows, best] = grouped[rows, best]
+        return allowed.reshape(choice.shape)
 
     def checkpoint_slots(self, prefix: str) -> dict[str, Tensor]:
         slots: dict[str, Tensor] = {f"{prefix}.weight": self.weight}

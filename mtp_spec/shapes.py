@@ -7,6 +7,9 @@ from pathlib import Path
 
 from mtp_spec.errors import OptionError
 
+# names of earlier versions, which results in docs/results were made with
+FORMER = {"gigachat3.1-10b": "GigaChat3-10B-A1.8B"}
+
 
 def published() -> list[str]:
     """Returns the names of the shapes that the library has."""
@@ -24,7 +27,7 @@ def named_shape(path: Path) -> Path:
         return path
     names = {name.lower(): name for name in published()}
     wanted = path.name.lower().removesuffix(".json")
-    found = names.get(wanted) or names.get(f"config_{wanted}")
+    found = names.get(wanted) or names.get(f"config_{wanted}") or FORMER.get(wanted)
     if found is None:
         raise OptionError(f"{path} does not exist here, and the library's own shapes are {', '.join(names.values())}")
     return Path(str(files("mtp_spec.configs") / f"{found}.json"))

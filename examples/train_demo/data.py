@@ -118,7 +118,7 @@ def main() -> None:
     ids, starts = pack(kept)
     val_ids, val_starts = pack(held)
     with lzma.open(out, "wb", preset=1) as file:
-        np.savez(file, ids=ids, starts=starts, val_ids=val_ids, val_starts=val_starts)  # type: ignore[arg-type]
+        np.savez(file, ids=ids, starts=starts, val_ids=val_ids, val_starts=val_starts)
     print(f"{len(kept)} chats, {len(ids)} tokens; {len(held)} held out; {len(chats) - len(kept) - len(held)} dropped")
 
 

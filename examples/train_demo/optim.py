@@ -55,8 +55,8 @@ class Muon:
             torch._foreach_lerp_(momentum, grads, 1 - self.momentum)
             ahead = torch.stack(torch._foreach_lerp(grads, momentum, self.momentum))  # Nesterov
             update = newton_schulz(ahead.flatten(0, -3)).view(len(params), *shape)
-            torch._foreach_mul_(params, 1 - lr * self.decay)
+            torch._foreach_mul_(list[Tensor](params), 1 - lr * self.decay)
             rate = lr * max(1.0, shape[-2] / shape[-1]) ** 0.5
-            torch._foreach_add_(params, list(update.unbind()), alpha=-rate)
+            torch._foreach_add_(list[Tensor](params), list(update.unbind()), alpha=-rate)
             for p in params:
                 p.grad = None

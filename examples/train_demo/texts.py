@@ -76,7 +76,7 @@ class Rows:
 
 def write_texts(forward: TrainingForward, rows: Rows, seconds: float, count: int) -> Rows:
     """Returns texts that the model wrote in answer to training questions, at TEMPERATURES in turn."""
-    parts, start = [], time.time()
+    parts, start = list[Tensor](), time.time()
     while not parts or time.time() - start < seconds:
         parts += _write(forward, rows, count)
     ids = torch.cat(parts)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mtp_spec.analysis.scoring import Scores, score_ids
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
+from mtp_spec.bench.options import ModelBenchmark, text_options
 from mtp_spec.errors import OptionError
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.cuda.checkpoint import load_device_model, obstacle
@@ -45,6 +46,14 @@ def cache(lm: LM, args: argparse.Namespace) -> Report:
     layout = model.layers[0].attention.head.layout
     facts = {"bytes a token and layer": {"bfloat16": layout().row_bytes, "float8_e4m3fn": layout(True).row_bytes}}
     return Report("Logits where a token of the answer is predicted", [_row(*item) for item in sums.items()], facts)
+
+
+BENCHMARK = ModelBenchmark(
+    name="cache",
+    help="what a latent cache in FP8 costs in accuracy",
+    run=cache,
+    options=text_options(20, 64),
+)
 
 
 def _on_kernels(folder: Path, device: torch.device) -> DeviceModel:
@@ -80,7 +89,10 @@ def _compared(got: Scores, expected: Scores, first: int) -> Tensor:
 def _row(name: str, sums: Tensor) -> Row:
     total, modules = sums[ROWS], sums[MODULE_ROWS].clamp_min(1)
     return {
-        "compared": name, "tokens": int(total), "relative error": float((sums[ERROR] / sums[SIZE]).sqrt()),
-        "same greedy token": float(sums[AGREED] / total), "KL, nats": float(sums[DIVERGENCE] / total),
+        "compared": name,
+        "tokens": int(total),
+        "relative error": float((sums[ERROR] / sums[SIZE]).sqrt()),
+        "same greedy token": float(sums[AGREED] / total),
+        "KL, nats": float(sums[DIVERGENCE] / total),
         "same greedy draft": float(sums[MODULE_AGREED] / modules),
-    }  # fmt: skip
+    }

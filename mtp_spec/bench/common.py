@@ -168,8 +168,14 @@ def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
 
 def table(report: Report) -> Table:
     """Returns a report as a table."""
-    shown = Table(title=report.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
-                  collapse_padding=True)  # fmt: skip
+    shown = Table(
+        title=report.title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for name in report.rows[0] if report.rows else ():
         shown.add_column(name)
     for row in report.rows:

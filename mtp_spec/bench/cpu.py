@@ -23,26 +23,21 @@ from torch import Tensor
 
 import mtp_spec
 from mtp_spec.api import LM
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
-from mtp_spec.bench.synthetic import synthetic_job
+from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option
+from mtp_spec.bench.synthetic import outputs, synthetic_job, with_module
 from mtp_spec.errors import OptionError
-from mtp_spec.kernels.cpu.engine import library
+from mtp_spec.host_memory import free_memory
+from mtp_spec.kernels.cpu.engine import library, why_not
 from mtp_spec.model.attention import plan_rows
 from mtp_spec.model.checkpoint.jobs import run_job
-from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.config import load_config
 from mtp_spec.model.cpu.model import CPUModel
 
-# published shapes, which are written with random weights in FP8
-SHAPES = {
-    "gigachat3.1-10b": ModelConfig(
-        vocab_size=128256, hidden_size=1536, intermediate_size=8960, moe_intermediate_size=1280, num_hidden_layers=26,
-        num_attention_heads=32, n_routed_experts=64, num_experts_per_tok=4, n_shared_experts=1, kv_lora_rank=512,
-        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=192, first_k_dense_replace=1,
-        num_nextn_predict_layers=1, max_position_embeddings=262144, fp8_block=(128, 128),
-    ),
-}  # fmt: skip
 READ_BYTES = 2**28  # that are read again and again to find the rate: more than processors keep
 SHARD_BYTES = 2**31
+ROOM_BYTES = 2 * 10**9  # beside a written model: caches, libraries, the buffer above
 # of the context's latents: what all rows read alike must not drown what their own tokens say to the routers
 QUIET = 0.001
 
@@ -54,16 +49,61 @@ def cpu(args: argparse.Namespace) -> Report:
     were read are shown. With --shape a model of a published shape is written with random weights first, and deleted at
     the end.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mtp_spec.", dir=args.folder)) if args.shape else None
+    if args.shape is None:
+        return _measure(args, args.model)
+    if (why := why_not()) is not None:
+        raise OptionError(f"bench cpu: models do not run on the CPU engine here: {why}")
+    config = with_module(load_config(args.shape))
+    check_room("--shape: the model", sum(output.bytes for output in outputs(config)), args.folder)
+    folder = Path(tempfile.mkdtemp(prefix="mtp_spec.", dir=args.folder))
     try:
-        source = args.model
-        if folder is not None:
-            source = folder / "model"
-            run_job(synthetic_job(SHAPES[args.shape], SHARD_BYTES), source)
-        return _measure(args, source)
+        run_job(synthetic_job(config, SHARD_BYTES), folder / "model")
+        return _measure(args, folder / "model")
     finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+BENCHMARK = Benchmark(
+    name="cpu",
+    help="passes of the CPU engine against the memory's rate",
+    run=cpu,
+    options=(
+        MODEL,
+        JSON,
+        Option(
+            "--shape",
+            "a published model or a config.json, with random weights",
+            type=parsing.shape_file,
+            metavar="NAME",
+        ),
+        Option("--folder", "where --shape writes them (the temporary folder)", type=Path, metavar="FOLDER"),
+        Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 3, 4, 8, 16], metavar="M,..."),
+        Option("--context", "committed tokens (256)", type=parsing.count, default=256),
+        Option("--repeats", "rounds (15)", type=parsing.count, default=15),
+        Option("--acceptance", "of each draft, for the notes (0.8)", type=float, default=0.8, metavar="P"),
+    ),
+)
+
+
+def check_room(what: str, size: float, folder: Path | None, remedy: str = "another --folder") -> None:
+    """Refuses files that would find no room on the folder's disk, or in memory when they are read.
+
+    Args:
+        what: the files, for the error.
+        size: their bytes; ROOM_BYTES more are needed.
+        folder: that must exist; None is the temporary one.
+        remedy: what else to give.
+
+    Raises:
+        OptionError: they find none, or there is no such folder.
+    """
+    folder = folder or Path(tempfile.gettempdir())
+    if not folder.is_dir():
+        raise OptionError(f"--folder {folder} is no folder")
+    need = size + ROOM_BYTES
+    for where, room in (("the disk of --folder", shutil.disk_usage(folder).free), ("memory", free_memory())):
+        if room is not None and room < need:
+            raise OptionError(f"{what} needs {need / 1e9:.1f} GB, {where} has {room / 1e9:.1f} left; give {remedy}")
 
 
 def _measure(args: argparse.Namespace, source: Path | None) -> Report:
@@ -93,22 +133,39 @@ def _measure(args: argparse.Namespace, source: Path | None) -> Report:
     for name in passes:
         size = pass_bytes(model, name, median(hits[name]))
         seconds = median(taken[name])
-        rows.append({"pass": name, "ms": 1e3 * seconds, "times one row": seconds / one,
-                     "experts a layer": median(hits[name]) / _routed_layers(model, name), "GB read": size / 1e9,
-                     "of the memory's rate": size / seconds / rate})  # fmt: skip
+        rows.append(
+            {
+                "pass": name,
+                "ms": 1e3 * seconds,
+                "times one row": seconds / one,
+                "experts a layer": median(hits[name]) / _routed_layers(model, name),
+                "GB read": size / 1e9,
+                "of the memory's rate": size / seconds / rate,
+            }
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    facts = {"read rate GB/s": rate / 1e9, "load seconds": loaded, "peak GB": peak / 1e9, "shape": args.shape,
-             "runs on": model.runs_on, "context": args.context}  # fmt: skip
-    notes = [f"the memory is read at {rate / 1e9:.1f} GB/s by {torch.get_num_threads()} threads; loaded in "
-             f"{loaded:.1f} s; peak memory, mapped files included, {peak / 1e9:.1f} GB"]  # fmt: skip
+    facts = {
+        "read rate GB/s": rate / 1e9,
+        "load seconds": loaded,
+        "peak GB": peak / 1e9,
+        "shape": None if args.shape is None else args.shape.stem,
+        "runs on": model.runs_on,
+        "context": args.context,
+    }
+    notes = [
+        f"the memory is read at {rate / 1e9:.1f} GB/s by {torch.get_num_threads()} threads; loaded in "
+        f"{loaded:.1f} s; peak memory, mapped files included, {peak / 1e9:.1f} GB"
+    ]
     if "draft level" in taken:
         for depth in (1, 2, 3):
             step = median(taken[f"{depth + 1} rows"]) if f"{depth + 1} rows" in taken else None
             if step is not None:
                 cost = (step + depth * median(taken["draft level"])) / one
                 tokens = sum(args.acceptance**level for level in range(depth + 1))
-                notes.append(f"a chain of {depth} whose drafts are each accepted at {args.acceptance:.0%}: "
-                             f"{tokens / cost:.2f} times plain")  # fmt: skip
+                notes.append(
+                    f"a chain of {depth} whose drafts are each accepted at {args.acceptance:.0%}: "
+                    f"{tokens / cost:.2f} times plain"
+                )
     return Report("Passes of the CPU engine", rows, facts, notes=notes)
 
 

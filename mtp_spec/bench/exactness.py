@@ -11,6 +11,7 @@ from rich.progress import track
 
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
+from mtp_spec.bench.options import ModelBenchmark, Option, Switch, text_options
 from mtp_spec.speculation import MAX_DEPTH, Speculation
 
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -69,10 +70,24 @@ def same_text(lm: LM, args: argparse.Namespace) -> Report:
     return Report(title, rows, facts, failed=bool(wrong))
 
 
+BENCHMARK = ModelBenchmark(
+    name="same-text",
+    help="texts equal to plain decoding, any shape and sampling",
+    run=same_text,
+    options=(
+        *text_options(200, 40),
+        Option("--shapes", "shapes tried a prompt (3)", type=int, default=3),
+        Switch("--all", "every shape for every prompt"),
+        Switch("--digest", "print one number made of 100 texts instead, to compare"),
+    ),
+)
+
+
 def _digest(lm: LM, args: argparse.Namespace) -> Report:
     number = texts_digest(lm, DIGEST_TEXTS, args.max_new_tokens)
-    rows: list[Row] = [{"texts": DIGEST_TEXTS, "tokens a text": args.max_new_tokens, "runs on": lm.model.runs_on,
-                        "digest": number}]  # fmt: skip
+    rows: list[Row] = [
+        {"texts": DIGEST_TEXTS, "tokens a text": args.max_new_tokens, "runs on": lm.model.runs_on, "digest": number}
+    ]
     return Report("Digest of texts, held-out prompts in six ways of sampling", rows, {"digest": number})
 
 
@@ -81,7 +96,8 @@ def texts_digest(lm: LM, count: int, max_new_tokens: int) -> str:
     hashed = hashlib.sha256()
     for number, item in enumerate(track(bundled_prompts(count), "texts", transient=True)):
         options = SAMPLING[list(SAMPLING)[number % len(SAMPLING)]]
-        out = lm.generate(question(lm, item["prompt"]), speculation=None, seed=number,
-                          max_new_tokens=max_new_tokens, **options)  # fmt: skip
+        out = lm.generate(
+            question(lm, item["prompt"]), speculation=None, seed=number, max_new_tokens=max_new_tokens, **options
+        )
         hashed.update(json.dumps(out.token_ids).encode())
     return hashed.hexdigest()[:16]

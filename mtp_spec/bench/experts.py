@@ -81,8 +81,9 @@ def _given(layer: Layer, m: int, prepared: list[Prepared], rate: float, launch: 
     whole = run(inputs[0], prepared[0])
     first = inputs[0][:CHECKED], indices[0][:CHECKED], prepared[0].pair_weights[:CHECKED]
     error = _error(whole[:CHECKED], moe.experts_reference(*first, layer.weights))
-    alone = moe.experts(inputs[0][-1:].contiguous(), indices[0][-1:], prepared[0].pair_weights[-1:], layer.weights,
-                        launch=launch)  # fmt: skip
+    alone = moe.experts(
+        inputs[0][-1:].contiguous(), indices[0][-1:], prepared[0].pair_weights[-1:], layer.weights, launch=launch
+    )
     exact = torch.equal(alone, whole[-1:])
     micro = _each(lambda: [run(x, p) for x, p in zip(inputs, prepared, strict=True)])
     rows = [_row("routing given", m, micro, indices, rate, error, exact, launch)]
@@ -131,9 +132,11 @@ def _each(work: Callable[[], Any]) -> float:
 def _layer(rows: int) -> Layer:
     count, blocks, inner_blocks = EXPERTS + SHARED, CHANNELS // fp8.BLOCK, INNER // fp8.BLOCK
     weights = moe.Experts(
-        _random(count, 2 * INNER, CHANNELS), torch.rand(count, 2 * inner_blocks, blocks, device="cuda") * 0.02,
-        _random(count, CHANNELS, INNER), torch.rand(count, blocks, inner_blocks, device="cuda") * 0.02,
-    )  # fmt: skip
+        _random(count, 2 * INNER, CHANNELS),
+        torch.rand(count, 2 * inner_blocks, blocks, device="cuda") * 0.02,
+        _random(count, CHANNELS, INNER),
+        torch.rand(count, blocks, inner_blocks, device="cuda") * 0.02,
+    )
     router, bias = torch.randn(EXPERTS, CHANNELS, device="cuda"), torch.zeros(EXPERTS, device="cuda")
     routing = moe.Routing(experts=EXPERTS, chosen=CHOSEN, groups=8, kept_groups=4, scale=2.5, shared=SHARED)
     return Layer(weights, router, bias, routing, torch.randn(ROUTINGS, rows, CHANNELS, device="cuda").bfloat16())
@@ -162,13 +165,28 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 def _row(
-    kind: str, m: int, micro: float, indices: list[Tensor], rate: float, error: float, exact: bool,
-    launch: moe.Launch, share: float = 1.0,
-) -> Row:  # fmt: skip
+    kind: str,
+    m: int,
+    micro: float,
+    indices: list[Tensor],
+    rate: float,
+    error: float,
+    exact: bool,
+    launch: moe.Launch,
+    share: float = 1.0,
+) -> Row:
     hit = sum(chosen.unique().numel() for chosen in indices) / len(indices)
     speed = hit * 3 * INNER * CHANNELS * share / micro / 1e6
     return {
-        "kernel": "experts", "shape": f"{EXPERTS} of {CHANNELS}x{INNER}, top {CHOSEN}, {kind}", "M": m, "us": micro,
-        "TB/s": speed, "of copy": speed / rate, "torch us": float("nan"), "bf16 us": float("nan"), "error": error,
-        "rows exact": exact, "launch": label(launch),
-    }  # fmt: skip
+        "kernel": "experts",
+        "shape": f"{EXPERTS} of {CHANNELS}x{INNER}, top {CHOSEN}, {kind}",
+        "M": m,
+        "us": micro,
+        "TB/s": speed,
+        "of copy": speed / rate,
+        "torch us": float("nan"),
+        "bf16 us": float("nan"),
+        "error": error,
+        "rows exact": exact,
+        "launch": label(launch),
+    }

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from importlib.resources import files
 from itertools import accumulate
 from multiprocessing import get_context
@@ -29,9 +28,11 @@ import torch
 import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.disk import forget, read_rate, write_rate
-from mtp_spec.bench.synthetic import fitted, outputs, synthetic_job
+from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
+from mtp_spec.bench.synthetic import fitted, outputs, synthetic_job, with_module
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.load_checks import check_device
@@ -79,10 +80,33 @@ def files_bench(args: argparse.Namespace) -> Report:
             shutil.rmtree(folder)
 
 
+BENCHMARK = Benchmark(
+    name="files",
+    help="convert, cast and load of a large FP8 checkpoint against the disk",
+    run=files_bench,
+    options=(
+        JSON,
+        Option("--folder", "where to work: a new folder, deleted at the end", type=Path, required=True),
+        Switch("--keep", "do not delete it"),
+        Option("--gigabytes", "of the checkpoint, at most (20)", type=float, default=20.0, metavar="N"),
+        Option("--layers", "of the model, one dense (2)", type=parsing.count, default=2, metavar="N"),
+        Option("--model-parallel", "ranks to convert to (4)", type=parsing.count, default=4, metavar="N"),
+        Option("--stages", ", ".join(STAGES), type=parsing.chosen(STAGES), default=list(STAGES), metavar="NAME,..."),
+        Option("--config", "another model's shape than DeepSeek-V3's", type=Path, metavar="FILE"),
+        Option("--device", "where to load: cpu or cuda", default="cpu"),
+        Switch(
+            "--as-stored",
+            "on a CPU, keep FP8 weights as they are, as a GPU does, and write the texts by the "
+            "kernels' references, slowly",
+        ),
+        Option("--max-new-tokens", "of the texts after loading (8)", type=parsing.count, default=8),
+    ),
+)
+
+
 def _config(args: argparse.Namespace) -> ModelConfig:
     file = args.config or Path(str(files("mtp_spec.configs") / "config_671B.json"))
-    full = replace(load_config(file), num_nextn_predict_layers=1, fp8_block=(128, 128))
-    return fitted(full, args.gigabytes, args.layers, args.model_parallel)
+    return fitted(with_module(load_config(file)), args.gigabytes, args.layers, args.model_parallel)
 
 
 def _measured(folder: Path, config: ModelConfig, size: int, args: argparse.Namespace) -> Report:
@@ -126,20 +150,31 @@ def _measured(folder: Path, config: ModelConfig, size: int, args: argparse.Names
             _note(rows, row)
         wrong += facts.get("wrong", [])
     wrong += [f"{row['stage']}: memory" for row in rows if row["peak GB"] != "-" and not _within(row)]
-    title = (f"{size / 1e9:.1f} GB in {len(shards)} files: {config.num_hidden_layers} layers and the MTP module, "
-             f"{config.n_routed_experts} experts of width {config.moe_intermediate_size}; disk reads "
-             f"{max(reads.values()) / 1e9:.2f} and writes {writes / 1e9:.2f} GB/s")  # fmt: skip
-    disk = {"read bytes per second, by threads": reads, "written bytes per second": writes,
-            "cold": "posix_fadvise(DONTNEED) on every file; what a virtual machine's host keeps stays"}  # fmt: skip
-    return Report(title, rows, {"bytes": size, "config": config.to_hf_dict(), "disk": disk, "load": facts,
-                                "wrong": wrong}, failed=bool(wrong))  # fmt: skip
+    title = (
+        f"{size / 1e9:.1f} GB in {len(shards)} files: {config.num_hidden_layers} layers and the MTP module, "
+        f"{config.n_routed_experts} experts of width {config.moe_intermediate_size}; disk reads "
+        f"{max(reads.values()) / 1e9:.2f} and writes {writes / 1e9:.2f} GB/s"
+    )
+    disk = {
+        "read bytes per second, by threads": reads,
+        "written bytes per second": writes,
+        "cold": "posix_fadvise(DONTNEED) on every file; what a virtual machine's host keeps stays",
+    }
+    return Report(
+        title,
+        rows,
+        {"bytes": size, "config": config.to_hf_dict(), "disk": disk, "load": facts, "wrong": wrong},
+        failed=bool(wrong),
+    )
 
 
 def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + ROOM_BYTES:
-        raise OptionError(f"--folder {folder}: {(size + ROOM_BYTES) / 1e9:.0f} GB are needed there, {free / 1e9:.0f} "
-                          "are free; give another, or fewer --gigabytes")  # fmt: skip
+        raise OptionError(
+            f"--folder {folder}: {(size + ROOM_BYTES) / 1e9:.0f} GB are needed there, {free / 1e9:.0f} "
+            "are free; give another, or fewer --gigabytes"
+        )
 
 
 # stages, each in a process of its own
@@ -193,8 +228,9 @@ def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
     facts |= {"host after load": _memory("VmHWM"), "dtype": str(lm.model.dtype).removeprefix("torch.")}
     ids = [(31 * i) % lm.config.vocab_size for i in range(PROMPT)]
     begin = perf_counter()
-    texts = [lm.generate(ids, max_new_tokens=tokens, temperature=0.8, seed=0, speculation=way).token_ids
-             for way in (None, 1)]  # fmt: skip
+    texts = [
+        lm.generate(ids, max_new_tokens=tokens, temperature=0.8, seed=0, speculation=way).token_ids for way in (None, 1)
+    ]
     wrong = [] if texts[0] == texts[1] and len(texts[0]) == tokens else ["load: texts differ"]
     facts |= {"seconds for texts": perf_counter() - begin, "texts": texts}
     wrong += [] if lm.score(ids).logits.isfinite().all() else ["load: a logit is not finite"]
@@ -233,20 +269,40 @@ def _memory(name: str) -> int:
 def _note(rows: list[Row], row: Row) -> None:
     """Adds a row, and says so: the whole takes minutes."""
     rows.append(row)
-    print(", ".join(f"{name} {value:.3f}" if isinstance(value, float) else str(value) for name, value in row.items()
-                    if value != "-"), file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        ", ".join(
+            f"{name} {value:.3f}" if isinstance(value, float) else str(value)
+            for name, value in row.items()
+            if value != "-"
+        ),
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _row(name: str, done: Row, rate: float) -> Row:
-    return {"stage": name, "GB": done["bytes"] / 1e9, "seconds": done["seconds"],
-            "GB/s": done["bytes"] / done["seconds"] / 1e9, "of the disk's rate": done["bytes"] / done["seconds"] / rate,
-            "planned GB": done["planned"] / 1e9, "peak GB": done["host peak"] / 1e9}  # fmt: skip
+    return {
+        "stage": name,
+        "GB": done["bytes"] / 1e9,
+        "seconds": done["seconds"],
+        "GB/s": done["bytes"] / done["seconds"] / 1e9,
+        "of the disk's rate": done["bytes"] / done["seconds"] / rate,
+        "planned GB": done["planned"] / 1e9,
+        "peak GB": done["host peak"] / 1e9,
+    }
 
 
 def _blank(name: str, seconds: float | str = "-") -> Row:
     """Returns a row of what has no bytes."""
-    return {"stage": name, "GB": "-", "seconds": seconds, "GB/s": "-", "of the disk's rate": "-", "planned GB": "-",
-            "peak GB": "-"}  # fmt: skip
+    return {
+        "stage": name,
+        "GB": "-",
+        "seconds": seconds,
+        "GB/s": "-",
+        "of the disk's rate": "-",
+        "planned GB": "-",
+        "peak GB": "-",
+    }
 
 
 def _load_rows(facts: Row, rate: float) -> list[Row]:
@@ -255,8 +311,11 @@ def _load_rows(facts: Row, rate: float) -> list[Row]:
     row = _row("load: read", facts, rate)
     if facts["device peak"] is not None:
         row["peak GB"] = facts["device peak"] / 1e9
-    return [row, _blank("load, with the tests of a machine", facts["seconds of load"]),
-            _blank("two texts, plain and with drafts", facts["seconds for texts"])]  # fmt: skip
+    return [
+        row,
+        _blank("load, with the tests of a machine", facts["seconds of load"]),
+        _blank("two texts, plain and with drafts", facts["seconds for texts"]),
+    ]
 
 
 def _within(row: Row) -> bool:

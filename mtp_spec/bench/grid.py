@@ -44,8 +44,10 @@ class Setting:
     def prompts(self, lm: LM, count: int) -> list[tuple[list[int], int]]:
         """Returns ids and seeds."""
         items = bundled_prompts(count, seed=1)
-        return [(noise(lm, i) if self.adversarial else question(lm, item["prompt"]), item["seed"])
-                for i, item in enumerate(items)]  # fmt: skip
+        return [
+            (noise(lm, i) if self.adversarial else question(lm, item["prompt"]), item["seed"])
+            for i, item in enumerate(items)
+        ]
 
 
 def fixed_plans(depths: Sequence[int] | None, trees: Sequence[tuple[int, ...]] | None) -> dict[str, Speculation]:
@@ -65,8 +67,10 @@ def grid(lm: LM, args: argparse.Namespace) -> Report:
     settings += [Setting(RANDOM_TEMPERATURE, True)] if args.adversarial else []
     rows, verdicts, unlike, notes = list[Row](), list[Row](), list[Row](), list[str]()
     for setting in settings:
-        prompts, options = setting.prompts(lm, args.prompts), {"temperature": setting.temperature,
-                                                               "max_new_tokens": args.max_new_tokens}  # fmt: skip
+        prompts, options = (
+            setting.prompts(lm, args.prompts),
+            {"temperature": setting.temperature, "max_new_tokens": args.max_new_tokens},
+        )
         half = len(prompts) // 2
         warm_up(lm, {**always, **ways}, [ids for ids, _ in prompts], options)
         chosen = _Turns(always, options, f"temperature {setting.name}")
@@ -120,8 +124,11 @@ class _Turns:
     def unlike(self) -> list[str]:
         """Returns the ways of which a text differs from plain decoding's."""
         plain = self.texts[PLAIN]
-        return [name for name, texts in self.texts.items()
-                if any(own.ids != other.ids for own, other in zip(texts, plain, strict=False))]  # fmt: skip
+        return [
+            name
+            for name, texts in self.texts.items()
+            if any(own.ids != other.ids for own, other in zip(texts, plain, strict=False))
+        ]
 
     def _median(self, name: str) -> float:
         return float(_times(self.texts, name, PLAIN)["median"])
@@ -144,23 +151,35 @@ def _row(setting: Setting, kind: str, name: str, texts: Texts) -> Row:
     own, times = texts[name], _times(texts, name, PLAIN)
     low, high = times["quartiles"]
     steps = sum(text.stats.steps for text in own)
-    return {"T": setting.name, "to": kind, "plan": name, "prompts": len(own),
-            "tok/s": 1 / spread([text.pace for text in own])[0], "x plain": times["median"],
-            "quartiles": f"{low:.2f}-{high:.2f}",
-            "tok/step": sum(text.stats.step_tokens for text in own) / max(1, steps)}  # fmt: skip
+    return {
+        "T": setting.name,
+        "to": kind,
+        "plan": name,
+        "prompts": len(own),
+        "tok/s": 1 / spread([text.pace for text in own])[0],
+        "x plain": times["median"],
+        "quartiles": f"{low:.2f}-{high:.2f}",
+        "tok/step": sum(text.stats.step_tokens for text in own) / max(1, steps),
+    }
 
 
 def _verdict(setting: Setting, best: str, compared: Texts, chosen: Texts) -> Row:
     of_best, of_plain = _times(compared, AUTO, best), _times(compared, AUTO, PLAIN)
     return {
-        "temperature": setting.temperature, "random prompts": setting.adversarial, "best": best,
-        "auto over the best": of_best, "auto over plain": of_plain, "best over plain": _times(compared, best, PLAIN),
+        "temperature": setting.temperature,
+        "random prompts": setting.adversarial,
+        "best": best,
+        "auto over the best": of_best,
+        "auto over plain": of_plain,
+        "best over plain": _times(compared, best, PLAIN),
         "goals met": {"of the best": of_best["median"] >= OF_BEST, "of plain": of_plain["median"] >= OF_PLAIN},
         "prompts that chose": {name: len(texts) for name, texts in chosen.items()},
         "prompts that compare": len(compared[PLAIN]),
-        "seconds per token": {kind: {name: [text.pace for text in own] for name, own in texts.items()}
-                              for kind, texts in (("choose", chosen), ("compare", compared))},
-    }  # fmt: skip
+        "seconds per token": {
+            kind: {name: [text.pace for text in own] for name, own in texts.items()}
+            for kind, texts in (("choose", chosen), ("compare", compared))
+        },
+    }
 
 
 def _sentence(verdict: Row) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.experts import CHANNELS, INNER, experts
 from mtp_spec.bench.layers import attention
-from mtp_spec.bench.products import products
+from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
+from mtp_spec.bench.products import SHAPES, products
 from mtp_spec.bench.timing import copy_rate
 from mtp_spec.bench.tuning import write
 from mtp_spec.errors import OptionError
@@ -44,3 +47,25 @@ def kernels(args: argparse.Namespace) -> Report:
         write(args.write, found)
     failed = not all(row["rows exact"] and row["error"] < TOLERANCE for row in rows)
     return Report(f"kernels, few rows; device copy {rate:.2f} TB/s", rows, facts, failed)
+
+
+BENCHMARK = Benchmark(
+    name="kernels",
+    help="FP8 products on a GPU, against the copy rate",
+    run=kernels,
+    options=(
+        JSON,
+        Option("--rows", "rows to time", type=parsing.integers, default=[1, 4, 8, 16, 64], metavar="M,..."),
+        Option("--what", ", ".join(WHAT), type=parsing.chosen(WHAT), default=list(WHAT), metavar="NAME,..."),
+        Option(
+            "--shapes",
+            "products to time (DeepSeek-V3's)",
+            type=parsing.products,
+            default=list(SHAPES),
+            metavar="NxK,...",
+        ),
+        Switch("--quick", "without torch's and cuBLAS's products beside"),
+        Switch("--tune", "search for launches of products and experts first"),
+        Option("--write", "put what --tune found there: kernels/tuned", type=Path, metavar="FOLDER"),
+    ),
+)

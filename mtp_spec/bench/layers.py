@@ -79,6 +79,15 @@ def decoded_alone(q: Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> Te
 def _row(kernel: str, shape: str, m: int, micro: float, size: float, rate: float, error: float, exact: bool) -> Row:
     speed = size / micro / 1e6
     return {
-        "kernel": kernel, "shape": shape, "M": m, "us": micro, "TB/s": speed, "of copy": speed / rate,
-        "torch us": float("nan"), "bf16 us": float("nan"), "error": error, "rows exact": exact, "launch": "",
-    }  # fmt: skip
+        "kernel": kernel,
+        "shape": shape,
+        "M": m,
+        "us": micro,
+        "TB/s": speed,
+        "of copy": speed / rate,
+        "torch us": float("nan"),
+        "bf16 us": float("nan"),
+        "error": error,
+        "rows exact": exact,
+        "launch": "",
+    }

@@ -54,9 +54,15 @@ def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[d
             tokens = torch.tensor([ids], device=model.device)
             start = time.perf_counter()
             with torch.inference_mode():
-                out = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
-                                     eos_token_id=stops, pad_token_id=stops[0],
-                                     max_new_tokens=options["max_new_tokens"], **more)  # fmt: skip
+                out = model.generate(
+                    tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    do_sample=False,
+                    eos_token_id=stops,
+                    pad_token_id=stops[0],
+                    max_new_tokens=options["max_new_tokens"],
+                    **more,
+                )
             return Written(out[0, len(ids) :].tolist(), time.perf_counter() - start, GenerationStats())
 
         return generate

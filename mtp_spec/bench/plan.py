@@ -7,8 +7,10 @@ import sys
 from typing import Any
 
 from mtp_spec.api import LM
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
-from mtp_spec.bench.grid import grid
+from mtp_spec.bench.grid import TREES, grid
+from mtp_spec.bench.options import ModelBenchmark, Option, Switch
 from mtp_spec.cpu.backend import HostBackend
 from mtp_spec.cuda.backend import DeviceBackend
 from mtp_spec.errors import OptionError
@@ -38,7 +40,8 @@ def plan(lm: LM, args: argparse.Namespace) -> Report:
 
 def check_plan(args: argparse.Namespace) -> None:
     """Refuses options that would be ignored, and fills in the number of prompts."""
-    alone = [name for name in ("depths", "trees", "halving", "adversarial") if getattr(args, name)]
+    given: dict[str, Any] = vars(args)
+    alone = [name for name in ("depths", "trees", "halving", "adversarial") if given[name]]
     if alone and not args.grid:
         raise OptionError(f"bench plan: --{alone[0]} needs --grid")
     if args.prompts is None:
@@ -47,10 +50,45 @@ def check_plan(args: argparse.Namespace) -> None:
         raise OptionError("--grid needs --prompts 2 or more: one half chooses the best plan, the other compares")
 
 
+BENCHMARK = ModelBenchmark(
+    name="plan",
+    help='what "auto" plans with; --grid: the best fixed plan, and "auto" beside it',
+    run=plan,
+    check=check_plan,
+    options=(
+        Switch("--grid", 'search for the best fixed plan and compare "auto" with it'),
+        Option(
+            "--depths",
+            "chains of the grid (1,2,3,4,5,6); with --depths or --trees, only what they name",
+            type=parsing.depths,
+            metavar="K,K,...",
+        ),
+        Option(
+            "--trees",
+            f"its trees, children by depth ({','.join('x'.join(map(str, tree)) for tree in TREES)})",
+            type=parsing.trees,
+            metavar="NxN,...",
+        ),
+        Switch("--halving", "drop the slower half of the plans again and again"),
+        Option("--temperatures", "(0,0.8)", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,..."),
+        Switch("--adversarial", "--grid: also random prompts at temperature 2"),
+        Option(
+            "--prompts",
+            f"held-out prompts ({TAUGHT}; --grid: {SEARCHED}, one half chooses)",
+            type=parsing.count,
+            metavar="N",
+        ),
+        Option("--max-new-tokens", "tokens a text (96)", type=parsing.count, default=96),
+    ),
+)
+
+
 def _known(lm: LM, args: argparse.Namespace) -> Report:
     if lm.speculation_for("auto") is None:
-        raise OptionError(f'"auto" drafts nothing here: rows run one by one ({lm.model.dtype}, technique '
-                          f'"{lm.technique}"), so verifying costs what it saves; --grid shows it')  # fmt: skip
+        raise OptionError(
+            f'"auto" drafts nothing here: rows run one by one ({lm.model.dtype}, technique '
+            f'"{lm.technique}"), so verifying costs what it saves; --grid shows it'
+        )
     rows, notes, facts = list[Row](), list[str](), dict[str, Any]()
     for temperature in args.temperatures:
         stats = _write(lm, temperature, args)
@@ -78,8 +116,12 @@ def _write(lm: LM, temperature: float, args: argparse.Namespace) -> GenerationSt
     total = GenerationStats()
     with step_progress(sys.stderr.isatty(), f"texts at {temperature:g}") as report:
         for number, item in enumerate(bundled_prompts(args.prompts, seed=1), start=1):
-            stream = lm.stream(question(lm, item["prompt"]), temperature=temperature, seed=item["seed"],
-                               max_new_tokens=args.max_new_tokens)  # fmt: skip
+            stream = lm.stream(
+                question(lm, item["prompt"]),
+                temperature=temperature,
+                seed=item["seed"],
+                max_new_tokens=args.max_new_tokens,
+            )
             total = total.merge(stream.rest().stats)
             if report is not None:
                 report(number, args.prompts)
@@ -104,8 +146,15 @@ def _times(times: StepTimes) -> list[Row]:
         for count, (near, far) in zip(curve.rows, curve.seconds, strict=True):
             milliseconds = ("-", "-") if typical else (1000 * near, 1000 * far)
             kind = "decode" if name == "verify" and count == 1 else shown
-            rows.append({"pass": kind, "rows": count, f"ms at {curve.contexts[0]} tokens": milliseconds[0],
-                         f"at {curve.contexts[1]}": milliseconds[1], "in plain steps": near / step})  # fmt: skip
+            rows.append(
+                {
+                    "pass": kind,
+                    "rows": count,
+                    f"ms at {curve.contexts[0]} tokens": milliseconds[0],
+                    f"at {curve.contexts[1]}": milliseconds[1],
+                    "in plain steps": near / step,
+                }
+            )
     return rows
 
 
@@ -125,8 +174,15 @@ def _rungs(ladder: Ladder) -> list[Row]:
     for rung, shape in enumerate(ladder.shapes):
         name = "plain" if not shape.parents else f"{'chain' if shape.is_chain else 'tree'} {shape.depth}"
         tokens, steps = ladder.chances.tokens(shape), ladder.relative(rung)
-        rows.append({"step": name, "ms": 1000 * ladder.seconds(rung), "in plain steps": steps,
-                     "tokens expected": tokens, "times plain": tokens / steps})  # fmt: skip
+        rows.append(
+            {
+                "step": name,
+                "ms": 1000 * ladder.seconds(rung),
+                "in plain steps": steps,
+                "tokens expected": tokens,
+                "times plain": tokens / steps,
+            }
+        )
     return rows
 
 
@@ -143,14 +199,19 @@ def _lines(learned: Row) -> list[str]:
     """Returns what was learned as lines of text."""
     lines = []
     for depth, chances in learned["chances"].items():
-        values = ", ".join(f"{chance:.2f} ({key if isinstance(key, str) else f'lead {key:g}'})"
-                           for key, chance in chances.items())  # fmt: skip
-        lines.append(f"  a draft at depth {depth}{' or more' if depth == DEPTHS[-1] and len(chances) > 1 else ''}"
-                     f" is accepted with chance {values}")  # fmt: skip
+        values = ", ".join(
+            f"{chance:.2f} ({key if isinstance(key, str) else f'lead {key:g}'})" for key, chance in chances.items()
+        )
+        lines.append(
+            f"  a draft at depth {depth}{' or more' if depth == DEPTHS[-1] and len(chances) > 1 else ''}"
+            f" is accepted with chance {values}"
+        )
     if "siblings" in learned:
         lines.append("  siblings, once the better ones failed: " + " ".join(f"{x:.2f}" for x in learned["siblings"]))
-        lines.append(f"  {learned['tokens in the time of a plain step']:.2f} tokens in the time of a plain step, which "
-                     f"is {learned['ms of a plain step']:.1f} ms now; beside it, times against the table's: "
-                     + ", ".join(f"{kind} {x:.2f}" for kind, x in learned["factors beside plain"].items()))  # fmt: skip
+        lines.append(
+            f"  {learned['tokens in the time of a plain step']:.2f} tokens in the time of a plain step, which "
+            f"is {learned['ms of a plain step']:.1f} ms now; beside it, times against the table's: "
+            + ", ".join(f"{kind} {x:.2f}" for kind, x in learned["factors beside plain"].items())
+        )
     depths = ", ".join(f"{depth}: {share:.0%}" for depth, share in learned["steps by depth drafted"].items())
     return [*lines, f"  steps by depth drafted: {depths}; {learned['tokens per step']:.2f} tokens a step"]

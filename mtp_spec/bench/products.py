@@ -19,8 +19,18 @@ from mtp_spec.bench.timing import CACHE_BYTES, REPLAYS, graph_time
 from mtp_spec.bench.tuning import label, product_rounds, search
 from mtp_spec.kernels import fp8, gemm, quant
 
-SHAPES = ("2112x7168", "24576x1536", "7168x16384", "36864x7168", "7168x18432", "4096x7168", "7168x2048", "129280x7168",
-          "129280x7168 bf16", "7168x14336 bf16")  # fmt: skip
+SHAPES = (
+    "2112x7168",
+    "24576x1536",
+    "7168x16384",
+    "36864x7168",
+    "7168x18432",
+    "4096x7168",
+    "7168x2048",
+    "129280x7168",
+    "129280x7168 bf16",
+    "7168x14336 bf16",
+)
 TUNING_REPLAYS = 7
 ROUNDS = 24  # products in a graph, at least
 Operand = tuple[Tensor, Tensor | None]  # numbers, and scales unless they are bfloat16
@@ -81,12 +91,18 @@ def _row(case: Case, m: int, launch: gemm.Launch, exact: bool, rate: float, quic
     least = w[0].nbytes + (0 if w[1] is None else w[1].nbytes) + a[0].nbytes + out.numel() * 2
     beside = case.packed and not quick
     return {
-        "kernel": "product", "shape": case.name, "M": m, "us": micro, "TB/s": least / micro / 1e6,
+        "kernel": "product",
+        "shape": case.name,
+        "M": m,
+        "us": micro,
+        "TB/s": least / micro / 1e6,
         "of copy": least / micro / 1e6 / rate,
         "torch us": _torch_time(a, case.weights, errors) if beside else float("nan"),
         "bf16 us": float("nan") if quick else _bf16(case.n, case.k, m),
-        "error": float((out - expected).norm() / expected.norm()), "rows exact": exact, "launch": label(launch),
-    }  # fmt: skip
+        "error": float((out - expected).norm() / expected.norm()),
+        "rows exact": exact,
+        "launch": label(launch),
+    }
 
 
 def _multiply(a: Operand, w: Operand, launch: gemm.Launch) -> Tensor:
@@ -144,8 +160,15 @@ def _torch_product(a: Operand, w: Operand) -> Tensor:
     outer = torch.ones(x_scale.shape[1], rows, device=x.device).T
     outer[: x.shape[0]] = x_scale
     inner = torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4)).T
-    return scaled_mm(padded, matrix.T, outer, ScalingType.BlockWise1x128, inner, ScalingType.BlockWise128x128,
-                     output_dtype=torch.bfloat16)  # fmt: skip
+    return scaled_mm(
+        padded,
+        matrix.T,
+        outer,
+        ScalingType.BlockWise1x128,
+        inner,
+        ScalingType.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )
 
 
 def _bf16(n: int, k: int, m: int) -> float:

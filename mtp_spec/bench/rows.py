@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mtp_spec.api import LM
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.options import ModelBenchmark, Option
 from mtp_spec.kernels import mla
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import HostModel, Technique
@@ -90,14 +92,29 @@ def rows(lm: LM, args: argparse.Namespace) -> Report:
             for context in CONTEXTS:
                 chains = sum(_chain_is_equal(lm, context, count) for count in COUNTS)
                 trees = sum(_tree_is_equal(lm, context, children) for children in CHILDREN)
-                table.append({
-                    "threads": threads, "rows": lm.technique, "context": context, "chains equal": chains,
-                    "of": len(COUNTS), "trees equal": trees, "of trees": len(CHILDREN),
-                })  # fmt: skip
+                table.append(
+                    {
+                        "threads": threads,
+                        "rows": lm.technique,
+                        "context": context,
+                        "chains equal": chains,
+                        "of": len(COUNTS),
+                        "trees equal": trees,
+                        "of trees": len(CHILDREN),
+                    }
+                )
     finally:
         torch.set_num_threads(threads_before)
     failed = any(row["chains equal"] < row["of"] or row["trees equal"] < row["of trees"] for row in table)
     return Report(f"Rows bitwise equal to plain decoding, 1 to {COUNTS[-1]} rows", table, failed=failed)
+
+
+BENCHMARK = ModelBenchmark(
+    name="rows",
+    help="bitwise equality of verified and decoded rows",
+    run=rows,
+    options=(Option("--threads", "numbers of threads", type=parsing.integers, default=[1, 2, 3], metavar="N,..."),),
+)
 
 
 def _text(lm: LM, context: int, room: int) -> tuple[_Torch | _Device, list[int]]:

@@ -10,7 +10,9 @@ from typing import Any
 from rich.progress import track
 
 from mtp_spec.api import LM
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question, spread
+from mtp_spec.bench.options import ModelBenchmark, Option, Switch
 from mtp_spec.bench.turns import noise
 from mtp_spec.sampling.seeds import text_seeds
 
@@ -43,13 +45,38 @@ def batch(lm: LM, args: argparse.Namespace) -> Report:
         for name in ways:
             quotients = [own / plain for own, plain in zip(rates[name], rates["plain"], strict=True)]
             median, low, high = spread(quotients)
-            rows.append({"batch": size, "way": name, "tokens/s": spread(rates[name])[0], "times plain": median,
-                         "quartiles": f"{low:.2f}-{high:.2f}", "tokens a step": spread(steps[name])[0]})  # fmt: skip
+            rows.append(
+                {
+                    "batch": size,
+                    "way": name,
+                    "tokens/s": spread(rates[name])[0],
+                    "times plain": median,
+                    "quartiles": f"{low:.2f}-{high:.2f}",
+                    "tokens a step": spread(steps[name])[0],
+                }
+            )
             rated[f"{size} {name}"] = rates[name]
     gc.unfreeze()
     title = f"Texts side by side, median of {args.repeats} batches, temperature {args.temperature}"
     facts = {"tokens per second": rated, "texts unlike plain": wrong, "ranks": lm.model.ranks.size}
     return Report(title, rows, facts, failed=wrong > 0, silent=lm.model.ranks.rank > 0)
+
+
+BENCHMARK = ModelBenchmark(
+    name="batch",
+    help="tokens a second of texts side by side, plain and auto",
+    run=batch,
+    side_by_side=lambda args: max(args.sizes),
+    options=(
+        Option("--sizes", "texts at once", type=parsing.integers, default=[1, 4, 16, 64], metavar="N,..."),
+        Option("--repeats", "batches of each size (5)", type=parsing.count, default=5),
+        Option("--depths", "chains too (none)", type=parsing.depths, default=[], metavar="K,..."),
+        Switch("--turns", "also one text after another, plain and auto"),
+        Switch("--adversarial", "prompts of random tokens; try it at temperature 2"),
+        Option("--temperature", "of all texts (0.8)", type=float, default=0.8),
+        Option("--max-new-tokens", "tokens a text (64)", type=int, default=64),
+    ),
+)
 
 
 def _warm_up(lm: LM, size: int, ways: dict[str, Any], args: argparse.Namespace) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 from rich.progress import track
 
 from mtp_spec.api import LM
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row, average, bundled_prompts, question, spread
+from mtp_spec.bench.options import ModelBenchmark, Option, Switch, text_options
 from mtp_spec.bench.peer import transformers_ways
 from mtp_spec.bench.phases import step_phases
 from mtp_spec.bench.turns import Generate, Written, in_turn, noise, ours, shared_tokens, warm_up
@@ -55,6 +57,21 @@ def speed(lm: LM, args: argparse.Namespace) -> Report:
     return Report(f"Wall-clock against plain decoding, median over {args.prompts} prompts", rows, facts)
 
 
+BENCHMARK = ModelBenchmark(
+    name="speed",
+    help="wall-clock against plain decoding, and against transformers",
+    run=speed,
+    options=(
+        *text_options(12, 96),
+        Switch("--transformers", "also time transformers' generate, plain and use_mtp"),
+        Option("--loads", "fresh processes that load the model (3)", type=parsing.count, default=3),
+        Switch("--adversarial", "prompts of random tokens; try it at temperature 2"),
+        Option("--depths", "chains to time", type=parsing.depths, default=[2, 3, 4, 5], metavar="K,K,..."),
+        Option("--temperatures", "(0,0.8)", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,..."),
+    ),
+)
+
+
 def _parts(lm: LM, speculations: dict[str, Any], temperature: float) -> dict[str, dict[str, float]]:
     """Returns microseconds of the parts of captured steps, which the loop runs in one."""
     prompt, parts = question(lm, bundled_prompts(1, seed=1)[0]["prompt"]), {}
@@ -86,10 +103,17 @@ def _compare(
     for name in greedy:
         ratios = [plain.pace / own.pace for plain, own in zip(texts["plain"], texts[name], strict=True)]
         median, low, high = spread(ratios)
-        rows.append({"T": temperature, "way": name, "times plain": median, "quartiles": f"{low:.2f}-{high:.2f}",
-                     "tokens/s": 1 / spread([text.pace for text in texts[name]])[0],
-                     "first tokens as plain": average(agree[name]),
-                     **_shares([text.stats.seconds for text in texts[name]])})  # fmt: skip
+        rows.append(
+            {
+                "T": temperature,
+                "way": name,
+                "times plain": median,
+                "quartiles": f"{low:.2f}-{high:.2f}",
+                "tokens/s": 1 / spread([text.pace for text in texts[name]])[0],
+                "first tokens as plain": average(agree[name]),
+                **_shares([text.stats.seconds for text in texts[name]]),
+            }
+        )
     return rows, {"seconds per token": {name: [text.pace for text in found] for name, found in texts.items() if found}}
 
 

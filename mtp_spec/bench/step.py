@@ -22,7 +22,10 @@ from torch import Tensor
 
 from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
+from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.timing import copy_rate, graph_time, kernel_times, read_rate
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.cuda.state import ROWS, State, stages_of
@@ -73,7 +76,7 @@ def step(args: argparse.Namespace) -> Report:
     torch.cuda.empty_cache()
     full = load_config(args.shape)
     named = full.num_nextn_predict_layers
-    full = replace(full, num_nextn_predict_layers=1, fp8_block=(128, 128))
+    full = with_module(full)
     config = _slice(full, args.context, args.layers, ranks)
     planned = plan_memory(DeviceModel(config, "meta", ranks=ranks), args.context + ROWS)
     before = torch.cuda.memory_allocated()
@@ -85,21 +88,58 @@ def step(args: argparse.Namespace) -> Report:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     facts = {
-        "shape": args.shape.stem, "read_TB_per_s": rate, "copy_TB_per_s": copying, "context": args.context,
+        "shape": args.shape.stem,
+        "read_TB_per_s": rate,
+        "copy_TB_per_s": copying,
+        "context": args.context,
         "dense layers": config.first_k_dense_replace,
-        "moe layers": config.num_hidden_layers - config.first_k_dense_replace, "memory planned": planned.total,
-        "memory at the peak": peak, "memory ratio": peak / planned.total, **found,
-        "ranks": ranks.size, "exchange": "none" if ranks.size == 1 else "library" if ranks.rooms is None else "rooms",
-    }  # fmt: skip
+        "moe layers": config.num_hidden_layers - config.first_k_dense_replace,
+        "memory planned": planned.total,
+        "memory at the peak": peak,
+        "memory ratio": peak / planned.total,
+        **found,
+        "ranks": ranks.size,
+        "exchange": "none" if ranks.size == 1 else "library" if ranks.rooms is None else "rooms",
+    }
     if not named:
         notes.append(f"{args.shape.stem} names no MTP module: the draft's is one of the model's own layers")
     if TEXT in args.parts:
         facts["same text"] = _same_text(model, args.context)
         notes.append(f"texts with speculation that are those without: {facts['same text']}")
-    title = (f"{args.shape.stem} at full width, {facts['dense layers']} dense and {facts['moe layers']} MoE layers, "
-             f"context {args.context}; reads {rate:.2f} TB/s, copies {copying:.2f} TB/s")  # fmt: skip
+    title = (
+        f"{args.shape.stem} at full width, {facts['dense layers']} dense and {facts['moe layers']} MoE layers, "
+        f"context {args.context}; reads {rate:.2f} TB/s, copies {copying:.2f} TB/s"
+    )
     failed = not all(facts.get("same text", {}).values())
     return Report(title, rows, facts, failed, silent=ranks.rank > 0, notes=notes)
+
+
+BENCHMARK = Benchmark(
+    name="step",
+    help="decode, verify and draft passes of a slice at full width on a GPU",
+    run=step,
+    options=(
+        JSON,
+        Option(
+            "--shape",
+            "a published model or a config.json (671B)",
+            type=parsing.shape_file,
+            default="671B",
+            metavar="NAME",
+        ),
+        Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 4, 8, 16], metavar="M,..."),
+        Option("--context", "committed tokens (1024)", type=parsing.count, default=1024),
+        Option(
+            "--parts",
+            f"what to measure (all): {', '.join(PARTS)}",
+            type=parsing.chosen(PARTS),
+            default=list(PARTS),
+            metavar="NAME,...",
+        ),
+        Option("--layers", "MoE layers (default: as many as fit)", type=parsing.count),
+        Switch("--library", "ranks exchange through NCCL, not in one another's memory"),
+    ),
+)
 
 
 def measure(
@@ -222,9 +262,11 @@ def _accepting(
 
 
 def _sentence(name: str, micro: Row, full: ModelConfig) -> str:
-    return (f"drawing, accepting, committing a chain of {CHAIN} at {full.vocab_size} tokens, {name}: "
-            f"{micro['accept']:.0f} us, {micro[SLICE]:.1%} of this slice's step, {micro[WHOLE]:.2%} of a step of all "
-            f"{full.num_hidden_layers} layers (extrapolated)")  # fmt: skip
+    return (
+        f"drawing, accepting, committing a chain of {CHAIN} at {full.vocab_size} tokens, {name}: "
+        f"{micro['accept']:.0f} us, {micro[SLICE]:.1%} of this slice's step, {micro[WHOLE]:.2%} of a step of all "
+        f"{full.num_hidden_layers} layers (extrapolated)"
+    )
 
 
 def _layers(model: DeviceModel, state: State, context: int, counts: list[int], rate: float) -> list[Row]:
@@ -235,8 +277,11 @@ def _layers(model: DeviceModel, state: State, context: int, counts: list[int], r
         x = torch.randn(m, model.config.hidden_size, device=model.device).bfloat16()
         plan = _plan(model, state, context, m)
         for name, kind in (("dense layer", Dense), ("MoE layer", Mixture)):
-            layers = [(layer, cache) for layer, cache in zip(model.layers, state.caches, strict=True)
-                      if isinstance(layer.mlp, kind)]  # fmt: skip
+            layers = [
+                (layer, cache)
+                for layer, cache in zip(model.layers, state.caches, strict=True)
+                if isinstance(layer.mlp, kind)
+            ]
 
             def run(layers: list[Any] = layers, x: Tensor = x, plan: mla.Plan = plan) -> None:
                 for layer, cache in layers:
@@ -262,8 +307,15 @@ def _pass(name: str, work: tuple[Callable[[], Any], list[Any], int], rate: float
     floor = size / rate / 1e6
     hit = sum(per_layer) / len(per_layer) if per_layer else 0.0
     launches = sum(count for count, _ in kernel_times(run).values())
-    return {"pass": name, "us": micro, "floor us": floor, "x floor": micro / floor, "GB": size / 1e9, "experts": hit,
-            "launches": launches}  # fmt: skip
+    return {
+        "pass": name,
+        "us": micro,
+        "floor us": floor,
+        "x floor": micro / floor,
+        "GB": size / 1e9,
+        "experts": hit,
+        "launches": launches,
+    }
 
 
 @contextmanager

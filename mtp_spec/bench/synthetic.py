@@ -1,4 +1,4 @@
-"""A checkpoint with DeepSeek-V3's names, dtypes and shapes, without its values: what `bench files` works on.
+"""A checkpoint with DeepSeek-V3's names, dtypes and shapes, without its values: what benchmarks work on.
 
 Values are pieces of two random blocks, so that files are made at the disk's pace. Weights are of a size that keeps
 activations finite. Every block of FP8 weights holds e4m3's largest number and has a power of two as its scale: cast to
@@ -31,6 +31,11 @@ from mtp_spec.model.transformer import Transformer
 TILE_NUMBERS = 2**23
 LARGEST, LARGEST_SIGN = 0x7E, 0x80  # e4m3's 448; the bit of the sign
 BIAS = 0.01  # of the gates' biases
+
+
+def with_module(config: ModelConfig) -> ModelConfig:
+    """Returns the shape in FP8, with one MTP module: its own layer's, where it names none."""
+    return replace(config, num_nextn_predict_layers=1, fp8_block=(BLOCK, BLOCK))
 
 
 def fitted(full: ModelConfig, gigabytes: float, layers: int, ranks: int) -> ModelConfig:

@@ -17,7 +17,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option, Switch
 from mtp_spec.errors import OptionError
 from mtp_spec.load_checks import check_device
 from mtp_spec.memory import check_host
@@ -58,14 +60,40 @@ def train(args: argparse.Namespace) -> Report:
         {"part": name, "ms": 1e3 * seconds, "share": seconds / whole, "tokens a second": tokens / seconds}
         for name, seconds in [*parts, ("a step", whole)]
     ]
-    facts = {"device": device, "batch": args.batch, "context": args.context, "depths": depths,
-             "compiled": args.compile, "trained parameters": sum(p.numel() for p in step.trained),
-             "loss first": step.losses[0], "loss last": step.losses[-1],
-             "steps ms": [[1e3 * seconds for seconds in parts] for parts in taken]}  # fmt: skip
-    note = (f"the loss went from {step.losses[0]:.3f} to {step.losses[-1]:.3f} in {len(step.losses)} steps on one "
-            "batch of random tokens")  # fmt: skip
+    facts = {
+        "device": device,
+        "batch": args.batch,
+        "context": args.context,
+        "depths": depths,
+        "compiled": args.compile,
+        "trained parameters": sum(p.numel() for p in step.trained),
+        "loss first": step.losses[0],
+        "loss last": step.losses[-1],
+        "steps ms": [[1e3 * seconds for seconds in parts] for parts in taken],
+    }
+    note = (
+        f"the loss went from {step.losses[0]:.3f} to {step.losses[-1]:.3f} in {len(step.losses)} steps on one "
+        "batch of random tokens"
+    )
     title = f"Training steps of {args.batch} rows of {args.context} tokens, the module reused to depth {depths}"
     return Report(title, rows, facts, failed=not step.losses[-1] < step.losses[0], notes=[note])
+
+
+BENCHMARK = Benchmark(
+    name="train",
+    help="a training step of the MTP module, the main model frozen",
+    run=train,
+    options=(
+        MODEL,
+        JSON,
+        Option("--device", "cpu (default) or cuda", default="cpu"),
+        Option("--batch", "rows a step (2)", type=parsing.count, default=2, metavar="N"),
+        Option("--context", "tokens a row (128)", type=parsing.count, default=128, metavar="N"),
+        Option("--depths", "the module is reused to (4)", type=parsing.count, default=4, metavar="N"),
+        Option("--repeats", "steps that are timed (7)", type=parsing.count, default=7),
+        Switch("--compile", "compile the loss, as the trainer does"),
+    ),
+)
 
 
 class Step:

@@ -75,8 +75,10 @@ def check_kept(lm: LM, ways: int, batch: int = 1) -> None:
     most = most if batch == 1 else min(most, GROUPS)
     if lm.backend.captured and ways > most:
         beside = f" in batches of {batch}" if batch > 1 else ""
-        raise OptionError(f"{ways} ways to draft in turn, and a GPU keeps the captured steps of {most}{beside}: ask "
-                          "for fewer shapes or rules at a time")  # fmt: skip
+        raise OptionError(
+            f"{ways} ways to draft in turn, and a GPU keeps the captured steps of {most}{beside}: ask "
+            "for fewer shapes or rules at a time"
+        )
 
 
 def warm_tokens(lm: LM, texts: int) -> list[int]:

@@ -60,8 +60,15 @@ def suggestions(before: str) -> Iterable[str]:
     if len(words) == 1:
         return [f"/{name}" for name in COMMANDS]
     if len(words) == 2:
-        options = {"/set": [*NAMES, *SWITCHES], "/spec": SHAPES, "/help": list(COMMANDS), "/seed": ["random"],
-                   "/system": ["off"], "/template": ["off"], "/show": ["history"]}  # fmt: skip
+        options = {
+            "/set": [*NAMES, *SWITCHES],
+            "/spec": SHAPES,
+            "/help": list(COMMANDS),
+            "/seed": ["random"],
+            "/system": ["off"],
+            "/template": ["off"],
+            "/show": ["history"],
+        }
         return files.matching(words[1]) if words[0] in ("/save", "/load") else options.get(words[0], ())
     switch = words[0] == "/set" and len(words) == 3 and words[1] in SWITCHES
     return ("on", "off") if switch else ()

@@ -109,9 +109,15 @@ class TerminalReader:
     ) -> None:
         remembered: History = InMemoryHistory() if history is None else _History(str(history))
         self._session: PromptSession[str] = PromptSession(
-            history=remembered, completer=_Words(suggest), key_bindings=_keys(), multiline=True, input=input,
-            output=output, prompt_continuation=CONTINUED, reserve_space_for_menu=6,
-        )  # fmt: skip
+            history=remembered,
+            completer=_Words(suggest),
+            key_bindings=_keys(),
+            multiline=True,
+            input=input,
+            output=output,
+            prompt_continuation=CONTINUED,
+            reserve_space_for_menu=6,
+        )
         self._plain: PromptSession[str] = PromptSession(input=input, output=output)
 
     def read(self) -> str | None:

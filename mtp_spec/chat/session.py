@@ -85,9 +85,14 @@ class Session:
     """
 
     def __init__(
-        self, lm: LM, params: SamplingParams, speculation: Shape = "auto", system: str | None = None,
-        template: dict[str, Any] | None = None, tools: list[Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        lm: LM,
+        params: SamplingParams,
+        speculation: Shape = "auto",
+        system: str | None = None,
+        template: dict[str, Any] | None = None,
+        tools: list[Any] | None = None,
+    ) -> None:
         self.lm, self.params, self.speculation, self.system = lm, params, speculation, system
         self.template, self.tools = template or {}, tools
         self.turns: list[Turn] = []
@@ -119,8 +124,14 @@ class Session:
 
     def draw(self, draw: Draw) -> TokenStream:
         """Returns the stream that a draw describes; what it has in common with the last turn is not read again."""
-        return self.lm.stream(draw.messages, after=self._last, sampling=draw.params, speculation=draw.speculation,
-                              template=draw.template, tools=draw.tools)  # fmt: skip
+        return self.lm.stream(
+            draw.messages,
+            after=self._last,
+            sampling=draw.params,
+            speculation=draw.speculation,
+            template=draw.template,
+            tools=draw.tools,
+        )
 
     def keep(self, draw: Draw, stream: TokenStream, interrupted: bool) -> bool:
         """Adds a turn; returns false, and adds none, where nothing was written before the answer was stopped."""
@@ -164,8 +175,9 @@ class Session:
             if self.count(self.messages(question, drop)) <= enough:
                 raise ContextFullError(
                     f"the context is full: the conversation takes {taken} tokens of {context}. /clear {drop} forgets "
-                    f"as many of the oldest turns, /clear all of it", drop,
-                )  # fmt: skip
+                    f"as many of the oldest turns, /clear all of it",
+                    drop,
+                )
         alone = self.count(self.messages(question, len(self.turns)))
         raise ContextFullError(f"the question takes {alone} tokens and the context is {context}: shorten it", None)
 

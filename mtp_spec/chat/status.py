@@ -40,8 +40,10 @@ def _steps(stats: GenerationStats) -> list[tuple[str, str]]:
     if stats.drafted:
         rates = [f"{100 * rate:.0f}" for rate in stats.accepted_per_depth["conditional"]]
         each = f"{stats.tokens_per_step:.2f}"
-        parts += [(f"{each} tokens/step", f"{each}/step"),
-                  (f"accepted {'/'.join(rates)} %", f"{'/'.join(rates[:SHORT_DEPTHS])} %")]  # fmt: skip
+        parts += [
+            (f"{each} tokens/step", f"{each}/step"),
+            (f"accepted {'/'.join(rates)} %", f"{'/'.join(rates[:SHORT_DEPTHS])} %"),
+        ]
     else:
         parts.append(("no drafts", "no drafts"))
     if stats.dropped:

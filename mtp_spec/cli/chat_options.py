@@ -14,8 +14,12 @@ from mtp_spec.errors import OptionError
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
     """Adds them."""
     group = parser.add_argument_group("chat template")
-    group.add_argument("--template", action="append", metavar="NAME=JSON",
-                       help="an argument of the template, such as enable_thinking=false; may be repeated")  # fmt: skip
+    group.add_argument(
+        "--template",
+        action="append",
+        metavar="NAME=JSON",
+        help="an argument of the template, such as enable_thinking=false; may be repeated",
+    )
     group.add_argument("--tools", type=Path, metavar="FILE.json", help="a list of JSON schemas of what may be called")
 
 

@@ -130,8 +130,9 @@ def _run(job: Job, target: Path, args: argparse.Namespace) -> None:
     existing = next(folder for folder in target.absolute().parents if folder.exists())
     print(
         f"{target}: {size / 1e9:.2f} GB in {files} files ({shutil.disk_usage(existing).free / 1e9:.0f} GB free), at "
-        f"most {job.memory(args.workers) / 1e9:.2f} GB of tensors in memory", file=sys.stderr,
-    )  # fmt: skip
+        f"most {job.memory(args.workers) / 1e9:.2f} GB of tensors in memory",
+        file=sys.stderr,
+    )
     begin = perf_counter()
     try:
         with byte_progress(sys.stderr.isatty(), args.command) as report:
@@ -140,5 +141,7 @@ def _run(job: Job, target: Path, args: argparse.Namespace) -> None:
         print("stopped: run the same command again, and it goes on", file=sys.stderr)
         raise
     seconds = perf_counter() - begin
-    print(f"written in {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s; checksums.json holds a sum for each tensor",
-          file=sys.stderr)  # fmt: skip
+    print(
+        f"written in {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s; checksums.json holds a sum for each tensor",
+        file=sys.stderr,
+    )

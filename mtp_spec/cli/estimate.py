@@ -121,10 +121,20 @@ def show_estimate(file: Path, ranks: int, copy_rate: float | None, as_json: bool
     refused = stored.refusal() if stored is not None and stored.block is None else None
     speed = found.tokens_per_second
     if as_json:
-        print(json.dumps({"ranks": ranks, "weight_bytes": found.weights, "whole_bytes": found.whole,
-                          "read_bytes_per_token": found.read, "cache_bytes_per_token": found.cache,
-                          "copy_rate_tb_per_s": copy_rate, "tokens_per_second_at_best": speed,
-                          "refused": refused}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "ranks": ranks,
+                    "weight_bytes": found.weights,
+                    "whole_bytes": found.whole,
+                    "read_bytes_per_token": found.read,
+                    "cache_bytes_per_token": found.cache,
+                    "copy_rate_tb_per_s": copy_rate,
+                    "tokens_per_second_at_best": speed,
+                    "refused": refused,
+                }
+            )
+        )
         return
     kind = "bfloat16" if config.fp8_block is None else "FP8"
     if stored is not None and stored.block is None:

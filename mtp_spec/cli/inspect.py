@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mtp_spec.bench.cli import add_load_options
+from mtp_spec.bench.options import LOAD, add_options
 from mtp_spec.cli.inspection_table import show_checkpoint
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.shapes import named_shape, published
@@ -29,15 +29,20 @@ def add_inspect(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inspect.add_argument("path", nargs="?", type=Path,
-                         help="checkpoint folder (default: the bundled model), a configuration file, or the name of "
-                              "one of the library's own: " + ", ".join(published()))  # fmt: skip
+    inspect.add_argument(
+        "path",
+        nargs="?",
+        type=Path,
+        help="checkpoint folder (default: the bundled model), a configuration file, or the name of "
+        "one of the library's own: " + ", ".join(published()),
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON document")
-    inspect.add_argument("--agreement", action="store_true",
-                         help="load it and measure how often drafts of each depth are what it writes")  # fmt: skip
+    inspect.add_argument(
+        "--agreement", action="store_true", help="load it and measure how often drafts of each depth are what it writes"
+    )
     inspect.add_argument("--device", metavar="DEVICE", help="where --agreement runs: cpu or cuda (cpu)")
     inspect.add_argument("--checksums", action="store_true", help="read everything and compare with checksums.json")
-    add_load_options(inspect)
+    add_options(inspect, LOAD)
     alone = inspect.add_argument_group("of a configuration file")
     alone.add_argument("--model-parallel", type=int, metavar="N", help="ranks (1)")
     alone.add_argument("--card", metavar="NAME", help="estimate the speed on H100 or H200")
@@ -64,9 +69,13 @@ def run_inspect(args: argparse.Namespace) -> None:
         if args.agreement:
             return _agree(args)
         return show_checkpoint(
-            args.path, as_json=args.json, drafts=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-            max_context=args.max_context, weights=args.weights,
-        )  # fmt: skip
+            args.path,
+            as_json=args.json,
+            drafts=args.draft_vocabulary,
+            cache_dtype=args.cache_dtype,
+            max_context=args.max_context,
+            weights=args.weights,
+        )
     if args.checksums or args.agreement or _loads(args):
         raise OptionError(
             "--checksums, --agreement, --draft-vocabulary, --weights, --cache-dtype and --max-context belong to a "
@@ -87,9 +96,15 @@ def _agree(args: argparse.Namespace) -> None:
     from mtp_spec.analysis.watch import SUSPICIOUS
     from mtp_spec.cli.agreement import agreement
 
-    lm = mtp_spec.load(args.path, device=args.device or "cpu", weights=args.weights,
-                       draft_vocabulary=args.draft_vocabulary,
-                       cache_dtype=args.cache_dtype, max_context=args.max_context, progress=True)  # fmt: skip
+    lm = mtp_spec.load(
+        args.path,
+        device=args.device or "cpu",
+        weights=args.weights,
+        draft_vocabulary=args.draft_vocabulary,
+        cache_dtype=args.cache_dtype,
+        max_context=args.max_context,
+        progress=True,
+    )
     rates = agreement(lm)
     if lm.model.ranks.rank:
         return

@@ -28,9 +28,14 @@ from mtp_spec.weights import runs_as_fp8, with_weights
 
 
 def show_checkpoint(
-    path: Path | None, as_json: bool = False, console: Console | None = None, drafts: DraftVocabulary = None,
-    cache_dtype: str | None = None, max_context: int | None = None, weights: str | None = None,
-) -> None:  # fmt: skip
+    path: Path | None,
+    as_json: bool = False,
+    console: Console | None = None,
+    drafts: DraftVocabulary = None,
+    cache_dtype: str | None = None,
+    max_context: int | None = None,
+    weights: str | None = None,
+) -> None:
     """Prints architecture, parameters, dtypes, MTP modules and memory of a folder, loaded with these options."""
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else path
     checkpoint, refused = opened_or_refused(folder)
@@ -40,8 +45,15 @@ def show_checkpoint(
     on_gpu = _gpu(read, drafts, cache_dtype, limit) if refused is None else "no"
     foreseen = foresee(read) if refused is None and engine.why_not() is None else None
     if as_json:
-        print(json.dumps({**asdict(summary), "cache_bytes_per_token": cache_bytes(summary, packed),
-                          "cpu_engine": None if foreseen is None else asdict(foreseen)}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    **asdict(summary),
+                    "cache_bytes_per_token": cache_bytes(summary, packed),
+                    "cpu_engine": None if foreseen is None else asdict(foreseen),
+                }
+            )
+        )
         return
     on_cpu = _cpu(read, summary, limit) if refused is None else "no"
     if foreseen is not None:
@@ -92,8 +104,10 @@ def _cpu(checkpoint: Checkpoint, summary: CheckpointSummary, limit: int) -> str:
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     page = PAGE * layers * (config.kv_lora_rank + config.qk_rope_head_dim) * item
     runs = f"the engine ({engine.library().level})" if obstacle is None else f"torch: {obstacle}"
-    return (f"{runs}; {weights}; caches in pages of {PAGE} tokens, {page:,} bytes each; load(max_batch=N) plans N x "
-            f"{pages_for(limit + MAX_NODES + 1)} for {limit} tokens each")  # fmt: skip
+    return (
+        f"{runs}; {weights}; caches in pages of {PAGE} tokens, {page:,} bytes each; load(max_batch=N) plans N x "
+        f"{pages_for(limit + MAX_NODES + 1)} for {limit} tokens each"
+    )
 
 
 def _refusal(checkpoint: Checkpoint) -> str | None:

@@ -17,11 +17,12 @@ from typing import Any
 from rich.console import Console
 
 import mtp_spec
-from mtp_spec.bench.cli import add_bench, add_load_options, run_bench
+from mtp_spec.bench.cli import add_bench, run_bench
+from mtp_spec.bench.options import LOAD, add_options
 from mtp_spec.cli.chat_options import add_chat_options, chat_options
 from mtp_spec.cli.convert import add_converting, run_cast, run_convert, run_export
 from mtp_spec.cli.inspect import add_inspect, run_inspect
-from mtp_spec.cli.prompts import add_prompts, check_interactive, read_prompts
+from mtp_spec.cli.prompts import NOT_IN_CHAT, add_prompts, check_interactive, read_prompts
 from mtp_spec.model.distributed.joining import join_ranks
 from mtp_spec.sampling.defaults import CHOICES
 from mtp_spec.sampling.seeds import fresh_seed, text_seeds
@@ -53,8 +54,7 @@ SAMPLING: dict[str, tuple[type, str]] = {
     "logprobs": (int, "report log-probabilities and this many alternatives, with --json (0: off)"),
 }
 
-VERBS = {"inspect": run_inspect, "bench": run_bench, "convert": run_convert, "cast": run_cast,
-         "export": run_export}  # fmt: skip
+VERBS = {"inspect": run_inspect, "bench": run_bench, "convert": run_convert, "cast": run_cast, "export": run_export}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,12 +88,17 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it as a chat")
     generate.add_argument("--n", type=int, default=1, metavar="N", help="texts a prompt, each of its own seed (1)")
     generate.add_argument("--json", action="store_true", help="print one JSON document a text instead of the text")
-    generate.add_argument("--max-batch", type=int, default=1, metavar="N",
-                          help="write up to N texts side by side; with --json (1)")  # fmt: skip
+    generate.add_argument(
+        "--max-batch", type=int, default=1, metavar="N", help="write up to N texts side by side; with --json (1)"
+    )
     drafting = _add_shape(generate, "speculation (never changes the text, but for --acceptance)")
     drafting.add_argument("--trace", type=int, metavar="N", help="show N steps as trees instead of the text")
-    drafting.add_argument("--acceptance", choices=ACCEPTANCE_RULES, metavar="RULE", help=", ".join(ACCEPTANCE_RULES)
-                          + " (coupled: same text; typical and relaxed change its distribution)")  # fmt: skip
+    drafting.add_argument(
+        "--acceptance",
+        choices=ACCEPTANCE_RULES,
+        metavar="RULE",
+        help=", ".join(ACCEPTANCE_RULES) + " (coupled: same text; typical and relaxed change its distribution)",
+    )
     _add_sampling(generate, SAMPLING)
 
 
@@ -111,16 +116,22 @@ def _add_chat(commands: Any) -> None:
     chat.add_argument("--once", metavar="PROMPT", help="answer this one question; - reads it from standard input")
     chat.add_argument("--history", type=Path, metavar="FILE", help="where what is typed is remembered")
     _add_shape(chat, "speculation (never changes the text)")
-    _add_sampling(chat, {name: option for name, option in SAMPLING.items() if name != "logprobs"})
+    _add_sampling(chat, {name: option for name, option in SAMPLING.items() if name not in NOT_IN_CHAT})
+    chat.set_defaults(**NOT_IN_CHAT)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", "--ckpt-path", type=Path, metavar="PATH",
-                        help="checkpoint folder, per-rank files too (default: the bundled model)")  # fmt: skip
+    parser.add_argument(
+        "--model",
+        "--ckpt-path",
+        type=Path,
+        metavar="PATH",
+        help="checkpoint folder, per-rank files too (default: the bundled model)",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of its config.json")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored on a CPU)")
-    add_load_options(parser)
+    add_options(parser, LOAD)
 
 
 def _add_shape(parser: argparse.ArgumentParser, title: str) -> Any:
@@ -136,11 +147,13 @@ def _add_sampling(parser: argparse.ArgumentParser, options: dict[str, tuple[type
     for name, (kind, text) in options.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__.upper(), help=text)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    sampling.add_argument("--defaults", choices=CHOICES, help="of these: the library's, or those of the checkpoint's "
-                          "generation_config.json (library)")  # fmt: skip
+    sampling.add_argument(
+        "--defaults",
+        choices=CHOICES,
+        help="of these: the library's, or those of the checkpoint's generation_config.json (library)",
+    )
     sampling.add_argument("--stop-token-ids", metavar="N,N,...", help="token ids that end the text too")
-    sampling.add_argument("--ignore-eos", action="store_true", default=None,
-                          help="go on after end-of-sequence tokens")  # fmt: skip
+    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on after end-of-sequence tokens")
     formats = sampling.add_mutually_exclusive_group()
     formats.add_argument("--json-object", action="store_true", help="write a JSON object (needs mtp-spec[grammar])")
     formats.add_argument("--json-schema", type=Path, metavar="FILE", help="write JSON that follows this schema")
@@ -211,8 +224,11 @@ def _write(
         print(f"[{said}]", file=sys.stderr)
     options = {**options, **(chat_options(args) if chat else {})}
     asked: list[tuple[str, int, Any]]
-    asked = [(prompt, seed, [{"role": "user", "content": prompt}] if chat else prompt)
-             for prompt, own in zip(prompts, seeds, strict=True) for seed in own]  # fmt: skip
+    asked = [
+        (prompt, seed, [{"role": "user", "content": prompt}] if chat else prompt)
+        for prompt, own in zip(prompts, seeds, strict=True)
+        for seed in own
+    ]
     if args.max_batch > 1:
         handles = [lm.submit(question, **{**options, "seed": seed}) for _, seed, question in asked]
         for (prompt, _, _), handle in zip(asked, handles, strict=True):
@@ -253,16 +269,23 @@ def _answers(args: argparse.Namespace, lm: mtp_spec.LM) -> tuple[bool, str]:
 def _load(args: argparse.Namespace) -> mtp_spec.LM:
     if join_ranks("auto", args.device).size > 1:
         signal.signal(signal.SIGTERM, _stopped)
-    return mtp_spec.load(args.model, config=args.config, device=args.device, dtype=args.dtype, weights=args.weights,
-                         draft_vocabulary=args.draft_vocabulary, cache_dtype=args.cache_dtype,
-                         max_context=args.max_context, max_batch=getattr(args, "max_batch", 1),
-                         progress=sys.stderr.isatty())  # fmt: skip
+    return mtp_spec.load(
+        args.model,
+        config=args.config,
+        device=args.device,
+        dtype=args.dtype,
+        weights=args.weights,
+        draft_vocabulary=args.draft_vocabulary,
+        cache_dtype=args.cache_dtype,
+        max_context=args.max_context,
+        max_batch=args.max_batch,
+        progress=sys.stderr.isatty(),
+    )
 
 
 def _chat(args: argparse.Namespace) -> None:
     from mtp_spec.chat.loop import run_chat
 
-    args.acceptance = args.trace = args.json = None
     options = _options(args)
     lm = _load(args)
     run_chat(lm, {**options, **chat_options(args)}, system=args.system, prompt=args.once, history=args.history)
@@ -293,8 +316,8 @@ def statistics_line(stats: mtp_spec.GenerationStats, seed: int) -> str:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name, None) for name in (*SAMPLING, "stop", "ignore_eos", "defaults")}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = vars(args)
+    options = {name: given[name] for name in (*SAMPLING, "stop", "ignore_eos", "defaults") if given[name] is not None}
     if args.stop_token_ids is not None:
         options["stop_token_ids"] = _numbers("--stop-token-ids", args.stop_token_ids, "1,2")
     if (response_format := _response_format(args)) is not None:
@@ -303,7 +326,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         raise mtp_spec.OptionError("--no-speculation excludes --depth, --branching and --acceptance")
     if args.depth == 0 and (args.branching or args.acceptance):
         raise mtp_spec.OptionError("--depth 0 is plain decoding: it excludes --branching and --acceptance")
-    if getattr(args, "max_batch", 1) != 1 and (not args.json or args.trace is not None):
+    if args.max_batch != 1 and (not args.json or args.trace is not None):
         raise mtp_spec.OptionError("--max-batch needs --json: texts that are written side by side cannot be shown so")
     if args.trace is not None and args.json:
         raise mtp_spec.OptionError("--trace excludes --json: it shows trees instead of the text")

@@ -10,9 +10,19 @@ from typing import Any
 from mtp_spec.console import standard_input
 from mtp_spec.errors import OptionError
 
-# what a chat has no use for; `mtp-spec generate --interactive` refuses it
-NOT_IN_CHAT = {"prompt": None, "prompts": None, "input_file": None, "json": False, "raw": False, "n": 1, "trace": None,
-               "acceptance": None, "logprobs": None, "max_batch": 1}  # fmt: skip
+# what a chat has no use for: `mtp-spec generate --interactive` refuses it, and in `mtp-spec chat` it is this
+NOT_IN_CHAT = {
+    "prompt": None,
+    "prompts": None,
+    "input_file": None,
+    "json": False,
+    "raw": False,
+    "n": 1,
+    "trace": None,
+    "acceptance": None,
+    "logprobs": None,
+    "max_batch": 1,
+}
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

@@ -95,7 +95,7 @@ def test_sampling_says_all_and_leaves_nothing_to_defaults(lm: LM) -> None:
     wanted = lm.generate(PROMPT, **SINGLE).token_ids
     assert lm.generate(PROMPT, sampling=PARAMS, defaults="checkpoint").token_ids == wanted
     with pytest.raises(OptionError, match="defaults='makers' is not possible"):
-        lm.generate(PROMPT, sampling=PARAMS, defaults="makers")  # type: ignore[call-overload]
+        lm.generate(PROMPT, sampling=PARAMS, defaults="makers")
 
 
 def test_a_chat_draws_with_its_parameters(lm: LM) -> None:
@@ -128,7 +128,7 @@ def test_options_of_the_template_stand_beside_sampling(lm: LM) -> None:
     wanted = lm.generate(ids, **SINGLE).token_ids
     assert lm.chat(messages, sampling=PARAMS, continue_final_message=True).token_ids == wanted
     with pytest.raises(OptionError, match=r"sampling=.* is unknown to chat_ids"):
-        lm.chat_ids(ASKED, sampling=PARAMS)  # type: ignore[call-arg]
+        lm.chat_ids(ASKED, sampling=PARAMS)
 
 
 def test_ranks_compare_what_a_sampling_says() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mtp_spec.bench.cpu import SHAPES
+from mtp_spec.bench import cpu
 from mtp_spec.bench.peers import process, steps, texts
 from mtp_spec.bench.peers.gguf_worker import _e4m3
 from mtp_spec.bench.peers.process import Peer, PeerError
@@ -75,15 +75,15 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, t
             ["bench", "cpu-peers", "--llama-python", HERE, "--folder", str(tmp_path), *more]
         )
 
-    full = SHAPES[steps.SHAPE]
+    full = steps.published_config()
     for experts in (full.num_experts_per_tok - 1, full.n_routed_experts + 1):
         with pytest.raises(OptionError, match=f"--experts {experts}: 4 to 64"):
             steps.shape(asked("--experts", str(experts)))
-    monkeypatch.setattr(steps, "free_memory", lambda: 10**15)
+    monkeypatch.setattr(cpu, "free_memory", lambda: 10**15)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=10**15))
     assert steps.shape(asked("--experts", "8")).n_routed_experts == 8
-    monkeypatch.setattr(steps, "free_memory", lambda: 10**9)
-    with pytest.raises(OptionError, match=r"both models need .* GB, memory has 1\.0 left"):
+    monkeypatch.setattr(cpu, "free_memory", lambda: 10**9)
+    with pytest.raises(OptionError, match=r"the pair of models needs .* GB, memory has 1\.0 left"):
         steps.shape(asked())
 
 

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 import mtp_spec
 import tiny
+from lms import host
 from mtp_spec.cache.pages import HostLease, HostPages
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
+from mtp_spec.model.config import load_config
 
 
 def store(pages: int, modules: int = 1) -> HostPages:
@@ -225,7 +227,7 @@ def test_few_pages_make_texts_wait_and_refuse_the_longest(folder: Path) -> None:
     texts = [lm.submit(prompt, max_new_tokens=20, speculation=2, seed=0) for prompt in prompts]
     for prompt, text in zip(prompts, texts, strict=True):
         assert text.result().token_ids == lm.generate(prompt, max_new_tokens=20, speculation=2, seed=0).token_ids
-    pages = lm.backend.pages(True)
+    pages = host(lm).pages(True)
     assert pages is not None
     assert pages.free + pages.idle == pages.total == 2
 
@@ -257,7 +259,7 @@ def test_cancelled_and_broken_texts_give_their_pages_back(folder: Path) -> None:
     done.set()
     other.join()
     assert len(lm.submit([1], max_new_tokens=1, seed=0).result().token_ids) == 1
-    pages = lm.backend.pages(True)
+    pages = host(lm).pages(True)
     lm.close()
     assert pages is not None
     assert pages.free + pages.idle == 6
@@ -267,7 +269,7 @@ def test_closing_frees_the_memory(folder: Path) -> None:
     lm = mtp_spec.load(folder, dtype="bfloat16", max_batch=2)
     texts = [lm.submit([1, 2], max_new_tokens=100, seed=0), lm.submit([3], max_new_tokens=5, seed=0)]
     texts[1].result()
-    memory = weakref.ref(lm.backend.pages(True))
+    memory = weakref.ref(host(lm).pages(True))
     lm.close()
     assert memory() is None
 
@@ -284,7 +286,7 @@ def test_a_ruined_page_is_cleaned_before_it_is_used_again() -> None:
 
 
 def test_the_plan_is_checked_against_the_machine(folder: Path) -> None:
-    config = mtp_spec.model.config.load_config(folder)
+    config = load_config(folder)
     plan = PagePlan.of(config, torch.bfloat16, 200, 3, None)
     assert plan.pages == 3 * pages_for(200 + 65)
     assert plan.page_bytes == PAGE * (config.num_hidden_layers + config.num_nextn_predict_layers) * 32 * 2
@@ -293,7 +295,7 @@ def test_the_plan_is_checked_against_the_machine(folder: Path) -> None:
         PagePlan.of(config, torch.bfloat16, 2**30, 2**20, None)
     for wrong in (0, 1.5, True):
         with pytest.raises(mtp_spec.OptionError, match="cache_tokens"):
-            mtp_spec.load(folder, cache_tokens=wrong)  # type: ignore[arg-type]
+            mtp_spec.load(folder, cache_tokens=wrong)
 
 
 def test_pages_known_without_drafts_become_known_with_them() -> None:

@@ -15,7 +15,7 @@ import torch
 import mtp_spec
 import tiny
 from device_models import OnceThenAgain, checkpoint, device_lm
-from lms import lm_of, runtime
+from lms import device, host, lm_of, runtime
 from mtp_spec.api import LM
 from mtp_spec.chat.session import Session
 from mtp_spec.cpu.passes import MOST_ROWS
@@ -66,9 +66,13 @@ def shared(lm: LM, tokens: int = 2 * PAGE) -> int:
     return tokens if lm.backend.technique == "batched" else tokens // MOST_ROWS * MOST_ROWS
 
 
+def shared_pages(lm: LM) -> Any:
+    return device(lm).pool.pages if lm.backend.captured else host(lm).pages(False)
+
+
 def fresh_text(lm: LM, prompt: list[int], **options: Any) -> mtp_spec.TokenStream:
     """Writes a text that shares nothing."""
-    pages = lm.backend.pool.pages if lm.backend.captured else lm.backend.pages(False)
+    pages = shared_pages(lm)
     pages.forget()
     stream = finished(lm.stream(prompt, **options))
     assert stream.result.stats.reused_tokens == 0
@@ -93,8 +97,9 @@ def test_any_earlier_text_will_do(pair: tuple[LM, LM]) -> None:
     prompt = [50, *PROMPT]
     whole = fresh_text(other, prompt, speculation=2, **OPTIONS).result.token_ids
     reused = set[int]()
-    questions = (prompt, [*prompt[:70], 40], [*prompt, *whole[:5], 3], prompt[:30])
-    speculations, others = (2, None), [(2, 40), (2, 3), (Speculation(2, adaptive=True), 4), (None, 1), (2, 0)]
+    questions: tuple[list[int], ...] = (prompt, [*prompt[:70], 40], [*prompt, *whole[:5], 3], prompt[:30])
+    speculations: tuple[Any, ...] = (2, None)
+    others: list[Any] = [(2, 40), (2, 3), (Speculation(2, adaptive=True), 4), (None, 1), (2, 0)]
     if lm.backend.captured and lm.model.device.type == "cpu":  # the references take a second for each text: one of each
         questions, speculations, others = questions[1:3], (2,), [(2, 3), (None, 1)]
     for question in questions:
@@ -160,7 +165,7 @@ def test_only_streams_of_this_model(pair: tuple[LM, LM]) -> None:
     lm, other = pair
     for wrong in ("text", other.stream([1])):
         with pytest.raises(mtp_spec.OptionError, match="after"):
-            lm.stream([1, 2], after=wrong)  # type: ignore[arg-type]
+            lm.stream([1, 2], after=wrong)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "references"])
@@ -168,7 +173,7 @@ def test_a_stream_that_nobody_holds_gives_its_pages_back(tmp_path: Path, backend
     lm, _ = models(backend, tmp_path)
     for _ in range(3):
         finished(lm.stream(PROMPT, **{**OPTIONS, "max_new_tokens": 200}), 2)
-    pages: Any = lm.backend.pool.pages if lm.backend.captured else lm.backend.pages(False)
+    pages = shared_pages(lm)
     assert pages.free + pages.idle == pages.total
 
 

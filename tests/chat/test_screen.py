@@ -75,7 +75,7 @@ def words(text: str) -> list[tuple[str, int]]:
 def screen(width: int = 80, **options: object) -> tuple[Screen, io.StringIO, io.StringIO]:
     out, err = io.StringIO(), io.StringIO()
     given = {"force_terminal": True, "color_system": None, "force_interactive": False, "height": 24, **options}
-    return Screen(Console(file=out, width=width, **given), Console(file=err, width=width)), out, err  # type: ignore[arg-type]
+    return Screen(Console(file=out, width=width, **given), Console(file=err, width=width)), out, err
 
 
 def shown(text: str, width: int = 80, **options: object) -> str:
@@ -145,7 +145,7 @@ def test_tokens_in_their_proposers_colours() -> None:
 
 @pytest.mark.parametrize("options", [{"no_color": True, "color_system": "standard"}, {"force_terminal": False}, {}])
 def test_outputs_without_colours_say_so(options: dict[str, object]) -> None:
-    assert not screen(**options)[0].can_colour  # type: ignore[arg-type]
+    assert not screen(**options)[0].can_colour
     assert screen(color_system="truecolor")[0].can_colour
 
 

@@ -80,7 +80,7 @@ def test_which_tokens(tmp_path: Path) -> None:
     assert draft_ids(listed, config) == draft_ids(str(listed), config) == sorted({5, 9, 700, *config.eos_token_ids})
     for bad in (0, -3, True, config.vocab_size, 1.5, tmp_path / "none.txt"):
         with pytest.raises(OptionError, match="draft_vocabulary="):
-            draft_ids(bad, config)  # type: ignore[arg-type]
+            draft_ids(bad, config)
     for text, words in (("", "is empty"), ("5\nfox\n", "'fox'"), (f"{config.vocab_size}", "no token id")):
         listed.write_text(text)
         with pytest.raises(OptionError, match=words):
@@ -111,9 +111,8 @@ def test_headers_are_read_once_and_absent_modules_not_counted(
     folder = checkpoint(tmp_path, "v3", num_nextn_predict_layers=0)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"num_nextn_predict_layers": 0', '"num_nextn_predict_layers": 1'))
-    reads, planned = [], []
-    monkeypatch.setattr(checkpoints, "read_headers",
-                        lambda path, read=checkpoints.read_headers: reads.append(path) or read(path))  # fmt: skip
+    reads, planned, read = list[Any](), list[Any](), checkpoints.__dict__["read_headers"]
+    monkeypatch.setattr(checkpoints, "read_headers", lambda path: reads.append(path) or read(path))
     monkeypatch.setattr(loading, "check_memory", lambda model, *_: planned.append(model))
     model = load_model(folder, None, "cpu", 300, None, None)
     assert reads == [folder]

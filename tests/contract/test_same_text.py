@@ -88,7 +88,7 @@ def test_rows_are_bitwise_those_of_plain_decoding(folder: Path, dtype: str) -> N
             assert torch.equal(row_logits(model, hidden, technique)[branch], torch.cat(alone[:8]))
 
 
-def _oracle(tokens: list[int], wrong: int) -> Callable[..., TokenTree]:
+def _oracle(tokens: list[int], wrong: int) -> Callable[..., Work[TokenTree]]:
     """Drafts the true continuation, each token moved by `wrong`."""
 
     def draft(self: Drafter, known: list[int], speculation: Any, depth: int, *_: Any) -> Work[TokenTree]:

@@ -174,7 +174,8 @@ def test_stop_tokens_end_the_text_before_them(small: mtp_spec.LM, temperature: f
     for at in (1, 5, 12):
         token = whole.token_ids[at]
         first = whole.token_ids.index(token)
-        for given_ids in ([token], token, (token, token), {token}, torch.tensor([token])):
+        forms: list[Any] = [[token], token, (token, token), {token}, torch.tensor([token])]
+        for given_ids in forms:
             out = small.generate([4, 2], seed=5, stop_token_ids=given_ids, **options)
             assert (out.token_ids, out.finish_reason) == (whole.token_ids[:first], "stop")
         out = all_ways(small, [4, 2], stop_token_ids=[token], **options)

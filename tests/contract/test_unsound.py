@@ -28,7 +28,7 @@ from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.tree import TokenTree
 
 PROMPTS = [[5, 9, 2, 7], [1, 2, 3], [40, 41, 42, 43, 44]]
-LAYERS = tiny.V3["num_hidden_layers"]
+LAYERS: Any = tiny.V3["num_hidden_layers"]
 TREE = mtp_spec.Speculation(branching=(3, 2, 1), budget=5)
 RULES = ("rejection", "hybrid", "traversal", "typical", "relaxed")
 DRAFTS = [1, 3, TREE, "auto", *(mtp_spec.Speculation(branching=(2, 2), acceptance=rule) for rule in RULES),
@@ -157,7 +157,7 @@ def test_it_says_where_in_the_middle_of_a_text(load: Callable[..., mtp_spec.LM])
     place, token = next((i, t) for i, t in enumerate(written) if i > 2 and t not in written[:i] + PROMPTS[0])
     damage(lm, "model.embed_tokens.weight", math.nan, token)
     for speculation in (None, 3, TREE):
-        stream, seen = lm.stream(PROMPTS[0], max_new_tokens=12, temperature=0.0, speculation=speculation), []
+        stream, seen = lm.stream(PROMPTS[0], max_new_tokens=12, temperature=0.0, speculation=speculation), list[int]()
         position = len(PROMPTS[0]) + place
         with pytest.raises(
             mtp_spec.MTPSpecError, match=rf"position {position + 1}: .* position {position} \(id {token}\)"

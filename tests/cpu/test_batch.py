@@ -174,7 +174,7 @@ def test_a_request_that_cannot_be_served_is_refused_at_once(lm: mtp_spec.LM) -> 
     with pytest.raises(mtp_spec.OptionError, match="n=2"):
         lm.submit([1], n=2)
     with pytest.raises(mtp_spec.PromptError, match="one prompt"):
-        lm.submit([[1], [2]])  # type: ignore[list-item]
+        lm.submit([[1], [2]])
     assert len(running.result().token_ids) == 20
 
 
@@ -185,9 +185,10 @@ def test_from_asyncio(lm: mtp_spec.LM) -> None:
         return [event.token_id async for event in lm.submit(prompt, **options)]
 
     async def all_of_them() -> None:
-        texts = await asyncio.gather(*(follow([i, i + 1]) for i in range(9)), lm.submit([50], **options))
-        assert texts[:9] == [lm.generate([i, i + 1], **options).token_ids for i in range(9)]
-        assert texts[9].token_ids == lm.generate([50], **options).token_ids
+        *texts, last = await asyncio.gather(*(follow([i, i + 1]) for i in range(9)), lm.submit([50], **options))
+        assert texts == [lm.generate([i, i + 1], **options).token_ids for i in range(9)]
+        assert isinstance(last, mtp_spec.Generation)
+        assert last.token_ids == lm.generate([50], **options).token_ids
         told = {"logprobs": 1, "speculation": 2, **options}  # "auto" need not draft the same steps twice
         done = lm.submit([2, 3], **told)
         text, expected = await done, list(lm.stream([2, 3], **told))

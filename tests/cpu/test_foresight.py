@@ -159,7 +159,7 @@ def test_what_memory_does_not_hold() -> None:
 
 
 def loads(folder: Path, read: list[int], **options: object) -> mtp_spec.LM:
-    return mtp_spec.load(folder, measure=False, progress=lambda done, _: read.append(done), **options)  # type: ignore[arg-type]
+    return mtp_spec.load(folder, measure=False, progress=lambda done, _: read.append(done), **options)
 
 
 @engine

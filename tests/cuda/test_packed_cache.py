@@ -86,7 +86,7 @@ def test_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
         assert packs_cache(given)
     for bad in ("int8", "float32", 8, torch.float16):
         with pytest.raises(OptionError, match=re.escape(f"cache_dtype={bad!r}: allowed are bfloat16, float8_e4m3fn")):
-            mtp_spec.load(cache_dtype=bad)  # type: ignore[arg-type]
+            mtp_spec.load(cache_dtype=bad)
     for dtype, cause in ((None, "need an NVIDIA GPU"), ("float32", "runs by torch")):
         with pytest.raises(OptionError, match=f"cache_dtype='{FP8}' .*{cause}.*leave cache_dtype out"):
             mtp_spec.load(dtype=dtype, cache_dtype=FP8)

@@ -172,7 +172,7 @@ def test_room_holds_every_padded_pass() -> None:
             self.ids = [0] * count
 
     for count in range(1, 330):
-        room = room_of(Asked(count), 10_000)  # type: ignore[arg-type]
+        room = room_of(Asked(count), 10_000)
         for reused in range(0, count, PAGE):
             first = reused
             while first < count:

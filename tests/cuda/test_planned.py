@@ -63,13 +63,14 @@ def turns(lm: LM, scripted: Any, prompt: Any, count: int, options: dict[str, Any
         taken = made[0].taken
         assert {rung for rung, _ in taken} <= set(rungs)
         assert out.stats.drafted == pytest.approx(sum(rung for rung, _ in taken), abs=4)
+        assert state.pages is not None
         slots = (state.pages[0].long()[:, None] + torch.arange(64, device=state.pages.device)).flatten()
         known = slots[: int(state.fed[0]) - len(state.mtp_caches)]
         held.append([cache.slots[known].clone() for cache in state.mtp_caches])
     for other in held[1:]:
         for ours, theirs in zip(held[0], other, strict=True):
-            known = min(len(ours), len(theirs))
-            assert torch.equal(ours[:known], theirs[:known])
+            both = min(len(ours), len(theirs))
+            assert torch.equal(ours[:both], theirs[:both])
 
 
 def test_turns_change_nothing(tmp_path: Path, scripted: Any) -> None:

@@ -80,7 +80,7 @@ def test_every_place_is_filled(tmp_path: Path) -> None:
         raw = slot.view(torch.uint8) if slot.dtype == torch.float8_e4m3fn else slot
         raw.zero_()
         assert clean.checkpoint_slots()[name].float().abs().max() > 0, name
-    experts = [layer.mlp for layer in model.layers[1:]]
+    experts: list[Any] = [layer.mlp for layer in model.layers[1:]]
     assert all(not t.float().any() for mlp in experts for t in (mlp.experts.gate_up, mlp.experts.down))
 
 

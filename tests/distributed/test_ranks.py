@@ -211,7 +211,7 @@ def test_an_error_without_words_is_heard_all_the_same() -> None:
             said.append(value)
             return [value, ""]
 
-    with pytest.raises(LookupError), Ranks(0, 2, None, Facts()).together():  # type: ignore[arg-type]
+    with pytest.raises(LookupError), Ranks(0, 2, None, Facts()).together():
         raise LookupError
     assert said == [{"failed": "LookupError"}]
 

@@ -84,11 +84,11 @@ def test_a_part_of_a_matrix_is_summed_as_the_whole() -> None:
     tuned = json.loads((Path(gemm.__file__).parent / "tuned" / "gemm.json").read_text())
     for name in tuned:
         size, _, kind = name.partition(" ")
-        matrix = (*(int(number) for number in size.split("x")), kind or "fp8")
-        whole = gemm.default_launch(*matrix)
-        assert gemm.default_launch(*matrix, part=matrix[0]) == whole
+        n, k = (int(number) for number in size.split("x"))
+        whole = gemm.default_launch(n, k, kind or "fp8")
+        assert gemm.default_launch(n, k, kind or "fp8", part=n) == whole
         for ranks in (2, 4, 8):
-            assert gemm.default_launch(*matrix, part=matrix[0] // ranks).splits == whole.splits
+            assert gemm.default_launch(n, k, kind or "fp8", part=n // ranks).splits == whole.splits
 
 
 @pytest.mark.gpu

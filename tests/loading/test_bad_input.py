@@ -143,7 +143,8 @@ def test_bad_prompts(lm: mtp_spec.LM, prompt: Any) -> None:
 
 def test_arrays_are_ids(lm: mtp_spec.LM) -> None:
     expected = lm.generate([1, 2, 3], max_new_tokens=4, seed=0).token_ids
-    for prompt in (np.array([1, 2, 3]), torch.tensor([1, 2, 3]), (1, 2, 3)):
+    prompts: list[Any] = [np.array([1, 2, 3]), torch.tensor([1, 2, 3]), (1, 2, 3)]
+    for prompt in prompts:
         assert lm.generate(prompt, max_new_tokens=4, seed=0).token_ids == expected
         assert lm.generate([prompt], max_new_tokens=4, seed=0)[0].token_ids == expected
 

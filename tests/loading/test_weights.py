@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_a_rank_has_the_bits_of_cast(folders: tuple[Path, Path], rank: int) -> N
     ranks = Ranks(rank, 2)
     with torch.device("meta"):
         slots = Transformer(open_checkpoint(fp8).config, torch.bfloat16, "meta", ranks).checkpoint_slots()
-    read = [
+    read: list[dict[str, Any]] = [
         {name: rest for name, *rest in read_weights(rank_part(source, slots, ranks), None)}
         for source in (opened(wide), open_checkpoint(fp8))
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mtp_spec.cli.main import main
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.model import DeviceModel, why_not
 from mtp_spec.model.transformer import Transformer
+from mtp_spec.shapes import named_shape
 from places import CONFIGS
 
 # billions of parameters in all and active, as their cards say
@@ -75,3 +77,19 @@ def test_unknown_names_are_answered_with_the_known(
     with pytest.raises(SystemExit):
         main(["inspect", "671B"])
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_a_shape_keeps_its_former_name() -> None:
+    assert named_shape(Path("gigachat3.1-10b")) == named_shape(Path("GigaChat3-10B-A1.8B"))
+
+
+def test_a_shape_too_large_to_be_written_is_refused_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mtp_spec.bench.cpu.why_not", lambda: None)
+    monkeypatch.setattr("mtp_spec.bench.cpu.free_memory", lambda: 12 * 10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**15))
+    with pytest.raises(SystemExit):
+        main(["bench", "cpu", "--shape", "gigachat3.1-10b", "--folder", str(tmp_path)])
+    assert "--shape: the model needs 14.3 GB, memory has 12.0 left; give another --folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

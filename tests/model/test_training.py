@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.checkpoint.folder import load_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.distributed.group import Ranks
+from mtp_spec.model.moe import Gate, row_products
 from mtp_spec.model.training import TrainingForward, chosen_experts, distil_loss, joint_loss
 from mtp_spec.model.transformer import Transformer
 
@@ -105,6 +107,52 @@ def test_the_gate_chooses_as_inference_does(model: Transformer) -> None:
         torch.testing.assert_close(weights, torch.tensor(expected_weights, dtype=torch.float32))
 
 
+def chosen_row(scores: list[float], choice: list[float], config: ModelConfig) -> tuple[list[float], list[int]]:
+    """Returns a row's weights and experts as the V3 report words it (eq. 12-16), in plain Python."""
+    allowed = list(range(len(choice)))
+    if config.topk_method != "greedy":
+        size = len(choice) // config.n_group
+        groups = [range(first, first + size) for first in range(0, len(choice), size)]
+        best_of = 2 if config.topk_method == "noaux_tc" else 1
+        worth = [sum(sorted(choice[e] for e in group)[-best_of:]) for group in groups]
+        best = sorted(range(len(groups)), key=lambda g: -worth[g])[: config.topk_group]
+        allowed = sorted(e for g in best for e in groups[g])
+    indices = sorted(sorted(allowed, key=lambda e: -choice[e])[: config.num_experts_per_tok])
+    total, scale = 0.0, config.routed_scaling_factor
+    for expert in indices:  # one by one: Python's sum() rounds otherwise from 3.12 on
+        total += scores[expert]
+    if config.norm_topk_prob and not config.is_v2:
+        scale /= total + 1e-20
+    return [scores[e] * scale for e in indices], indices
+
+
+@pytest.mark.parametrize("method", ["noaux_tc", "group_limited_greedy", "greedy"])
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_the_gate_chooses_each_row_as_the_paper_words_it(scoring: str, method: str) -> None:
+    """Bit for bit, with equals among the experts, alone and beside other rows."""
+    config = replace(CONFIG, scoring_func=scoring, topk_method=method, n_routed_experts=24, n_group=4, topk_group=2,
+                     num_experts_per_tok=5)  # fmt: skip
+    gate, x = Gate(config, "cpu"), torch.randn(17, config.hidden_size, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        gate.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(5))
+        gate.weight[3::4] = gate.weight[0]
+        if gate.e_score_correction_bias is not None:
+            gate.e_score_correction_bias.copy_(0.01 * (torch.arange(24) % 3))
+    logits = row_products(x, gate.weight).detach().numpy()
+    if scoring == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
+    else:
+        scores = np.exp(logits - logits.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+    bias = gate.e_score_correction_bias
+    choice = scores if bias is None else scores + bias.numpy()
+    expected = [chosen_row(*row, config) for row in zip(scores.tolist(), choice.tolist(), strict=True)]
+    weights, indices = gate.choose(x)
+    assert list(zip(weights, indices, strict=True)) == expected
+    alone = [gate.choose(row[None]) for row in x]
+    assert [(own, experts) for (own,), (experts,) in alone] == expected
+
+
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("which", ["joint", "distil"])
 def test_gradients_are_finite_differences(which: str, scoring: str) -> None:
@@ -129,11 +177,11 @@ def test_gradients_are_finite_differences(which: str, scoring: str) -> None:
         direction = torch.randn(parameter.shape, dtype=torch.float64)
         direction /= direction.norm()
         with torch.no_grad():
-            parameter += step * direction
+            parameter.add_(step * direction)
             above = loss()
-            parameter -= 2 * step * direction
+            parameter.sub_(2 * step * direction)
             below = loss()
-            parameter += step * direction
+            parameter.add_(step * direction)
         found, expected = float((above - below) / (2 * step)), float((parameter.grad * direction).sum())
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-8), name
         checked += abs(expected) > 1e-6
@@ -201,7 +249,7 @@ def test_loads_are_counted_with_gradients_and_balanced() -> None:
     assert mixed is not None
     assert module is not None
     assert mixed.sum() == 0
-    gate = model.blocks()[1].mlp.gate
+    gate: Any = model.blocks()[1].mlp.gate
     forward.hidden(ids)
     assert mixed.sum() == 3 * 20 * CONFIG.num_experts_per_tok
     assert module.sum() == 0
@@ -233,7 +281,7 @@ def test_bfloat16_autocast_is_near() -> None:
     exact = forward.logits(forward.hidden(ids))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = forward.logits(forward.hidden(ids))
-        gate = model.blocks()[1].mlp.gate
+        gate: Any = model.blocks()[1].mlp.gate
         x = torch.randn(40, CONFIG.hidden_size)
         assert chosen_experts(gate, x)[0].dtype == torch.float32
         assert chosen_experts(gate, x)[1].tolist() == gate.choose(x)[1]

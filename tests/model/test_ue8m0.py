@@ -15,7 +15,7 @@ import mtp_spec
 import small
 from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.kernels import gemm
-from mtp_spec.kernels.fp8 import act_quant, weight_dequant
+from mtp_spec.kernels.fp8 import act_quant, fp8_gemm, weight_dequant
 from mtp_spec.kernels.moe import reference as moe_reference
 from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint
 from mtp_spec.model.config import load_config
@@ -56,7 +56,7 @@ def scales_of_products(folder: Path, patch: pytest.MonkeyPatch) -> list[Tensor]:
 
     with patch.context() as inside:
         inside.setattr(gemm, "fp8_gemm", watched(gemm.fp8_gemm))
-        inside.setattr(moe_reference, "fp8_gemm", watched(moe_reference.fp8_gemm))
+        inside.setattr(moe_reference, "fp8_gemm", watched(fp8_gemm))
         score_ids(load_device_model(folder, "cpu"), IDS)
     return seen
 

@@ -9,6 +9,7 @@ import pytest
 
 import mtp_spec
 import tiny
+from lms import host
 from mtp_spec.cpu import batch_context as company
 from mtp_spec.cpu.draft import KEPT_BEHIND, MOST_BEHIND
 from mtp_spec.cpu.untold import Untold
@@ -52,13 +53,13 @@ def simulate(
     noise, texts = random.Random(seed), [Text(planner) for _ in processes]
     seconds, tokens, steps, nodes = 0.0, 0, 0, 0
     while steps < length * len(texts):
-        company.introduce(texts, len(texts) == 1)  # type: ignore[arg-type]
+        company.introduce(texts, len(texts) == 1)
         leaves, pending, drafting, trees = list[int](), 0, 0, []
         for text, process in zip(texts, processes, strict=True):
             tree, accepted = TokenTree(), list[int]()
             if text.planner.drafts(len(text.tokens), text.pending):
                 levels = Levels()
-                whole, path, _ = _draft(text.planner, levels, process, noise, len(text.tokens), text.pending)  # type: ignore[arg-type]
+                whole, path, _ = _draft(text.planner, levels, process, noise, len(text.tokens), text.pending)
                 kept = text.planner.choose(whole, [chance for _, chance in path])
                 places = {node: place for place, node in enumerate(kept)}
                 tree = whole.part(kept)
@@ -152,7 +153,7 @@ def test_a_node_costs_more_beside_more_rows() -> None:
 @pytest.mark.usefixtures("auto_drafts")
 def test_the_text_is_the_same_whatever_the_company(tmp_path_factory: pytest.TempPathFactory) -> None:
     lm = mtp_spec.load(tiny.make(tmp_path_factory.mktemp("tiny") / "model").folder, dtype="bfloat16", max_batch=6)
-    lm.backend.planners.here().times = CHEAP_ROWS
+    host(lm).planners.here().times = CHEAP_ROWS
     prompts = [[i, i + 1] for i in range(12)]
     texts = lm.generate(prompts, max_new_tokens=30, temperature=0.7, speculation="auto")
     assert sum(text.stats.drafted for text in texts) > 0

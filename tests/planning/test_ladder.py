@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
@@ -73,7 +74,7 @@ def climbing(times: tuple[float, ...]) -> Callable[[], TextLadder]:
 @pytest.mark.parametrize("times", [CHEAP, DEAR], ids=["cheap rows", "dear rows"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_near_the_best_fixed_step(kind: str, times: tuple[float, ...]) -> None:
-    best = max(write(lambda rung=rung: Fixed(rung), times, KINDS[kind], 40).rate for rung in range(len(SHAPES)))
+    best = max(write(partial(Fixed, rung), times, KINDS[kind], 40).rate for rung in range(len(SHAPES)))
     assert write(climbing(times), times, KINDS[kind], 40).rate >= 0.98 * best
 
 
@@ -81,7 +82,7 @@ def test_better_than_any_where_texts_differ() -> None:
     def accept(text: int, _: int) -> float:
         return 0.95 if text % 2 else 0.02
 
-    best = max(write(lambda rung=rung: Fixed(rung), CHEAP, accept, 40).rate for rung in range(len(SHAPES)))
+    best = max(write(partial(Fixed, rung), CHEAP, accept, 40).rate for rung in range(len(SHAPES)))
     assert write(climbing(CHEAP), CHEAP, accept, 40).rate > 1.05 * best
 
 
@@ -94,7 +95,7 @@ def test_wrong_first_times_are_mended() -> None:
     # timed on one token repeated, whose rows share their experts
     hopeful = Ladder(SHAPES, (17.1, 17.5, 18.0, 18.5, 19.0), TURNING * 17.1, {})
     wrote = write(lambda: TextLadder(hopeful), DEAR, KINDS["fair"], 40)
-    best = max(write(lambda rung=rung: Fixed(rung), DEAR, KINDS["fair"], 40).rate for rung in range(len(SHAPES)))
+    best = max(write(partial(Fixed, rung), DEAR, KINDS["fair"], 40).rate for rung in range(len(SHAPES)))
     assert wrote.rate > 0.97 * best
     for rung, seconds in enumerate(DEAR):
         if wrote.rungs.count(rung) > 100:

@@ -138,11 +138,11 @@ def test_measuring_measures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     reports: list[tuple[int, int]] = []
     monkeypatch.setattr(times, "STEADY", 1e9)
     monkeypatch.setattr(times, "ROUNDS", 2)  # further ones only as long as time is left
-    found = times.measure(lm.model, lm.technique, None, 200, lambda *both: reports.append(both))  # type: ignore[arg-type]
+    found = times.measure(lm.model, lm.technique, None, 200, lambda *both: reports.append(both))
     assert found is not None
     assert StepTimes.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert found.verify.contexts == (times.NEAR, 200)
     assert found.verify(1, 50) > found.extend(1, 50) > 0
     assert reports[-1][0] == reports[-1][1] == len(reports)
     monkeypatch.setattr(times, "STEADY", 0.0)
-    assert times.measure(lm.model, lm.technique, None, 200) is None  # type: ignore[arg-type]
+    assert times.measure(lm.model, lm.technique, None, 200) is None

@@ -12,6 +12,7 @@ import torch
 
 import mtp_spec
 import tiny
+from lms import host
 from mtp_spec.planning.confidence import Confidence, Outcome
 from mtp_spec.planning.costs import Curve, StepTimes
 from mtp_spec.planning.governor import ALLOWED, MOST_DEBT, Pace
@@ -156,7 +157,7 @@ def test_the_text_does_not_depend_on_the_plan(machine: str, sampling: dict[str, 
     lm = mtp_spec.load()
     options = {"max_new_tokens": 30, "seed": 4, **sampling}
     plain = lm.generate("One day a fox", speculation=None, **options)
-    lm.backend.planners._planners[torch.get_num_threads()] = Planner(MACHINES[machine])
+    host(lm).planners._planners[torch.get_num_threads()] = Planner(MACHINES[machine])
     for speculation in ("auto", mtp_spec.Speculation(4, (3, 2), budget=6, adaptive=True)):
         out = lm.generate("One day a fox", speculation=speculation, **options)
         assert out.token_ids == plain.token_ids

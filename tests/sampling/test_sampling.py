@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_noise_is_a_function_of_seed_position_and_token() -> None:
     assert not torch.equal(gumbel(5, 1, 100), gumbel(6, 1, 100))
 
 
-LAWS = {
+LAWS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 0.5},
     "top_k": {"top_k": 3},
@@ -59,7 +61,7 @@ LAWS = {
 
 @pytest.mark.parametrize("law", list(LAWS))
 def test_draws_follow_the_processed_law(law: str) -> None:
-    options = {"temperature": 1.0, **LAWS[law]}
+    options: dict[str, Any] = {"temperature": 1.0, **LAWS[law]}
     logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, 0.7])
     p = (logits / options["temperature"]).softmax(-1)
     order = p.argsort(descending=True)
@@ -117,7 +119,7 @@ BAD = [
 @pytest.mark.parametrize("options", BAD, ids=str)
 def test_bad_options_are_named(options: dict[str, object]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
-        SamplingParams(**options)  # type: ignore[arg-type]
+        SamplingParams(**options)
 
 
 def test_unknown_option_is_named() -> None:

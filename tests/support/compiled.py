@@ -101,11 +101,14 @@ def _late(ptx: str) -> bool | None:
 def main(name: str, kind: str) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # the cache keeps no log
-    JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)  # type: ignore[method-assign]
-    launching.overlaps, attention.on_hopper = (lambda _: ARCH >= 90), (lambda _: ARCH == 90)
-    launching.shared_memory = attention.shared_memory = lambda _: SHARED[ARCH]
-    for module in (commit, gemm, attention, layer, grouping, router, quant, sampling, uniform):
+    JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)
+    modules: list[Any] = [commit, gemm, attention, layer, grouping, router, quant, sampling, uniform]
+    for module in modules:
         module.runs_triton = lambda _: True
+    places: list[Any] = [launching, attention]
+    places[0].overlaps, places[1].on_hopper = (lambda _: ARCH >= 90), (lambda _: ARCH == 90)
+    for place in places:
+        place.shared_memory = lambda _: SHARED[ARCH]
     folder = files("mtp_spec.configs")
     if name == "demo":
         config = load_config(Path(str(folder / "demo")))

@@ -143,7 +143,8 @@ def error_and_length(rule: Rule, shape: Sequence[int] | Widths, toy: Toy, depth:
     for tokens, weight in committed.items():
         # what the step left open is drawn by plain decoding
         for rest in product(range(toy.vocab), repeat=length - len(tokens)):
-            law[(*tokens, *rest)] += weight * chance(toy, (*tokens, *rest), len(tokens))
+            whole = (*tokens, *rest)
+            law[whole] += weight * chance(toy, whole, len(tokens))
     error = sum(abs(share - chance(toy, whole)) for whole, share in law.items()) / 2
     return error, sum(weight * len(tokens) for tokens, weight in committed.items())
 

@@ -282,8 +282,8 @@ def pages() -> None:
             mla_attention.PARTS_BYTES, before = room, mla_attention.PARTS_BYTES
             together = run(slice(None), plan, cache)
             mla_attention.PARTS_BYTES = before
-            for (rows, _, single), alone, (*_, own) in zip(parts, expected, plan.apart(cache), strict=True):
-                for ours, theirs in zip(together, alone, strict=True):
+            for (rows, _, single), apart, (*_, own) in zip(parts, expected, plan.apart(cache), strict=True):
+                for ours, theirs in zip(together, apart, strict=True):
                     assert ours.float().isfinite().all()
                     assert torch.equal(ours[rows].view(torch.uint8), theirs.view(torch.uint8))
                 assert torch.equal(own.slots, single.slots)
@@ -371,7 +371,7 @@ def commits() -> None:
                 record = torch.full((texts, commit.record_size(9)), -7, dtype=torch.int32, device=place)
                 seen = torch.zeros(texts, 3, dtype=torch.int32, device=place)
                 inputs = [t.to(place) for t in (drawn, failed, ids, parents.int())]
-                commit.runs_triton = lambda _, kernel=kernel: kernel  # else the references
+                commit.__dict__["runs_triton"] = lambda _, kernel=kernel: kernel  # else the references
                 if _depth(parents) < 9:
                     commit.accept(*inputs, path, tokens, record, seen)
                 caches = new_caches(3, 100, 0, Layout(64, 16, packed=rows % 2 == 1), place, 6 if texts > 1 else None)

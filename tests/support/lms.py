@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
+from mtp_spec.cpu.backend import HostBackend
 from mtp_spec.cuda.backend import DeviceBackend
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.kernels.mla import Cache
@@ -19,6 +20,12 @@ def lm_of(
 ) -> LM:  # fmt: skip
     """Returns a library model of what was loaded; step times are typical ones."""
     return LM(open_backend(model, tokenizer, context, max_batch, cache_tokens, False), tokenizer, context, max_batch)
+
+
+def host(lm: LM) -> HostBackend:
+    """Returns the backend of a model on a processor."""
+    assert isinstance(lm.backend, HostBackend)
+    return lm.backend
 
 
 def device(lm: LM) -> DeviceBackend:

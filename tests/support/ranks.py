@@ -101,14 +101,15 @@ def side_by_side(lm: mtp_spec.LM, tokens: int, rank: int) -> dict[str, Any]:
         time.sleep(0.02 * rank)
         return SUBMIT(self, *given)
 
-    Worker.submit = late  # type: ignore[method-assign]
+    Worker.submit = late  # type: ignore[method-assign, assignment]
     endless = lm.submit(PROMPT[:3], max_new_tokens=3000, logit_bias=no_end(lm), logits_processor=in_no_hurry)
     handles = [lm.submit(prompt, **options) for prompt, options in wishes(tokens)]
     found: dict[str, Any] = {"streams": streams(lm, tokens), "scores": lm.score(PROMPT[:4]).logits.sum().item()}
     failing = lm.submit(PROMPT[:4], max_new_tokens=9, logit_bias=no_end(lm), logits_processor=Wishes(fails=True))
     if rank == 0:
         endless.cancel()
-    asyncio.run(listen(handles[1], heard := []))
+    heard: list[int] = []
+    asyncio.run(listen(handles[1], heard))
     found["texts"] = [written(handle.result()) for handle in handles]
     found["heard"] = heard == handles[1].result().token_ids
     found["failing"], found["cancelled"] = said(failing.result), said(endless.result)
@@ -234,7 +235,7 @@ def start(job: dict[str, Any], count: int, folder: Path, absent: Sequence[int] =
     return processes
 
 
-def run(job: dict[str, Any], count: int, folder: Path) -> list[dict[str, Any]]:
+def run(job: dict[str, Any], count: int, folder: Path) -> list[Any]:
     """Returns what every rank found."""
     for process in start(job, count, folder):
         _, errors = process.communicate(timeout=180)

@@ -174,7 +174,7 @@ def make(folder: Path, kind: str = "v3", seed: int = 0) -> Tiny:
     folder.mkdir(parents=True, exist_ok=True)
     items = sorted(tensors.items())
     files = ("model-1.safetensors", "model-2.safetensors")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, part in zip(files, (items[::2], items[1::2]), strict=True):
         save_file(dict(part), folder / file, metadata={"format": "pt"})
         weight_map |= {name: file for name, _ in part}

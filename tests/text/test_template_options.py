@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -101,7 +102,9 @@ def test_an_assistants_turn_goes_on(lm: mtp_spec.LM) -> None:
         ({"thinking": False}, OptionError, "thinking=False"),
     ],
 )
-def test_what_is_no_option_of_a_template(lm: mtp_spec.LM, options: dict, error: type[Exception], names: str) -> None:
+def test_what_is_no_option_of_a_template(
+    lm: mtp_spec.LM, options: dict[str, Any], error: type[Exception], names: str
+) -> None:
     with pytest.raises(error, match="") as caught:
         lm.chat_ids(ASKED, **options)
     assert names in str(caught.value)
@@ -120,7 +123,9 @@ def test_what_is_no_option_of_a_template(lm: mtp_spec.LM, options: dict, error: 
         ({"role": "nobody", "content": "x"}, "nobody says nothing"),
     ],
 )
-def test_a_field_that_cannot_reach_the_template_is_refused_by_name(lm: mtp_spec.LM, message: dict, names: str) -> None:
+def test_a_field_that_cannot_reach_the_template_is_refused_by_name(
+    lm: mtp_spec.LM, message: dict[str, Any], names: str
+) -> None:
     with pytest.raises(PromptError) as caught:
         lm.chat_ids([message])
     assert names in str(caught.value)

@@ -63,7 +63,7 @@ def both(ours: Tokenizer, theirs: Any, source: str, messages: Any, options: dict
     except Exception:  # whatever a template raises
         wanted = None
     rest = dict(options)
-    own = {name: rest.pop(name) for name in ("tools", "continue_final_message") if name in rest}
+    own: dict[str, Any] = {name: rest.pop(name) for name in ("tools", "continue_final_message") if name in rest}
     own["add_generation_prompt"] = rest.pop("add_generation_prompt", False)
     try:
         got = ours.chat_ids(messages, template={**rest, "chat_template": source}, **own)

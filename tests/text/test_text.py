@@ -156,13 +156,13 @@ def test_a_stop_in_a_token_that_begins_another_character(tokenizer: Tokenizer) -
 def test_what_is_no_text_and_what_is_no_id(tokenizer: Tokenizer) -> None:
     for text in ("caf\udce9", 5, b"abc"):
         with pytest.raises(PromptError, match=r"encoded|no text"):
-            tokenizer.encode(text)  # type: ignore[arg-type]
+            tokenizer.encode(text)
     for messages in ("hi", {"role": "user"}, [5], [{"role": "user", "content": "\ud800"}]):
         with pytest.raises(PromptError, match=r"give|encoded"):
-            tokenizer.chat_ids(messages)  # type: ignore[arg-type]
+            tokenizer.chat_ids(messages)
     for ids in ([-1], ["a"], [10**30]):
         with pytest.raises(PromptError, match="no token ids"):
-            tokenizer.decode(ids)  # type: ignore[arg-type]
+            tokenizer.decode(ids)
 
 
 def test_templates_by_name_and_odd_files(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -72,8 +72,14 @@ class Group:
     ways: dict[Cell, Speculation | Literal["auto"] | None] = field(default_factory=dict)
 
     def add(self, draft: str, speculation: Speculation | Literal["auto"] | None, rule: str = COUPLED) -> None:
-        cell = Cell(temperature=self.temperature, draft=draft, rule=rule, context=self.context,
-                    batch=self.batch, vocabulary=self.vocabulary)  # fmt: skip
+        cell = Cell(
+            temperature=self.temperature,
+            draft=draft,
+            rule=rule,
+            context=self.context,
+            batch=self.batch,
+            vocabulary=self.vocabulary,
+        )
         self.ways[cell] = speculation
 
 

@@ -23,45 +23,13 @@ from mtp_spec.bench.acceptance.questions import BUNDLED, KINDS, QuestionSet, rea
 from mtp_spec.bench.acceptance.report import csv_text, screen, table_rows
 from mtp_spec.bench.acceptance.running import Runner, check_model
 from mtp_spec.bench.common import Report, Row, document, machine, write
+from mtp_spec.bench.options import JSON, LOADED, Benchmark, Option, OptionGroup, Switch
 from mtp_spec.errors import OptionError
 from mtp_spec.progress import step_progress
 from mtp_spec.speculation import ACCEPTANCE_RULES
 
 # what a run may change without another result
-OUTPUTS = ("json", "csv", "html", "png", "resume", "run", "whole", "command")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what is measured, on what, and where it goes."""
-    prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--set", default=BUNDLED, metavar="FILE", help="questions: Spec-Bench, MT-Bench, GSM8K, "
-                         "HumanEval, lines of JSON or text, .gz too (default: bundled held-out prompts)")  # fmt: skip
-    prompts.add_argument("--set-kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS) + " (default: by fields)")
-    prompts.add_argument("--prompts", type=int, metavar="N", help="so many, chosen at random (60; of a file: all)")
-    prompts.add_argument("--raw", action="store_true", help="continue prompts instead of answering them as a chat")
-    prompts.add_argument("--max-new-tokens", type=parsing.count, default=128, help="tokens a text (128)")
-    grid = parser.add_argument_group("cells: every combination of these lists")
-    grid.add_argument("--depths", type=parsing.depths, metavar="K,K,...", help="chains (1,2,3,4,5)")
-    grid.add_argument("--trees", type=parsing.trees, metavar="NxN,...", help="children by depth (2x1x1,3x2x1,2x2x2x1)")
-    grid.add_argument("--auto", action="store_true", help='the default speculation, "auto"')
-    grid.add_argument("--rules", type=parsing.rules, metavar="RULE,...", help="acceptance rules: all, or some of "
-                      + ", ".join(ACCEPTANCE_RULES))  # fmt: skip
-    grid.add_argument("--temperatures", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,...", help="(0,0.8)")
-    grid.add_argument("--contexts", type=parsing.integers, default=[None], metavar="N,N,...",
-                      help="cut or pad prompts to so many tokens (default: as they are)")  # fmt: skip
-    grid.add_argument("--batch", type=parsing.integers, default=[1], metavar="N,N,...",
-                      help="texts written side by side (1)")  # fmt: skip
-    grid.add_argument("--draft-vocabulary", type=parsing.vocabularies, default=[None], metavar="N|FILE|all,...",
-                      help="draft only the first N tokens, or those in a file of ids")  # fmt: skip
-    grid.add_argument("--transformers", action="store_true", help="also transformers' generate, plain and use_mtp")
-    grid.add_argument("--bound", action="store_true", help="also how often a first draft could be accepted at most; "
-                      "takes time, so speed-up is not told")  # fmt: skip
-    out = parser.add_argument_group("output, beside the table")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
-    out.add_argument("--csv", type=Path, metavar="FILE", help="write one line a cell")
-    out.add_argument("--html", type=Path, metavar="FILE", help="write one page with plots (needs mtp-spec[plots])")
-    out.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots (needs mtp-spec[plots])")
-    out.add_argument("--resume", action="store_true", help="go on where an interrupted run with these files stopped")
+OUTPUTS = ("json", "csv", "html", "png", "resume", "command")
 
 
 def acceptance(args: argparse.Namespace) -> None:
@@ -72,9 +40,9 @@ def acceptance(args: argparse.Namespace) -> None:
     output = args.json or args.csv or args.html
     if args.resume and output is None:
         raise OptionError("--resume needs --json, --csv or --html: the journal lies beside it")
-    for option in ("html", "png"):
-        if getattr(args, option) is not None:
-            need_matplotlib(f"--{option}")
+    for option, file in (("--html", args.html), ("--png", args.png)):
+        if file is not None:
+            need_matplotlib(option)
     questions = read_questions(args.set, args.set_kind, args.prompts)
     groups, left_out = sweep(args)
     models = _Models(args)
@@ -101,6 +69,70 @@ def acceptance(args: argparse.Namespace) -> None:
     journal.remove()
 
 
+BENCHMARK = Benchmark(
+    name="acceptance",
+    help="tokens per step, acceptance and speed-up over shapes, rules, contexts",
+    run=acceptance,
+    options=(
+        *LOADED,
+        OptionGroup(
+            "prompts",
+            Option(
+                "--set",
+                "questions: Spec-Bench, MT-Bench, GSM8K, HumanEval, lines of JSON or text, .gz too "
+                "(default: bundled held-out prompts)",
+                default=BUNDLED,
+                metavar="FILE",
+            ),
+            Option("--set-kind", f"{', '.join(KINDS)} (default: by fields)", choices=KINDS, metavar="KIND"),
+            Option("--prompts", "so many, chosen at random (60; of a file: all)", type=int, metavar="N"),
+            Switch("--raw", "continue prompts instead of answering them as a chat"),
+            Option("--max-new-tokens", "tokens a text (128)", type=parsing.count, default=128),
+        ),
+        OptionGroup(
+            "cells: every combination of these lists",
+            Option("--depths", "chains (1,2,3,4,5)", type=parsing.depths, metavar="K,K,..."),
+            Option("--trees", "children by depth (2x1x1,3x2x1,2x2x2x1)", type=parsing.trees, metavar="NxN,..."),
+            Switch("--auto", 'the default speculation, "auto"'),
+            Option(
+                "--rules",
+                f"acceptance rules: all, or some of {', '.join(ACCEPTANCE_RULES)}",
+                type=parsing.rules,
+                metavar="RULE,...",
+            ),
+            Option("--temperatures", "(0,0.8)", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,..."),
+            Option(
+                "--contexts",
+                "cut or pad prompts to so many tokens (default: as they are)",
+                type=parsing.integers,
+                default=[None],
+                metavar="N,N,...",
+            ),
+            Option("--batch", "texts written side by side (1)", type=parsing.integers, default=[1], metavar="N,N,..."),
+            Option(
+                "--draft-vocabulary",
+                "draft only the first N tokens, or those in a file of ids",
+                type=parsing.vocabularies,
+                default=[None],
+                metavar="N|FILE|all,...",
+            ),
+            Switch("--transformers", "also transformers' generate, plain and use_mtp"),
+            Switch(
+                "--bound", "also how often a first draft could be accepted at most; takes time, so speed-up is not told"
+            ),
+        ),
+        OptionGroup(
+            "output, beside the table",
+            JSON,
+            Option("--csv", "write one line a cell", type=Path, metavar="FILE"),
+            Option("--html", "write one page with plots (needs mtp-spec[plots])", type=Path, metavar="FILE"),
+            Option("--png", "write the plots (needs mtp-spec[plots])", type=Path, metavar="FOLDER"),
+            Switch("--resume", "go on where an interrupted run with these files stopped"),
+        ),
+    ),
+)
+
+
 class _Models:
     """The model of the group that is being measured; one at a time."""
 
@@ -114,10 +146,16 @@ class _Models:
         if self.lm is None or vocabulary != self._vocabulary:
             args, self.lm, self._vocabulary = self.args, None, vocabulary
             gc.collect()  # texts hold their model in cycles: its memory is needed for the next one
-            self.lm = mtp_spec.load(args.model, device=args.device, dtype=args.dtype, weights=args.weights,
-                                    draft_vocabulary=vocabulary,
-                                    cache_dtype=args.cache_dtype, max_context=args.max_context,
-                                    max_batch=max(args.batch))  # fmt: skip
+            self.lm = mtp_spec.load(
+                args.model,
+                device=args.device,
+                dtype=args.dtype,
+                weights=args.weights,
+                draft_vocabulary=vocabulary,
+                cache_dtype=args.cache_dtype,
+                max_context=args.max_context,
+                max_batch=max(args.batch),
+            )
         return self.lm
 
 
@@ -131,14 +169,15 @@ def _identity(lm: LM, questions: QuestionSet, args: argparse.Namespace) -> Row:
 def _report(groups: list[Group], questions: QuestionSet, runner: Runner, args: argparse.Namespace) -> Report:
     details = _details(runner.journal, groups, questions)
     if not details:
-        raise OptionError("no question leaves room for --max-new-tokens in the model's context, their tokens are "
-                          f"{runner.too_long}: cut them with --contexts")  # fmt: skip
+        raise OptionError(
+            "no question leaves room for --max-new-tokens in the model's context, their tokens are "
+            f"{runner.too_long}: cut them with --contexts"
+        )
     count = len(questions.questions)
     title = f"Tokens per step, {count} questions ({questions.name}), up to {args.max_new_tokens} tokens"
     if runner.too_long:
         title += f"; left out as too long for the context: {len(runner.too_long)} (--contexts cuts them)"
-    known = {"name": questions.name, "kind": questions.kind, "digest": questions.digest,
-             "questions": count}  # fmt: skip
+    known = {"name": questions.name, "kind": questions.kind, "digest": questions.digest, "questions": count}
     facts = {"set": known, "details": details, "absent": runner.absent, "too_long": runner.too_long}
     return Report(title, table_rows(details), facts)
 
@@ -171,8 +210,11 @@ def _stopped(journal: Journal, groups: list[Group], questions: QuestionSet) -> N
     if journal.file is None:
         console.print("nothing is kept: a journal needs --json, --csv or --html")
     else:
-        console.print(f"{len(journal.texts)} texts are kept in {journal.file}: the same command with --resume goes on",
-                      markup=False, soft_wrap=True)  # fmt: skip
+        console.print(
+            f"{len(journal.texts)} texts are kept in {journal.file}: the same command with --resume goes on",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _files(whole: Row, args: argparse.Namespace) -> dict[Path, bytes]:

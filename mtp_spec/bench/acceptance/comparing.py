@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mtp_spec.bench.acceptance.metrics import BATCH, PACE, ratio_of_sums, sums
 from mtp_spec.bench.common import Row, over, write
+from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
 from mtp_spec.errors import OptionError
 
 RESAMPLES = 1000
@@ -33,16 +34,6 @@ MEASURES: dict[str, tuple[tuple[str, ...], str, Callable[[Any], Any]]] = {
 }
 
 
-def add_compare(kinds: Any) -> None:
-    """Adds the subcommand."""
-    parser = kinds.add_parser("compare", help="two documents of bench acceptance, cell by cell",
-                              description=compare.__doc__)  # fmt: skip
-    parser.set_defaults(run=compare, whole=True)
-    parser.add_argument("files", type=Path, nargs=2, metavar="FILE.json", help="documents: A, then B")
-    parser.add_argument("--anyway", action="store_true", help="compare even different models, questions or lengths")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON document")
-
-
 def compare(args: argparse.Namespace) -> None:
     """Shows tokens per step and speed-up of the cells that both documents have, with the interval of the difference.
 
@@ -58,16 +49,35 @@ def compare(args: argparse.Namespace) -> None:
     if not both:
         raise OptionError(f"{args.files[0]} and {args.files[1]} have no cell in common")
     cells = {name: _cell(first["details"][name], second["details"][name], not different) for name in both}
-    only = {str(file): [name for name in document["details"] if name not in both]
-            for file, document in zip(args.files, (first, second), strict=True)}  # fmt: skip
+    only = {
+        str(file): [name for name in document["details"] if name not in both]
+        for file, document in zip(args.files, (first, second), strict=True)
+    }
     machines = [", ".join(f"{name} {document[name]}" for name in MACHINE) for document in (first, second)]
     notes = [f"they differ in {', '.join(different)}"] if different else []
     notes += [f"measured on {machines[0]}, and on {machines[1]}"] if machines[0] != machines[1] else []
     _show(args, cells, only, notes)
     if args.json is not None:
-        whole = {"benchmark": "compare", "files": [str(file) for file in args.files], "different": different,
-                 "cells": cells, "only": only}  # fmt: skip
+        whole = {
+            "benchmark": "compare",
+            "files": [str(file) for file in args.files],
+            "different": different,
+            "cells": cells,
+            "only": only,
+        }
         write(args.json, (json.dumps(whole, indent=1) + "\n").encode())
+
+
+BENCHMARK = Benchmark(
+    name="compare",
+    help="two documents of bench acceptance, cell by cell",
+    run=compare,
+    options=(
+        Option("files", "documents: A, then B", type=Path, nargs=2, metavar="FILE.json"),
+        Switch("--anyway", "compare even different models, questions or lengths"),
+        JSON,
+    ),
+)
 
 
 def _read(file: Path) -> Row:
@@ -90,8 +100,12 @@ def _cell(first: Row, second: Row, paired: bool) -> Row:
             continue  # speed beside a bound is not measured
         a, b = (np.asarray(sums(cell["texts"], *columns, by=unit), dtype=float) for cell in (first, second))
         values = [float(statistic(part.sum(1))) for part in (a, b)]
-        result[name] = {"a": values[0], "b": values[1], "difference": values[1] - values[0],
-                        "interval": _interval(a, b, statistic, paired)}  # fmt: skip
+        result[name] = {
+            "a": values[0],
+            "b": values[1],
+            "difference": values[1] - values[0],
+            "interval": _interval(a, b, statistic, paired),
+        }
     return result
 
 
@@ -108,8 +122,9 @@ def _show(args: argparse.Namespace, cells: Row, only: dict[str, list[str]], note
     for line in (f"A: {args.files[0]}", f"B: {args.files[1]}", *notes):
         console.print(line, markup=False, soft_wrap=True)
     for measure, title in (("tokens_per_step", "Tokens per step"), ("times_plain", "Times plain, ratio of sums")):
-        shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
-                      pad_edge=False)  # fmt: skip
+        shown = Table(
+            title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+        )
         shown.add_column("cell")
         for name in ("A", "B", "B - A", "95 %"):
             shown.add_column(name, justify="right", no_wrap=True)

@@ -54,8 +54,10 @@ def _fitted(
         kept = kept[: context - len(ids)] if over < 0 else kept[len(ids) - context :]
     if over <= 0:
         return whole
-    raise OptionError(f"--contexts {context}: question {number} has {len(whole)} tokens, too many outside its first "
-                      "message; give a larger context")  # fmt: skip
+    raise OptionError(
+        f"--contexts {context}: question {number} has {len(whole)} tokens, too many outside its first "
+        "message; give a larger context"
+    )
 
 
 def _filler(tokenizer: Tokenizer, length: int, number: int) -> list[int]:

@@ -83,8 +83,10 @@ class Journal:
         if resume:
             self._read(file, lines, run)
         elif len(lines) > 1:
-            raise OptionError(f"{file} holds {len(lines) - 1} texts of an interrupted run: --resume goes on with it; "
-                              "delete it to begin again")  # fmt: skip
+            raise OptionError(
+                f"{file} holds {len(lines) - 1} texts of an interrupted run: --resume goes on with it; "
+                "delete it to begin again"
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         self._out = file.open("a", encoding="ascii")
         # a line that was cut short would run into the next one
@@ -107,8 +109,10 @@ class Journal:
         if theirs["key"] != digest(run):
             given = theirs["run"]
             names = [name for name in {**run, **given} if digest(run.get(name)) != digest(given.get(name))]
-            raise OptionError(f"--resume: {file} is of a run with another {', '.join(names)}; repeat its command, or "
-                              "delete it to begin again")  # fmt: skip
+            raise OptionError(
+                f"--resume: {file} is of a run with another {', '.join(names)}; repeat its command, or "
+                "delete it to begin again"
+            )
 
     def add(self, text: Text) -> None:
         """Keeps a text, on disk before this returns."""

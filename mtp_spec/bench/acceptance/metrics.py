@@ -42,14 +42,22 @@ def cell_metrics(
     """
     beside = [plain[text.question, text.turn] for text in texts]
     same = [alone[text.question, text.turn].ids for text in texts]
-    rows = [_text_row(text, other, ids, categories[text.question])
-            for text, other, ids in zip(texts, beside, same, strict=True)]  # fmt: skip
+    rows = [
+        _text_row(text, other, ids, categories[text.question])
+        for text, other, ids in zip(texts, beside, same, strict=True)
+    ]
     total = merged(texts)
     plain_steps = sum(total.histogram_by_draft_length.get(0, {}).values())
     timed = all(text.first_depth is None for text in texts)
     result = {
-        "axes": {"temperature": cell.temperature, "draft": cell.draft, "rule": cell.rule, "context": cell.context,
-                 "batch": cell.batch, "draft_vocabulary": cell.vocabulary},
+        "axes": {
+            "temperature": cell.temperature,
+            "draft": cell.draft,
+            "rule": cell.rule,
+            "context": cell.context,
+            "batch": cell.batch,
+            "draft_vocabulary": cell.vocabulary,
+        },
         **total.to_json(),
         **averages(rows),
         **_aliases(total),
@@ -62,7 +70,7 @@ def cell_metrics(
         "times_plain": times_plain(rows) if timed else None,
         "parity": _parity(rows),
         "texts": rows,
-    }  # fmt: skip
+    }
     if not timed:
         result["first_depth"] = _first_depth(cell.rule, [text.first_depth for text in texts if text.first_depth])
     return result
@@ -122,14 +130,23 @@ def times_plain(rows: Sequence[Row]) -> Row:
 def _text_row(text: Text, plain: Text, same: list[int], category: str) -> Row:
     stats, planned = text.stats, text.stats.planned
     return {
-        "question": text.question, "turn": text.turn, BATCH: min(text.together, default=text.question),
-        "category": category, "prompt_tokens": stats.prompt_tokens,
-        "new_tokens": len(text.ids), "steps": stats.steps, "step_tokens": stats.step_tokens, "drafted": stats.drafted,
-        "accepted": stats.accepted, "seconds": text.seconds,
-        "plain_seconds": plain.seconds, "plain_tokens": len(plain.ids),
-        "same_text": text.ids == same, "same_first_tokens": _shared(text.ids, same),
+        "question": text.question,
+        "turn": text.turn,
+        BATCH: min(text.together, default=text.question),
+        "category": category,
+        "prompt_tokens": stats.prompt_tokens,
+        "new_tokens": len(text.ids),
+        "steps": stats.steps,
+        "step_tokens": stats.step_tokens,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "seconds": text.seconds,
+        "plain_seconds": plain.seconds,
+        "plain_tokens": len(plain.ids),
+        "same_text": text.ids == same,
+        "same_first_tokens": _shared(text.ids, same),
         "expected_tokens_per_step": planned.expected_tokens / planned.steps if planned.steps else None,
-    }  # fmt: skip
+    }
 
 
 def _shared(ids: list[int], others: list[int]) -> int:
@@ -167,11 +184,12 @@ def _split(texts: Sequence[Text], beside: Sequence[Text], key: Callable[[Text], 
         total = merged([text for text, _ in pairs])
         ratios = [p.seconds / len(p.ids) * len(t.ids) / t.seconds for t, p in pairs if t.first_depth is None]
         result[name] = {
-            "texts": len(pairs), "tokens_per_step": total.tokens_per_step,
+            "texts": len(pairs),
+            "tokens_per_step": total.tokens_per_step,
             "draft_acceptance_rate": total.accepted / max(1, total.drafted),
             "accepted_per_depth": total.accepted_per_depth,
             "times_plain": spread(ratios)[0] if ratios else None,
-        }  # fmt: skip
+        }
     return result
 
 
@@ -183,9 +201,11 @@ def _cost(texts: Sequence[Text], total: GenerationStats) -> Row:
     p50, p99 = np.quantile(later, (0.5, 0.99)).tolist() if later else (None, None)
     return {
         "ms_per_step": {name: 1000 * value / max(1, total.steps) for name, value in seconds.items()},
-        "step_ms_p50": p50, "step_ms_p99": p99, "first_token_ms_p50": spread(first)[0] if first else None,
+        "step_ms_p50": p50,
+        "step_ms_p99": p99,
+        "first_token_ms_p50": spread(first)[0] if first else None,
         "tokens_per_second": sum(len(text.ids) for text in texts) / sum(text.seconds for text in texts),
-    }  # fmt: skip
+    }
 
 
 def _parity(rows: Sequence[Row]) -> Row:
@@ -202,5 +222,10 @@ def _first_depth(rule: str, each: Sequence[Mapping[str, float]]) -> Row:
     nodes, accepted = sum(one["nodes"] for one in each), sum(one["accepted"] for one in each)
     if not sum(bounds):
         return {"bound": None, "part": None, "interval": None}
-    return {"bound": sum(bounds) / nodes, "part": sum(got) / sum(bounds), "interval": interval(got, bounds),
-            "nodes": nodes, "accepted": accepted / nodes}  # fmt: skip
+    return {
+        "bound": sum(bounds) / nodes,
+        "part": sum(got) / sum(bounds),
+        "interval": interval(got, bounds),
+        "nodes": nodes,
+        "accepted": accepted / nodes,
+    }

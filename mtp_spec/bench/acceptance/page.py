@@ -45,13 +45,19 @@ def page(document: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     notes = [f"Not measured: {name}: {why}" for part in ("left_out", "absent") for name, why in document[part].items()]
     if document["too_long"]:
         notes.append(f"Left out, longer than the model's context: {len(document['too_long'])} turns a cell")
-    return "\n".join([
-        HEAD, _facts(facts), _table(table_rows(details)), NOTES,
-        *(f"<p>{escape(note)}</p>" for note in notes),
-        *(f"<figure>{svg(name, figure)}</figure>" for name, figure in figures.items()),
-        *(part for split, words in SPLITS.items() for part in _categories(details, split, words)),
-        "</body></html>", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            HEAD,
+            _facts(facts),
+            _table(table_rows(details)),
+            NOTES,
+            *(f"<p>{escape(note)}</p>" for note in notes),
+            *(f"<figure>{svg(name, figure)}</figure>" for name, figure in figures.items()),
+            *(part for split, words in SPLITS.items() for part in _categories(details, split, words)),
+            "</body></html>",
+            "",
+        ]
+    )
 
 
 def _facts(facts: Mapping[str, str]) -> str:

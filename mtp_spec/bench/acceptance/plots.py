@@ -14,9 +14,20 @@ from mtp_spec.errors import OptionError
 BLUE, AMBER, GREEN, RED, VIOLET, GREY = "#0969da", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a"
 COLOURS = (BLUE, AMBER, GREEN, RED, VIOLET, GREY)
 PHASES = {"draft": AMBER, "verify": BLUE, "sample": GREEN, "step": BLUE, "other": "#d0d7de"}
-STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.color": "#eaeef2", "axes.axisbelow": True,
-         "axes.titlesize": 11, "axes.titleweight": "bold", "legend.frameon": False, "legend.fontsize": 9}  # fmt: skip
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#eaeef2",
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
 SIZE, ROW_INCHES = (7.0, 4.2), 0.24
 
 
@@ -32,8 +43,14 @@ def draw(details: Mapping[str, Row]) -> dict[str, Any]:
     """Returns name -> matplotlib figure, those that the cells have numbers for."""
     import matplotlib
 
-    plots = {"acceptance": _acceptance, "speed": _speed, "histogram": _histogram, "cost": _cost, "planned": _planned,
-             "batch": _batch}  # fmt: skip
+    plots = {
+        "acceptance": _acceptance,
+        "speed": _speed,
+        "histogram": _histogram,
+        "cost": _cost,
+        "planned": _planned,
+        "batch": _batch,
+    }
     with matplotlib.rc_context(STYLE):
         drawn = {name: plot(details) for name, plot in plots.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -121,8 +138,9 @@ def _speed(details: Mapping[str, Row]) -> Any:
         places = [drafts.index(cell["axes"]["draft"]) + shift for cell in cells]
         middles = [cell["times_plain"]["median"] for cell in cells]
         quartiles = [cell["times_plain"]["quartiles"] for cell in cells]
-        errors = [[abs(middle - ends[side]) for middle, ends in zip(middles, quartiles, strict=True)]
-                  for side in (0, 1)]  # fmt: skip
+        errors = [
+            [abs(middle - ends[side]) for middle, ends in zip(middles, quartiles, strict=True)] for side in (0, 1)
+        ]
         axes.errorbar(places, middles, errors, fmt="o", capsize=3, color=COLOURS[number % len(COLOURS)], label=name)
     axes.axhline(1.0, color=GREY, linestyle="--", linewidth=1)
     axes.set_xticks(range(len(drafts)), drafts, rotation=30, ha="right")
@@ -169,8 +187,11 @@ def _planned(details: Mapping[str, Row]) -> Any:
     most = 1.0
     for number, (name, cells) in enumerate(_series(details).items()):
         texts = [text for cell in cells if cell["axes"]["draft"] == AUTO for text in cell["texts"]]
-        pairs = [(text["expected_tokens_per_step"], text["step_tokens"] / text["steps"]) for text in texts
-                 if text["expected_tokens_per_step"] is not None]  # fmt: skip
+        pairs = [
+            (text["expected_tokens_per_step"], text["step_tokens"] / text["steps"])
+            for text in texts
+            if text["expected_tokens_per_step"] is not None
+        ]
         if pairs:
             axes.scatter(*zip(*pairs, strict=True), s=18, color=COLOURS[number % len(COLOURS)], label=name)
             most = max(most, *map(max, pairs))

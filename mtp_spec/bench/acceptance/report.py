@@ -28,8 +28,18 @@ SHOWN_DEPTHS = 4
 AXES = ("temperature", "draft", "rule", "context", "batch", "draft_vocabulary")
 # of these the table shows only what the run varies
 OPTIONAL_AXES = {"rule": COUPLED, "context": None, "batch": 1, "draft_vocabulary": None}
-NUMBERS = ("tokens_per_step", "tokens_per_step_macro", "mean_acceptance_length", "draft_acceptance_rate",
-           "steps_without_draft", "steps", "drafted", "accepted", "new_tokens", "prompt_tokens")  # fmt: skip
+NUMBERS = (
+    "tokens_per_step",
+    "tokens_per_step_macro",
+    "mean_acceptance_length",
+    "draft_acceptance_rate",
+    "steps_without_draft",
+    "steps",
+    "drafted",
+    "accepted",
+    "new_tokens",
+    "prompt_tokens",
+)
 INTERVALS = ("tokens_per_step_interval", "tokens_per_step_macro_interval")
 COSTS = ("step_ms_p50", "step_ms_p99", "first_token_ms_p50", "tokens_per_second")
 KINDS = ("conditional", "unconditional")
@@ -60,12 +70,23 @@ def _heading(axes: Row) -> str:
 
 
 def _table(heading: str, rows: Sequence[Row]) -> Table:
-    shown = Table(title=heading, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
-                  pad_edge=False, collapse_padding=True)  # fmt: skip
+    shown = Table(
+        title=heading,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     names = [name for name in rows[0] if name not in IN_HEADING]
     for name in names:
-        shown.add_column(name, justify="left" if name in WORDS else "right", no_wrap=name not in FOLDED,
-                         min_width=DRAFT_WIDTH if name == "draft" else None)  # fmt: skip
+        shown.add_column(
+            name,
+            justify="left" if name in WORDS else "right",
+            no_wrap=name not in FOLDED,
+            min_width=DRAFT_WIDTH if name == "draft" else None,
+        )
     for row in rows:
         draft = row["draft"] if row.get("rule", COUPLED) == COUPLED else f"{row['draft']} {row['rule']}"
         shown.add_row(*(_shown(name, value) for name, value in {**row, "draft": draft}.items() if name in names))
@@ -84,11 +105,14 @@ def _row(cell: Row, varied: Sequence[str], bounds: bool) -> Row:
     rates = [f"{rate:.2f}"[-4 if rate > 0.995 else -3 :] for rate in cell["accepted_per_depth"]["conditional"]]
     row: Row = {"T": axes["temperature"], "draft": axes["draft"], **{name: axes[name] for name in varied}}
     row |= {
-        "tok/step": cell["tokens_per_step"], "95 %": f"{low:.2f}-{high:.2f}",
-        "drafts": cell["drafted"] / max(1, cell["steps"]), "by depth": " ".join(rates[:SHOWN_DEPTHS]),
+        "tok/step": cell["tokens_per_step"],
+        "95 %": f"{low:.2f}-{high:.2f}",
+        "drafts": cell["drafted"] / max(1, cell["steps"]),
+        "by depth": " ".join(rates[:SHOWN_DEPTHS]),
         **({"tok/s": cell["cost"]["tokens_per_second"]} if "batch" in varied else {}),
-        "x plain": None if speed is None else speed["median"], "same": f"{parity['same']}/{parity['texts']}",
-    }  # fmt: skip
+        "x plain": None if speed is None else speed["median"],
+        "same": f"{parity['same']}/{parity['texts']}",
+    }
     return row | (_bound(cell.get("first_depth")) if bounds else {})
 
 
@@ -118,13 +142,25 @@ def _flat(cell: Row) -> dict[str, Any]:
         flat |= {f"accepted_{depth}_{kind}": rate for depth, rate in rates}
     if (speed := cell["times_plain"]) is not None:
         low, high = speed["interval"]
-        flat |= {"times_plain_median": speed["median"], "times_plain": speed["ratio"], "times_plain_low": low,
-                 "times_plain_high": high}  # fmt: skip
+        flat |= {
+            "times_plain_median": speed["median"],
+            "times_plain": speed["ratio"],
+            "times_plain_low": low,
+            "times_plain_high": high,
+        }
     return flat
 
 
 CSV_COLUMNS = [
-    *AXES, *NUMBERS, *(f"{name}_{end}" for name in INTERVALS for end in ("low", "high")),
+    *AXES,
+    *NUMBERS,
+    *(f"{name}_{end}" for name in INTERVALS for end in ("low", "high")),
     *(f"accepted_{depth}_{kind}" for kind in KINDS for depth in range(1, MAX_DEPTH + 1)),
-    *COSTS, "times_plain_median", "times_plain", "times_plain_low", "times_plain_high", "same_texts", "texts",
-]  # fmt: skip
+    *COSTS,
+    "times_plain_median",
+    "times_plain",
+    "times_plain_low",
+    "times_plain_high",
+    "same_texts",
+    "texts",
+]

@@ -79,8 +79,11 @@ class Runner:
             return
         lm, talks = self.load(group.vocabulary), {number: list(self.questions[number].before) for number in numbers}
         for turn in range(max(map(len, turns.values()))):
-            talks = {number: [*talk, {"role": "user", "content": turns[number][turn]}] for number, talk in talks.items()
-                     if turn < len(turns[number])}  # fmt: skip
+            talks = {
+                number: [*talk, {"role": "user", "content": turns[number][turn]}]
+                for number, talk in talks.items()
+                if turn < len(turns[number])
+            }
             prompts = self._prompts(lm, group, talks, turn)
             if not prompts:
                 return
@@ -137,8 +140,10 @@ class Runner:
             lm.close()  # the others are not to go on
             raise
         share, together = (perf_counter() - start) / len(texts), tuple(prompts)
-        return [Text(cell.name, number, turn, text.token_ids, share, [], text.stats, together=together)
-                for number, text in zip(prompts, texts, strict=True)]  # fmt: skip
+        return [
+            Text(cell.name, number, turn, text.token_ids, share, [], text.stats, together=together)
+            for number, text in zip(prompts, texts, strict=True)
+        ]
 
     def _text(
         self, lm: LM, cell: Cell, shape: Any, ids: list[int], options: dict[str, Any], number: int, turn: int
@@ -177,8 +182,10 @@ def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
     processes."""
     for context in (group.context for group in groups):
         if context is not None and context + args.max_new_tokens > lm.max_context:
-            raise OptionError(f"--contexts {context} and --max-new-tokens {args.max_new_tokens} are more than the "
-                              f"model's {lm.max_context}")  # fmt: skip
+            raise OptionError(
+                f"--contexts {context} and --max-new-tokens {args.max_new_tokens} are more than the "
+                f"model's {lm.max_context}"
+            )
     if lm.model.ranks.size > 1:
         raise OptionError("bench acceptance keeps one journal, of one process: start it without torchrun")
     if args.bound and lm.backend.captured:

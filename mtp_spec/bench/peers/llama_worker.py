@@ -46,8 +46,12 @@ def main() -> None:
         return llama.llama_get_logits_ith(context, -1)
 
     system = ctypes.cast(llama.llama_print_system_info(), ctypes.c_char_p).value or b""
-    facts = {"llama-cpp-python": version("llama-cpp-python"), "system": system.decode(),
-             "model": _description(llama, model), "bytes": llama.llama_model_size(model)}  # fmt: skip
+    facts = {
+        "llama-cpp-python": version("llama-cpp-python"),
+        "system": system.decode(),
+        "model": _description(llama, model),
+        "bytes": llama.llama_model_size(model),
+    }
     print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

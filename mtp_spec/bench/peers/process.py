@@ -38,8 +38,10 @@ def check_python(option: str, python: Path, modules: Mapping[str, str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=_environment({}), check=False)
     except OSError as error:
-        raise OptionError(f"{option} {python}: cannot be started ({error.strerror}); give the path of a Python, "
-                          f"such as PEER/bin/python after {_made(modules)}") from None  # fmt: skip
+        raise OptionError(
+            f"{option} {python}: cannot be started ({error.strerror}); give the path of a Python, "
+            f"such as PEER/bin/python after {_made(modules)}"
+        ) from None
     missing = [name for name in modules if repr(name) in done.stdout]
     if done.returncode or not done.stdout.startswith("["):
         raise OptionError(f"{option} {python}: is no Python: {(done.stderr or done.stdout).strip()[-200:]}")
@@ -68,8 +70,14 @@ class Peer:
     def __init__(self, python: Path, program: str, arguments: Row, environment: Mapping[str, str]) -> None:
         self._name, self._log = program, tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the peer
         command = [str(python), "-I", str(HERE / program), json.dumps(arguments)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-                                         text=True, env=_environment(environment))  # fmt: skip
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=_environment(environment),
+        )
 
     @cached_property
     def facts(self) -> Row:

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
@@ -18,25 +19,27 @@ import torch
 
 import mtp_spec
 from mtp_spec.bench.common import Report, Row, spread
-from mtp_spec.bench.cpu import SHAPES, SHARD_BYTES, pass_bytes
+from mtp_spec.bench.cpu import SHARD_BYTES, check_room, pass_bytes
 from mtp_spec.bench.peers.process import Peer
-from mtp_spec.bench.synthetic import outputs, synthetic_job
+from mtp_spec.bench.synthetic import outputs, synthetic_job, with_module
 from mtp_spec.errors import OptionError
-from mtp_spec.host_memory import free_memory
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.checkpoint.jobs import run_job
-from mtp_spec.model.config import ModelConfig
+from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cpu.model import CPUModel
 
-SHAPE = "gigachat3.1-10b"
+SHAPE = "GigaChat3-10B-A1.8B"
 STEPS = 8  # of each library before the other's turn
 WARM = 4  # more before a round's, untimed: caches that the other has emptied
 PAUSE = 0.1  # seconds between turns, so that the other's threads have gone to sleep
 AGREE = 0.98  # the least correlation of logits that is one model's
-ROOM_BYTES = 2 * 10**9
 Q8_0 = 34 / 32  # bytes a number
 Steps = dict[str, list[float]]  # "seconds" by the clock and "cpu", of the processor, of each step
 OURS, THEIRS = "mtp_spec plain, FP8", "llama.cpp, Q8_0"
+
+
+def published_config() -> ModelConfig:
+    return with_module(load_config(Path(str(files("mtp_spec.configs") / f"{SHAPE}.json"))))
 
 
 def shape(args: argparse.Namespace) -> ModelConfig:
@@ -45,19 +48,12 @@ def shape(args: argparse.Namespace) -> ModelConfig:
     Raises:
         OptionError: fewer experts than are chosen, or not enough memory or disk for both models.
     """
-    full = SHAPES[SHAPE]
+    full = published_config()
     if not full.num_experts_per_tok <= args.experts <= full.n_routed_experts:
         raise OptionError(f"--experts {args.experts}: {full.num_experts_per_tok} to {full.n_routed_experts}")
     config = replace(full, n_routed_experts=args.experts)
     size = sum(output.bytes for output in outputs(config))
-    both = size * (1 + Q8_0) + ROOM_BYTES
-    folder = args.folder or Path(tempfile.gettempdir())
-    if not folder.is_dir():
-        raise OptionError(f"--folder {folder} is no folder")
-    for what, room in (("the disk of --folder", shutil.disk_usage(folder).free), ("memory", free_memory())):
-        if room is not None and room < both:
-            raise OptionError(f"both models need {both / 1e9:.1f} GB, {what} has {room / 1e9:.1f} left; "
-                              "give fewer --experts, or another --folder")  # fmt: skip
+    check_room("the pair of models", size * (1 + Q8_0), args.folder, "fewer --experts, or another --folder")
     return config
 
 
@@ -75,8 +71,12 @@ def steps(args: argparse.Namespace) -> Report:
         model = lm.model
         if not isinstance(model, CPUModel):
             raise OptionError("bench cpu-peers: models do not run on the CPU engine here, see mtp-spec inspect")
-        asked = {"file": file, "context": -(-tokens // 256) * 256, "threads": max(args.threads),
-                 "repack": args.llama_repack}  # fmt: skip
+        asked = {
+            "file": file,
+            "context": -(-tokens // 256) * 256,
+            "threads": max(args.threads),
+            "repack": args.llama_repack,
+        }
         with Peer(python, "llama_worker.py", asked, {}) as peer:
             return _measured(model, peer, args, written)
     finally:
@@ -88,9 +88,12 @@ def _measured(model: CPUModel, peer: Peer, args: argparse.Namespace, written: Ro
     read = {OURS: pass_bytes(model, "1 row", _hits(config)), THEIRS: written["read a token"]}
     rows = list[Row]()
     facts: Row = {"llama.cpp": peer.facts, "gguf": written, "config": config.to_hf_dict()}
-    notes = [f"{SHAPE}'s shapes, {config.num_hidden_layers} layers, {config.n_routed_experts} of its "
-             f"{SHAPES[SHAPE].n_routed_experts} experts a layer, {config.num_experts_per_tok} chosen, random weights; "
-             f"{args.context} tokens of context; {peer.facts['llama-cpp-python']} of llama-cpp-python"]  # fmt: skip
+    every = published_config().n_routed_experts
+    notes = [
+        f"{SHAPE}'s shapes, {config.num_hidden_layers} layers, {config.n_routed_experts} of its {every} experts "
+        f"a layer, {config.num_experts_per_tok} chosen, random weights; "
+        f"{args.context} tokens of context; {peer.facts['llama-cpp-python']} of llama-cpp-python"
+    ]
     before = torch.get_num_threads()
     try:
         for threads in args.threads:
@@ -119,15 +122,28 @@ def table(taken: dict[str, list[Steps]], read: dict[str, float], threads: int) -
     rows = list[Row]()
     for name in (OURS, THEIRS):
         seconds, cpu = (
-            spread([median(theirs[what]) / median(own[what])
-                    for theirs, own in zip(taken[THEIRS], taken[name], strict=True)])
+            spread(
+                [
+                    median(theirs[what]) / median(own[what])
+                    for theirs, own in zip(taken[THEIRS], taken[name], strict=True)
+                ]
+            )
             for what in ("seconds", "cpu")
-        )  # fmt: skip
+        )
         pace = median(median(round["seconds"]) for round in taken[name])
-        rows.append({"threads": threads, "way": name, "tokens/s": 1 / pace, "times llama.cpp": seconds[0],
-                     "quartiles": f"{seconds[1]:.2f}-{seconds[2]:.2f}", "by CPU time": cpu[0],
-                     "its quartiles": f"{cpu[1]:.2f}-{cpu[2]:.2f}", "GB read a token": read[name] / 1e9,
-                     "GB/s": read[name] / pace / 1e9})  # fmt: skip
+        rows.append(
+            {
+                "threads": threads,
+                "way": name,
+                "tokens/s": 1 / pace,
+                "times llama.cpp": seconds[0],
+                "quartiles": f"{seconds[1]:.2f}-{seconds[2]:.2f}",
+                "by CPU time": cpu[0],
+                "its quartiles": f"{cpu[1]:.2f}-{cpu[2]:.2f}",
+                "GB read a token": read[name] / 1e9,
+                "GB/s": read[name] / pace / 1e9,
+            }
+        )
     return rows
 
 
@@ -147,8 +163,9 @@ def _turns(model: CPUModel, peer: Peer, args: argparse.Namespace, threads: int) 
     theirs = torch.tensor(peer.ask(begin=context, threads=threads)["logits"])
     same = float(torch.corrcoef(torch.stack([own.float(), theirs]))[0, 1])
     if not same >= AGREE:
-        raise mtp_spec.MTPSpecError(f"llama.cpp's logits correlate with ours by {same:.3f} only: not the same model, "
-                                    "so the times mean nothing")  # fmt: skip
+        raise mtp_spec.MTPSpecError(
+            f"llama.cpp's logits correlate with ours by {same:.3f} only: not the same model, so the times mean nothing"
+        )
     taken: dict[str, list[Steps]] = {OURS: [], THEIRS: []}
     for number in range(args.rounds):
         now = ids(STEPS + WARM)

@@ -86,10 +86,17 @@ def _compare(
     longest = max(map(len, asked)) + args.max_new_tokens
     if longest > lm.max_context:
         raise OptionError(f"prompt and text need {longest} tokens, the model takes {lm.max_context}")
-    ways = {PLAIN: _ours(lm, None), **{f"mtp_spec chain {depth}": _ours(lm, depth) for depth in args.depths},
-            "mtp_spec auto": _ours(lm, "auto")}  # fmt: skip
-    options = {"model": str(wide), "dtype": args.vllm_dtype, "eager": args.vllm_eager,
-               "context": longest + max(args.depths) + 1}  # fmt: skip
+    ways = {
+        PLAIN: _ours(lm, None),
+        **{f"mtp_spec chain {depth}": _ours(lm, depth) for depth in args.depths},
+        "mtp_spec auto": _ours(lm, "auto"),
+    }
+    options = {
+        "model": str(wide),
+        "dtype": args.vllm_dtype,
+        "eager": args.vllm_eager,
+        "context": longest + max(args.depths) + 1,
+    }
     peers = list[Peer]()
     with ExitStack() as stack:
         for depth in (0, *args.depths):
@@ -119,17 +126,22 @@ def _in_turn(ways: dict[str, Way], number: int, ids: list[int], tokens: int) -> 
 
 def _environment(args: argparse.Namespace, threads: int) -> dict[str, str]:
     """Returns vLLM's own switches: its threads, unbound as ours are, and the least memory for its cache."""
-    return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GB), "VLLM_MLA_DISABLE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-            "LD_PRELOAD": ":".join(map(str, args.vllm_preload))}  # fmt: skip
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GB),
+        "VLLM_MLA_DISABLE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "LD_PRELOAD": ":".join(map(str, args.vllm_preload)),
+    }
 
 
 def _ours(lm: LM, speculation: Any) -> Way:
     def write(ids: list[int], tokens: int) -> Timed:
         start, used = time.perf_counter(), time.process_time()
-        out = lm.generate(ids, speculation=speculation, temperature=0.0, seed=0, ignore_eos=True,
-                          max_new_tokens=tokens)  # fmt: skip
+        out = lm.generate(ids, speculation=speculation, temperature=0.0, seed=0, ignore_eos=True, max_new_tokens=tokens)
         seconds, used = time.perf_counter() - start, time.process_time() - used
         return Timed(out.token_ids, seconds, used, out.stats.tokens_per_step)
 
@@ -154,18 +166,31 @@ def table(texts: dict[str, list[Timed]], threads: int) -> list[Row]:
     best = min(drafting, key=lambda name: median(text.seconds for text in texts[name]))
     rows = list[Row]()
     for name, found in texts.items():
-        over = {other: [peer.seconds / own.seconds for peer, own in zip(texts[other], found, strict=True)]
-                for other in (THEIR_PLAIN, best)}  # fmt: skip
-        used = {other: [peer.cpu / own.cpu for peer, own in zip(texts[other], found, strict=True)]
-                for other in (THEIR_PLAIN, best)}  # fmt: skip
-        rows.append({"threads": threads, "way": name,
-                     "tokens/s": 1 / median(text.seconds / len(text.ids) for text in found),
-                     OVER_PLAIN: median(over[THEIR_PLAIN]), "quartiles": _quartiles(over[THEIR_PLAIN]),
-                     "by CPU time": median(used[THEIR_PLAIN]),
-                     OVER_MTP: median(over[best]), "its quartiles": _quartiles(over[best]),
-                     "its CPU time": median(used[best]), "tokens a step": average([text.per_step for text in found]),
-                     "first as ours": average([shared_tokens(text.ids, own.ids) for text, own in
-                                               zip(found, texts[PLAIN], strict=True)])})  # fmt: skip
+        over = {
+            other: [peer.seconds / own.seconds for peer, own in zip(texts[other], found, strict=True)]
+            for other in (THEIR_PLAIN, best)
+        }
+        used = {
+            other: [peer.cpu / own.cpu for peer, own in zip(texts[other], found, strict=True)]
+            for other in (THEIR_PLAIN, best)
+        }
+        rows.append(
+            {
+                "threads": threads,
+                "way": name,
+                "tokens/s": 1 / median(text.seconds / len(text.ids) for text in found),
+                OVER_PLAIN: median(over[THEIR_PLAIN]),
+                "quartiles": _quartiles(over[THEIR_PLAIN]),
+                "by CPU time": median(used[THEIR_PLAIN]),
+                OVER_MTP: median(over[best]),
+                "its quartiles": _quartiles(over[best]),
+                "its CPU time": median(used[best]),
+                "tokens a step": average([text.per_step for text in found]),
+                "first as ours": average(
+                    [shared_tokens(text.ids, own.ids) for text, own in zip(found, texts[PLAIN], strict=True)]
+                ),
+            }
+        )
     return rows
 
 
@@ -173,8 +198,10 @@ def check_same(rows: list[Row]) -> None:
     """Refuses a peer whose plain text is not this model's: then its times, and what it accepts, mean nothing."""
     shared = next(row["first as ours"] for row in rows if row["way"] == THEIR_PLAIN)
     if shared < SAME:
-        raise mtp_spec.MTPSpecError(f"vLLM's greedy text has its first {shared:.1f} tokens in common with ours in the "
-                                    "mean: it computes another model, and its times mean nothing")  # fmt: skip
+        raise mtp_spec.MTPSpecError(
+            f"vLLM's greedy text has its first {shared:.1f} tokens in common with ours in the "
+            "mean: it computes another model, and its times mean nothing"
+        )
 
 
 def _quartiles(values: list[float]) -> str:
@@ -186,6 +213,8 @@ def note(rows: list[Row], threads: int, peer: Row) -> str:
     """Says the two ratios that the comparison is for."""
     own = {row["way"]: row for row in rows if row["way"].startswith("mtp_spec")}
     best = max(own.values(), key=lambda row: row[OVER_MTP])
-    return (f"{threads} threads, vLLM {peer['vllm']} on torch {peer['torch']}: our plain is "
-            f"{own[PLAIN][OVER_PLAIN]:.2f} times vLLM's plain; our best ({best['way']}) is {best[OVER_MTP]:.2f} times "
-            "its best MTP")  # fmt: skip
+    return (
+        f"{threads} threads, vLLM {peer['vllm']} on torch {peer['torch']}: our plain is "
+        f"{own[PLAIN][OVER_PLAIN]:.2f} times vLLM's plain; our best ({best['way']}) is {best[OVER_MTP]:.2f} times "
+        "its best MTP"
+    )

@@ -28,9 +28,16 @@ def main() -> None:
     more: dict[str, Any] = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
     if asked["depth"]:
         more["speculative_config"] = {"method": "mtp", "num_speculative_tokens": asked["depth"]}
-    lm = vllm.LLM(model=asked["model"], dtype=asked["dtype"], max_model_len=asked["context"], max_num_seqs=1,
-                  enable_prefix_caching=False, enforce_eager=asked["eager"], disable_log_stats=False,
-                  **more)  # fmt: skip
+    lm = vllm.LLM(
+        model=asked["model"],
+        dtype=asked["dtype"],
+        max_model_len=asked["context"],
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+        enforce_eager=asked["eager"],
+        disable_log_stats=False,
+        **more,
+    )
     facts = {"vllm": vllm.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
     print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
@@ -41,8 +48,13 @@ def main() -> None:
         (text,) = lm.generate([{"prompt_token_ids": request["ids"]}], rule, use_tqdm=False)
         seconds, used = time.perf_counter() - start, time.process_time() - used
         drafts, accepted = (after - old for after, old in zip(_drafts(lm), before, strict=True))
-        answer = {"ids": list(text.outputs[0].token_ids), "seconds": seconds, "cpu": used, "steps": drafts,
-                  "accepted": accepted}  # fmt: skip
+        answer = {
+            "ids": list(text.outputs[0].token_ids),
+            "seconds": seconds,
+            "cpu": used,
+            "steps": drafts,
+            "accepted": accepted,
+        }
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -234,7 +234,7 @@ def test_a_room_is_one_calls_and_is_kept_unless_that_failed() -> None:
     asked: list[tuple[int, int, int]] = []
 
     def floats(*sizes: int) -> int:
-        asked.append(sizes)  # type: ignore[arg-type]
+        asked.append(sizes)
         return sum(sizes)
 
     rooms = Rooms(floats, step=4)

@@ -124,7 +124,7 @@ def test_the_bundled_model(bundled: Path) -> None:
 
 def test_tokenizer_template_and_generation_config_are_carried(bundled: Path) -> None:
     messages = [{"role": "user", "content": "Name three birds"}]
-    ids = AutoTokenizer.from_pretrained(bundled).apply_chat_template(messages, add_generation_prompt=True)
+    ids: Any = AutoTokenizer.from_pretrained(bundled).apply_chat_template(messages, add_generation_prompt=True)
     ids = ids["input_ids"] if not isinstance(ids, list) else ids
     assert ids == Tokenizer(BUNDLED).chat_ids(messages)
     assert GenerationConfig.from_pretrained(bundled).eos_token_id == 1
