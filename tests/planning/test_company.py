@@ -78,7 +78,7 @@ def simulate(
             expected = sum(times.level(count, context) for count in leaves if count)
             expected += times.extend(pending, context) - times.extend(drafting, context)
         others = expected * dearer * noise.uniform(0.9, 1.1)
-        company.learn(texts, verifying, expected, others, Untold(alone=True))  # type: ignore[arg-type]
+        company.learn(texts, verifying, expected, others, Untold(alone=True))
         spent = verifying + others
         seconds += spent
         for number, (text, (tree, accepted)) in enumerate(zip(texts, trees, strict=True)):
