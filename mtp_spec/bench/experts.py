@@ -49,7 +49,8 @@ class Mix:
         found = re.fullmatch(r"(\d+)x(\d+):(\d+)/(\d+)( bf16)?", name.strip())
         if found is None or not all(int(part) for part in found.groups()[:4]):
             raise ValueError(f"{name!r}: give DxI:CHOSEN/EXPERTS, such as {DEFAULT} or '{DEFAULT} bf16'")
-        return cls(name.strip(), *(int(part) for part in found.groups()[:4]), packed=found.group(5) is None)
+        channels, inner, chosen, count = (int(part) for part in found.groups()[:4])
+        return cls(name.strip(), channels, inner, chosen, count, found.group(5) is None)
 
     @property
     def tuned(self) -> str:
@@ -193,8 +194,8 @@ def _prepared(layer: Layer, m: int) -> list[Prepared]:
         indices = torch.rand(m, mix.experts, generator=generator).argsort(1)[:, : mix.chosen].int().cuda()
         pair_weights = torch.rand(m, mix.chosen, device="cuda") + 0.1
         groups, rows = group(indices, mix.experts + SHARED, launch.slot(m)), x[:m].contiguous()
-        given = quant.quant(rows) if mix.packed else (rows, None)
-        hidden = moe.gate_up(*given, groups, mix.chosen, layer.weights, launch)
+        given: tuple[Tensor, Tensor | None] = quant.quant(rows) if mix.packed else (rows, None)
+        hidden = moe.gate_up(given[0], given[1], groups, mix.chosen, layer.weights, launch)
         pair_weights /= pair_weights.sum(1, keepdim=True)
         out.append(Prepared(given, indices, pair_weights, groups, hidden))
     return out

@@ -1,4 +1,4 @@
-"""`bench kernels`: products, experts and attention of DeepSeek-V3's shapes, or others, against the copy rate measured beside."""
+"""`bench kernels`: products, experts and attention, of DeepSeek-V3's shapes or others, against the copy rate."""
 
 from __future__ import annotations
 

@@ -108,8 +108,8 @@ def step(args: argparse.Namespace) -> Report:
         facts["same text"] = _same_text(model, args.context)
         notes.append(f"texts with speculation that are those without: {facts['same text']}")
     title = (
-        f"{args.shape.stem} at full width, {args.dtype}, {facts['dense layers']} dense and {facts['moe layers']} MoE layers, "
-        f"context {args.context}; reads {rate:.2f} TB/s, copies {copying:.2f} TB/s"
+        f"{args.shape.stem} at full width, {args.dtype}, {facts['dense layers']} dense and "
+        f"{facts['moe layers']} MoE layers, context {args.context}; reads {rate:.2f} TB/s, copies {copying:.2f} TB/s"
     )
     failed = not all(facts.get("same text", {}).values())
     return Report(title, rows, facts, failed, silent=ranks.rank > 0, notes=notes)

@@ -18,7 +18,8 @@ class WithoutTheLast:
         self._kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self._kernel[tuple([grid[0] - 1, *grid[1:]])]
+        shorter = (grid[0] - 1, *grid[1:])
+        return self._kernel[shorter]
 
 
 def incomplete_launches_show(device: str) -> None:
