@@ -10,7 +10,7 @@ import torch
 
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
-from mtp_spec.bench.experts import DEFAULT, experts
+from mtp_spec.bench.experts import DEFAULT, Mix, experts
 from mtp_spec.bench.layers import attention
 from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
 from mtp_spec.bench.products import SHAPES, products
@@ -36,7 +36,7 @@ def kernels(args: argparse.Namespace) -> Report:
     found: dict[str, dict[str, Any]] = {}
     if "experts" in args.what:
         found["moe.json"] = {}
-        for mix in args.experts:
+        for mix in map(Mix.of, args.experts):
             lines, found["moe.json"][mix.tuned] = experts(mix, args.rows, rate, args.tune, facts)
             rows += lines
     if "attention" in args.what:

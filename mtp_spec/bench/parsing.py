@@ -38,10 +38,10 @@ def products(text: str) -> list[str]:
     return names
 
 
-def mixes(text: str) -> list[Mix]:
-    """Returns MoE layers by their names, such as 7168x2048:8/64 or "2048x1536:4/64 bf16"."""
+def mixes(text: str) -> list[str]:
+    """Returns the names of MoE layers, such as 7168x2048:8/64 or "2048x1536:4/64 bf16"."""
     try:
-        return [Mix.of(name) for name in text.split(",")]
+        return [Mix.of(name).name for name in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
