@@ -173,21 +173,21 @@ def test_closing_cancels_and_begins_again(folder: Path) -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Rungs from a list in place of learned ones, and a small ring."""
+    """Shapes from a list in place of learned ones, and a small ring."""
     for module in (device_state, device_planned, device_group, device_text):
         monkeypatch.setattr(module, "WAITING", RING)
     for module in (device_planned, device_group):
         monkeypatch.setattr(module, "CATCH_UP_ROWS", (4, RING))
-    monkeypatch.setattr(device_planned.Rungs, "seconds", lambda rungs, _: [1.0] * (len(rungs.steps) + 3))
+    monkeypatch.setattr(device_planned.Switching, "seconds", lambda work, _: [1.0] * (len(work.steps) + 3))
 
-    def use(rungs: list[int]) -> None:
-        monkeypatch.setattr(device_group, "TextLadder", lambda ladder: Script(rungs, ladder))
+    def use(shapes: list[int]) -> None:
+        monkeypatch.setattr(device_group, "ShapePlanner", lambda _: Script(shapes))
 
     return use
 
 
-@pytest.mark.parametrize("rungs", [[0, 0, 3, 1, 0], [0] * (RING + 4) + [4, 1]], ids=["in turn", "long pauses"])
-def test_turns_change_nothing(folder: Path, scripted: Any, rungs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shapes", [[0, 0, 3, 1, 0], [0] * (RING + 4) + [4, 1]], ids=["in turn", "long pauses"])
+def test_turns_change_nothing(folder: Path, scripted: Any, shapes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[tuple[list[int], int, list[torch.Tensor]]] = []
     leave = Group.leave
 
@@ -201,7 +201,7 @@ def test_turns_change_nothing(folder: Path, scripted: Any, rungs: list[int], mon
         leave(group, text)
 
     monkeypatch.setattr(Group, "leave", watched)
-    scripted(rungs)
+    scripted(shapes)
     lm = batch_lm(folder, 3)
     options: dict[str, Any] = {"top_k": 4, "logit_bias": {**FEW, 3: -float("inf")}, "seed": 2}
     asked = [([5] * n, {**options, "max_new_tokens": 10 * n}) for n in (4, 1, 3, 2)]

@@ -16,11 +16,12 @@ from mtp_spec.cuda import group as device_group
 from mtp_spec.cuda import shapes as device_planned
 from mtp_spec.cuda import state as device_state
 from mtp_spec.cuda import text as device_text
-from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.planning.base import Outcome
+from mtp_spec.planning.shape_planner import ShapeBatch, ShapePlan, ShapeTable
 from mtp_spec.speculation import Speculation
 
 RING, SMALL = 12, 4
-# rungs in turn, again and again: always deep, every second step, pauses of several lengths, one longer than the ring
+# shapes in turn, again and again: always deep, every second step, pauses of several lengths, one longer than the ring
 SCRIPTS = ([4], [0, 4], [0, 0, 3, 1, 0], [2] * 3 + [0] * (RING - 3), [0] * (RING + SMALL) + [4, 4, 1])
 
 
@@ -33,37 +34,31 @@ def _small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Script:
-    """Takes rungs from a list; keeps what it was told."""
+    """Takes shapes from a list; keeps what it was told."""
 
-    def __init__(self, rungs: list[int], ladder: Ladder) -> None:
-        self.ladder, self._rungs, self._next = ladder, rungs, 0
+    def __init__(self, shapes: list[int]) -> None:
+        self._shapes, self._next = shapes, 0
         self.taken: list[tuple[int, int]] = []
 
-    def choose(self) -> int:
+    def plan(self, batch: ShapeBatch) -> ShapePlan:
+        shape = self._shapes[self._next % len(self._shapes)]
         self._next += 1
-        return self._rungs[(self._next - 1) % len(self._rungs)]
+        return ShapePlan(batch.table, shape, 1.0 + shape, 1.0)
 
-    def tokens(self, rung: int) -> float:
-        return 1.0 + rung
-
-    def learn(self, rung: int, path: list[int], seconds: float | None) -> None:
-        self.taken.append((rung, len(path)))
-
-    def learn_all(self, rung: int, paths: list[list[int]], seconds: float | None) -> None:
-        for path in paths:
-            self.learn(rung, path, seconds)
+    def learn(self, plan: ShapePlan, outcome: Outcome) -> None:
+        self.taken += [(plan.shape, len(path)) for path in outcome.paths if path is not None]
 
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def use(rungs: list[int]) -> list[Script]:
+    def use(shapes: list[int]) -> list[Script]:
         made: list[Script] = []
 
-        def make(ladder: Ladder) -> Script:
-            made.append(Script(rungs, ladder))
+        def make(_: ShapeTable) -> Script:
+            made.append(Script(shapes))
             return made[-1]
 
-        monkeypatch.setattr(device_group, "TextLadder", make)
+        monkeypatch.setattr(device_group, "ShapePlanner", make)
         return made
 
     return use
@@ -74,17 +69,17 @@ def turns(lm: LM, scripted: Any, prompt: Any, count: int, options: dict[str, Any
     options = {"max_new_tokens": count, "seed": 2, "logprobs": 1, **options}
     plain = lm.generate(prompt, speculation=None, **options)
     held: list[list[torch.Tensor]] = []
-    for rungs in scripts:
-        made = scripted(rungs)
+    for shapes in scripts:
+        made = scripted(shapes)
         stream = lm.stream(prompt, speculation=Speculation(depth=4, adaptive=True), **options)
         for _ in stream:
             pass
         out, state = stream.result, next(group for group in device(lm).pool.known if group.kind.takes_turns).state
-        assert out.token_ids == plain.token_ids, rungs
+        assert out.token_ids == plain.token_ids, shapes
         assert out.logprobs == plain.logprobs
         taken = made[0].taken
-        assert {rung for rung, _ in taken} <= set(rungs)
-        assert out.stats.drafted == pytest.approx(sum(rung for rung, _ in taken), abs=4)
+        assert {shape for shape, _ in taken} <= set(shapes)
+        assert out.stats.drafted == pytest.approx(sum(shape for shape, _ in taken), abs=4)
         slots = (state.pages[0].long()[:, None] + torch.arange(64, device=state.pages.device)).flatten()
         known = slots[: int(state.fed[0]) - len(state.mtp_caches)]
         held.append([cache.slots[known].clone() for cache in state.mtp_caches])
@@ -115,8 +110,8 @@ def test_at_the_end_of_the_context(tmp_path: Path, scripted: Any) -> None:
     lm = device_lm(checkpoint(tmp_path, "v3"), context=3 * RING)
     options: dict[str, Any] = {"max_new_tokens": 3 * RING - 3, "temperature": 0.0}
     plain = lm.generate([5, 6, 7], speculation=None, **options)
-    for rungs in ([0] * RING + [4], [0] * (2 * RING + 3) + [4]):
-        scripted(rungs)
+    for shapes in ([0] * RING + [4], [0] * (2 * RING + 3) + [4]):
+        scripted(shapes)
         out = lm.generate([5, 6, 7], speculation=Speculation(depth=4, adaptive=True), **options)
         assert out.token_ids == plain.token_ids
 

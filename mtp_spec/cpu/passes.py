@@ -10,7 +10,7 @@ Legend: `M` rows, `D` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TypeVar, cast
@@ -121,11 +121,8 @@ class Passes:
         self.model, self.technique = model, technique
         self._most = most if technique == "batched" else 0
 
-    def together(self, works: Sequence[Work[T]], told: Callable[[list[Pass]], None] | None = None) -> list[T | Failed]:
+    def together(self, works: Sequence[Work[T]]) -> list[T | Failed]:
         """Runs work of different sequences to its end, passes of a kind together.
-
-        Args:
-            told: of the passes that are about to run, each time.
 
         Returns what each work returns, or how it failed.
         """
@@ -143,8 +140,6 @@ class Passes:
         for number in range(len(works)):
             go_on(number)
         while wanted:
-            if told is not None:
-                told(list(wanted.values()))
             self.run(list(wanted.values()))
             for number in list(wanted):
                 go_on(number)

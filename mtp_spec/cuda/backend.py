@@ -26,7 +26,7 @@ from mtp_spec.model.cache import pages_for
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import Technique
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
 
@@ -107,9 +107,9 @@ class DeviceBackend:
         """The GPU's captured work is one thread's at a time."""
         return self.runtime.lock
 
-    def ladder(self) -> Ladder:
+    def table(self) -> ShapeTable:
         """Returns what was learned of the shapes that took turns last."""
-        return next(group.ladder for group in reversed(self.pool.known) if group.ladder is not None)
+        return next(group.table for group in reversed(self.pool.known) if group.table is not None)
 
     def steps_of(self, sequence: Sequence) -> list[Step]:
         """Returns the captured steps that a running sequence takes, alone: the shapes that take turns, or one."""
@@ -179,9 +179,7 @@ class DeviceRunner:
         """Takes the first rank's in their place."""
         told = iter(times)
         for group in self._groups:
-            for ladder, rung, _ in group.untold:
-                ladder.learn(rung, next(told))
-            group.untold.clear()
+            group.learn([next(told) for _ in group.untold])
 
     @undisturbed()
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
