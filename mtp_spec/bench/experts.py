@@ -1,4 +1,6 @@
-"""`bench kernels --what experts`: MoE layers of V3's width with 64 experts, top 8, random routing.
+"""`bench kernels --what experts`: MoE layers, of V3's width with 64 experts, top 8, unless others are named.
+
+Routing is random.
 
 Bytes are those of the experts hit. Lines for each number of rows: the whole layer with V3's grouped gate and shared
 expert; the experts with their routing given, which is what other engines' kernels are timed with; the products alone.
@@ -6,6 +8,7 @@ expert; the experts with their routing given, which is what other engines' kerne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +22,52 @@ from mtp_spec.bench.tuning import expert_rounds, label, search
 from mtp_spec.kernels import fp8, moe, quant
 from mtp_spec.kernels.moe import Groups, group
 
-EXPERTS, SHARED, CHOSEN, CHANNELS, INNER = 64, 1, 8, 7168, 2048
+SHARED = 1
+DEFAULT = "7168x2048:8/64"
 ROUTINGS = 8
 CHECKED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Shape of a MoE layer: its name is such as "7168x2048:8/64", D x I: chosen of experts, or that and "bf16"."""
+
+    name: str
+    channels: int
+    inner: int
+    chosen: int
+    experts: int
+    packed: bool
+
+    @classmethod
+    def of(cls, name: str) -> Mix:
+        """Returns what a name says.
+
+        Raises:
+            ValueError: it is no such name.
+        """
+        found = re.fullmatch(r"(\d+)x(\d+):(\d+)/(\d+)( bf16)?", name.strip())
+        if found is None or not all(int(part) for part in found.groups()[:4]):
+            raise ValueError(f"{name!r}: give DxI:CHOSEN/EXPERTS, such as {DEFAULT} or '{DEFAULT} bf16'")
+        channels, inner, chosen, count = (int(part) for part in found.groups()[:4])
+        return cls(name.strip(), channels, inner, chosen, count, found.group(5) is None)
+
+    @property
+    def tuned(self) -> str:
+        """Its name in tuned/moe.json."""
+        return f"{self.channels}x{self.inner}" + ("" if self.packed else " bf16")
+
+    @property
+    def default(self) -> moe.Launch:
+        """The launch that the library takes."""
+        return moe.default_launch(self.channels, self.inner, "fp8" if self.packed else "bf16")
 
 
 @dataclass(slots=True)
 class Layer:
     """One layer's weights, and rows that change with each of ROUTINGS."""
 
+    mix: Mix
     weights: moe.Experts
     router: Tensor
     bias: Tensor
@@ -42,18 +82,20 @@ class Layer:
 class Prepared:
     """What the products of M rows read, their routing given."""
 
-    x: tuple[Tensor, Tensor]
+    x: tuple[Tensor, Tensor | None]
     indices: Tensor
     pair_weights: Tensor
     groups: Groups
     hidden: tuple[Tensor, ...]
 
 
-def experts(counts: list[int], rate: float, tune: bool, facts: dict[str, Any]) -> tuple[list[Row], moe.Launch]:
+def experts(
+    mix: Mix, counts: list[int], rate: float, tune: bool, facts: dict[str, Any]
+) -> tuple[list[Row], moe.Launch]:
     """Times MoE layers; returns lines and the launch, which is searched for with `tune`."""
-    layer = _layer(max(counts))
+    layer = _layer(mix, max(counts))
     prepared = {m: _prepared(layer, m) for m in counts}
-    launch = moe.default_launch(CHANNELS, INNER)
+    launch = mix.default
     if tune:
         launch = _tune(layer, prepared, launch, facts["tried"])
     whole = layer(layer.inputs[0], launch)
@@ -65,7 +107,7 @@ def experts(counts: list[int], rate: float, tune: bool, facts: dict[str, Any]) -
         gated = [moe.gate(x, layer.router, layer.bias, layer.routing)[0] for x in parts]
         exact = torch.equal(layer(parts[0], launch), whole[-m:])
         micro = _each(lambda: [layer(x, launch) for x in parts])  # noqa: B023 - called at once
-        rows.append(_row("whole layer", m, micro, gated, rate, error, exact, launch))
+        rows.append(_row(mix, "whole layer", m, micro, gated, rate, error, exact, launch))
         rows += _given(layer, m, prepared[m], rate, launch)
     return rows, launch
 
@@ -86,10 +128,10 @@ def _given(layer: Layer, m: int, prepared: list[Prepared], rate: float, launch: 
     )
     exact = torch.equal(alone, whole[-1:])
     micro = _each(lambda: [run(x, p) for x, p in zip(inputs, prepared, strict=True)])
-    rows = [_row("routing given", m, micro, indices, rate, error, exact, launch)]
+    rows = [_row(layer.mix, "routing given", m, micro, indices, rate, error, exact, launch)]
     for name, work, share in (("gate and up alone", _up, 2 / 3), ("down alone", _down, 1 / 3)):
         micro = _each(lambda: [work(layer, p, launch) for p in prepared])  # noqa: B023 - called at once
-        rows.append(_row(name, m, micro, indices, rate, error, exact, launch, share))
+        rows.append(_row(layer.mix, name, m, micro, indices, rate, error, exact, launch, share))
     return rows
 
 
@@ -109,7 +151,7 @@ def _tune(layer: Layer, prepared: dict[int, list[Prepared]], launch: moe.Launch,
             for m in prepared:
                 work(candidate, m)
 
-        return search(start, expert_rounds(name), run, time, tried.setdefault(f"{CHANNELS}x{INNER} {name}", {}))
+        return search(start, expert_rounds(name), run, time, tried.setdefault(f"{layer.mix.tuned} {name}", {}))
 
     launch = search_with("up", lambda c, m: [_up(layer, p, c) for p in prepared[m]], launch)
     launch = search_with("down", lambda c, m: [_down(layer, p, c) for p in prepared[m]], launch)
@@ -117,7 +159,7 @@ def _tune(layer: Layer, prepared: dict[int, list[Prepared]], launch: moe.Launch,
 
 
 def _up(layer: Layer, p: Prepared, launch: moe.Launch) -> tuple[Tensor, ...]:
-    return moe.gate_up(*p.x, p.groups, CHOSEN, layer.weights, launch)
+    return moe.gate_up(*p.x, p.groups, layer.mix.chosen, layer.weights, launch)
 
 
 def _down(layer: Layer, p: Prepared, launch: moe.Launch) -> Tensor:
@@ -129,35 +171,43 @@ def _each(work: Callable[[], Any]) -> float:
     return graph_time(work) / ROUTINGS
 
 
-def _layer(rows: int) -> Layer:
-    count, blocks, inner_blocks = EXPERTS + SHARED, CHANNELS // fp8.BLOCK, INNER // fp8.BLOCK
+def _layer(mix: Mix, rows: int) -> Layer:
+    channels, inner, count = mix.channels, mix.inner, mix.experts + SHARED
+    blocks, inner_blocks = -(-channels // fp8.BLOCK), -(-inner // fp8.BLOCK)
     weights = moe.Experts(
-        _random(count, 2 * INNER, CHANNELS),
-        torch.rand(count, 2 * inner_blocks, blocks, device="cuda") * 0.02,
-        _random(count, CHANNELS, INNER),
-        torch.rand(count, blocks, inner_blocks, device="cuda") * 0.02,
+        _random(mix, count, 2 * inner, channels), _scales(mix, count, 2 * inner_blocks, blocks),
+        _random(mix, count, channels, inner), _scales(mix, count, blocks, inner_blocks),
+    )  # fmt: skip
+    router, bias = torch.randn(mix.experts, channels, device="cuda"), torch.zeros(mix.experts, device="cuda")
+    groups, kept = (8, 4) if mix.experts % 8 == 0 and mix.chosen <= mix.experts // 2 else (1, 1)
+    routing = moe.Routing(
+        experts=mix.experts, chosen=mix.chosen, groups=groups, kept_groups=kept, scale=2.5, shared=SHARED
     )
-    router, bias = torch.randn(EXPERTS, CHANNELS, device="cuda"), torch.zeros(EXPERTS, device="cuda")
-    routing = moe.Routing(experts=EXPERTS, chosen=CHOSEN, groups=8, kept_groups=4, scale=2.5, shared=SHARED)
-    return Layer(weights, router, bias, routing, torch.randn(ROUTINGS, rows, CHANNELS, device="cuda").bfloat16())
+    return Layer(mix, weights, router, bias, routing, torch.randn(ROUTINGS, rows, channels, device="cuda").bfloat16())
 
 
 def _prepared(layer: Layer, m: int) -> list[Prepared]:
     """Returns ROUTINGS uniform choices, drawn with the number of rows as seed, so that a peer can have the same."""
-    generator, out = torch.Generator().manual_seed(m), []
-    launch = moe.default_launch(CHANNELS, INNER)
+    generator, out, mix = torch.Generator().manual_seed(m), [], layer.mix
+    launch = mix.default
     for x in layer.inputs:
-        indices = torch.rand(m, EXPERTS, generator=generator).argsort(1)[:, :CHOSEN].int().cuda()
-        pair_weights = torch.rand(m, CHOSEN, device="cuda") + 0.1
-        groups, quantised = group(indices, EXPERTS + SHARED, launch.slot(m)), quant.quant(x[:m].contiguous())
-        hidden = moe.gate_up(*quantised, groups, CHOSEN, layer.weights, launch)
+        indices = torch.rand(m, mix.experts, generator=generator).argsort(1)[:, : mix.chosen].int().cuda()
+        pair_weights = torch.rand(m, mix.chosen, device="cuda") + 0.1
+        groups, rows = group(indices, mix.experts + SHARED, launch.slot(m)), x[:m].contiguous()
+        given: tuple[Tensor, Tensor | None] = quant.quant(rows) if mix.packed else (rows, None)
+        hidden = moe.gate_up(given[0], given[1], groups, mix.chosen, layer.weights, launch)
         pair_weights /= pair_weights.sum(1, keepdim=True)
-        out.append(Prepared(quantised, indices, pair_weights, groups, hidden))
+        out.append(Prepared(given, indices, pair_weights, groups, hidden))
     return out
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(fp8.E4M3)
+def _random(mix: Mix, *shape: int) -> Tensor:
+    numbers = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    return numbers.to(fp8.E4M3) if mix.packed else numbers * shape[-1] ** -0.5
+
+
+def _scales(mix: Mix, *shape: int) -> Tensor | None:
+    return torch.rand(shape, device="cuda") * 0.02 if mix.packed else None
 
 
 def _error(got: Tensor, expected: Tensor) -> float:
@@ -165,6 +215,7 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 def _row(
+    mix: Mix,
     kind: str,
     m: int,
     micro: float,
@@ -176,10 +227,10 @@ def _row(
     share: float = 1.0,
 ) -> Row:
     hit = sum(chosen.unique().numel() for chosen in indices) / len(indices)
-    speed = hit * 3 * INNER * CHANNELS * share / micro / 1e6
+    speed = hit * 3 * mix.inner * mix.channels * (1 if mix.packed else 2) * share / micro / 1e6
     return {
         "kernel": "experts",
-        "shape": f"{EXPERTS} of {CHANNELS}x{INNER}, top {CHOSEN}, {kind}",
+        "shape": f"{mix.name}, {kind}",
         "M": m,
         "us": micro,
         "TB/s": speed,

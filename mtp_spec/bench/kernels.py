@@ -1,4 +1,4 @@
-"""`bench kernels`: products, experts and attention of DeepSeek-V3's shapes, against the copy rate measured beside."""
+"""`bench kernels`: products, experts and attention, of DeepSeek-V3's shapes or others, against the copy rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
-from mtp_spec.bench.experts import CHANNELS, INNER, experts
+from mtp_spec.bench.experts import DEFAULT, Mix, experts
 from mtp_spec.bench.layers import attention
 from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
 from mtp_spec.bench.products import SHAPES, products
@@ -35,9 +35,10 @@ def kernels(args: argparse.Namespace) -> Report:
     facts: dict[str, Any] = {"copy_TB_per_s": rate, "tried": {}, "errors": {}}
     found: dict[str, dict[str, Any]] = {}
     if "experts" in args.what:
-        lines, chosen = experts(args.rows, rate, args.tune, facts)
-        rows += lines
-        found["moe.json"] = {f"{CHANNELS}x{INNER}": chosen}
+        found["moe.json"] = {}
+        for mix in map(Mix.of, args.experts):
+            lines, found["moe.json"][mix.tuned] = experts(mix, args.rows, rate, args.tune, facts)
+            rows += lines
     if "attention" in args.what:
         rows += attention(args.rows, rate)
     if "products" in args.what:
@@ -51,7 +52,7 @@ def kernels(args: argparse.Namespace) -> Report:
 
 BENCHMARK = Benchmark(
     name="kernels",
-    help="FP8 products on a GPU, against the copy rate",
+    help="products, experts and attention on a GPU, against the copy rate",
     run=kernels,
     options=(
         JSON,
@@ -63,6 +64,13 @@ BENCHMARK = Benchmark(
             type=parsing.products,
             default=list(SHAPES),
             metavar="NxK,...",
+        ),
+        Option(
+            "--experts",
+            f"MoE layers to time ({DEFAULT}: D x I: chosen of experts)",
+            type=parsing.mixes,
+            default=DEFAULT,
+            metavar="DxI:C/E,...",
         ),
         Switch("--quick", "without torch's and cuBLAS's products beside"),
         Switch("--tune", "search for launches of products and experts first"),

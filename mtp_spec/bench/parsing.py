@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mtp_spec.bench.experts import Mix
 from mtp_spec.errors import OptionError
 from mtp_spec.shapes import named_shape
 from mtp_spec.speculation import ACCEPTANCE_RULES, MAX_DEPTH, Speculation
@@ -35,6 +36,14 @@ def products(text: str) -> list[str]:
         if re.fullmatch(r"[1-9]\d*x[1-9]\d*( bf16)?", name) is None:
             raise argparse.ArgumentTypeError(f"{name!r}: give NxK, such as 4096x7168 or '4096x7168 bf16'")
     return names
+
+
+def mixes(text: str) -> list[str]:
+    """Returns the names of MoE layers, such as 7168x2048:8/64 or "2048x1536:4/64 bf16"."""
+    try:
+        return [Mix.of(name).name for name in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def shape_file(text: str) -> Path:

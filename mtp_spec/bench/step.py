@@ -1,6 +1,6 @@
 """`bench step`: a model's shape at full width, against the bytes that a pass must read.
 
-The dense layers, as many MoE layers as the card holds, embedding, head and the MTP module, random FP8 weights. A pass
+The dense layers, as many MoE layers as the card holds, embedding, head and the MTP module, random weights. A pass
 is timed as a CUDA graph. Its floor is the bytes of the weights it reads (of the distinct experts its rows were routed
 to, counted), of the cache and of the scales, over the rate at which a kernel reads in the same run; a copy, which was
 the floor before, is slower. Random routing is the worst case: neighbouring tokens of a text share experts.
@@ -76,7 +76,7 @@ def step(args: argparse.Namespace) -> Report:
     torch.cuda.empty_cache()
     full = load_config(args.shape)
     named = full.num_nextn_predict_layers
-    full = with_module(full)
+    full = replace(with_module(full), fp8_block=(128, 128) if args.dtype == "fp8" else None)
     config = _slice(full, args.context, args.layers, ranks)
     planned = plan_memory(DeviceModel(config, "meta", ranks=ranks), args.context + ROWS)
     before = torch.cuda.memory_allocated()
@@ -89,6 +89,7 @@ def step(args: argparse.Namespace) -> Report:
     peak = torch.cuda.max_memory_allocated() - before
     facts = {
         "shape": args.shape.stem,
+        "dtype": args.dtype,
         "read_TB_per_s": rate,
         "copy_TB_per_s": copying,
         "context": args.context,
@@ -107,8 +108,8 @@ def step(args: argparse.Namespace) -> Report:
         facts["same text"] = _same_text(model, args.context)
         notes.append(f"texts with speculation that are those without: {facts['same text']}")
     title = (
-        f"{args.shape.stem} at full width, {facts['dense layers']} dense and {facts['moe layers']} MoE layers, "
-        f"context {args.context}; reads {rate:.2f} TB/s, copies {copying:.2f} TB/s"
+        f"{args.shape.stem} at full width, {args.dtype}, {facts['dense layers']} dense and "
+        f"{facts['moe layers']} MoE layers, context {args.context}; reads {rate:.2f} TB/s, copies {copying:.2f} TB/s"
     )
     failed = not all(facts.get("same text", {}).values())
     return Report(title, rows, facts, failed, silent=ranks.rank > 0, notes=notes)
@@ -136,6 +137,7 @@ BENCHMARK = Benchmark(
             default=list(PARTS),
             metavar="NAME,...",
         ),
+        Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16"), default="fp8"),
         Option("--layers", "MoE layers (default: as many as fit)", type=parsing.count),
         Switch("--library", "ranks exchange through NCCL, not in one another's memory"),
     ),

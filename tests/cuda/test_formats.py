@@ -1,4 +1,4 @@
-"""Models in bfloat16 and float16, and with some matrices in FP8, on the kernels; see test_device.py for FP8."""
+"""Models in bfloat16 and float16, and with some matrices in FP8, on the kernels; see test_step.py for FP8."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_fp8_weights_can_be_widened(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "two shared experts", num_experts_per_tok=8, topk_group=4)
     exact = score_ids(load_checkpoint(folder, dtype=torch.float32), IDS)
     for options in ({"fp8_products": False}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}):
-        model = load_device_model(folder, "cpu", **options)  # type: ignore[arg-type]
+        model = load_device_model(folder, "cpu", **options)
         assert not any(slot.dtype == E4M3 for slot in model.parameters()) or options.get("fp8_products", True)
         assert_near(score_ids(model, IDS), exact, TOLERANCE[model.activations])
 

@@ -18,6 +18,7 @@ from mtp_spec.api import LM
 from mtp_spec.cuda.backend import DeviceRunner
 from mtp_spec.cuda.pages import EXTRA_ROWS, DevicePages, room_of
 from mtp_spec.cuda.prefill import Reader
+from mtp_spec.cuda.state import prefill_rows
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.speculation import Speculation
@@ -176,7 +177,7 @@ def test_room_holds_every_padded_pass() -> None:
         for reused in range(0, count, PAGE):
             first = reused
             while first < count:
-                rows = mtp_spec.cuda.state.prefill_rows(count - first)
+                rows = prefill_rows(count - first)
                 assert first + rows <= room
                 first += rows
 

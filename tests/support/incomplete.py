@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtp_spec.kernels import fp8, gemm, quant, sampler
-from mtp_spec.kernels.sampler import sampling
+from mtp_spec.kernels.sampler import kernels as sampler_kernels
 
 
 class WithoutTheLast:
@@ -18,7 +18,8 @@ class WithoutTheLast:
         self._kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self._kernel[(grid[0] - 1, *grid[1:])]
+        shorter = (grid[0] - 1, *grid[1:])
+        return self._kernel[shorter]
 
 
 def incomplete_launches_show(device: str) -> None:
@@ -32,8 +33,8 @@ def incomplete_launches_show(device: str) -> None:
     for module, kernel, run in (
         (quant, "_quant_kernel", lambda: quant.quant(x)[1]),
         (gemm, "_gemm_kernel", lambda: gemm.fp8_gemm(*operands)),
-        (sampling.kernels, "_gumbel_kernel", lambda: sampler.gumbel(numbers, numbers, 300)),
-        (sampling.kernels, "_penalise_kernel",  # read by the one that draws
+        (sampler_kernels, "_gumbel_kernel", lambda: sampler.gumbel(numbers, numbers, 300)),
+        (sampler_kernels, "_penalise_kernel",  # read by the one that draws
          lambda: sampler.sample(logits, numbers.int(), numbers, settings, sampler.Stages()).scores),
     ):  # fmt: skip
         assert run().isfinite().all(), kernel

@@ -139,7 +139,8 @@ def streams(lm: mtp_spec.LM, tokens: int) -> list[list[Any]]:
             next(left)
     ids, logprobs = left.result.token_ids, left.result.logprobs
     after = lm.stream(PROMPT[:4], after=left, max_new_tokens=2)
-    return [*(written(one.result) for one in both), [ids, repr(logprobs)], said(next, left), after.rest().token_ids]
+    told: list[Any] = [*(written(one.result) for one in both), [ids, repr(logprobs)], said(next, left)]
+    return [*told, after.rest().token_ids]
 
 
 def in_no_hurry(ids: list[int], logits: torch.Tensor) -> torch.Tensor:

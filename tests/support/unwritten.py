@@ -39,6 +39,6 @@ def _spoilt(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _spoil(tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and not tensor.is_meta:
-        with torch.no_grad():
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             tensor.fill_(float("nan"))
     return tensor
