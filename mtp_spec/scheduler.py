@@ -8,7 +8,7 @@ sequence is given all the memory that it may need before it begins.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from time import perf_counter
 
@@ -22,16 +22,13 @@ class Scheduler:
 
     Args:
         max_batch: most that run at a time.
-        failing: told of sequences that fail and why, before they leave; may raise what ends all.
     Attributes:
         waiting: those that have not begun.
         running: those that have.
     """
 
-    def __init__(
-        self, runner: Runner, max_batch: int = 1, failing: Callable[[list[Sequence]], None] | None = None
-    ) -> None:
-        self.runner, self.max_batch, self._failing = runner, max_batch, failing
+    def __init__(self, runner: Runner, max_batch: int = 1) -> None:
+        self.runner, self.max_batch = runner, max_batch
         self.waiting, self.running = deque[Sequence](), list[Sequence]()
 
     @property
@@ -59,9 +56,6 @@ class Scheduler:
             for one in running:
                 one.stats.total_seconds += seconds
         news = list(dict.fromkeys(news))  # a first token and a step's may come in one round
-        failed = [one for one in news if one.error is not None]
-        if failed and self._failing is not None:
-            self._failing(failed)
         self._leave(one for one in news if not one.alive)
         return news
 
@@ -82,7 +76,7 @@ class Scheduler:
                 if not self.runner.admit(first, self.running):
                     break
             except BaseException as error:  # its own: others go on
-                first.error = error
+                first.fail(error)
                 failed.append(first)
                 self.waiting.popleft()
                 continue

@@ -40,6 +40,7 @@ class Sequence:
         observer: see `Observer`.
         ended: called with the sequence once it has ended.
     Attributes:
+        failing: called with the sequence once it has failed, before anything else is computed; may raise what ends all.
         tokens: ids of the prompt and all committed tokens.
         end: most tokens that there will be, prompt included.
         steps: times that tokens were committed; the first is the prompt's.
@@ -64,6 +65,7 @@ class Sequence:
         self.log = EventLog(request.stops, result)
         self.finished, self.cancelled = False, False
         self.error: BaseException | None = None
+        self.failing: Callable[[Sequence], None] | None = None
         self.lease: Lease | None = None
         self.state: Any = None
 
@@ -71,6 +73,16 @@ class Sequence:
     def alive(self) -> bool:
         """Whether it is to go on."""
         return not (self.finished or self.cancelled or self.error)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it by an error.
+
+        Raises:
+            RankError: another rank, which shares the model, has not failed at the same.
+        """
+        self.error = error
+        if self.failing is not None:
+            self.failing(self)
 
     def is_last(self, token: int) -> bool:
         """Takes the next token that was drawn; returns whether it ends the text. To be asked once for each token."""

@@ -56,7 +56,7 @@ class Worker:
 
     def __init__(self, runner: Runner, max_batch: int, ranks: Ranks) -> None:
         self.runner, self._ranks, self._channel = runner, ranks, ranks.channel()
-        self.scheduler = Scheduler(runner, max_batch, self._failing)
+        self.scheduler = Scheduler(runner, max_batch)
         self._inbox, self._handles = deque[Submitted | Call](), dict[Sequence, Handle]()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -211,6 +211,7 @@ class Worker:
             if isinstance(one, Submitted):
                 self._handles[one.sequence] = one.handle
         if isinstance(one, Submitted):
+            one.sequence.failing = self._failing
             self.scheduler.add(one.sequence)
             return
         try:
@@ -223,19 +224,20 @@ class Worker:
         else:
             one.result.set_result(found)
 
-    def _failing(self, sequences: list[Sequence]) -> None:
-        """Asks whether sequences fail on every rank.
+    def _failing(self, sequence: Sequence) -> None:
+        """Asks whether a text fails on every rank.
+
+        It is asked before the others are computed on: without this text their passes would have fewer rows than on a
+        rank where it goes on.
 
         Raises:
             RankError: not every rank has the error.
         """
-        error = sequences[0].error
+        error = sequence.error
         assert error is not None
-        names = ", ".join(str(one.number) for one in sequences)
-        told = self._told(f"text {names}", error)
+        told = self._told(f"text {sequence.number}", error)
         if isinstance(told, RankError):
-            for one in sequences:
-                one.error = told
+            sequence.error = told
             raise told from error
 
     def _told(self, where: str, error: BaseException) -> BaseException:

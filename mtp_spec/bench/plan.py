@@ -17,8 +17,8 @@ from mtp_spec.errors import OptionError
 from mtp_spec.model.host import HostModel
 from mtp_spec.planning.confidence import RANKS
 from mtp_spec.planning.costs import StepTimes
-from mtp_spec.planning.node_planner import Planner
-from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.planning.node_planner import NodePlanner
+from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.planning.store import file_of, read, times_subject
 from mtp_spec.progress import step_progress
 from mtp_spec.stats import GenerationStats
@@ -97,9 +97,9 @@ def _known(lm: LM, args: argparse.Namespace) -> Report:
             rows, learned = _times(planner.times), _learned(planner)
         else:
             assert isinstance(lm.backend, DeviceBackend)
-            ladder = lm.backend.ladder()
-            learned = {"chances": _device_chances(ladder)}
-            rows += [{"T": temperature, **row} for row in _rungs(ladder)]
+            table = lm.backend.table()
+            learned = {"chances": _device_chances(table)}
+            rows += [{"T": temperature, **row} for row in _shapes(table)]
         learned["steps by depth drafted"] = {
             depth: sum(counts.values()) / stats.steps for depth, counts in stats.histogram_by_draft_length.items()
         }
@@ -158,7 +158,7 @@ def _times(times: StepTimes) -> list[Row]:
     return rows
 
 
-def _learned(planner: Planner) -> Row:
+def _learned(planner: NodePlanner) -> Row:
     confidence, speed, plain = planner.confidence, planner.speed, planner.speed.factor("plain")
     return {
         "chances": {depth: {lead: confidence.chance(lead, depth) for lead in LEADS} for depth in DEPTHS},
@@ -169,15 +169,15 @@ def _learned(planner: Planner) -> Row:
     }
 
 
-def _rungs(ladder: Ladder) -> list[Row]:
+def _shapes(table: ShapeTable) -> list[Row]:
     rows = []
-    for rung, shape in enumerate(ladder.shapes):
+    for number, shape in enumerate(table.shapes):
         name = "plain" if not shape.parents else f"{'chain' if shape.is_chain else 'tree'} {shape.depth}"
-        tokens, steps = ladder.chances.tokens(shape), ladder.relative(rung)
+        tokens, steps = table.chances.tokens(shape), table.relative(number)
         rows.append(
             {
                 "step": name,
-                "ms": 1000 * ladder.seconds(rung),
+                "ms": 1000 * table.seconds(number),
                 "in plain steps": steps,
                 "tokens expected": tokens,
                 "times plain": tokens / steps,
@@ -186,12 +186,12 @@ def _rungs(ladder: Ladder) -> list[Row]:
     return rows
 
 
-def _device_chances(ladder: Ladder) -> dict[int, dict[str, float]]:
-    """Returns the chance of the best child by depth, and of its siblings where rungs have any."""
-    keys = sorted({key for shape in ladder.shapes for key in zip(shape.depths, shape.ranks, strict=True)})
+def _device_chances(table: ShapeTable) -> dict[int, dict[str, float]]:
+    """Returns the chance of the best child by depth, and of its siblings where shapes have any."""
+    keys = sorted({key for shape in table.shapes for key in zip(shape.depths, shape.ranks, strict=True)})
     found: dict[int, dict[str, float]] = {}
     for depth, rank in keys:
-        found.setdefault(depth, {})[f"rank {rank}"] = ladder.chances.chance(depth, rank)
+        found.setdefault(depth, {})[f"rank {rank}"] = table.chances.chance(depth, rank)
     return found
 
 

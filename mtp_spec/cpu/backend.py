@@ -8,17 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from mtp_spec.cache.pages import HostLease, HostPages, Lease, check_pages
-from mtp_spec.cpu import batch_context
 from mtp_spec.cpu.passes import MOST_ROWS, Passes
 from mtp_spec.cpu.planners import Planners
 from mtp_spec.cpu.state import HostState
-from mtp_spec.cpu.step import HostStep
+from mtp_spec.cpu.step import HostStep, TreePlanner
 from mtp_spec.cpu.untold import Untold
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, pages_for
+from mtp_spec.model.errors import RankError
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.planning.node_planner import TextPlanner
+from mtp_spec.planning.fixed_plan import FixedPlanner, TreeBatch
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
 from mtp_spec.speculation import MAX_DEPTH, Speculation
@@ -118,6 +118,8 @@ class HostRunner:
     def __init__(self, backend: HostBackend, shared: bool) -> None:
         self._backend, self._shared = backend, shared
         self._passes = Passes(backend.model, backend.technique)
+        self._fixed: TreePlanner = FixedPlanner()
+        self._adaptive: TreePlanner = self._fixed  # of rounds with adaptive speculation, once there is some
         self._untold = Untold(backend.model.ranks.size == 1)
         self._rounds = 0
 
@@ -147,13 +149,14 @@ class HostRunner:
 
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
         """Leases pages for a sequence; see `mtp_spec.step.Runner`."""
-        backend, speculation, planner = self._backend, sequence.speculation, None
+        backend, speculation, memory = self._backend, sequence.speculation, None
         if speculation is not None and speculation.adaptive:
-            planner = TextPlanner(backend.planners.here())
+            self._adaptive = planner = backend.planners.here()
+            memory = planner.begin()
         sequence.lease = lease = backend.lease(sequence, running, self._shared)
         if lease is None:
             return False
-        sequence.state = HostState(backend.model, backend.technique, sequence, lease, planner)
+        sequence.state = HostState(backend.model, backend.technique, sequence, lease, memory)
         return True
 
     @undisturbed()
@@ -161,15 +164,19 @@ class HostRunner:
         """Takes a step with all that have read their prompts, and reads on beside it; see `mtp_spec.step.Runner`."""
         states: list[HostState] = [one.state for one in running]
         stepping = [state for state in states if state.reading is None]
-        batch_context.introduce(stepping, len(running) == 1)
-        batch = [state for state in stepping if state.begins_step()]
+        planner = self._adaptive if any(state.memory is not None for state in stepping) else self._fixed
+        plans = planner.plan(TreeBatch([state.standing() for state in stepping], len(running) == 1))
+        batch = [state for state, plan in zip(stepping, plans, strict=True) if state.begins_step(plan)]
         reading = self._next([state for state in states if state.reading is not None])
         try:
-            return step(HostStep(self._passes, batch, reading, self._untold))
+            return step(HostStep(self._passes, batch, reading, planner, self._untold))
+        except RankError:  # which ends the texts of all rounds
+            raise
         except Exception as error:  # of a pass: all that took part
             failed = [state.sequence for state in (*batch, *reading)]
             for one in failed:
-                one.error = error
+                if one.error is None:
+                    one.fail(error)
             return failed
 
     def release(self, sequence: Sequence) -> None:

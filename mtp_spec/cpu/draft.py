@@ -24,10 +24,9 @@ from mtp_spec.cpu.passes import MOST_ROWS, HeadRows, ModuleRows, Work
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel
-from mtp_spec.planning.node_planner import TextPlanner
+from mtp_spec.planning.fixed_plan import TreePlan
 from mtp_spec.sampling.sampler import History, Sampler
 from mtp_spec.sequence import Observer
-from mtp_spec.speculation import Speculation
 from mtp_spec.tree import ROOT, TokenTree
 
 # Tokens that the modules have not seen when drafting begins again after plain steps. Older ones are left out, so that a
@@ -43,7 +42,24 @@ class Leaf:
     hidden: Tensor  # [1, D], the output that predicts this node's children
     history: History
     slots: tuple[int, ...]
-    score: float  # of an adaptive tree the chance that it is accepted, else its log-probability under the draft
+    score: float  # its worth to the plan
+
+
+class Best:
+    """The best children of a node, see `planning.fixed_plan.Children`."""
+
+    def __init__(self, tokens: list[int], row: Tensor, position: int, sampler: Sampler) -> None:
+        self.count, self._tokens = len(tokens), tokens
+        self._row, self._position, self._sampler = row, position, sampler
+
+    def lead(self) -> float:
+        """Returns the lead of the best one over the next."""
+        return self._sampler.lead(self._row, self._position, self._tokens[0])
+
+    def logprobs(self) -> list[float]:
+        """Returns their log-probabilities under the draft."""
+        logprobs = self._row.log_softmax(-1)
+        return [float(logprobs[token]) for token in self._tokens]
 
 
 class Drafter:
@@ -54,7 +70,6 @@ class Drafter:
         caches: one for each module.
         rule: draws the drafts; None for the coupled rule, whose drafts follow the noise.
         choices: the rule's randomness.
-        planner: decides which nodes an adaptive tree has.
         observer: shown every row that drafts come from, see `sequence.Observer`.
     Attributes:
         laws: for each node of the last tree the law it was drawn from, where a rule drew it.
@@ -67,10 +82,9 @@ class Drafter:
         caches: Sequence[LatentCache],
         rule: Rule | None = None,
         choices: Choices | None = None,
-        planner: TextPlanner | None = None,
         observer: Observer | None = None,
     ) -> None:
-        self.model, self.rule, self.choices, self.planner, self.observer = model, rule, choices, planner, observer
+        self.model, self.rule, self.choices, self.observer = model, rule, choices, observer
         self.laws: list[Law] = []
         self.dropped = 0
         self.caches = list(caches)
@@ -122,7 +136,7 @@ class Drafter:
     def draft(
         self,
         tokens: Sequence[int],
-        speculation: Speculation,
+        plan: TreePlan,
         depth: int,
         sampler: Sampler,
         history: History,
@@ -131,26 +145,27 @@ class Drafter:
 
         Args:
             tokens: the committed ids 0..n; hidden states of 0..n - 1 were observed.
+            plan: decides which nodes the tree has.
             depth: draft no deeper than this.
             history: the sampler's history at the root.
         """
-        root, planner = len(tokens) - 1, self.planner
+        root, limits = len(tokens) - 1, plan.limits
         hidden = yield from self._extend(tokens)
-        tree, chances, dropped = TokenTree(), list[float](), self.dropped
-        leaves = [Leaf(ROOT, hidden, history, (), 0.0 if planner is None else 1.0)]
+        tree, scores, dropped = TokenTree(), list[float](), self.dropped
+        leaves = [Leaf(ROOT, hidden, history, (), plan.root)]
         self.laws.clear()
-        for level in range(1, min(depth, speculation.depth) + 1):
-            if planner is not None and leaves:
-                leaves = [leaves[i] for i in planner.deeper([leaf.score for leaf in leaves], len(tree))]
+        for level in range(1, min(depth, limits.depth) + 1):
+            if leaves:
+                leaves = [leaves[i] for i in plan.expand([leaf.score for leaf in leaves], len(tree))]
             if not leaves:
                 break
             logits = yield from self._advance(tree, leaves, level, root) if level > 1 else self._root_scores(hidden)
-            leaves = self._grow(tree, leaves, logits, level, root + level, speculation, sampler)
-            chances += [leaf.score for leaf in leaves]
+            leaves = self._grow(tree, leaves, logits, level, root + level, plan, sampler)
+            scores += [leaf.score for leaf in leaves]
         if self.dropped > dropped:
             for cache in self.caches:
-                cache.clean(speculation.nodes)
-        return tree if planner is None else self._chosen(tree, planner.choose(tree, chances))
+                cache.clean(limits.nodes)
+        return self._chosen(tree, plan.choose(tree, scores))
 
     def _root_scores(self, hidden: Tensor) -> Work[Tensor]:
         """Returns the logits `[1, V]` that the root's children come from."""
@@ -161,6 +176,8 @@ class Drafter:
         return self._root_logits
 
     def _chosen(self, tree: TokenTree, nodes: list[int]) -> TokenTree:
+        if len(nodes) == len(tree):
+            return tree
         if self.observer is not None:
             self.observer.pruned(nodes)
         return tree.part(nodes)
@@ -225,11 +242,11 @@ class Drafter:
         logits: Tensor,
         level: int,
         position: int,
-        speculation: Speculation,
+        plan: TreePlan,
         sampler: Sampler,
     ) -> list[Leaf]:
-        """Adds this level's children, the most probable first where the budget is short; returns the new leaves."""
-        width, budget = speculation.branching[level - 1], speculation.budget
+        """Adds this level's children, the best first where the budget is short; returns the new leaves."""
+        width, limits = plan.limits.branching[level - 1], plan.limits
         children: list[tuple[float, int, int, Leaf, Law | None]] = []
         for row, parent in zip(logits, leaves, strict=True):
             processed = sampler.process(row, parent.history)
@@ -240,16 +257,10 @@ class Drafter:
                     self._drop(level, row)
                 continue
             top, laws = self._propose(processed, position, width, sampler)
-            scores = [parent.score] * len(top)
-            if self.planner is not None:
-                lead = sampler.lead(processed, position, top[0])
-                scores = self.planner.children(parent.node, parent.score, lead, level, len(top))
-            elif budget is not None:
-                logprobs = processed.log_softmax(-1)
-                scores = [parent.score + float(logprobs[token]) for token in top]
+            scores = plan.score(parent.node, parent.score, Best(top, processed, position, sampler), level)
             children += [(score, rank, top[rank], parent, laws[rank]) for rank, score in enumerate(scores)]
-        if budget is not None:
-            children = sorted(children, key=lambda child: -child[0])[: speculation.room(level, len(tree))]
+        if limits.budget is not None:
+            children = sorted(children, key=lambda child: -child[0])[: limits.room(level, len(tree))]
         grown = []
         for score, rank, token, parent, law in children:
             node = tree.add(parent.node, token, rank)

@@ -121,13 +121,15 @@ class Passes:
         self.model, self.technique = model, technique
         self._most = most if technique == "batched" else 0
 
-    def together(self, works: Sequence[Work[T]], told: Callable[[list[Pass]], None] | None = None) -> list[T | Failed]:
+    def together(
+        self, works: Sequence[Work[T]], failing: Callable[[int, Exception], None] | None = None
+    ) -> list[T | Failed]:
         """Runs work of different sequences to its end, passes of a kind together.
 
-        Args:
-            told: of the passes that are about to run, each time.
-
         Returns what each work returns, or how it failed.
+
+        Args:
+            failing: told at once which work fails and how, before the others' next pass; may raise what ends all.
         """
         results, wanted = list[T | Failed | None]([None] * len(works)), dict[int, Pass]()
 
@@ -139,12 +141,12 @@ class Passes:
                 results[number] = end.value
             except Exception as error:  # its own: a logits processor's, for example
                 results[number] = Failed(error)
+                if failing is not None:
+                    failing(number, error)
 
         for number in range(len(works)):
             go_on(number)
         while wanted:
-            if told is not None:
-                told(list(wanted.values()))
             self.run(list(wanted.values()))
             for number in list(wanted):
                 go_on(number)

@@ -16,7 +16,8 @@ from mtp_spec.model.cache import pages_for
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.planning.costs import NEAR, TEXT, StepTimes, measure
-from mtp_spec.planning.node_planner import Planner
+from mtp_spec.planning.fixed_plan import FixedPlanner, TreeBatch
+from mtp_spec.planning.node_planner import NodePlanner
 from mtp_spec.planning.store import read, times_subject, write
 from mtp_spec.progress import step_progress
 from mtp_spec.request import Request
@@ -49,13 +50,13 @@ class Planners:
     ) -> None:  # fmt: skip
         self._model, self._technique, self._tokenizer, self._longest = model, technique, tokenizer, longest
         self._measuring, self._show = measuring, show
-        self._planners: dict[int, Planner] = {}
+        self._planners: dict[int, NodePlanner] = {}
 
-    def here(self) -> Planner:
+    def here(self) -> NodePlanner:
         """Returns the planner for torch's present number of threads."""
         threads = torch.get_num_threads()
         if threads not in self._planners:
-            self._planners[threads] = Planner(self._times() if self._measuring else StepTimes.typical())
+            self._planners[threads] = NodePlanner(self._times() if self._measuring else StepTimes.typical())
         return self._planners[threads]
 
     def _times(self) -> StepTimes:
@@ -91,12 +92,12 @@ def calibrated(times: StepTimes, model: HostModel, technique: Technique, tokeniz
         lease = HostPages(model.new_layers(pages_for(request.room)), len(model.mtp)).lease([], request.room, True)
         assert lease is not None
         state = HostState(model, technique, Sequence(request), lease, None)
-        passes, untold, seconds = Passes(model, technique), Untold(alone=True), list[float]()
-        step(HostStep(passes, [], [state], untold))
+        passes, seconds, planner, untold = Passes(model, technique), list[float](), FixedPlanner(), Untold(alone=True)
+        step(HostStep(passes, [], [state], planner, untold))
         for _ in range(STEPS):
             start = perf_counter()
-            state.begins_step()
-            step(HostStep(passes, [state], [], untold))
+            state.begins_step(*planner.plan(TreeBatch([state.standing()], alone=True)))
+            step(HostStep(passes, [state], [], planner, untold))
             seconds.append(perf_counter() - start)
         return median(seconds[WARM:])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,10 +14,10 @@ from mtp_spec.acceptance.base import SeededChoices
 from mtp_spec.cache.pages import HostLease
 from mtp_spec.cpu.draft import MOST_BEHIND, Drafter
 from mtp_spec.cpu.passes import MOST_ROWS, MainRows, Pass, Work
-from mtp_spec.cpu.untold import Untold
 from mtp_spec.errors import MTPSpecError, NotFiniteError
 from mtp_spec.model.host import HostModel, Technique
-from mtp_spec.planning.node_planner import ALONE, TextPlanner
+from mtp_spec.planning.fixed_plan import Standing, TreePlan
+from mtp_spec.planning.text_memory import TextMemory
 from mtp_spec.sequence import Sequence
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -30,18 +29,19 @@ class HostState:
 
     Args:
         lease: pages to write to, which may hold the first tokens.
-        planner: decides the trees of adaptive speculation.
+        memory: what the text of adaptive speculation teaches.
     Attributes:
         reading: reads the prompt, or shows it to the MTP modules; None between steps.
         wanted: the pass that `reading` waits for.
         read: the round in which its prompt's last chunk was read.
         rows: of the last verified tree and root.
+        plan: of the coming step, until it is committed.
     """
 
     def __init__(
-        self, model: HostModel, technique: Technique, sequence: Sequence, lease: HostLease, planner: TextPlanner | None
+        self, model: HostModel, technique: Technique, sequence: Sequence, lease: HostLease, memory: TextMemory | None
     ) -> None:  # fmt: skip
-        self.model, self.technique, self.sequence, self.planner = model, technique, sequence, planner
+        self.model, self.technique, self.sequence, self.memory = model, technique, sequence, memory
         self.lease, self.cache, speculation = lease, lease.cache, sequence.speculation
         self.sampler, self.stats = sequence.sampler, sequence.stats
         self.history = self.sampler.history(sequence.tokens)
@@ -49,13 +49,14 @@ class HostState:
         self.choices = SeededChoices(self.sampler.params.known_seed)
         self.drafter: Drafter | None = None
         if speculation is not None:
-            self.drafter = Drafter(model, lease.mtp_caches, self.rule, self.choices, planner, sequence.observer)
+            self.drafter = Drafter(model, lease.mtp_caches, self.rule, self.choices, sequence.observer)
             if not lease.drafted:
                 self.drafter.leave_out(lease.reused)
         self.stats.reused_tokens = lease.reused
         self.reading: Work[Accepted | None] | None = self._prefill()
         self.wanted: Pass | None = next(self.reading)
-        self.read, self.rows, self._drafts = 0, 1, False
+        self.read, self.rows = 0, 1
+        self.plan: TreePlan | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -96,43 +97,38 @@ class HostState:
             self.reading = self.wanted = None
             return accepted
 
-    def begins_step(self) -> bool:
-        """Decides whether the coming step drafts; returns false where the MTP modules first have to read a prompt.
+    def standing(self) -> Standing:
+        """Returns what planning has to know."""
+        drafter, count = self.drafter, len(self.tokens)
+        limits, pending = (None, 0) if drafter is None else (self.sequence.speculation, drafter.pending)
+        return Standing(limits, self.memory, count, pending, self.sequence.end - count, self.rows, self.plan)
+
+    def begins_step(self, plan: TreePlan) -> bool:
+        """Takes the plan of the coming step; returns false where the MTP modules first have to read a prompt.
 
         That takes passes like those of a prompt, which steps of other sequences are not to wait for.
         """
-        if self._drafts:  # decided before the prompt was read
-            return True
-        self._drafts = self._wants_drafts()
-        if self._drafts and self.drafter is not None and self.drafter.pending > MOST_BEHIND:
+        self.plan = plan
+        if plan.drafts and self.drafter is not None and self.drafter.pending > MOST_BEHIND:
             self.reading = self._show_prompt()
             self.wanted = next(self.reading)
             return False
         return True
 
-    def _wants_drafts(self) -> bool:
-        if self.drafter is None:
-            return False
-        # the target adds a token of its own, so that the deepest useful draft is one short of the limit
-        return self._depth() >= 1 and (self.planner is None or self.planner.drafts(
-            len(self.tokens), self.drafter.pending))  # fmt: skip
-
-    def _depth(self) -> int:
-        return self.sequence.end - len(self.tokens) - 1
-
     # the parts of a step
 
     def draft(self) -> Work[TokenTree]:
         """Returns the tree of the coming step, empty for a plain one."""
-        drafts, self._drafts = self._drafts, False
-        drafter, speculation = self.drafter, self.sequence.speculation
-        if drafter is None or speculation is None:
+        plan, drafter = self.plan, self.drafter
+        if plan is None or drafter is None:
             return TokenTree()
-        if not drafts:
+        if not plan.drafts:
             drafter.skip()
             return TokenTree()
+        # the target adds a token of its own, so that the deepest useful draft is one short of the limit
+        depth = self.sequence.end - len(self.tokens) - 1
         with self.stats.phase("draft"):
-            tree = yield from drafter.draft(self.tokens, speculation, self._depth(), self.sampler, self.history)
+            tree = yield from drafter.draft(self.tokens, plan, depth, self.sampler, self.history)
             self.stats.dropped = drafter.dropped
             return tree
 
@@ -169,21 +165,6 @@ class HostState:
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
 
-    def learn(self, tree: TokenTree, accepted: Accepted, drafting: float, rest: float, untold: Untold) -> None:
-        """Shows the planner what came of a step; seconds of drafting, and of what followed, where it was alone."""
-        if self.planner is None:
-            return
-        alone = self.planner.beside is ALONE
-        if alone:
-            taken = len(accepted.drawn), drafting + rest
-            self.stats.record_plan(self.planner.tokens, self.planner.seconds, *taken)
-        if not accepted.stopped:
-            learn = partial(self.planner.learn, tree, accepted.nodes)
-            if alone:
-                untold.add((drafting, rest), learn)
-            else:
-                learn(drafting, rest)  # which are not looked at
-
     def take(self, accepted: Accepted) -> None:
         """Makes what was accepted tokens, and lets other sequences share the pages that are full by now."""
         self.history = accepted.history
@@ -192,7 +173,7 @@ class HostState:
             drafted = self.drafter is not None and not self.drafter.skips
             held = self.drafter.held if self.drafter is not None and drafted else self.cache.length
             self.lease.publish(self.tokens, held, drafted)
-            if self.planner is not None and (self.stats.steps or self.sequence.finished):
+            if self.memory is not None and (self.stats.steps or self.sequence.finished):
                 self.lease.publish(self.tokens, self.cache.length, False)  # others need not wait for drafts
         elif self.stats.steps <= 1:
             # rows depend on the pass that computed them: others find those of whole chunks in a prompt's passes

@@ -8,41 +8,49 @@ for bit: its rows are (`cpu.passes`), and everything else is its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from functools import partial
 from time import perf_counter
 
 from mtp_spec.acceptance.accept import Accepted
-from mtp_spec.cpu import batch_context
-from mtp_spec.cpu.passes import Failed, MainRows, ModuleRows, Pass, Passes
+from mtp_spec.cpu.passes import Failed, MainRows, Passes
 from mtp_spec.cpu.state import HostState
 from mtp_spec.cpu.untold import Untold
+from mtp_spec.planning.base import Outcome, Planner, Seconds
+from mtp_spec.planning.fixed_plan import TreeBatch, TreePlan
 from mtp_spec.sequence import Sequence
 from mtp_spec.tree import TokenTree
+
+TreePlanner = Planner[TreeBatch, Seq[TreePlan]]
 
 
 class HostStep:
     """One step, see `mtp_spec.step`.
 
     Args:
-        batch: those that take it.
+        batch: those that take it, each with its plan.
         reading: those whose prompts are read beside it.
-        untold: takes its times.
+        planner: of the plans.
+        untold: takes what the planner learns of the step.
     """
 
-    def __init__(self, passes: Passes, batch: list[HostState], reading: list[HostState], untold: Untold) -> None:
+    def __init__(
+        self, passes: Passes, batch: list[HostState], reading: list[HostState], planner: TreePlanner, untold: Untold
+    ) -> None:
         self._passes, self._batch, self._reading, self._untold = passes, batch, reading, untold
+        self._planner, self._alone = planner, len(batch) == 1 and not reading
+        self._timed = not reading and any(state.memory is not None for state in batch)
         self._start = self._drafted = perf_counter()
-        self._verifying = self._foreseen = 0.0
+        self._verifying = 0.0
         self._changed = list[Sequence]()
 
     def draft(self) -> list[TokenTree]:
         """Returns a tree for each sequence; those that fail leave the step."""
         trees, batch = list[TokenTree](), list[HostState]()
         works = [state.draft() for state in self._batch]
-        for state, tree in zip(self._batch, self._passes.together(works, self._foresee), strict=True):
-            if isinstance(tree, Failed):
-                self._fail(state, tree.error)
-            else:
+        drafted = self._passes.together(works, lambda number, error: self._fail(self._batch[number], error))
+        for state, tree in zip(self._batch, drafted, strict=True):
+            if not isinstance(tree, Failed):
                 trees.append(tree)
                 batch.append(state)
         self._batch, self._drafted = batch, perf_counter()
@@ -68,18 +76,26 @@ class HostStep:
 
     def commit(self, verdicts: list[tuple[TokenTree, MainRows, Accepted | None]]) -> list[Sequence]:
         """Returns the sequences that have new tokens or have failed."""
+        plans, paths = list[TreePlan](), list[Seq[int] | None]()
         for state, (tree, verified, accepted) in zip(self._batch, verdicts, strict=True):
+            if state.plan is not None:
+                plans.append(state.plan)
+                paths.append(None if accepted is None or accepted.stopped else accepted.nodes)
             if accepted is None:
                 continue
             state.commit_step(tree, verified.hidden, accepted)
-            ended = perf_counter()
-            state.learn(tree, accepted, self._drafted - self._start, ended - self._drafted, self._untold)
+            if self._alone and state.plan is not None and state.memory is not None:
+                expected = state.plan.tokens, state.plan.seconds
+                state.stats.record_plan(*expected, len(accepted.drawn), perf_counter() - self._start)
+            state.plan = None
             state.take(accepted)
             self._changed.append(state.sequence)
         self._read_on()
-        if not self._reading:
-            others = perf_counter() - self._start - self._verifying
-            batch_context.learn(self._batch, self._verifying, self._foreseen, others, self._untold)
+        if self._timed:
+            taken = (perf_counter() - self._start, self._drafted - self._start, self._verifying)
+            self._untold.add(taken, partial(_learn, self._planner, plans, paths))
+        else:
+            self._planner.learn(plans, Outcome(paths))
         return self._changed
 
     def _read_on(self) -> None:
@@ -88,12 +104,6 @@ class HostStep:
             if first is not None:
                 state.take(first)
                 self._changed.append(state.sequence)
-
-    def _foresee(self, passes: list[Pass]) -> None:
-        """Adds up what a joint drafting pass takes by what was measured alone."""
-        rows = [one.rows for one in passes if isinstance(one, ModuleRows)]
-        if rows:
-            self._foreseen += batch_context.foresee(self._batch, rows, first=not self._foreseen)
 
     def _own(self, state: HostState, work: Callable[[], Accepted | None]) -> Accepted | None:
         """Returns what a sequence's own work returns; None where it fails, which is no matter of the others."""
@@ -104,5 +114,9 @@ class HostStep:
             return None
 
     def _fail(self, state: HostState, error: Exception) -> None:
-        state.sequence.error = error
+        state.sequence.fail(error)
         self._changed.append(state.sequence)
+
+
+def _learn(planner: TreePlanner, plans: list[TreePlan], paths: list[Seq[int] | None], *seconds: float) -> None:
+    planner.learn(plans, Outcome(paths, Seconds(*seconds)))

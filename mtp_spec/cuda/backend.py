@@ -24,9 +24,10 @@ from mtp_spec.cuda.step import Step
 from mtp_spec.cuda.text import DeviceText, Record
 from mtp_spec.model.cache import pages_for
 from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.errors import RankError
 from mtp_spec.model.host import Technique
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
 
@@ -107,9 +108,9 @@ class DeviceBackend:
         """The GPU's captured work is one thread's at a time."""
         return self.runtime.lock
 
-    def ladder(self) -> Ladder:
+    def table(self) -> ShapeTable:
         """Returns what was learned of the shapes that took turns last."""
-        return next(group.ladder for group in reversed(self.pool.known) if group.ladder is not None)
+        return next(group.table for group in reversed(self.pool.known) if group.table is not None)
 
     def steps_of(self, sequence: Sequence) -> list[Step]:
         """Returns the captured steps that a running sequence takes, alone: the shapes that take turns, or one."""
@@ -178,9 +179,7 @@ class DeviceRunner:
         """Takes the first rank's in their place."""
         told = iter(times)
         for group in self._groups:
-            for ladder, rung, _ in group.untold:
-                ladder.learn(rung, next(told))
-            group.untold.clear()
+            group.learn([next(told) for _ in group.untold])
 
     @undisturbed()
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
@@ -267,6 +266,8 @@ class DeviceRunner:
                 self._draw_first()  # what follows first tokens depends on them
                 for text, error in group.guide():
                     self._fail([text], error)
+        except RankError:  # which ends the texts of all rounds
+            raise
         except Exception as error:
             self._fail([text for text in texts if text.sequence.alive], error)
 
@@ -284,7 +285,7 @@ class DeviceRunner:
 
     def _fail(self, texts: Seq[DeviceText], error: Exception) -> None:
         for text in texts:
-            text.sequence.error = error
+            text.sequence.fail(error)
             self._changed.append(text.sequence)
 
     def _group_of(self, kind: Kind) -> Group:
@@ -325,6 +326,8 @@ class DeviceRunner:
                 if first is not None:
                     self._first.append(first)
                     self._join(some, first)
+            except RankError:
+                raise
             except Exception as error:  # their own: others go on
                 for text in some:
                     if text in unread:

@@ -5,8 +5,8 @@ the first so many slots (1, 2, 4, ...): where fewer texts are left, the others s
 reads. Which pages of the caches a slot has stands on the device, so texts come, go and change their slots without
 anything being captured again.
 
-All take a step of one shape. Where it may change from step to step ("auto"), a `Ladder` for every number of texts says
-what steps cost, and one `TextLadder` chooses by what all of them have accepted.
+All take a step of one shape. Where it may change from step to step ("auto"), a `ShapeTable` for every number of texts
+says what steps cost, and one `ShapePlanner` chooses by what all of them have accepted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_bytes
 from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
 from mtp_spec.cuda.runtime import DeviceRuntime
-from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Rungs, ladder_of
+from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Switching, table_of
 from mtp_spec.cuda.state import MOST, WAITING, Mail, State, union
 from mtp_spec.cuda.step import Step
 from mtp_spec.cuda.text import DeviceText, Drafts, Record
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages
-from mtp_spec.planning.shape_planner import MODEL_MEMORY, PLAIN, Chances, Ladder, TextLadder
+from mtp_spec.planning.base import Outcome, Seconds
+from mtp_spec.planning.chances import MODEL_MEMORY, Chances
+from mtp_spec.planning.shape_planner import PLAIN, ShapeBatch, ShapePlan, ShapePlanner, ShapeTable
 
 
 @dataclass(slots=True)
@@ -40,14 +42,14 @@ class Part:
     Attributes:
         first: the first slot.
         steps: one for every shape.
-        rungs: with what lies between them, where shapes take turns.
+        switching: with what lies between them, where shapes take turns.
         guide: of guided texts.
     """
 
     first: int
     state: State
     steps: list[Step]
-    rungs: Rungs | None
+    switching: Switching | None
     guide: Guide | None
 
 
@@ -58,8 +60,8 @@ class Flight:
     Attributes:
         texts: those that take it, by slot.
         parts: their slots.
-        rung: which shape.
-        ladder: that the shape was chosen from.
+        shape: number of its shape.
+        plan: by which it was chosen, where shapes take turns.
         alone: whether its sequence took it with no other.
         logits: of the texts that asked for them, `[E, V]` each, by slot.
         drafts: what an observer is shown.
@@ -67,8 +69,8 @@ class Flight:
 
     texts: list[DeviceText]
     parts: list[Part]
-    rung: int
-    ladder: Ladder | None
+    shape: int
+    plan: ShapePlan | None
     alone: bool
     begun: torch.cuda.Event | None
     ended: torch.cuda.Event | None = None
@@ -101,10 +103,10 @@ class Group:
         self._hosts = [torch.empty(most, commits.record_size(MOST), dtype=torch.int32,
                                    pin_memory=device.type == "cuda") for _ in range(2)]  # fmt: skip
         self._chances = Chances(MODEL_MEMORY)
-        self._planner: TextLadder | None = None
-        self.ladder: Ladder | None = None  # of the last step
+        self._planner: ShapePlanner | None = None
+        self.table: ShapeTable | None = None  # of the last step
         self._stages = Stages(noise=False)
-        self.untold = list[tuple[Ladder, int, float]]()  # steps' seconds, of which the first rank's will count
+        self.untold = list[tuple[ShapePlan, float]]()  # steps' seconds, of which the first rank's will count
         self._changed = self._disturbed = self._unseen = False
         self._ended: torch.cuda.Event | None = None
 
@@ -152,18 +154,18 @@ class Group:
             self._settle_down()
         texts = self.texts
         parts = self._parts(len(texts))
-        rung = self._choose(parts) if self.kind.takes_turns else PLAIN
-        if self.kind.takes_turns:
-            self._turn([part.rungs for part in parts if part.rungs is not None], rung, texts)
+        plan = self._plan(parts) if self.kind.takes_turns else None
+        shape = PLAIN if plan is None else plan.shape
+        if plan is not None:
+            self._turn([part.switching for part in parts if part.switching is not None], shape, texts)
         begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
         self._disturbed = False
-        ladder = None if self._planner is None else self._planner.ladder
-        flight = Flight(texts, parts, rung, ladder, len(texts) == 1, begun)
+        flight = Flight(texts, parts, shape, plan, len(texts) == 1, begun)
         if self.kind.guided:
             self._begin(flight, parts[0])
         else:
             for part in parts:
-                part.steps[rung]()
+                part.steps[shape]()
                 flight.logits |= self._logits(flight, part)
             self._end(flight)
         self._launched.append(flight)
@@ -177,13 +179,13 @@ class Group:
                 self._begin(flight, part)
             assert part.guide is not None
             own = flight.texts[part.first : part.first + part.state.texts]
-            failed += part.guide.end(part.steps[flight.rung], own, self.runtime.model.ranks.wait)
+            failed += part.guide.end(part.steps[flight.shape], own, self.runtime.model.ranks.wait)
         self._end(flight)
         return failed
 
     def _begin(self, flight: Flight, part: Part) -> None:
         assert part.guide is not None
-        part.guide.begin(part.steps[flight.rung])
+        part.guide.begin(part.steps[flight.shape])
         flight.logits |= self._logits(flight, part)
 
     def _end(self, flight: Flight) -> None:
@@ -195,7 +197,7 @@ class Group:
         self._ended = flight.ended
         if self.kind.watched:
             self.runtime.model.ranks.wait(flight.ended)
-            step = flight.parts[0].steps[flight.rung]
+            step = flight.parts[0].steps[flight.shape]
             places = ((node, row) for nodes, rows in step.drafted for node, row in zip(nodes, rows.cpu(), strict=True))
             flight.drafts = Drafts(step.shape, step.proposed(), dict(places))
 
@@ -205,15 +207,15 @@ class Group:
             return []
         done = self._launched.popleft()
         self.runtime.model.ranks.wait(done.ended)
-        shape, found = self.shapes[done.rung], list[tuple[DeviceText, Record]]()
+        shape, found = self.shapes[done.shape], list[tuple[DeviceText, Record]]()
         lines = done.record[: len(done.texts)].tolist()
         for slot, (text, (count, failed, *numbers)) in enumerate(zip(done.texts, lines, strict=True)):
             path = numbers[MOST : MOST + count]
             record = Record(numbers[:count], path, bool(failed), shape.ranks, shape.depth, done.logits.get(slot),
                             drafts=done.drafts)  # fmt: skip
             found.append((text, record))
-        if self._planner is not None:
-            self._learn(done, self._planner, found)
+        if self._planner is not None and done.plan is not None:
+            self._learn(done, done.plan, self._planner, found)
         return found
 
     def steps(self) -> list[Step]:
@@ -222,7 +224,7 @@ class Group:
 
     def _logits(self, flight: Flight, part: Part) -> dict[int, Tensor]:
         """Returns copies of what texts asked for, by slot: the next pass writes where they are."""
-        rows, room = self.shapes[flight.rung].rows, self.state.logits
+        rows, room = self.shapes[flight.shape].rows, self.state.logits
         assert room is not None
         own = flight.texts[part.first : part.first + part.state.texts]
         return {part.first + slot: room[slot * rows : (slot + 1) * rows].clone()
@@ -291,27 +293,23 @@ class Group:
                                f'acceptance="{kind.acceptance}" on {nodes} nodes')  # fmt: skip
                 for step in steps:
                     step.capture(runtime.graphs)
-            rungs = None
+            switching = None
             if self.kind.takes_turns:
-                rungs = Rungs.capture(runtime, state, steps, STEP_ROWS)
+                switching = Switching.capture(runtime, state, steps, STEP_ROWS)
         self._disturbed = True
-        return Part(first, state, steps, rungs, guide)
+        return Part(first, state, steps, switching, guide)
 
     # shapes that take turns
 
-    def _choose(self, parts: list[Part]) -> int:
-        key = (self, "ladder", tuple(part.state.texts for part in parts), self._stages)
-        ladder = self.runtime.kept(key, lambda: self._measured(parts))
+    def _plan(self, parts: list[Part]) -> ShapePlan:
+        key = (self, "table", tuple(part.state.texts for part in parts), self._stages)
+        self.table, texts = self.runtime.kept(key, lambda: self._measured(parts)), self.texts
         if self._planner is None:
-            self._planner = TextLadder(ladder)
-        planner, texts = self._planner, self.texts
-        self.ladder = planner.ladder = ladder
-        planner.texts = len(texts)
-        planner.left = max(text.left for text in texts)
-        planner.behind = max(text.waiting for text in texts)
-        return planner.choose()
+            self._planner = ShapePlanner(self.table)
+        left, behind = max(text.left for text in texts), max(text.waiting for text in texts)
+        return self._planner.plan(ShapeBatch(self.table, len(texts), left, behind))
 
-    def _measured(self, parts: list[Part]) -> Ladder:
+    def _measured(self, parts: list[Part]) -> ShapeTable:
         """Times the steps on tokens of all kinds, whose rows go to as many experts as those of texts."""
         measured = list[list[float]]()
         for part in parts:
@@ -320,34 +318,34 @@ class Group:
                 vocabulary, state = self.runtime.model.config.vocab_size, part.state
                 state.tokens.copy_(torch.randint(vocabulary, state.tokens.shape, generator=generator))
                 state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator))
-                assert part.rungs is not None
-                measured.append(part.rungs.seconds(state))
+                assert part.switching is not None
+                measured.append(part.switching.seconds(state))
         self._disturbed = True
         seconds = [sum(times) for times in zip(*measured, strict=True)]
-        return ladder_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances)
+        return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances)
 
-    def _turn(self, rungs: list[Rungs], rung: int, texts: list[DeviceText]) -> None:
+    def _turn(self, parts: list[Switching], shape: int, texts: list[DeviceText]) -> None:
         """Does what lies between steps; sequences may be behind by different numbers of rows."""
         behind = max(text.waiting for text in texts)
-        if rung == PLAIN:
+        if shape == PLAIN:
             if self._unseen:  # what a drafting step committed lies where the next step writes
-                for one in rungs:
+                for one in parts:
                     one.settle()
                 self._unseen, self._disturbed = False, True
                 behind = self._set_waiting(texts, 0)
             if behind == WAITING:
-                behind = self._catch_up(rungs, behind, texts)
+                behind = self._catch_up(parts, behind, texts)
             for text in texts:
                 text.waiting += 1
         else:
             if behind > 1:  # the step itself reads the last row
-                self._catch_up(rungs, behind, texts)
+                self._catch_up(parts, behind, texts)
             self._unseen = True
             self._set_waiting(texts, 0)
 
-    def _catch_up(self, rungs: list[Rungs], behind: int, texts: list[DeviceText]) -> int:
+    def _catch_up(self, parts: list[Switching], behind: int, texts: list[DeviceText]) -> int:
         rows = next(rows for rows in CATCH_UP_ROWS if behind - 1 <= rows)
-        for one in rungs:
+        for one in parts:
             one.catch_up[rows]()
         self._disturbed = True
         return self._set_waiting(texts, 1)
@@ -357,20 +355,24 @@ class Group:
             text.waiting = rows
         return rows
 
-    def _learn(self, done: Flight, planner: TextLadder, found: Seq[tuple[DeviceText, Record]]) -> None:
-        paths = [[row - 1 for row in record.path[1:]] for text, record in found if not text.sequence.finished]
-        if done.ladder is not None and done.begun is not None and done.ended is not None:
-            seconds = done.begun.elapsed_time(done.ended) / 1e3
+    def _learn(
+        self, done: Flight, plan: ShapePlan, planner: ShapePlanner, found: Seq[tuple[DeviceText, Record]]
+    ) -> None:  # fmt: skip
+        paths = [None if text.sequence.finished else [row - 1 for row in record.path[1:]] for text, record in found]
+        seconds = None
+        if done.begun is not None and done.ended is not None:
+            taken = done.begun.elapsed_time(done.ended) / 1e3
             if done.alone:
                 ((text, record),) = found
-                expected = planner.tokens(done.rung), done.ladder.seconds(done.rung)
-                text.sequence.stats.record_plan(*expected, len(record.tokens), seconds)
-            self._took(done.ladder, done.rung, seconds)
-        if paths:
-            planner.learn_all(done.rung, paths, None)
+                text.sequence.stats.record_plan(plan.tokens, plan.seconds, len(record.tokens), taken)
+            if self.runtime.model.ranks.size == 1:
+                seconds = Seconds(taken)
+            else:
+                self.untold.append((plan, taken))
+        planner.learn(plan, Outcome(paths, seconds))
 
-    def _took(self, ladder: Ladder, rung: int, seconds: float) -> None:
-        if self.runtime.model.ranks.size == 1:
-            ladder.learn(rung, seconds)
-        else:
-            self.untold.append((ladder, rung, seconds))
+    def learn(self, seconds: Seq[float]) -> None:
+        """Takes the first rank's seconds in place of the untold ones."""
+        for (plan, _), taken in zip(self.untold, seconds, strict=True):
+            plan.table.learn(plan.shape, taken)
+        self.untold.clear()

@@ -21,7 +21,8 @@ from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.state import WAITING, State
 from mtp_spec.cuda.step import Step
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.planning.shape_planner import Chances, Ladder
+from mtp_spec.planning.chances import Chances
+from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.tree_shape import TreeShape
 
 # rows that catch up at once; the smallest pass that holds what waits is taken
@@ -31,11 +32,11 @@ RUNS, ROUNDS = 4, 3
 
 
 @dataclass(slots=True)
-class Rungs:
-    """The captured work of one state.
+class Switching:
+    """The captured steps of one state, and what lies between steps of different shapes.
 
     Attributes:
-        steps: one a rung, the first is plain decoding.
+        steps: one a shape, the first is plain decoding.
         settle: shows the modules what the last drafting step committed.
         catch_up: by rows, shows them what plain steps put aside, all but the last one's row.
         constants: what the passes read as long as they are replayed.
@@ -47,7 +48,7 @@ class Rungs:
     constants: Constants
 
     @classmethod
-    def capture(cls, runtime: DeviceRuntime, state: State, steps: list[Step], most: int = WAITING) -> Rungs:
+    def capture(cls, runtime: DeviceRuntime, state: State, steps: list[Step], most: int = WAITING) -> Switching:
         """Captures what lies between steps, in passes of `most` rows; the state must not hold a text."""
 
         def captured(work: Callable[[], object]) -> Callable[[], None]:
@@ -72,10 +73,10 @@ class Rungs:
         return [_time(state, work) for work in works]
 
 
-def ladder_of(shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None) -> Ladder:
-    """Returns the ladder of measured times, in the order of `Rungs.seconds`."""
+def table_of(shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None) -> ShapeTable:
+    """Returns the table of measured times, in the order of `Switching.seconds`."""
     steps, (settling, *reading) = seconds[: len(shapes)], seconds[len(shapes) :]
-    return Ladder(shapes, steps, settling, dict(zip(CATCH_UP_ROWS, reading, strict=True)), chances)
+    return ShapeTable(shapes, steps, settling, dict(zip(CATCH_UP_ROWS, reading, strict=True)), chances)
 
 
 def _one_by_one(works: list[Callable[[], None]]) -> Callable[[], None]:

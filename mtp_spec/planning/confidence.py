@@ -29,7 +29,7 @@ SHARE, SHARE_SEEN, RANKS = 0.5, 8.0, 3
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Judged:
     """A judged node whose parent was accepted: what was known of it, and the rank of the accepted sibling, if any."""
 
     lead: float
@@ -69,7 +69,7 @@ class Confidence:
         won, tried = self._shares[min(rank, RANKS) - 1]
         return won / tried
 
-    def learn(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Judged]) -> None:
         """Takes the outcomes of one step."""
         if not outcomes:
             return

@@ -15,6 +15,7 @@ from mtp_spec import Speculation
 from mtp_spec.acceptance import RULES
 from mtp_spec.cpu.draft import Drafter
 from mtp_spec.cpu.passes import Work
+from mtp_spec.planning.fixed_plan import TreePlan
 from mtp_spec.speculation import ACCEPTANCE_RULES, MAX_DEPTH
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -100,11 +101,11 @@ def test_an_end_inside_an_accepted_run(small: mtp_spec.LM, monkeypatch: pytest.M
     plain = small.generate(prompt, speculation=None, seed=0, **options)
     true = [*prompt, *plain.token_ids]
 
-    def draft(self: Drafter, known: list[int], speculation: Any, depth: int, *_: Any) -> Work[TokenTree]:
+    def draft(self: Drafter, known: list[int], plan: TreePlan, depth: int, *_: Any) -> Work[TokenTree]:
         """Drafts the whole text, beyond its end too."""
         yield from self._extend(known)
         tree, parent = TokenTree(), ROOT
-        for token in true[len(known) : len(known) + min(depth, speculation.depth)]:
+        for token in true[len(known) : len(known) + min(depth, plan.limits.depth)]:
             parent = tree.add(parent, token, 0)
         return tree
 

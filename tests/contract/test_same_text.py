@@ -91,10 +91,10 @@ def test_rows_are_bitwise_those_of_plain_decoding(folder: Path, dtype: str) -> N
 def _oracle(tokens: list[int], wrong: int) -> Callable[..., Work[TokenTree]]:
     """Drafts the true continuation, each token moved by `wrong`."""
 
-    def draft(self: Drafter, known: list[int], speculation: Any, depth: int, *_: Any) -> Work[TokenTree]:
+    def draft(self: Drafter, known: list[int], plan: Any, depth: int, *_: Any) -> Work[TokenTree]:
         yield from self._extend(known)
         tree, parent = TokenTree(), ROOT
-        for token in tokens[len(known) : len(known) + min(depth, speculation.depth)]:
+        for token in tokens[len(known) : len(known) + min(depth, plan.limits.depth)]:
             parent = tree.add(parent, (token + wrong) % 96, 0)
         return tree
 

@@ -18,11 +18,14 @@ from torch import Tensor
 import mtp_spec
 import small
 import tiny
+from mtp_spec.cpu.backend import AUTO
 from mtp_spec.cpu.draft import Drafter
 from mtp_spec.kernels.cpu.engine import SWITCH, why_not
 from mtp_spec.model.moe import Gate
 from mtp_spec.planning.costs import StepTimes
-from mtp_spec.planning.node_planner import Planner, TextPlanner
+from mtp_spec.planning.fixed_plan import Standing, TreeBatch
+from mtp_spec.planning.governor import DOUBTED_DEBT
+from mtp_spec.planning.node_planner import NodePlanner
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.tree import TokenTree
@@ -245,6 +248,10 @@ def test_a_planner_goes_on_where_nothing_can_be_drafted(load: Callable[..., mtp_
 
 
 def test_a_doubting_planner_of_an_empty_tree() -> None:
-    planner = TextPlanner(Planner(StepTimes.typical()))
-    planner._doubted = True
-    assert planner.choose(TokenTree(), []) == []
+    planner = NodePlanner(StepTimes.typical())
+    memory = planner.begin()
+    memory.pace.record(-DOUBTED_DEBT)
+    (plan,) = planner.plan(TreeBatch([Standing(AUTO, memory, 32, 1, 100)], alone=True))
+    assert plan.drafts
+    plan.expand([1.0], 0)
+    assert plan.choose(TokenTree(), []) == []

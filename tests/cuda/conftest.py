@@ -21,14 +21,14 @@ def _unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Rungs from a list in place of learned ones, and a small ring."""
+    """Shapes from a list in place of learned ones, and a small ring."""
     for module in (device_state, device_planned, device_group, device_text):
         monkeypatch.setattr(module, "WAITING", RING)
     for module in (device_planned, device_group):
         monkeypatch.setattr(module, "CATCH_UP_ROWS", (SMALL, RING))
-    monkeypatch.setattr(device_planned.Rungs, "seconds", lambda rungs, _: [1.0] * (len(rungs.steps) + 3))
+    monkeypatch.setattr(device_planned.Switching, "seconds", lambda work, _: [1.0] * (len(work.steps) + 3))
 
-    def use(rungs: list[int]) -> None:
-        monkeypatch.setattr(device_group, "TextLadder", lambda ladder: Script(rungs, ladder))
+    def use(shapes: list[int]) -> None:
+        monkeypatch.setattr(device_group, "ShapePlanner", lambda _: Script(shapes))
 
     return use

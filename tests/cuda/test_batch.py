@@ -134,8 +134,8 @@ def test_closing_cancels_and_begins_again(folder: Path) -> None:
     check(lm, wishes(3, 4))
 
 
-@pytest.mark.parametrize("rungs", [[0, 0, 3, 1, 0], [0] * (RING + 4) + [4, 1]], ids=["in turn", "long pauses"])
-def test_turns_change_nothing(folder: Path, scripted: Any, rungs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shapes", [[0, 0, 3, 1, 0], [0] * (RING + 4) + [4, 1]], ids=["in turn", "long pauses"])
+def test_turns_change_nothing(folder: Path, scripted: Any, shapes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[tuple[list[int], int, list[torch.Tensor]]] = []
     leave = Group.leave
 
@@ -149,7 +149,7 @@ def test_turns_change_nothing(folder: Path, scripted: Any, rungs: list[int], mon
         leave(group, text)
 
     monkeypatch.setattr(Group, "leave", watched)
-    scripted(rungs)
+    scripted(shapes)
     lm = batch_lm(folder, 3)
     options: dict[str, Any] = {"top_k": 4, "logit_bias": {**FEW, 3: -float("inf")}, "seed": 2}
     asked = [([5] * n, {**options, "max_new_tokens": 10 * n}) for n in (4, 1, 3, 2)]

@@ -16,11 +16,11 @@ from mtp_spec.cuda import group as device_group
 from mtp_spec.cuda import shapes as device_planned
 from mtp_spec.cuda import state as device_state
 from mtp_spec.cuda import text as device_text
-from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.speculation import Speculation
 from scripted import RING, SMALL, Script
 
-# rungs in turn, again and again: always deep, every second step, pauses of several lengths, one longer than the ring
+# shapes in turn, again and again: always deep, every second step, pauses of several lengths, one longer than the ring
 SCRIPTS = ([4], [0, 4], [0, 0, 3, 1, 0], [2] * 3 + [0] * (RING - 3), [0] * (RING + SMALL) + [4, 4, 1])
 
 
@@ -34,14 +34,14 @@ def _small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def use(rungs: list[int]) -> list[Script]:
+    def use(shapes: list[int]) -> list[Script]:
         made: list[Script] = []
 
-        def make(ladder: Ladder) -> Script:
-            made.append(Script(rungs, ladder))
+        def make(_: ShapeTable) -> Script:
+            made.append(Script(shapes))
             return made[-1]
 
-        monkeypatch.setattr(device_group, "TextLadder", make)
+        monkeypatch.setattr(device_group, "ShapePlanner", make)
         return made
 
     return use
@@ -52,17 +52,17 @@ def turns(lm: LM, scripted: Any, prompt: Any, count: int, options: dict[str, Any
     options = {"max_new_tokens": count, "seed": 2, "logprobs": 1, **options}
     plain = lm.generate(prompt, speculation=None, **options)
     held: list[list[torch.Tensor]] = []
-    for rungs in scripts:
-        made = scripted(rungs)
+    for shapes in scripts:
+        made = scripted(shapes)
         stream = lm.stream(prompt, speculation=Speculation(depth=4, adaptive=True), **options)
         for _ in stream:
             pass
         out, state = stream.result, next(group for group in device(lm).pool.known if group.kind.takes_turns).state
-        assert out.token_ids == plain.token_ids, rungs
+        assert out.token_ids == plain.token_ids, shapes
         assert out.logprobs == plain.logprobs
         taken = made[0].taken
-        assert {rung for rung, _ in taken} <= set(rungs)
-        assert out.stats.drafted == pytest.approx(sum(rung for rung, _ in taken), abs=4)
+        assert {shape for shape, _ in taken} <= set(shapes)
+        assert out.stats.drafted == pytest.approx(sum(shape for shape, _ in taken), abs=4)
         assert state.pages is not None
         slots = (state.pages[0].long()[:, None] + torch.arange(64, device=state.pages.device)).flatten()
         known = slots[: int(state.fed[0]) - len(state.mtp_caches)]
@@ -94,8 +94,8 @@ def test_at_the_end_of_the_context(tmp_path: Path, scripted: Any) -> None:
     lm = device_lm(checkpoint(tmp_path, "v3"), context=3 * RING)
     options: dict[str, Any] = {"max_new_tokens": 3 * RING - 3, "temperature": 0.0}
     plain = lm.generate([5, 6, 7], speculation=None, **options)
-    for rungs in ([0] * RING + [4], [0] * (2 * RING + 3) + [4]):
-        scripted(rungs)
+    for shapes in ([0] * RING + [4], [0] * (2 * RING + 3) + [4]):
+        scripted(shapes)
         out = lm.generate([5, 6, 7], speculation=Speculation(depth=4, adaptive=True), **options)
         assert out.token_ids == plain.token_ids
 

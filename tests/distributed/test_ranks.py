@@ -23,6 +23,7 @@ import small
 import tiny
 from lms import lm_of
 from mtp_spec.cli.main import main
+from mtp_spec.cpu.passes import Pass, Passes
 from mtp_spec.model.checkpoint.convert import ranks_job
 from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint, rank_part, save_checkpoint
 from mtp_spec.model.checkpoint.jobs import run_job
@@ -121,6 +122,59 @@ def test_a_text_that_one_rank_does_not_begin_ends_the_others(fp8: Path, monkeypa
     worker.rest()
     with pytest.raises(mtp_spec.RankError, match=said):
         worker.call(lambda: None)
+
+
+class Deserted(Ranks):
+    """A rank where a text fails that others go on with."""
+
+    def first(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def fail_alike(self, where: str, error: BaseException) -> None:
+        raise RankError(f"{where}: {error}") from error
+
+
+@pytest.mark.parametrize("call", range(5), ids=["admitted", "read", "drafted", "accepted", "drafted-again"])
+def test_a_rank_where_a_text_fails_computes_nothing_more(call: int, fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its passes would have fewer rows than those of the others, who could not tell whose bytes they get."""
+    passes, run, calls, computed = list[int](), Passes.run, 0, -1
+
+    def counted(self: Passes, some: Sequence[Pass]) -> None:
+        passes.append(len(some))
+        run(self, some)
+
+    def fail() -> None:
+        nonlocal computed
+        computed = len(passes)
+        raise LookupError("a processor's own error")
+
+    def fails(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            fail()
+        return logits
+
+    monkeypatch.setattr(Passes, "run", counted)
+    lm = mtp_spec.load(fp8, measure=False, max_batch=2)
+    runner = lm.backend.runner(True)
+    if call == 0:
+        admit = runner.admit
+
+        def refuses(sequence: Any, running: Sequence[Any]) -> bool:
+            if running:
+                fail()
+            return admit(sequence, running)
+
+        monkeypatch.setattr(runner, "admit", refuses)
+    worker = Worker(runner, 2, Deserted(1, 2))
+    options: list[dict[str, Any]] = [{"speculation": 2}, {"speculation": 1, "logits_processor": fails}]
+    handles = worker.submit([lm._sequence(lm._request([1, 2, 3], {"seed": 0, **one})) for one in options], lm)
+    for handle in handles:
+        with pytest.raises(mtp_spec.RankError, match="text 1: a processor's own error"):
+            handle.result(SECONDS)
+    worker.rest()
+    assert computed == len(passes)
 
 
 @pytest.fixture(scope="module")

@@ -3,48 +3,35 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import pytest
 
 import mtp_spec
 import tiny
 from lms import host
-from mtp_spec.cpu import batch_context as company
 from mtp_spec.cpu.draft import KEPT_BEHIND, MOST_BEHIND
-from mtp_spec.cpu.untold import Untold
+from mtp_spec.planning.base import Outcome, Seconds
 from mtp_spec.planning.costs import StepTimes
-from mtp_spec.planning.node_planner import ALONE, Beside, Planner, TextPlanner
-from mtp_spec.stats import GenerationStats
+from mtp_spec.planning.fixed_plan import Standing, TreeBatch
+from mtp_spec.planning.node_plan import ALONE, Beside, NodePlan, Speed
+from mtp_spec.planning.node_planner import NodePlanner
 from mtp_spec.tree import TokenTree
-from simulated import CHEAP_ROWS, CONTEXT, MACHINES, PROCESSES, Process, _draft
-
-
-@dataclass
-class Levels:
-    """Stands for times and notes the leaves of each level."""
-
-    leaves: list[int] = field(default_factory=list)
-
-    def level(self, leaves: int, context: int) -> float:
-        self.leaves.append(leaves)
-        return 0.0
-
-    def extend(self, pending: int, context: int) -> float:
-        return 0.0
+from simulated import CHEAP_ROWS, CONTEXT, ENDLESS, LIMITS, MACHINES, PROCESSES, Process, draft
 
 
 class Text:
-    """As much of a decoder as planning together looks at."""
+    """One text: as much of a sequence as planning looks at."""
 
-    def __init__(self, planner: Planner) -> None:
-        self.planner, self.drafter = TextPlanner(planner), self
-        self.tokens, self.rows, self.pending = [0] * CONTEXT, 1, 1
-        self.stats = GenerationStats()
+    def __init__(self, planner: NodePlanner) -> None:
+        self.memory, self.length, self.rows, self.pending = planner.begin(), CONTEXT, 1, 1
+
+    def standing(self) -> Standing:
+        return Standing(LIMITS, self.memory, self.length, self.pending, ENDLESS, self.rows)
 
 
 def simulate(
-    planner: Planner, times: StepTimes, processes: list[Process], length: int, seed: int = 0, dearer: float = 1.0
+    planner: NodePlanner, times: StepTimes, processes: list[Process], length: int, seed: int = 0, dearer: float = 1.0
 ) -> tuple[float, float, float]:
     """Lets one text for each process write in company, one text after another; drafting is dearer than measured alone.
 
@@ -53,39 +40,33 @@ def simulate(
     noise, texts = random.Random(seed), [Text(planner) for _ in processes]
     seconds, tokens, steps, nodes = 0.0, 0, 0, 0
     while steps < length * len(texts):
-        company.introduce(texts, len(texts) == 1)
-        leaves, pending, drafting, trees = list[int](), 0, 0, []
-        for text, process in zip(texts, processes, strict=True):
+        plans = planner.plan(TreeBatch([text.standing() for text in texts], alone=len(texts) == 1))
+        levels, pending, drafting, trees = list[int](), 0, 0, []
+        for text, plan, process in zip(texts, plans, processes, strict=True):
             tree, accepted = TokenTree(), list[int]()
-            if text.planner.drafts(len(text.tokens), text.pending):
-                levels = Levels()
-                whole, path, _ = _draft(text.planner, levels, process, noise, len(text.tokens), text.pending)
-                kept = text.planner.choose(whole, [chance for _, chance in path])
-                places = {node: place for place, node in enumerate(kept)}
-                tree = whole.part(kept)
-                accepted = [places[node] for node, (accepts, _) in enumerate(path) if accepts and node in places]
-                leaves = [a + b for a, b in zip(
-                    leaves + [0] * len(levels.leaves), levels.leaves + [0] * len(leaves), strict=False)]  # fmt: skip
+            if plan.drafts:
+                tree, accepted, _ = draft(plan, times, process, noise)
+                levels = [a + b for a, b in zip_longest(levels, plan.levels, fillvalue=0)]
                 drafting, pending, text.pending = drafting + 1, pending + text.pending, 0
             text.pending += len(accepted) + 1
             text.pending = KEPT_BEHIND if text.pending > MOST_BEHIND else text.pending
             text.rows = len(tree) + 1
             trees.append((tree, accepted))
-        context = len(texts[0].tokens)
+        context = texts[0].length
         verifying = times.verify(sum(text.rows for text in texts), context) * noise.uniform(0.9, 1.1)
         expected = 0.0
         if drafting:
-            expected = sum(times.level(count, context) for count in leaves if count)
+            expected = sum(times.level(count, context) for count in levels if count)
             expected += times.extend(pending, context) - times.extend(drafting, context)
         others = expected * dearer * noise.uniform(0.9, 1.1)
-        company.learn(texts, verifying, expected, others, Untold(alone=True))
-        spent = verifying + others
-        seconds += spent
+        planner.learn(
+            plans, Outcome([accepted for _, accepted in trees], Seconds(verifying + others, others, verifying))
+        )
+        seconds += verifying + others
         for number, (text, (tree, accepted)) in enumerate(zip(texts, trees, strict=True)):
-            text.planner.learn(tree, accepted, spent / 2, spent / 2)
             tokens, nodes, steps = tokens + len(accepted) + 1, nodes + len(tree), steps + 1
-            text.tokens += [0] * (len(accepted) + 1)
-            if len(text.tokens) > CONTEXT + 128:  # the next text
+            text.length += len(accepted) + 1
+            if text.length > CONTEXT + 128:  # the next text
                 texts[number] = Text(planner)
     rate = len(texts) / times.verify(len(texts), CONTEXT + 64)
     return tokens / seconds, rate, nodes / steps
@@ -96,7 +77,7 @@ def simulate(
 @pytest.mark.parametrize("process", PROCESSES)
 def test_never_under_plain(machine: str, process: str, count: int) -> None:
     times = MACHINES[machine]
-    planner = Planner(times)
+    planner = NodePlanner(times)
     simulate(planner, times, [PROCESSES[process]] * count, 100, seed=1)  # what earlier texts have taught
     together, plain, _ = simulate(planner, times, [PROCESSES[process]] * count, 200)
     assert together > 0.98 * plain
@@ -104,7 +85,7 @@ def test_never_under_plain(machine: str, process: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [2, 5, 12])
 def test_never_under_plain_where_drafting_takes_longer_than_alone(count: int) -> None:
-    times, planner = StepTimes.typical(), Planner(StepTimes.typical())
+    times, planner = StepTimes.typical(), NodePlanner(StepTimes.typical())
     simulate(planner, times, [PROCESSES["good"]] * count, 100, seed=1, dearer=3.0)
     together, plain, _ = simulate(planner, times, [PROCESSES["good"]] * count, 200, dearer=3.0)
     assert together > 0.98 * plain
@@ -112,7 +93,7 @@ def test_never_under_plain_where_drafting_takes_longer_than_alone(count: int) ->
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_never_under_plain_where_texts_differ(machine: str) -> None:
-    times, planner = MACHINES[machine], Planner(MACHINES[machine])
+    times, planner = MACHINES[machine], NodePlanner(MACHINES[machine])
     mixed = [PROCESSES["good"], PROCESSES["poor"], PROCESSES["sure"], PROCESSES["poor"]]
     simulate(planner, times, mixed, 100, seed=1)
     together, plain, _ = simulate(planner, times, mixed, 300)
@@ -123,7 +104,7 @@ def test_few_texts_gain_and_many_are_plain() -> None:
     times = StepTimes.typical()
     found = {}
     for count in (1, 2, 4, 64):
-        planner = Planner(times)
+        planner = NodePlanner(times)
         simulate(planner, times, [PROCESSES["sure"]] * count, 60, seed=1)
         together, plain, nodes = simulate(planner, times, [PROCESSES["sure"]] * count, 150)
         found[count] = (together / plain, nodes)
@@ -133,7 +114,7 @@ def test_few_texts_gain_and_many_are_plain() -> None:
 
 
 def test_where_rows_cost_little_many_texts_gain_too() -> None:
-    planner = Planner(CHEAP_ROWS)
+    planner = NodePlanner(CHEAP_ROWS)
     together, plain, nodes = simulate(planner, CHEAP_ROWS, [PROCESSES["sure"]] * 16, 150)
     assert together > 1.2 * plain
     assert nodes > 2
@@ -141,11 +122,10 @@ def test_where_rows_cost_little_many_texts_gain_too() -> None:
 
 def test_a_node_costs_more_beside_more_rows() -> None:
     times = MACHINES["dear rows"]
-    text, costs = TextPlanner(Planner(times)), []
+    memory, costs = NodePlanner(times).begin(), []
     for beside in (ALONE, Beside(), Beside(4, 3, 4), Beside(16, 15, 16), Beside(16, 60, 16)):
-        text.beside = beside
-        text._start(CONTEXT, 1)
-        costs.append(text._row(1))
+        plan = NodePlan(Standing(LIMITS, memory, CONTEXT, 1, ENDLESS), memory, beside, times, Speed())
+        costs.append(plan.row(1))
     assert costs[0] == pytest.approx(costs[1])
     assert costs[1] <= costs[2] <= costs[3] <= costs[4]
 

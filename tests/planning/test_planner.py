@@ -13,12 +13,14 @@ import torch
 import mtp_spec
 import tiny
 from lms import host
-from mtp_spec.planning.confidence import Confidence, Outcome
+from mtp_spec.planning.confidence import Confidence, Judged
 from mtp_spec.planning.costs import Curve, StepTimes
+from mtp_spec.planning.fixed_plan import Standing, TreeBatch
 from mtp_spec.planning.governor import ALLOWED, MOST_DEBT, Pace
-from mtp_spec.planning.node_planner import Planner, Speed, TextPlanner
+from mtp_spec.planning.node_plan import NodePlan, Speed
+from mtp_spec.planning.node_planner import NodePlanner
 from mtp_spec.tree import ROOT, TokenTree
-from simulated import CONTEXT, MACHINES, PROCESSES, Process, fixed, flat, run
+from simulated import CONTEXT, LIMITS, MACHINES, PROCESSES, Process, fixed, flat, run
 
 
 def test_curves_pass_through_their_points_and_never_fall() -> None:
@@ -42,7 +44,7 @@ def test_confidence_learns_leads_depths_and_siblings() -> None:
         best = {0.2: 0.3, 2.0: 0.9}[lead] - (0.2 if depth == 3 else 0.0)
         draw = draws.random()
         rank = 0 if draw < best else 1 if draw < best + (1 - best) * 0.7 else None
-        model.learn([Outcome(lead, depth, 2, rank)])
+        model.learn([Judged(lead, depth, 2, rank)])
     for estimate in (model, model.for_text()):
         assert estimate.chance(0.2, 1) == pytest.approx(0.3, abs=0.12)
         assert estimate.chance(2.0, 1) == pytest.approx(0.9, abs=0.06)
@@ -50,7 +52,7 @@ def test_confidence_learns_leads_depths_and_siblings() -> None:
         assert estimate.share(1) == pytest.approx(0.7, abs=0.1)
     text = model.for_text()
     for _ in range(40):  # a text that differs is soon known to
-        text.learn([Outcome(2.0, 1, 1, None)])
+        text.learn([Judged(2.0, 1, 1, None)])
     assert text.chance(2.0, 1) < 0.35 < model.chance(2.0, 1)
 
 
@@ -83,15 +85,23 @@ def test_pace_tries_again_when_the_text_changes() -> None:
 def test_never_far_from_the_best_fixed_chain(machine: str, kind: str) -> None:
     times, process = MACHINES[machine], PROCESSES[kind]
     best = max(fixed(depth, times, process, 20_000) for depth in range(9))
-    found = run(Planner(times), times, lambda _: process, texts=40, length=200)
+    found = run(NodePlanner(times), times, lambda _: process, texts=40, length=200)
     assert found.rate >= 0.98 * best
+
+
+@pytest.mark.parametrize("machine", ["typical", "dear drafts"])
+def test_leads_bring_more_than_any_fixed_chain(machine: str) -> None:
+    """What a planner that grows trees node by node is for: a choice among shapes ends at the best of them."""
+    times, process = MACHINES[machine], Process(-0.5)
+    best = max(fixed(depth, times, process, 20_000) for depth in range(9))
+    assert run(NodePlanner(times), times, lambda _: process, texts=20, length=200).rate >= 1.03 * best
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_never_slower_than_plain_where_no_draft_is_right(machine: str) -> None:
     times = MACHINES[machine]
     plain = fixed(0, times, PROCESSES["good"], 20_000)
-    planner = Planner(times)
+    planner = NodePlanner(times)
     wrong = Process(-50.0, share=0.0)
     assert run(planner, times, lambda _: wrong, texts=8, length=256).rate >= 0.985 * plain
     assert run(planner, times, lambda _: wrong, texts=8, length=256).rate >= 0.99 * plain
@@ -107,7 +117,7 @@ def test_a_plain_step_that_seemed_slow_is_seen_to_be_fast() -> None:
     parts = {"tree": {3: 1.1, 16: 1.5}, "level": {1: 0.1, 4: 0.12}, "extend": {1: 0.05, 32: 0.1}}
     believed = flat(verify={1: 1.0, 2: 1.02, 16: 1.4}, **parts)
     real = flat(verify={1: 0.5, 2: 1.02, 16: 1.4}, **parts)
-    planner = Planner(believed)
+    planner = NodePlanner(believed)
     run(planner, real, lambda _: PROCESSES["poor"], texts=4, length=200)
     found = run(planner, real, lambda _: PROCESSES["poor"], texts=8, length=200)
     assert found.rate >= 0.97 * fixed(0, real, PROCESSES["poor"], 20_000)
@@ -116,7 +126,7 @@ def test_a_plain_step_that_seemed_slow_is_seen_to_be_fast() -> None:
 def test_a_changing_text_is_followed() -> None:
     times = MACHINES["typical"]
     kinds = [PROCESSES["sure"], Process(-50.0, share=0.0)]
-    found = run(Planner(times), times, lambda number: kinds[number % 2], texts=20, length=200)
+    found = run(NodePlanner(times), times, lambda number: kinds[number % 2], texts=20, length=200)
     plain = fixed(0, times, kinds[0], 20_000)
     best = max(fixed(depth, times, kinds[0], 20_000) for depth in range(9))
     assert found.rate >= 0.92 * 2 / (1 / plain + 1 / best)
@@ -125,11 +135,10 @@ def test_a_changing_text_is_followed() -> None:
 def test_the_chosen_nodes_gain_most() -> None:
     draws = random.Random(1)
     for _ in range(60):
-        planner = Planner(MACHINES[draws.choice(list(MACHINES))])
+        planner = NodePlanner(MACHINES[draws.choice(list(MACHINES))])
         planner.rate = draws.uniform(1.0, 3.0)
-        text = TextPlanner(planner)
-        text.drafts(CONTEXT, 1)
-        text.deeper([1.0], 0)
+        plan = planned(planner)
+        plan.expand([1.0], 0)
         tree, chances = TokenTree(), list[float]()
         for node in range(7):
             parent = draws.randrange(-1, node)
@@ -140,10 +149,17 @@ def test_the_chosen_nodes_gain_most() -> None:
         trees = [nodes for size in range(8) for nodes in combinations(range(7), size)
                  if all(tree.parents[node] == ROOT or tree.parents[node] in nodes for node in nodes)]  # fmt: skip
         best = max(worth(nodes, tree, chances, planner) for nodes in trees)
-        assert worth(tuple(text.choose(tree, chances)), tree, chances, planner) >= best - 1e-9
+        assert worth(tuple(plan.choose(tree, chances)), tree, chances, planner) >= best - 1e-9
 
 
-def worth(nodes: tuple[int, ...], tree: TokenTree, chances: list[float], planner: Planner) -> float:
+def planned(planner: NodePlanner, left: int = 100) -> NodePlan:
+    """Plans the first step of a text, alone."""
+    (plan,) = planner.plan(TreeBatch([Standing(LIMITS, planner.begin(), CONTEXT, 1, left)], alone=True))
+    assert isinstance(plan, NodePlan)
+    return plan
+
+
+def worth(nodes: tuple[int, ...], tree: TokenTree, chances: list[float], planner: NodePlanner) -> float:
     """What a tree of these nodes gains over doing something else with its time."""
     curve = planner.times.tree if any(tree.ranks[node] for node in nodes) else planner.times.verify
     time = curve(len(nodes) + 1, CONTEXT) / planner.times.verify(1, CONTEXT)
@@ -157,7 +173,7 @@ def test_the_text_does_not_depend_on_the_plan(machine: str, sampling: dict[str, 
     lm = mtp_spec.load()
     options = {"max_new_tokens": 30, "seed": 4, **sampling}
     plain = lm.generate("One day a fox", speculation=None, **options)
-    host(lm).planners._planners[torch.get_num_threads()] = Planner(MACHINES[machine])
+    host(lm).planners._planners[torch.get_num_threads()] = NodePlanner(MACHINES[machine])
     for speculation in ("auto", mtp_spec.Speculation(4, (3, 2), budget=6, adaptive=True)):
         out = lm.generate("One day a fox", speculation=speculation, **options)
         assert out.token_ids == plain.token_ids

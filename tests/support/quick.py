@@ -14,7 +14,7 @@ QUICK: dict[str, str] = {
     "acceptance/test_tree": "paths_agree_with_parents_and_depths a_tree_refuses_equal_siblings_and_missing_parents",
     "planning/test_planner": "curves_pass_through_their_points_and_never_fall the_chosen_nodes_gain_most "
                              "auto_drafts_nothing_where_rows_run_one_by_one",
-    "planning/test_ladder": "a_text_near_its_end_does_not_begin_again chances_are_learned_by_depth_and_rank",
+    "planning/test_shape_planner": "a_text_near_its_end_does_not_begin_again chances_are_learned_by_depth_and_rank",
     # the model, its files and its texts
     "model/test_oracle": "main_logits mtp_logits",
     "contract/test_same_text": "caches_after_rollback_equal_a_fresh_run",

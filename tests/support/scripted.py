@@ -1,29 +1,24 @@
-"""Rungs from a list in place of learned ones, for steps of several shapes in turn."""
+"""Shapes from a list in place of learned ones, for steps of several shapes in turn."""
 
 from __future__ import annotations
 
-from mtp_spec.planning.shape_planner import Ladder
+from mtp_spec.planning.base import Outcome
+from mtp_spec.planning.shape_planner import ShapeBatch, ShapePlan
 
 RING, SMALL = 12, 4  # rows that may wait for an MTP module, and rows that catch up at once, where a test makes them few
 
 
 class Script:
-    """Takes rungs from a list; keeps what it was told."""
+    """Takes shapes from a list; keeps what it was told."""
 
-    def __init__(self, rungs: list[int], ladder: Ladder) -> None:
-        self.ladder, self._rungs, self._next = ladder, rungs, 0
+    def __init__(self, shapes: list[int]) -> None:
+        self._shapes, self._next = shapes, 0
         self.taken: list[tuple[int, int]] = []
 
-    def choose(self) -> int:
+    def plan(self, batch: ShapeBatch) -> ShapePlan:
+        shape = self._shapes[self._next % len(self._shapes)]
         self._next += 1
-        return self._rungs[(self._next - 1) % len(self._rungs)]
+        return ShapePlan(batch.table, shape, 1.0 + shape, 1.0)
 
-    def tokens(self, rung: int) -> float:
-        return 1.0 + rung
-
-    def learn(self, rung: int, path: list[int], seconds: float | None) -> None:
-        self.taken.append((rung, len(path)))
-
-    def learn_all(self, rung: int, paths: list[list[int]], seconds: float | None) -> None:
-        for path in paths:
-            self.learn(rung, path, seconds)
+    def learn(self, plan: ShapePlan, outcome: Outcome) -> None:
+        self.taken += [(plan.shape, len(path)) for path in outcome.paths if path is not None]

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from math import exp
 
 from mtp_spec.cpu.draft import KEPT_BEHIND, MOST_BEHIND
+from mtp_spec.planning.base import Outcome, Seconds
 from mtp_spec.planning.costs import Curve, StepTimes
-from mtp_spec.planning.node_planner import Planner, TextPlanner
-from mtp_spec.speculation import MAX_DEPTH
+from mtp_spec.planning.fixed_plan import Standing, TreeBatch, TreePlan
+from mtp_spec.planning.node_planner import NodePlanner
+from mtp_spec.speculation import MAX_DEPTH, Speculation
 from mtp_spec.tree import ROOT, TokenTree
 
 WIDTH = 2
 CONTEXT = 100
+LIMITS = Speculation(branching=(WIDTH,) * MAX_DEPTH, budget=64, adaptive=True)
+ENDLESS = 1000
 
 
 @dataclass(frozen=True)
@@ -67,22 +71,32 @@ class Spent:
         return self.tokens / self.seconds
 
 
+@dataclass(frozen=True)
+class Children:
+    """A node's best children, of which only the lead is known."""
+
+    count: int
+    ahead: float
+
+    def lead(self) -> float:
+        return self.ahead
+
+    def logprobs(self) -> list[float]:
+        raise NotImplementedError
+
+
 def run(
-    planner: Planner, times: StepTimes, process: Callable[[int], Process], texts: int, length: int, seed: int = 0
+    planner: NodePlanner, times: StepTimes, process: Callable[[int], Process], texts: int, length: int, seed: int = 0
 ) -> Spent:
     """Lets the planner write texts of so many tokens; `process` says how a text's drafts are accepted."""
     spent, noise = Spent(), random.Random(seed)
     for number in range(texts):
-        text, made, pending = TextPlanner(planner), 0, 1
+        memory, made, pending = planner.begin(), 0, 1
         while made < length:
             tree, accepted, drafting = TokenTree(), list[int](), 0.0
-            if text.drafts(CONTEXT + made, pending):
-                whole, path, drafting = _draft(text, times, process(number), noise, CONTEXT + made, pending)
-                chances = [chance for _, chance in path]
-                kept = text.choose(whole, chances)
-                places = {node: place for place, node in enumerate(kept)}
-                tree = whole.part(kept)
-                accepted = [places[node] for node, (accepts, _) in enumerate(path) if accepts and node in places]
+            (plan,) = planner.plan(TreeBatch([Standing(LIMITS, memory, CONTEXT + made, pending, ENDLESS)], alone=True))
+            if plan.drafts:
+                tree, accepted, drafting = draft(plan, times, process(number), noise)
             verify = (times.verify if tree.is_chain() else times.tree)(len(tree) + 1, CONTEXT + made)
             rest = verify * noise.uniform(0.85, 1.15)
             pending = len(accepted) + 1 if drafting else pending + 1
@@ -91,19 +105,19 @@ def run(
             spent.tokens += len(accepted) + 1
             spent.drafted, spent.steps = spent.drafted + len(tree), spent.steps + 1
             made += len(accepted) + 1
-            text.learn(tree, accepted, drafting, rest)
+            planner.learn([plan], Outcome([accepted], Seconds(drafting + rest, drafting, rest)))
     return spent
 
 
-def _draft(
-    text: TextPlanner, times: StepTimes, process: Process, noise: random.Random, context: int, pending: int
-) -> tuple[TokenTree, list[tuple[bool, float]], float]:
-    """Returns the drafted tree, for each node whether it would be accepted and its chance, and the seconds."""
-    tree, nodes = TokenTree(), list[tuple[bool, float]]()
-    leaves = [(ROOT, True, 1.0)]
-    seconds = times.extend(pending, context) - times.extend(1, context)
+def draft(
+    plan: TreePlan, times: StepTimes, process: Process, noise: random.Random
+) -> tuple[TokenTree, list[int], float]:
+    """Returns the tree that is verified, the nodes of it that are accepted, and the seconds."""
+    tree, nodes, context = TokenTree(), list[tuple[bool, float]](), plan.standing.context
+    leaves = [(ROOT, True, plan.root)]
+    seconds = times.extend(plan.standing.pending, context) - times.extend(1, context)
     for depth in range(1, MAX_DEPTH + 1):
-        leaves = [leaves[i] for i in text.deeper([chance for *_, chance in leaves], len(tree))]
+        leaves = [leaves[i] for i in plan.expand([chance for *_, chance in leaves], len(tree))] if leaves else []
         if not leaves:
             break
         seconds += times.level(len(leaves), context)
@@ -114,12 +128,15 @@ def _draft(
             best = process.best(lead, depth)
             edges = (best, best + (1.0 - best) * process.share)
             right = next((rank for rank, edge in enumerate(edges) if draw < edge), None)
-            for rank, own in enumerate(text.children(node, chance, lead, depth, WIDTH)):
+            for rank, own in enumerate(plan.score(node, chance, Children(WIDTH, lead), depth)):
                 child = tree.add(node, rank, rank)
                 nodes.append((accepted and rank == right, own))
                 grown.append((child, nodes[-1][0], own))
         leaves = grown
-    return tree, nodes, seconds * noise.uniform(0.85, 1.15)
+    kept = plan.choose(tree, [chance for _, chance in nodes])
+    places = {node: place for place, node in enumerate(kept)}
+    path = [places[node] for node, (accepts, _) in enumerate(nodes) if accepts and node in places]
+    return tree.part(kept), path, seconds * noise.uniform(0.85, 1.15)
 
 
 def fixed(depth: int, times: StepTimes, process: Process, length: int, seed: int = 0) -> float:

@@ -1,0 +1,219 @@
+"""A tree that is grown node by node while it is drafted: what one step of one text drafts and verifies on a CPU.
+
+A step gains the tokens it commits and costs the time of its passes. Tokens per second are most when whatever brings
+more tokens than its time would bring elsewhere is done, and nothing else: a node v belongs to the tree if
+value(v) > rate * dT(v), with value(v) the probability that it is accepted (the product of the chances along its path),
+dT(v) the time it adds, and rate the tokens per second of such steps (as EVICT, 2605.00342, and DSpark's scheduler,
+2607.05147, choose). A pass's time does not grow evenly with its rows, so all prefixes of the nodes in order of value
+are compared.
+
+The unit of time is a plain step at the same context. Beside other texts a plain step is a pass of one row each. What a
+text adds to it delays all of them, so it has to bring as much as that time would bring to all: with more texts, nodes
+join less and less, and in the end none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+from mtp_spec.planning.correction import Correction, surprise
+from mtp_spec.planning.costs import StepTimes
+from mtp_spec.planning.fixed_plan import Children, Standing
+from mtp_spec.planning.text_memory import TextMemory
+from mtp_spec.speculation import MAX_DEPTH, Speculation
+from mtp_spec.tree import ROOT, TokenTree
+
+# weight of a step in the running means of a text, and of a model's texts
+NEWER, SLOWER = 0.1, 0.02
+# the logarithm of the factor by which a time is taken to differ from the expected one, at most
+MOST_SURPRISE = log(2.0)
+# for how many measurements of plain steps among drafted ones what was measured before counts
+KNOWN = 3
+# what drafting costs several texts beyond its passes, as the logarithm of a factor, before anything was seen; so slowly
+# it is forgotten while none drafts, for it to be tried again
+FIRST_BESIDE, FADING = 0.2, 0.0002
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Who shares a text's passes.
+
+    Attributes:
+        texts: that take a step now, this one included.
+        rows: of the others in the pass that verifies.
+        drafting: of the texts, this one included, those that draft.
+    """
+
+    texts: int = 1
+    rows: int = 0
+    drafting: int = 1
+
+
+ALONE = Beside()
+
+
+class Speed:
+    """How the times of now differ from those measured before: a factor for verifying, ratios to it for the others."""
+
+    def __init__(self) -> None:
+        self._verify = Correction()
+        self._ratios = {"plain": Correction(), "draft": Correction(), "beside": Correction(FIRST_BESIDE)}
+        self._probes = 0
+
+    def factor(self, kind: str) -> float:
+        """Returns the factor of passes of several rows ("verify"), of one ("plain"), of drafting ("draft"), or of
+        everything that drafting costs besides verifying where several texts do ("beside")."""
+        return self._verify.factor * (self._ratios[kind].factor if kind != "verify" else 1.0)
+
+    def learn(self, kind: str, measured: float, expected: float) -> None:
+        """Takes a time beside the expected one, which includes the factor."""
+        found = surprise(measured, expected, MOST_SURPRISE)
+        if kind != "verify":
+            self._ratios[kind].follow(found, NEWER if kind == "beside" else SLOWER)
+        if kind in ("verify", "plain"):
+            self._verify.follow(found, NEWER)
+
+    def learn_probe(self, measured: float, expected: float) -> None:
+        """Takes the time of a plain step among drafted ones: how it differs from theirs, which are known."""
+        self._probes += 1
+        weight = max(NEWER, 1.0 / (KNOWN + self._probes))
+        self._ratios["plain"].follow(surprise(measured, expected, MOST_SURPRISE), weight)
+
+    def fade(self, kind: str) -> None:
+        """Forgets a little of a ratio that cannot be learned now."""
+        self._ratios[kind].fade(FADING)
+
+
+class NodePlan:
+    """One step of one text; see `fixed_plan.TreePlan`. Scores are the chances that nodes are accepted.
+
+    Attributes:
+        doubted: whether drafting has to show that it pays.
+        probing: whether the step is plain only for its time to be seen.
+        drafting: time of drafting so far, in plain steps.
+        catching_up: the part of it that plain steps before have caused.
+        plain: seconds of a plain step.
+        leads: for each node with children the lead of the best of them, and their depth.
+        tree: that is verified, once chosen.
+    """
+
+    root = 1.0
+
+    def __init__(
+        self, standing: Standing, memory: TextMemory, beside: Beside, times: StepTimes, speed: Speed
+    ) -> None:  # fmt: skip
+        self.standing, self.memory, self.beside, self._times, self._speed = standing, memory, beside, times, speed
+        self.drafts = self.probing = False
+        self.doubted = memory.pace.doubted
+        self._context, pending = standing.context, standing.pending
+        self.plain = times.verify(beside.texts, self._context) * speed.factor(
+            "plain" if beside.texts == 1 else "verify"
+        )
+        # its own row and the others' are there in any case
+        self._given = self.plain
+        if beside.texts > 1:
+            self._given = times.verify(beside.rows + 1, self._context) * speed.factor("verify")
+        several, factor = beside.drafting, self._drafts_share()
+        extending = times.extend(several * pending, self._context)
+        self._extending = (extending - times.extend(several, self._context)) * factor
+        self.catching_up = factor * max(0.0, extending - times.extend(several * MAX_DEPTH, self._context))
+        self.drafting, self.leads = 0.0, dict[int, tuple[float, int]]()
+        self.tokens, self.seconds = 1.0, self.plain
+        self.levels, self.tree = list[int](), TokenTree()
+
+    @property
+    def limits(self) -> Speculation:
+        """The largest tree."""
+        assert self.standing.limits is not None
+        return self.standing.limits
+
+    @property
+    def nodes(self) -> int:
+        """Those that are verified."""
+        return len(self.tree)
+
+    def expand(self, scores: Sequence[float], nodes: int) -> list[int]:
+        """Returns the leaves whose children are expected to pay."""
+        if nodes == 0:
+            self.drafting = self._level(1) + self._extending
+            self.levels.append(1)
+            return [0]
+        order = sorted(range(len(scores)), key=lambda leaf: (-scores[leaf], leaf))
+        rate, gain, found = self.memory.rate, 0.0, (0.0, 0)
+        for count, leaf in enumerate(order, start=1):
+            row = self.row(nodes) if count == 1 else self._branch(nodes)
+            gain += max(0.0, scores[leaf] * self.memory.best - rate * row)
+            found = max(found, (gain - rate * self._level(count), count))
+        if found[1]:
+            self.drafting += self._level(found[1])
+            self.levels.append(found[1])
+        return sorted(order[: found[1]])
+
+    def score(self, node: int, score: float, children: Children, depth: int) -> list[float]:
+        """Returns the chances of a node's children, without those that cannot pay."""
+        memory, lead = self.memory, children.lead()
+        best = memory.confidence.chance(lead, depth)
+        self.leads[node] = (lead, depth)
+        memory.best += NEWER * score * (best - memory.best)
+        chances, left = [score * best], score * (1.0 - best)
+        least = memory.rate * self._branch(len(self.leads))
+        for rank in range(1, children.count):
+            share = memory.confidence.share(rank)
+            if left * share < least:
+                break
+            chances.append(left * share)
+            left *= 1.0 - share
+        return chances
+
+    def choose(self, tree: TokenTree, scores: Sequence[float]) -> list[int]:
+        """Returns the nodes worth verifying, and settles what is expected of the step."""
+        order = sorted(range(len(tree)), key=lambda node: (-scores[node], node))
+        chain = [node for node in order if not any(tree.ranks[step] for step in tree.path(node))]
+        found = [self._prefix(nodes, scores, chain) for nodes in (chain, order)]
+        kept, self.tokens, time = max(found, key=lambda one: one[1] - self.memory.rate * one[2])
+        if self.doubted and chain and not kept:  # only a verified draft tells, and the best child tells most
+            kept, self.tokens, time = chain[:1], 1.0 + scores[chain[0]], self.drafting + self._pass(2)
+        self.seconds, kept = time * self.plain, sorted(kept)
+        numbers = {ROOT: ROOT, **{node: number for number, node in enumerate(kept)}}
+        self.leads = {numbers[node]: lead for node, lead in self.leads.items() if node in numbers}
+        self.tree = tree.part(kept)
+        return kept
+
+    def _prefix(
+        self, nodes: list[int], chances: Sequence[float], chain: Sequence[int]
+    ) -> tuple[list[int], float, float]:
+        """Returns the first so many nodes that gain most, with tokens and time of their step."""
+        rate, tokens, found, tree = self.memory.rate, 1.0, (list[int](), 1.0, 1.0 + self.drafting), False
+        for count, node in enumerate(nodes, start=1):
+            tree = tree or node not in chain
+            tokens += chances[node]
+            time = self.drafting + self._pass(count + 1, tree)
+            if tokens - rate * time > found[1] - rate * found[2]:
+                found = (nodes[:count], tokens, time)
+        return found
+
+    def _pass(self, rows: int, tree: bool = False) -> float:
+        """Returns the time of a step whose pass has so many rows of this text."""
+        context, beside = self._context, self.beside
+        seconds = self._times.verify(beside.rows + rows, context)
+        if tree:
+            seconds += self._times.tree(rows, context) - self._times.verify(rows, context)
+        return 1.0 + beside.texts * (seconds * self._speed.factor("verify") - self._given) / self.plain
+
+    def _drafts_share(self) -> float:
+        """Returns the factor from seconds of joint drafting to this text's part of what it costs all."""
+        factor = self._speed.factor("draft" if self.beside is ALONE else "beside")
+        return factor / self.plain * self.beside.texts / self.beside.drafting
+
+    def _level(self, leaves: int) -> float:
+        return self._times.level(self.beside.drafting * leaves, self._context) * self._drafts_share()
+
+    def row(self, nodes: int) -> float:
+        """Returns the time of one more row beside a chain of nodes."""
+        return self._pass(nodes + 2) - self._pass(nodes + 1)
+
+    def _branch(self, nodes: int) -> float:
+        """Returns the time of one more row that makes the chain a tree."""
+        return self._pass(nodes + 2, tree=True) - self._pass(nodes + 1)

@@ -1,0 +1,224 @@
+"""The choice among captured shapes, with simulated outcomes and times: near the best of them, never far under plain."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from mtp_spec.planning.base import Outcome, Seconds
+from mtp_spec.planning.chances import Chances
+from mtp_spec.planning.shape_planner import PLAIN, ShapeBatch, ShapePlan, ShapePlanner, ShapeTable
+from mtp_spec.speculation import Speculation
+from mtp_spec.tree import ROOT
+from mtp_spec.tree_shape import TreeShape
+
+SHAPES = [TreeShape.of(None), *(TreeShape.of(Speculation(depth)) for depth in (1, 2, 3, 4))]
+# milliseconds of a small model's steps, where rows are cheap, and of one whose rows bring experts of their own
+CHEAP, DEAR = (0.43, 0.60, 0.79, 0.93, 1.10), (17.1, 24.0, 31.0, 36.0, 42.0)
+TURNING, AHEAD = 0.25, 2
+Accept = Callable[[int, int], float]  # text, tokens made -> chance of a draft
+KINDS: dict[str, Accept] = {
+    "sure": lambda _, __: 0.97, "good": lambda _, __: 0.8, "fair": lambda _, __: 0.6, "poor": lambda _, __: 0.3,
+    "hopeless": lambda _, __: 0.02,
+}  # fmt: skip
+
+
+@dataclass
+class Fixed:
+    shape: int
+
+    def plan(self, batch: ShapeBatch) -> ShapePlan:
+        return ShapePlan(batch.table, self.shape, 1.0, 1.0)
+
+    def learn(self, plan: ShapePlan, outcome: Outcome) -> None:
+        pass
+
+
+@dataclass
+class Wrote:
+    tokens: int = 0
+    seconds: float = 0.0
+    shapes: list[int] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def write(
+    planners: Callable[[], Fixed | ShapePlanner],
+    table: ShapeTable,
+    times: tuple[float, ...],
+    accept: Accept,
+    texts: int,
+) -> Wrote:
+    """Writes texts of 150 tokens, results known two steps late, as the decoder does."""
+    wrote, chance = Wrote(), random.Random(0)
+    for text in range(texts):
+        planner, made, launched, last = planners(), 0, list[ShapePlan](), PLAIN
+        while made < 150:
+            while len(launched) < AHEAD:
+                launched.append(planner.plan(ShapeBatch(table)))
+            plan, draws = launched.pop(0), [chance.random() for _ in SHAPES]
+            shape = plan.shape
+            count = next((d for d in range(shape) if draws[d] > accept(text, made)), shape)
+            seconds = times[shape] * chance.uniform(0.97, 1.03)
+            wrote.seconds += seconds + TURNING / 2 * times[PLAIN] * ((shape > PLAIN) != (last > PLAIN))
+            made, last = made + 1 + count, shape
+            wrote.tokens += 1 + count
+            wrote.shapes.append(shape)
+            planner.learn(plan, Outcome([range(count)], Seconds(seconds)))
+    return wrote
+
+
+def table_of(times: tuple[float, ...]) -> ShapeTable:
+    return ShapeTable(SHAPES, times, TURNING * times[PLAIN], {})
+
+
+def planned(times: tuple[float, ...], accept: Accept, texts: int) -> Wrote:
+    table = table_of(times)
+    return write(lambda: ShapePlanner(table), table, times, accept, texts)
+
+
+def fixed(shape: int, times: tuple[float, ...], accept: Accept, texts: int) -> Wrote:
+    return write(lambda: Fixed(shape), table_of(times), times, accept, texts)
+
+
+def best_fixed(times: tuple[float, ...], accept: Accept) -> float:
+    return max(fixed(shape, times, accept, 40).rate for shape in range(len(SHAPES)))
+
+
+@pytest.mark.parametrize("times", [CHEAP, DEAR], ids=["cheap rows", "dear rows"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_the_best_fixed_step(kind: str, times: tuple[float, ...]) -> None:
+    assert planned(times, KINDS[kind], 40).rate >= 0.98 * best_fixed(times, KINDS[kind])
+
+
+def test_better_than_any_where_texts_differ() -> None:
+    def accept(text: int, _: int) -> float:
+        return 0.95 if text % 2 else 0.02
+
+    assert planned(CHEAP, accept, 40).rate > 1.05 * best_fixed(CHEAP, accept)
+
+
+def test_notices_in_the_middle_of_a_text() -> None:
+    wrote = planned(DEAR, lambda _, made: 0.95 if made > 75 else 0.02, 20)
+    assert wrote.rate > fixed(PLAIN, DEAR, lambda *_: 0.0, 20).rate
+
+
+def test_wrong_first_times_are_mended() -> None:
+    # timed on one token repeated, whose rows share their experts
+    hopeful = ShapeTable(SHAPES, (17.1, 17.5, 18.0, 18.5, 19.0), TURNING * 17.1, {})
+    wrote = write(lambda: ShapePlanner(hopeful), hopeful, DEAR, KINDS["fair"], 40)
+    assert wrote.rate > 0.97 * best_fixed(DEAR, KINDS["fair"])
+    for shape, seconds in enumerate(DEAR):
+        if wrote.shapes.count(shape) > 100:
+            assert hopeful.seconds(shape) == pytest.approx(seconds, rel=0.1)
+
+
+@pytest.mark.parametrize(("texts", "drafts"), [(1, True), (4, True), (16, False), (64, False)])
+def test_many_texts_want_more_of_drafting(texts: int, drafts: bool) -> None:
+    """They end with the slowest of them, so a little more tokens a second on the average brings nothing."""
+    times = (1.0, 1.7, 2.42, 3.2, 4.0)
+    table = table_of(times)
+    planner, shapes = ShapePlanner(table), list[int]()
+    for _ in range(400):
+        plan = planner.plan(ShapeBatch(table, texts))
+        shapes.append(plan.shape)
+        paths = [[*range(plan.shape)] if text % 5 else [] for text in range(5)]
+        planner.learn(plan, Outcome(paths, Seconds(times[plan.shape])))
+    assert (sum(shape > PLAIN for shape in shapes[100:]) > 250) == drafts
+
+
+def test_chances_are_learned_by_depth_and_rank() -> None:
+    shape, chances, draw = TreeShape.of(Speculation(branching=(2, 1))), Chances(2000.0), random.Random(1)
+    truth = {(1, 0): 0.6, (1, 1): 0.5, (2, 0): 0.3}
+    tokens = 0
+    for _ in range(4000):
+        path = list[int]()
+        while True:
+            parent = path[-1] if path else ROOT
+            children = [node for node, its in enumerate(shape.parents) if its == parent]
+            hit = [n for n in children if draw.random() < truth[shape.depths[n], shape.ranks[n]]]
+            if not hit:
+                break
+            path.append(hit[0])
+        tokens += 1 + len(path)
+        chances.learn(shape, path)
+    for key, chance in truth.items():
+        assert chances.chance(*key) == pytest.approx(chance, abs=0.05)
+    assert chances.tokens(shape) == pytest.approx(tokens / 4000, rel=0.04)
+
+
+def test_shapes_must_fit() -> None:
+    wrong = ((SHAPES[1:], CHEAP[1:]), (SHAPES, CHEAP[1:]), (SHAPES[:1], CHEAP[:1]), (SHAPES, (0.0,) * 5))
+    for shapes, seconds in wrong:
+        with pytest.raises(ValueError, match="shapes are plain decoding"):
+            ShapeTable(shapes, seconds, 0.1, {})
+
+
+def test_beginning_again_costs_what_is_to_be_read() -> None:
+    table = ShapeTable(SHAPES, DEAR, 2.0, {16: 3.0, 128: 9.0})
+    costs = {0: 2.0, 1: 2.0, 2: 5.0, 17: 5.0, 18: 11.0, 128: 11.0, 200: 11.0}
+    for behind, seconds in costs.items():
+        assert table.switching(behind) == pytest.approx(seconds / DEAR[PLAIN])
+
+
+def test_a_text_near_its_end_does_not_begin_again() -> None:
+    table = ShapeTable(SHAPES, DEAR, 0.0, {128: 10 * DEAR[PLAIN]}, certain())
+    planner = ShapePlanner(table)
+    for behind, left, drafts in ((100, 200, True), (100, 4, False), (1, 4, True)):
+        assert (planner.plan(ShapeBatch(table, 1, left, behind)).shape > PLAIN) == drafts
+
+
+def test_drafting_that_is_about_as_fast_goes_on() -> None:
+    """Also where a text has no end that is known: steps that look three parts in a hundred slower teach something."""
+    times = (1.0, 2.0 / 0.97, 9.0, 9.0, 9.0)
+    table = ShapeTable(SHAPES, times, 0.0, {128: 10.0}, certain())
+    planner = ShapePlanner(table)
+    assert sum(planner.plan(ShapeBatch(table, behind=100)).shape > PLAIN for _ in range(200)) > 150
+
+
+def test_tries_lose_a_fixed_share_however_dear_they_are() -> None:
+    """Drafting that never pays is tried the less often the more there is to be read before."""
+    for cost in (1.0, 10.0):
+        table = ShapeTable(SHAPES, DEAR, 0.0, {128: cost * DEAR[PLAIN]}, hopeless())
+        planner, lost = ShapePlanner(table), 0.0
+        for _ in range(20_000):
+            plan = planner.plan(ShapeBatch(table, behind=100))
+            if plan.shape != PLAIN:
+                lost += cost + table.relative(plan.shape) - 1.0
+                planner.learn(plan, Outcome([[]]))
+        assert 0 < lost < 0.01 * 20_000
+
+
+def test_a_sequence_that_ended_teaches_nothing_but_its_time() -> None:
+    """Its path was cut short, which is not the drafts' fault."""
+    table = table_of(DEAR)
+    planner, before = ShapePlanner(table), table.chances.chance(1, 0)
+    plan = ShapePlan(table, 2, 1.0, 1.0)
+    planner.learn(plan, Outcome([None], Seconds(2 * DEAR[2])))
+    assert table.chances.chance(1, 0) == before
+    assert table.seconds(2) > DEAR[2]
+    planner.learn(plan, Outcome([[], None]))
+    assert table.chances.chance(1, 0) < before
+
+
+def hopeless() -> Chances:
+    """Returns chances of a model whose drafts were never accepted."""
+    return learned([])
+
+
+def certain() -> Chances:
+    """Returns chances of a model whose drafts were always accepted."""
+    return learned([0, 1, 2, 3])
+
+
+def learned(path: list[int]) -> Chances:
+    chances = Chances(400.0)
+    for _ in range(400):
+        chances.learn(SHAPES[-1], path)
+    return chances
