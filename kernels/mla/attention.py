@@ -137,8 +137,8 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, qua
     values = BLOCK if whole else BLOCK // 2
     row_kernels._up_kernel[(head.heads, -(-head.value // values))](
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads, N=head.nope,
-        V=head.value, C=head.latent, VALUES=values, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))), ROWS=ROW_TILE,
-        PACKED=kv_b_scale is not None, QUANTISE=whole, POWER=head.power_of_two, LARGEST=E4M3_MAX,
+        V=head.value, C=head.latent, VALUES=values, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
+        ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, POWER=head.power_of_two, LARGEST=E4M3_MAX,
         WIDE=interpreted(), **late(context),
     )  # fmt: skip
     if whole:
