@@ -34,7 +34,7 @@ QUICK: dict[str, str] = {
     "kernels/test_fp8": "the_product_is_that_of_the_quantised_numbers deepseeks_call_forms",
     "kernels/test_inputs": "wrong_arguments_are_refused",
     "cuda/test_step": "shape_numbers_nodes_like_the_tree accept_walks_to_the_deepest_match same_experts_as_the_gate",
-    "cuda/test_guided": "other_rules_are_refused_by_name",
+    "cuda/test_guided": "drafts_are_accepted_and_the_text_is_the_one_without",
     "distributed/test_ranks": "fewer_blocks_than_ranks_are_refused",
     # the bundled model, the command line, the chat, the documentation
     "api/test_bundled": "stop_string_cuts_text_and_ids",
