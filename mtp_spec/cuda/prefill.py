@@ -138,7 +138,7 @@ class Reader:
         Args:
             drafts: for the MTP modules too.
         """
-        slots, stages = 1 << (len(texts) - 1).bit_length(), union([text.stages for text in texts])
+        slots, stages = min(self._most, 1 << (len(texts) - 1).bit_length()), union([text.stages for text in texts])
         if self.runtime.graphs is None:
             slots, rows = len(texts), max(len(text.tokens) - text.lease.reused for text in texts)
         self._set_biases(texts)

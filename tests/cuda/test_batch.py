@@ -62,6 +62,21 @@ def test_capturing_leaves_running_texts_alone(folder: Path, monkeypatch: pytest.
         assert_same(text, batch_lm(folder, 1).generate(prompt, **options))
 
 
+@pytest.mark.parametrize("most", [3, 5])
+def test_as_many_prompts_as_share_steps_are_read_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Captured passes are for powers of two, but never for more than there are places."""
+    for place in ("backend", "group"):
+        monkeypatch.setattr(f"mtp_spec.cuda.{place}.check_room", lambda *_: None)
+    lm, prompts = batch_lm(folder, most), [[number + 1, 5, 7] for number in range(most)]
+    runtime(lm).graphs = OnceThenAgain()
+    texts = lm.generate(prompts, max_new_tokens=5, seed=1, speculation=1)
+    runtime(lm).graphs = None
+    for text, prompt in zip(texts, prompts, strict=True):
+        assert_same(text, batch_lm(folder, 1).generate(prompt, max_new_tokens=5, seed=text.seed, speculation=1))
+
+
 def test_who_comes_later_joins_the_others(folder: Path) -> None:
     lm = batch_lm(folder, 2)
     reached, go = threading.Event(), threading.Event()
