@@ -7,7 +7,8 @@ cache by the time the kernel before it ends. Three rules keep the order of a str
   writes anything at all: buffers, workspaces and arrival counts are used again by the next kernel.
 - `gdc_wait` returns when the kernel before has ended and its writes are visible. As every kernel of a chain waits,
   that one ended after all earlier ones had. A kernel launched without the attribute waits by itself.
-- Only a prefetch may come first: it changes no value, so it does not matter who wrote the bytes, or when.
+- Only a prefetch may come first: it changes no value, so it does not matter who wrote the bytes, or when. And a read of
+  weights, which no kernel of a chain writes.
 """
 
 from __future__ import annotations

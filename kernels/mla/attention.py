@@ -133,10 +133,12 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, qua
     whole = quantise and head.value % BLOCK == 0
     out = context.new_empty(rows, columns, dtype=E4M3 if whole else context.dtype)
     scales = context.new_empty(rows if whole else 0, -(-columns // BLOCK), dtype=torch.float32)
-    row_kernels._up_kernel[(head.heads, -(-head.value // BLOCK))](
-        context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads,
-        N=head.nope, V=head.value, C=head.latent, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
-        ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, POWER=head.power_of_two, LARGEST=E4M3_MAX,
+    # a whole block of the next product's scales, or half of it: then twice as many programs read
+    values = BLOCK if whole else BLOCK // 2
+    row_kernels._up_kernel[(head.heads, -(-head.value // values))](
+        context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads, N=head.nope,
+        V=head.value, C=head.latent, VALUES=values, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))), ROWS=ROW_TILE,
+        PACKED=kv_b_scale is not None, QUANTISE=whole, POWER=head.power_of_two, LARGEST=E4M3_MAX,
         WIDE=interpreted(), **late(context),
     )  # fmt: skip
     if whole:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mtp_spec.kernels.launching import follow
+from mtp_spec.kernels.launching import follow, pull
 from mtp_spec.kernels.mla.kernels import paged_rows, start_of
 from mtp_spec.kernels.quant import _store_quantised, block_scaled
 
@@ -161,11 +162,17 @@ def _absorb_kernel(
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """q_latent = q_nope @ W_UK for 128 columns of one head; one more program a head turns q_rope."""
-    follow(PDL)
+    """q_latent = q_nope @ W_UK for 128 columns of one head; one more program a head turns q_rope.
+
+    Weights, which no kernel writes, are read before the queries are there.
+    """
     head, part = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
     lane = tl.arange(0, ROWS)
     if part == tl.num_programs(1) - 1:
+        if PDL:
+            gdc_wait()
         start = tl.load(length) + offset
         for first in range(0, rows, ROWS):
             row = first + lane
@@ -185,6 +192,8 @@ def _absorb_kernel(
         column = part * 128 + tl.arange(0, 128)
         kind: tl.constexpr = q.dtype.element_ty
         w = _up_weight(kv_b, kv_b_scale, head * (N + V) + inner, inner < N, part * 128, 128, C, kind, PACKED, WIDE)
+        if PDL:
+            gdc_wait()
         for first in range(0, rows, ROWS):
             row = first + lane
             source = q + row.to(tl.int64)[:, None] * stride + head * (N + R) + inner[None, :]
@@ -207,6 +216,7 @@ def _up_kernel(
     N: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
+    VALUES: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -216,16 +226,20 @@ def _up_kernel(
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = context @ W_UV.T for 128 values of one head, quantised where they are a whole block of the next product."""
-    follow(PDL)
+    """out = context @ W_UV.T for VALUES of one head, quantised where they are a whole block of the next product."""
     head = tl.program_id(0)
-    value = tl.program_id(1) * 128 + tl.arange(0, 128)
+    first_value = tl.program_id(1) * VALUES
+    if PDL:
+        gdc_launch_dependents()
+        pull(kv_b, head * (N + V) + N + first_value, 0, heads * (N + V), C, VALUES, (C + 127) // 128)
+        gdc_wait()
+    value = first_value + tl.arange(0, VALUES)
     lane = tl.arange(0, ROWS)
     kind: tl.constexpr = context.dtype.element_ty
     for first in range(0, rows, ROWS):
         row = first + lane
         real = row < rows
-        total = tl.zeros((128, ROWS), dtype=tl.float32)
+        total = tl.zeros((VALUES, ROWS), dtype=tl.float32)
         for chunk in tl.range(0, C, CHUNK):
             its = head * (N + V) + N + value
             w = _up_weight(kv_b, kv_b_scale, its, value < V, chunk, CHUNK, C, kind, PACKED, WIDE)

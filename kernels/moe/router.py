@@ -39,6 +39,9 @@ except ImportError:  # no Triton for this platform: the references remain
 
 STRETCH = 512  # channels a router program; part of the arithmetic
 ROUTER_EXPERTS = 8
+# One warp chooses among so many experts without waiting for others; their number is part of the arithmetic, since it
+# orders the sum of weights. Such a warp groups no more pairs than these.
+FEW_EXPERTS, MOST_PAIRS = 128, 144
 LOWEST = -1e38  # below every score, above the -inf of what is not there; twice it is finite
 
 
@@ -80,7 +83,7 @@ def route(
     )  # fmt: skip
     indices = torch.empty(rows, per_row, dtype=torch.int32, device=device)
     weights = torch.empty(rows, per_row, dtype=torch.float32, device=device)
-    in_kernel = tokens is not None and rows <= MOST_ROWS
+    in_kernel = tokens is not None and _groups_itself(indices, routing)
     groups = empty_groups(indices, routing.experts + routing.shared, tokens if in_kernel else None)
     size = routing.experts // routing.groups
     _select_kernel[(rows,)](
@@ -91,7 +94,7 @@ def route(
         WIDE_GROUPS=triton.next_power_of_2(routing.groups), WIDE_SIZE=triton.next_power_of_2(size),
         CHOSEN=routing.chosen, SHARED=routing.shared, SIGMOID=routing.scoring == "sigmoid", BEST=routing.best,
         NORMALISE=routing.normalise, BIAS=bias is not None, GROUP=in_kernel, LOWEST=LOWEST,
-        **_group_sizes(indices, routing, tokens), **late(x),
+        **_group_sizes(indices, routing, tokens), num_warps=1 if routing.experts <= FEW_EXPERTS else 4, **late(x),
     )  # fmt: skip
     if tokens is not None and not in_kernel:
         groups = group(indices, routing.experts + routing.shared, tokens)
@@ -106,8 +109,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> 
         expect("bias", bias, (routing.experts,), torch.float32, beside=x)
 
 
+def _groups_itself(indices: Tensor, routing: Routing) -> bool:
+    """Whether the pairs are so few that the program that chooses last groups them."""
+    few = routing.experts > FEW_EXPERTS or indices.numel() <= MOST_PAIRS
+    return few and indices.shape[0] <= MOST_ROWS
+
+
 def _group_sizes(indices: Tensor, routing: Routing, tokens: int | None) -> dict[str, int]:
-    if tokens is None or indices.shape[0] > MOST_ROWS:
+    if tokens is None or not _groups_itself(indices, routing):
         return {"PAIRS": 32, "TOKENS": 16, "WIDE_EXPERTS": 1, "SLOTS": 1}
     experts = routing.experts + routing.shared
     slots = most_slots(indices.numel(), experts, tokens)

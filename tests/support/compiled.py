@@ -42,8 +42,10 @@ from mtp_spec.tree_shape import TreeShape
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "grid", "warmup")
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
+TOUCHES = r"\b((ld|st|red|atom)\.(global|v\d)|bulk\.tensor)"
+WEIGHTS_FIRST = ("_absorb_kernel",)  # read what no kernel writes before they wait
 done: set[str] = set()
 ARCH = int(sys.argv[2]) if len(sys.argv) > 2 else 90
 # bytes that a program can have, by compute capability
@@ -84,18 +86,20 @@ def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
     ptx = compiled.asm["ptx"]
     print(json.dumps({
         "kernel": kernel.fn.__name__, "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+\S*)", ptx))),
-        "tma": "cp.async.bulk.tensor" in ptx, "late": _late(ptx), "shared": compiled.metadata.shared,
+        "tma": "cp.async.bulk.tensor" in ptx, "late": _late(kernel.fn.__name__, ptx),
+        "shared": compiled.metadata.shared,
         "spilled": max(int(size) for size in re.findall(r"(\d+) bytes spill stores", log.getvalue())),
         "constants": {k: v for k, v in constants.items() if isinstance(v, int)},
     }), flush=True)  # fmt: skip
 
 
-def _late(ptx: str) -> bool | None:
+def _late(name: str, ptx: str) -> bool | None:
     """Whether a kernel waits for the one before it touches memory; None for one that starts after it anyway."""
     if "griddepcontrol" not in ptx:
         return None
     before = ptx[: ptx.index("griddepcontrol.wait")]
-    return "launch_dependents" in ptx and not re.search(r"\b((ld|st|red|atom)\.(global|v\d)|bulk\.tensor)", before)
+    touches = r"\b((st|red|atom)\.(global|v\d)|bulk\.tensor)" if name in WEIGHTS_FIRST else TOUCHES
+    return "launch_dependents" in ptx and not re.search(touches, before)
 
 
 def main(name: str, kind: str) -> None:
