@@ -29,7 +29,9 @@ from mtp_spec.cuda.text import DeviceText
 from mtp_spec.load_checks import check_batch
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.serving import Worker
 from mtp_spec.speculation import Speculation
+from ranks import Deserted
 from scripted import RING
 
 
@@ -133,6 +135,36 @@ def test_a_step_that_fails_ends_its_texts_only(folder: Path, monkeypatch: pytest
             handle.result(300)
     for n, handle in enumerate(good):
         assert_same(handle.result(300), lm.generate([5, n], max_new_tokens=6, seed=0, speculation=None))
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["at its first token", "in a step"])
+def test_a_rank_where_a_text_fails_launches_nothing_more(
+    call: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, launched, calls, before = batch_lm(folder, 2), list[Group](), 0, -1
+    launch = Group.launch
+
+    def counted(group: Group, alone: bool) -> None:
+        launched.append(group)
+        launch(group, alone)
+
+    def fails(ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        nonlocal calls, before
+        calls += 1
+        if calls == call:
+            before = len(launched)
+            raise LookupError("a processor's own error")
+        return logits
+
+    monkeypatch.setattr(Group, "launch", counted)
+    worker = Worker(lm.backend.runner(True), 2, Deserted(1, 2))
+    options: list[dict[str, Any]] = [{"logits_processor": fails}, {"speculation": 2}]
+    asked = [lm._request([1, 2], {"seed": 0, "max_new_tokens": 9, **one}) for one in options]
+    for handle in worker.submit([lm._sequence(one) for one in asked], lm):
+        with pytest.raises(mtp_spec.RankError, match="text 0: a processor's own error"):
+            handle.result(60)
+    worker.rest()
+    assert before == len(launched)
 
 
 def test_at_the_end_of_the_context(folder: Path) -> None:

@@ -124,16 +124,6 @@ def test_a_text_that_one_rank_does_not_begin_ends_the_others(fp8: Path, monkeypa
         worker.call(lambda: None)
 
 
-class Deserted(Ranks):
-    """A rank where a text fails that others go on with."""
-
-    def first(self, values: Sequence[float]) -> list[float]:
-        return list(values)
-
-    def fail_alike(self, where: str, error: BaseException) -> None:
-        raise RankError(f"{where}: {error}") from error
-
-
 @pytest.mark.parametrize("call", range(5), ids=["admitted", "read", "drafted", "accepted", "drafted-again"])
 def test_a_rank_where_a_text_fails_computes_nothing_more(call: int, fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its passes would have fewer rows than those of the others, who could not tell whose bytes they get."""
@@ -167,7 +157,7 @@ def test_a_rank_where_a_text_fails_computes_nothing_more(call: int, fp8: Path, m
             return admit(sequence, running)
 
         monkeypatch.setattr(runner, "admit", refuses)
-    worker = Worker(runner, 2, Deserted(1, 2))
+    worker = Worker(runner, 2, ranks.Deserted(1, 2))
     options: list[dict[str, Any]] = [{"speculation": 2}, {"speculation": 1, "logits_processor": fails}]
     handles = worker.submit([lm._sequence(lm._request([1, 2, 3], {"seed": 0, **one})) for one in options], lm)
     for handle in handles:

@@ -26,7 +26,9 @@ from mtp_spec.backends import open_backend
 from mtp_spec.handle import Handle
 from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.model.distributed import store as control
+from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.distributed.joining import join_ranks
+from mtp_spec.model.errors import RankError
 from mtp_spec.serving import Worker
 
 SUBMIT = Worker.submit
@@ -52,6 +54,16 @@ def short_text(lm: mtp_spec.LM) -> list[Any]:
     """Returns what the kernels' references, which are slow, write in reasonable time."""
     one = lm.generate(PROMPT[:6], max_new_tokens=3, seed=3, logprobs=2, speculation=2)
     return [one.token_ids, repr(one.logprobs)]
+
+
+class Deserted(Ranks):
+    """A rank where a text fails that others go on with."""
+
+    def first(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def fail_alike(self, where: str, error: BaseException) -> None:
+        raise RankError(f"{where}: {error}") from error
 
 
 class Wishes:
