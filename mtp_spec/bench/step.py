@@ -128,7 +128,7 @@ BENCHMARK = Benchmark(
             default="671B",
             metavar="NAME",
         ),
-        Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 4, 8, 16], metavar="M,..."),
+        Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 3, 4, 8, 16], metavar="M,..."),
         Option("--context", "committed tokens (1024)", type=parsing.count, default=1024),
         Option(
             "--parts",
@@ -138,6 +138,13 @@ BENCHMARK = Benchmark(
             metavar="NAME,...",
         ),
         Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16"), default="fp8"),
+        Option(
+            "--acceptance",
+            "chances that a draft of depth 1, 2, ... is accepted, for the notes on chains (0.8)",
+            type=parsing.numbers,
+            default=[0.8],
+            metavar="P,P,...",
+        ),
         Option("--layers", "MoE layers (default: as many as fit)", type=parsing.count),
         Switch("--library", "ranks exchange through NCCL, not in one another's memory"),
     ),
@@ -159,8 +166,10 @@ def measure(
     for part in [part for part in args.parts if part != TEXT]:
         start, context = time.perf_counter(), args.context
         if part == "passes":
-            rows += [_pass(f"decode and verify, {m} rows", _verify(model, state, context, m), rate) for m in args.rows]
+            rows += [_pass(_verified(m), _verify(model, state, context, m), rate) for m in args.rows]
             rows.append(_pass("draft, 1 row", _draft(model, state, context), rate))
+            facts["chains"], told = _chains(rows, args.acceptance)
+            notes += told
             facts["kernels of one row"] = kernel_times(_verify(model, state, context, 1)[0])
         elif part == "layers":
             rows += _layers(model, state, context, args.rows, rate)
@@ -172,6 +181,35 @@ def measure(
             notes += [_sentence(name, micro, full) for name, micro in accepting.items()]
         seconds[part] = time.perf_counter() - start
     return rows, {**facts, "seconds of parts": seconds}, notes
+
+
+def _chains(rows: list[Row], chances: list[float]) -> tuple[dict[str, float], list[str]]:
+    """Returns how fast chains of drafts would be that are accepted with these chances, against plain decoding.
+
+    An expectation from the passes' times: the law of acceptance is given, not that of the random weights.
+
+    Args:
+        chances: that a draft of depth 1, 2, ... is accepted once those before it are; the last holds for deeper ones.
+    """
+    micro = {row["pass"]: row["us"] for row in rows}
+    plain, draft, found, notes = micro.get(_verified(1)), micro["draft, 1 row"], dict[str, float](), list[str]()
+    for depth in range(1, CHAIN + 2):
+        step = micro.get(_verified(depth + 1))
+        if plain is None or step is None:
+            continue
+        tokens = left = 1.0
+        for level in range(depth):
+            left *= chances[min(level, len(chances) - 1)]
+            tokens += left
+        found[f"chain of {depth}"] = tokens * plain / (step + depth * draft)
+        notes.append(
+            f"a chain of {depth} with {tokens:.2f} tokens a step would be {found[f'chain of {depth}']:.2f} times plain"
+        )
+    return found, notes
+
+
+def _verified(rows: int) -> str:
+    return f"decode and verify, {rows} rows"
 
 
 def _slice(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) -> ModelConfig:
