@@ -14,7 +14,7 @@ static inline int64_t tree_size(int64_t count) {
 }
 
 // Sixteen stored numbers; those of FP8 not times anything, and NaN where they are NaN.
-ALWAYS vec number(int kind, const char *p) {
+ALWAYS vec as_floats(int kind, const char *p) {
     vec wide = widen(kind, p);
     if (kind != FP8) return wide;
     bytes16 codes;
@@ -26,11 +26,11 @@ ALWAYS vec number(int kind, const char *p) {
 // Up to 128 stored numbers as float32, then zeros up to their tree's size, then `beyond`.
 ALWAYS void piece_of(int kind, const char *p, int64_t count, int64_t size, float beyond, float *out) {
     int64_t k = 0;
-    for (; k + LANES <= count; k += LANES) store(out + k, number(kind, p + k * ITEM[kind]));
+    for (; k + LANES <= count; k += LANES) store(out + k, as_floats(kind, p + k * ITEM[kind]));
     if (k < count) {
         char some[64] = {0};
         memcpy(some, p + k * ITEM[kind], (size_t)((count - k) * ITEM[kind]));
-        store(out + k, number(kind, some));
+        store(out + k, as_floats(kind, some));
     }
     for (k = count; k < size; k++) out[k] = 0.0f;
     for (; k < PIECE && (k < size || k % LANES); k++) out[k] = beyond;
