@@ -48,7 +48,10 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     So they are for the bundled model in processes that tests start, which find them in that directory.
     """
+    caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     with pytest.MonkeyPatch.context() as patch:
+        # the compiler's stays where it is: a new one costs a minute for the C library that it brings along as source
+        patch.setenv("ZIG_GLOBAL_CACHE_DIR", os.environ.get("ZIG_GLOBAL_CACHE_DIR") or str(Path(caches) / "zig"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(planners, "measure", lambda *_: StepTimes.typical())
         patch.setattr(planners, "calibrated", lambda times, *_: times)

@@ -141,6 +141,7 @@ class Library:
         self.product, self.columns, self.attend = self._of("product"), self._of("columns"), self._of("attend")
         self.norm, self.activate, self.rotate = self._of("norm"), self._of("activate"), self._of("rotate")
         self.choose = self._of("choose")
+        self.ordered_products, self.ordered_totals = self._of("ordered_products"), self._of("ordered_totals")
 
     def _of(self, name: str, returns: Any = None) -> Any:
         function = getattr(self._loaded, f"mtp_{self.level}_{name}")

@@ -1,5 +1,6 @@
 // Single operations, as tests and benchmarks call them.
 #pragma once
+#include "ordered.h"
 #include "phases.h"
 
 void EXPORT(product)(const Matrix *m, int64_t first, int64_t end, int64_t rows, const float *x, int64_t xs,
@@ -56,4 +57,17 @@ void EXPORT(choose)(const Routing *routing, float *scores, const float *bias, fl
     uint64_t before = plain_arithmetic();
     choose(routing, scores, bias, memory, index, weight);
     former_arithmetic(before);
+}
+
+// Several pairs of matrices of the same sizes, one after the other.
+void EXPORT(ordered_products)(const Matrix *x, const Matrix *w, int64_t pairs, float *y) {
+    Matrix left = *x, right = *w;
+    for (int64_t i = 0; i < pairs; i++) {
+        ordered_products(&left, &right, y + i * x->rows * w->rows);
+        left.data += x->rows * x->columns * ITEM[x->kind], right.data += w->rows * w->columns * ITEM[w->kind];
+    }
+}
+
+void EXPORT(ordered_totals)(const float *x, int64_t rows, int64_t columns, float *y) {
+    ordered_totals(x, rows, columns, y);
 }

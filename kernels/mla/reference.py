@@ -57,12 +57,13 @@ def attend_reference(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     """`attend` in plain torch, one row at a time."""
     out = []
     for rows, alone, own in plan.apart(cache):
-        length = int(alone.length)
-        for query, node in zip(q[rows], range(plan.each), strict=True):
+        length, nodes = int(alone.length), list[list[int]]()
+        for node in range(plan.each):
             depth = int(plan.depths[node])
-            drafted = range(depth + 1) if plan.ancestors is None else plan.ancestors[node, : depth + 1].tolist()
-            seen = torch.tensor([*range(length), *(length + slot for slot in drafted)], device=q.device)
-            keys = own.read(seen).float()
+            nodes.append([*range(depth + 1)] if plan.ancestors is None else plan.ancestors[node, : depth + 1].tolist())
+        held = own.read(torch.arange(length + max(map(max, nodes)) + 1, device=q.device)).float()
+        for query, drafted in zip(q[rows], nodes, strict=True):
+            keys = torch.cat((held[:length], held[[length + slot for slot in drafted]]))
             weights = ordered.softmax(ordered.products(query[: head.heads].float(), keys) * head.scale)
             out.append(ordered.products(weights, keys[:, : head.latent].T))
     return torch.stack(out).to(q.dtype)

@@ -31,13 +31,14 @@ def experts_reference(
     given = _operands(x, weights)
     per_row, chosen = indices.shape[1], indices.flatten()
     by_expert = [(expert, (chosen == expert).nonzero().flatten()) for expert in chosen.unique().tolist()]
-    activated = dict[int, tuple[Tensor, ...]]()
+    activated, order = list[tuple[Tensor, ...]](), list[Tensor]()
     for expert, pairs in by_expert:
         rows = [part[pairs // per_row] for part in given]
-        gate_part, up = (_product(rows, *half).split(1) for half in _halves(weights, expert))
-        for pair, one, other in zip(pairs.tolist(), gate_part, up, strict=True):
-            activated[pair] = _operands(F.silu(one) * other, weights)
-    hidden = tuple(torch.cat(parts) for parts in zip(*(activated[pair] for pair in range(len(chosen))), strict=True))
+        gate_part, up = (_product(rows, *half) for half in _halves(weights, expert))
+        activated.append(_alone(ordered.by_row(F.silu, gate_part) * up, weights))
+        order.append(pairs)
+    places = torch.cat(order).argsort()
+    hidden = tuple(torch.cat(parts)[places] for parts in zip(*activated, strict=True))
     if exchange is not None:
         hidden = exchange(*hidden)
     parts = torch.empty(len(chosen), weights.outputs, dtype=torch.float32, device=x.device)
@@ -54,6 +55,13 @@ def experts_reference(
 def _operands(x: Tensor, weights: Experts) -> tuple[Tensor, ...]:
     """Returns x as it is multiplied: quantised, or rounded to the weights' type."""
     return act_quant(x, power_of_two=weights.power_of_two) if weights.scaled else (x.to(weights.down.dtype),)
+
+
+def _alone(x: Tensor, weights: Experts) -> tuple[Tensor, ...]:
+    """Returns `_operands` of rows each as if it were alone: logarithms of scales may differ beside others."""
+    if not weights.power_of_two:
+        return _operands(x, weights)
+    return tuple(torch.cat(parts) for parts in zip(*(_operands(row, weights) for row in x.split(1)), strict=True))
 
 
 def _halves(weights: Experts, expert: int) -> list[tuple[Tensor, Tensor | None]]:

@@ -110,10 +110,12 @@ def _wide_experts(dtype: torch.dtype) -> None:
     router, bias = torch.randn(6, channels, generator=generator).to(ON), torch.randn(6, generator=generator).to(ON)
     x = torch.randn(70, channels, generator=generator).to(dtype).to(ON)
     expected = moe.moe_reference(x, router, bias, routing, weights)
-    for launch in (moe.Launch(), moe.Launch(up_tile=128, down_tile=128), moe.Launch(tokens=32, up_unroll=2)):
+    launches = moe.Launch(), moe.Launch(up_tile=128, down_tile=128), moe.Launch(tokens=32, up_unroll=2)
+    # the types differ in nothing that a launch decides
+    for number, launch in enumerate(launches if dtype == torch.bfloat16 else launches[:1]):
         whole = moe.moe(x, router, bias, routing, weights, launch=launch)
         close(whole, expected, 0.01)
-        for first, rows in ((0, 1), (3, 2), (1, 16), (5, 63)):
+        for first, rows in ((0, 1), (3, 2), (1, 16), (5, 63))[: 3 if number else 4]:
             chosen = slice(first, first + rows)
             alone = moe.moe(x[chosen].contiguous(), router, bias, routing, weights, launch=launch)
             assert torch.equal(alone, whole[chosen])

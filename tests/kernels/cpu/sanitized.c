@@ -179,7 +179,12 @@ static void products(void) {
                 float *own = malloc((size_t)(4 * padded(N)) * 4);
                 CALL(columns)(&m, first, N - first, R, across, N, up, K, own);
                 count_in(up, R * K);
+                float *factors = numbers(R * blocks_of(K, PIECE), 1), *sums = malloc((size_t)(R * N) * 4);
+                Matrix left = {.kind = F32, .rows = R, .columns = K, .data = (const char *)x, .scale = factors};
+                CALL(ordered_products)(&left, &m, 1, sums), count_in(sums, R * N);
+                CALL(ordered_totals)(x, R, K, sums), count_in(sums, R);
                 free(x), free(y), free(room), free(chosen), free(across), free(up), free(own), discard(m);
+                free(factors), free(sums);
             }
 }
 
