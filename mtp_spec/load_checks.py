@@ -65,9 +65,8 @@ def load_model(
         found = _no_kernels(device, FP8_CAPABILITY) or fp8_obstacle(checkpoint)
         if found is not None:
             raise OptionError(f"dtype={dtype!r}: {found}; leave dtype out to compute in bfloat16")
-    obstacle = _no_kernels(device, HALF_CAPABILITY) or kernels_obstacle(checkpoint)
-    if dtype == torch.float32:
-        obstacle = obstacle or f"dtype={dtype!r} runs by torch"
+    obstacle = f"dtype={dtype!r} runs by torch" if dtype == torch.float32 else None
+    obstacle = obstacle or _no_kernels(device, HALF_CAPABILITY) or kernels_obstacle(checkpoint)
     if packed and obstacle is None:
         obstacle = _no_kernels(device, FP8_CAPABILITY)
     if packed and torch.float16 in (dtype, stored_dtype(checkpoint)) and dtype != torch.bfloat16:
