@@ -84,8 +84,12 @@ class Step:
             self._graphs = {"all": graphs.capture(self._run)}
         else:  # what one leaves for the next is kept; no other graph may run between them
             for name, work in self.parts().items():
-                replay = graphs.capture(work)
-                replay()  # the next one runs on what this one leaves
+                if name == "draft" and not self.shape.parents and self.state.texts == 1:
+                    work()  # the root is where it always is: nothing is launched, which torch would warn of
+                    replay = _nothing
+                else:
+                    replay = graphs.capture(work)
+                    replay()  # the next one runs on what this one leaves
                 self._graphs = {**self._graphs, name: replay}
         if self.state.logits is not None and self.guided is None:
             del self._outputs, self.ids, self.logits  # the many steps of a batch leave each other this memory
@@ -311,6 +315,10 @@ class Graphs:
             replay()
 
         return run
+
+
+def _nothing() -> None:
+    """Replays a part of a step that launches nothing."""
 
 
 def _drafted(ids: Tensor, table: Tensor) -> Tensor:
