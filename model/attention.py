@@ -3,7 +3,7 @@
 Legend: `M` rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C` kv_lora_rank,
 `W` = C + R cache width, `T` cached tokens, `V` v_head_dim.
 
-Scores and values live in the latent space, so that a token costs W cached values however many heads there are.
+Scores and values live in the latent space, so a token costs W cached values, whatever the number of heads.
 `model.training` has the expanded form, over whole sequences.
 """
 
@@ -23,14 +23,14 @@ from mtp_spec.model.layers import LATENT_NORM_EPS, Linear, RMSNorm
 from mtp_spec.model.rope import apply_rope, softmax_scale
 
 # Contexts are read in whole blocks of this many slots, the rest masked: vector lanes and loop tails then treat
-# a row's numbers alike, however many rows stand beside it. The number of blocks is part of the arithmetic too, so a
-# row always reads as many as it would alone.
+# a row's numbers alike, whatever the number of rows in the batch. The number of blocks is part of the arithmetic too,
+# so a row always reads as many as it would alone.
 CONTEXT_BLOCK = PAGE
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Where the rows of one pass stand and what they may see.
+    """Cache slots, positions and visible context of the rows of one forward pass.
 
     Row m is written to slot `start + m`. It sees the first `runs[m]` slots and then those of `more[m]`, which it reads
     in this order.
@@ -38,7 +38,7 @@ class RowPlan:
     Attributes:
         table: `rope_table`.
         positions: of each row.
-        exact: whether rows must be computed as plain decoding computes them, to the last bit; drafts need not be.
+        exact: whether rows must match plain decoding to the last bit; drafts need not.
     """
 
     table: Tensor
@@ -50,7 +50,7 @@ class RowPlan:
 
     @property
     def count(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.positions)
 
     def row(self, row: int) -> RowPlan:
@@ -103,7 +103,7 @@ class Masks:
 
 @dataclass(frozen=True, slots=True)
 class JointPlan:
-    """The rows of several sequences in one pass, one sequence after another.
+    """The rows of several sequences in one forward pass, one sequence after another.
 
     Attributes:
         parts: each sequence's cache and the plan of its rows.
@@ -188,7 +188,7 @@ def _additive(visible: Tensor, device: torch.device) -> Tensor:
 class MLA(nn.Module):
     """One attention layer. Parameters keep the checkpoint's names; the two down-projections are fused.
 
-    Ranks have some of the heads each, and some of the outputs; latents and their cache all have.
+    Heads and outputs are divided among the ranks; latents and their cache are replicated.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class MLA(nn.Module):
         return self.ranks.gather(self.o_proj(self.ranks.gather(values.flatten(-2))))
 
     def _attend_each(self, q: Tensor, row: Tensor, layer: int, plan: JointMasks) -> Tensor:
-        """Every sequence by itself over its own context, as if it were alone; everything else is one product."""
+        """Attends for each sequence separately over its own context; everything else is one product for the batch."""
         if len(plan.parts) == 1:
             return self._attend_one(q, row, layer, *plan.parts[0])
         counts = list(plan.counts)
@@ -258,8 +258,8 @@ class MLA(nn.Module):
         whole = self.config.num_attention_heads
         if self.heads == whole:
             return attend(q, slots, plan, self.latent, self.scale)
-        # other numbers of heads take other routines, in float32 and, on some processors, in bfloat16: to have the bits
-        # of a process alone, a rank's heads stand where they stand there
+        # the routine depends on the number of heads, in float32 and, on some processors, in bfloat16: put this rank's
+        # heads at their places in the full set, so that the bits match a single process
         own = self.ranks.own(whole)
         room = q.new_zeros(q.shape[0], whole, q.shape[2])
         room[:, own] = q
@@ -288,8 +288,8 @@ def by_head(x: Tensor, weight: Tensor) -> Tensor:
 def attend(q: Tensor, slots: Tensor, plan: Masks, latent: int, scale: float) -> Tensor:
     """Returns the attention-weighted latents `[M, H, C]` of queries q `[M, H, W]` over cached slots.
 
-    Every row is a batch of its own: its heads share the latents, and its arithmetic is that of a row alone. A row of
-    a tree sees its own ancestors only. They are gathered in position order, so that the sum over the context adds
+    Every row is a separate batch entry: its heads share the latents, and its arithmetic is that of a row alone. A row
+    of a tree sees only its own ancestors. They are gathered in position order, so that the sum over the context adds
     the same numbers in the same order as plain decoding does; a chain's slots are in that order.
     """
     if plan.sizes is None or min(plan.sizes) == plan.mask.shape[-1]:
@@ -303,7 +303,7 @@ def attend(q: Tensor, slots: Tensor, plan: Masks, latent: int, scale: float) -> 
 
 
 def _attend(q: Tensor, slots: Tensor, mask: Tensor, gather: Tensor | None, scale: float) -> Tensor:
-    """Returns `[M, H, W]`: latents are keys and values at once, the rope part of the values is of no use."""
+    """Returns `[M, H, W]`: latents are keys and values at once; the rope part of the values is ignored."""
     rows, _, width = q.shape
     size = mask.shape[-1]
     keys = slots[:size].expand(rows, 1, size, width) if gather is None else slots[gather].unsqueeze(1)

@@ -1,11 +1,11 @@
 """The latent cache: kv_lora_rank + qk_rope_head_dim values per token and layer, in pages.
 
-Slots are positions: slot p holds the latent of the token at absolute position p. While a tree is being
-verified its nodes live in the slots after the committed ones, in the order in which they were appended;
-`commit` then moves the accepted path to the front, and everything else is forgotten by moving `length`.
+Slots are positions: slot p holds the latent of the token at absolute position p. While a draft tree is verified, its
+nodes occupy the slots after the committed ones, in the order in which they were appended; `commit` then moves the
+accepted path to the front and sets `length` so that the rest is dropped.
 
-Where slots lie is the pages' business: a sequence has a list of pages, in any order, of a memory that it shares with
-others. Pages in a row are read in place; others are brought together for each pass.
+A sequence has a list of pages, in any order, in memory that it shares with other sequences. Contiguous pages are read
+in place; others are gathered for each forward pass.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
-# slots of a page: as many as attention reads at once
+# slots per page: one attention block
 PAGE = 64
 
 
 def pages_for(tokens: int) -> int:
-    """Returns how many pages hold so many tokens."""
+    """Returns the number of pages that `tokens` tokens need."""
     return -(-tokens // PAGE)
 
 
@@ -31,13 +31,13 @@ class LatentCache:
     """Latents of one sequence for a stack of layers.
 
     Args:
-        layers: per layer `[pages * PAGE, width]`, the memory.
-        pages: numbers of the pages that hold this sequence, in order of position.
-        length: slots that they hold already.
+        layers: per layer the shared memory `[pages * PAGE, width]`.
+        pages: numbers of this sequence's pages, in order of position.
+        length: slots already filled.
     Attributes:
         length: committed slots.
-        capacity: slots; the longest context plus the largest tree.
-        slots: per layer `[capacity, width]` in order of position where pages are in a row, else the memory.
+        capacity: slots in all: the longest context plus the largest tree.
+        slots: per layer `[capacity, width]` in order of position if the pages are contiguous, else the whole memory.
     """
 
     def __init__(self, layers: Sequence[Tensor], pages: Sequence[int], length: int = 0) -> None:
@@ -56,14 +56,14 @@ class LatentCache:
     def alone(
         cls, layers: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> LatentCache:
-        """Returns an empty cache in memory of its own, of at least `capacity` slots."""
+        """Returns an empty cache of at least `capacity` slots that shares no memory."""
         pages = pages_for(capacity)
-        # zeros: padded reads multiply unwritten slots by a weight of zero, which a NaN would survive
+        # zeros, because padded reads multiply unwritten slots by zero, and 0 * NaN is NaN
         memory = [torch.zeros(pages * PAGE, width, dtype=dtype, device=device) for _ in range(layers)]
         return cls(memory, range(pages))
 
     def places(self) -> tuple[IntArray, IntArray]:
-        """Returns the address of each layer's memory, and of each page its first slot there, int64."""
+        """Returns the address of each layer's memory and the first slot of each page, int64."""
         if self._places is None:
             addresses = np.array([slots.data_ptr() for slots in self.slots], np.int64)
             pages = np.arange(0, self.capacity, PAGE) if self._address is None else self._address[::PAGE].numpy()
@@ -97,7 +97,7 @@ class LatentCache:
         self.length = start + count
 
     def clean(self, count: int) -> None:
-        """Zeros so many slots after the committed ones: what a reader multiplies by zero must not be NaN."""
+        """Zeros `count` slots after the committed ones: masked slots are multiplied by zero and must not be NaN."""
         for slots in self.slots:
             if self._address is None:
                 slots[self.length : self.length + count] = 0
@@ -105,7 +105,7 @@ class LatentCache:
                 slots[self._address[self.length : self.length + count]] = 0
 
     def first_unsound(self, slots: Sequence[int]) -> tuple[int, int] | None:
-        """Returns the first layer where one of these slots holds NaN or infinity, and which of them is the first."""
+        """Returns the first layer where one of these slots holds NaN or infinity, and the index of the first such."""
         for layer in range(len(self.slots)):
             sound = self.read(layer, max(slots, default=-1) + 1)[list(slots)].isfinite().all(-1)
             if not bool(sound.all()):
@@ -119,9 +119,9 @@ class LatentCache:
         self.length = length
 
     def restart(self, position: int) -> None:
-        """Begins again without a token; slot 0 is now the first of the page where this position was.
+        """Empties the cache; slot 0 becomes the first slot of the page that held `position`.
 
-        Pages before it may be read by others, so they are left as they are.
+        Other sequences may read the pages before it, so those are left unchanged.
         """
         moved = position // PAGE * PAGE - self._begin
         self._places = None
@@ -132,7 +132,7 @@ class LatentCache:
         self._begin, self.capacity, self.length = self._begin + moved, self.capacity - moved, 0
 
     def take(self, other: LatentCache, length: int) -> None:
-        """Begins with a copy of another cache's first `length` slots."""
+        """Starts from a copy of another cache's first `length` slots."""
         for layer in range(len(self.slots)):
             self.put(layer, 0, other.read(layer, length), 0)
         self.length = length

@@ -1,7 +1,7 @@
-"""The model's shape, read from any of the three JSON dialects in which DeepSeek models are described.
+"""The model's shape, read from any of three JSON dialects that describe DeepSeek models.
 
-Field names are those of the Hugging Face `config.json`. An unknown architecture or an impossible number is refused
-here, with its name, before any weight is read.
+Field names are those of the Hugging Face `config.json`. An unknown architecture or an impossible value is refused
+here, by name, before any weight is read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mtp_spec.model.files.json_object import read_object
 
 SCORING = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
-MOST_EXPERTS = 2**18  # of all layers, several times what the largest model has: a slip is told at once
-# fields that describe what was found in files, not what a configuration says
+MOST_EXPERTS = 2**18  # in all layers, several times the largest model's: catches typing errors early
+# fields that describe what the files hold, not what a configuration says
 FOUND = ("fp8_block", "scale_fmt", "modules")
 
 
@@ -46,11 +46,12 @@ class YarnConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleShape:
-    """What an MTP module is made of, as its tensors say.
+    """Structure of an MTP module, found from its tensors.
 
     Attributes:
         intermediate_size: of a dense block; None if the block has experts.
-        own_embedding, own_head: whether the module has one that differs from the model's.
+        own_embedding: whether the module has an embedding that differs from the model's.
+        own_head: whether it has a head that differs from the model's.
     """
 
     intermediate_size: int | None = None
@@ -111,16 +112,16 @@ class ModelConfig:
     modules: tuple[ModuleShape, ...] = ()
 
     def module(self, number: int) -> ModuleShape:
-        """Returns what an MTP module is made of."""
+        """Returns the structure of an MTP module."""
         return self.modules[number] if number < len(self.modules) else SHARED
 
     def head_of(self, module: int) -> int | None:
-        """Returns the module whose own head gives a module's logits; None is the model's."""
+        """Returns the module whose own head gives a module's logits; None means the model's head."""
         return module if self.module(module).own_head else None
 
     @property
     def is_v2(self) -> bool:
-        """Whether the gate never normalises, as V2's does."""
+        """Whether the model is a V2, whose gate never normalises."""
         return self.model_type == "deepseek_v2"
 
     @property
@@ -231,9 +232,9 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def read_config(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the JSON file and what is in it; arguments and errors as `load_config`.
+    """Returns the JSON file's path and contents; arguments and errors as `load_config`.
 
-    A format of weights that is described in a file beside it is in `quantization_config`.
+    A weight format described in a separate file is added as `quantization_config`.
     """
     try:
         if not path.exists():

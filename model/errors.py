@@ -1,8 +1,8 @@
-"""Errors that name what was given, what is allowed and the remedy."""
+"""Error classes; messages name what was given, what is allowed and the remedy."""
 
 
 class MTPSpecError(ValueError):
-    """Base of every error of the library; itself, what cannot be done now or does not fit in memory."""
+    """Base of every error of the library; raised directly if something cannot be done now or does not fit in memory."""
 
 
 class CheckpointError(MTPSpecError):

@@ -1,7 +1,7 @@
-"""What models on the host's memory have in common: rows over caches of latents.
+"""Base class of models in host memory: rows over latent caches.
 
-Prefill, decode, draft and verify are all one function, `rows`, which is why a row's logits do not depend on which of
-them computed it. `Transformer` computes them by torch, `CPUModel` by the CPU engine.
+Prefill, decode, draft and verify all use one function, `rows`, so a row's logits do not depend on which of them
+computed it. `Transformer` computes rows with torch, `CPUModel` with the CPU engine.
 
 Legend: `M` rows of one pass, `D` hidden size, `V` vocabulary, `W` width of a cached latent.
 """
@@ -29,13 +29,13 @@ class HostModel:
 
     Attributes:
         dtype: of hidden states and caches.
-        mtp: the MTP modules; their number is what counts.
-        runs_on: what computes it, in words.
-        technique: "batched" where a row's bits depend on nothing but its context, so that any rows share a pass and a
-            prompt may be cut anywhere; "single" where a library's products choose their loops by the number of rows,
-            so that each is verified by itself, as plain decoding computes it.
-        stored: dtypes of its matrices, in words: what times depend on besides its shape.
-        ranks: that share the work.
+        mtp: the MTP modules; only their number matters.
+        runs_on: a description of what computes the model.
+        technique: "batched" if a row's bits depend only on its context, so that any rows share a pass and a prompt may
+            be cut anywhere; "single" if a library's products choose their loops by the number of rows, so that each
+            row is verified separately, as plain decoding computes it.
+        stored: a description of its matrices' dtypes, on which times depend besides its shape.
+        ranks: the ranks that share the work.
     """
 
     mtp: Any  # a collection of modules, or of their numbers
@@ -45,9 +45,9 @@ class HostModel:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> None:
         self.config, self.dtype, self.device, self.ranks = config, dtype, device, ranks
-        self.unsound: set[int] = set()  # MTP modules that were found to give NaN or infinity
+        self.unsound: set[int] = set()  # MTP modules that have returned NaN or infinity
         self.stored = str(dtype).removeprefix("torch.")
-        # grows with the text
+        # grows with the context
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, dtype=torch.float32, device=device)
 
     @abstractmethod
@@ -59,14 +59,14 @@ class HostModel:
         """Appends rows to caches of a module; returns the module's normed outputs `[M, D]`."""
 
     def scored_rows(self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Returns `joint_rows`, and the logits `[S, V]` of those of its rows that `scored` counts."""
+        """Returns `joint_rows`, and the logits `[S, V]` of its rows with indices `scored`."""
         hidden = self.joint_rows(ids, plan)
         return hidden, self.logits(hidden[list(scored)])
 
     def scored_mtp_rows(
         self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan, scored: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Returns `joint_mtp_rows`, and the logits `[S, V]` for drafts of those of its rows that `scored` counts."""
+        """Returns `joint_mtp_rows`, and the draft logits `[S, V]` of its rows with indices `scored`."""
         outputs = self.joint_mtp_rows(module, ids, hidden, plan)
         return outputs, self.draft_logits(outputs[list(scored)], self.config.head_of(module))
 
@@ -80,11 +80,11 @@ class HostModel:
 
     @abstractmethod
     def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
-        """Returns `[M, V]` logits that propose drafts, -inf where none may be; `own` as `config.head_of` says."""
+        """Returns `[M, V]` logits for drafting, -inf for tokens that may not be drafted; `own` as `config.head_of`."""
 
     @abstractmethod
     def draft_from(self, ids: Sequence[int]) -> None:
-        """Lets drafts be these tokens only: fewer rows of the head are read, and a draft cannot change the text."""
+        """Drafts only these tokens: fewer rows of the head are read, and drafts cannot change the text."""
 
     @abstractmethod
     def fingerprint(self) -> float:
@@ -99,7 +99,7 @@ class HostModel:
 
         Args:
             ids: M token ids.
-            parents: the row that each one follows; -1 follows the committed context.
+            parents: for each row the row that it follows; -1 follows the committed context.
         """
         return self.joint_rows(ids, JointPlan.of((cache, plan_rows(self.table(cache.capacity), cache.length, parents))))
 
@@ -116,7 +116,7 @@ class HostModel:
         return self._cache(1, tokens)
 
     def new_layers(self, pages: int) -> list[Tensor]:
-        """Returns memory for caches of many sequences, of every layer and module: `[pages * PAGE, W]`, unwritten."""
+        """Returns memory for many sequences' caches, one `[pages * PAGE, W]` per layer and module, uninitialised."""
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         count = self.config.num_hidden_layers + len(self.mtp)
         return [torch.empty(pages * PAGE, width, dtype=self.dtype, device=self.device) for _ in range(count)]
@@ -128,6 +128,6 @@ class HostModel:
     def table(self, length: int) -> Tensor:
         """Returns a rope table of at least `length` positions, grown on demand."""
         if self._table.shape[0] < length:
-            with torch.inference_mode(False):  # training's gradients may pass through it later
+            with torch.inference_mode(False):  # training may backpropagate through it later
                 self._table = rope_table(self.config, padded(length) + 64, self.device)
         return self._table

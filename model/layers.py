@@ -49,12 +49,12 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, so that a step makes one product less.
+    """`down(silu(gate(x)) * up(x))`; gate and up are one matrix, which saves a product per step.
 
     Args:
         hidden: D.
         intermediate: I.
-        ranks: divide the columns of I and, of the second product, of D.
+        ranks: the ranks that divide the columns I and, for the second product, D.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MLP(nn.Module):
     def begin(self, x: Tensor) -> Tensor:
         """Returns gate and up `[..., 2 I]` of rows x.
 
-        Ranks exchange them before the activation, whose bits depend on where a column stands among vectors.
+        Ranks exchange them before the activation, whose bits depend on a column's place within vectors.
         """
         both: Tensor = self.gate_up(x)
         return both if self.ranks.size == 1 else self.ranks.gather(both.unflatten(-1, (2, -1))).flatten(-2)

@@ -1,6 +1,6 @@
 """Mixture of experts: the gate of V3 (sigmoid, bias, groups) and of V2 (softmax), and the experts.
 
-V3 report (2412.19437) eq. 12-16: scores s choose with a correction bias, weigh without it.
+V3 report (2412.19437) eq. 12-16: scores s choose experts with a correction bias and weight them without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mtp_spec.model.layers import MLP, empty_parameter, gated_silu
 
 
 class Gate(nn.Module):
-    """Chooses `num_experts_per_tok` experts a row and weighs them; float32 throughout."""
+    """Chooses `num_experts_per_tok` experts per row and weights them; float32 throughout."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class Gate(nn.Module):
         self.e_score_correction_bias: Tensor | None
         self.register_buffer("e_score_correction_bias", bias if config.has_gate_bias else None)
 
-    @np.errstate(all="ignore")  # NaN and infinity are looked for
+    @np.errstate(all="ignore")  # NaN and infinity are checked below
     def choose(self, x: Tensor) -> tuple[list[list[float]], list[list[int]]]:
         """Returns weights and experts of rows x `[M, D]`, experts in ascending order.
 
-        By NumPy, whose functions give a number the same bits wherever it stands among others; torch's sigmoid does not.
+        Uses NumPy, whose functions give a number the same bits at every place in an array; torch's sigmoid does not.
         """
         config = self.config
         logits: npt.NDArray[np.float32] = row_products(x.float(), self.weight).detach().cpu().numpy()
@@ -55,7 +55,7 @@ class Gate(nn.Module):
         if config.norm_topk_prob and not config.is_v2:
             scale /= sum(weights.T) + 1e-20  # added one by one, in ascending order of experts
         weights *= scale[:, None]
-        if not math.isfinite((logits + choice).sum()):  # which order and sigmoid would hide: it is passed on
+        if not math.isfinite((logits + choice).sum()):  # sorting and sigmoid would hide it: pass it on
             weights[~np.isfinite(logits + choice).all(-1)] = math.nan
         return weights.tolist(), indices.tolist()
 
@@ -80,14 +80,14 @@ class Gate(nn.Module):
 
 
 def row_products(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x @ weight.T for float32 rows, each row by the same arithmetic whatever its neighbours."""
+    """Returns x @ weight.T for float32 rows, each by the same arithmetic in any batch."""
     return torch.stack([torch.mv(weight, row) for row in x])
 
 
 class MoE(nn.Module):
     """`shared(x) + sum over chosen experts of weight * expert(x)`, summed in ascending expert order.
 
-    Every rank has some of the experts, whole; all choose alike, exchange the outputs and add them in that order.
+    Every rank has some whole experts; all ranks choose alike, exchange the outputs and add them in that order.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class MoE(nn.Module):
             self.shared = MLP(hidden, size * config.n_shared_experts, dtype, device, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each hit expert runs once over its rows; outputs return to [row, slot] before the sum."""
+        """Runs each chosen expert once over its rows; outputs return to [row, slot] before the sum."""
         weights, indices = self.gate.choose(x)
         rows, slots = len(indices), len(indices[0])
         flat = [expert for row in indices for expert in row]
@@ -123,7 +123,7 @@ class MoE(nn.Module):
         ups = [F.linear(part, self.gate_up[e - self.first]) for part, e in zip(parts, hit, strict=True)]
         if self.shared is not None:
             ups.append(self.shared.begin(x))
-        # one activation for all of them: a decode step has more operations than arithmetic
+        # one activation for all of them: in a decode step the number of operations costs more than arithmetic
         inner = self._activated(ups)
         outs = [F.linear(h, self.down[e - self.first]) for h, e in zip(inner, hit, strict=False)]
         by_rank = [sum(e // self.experts == rank for e in flat) for rank in range(self.ranks.size)]

@@ -84,7 +84,7 @@ def _powers(theta: float, dim: int) -> Tensor:
 
 
 def sine_cosine(angles: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """Returns sines and cosines of angles up to a million, to about 1e-16; made of additions and products only."""
+    """Returns sines and cosines of angles up to a million, to about 1e-16, using only additions and products."""
     quarters = np.rint(angles * (2 / math.pi))
     rest = angles
     for part in _HALF_PI:
@@ -102,7 +102,7 @@ def sine_cosine(angles: Float64Array) -> tuple[Float64Array, Float64Array]:
 
 
 def rope_table(config: ModelConfig, length: int, device: torch.device | str = "cpu") -> Tensor:
-    """Returns `[length, 2, R]` float32: for each position what a vector and its swapped copy are multiplied with.
+    """Returns `[length, 2, R]` float32: for each position the factors of a vector and of its swapped copy.
 
     R is qk_rope_head_dim. See `apply_rope`.
     """

@@ -1,9 +1,9 @@
-"""The rows of a verified tree, each as plain decoding computes it.
+"""Verifies the rows of a draft tree, each as plain decoding computes it.
 
-Matrix products of libraries choose their loops by the number of rows, so a token verified in a tree can differ in its
-last bit from the same token decoded alone, and a tie broken the other way changes the text. On the CPU engine, and on
-the GPU's kernels, a row's bits do not depend on its company. By torch rows are computed one a pass, which is exact by
-construction and costs as much as the decode steps that it replaces.
+A library's matrix products choose their loops by the number of rows, so a token verified in a tree can differ in its
+last bit from the same token decoded alone, and a tie broken the other way changes the text. On the CPU engine and the
+GPU kernels, a row's bits do not depend on the other rows. With torch, each row takes a forward pass of its own, which
+is exact by construction and costs as much as the decode steps that it replaces.
 """
 
 from __future__ import annotations

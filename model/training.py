@@ -1,8 +1,8 @@
-"""What only training needs of a model: its weights with gradients over whole sequences, and the losses of MTP modules.
+"""The training forward pass: weights with gradients over whole sequences, and the losses of MTP modules.
 
-The weights are a `Transformer`'s own, in their places; the way through them is another. Inference takes rows a few at a
-time, in sums of a fixed order; here every product takes all rows of a batch at once, attention is in its expanded form
-and every expert runs on every row. The logits are inference's within rounding.
+It uses a `Transformer`'s own weights with a different forward pass. Inference takes a few rows at a time, with sums in
+a fixed order; here every product takes all rows of a batch at once, attention is in its expanded form and every expert
+runs on every row. The logits equal inference's within rounding.
 
 Legend: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary, `H` heads, `E` experts, `k` of them a row.
 """
@@ -32,9 +32,9 @@ class TrainingForward:
         dropout: of both residual branches of every block; 0 switches it off.
     Attributes:
         blocks: the model's layers, then one of each MTP module, as a checkpoint counts them.
-        load: of each block rows that its experts took in passes with gradients, `[E]`; None where it has no experts.
+        load: for each block the rows that its experts took in passes with gradients, `[E]`; None without experts.
     Raises:
-        ValueError: the model is one rank's part.
+        ValueError: the model is only one rank's part.
     """
 
     def __init__(self, model: Transformer, dropout: float = 0.0) -> None:
@@ -64,7 +64,7 @@ class TrainingForward:
         """Returns an MTP module's normed output `[B, T, D]`.
 
         Args:
-            module: which one.
+            module: number of the module.
             ids: `[B, T]` the token that follows each hidden state at this depth.
             hidden: `[B, T, D]` the main model's normed hidden states, or the previous depth's output.
             offset: position of ids[:, 0].
@@ -92,7 +92,7 @@ class TrainingForward:
         Args:
             ids: `[B, T]` the text.
             hidden: `[B, T, D]` of the main model.
-            depths: how often it is reused, the first time counted.
+            depths: how often it is used, including the first time.
         """
         rows, earlier = ids.shape[1] - depths, list[KeysValues]()
         hidden = hidden[:, :rows]
@@ -101,7 +101,7 @@ class TrainingForward:
             yield depth, hidden
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
-        """Returns what a block's MLP or experts make of rows x `[M, D]`."""
+        """Returns the output of a block's MLP or experts for rows x `[M, D]`."""
         mlp = self.blocks[number].mlp
         if isinstance(mlp, MLP):
             out: Tensor = mlp(x)
@@ -120,7 +120,7 @@ class TrainingForward:
         """Moves each gate's bias towards even load (2408.15664) and forgets the loads.
 
         Returns:
-            The worst expert's load over the mean.
+            The largest expert's load over the mean.
         """
         worst = 0.0
         for block, load in zip(self.blocks, self.load, strict=True):
@@ -157,16 +157,16 @@ def expanded_attention(mla: MLA, x: Tensor, rope: Tensor, earlier: list[KeysValu
         mla: the layer.
         x: its normed input.
         rope: `[T, 1, 2, R]` angles of the rows' positions.
-        earlier: keys and values of the shallower depths of a module that drafts on its own output, to which this
-            depth's are appended. Row t sees the first depth's rows up to t, as the tokens committed before a draft, and
-            of every later depth only row t, its own ancestor.
+        earlier: keys and values of the shallower depths of a module that drafts on its own output; this depth's are
+            appended. Row t sees the first depth's rows up to t, as the tokens committed before a draft, and of every
+            later depth only row t, its own ancestor.
     """
     q_nope, q_rope, row = mla.project(x, rope)
     latent, k_rope = row.split((mla.latent, mla.rope_dim), dim=-1)
     k_nope, v = mla.kv_b_proj(latent).unflatten(-1, (mla.heads, -1)).split((mla.nope, mla.v_dim), dim=-1)
     q = torch.cat((q_nope, q_rope), dim=-1)
     k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
-    # flash attention wants one head size
+    # flash attention needs one head size
     v = F.pad(v, (0, q.shape[-1] - mla.v_dim)) if q.shape[-1] > mla.v_dim else v
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
     mask = None
@@ -219,7 +219,7 @@ def _within_groups(choice: Tensor, config: ModelConfig) -> Tensor:
 
 
 def every_expert(moe: MoE, x: Tensor, weights: Tensor) -> Tensor:
-    """Returns the weighed sum of experts `[M, D]` for rows x `[M, D]` and weights `[M, E]`, zero for those not chosen.
+    """Returns the weighted sum of experts `[M, D]` for rows x `[M, D]` and weights `[M, E]`, zero if not chosen.
 
     Every expert on every row as two large products: at the few small experts of a model that is trained on one device
     this beats sorting rows, and it compiles to dense code.
@@ -260,17 +260,18 @@ def distil_loss(
     forward: TrainingForward, ids: Tensor, weights: Tensor, hidden: Tensor, target: Tensor,
     depth_weights: Sequence[float],
 ) -> Tensor:  # fmt: skip
-    """Returns the weighted divergence of the first module's guesses from the main model's own, KL plus total variation.
+    """Returns the weighted KL divergence plus total variation between the main model's and first module's predictions.
 
-    Total variation is what coupled and rejection sampling lose (1 - sum min(p, q)); KL has gradients everywhere.
+    Total variation is the loss of acceptance in coupled and rejection sampling (1 - sum min(p, q)); KL has gradients
+    everywhere.
 
     Args:
         forward: the model.
         ids: `[B, T]` text.
-        weights: `[B, T]` of the token that row t is about.
+        weights: `[B, T]` of the token that row t predicts.
         hidden: `[B, T, D]` of the frozen main model.
-        target: `[B, T, V]` its log-probabilities; row t is about token t + 1.
-        depth_weights: of each depth that the module is reused to, as in FastMTP (2509.18362).
+        target: `[B, T, V]` its log-probabilities; row t predicts token t + 1.
+        depth_weights: of each depth at which the module is used, as in FastMTP (2509.18362).
     """
     depths, losses = len(depth_weights), list[Tensor]()
     rows = ids.shape[1] - depths
@@ -284,5 +285,5 @@ def distil_loss(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Returns x in float32, or in float64 if it is."""
+    """Returns x in float32, or unchanged if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,10 +1,10 @@
-"""DeepSeek-V2/V3 with its multi-token-prediction modules, as one module.
+"""DeepSeek-V2/V3 with its multi-token-prediction modules, in torch.
 
 Legend: `M` rows of one pass, `D` hidden size, `V` vocabulary.
 
-`rows` and `mtp_rows` append rows to a latent cache: prefill, decode, draft and verify are all this one function,
-which is why a row's logits do not depend on which of them computed it. `model.training` takes whole sequences through
-the same weights, with gradients.
+`rows` and `mtp_rows` append rows to a latent cache. Prefill, decode, draft and verify all use this one function, so a
+row's logits do not depend on which of them computed it. `model.training` passes whole sequences through the same
+weights, with gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mtp_spec.model.moe import MoE
 
 
 class Block(nn.Module):
-    """`x + MLA(norm(x))`, then `x + MLP(norm(x))`, `dense` wide, or MoE if that is None."""
+    """`x + MLA(norm(x))`, then `x + MLP(norm(x))` with an MLP of width `dense`, or MoE if that is None."""
 
     def __init__(
         self, config: ModelConfig, dense: int | None, dtype: torch.dtype, device: torch.device | str,
@@ -41,7 +41,7 @@ class Block(nn.Module):
         )
 
     def rows(self, x: Tensor, layer: int, plan: JointMasks) -> Tensor:
-        """Rows x `[M, D]` appended to this layer of their caches."""
+        """Appends rows x `[M, D]` to this layer of their caches and returns the outputs."""
         x = x + self.self_attn.rows(self.input_layernorm(x), layer, plan)
         out: Tensor = self.mlp(self.post_attention_layernorm(x))
         return x + out
@@ -59,7 +59,7 @@ class MTPModule(nn.Module):
     """One multi-token-prediction module (V3 report, 2412.19437, eq. 21-23).
 
     `h' = block(eh_proj([enorm(embedding); hnorm(hidden)]))`, then `shared_head.norm`. The report prints the
-    hidden state first; the released weights take the embedding first. `shape` says what else it is made of.
+    hidden state first; the released weights take the embedding first. `shape` describes the rest of the module.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Transformer(nn.Module, HostModel):
     Args:
         config: the model's shape.
         dtype: of every parameter except the gates, which stay float32.
-        ranks: that share the work, see `parallel`; this model then holds one rank's part of the matrices.
+        ranks: the ranks that share the work, see `parallel`; this model then holds one rank's part of the matrices.
     """
 
     def __init__(

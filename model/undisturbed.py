@@ -1,7 +1,7 @@
-"""Settings of the calling program that must not reach the library's arithmetic.
+"""Shields the library's arithmetic from settings of the calling program.
 
-torch's default dtype is one for all threads, so it cannot be set aside while others run: every tensor here names its
-own. The rest belongs to a thread, and is set aside where the library is entered.
+torch's default dtype is global to all threads, so it cannot be reset while others run: every tensor in the library
+names its dtype. The other settings are per thread and are reset at the library's entry points.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 
 @contextmanager
 def undisturbed(inference: bool = True) -> Iterator[None]:
-    """Without autocast, on torch's own default device, and in inference mode, or out of it; also a decorator."""
+    """Disables autocast, resets the default device, and turns inference mode on or off; also a decorator."""
     with ExitStack() as stack:
-        if torch.empty(0, dtype=torch.float32).device.type != "cpu":  # a tenth of what asking takes
+        if torch.empty(0, dtype=torch.float32).device.type != "cpu":  # ten times faster than asking torch
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):

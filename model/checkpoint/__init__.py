@@ -1,1 +1,1 @@
-"""Folders of weights: reading, writing, converting."""
+"""Checkpoint folders: reading, writing, converting."""

@@ -28,7 +28,7 @@ from mtp_spec.model.files.tensors import TensorInfo, widen_scales
 
 KINDS = ("bf16", "fp8")
 CHUNK_NUMBERS = 2**22  # computed at once, in float32
-CHUNK_BYTES = 4 * 4 * CHUNK_NUMBERS  # the numbers, their scales, the result and one more while they are made
+CHUNK_BYTES = 4 * 4 * CHUNK_NUMBERS  # the numbers, their scales, the result and a temporary
 
 
 def cast_job(folder: Path, to: str, *, device: str = "cpu", scale_fmt: str | None = None) -> Job:
@@ -94,7 +94,7 @@ def widened(name: str, tensors: Mapping[str, TensorInfo], block: int, device: st
 
 
 def narrowed(name: str, info: TensorInfo, device: str, powers: bool) -> Task:
-    """Returns the task that writes a matrix with its scales, or unchanged what released checkpoints hold so."""
+    """Returns the task that writes a matrix as FP8 with scales, or unchanged if released checkpoints do not pack it."""
     if not is_packed(name, info.shape):
         return copied(name, info)
     if info.dtype not in WIDE:
@@ -142,7 +142,7 @@ def _quantise(tensors: list[Tensor], name: str, device: str, powers: bool) -> It
 
 
 def _by_blocks(shape: torch.Size, block: int, work: Callable[[slice, slice], None]) -> None:
-    """Calls `work` with rows of a matrix, whole blocks of them, and the rows of its scales."""
+    """Calls `work` with slices of a matrix's rows, in whole blocks, and of the rows of its scales."""
     step = max(1, CHUNK_NUMBERS // (shape[1] * block))
     for first in range(0, -(-shape[0] // block), step):
         work(slice(first * block, (first + step) * block), slice(first, first + step))

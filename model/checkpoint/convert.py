@@ -1,7 +1,7 @@
 """Hugging Face folders to DeepSeek's per-rank files and back, the same tensors bit for bit; see `ranks` for names.
 
-The new folder keeps config.json as it was and the small files beside it. `model_args.json` holds the fields that
-DeepSeek's own `generate.py --config` takes, where these can describe the model.
+The new folder keeps config.json and the other small files unchanged. `model_args.json` holds the fields that
+DeepSeek's own `generate.py --config` takes, if these can describe the model.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mtp_spec.model.files.formats import SCALE
 from mtp_spec.model.files.tensors import Part, TensorInfo, listing, read_part
 
 ARGS = "model_args.json"
-SHARD_BYTES = 5 * 10**9  # of a Hugging Face file, the size that its library writes
+SHARD_BYTES = 5 * 10**9  # per Hugging Face file, as that library writes them
 ARG_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "first_k_dense_replace", "num_attention_heads", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
     "n_group", "topk_group", "routed_scaling_factor", "scoring_func", "q_lora_rank", "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta",
 )  # fmt: skip
-# what DeepSeek's fields do not say and its files or its tokenizer do
+# not among DeepSeek's fields; its files or its tokenizer say these
 UNSAID: dict[str, Any] = {"num_nextn_predict_layers": 0, "modules": (), "bos_token_id": None, "eos_token_ids": ()}
 
 
@@ -44,12 +44,12 @@ def ranks_job(folder: Path, ranks: int, *, n_experts: int | None = None, config_
 
     Args:
         folder: a Hugging Face folder, or per-rank files of another number of ranks.
-        ranks: how many.
-        n_experts: routed experts a layer; checked against the config.
+        ranks: number of ranks to write for.
+        n_experts: routed experts per layer; checked against the config.
         config_file: describes the model in place of the folder's config.json.
 
     Raises:
-        CheckpointError: the folder is not whole, or something cannot be divided among so many ranks.
+        CheckpointError: the folder is incomplete, or something cannot be divided among that many ranks.
     """
     checkpoint = open_checkpoint(folder, config_file)
     config = checkpoint.config
@@ -140,7 +140,7 @@ def gathered(output: Output, info: TensorInfo) -> Task:
 
 
 def _compared(tensors: list[Tensor], copies: tuple[Part, ...], output: Output) -> Iterator[Tensor]:
-    """Yields a tensor that all ranks hold, once they are found to hold the same."""
+    """Yields a tensor that all ranks hold, after checking that their copies are equal."""
     for part in copies:
         other = read_part(part, output.dtype)
         if not torch.equal(other.view(-1).view(torch.uint8), tensors[0].view(-1).view(torch.uint8)):
@@ -149,7 +149,7 @@ def _compared(tensors: list[Tensor], copies: tuple[Part, ...], output: Output) -
 
 
 def small_files(checkpoint: Checkpoint, config_file: Path | None) -> tuple[dict[str, bytes], str | None]:
-    """Returns the small files of the new folder, and the format of scales that the config names."""
+    """Returns the small files of the new folder, and the scale format that the config names."""
     files = carried_files(checkpoint.folder)
     for name in (CHECKSUMS, ARGS):
         files.pop(name, None)

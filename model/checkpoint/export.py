@@ -1,9 +1,8 @@
-"""A checkpoint as other engines read it: a Hugging Face folder laid out like DeepSeek's released ones.
+"""Export for other engines: a Hugging Face folder laid out like DeepSeek's released ones.
 
-Engines load by name, and a module that finds no tensor, or one of another kind, is not always an error there. So the
-new folder has what the released ones have: every MTP module with copies of embedding and head (LMDeploy reads them from
-there), its `eh_proj` without block scales, all other projections of an FP8 model with them, and a config.json that
-names every field.
+Engines load by name, and do not always report a missing tensor or one of another type. So the new folder has what the
+released ones have: every MTP module with copies of embedding and head (LMDeploy reads them from there), its `eh_proj`
+without block scales, all other projections of an FP8 model with them, and a config.json that names every field.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.files.formats import POWERS, SCALE
 
-# fields that engines read and DeepSeek's programs do without
+# fields that engines read and DeepSeek's programs do not need
 ALWAYS = {"moe_layer_freq": 1, "attention_bias": False, "torch_dtype": "bfloat16"}
 
 
@@ -36,10 +35,10 @@ def export_job(folder: Path, *, config_file: Path | None = None, shard_bytes: in
     Args:
         folder: a Hugging Face folder, or per-rank files.
         config_file: describes the model in place of the folder's config.json.
-        shard_bytes: of a file, at most.
+        shard_bytes: largest size of a file.
 
     Raises:
-        CheckpointError: the folder is not whole, has no MTP modules, or its FP8 blocks are not of 128x128.
+        CheckpointError: the folder is incomplete, has no MTP modules, or its FP8 blocks are not 128x128.
     """
     checkpoint = open_checkpoint(folder, config_file)
     config = checkpoint.config
@@ -64,7 +63,7 @@ def _config(config: ModelConfig, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tasks(checkpoint: Checkpoint, powers: bool) -> Iterator[Task]:
-    """Yields what writes every tensor."""
+    """Yields the tasks that write every tensor."""
     tensors, fp8 = checkpoint.tensors, checkpoint.config.fp8_block is not None
     for name, info in tensors.items():
         weight = name.removesuffix(SCALE)

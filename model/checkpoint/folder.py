@@ -1,8 +1,8 @@
 """Reads and writes Hugging Face checkpoint folders, strictly.
 
-Every tensor of the files must have a place in the model and every place a tensor, of the right shape; what does not
-fit is listed, all of it, before the first byte of weights is read. Weights come tensor by tensor, the next ones read
-ahead, FP8 dequantised on the way. DeepSeek's per-rank folders are read like Hugging Face's (`tensors`).
+Every tensor in the files must have a place in the model, and every place a tensor of the right shape; all mismatches
+are listed before the first byte of weights is read. Weights are read tensor by tensor, with the next ones read ahead
+and FP8 dequantised on the way. DeepSeek's per-rank folders are read like Hugging Face's (`tensors`).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Checkpoint:
 
     Attributes:
         config: the model's shape, MTP modules as found in the files.
-        notes: what was found that is not as usual.
-        narrowed: names of matrices that become FP8 while they are read -> how many of the rows read are kept.
+        notes: anything unusual that was found.
+        narrowed: names of matrices that become FP8 as they are read -> how many of the rows read are kept.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Checkpoint:
     narrowed: Mapping[str, int] = field(default_factory=dict)
 
     def dtype(self, name: str) -> str:
-        """Returns safetensors' name for what a tensor is once it is read."""
+        """Returns safetensors' name for a tensor's dtype after reading."""
         return "F8_E4M3" if name in self.narrowed else self.tensors[name].dtype
 
 
@@ -112,7 +112,7 @@ def _scale_shapes(tensors: Mapping[str, TensorInfo], names: list[str], block: tu
 
 
 def open_checkpoint(folder: Path, config_file: Path | None = None) -> Checkpoint:
-    """Returns what a folder describes and holds, without reading weights but repeated embeddings and heads.
+    """Returns what a folder describes and holds. The only weights read are repeated embeddings and heads.
 
     Args:
         folder: a Hugging Face folder, or one of per-rank files (`mtp_spec.model.files.deepseek`).
@@ -140,7 +140,7 @@ def open_checkpoint(folder: Path, config_file: Path | None = None) -> Checkpoint
 
 
 def unreadable(given: Mapping[str, Any], config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Returns why weights are not read: their format's name and the way out; None if they are.
+    """Returns why weights cannot be read (their format's name and a remedy), or None if they can.
 
     Args:
         given: config.json.
@@ -158,7 +158,7 @@ def unreadable(given: Mapping[str, Any], config: ModelConfig, tensors: Mapping[s
 
 
 def _is_read(name: str, info: TensorInfo) -> bool:
-    """Whether numbers of a kind can be a tensor's: integers are another format's codes, or exponents of scales."""
+    """Whether a tensor's dtype is one that is read: integers are another format's codes, or exponents of scales."""
     return info.dtype in (*NUMBERS, *(SCALE_DTYPES if name.endswith(SCALE) else ()))
 
 
@@ -175,11 +175,11 @@ def load_checkpoint(
     Args:
         source: the folder, or what `open_checkpoint` found in it.
         dtype: of the parameters; FP8 weights are dequantised to it.
-        progress: told (bytes done, bytes in all) after each tensor.
-        ranks: that share the model; this one reads what it holds.
+        progress: called with (bytes done, bytes in all) after each tensor.
+        ranks: the ranks that share the model; each reads only what it holds.
 
     Raises:
-        CheckpointError: as `open_checkpoint`, or ranks that do not divide the model.
+        CheckpointError: as `open_checkpoint`, or the model cannot be divided among the ranks.
     """
     opened = open_checkpoint(source) if isinstance(source, Path) else source
     config, block = opened.config, square_block(opened.config)
@@ -210,9 +210,9 @@ def square_block(config: ModelConfig) -> int:
 
 
 def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks) -> Checkpoint:
-    """Returns the checkpoint as a rank reads it: the experts it has and, of matrices, rows as many as its slots.
+    """Returns the checkpoint as a rank reads it: its experts and, of each matrix, as many rows as its slots.
 
-    Rows with block scales begin where a block does, though the rank's own may begin later.
+    Rows with block scales begin at a block boundary, even if the rank's own rows begin later.
     """
     if ranks.size == 1:
         return checkpoint
@@ -221,7 +221,7 @@ def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks)
     narrowed: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         slot = slots.get(name)
-        if slot is None or name.endswith(SCALE):  # another rank's, or a scale, which comes with its weight
+        if slot is None or name.endswith(SCALE):  # belongs to another rank, or is a scale, read with its weight
             continue
         count, scale = slot.numel() // prod(info.shape[1:]), checkpoint.tensors.get(name + SCALE)
         whole = range(info.shape[0])
@@ -231,7 +231,7 @@ def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks)
             raise CheckpointError(f"{name} {list(info.shape)} cannot be divided among {ranks.size} ranks")
         packed = scale is not None or name in checkpoint.narrowed
         begin, end = first // block * block if packed else first, first + count
-        if name in checkpoint.narrowed:  # a block's scale is that of all its rows
+        if name in checkpoint.narrowed:  # all rows of a block share its scale
             narrowed[name], end = end - begin, min(-(-end // block) * block, len(whole))
         tensors[name] = info.rows(begin, end - begin)
         if scale is not None:
@@ -240,7 +240,7 @@ def rank_part(checkpoint: Checkpoint, slots: Mapping[str, Tensor], ranks: Ranks)
 
 
 def stored_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """Returns the tensors that are read: all but repeated embeddings and heads, and tables that are computed."""
+    """Returns the tensors to read: all except repeated embeddings and heads, and tables that are computed."""
     copies = shared_copies(checkpoint.config)
     return {n: info for n, info in checkpoint.tensors.items()
             if n.removesuffix(SCALE) not in copies and not n.endswith("rotary_emb.inv_freq")}  # fmt: skip
@@ -249,9 +249,9 @@ def stored_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 def read_weights(
     checkpoint: Checkpoint, progress: Report | None, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, int, Tensor, Tensor | None]]:
-    """Yields name, first row, rows as stored and float32 block scales of every weight, in the order of the files.
+    """Yields name, first row, rows as stored and float32 block scales of every weight, in file order.
 
-    Weights with scales come whole. Those that become FP8 do so on `device`.
+    Weights with scales are yielded whole. Conversion to FP8 runs on `device`.
     """
     tensors, narrowed = stored_weights(checkpoint), checkpoint.narrowed
 
@@ -289,11 +289,11 @@ def save_checkpoint(
     max_shard_bytes: int = 15 * 2**20,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a Hugging Face folder: a temporary one first, renamed when it is whole.
+    """Writes a Hugging Face folder under a temporary name and renames it when it is complete.
 
     Args:
         fp8: store matrices, other than embedding, head and gates, as e4m3 with 128x128 block scales.
-        extra_files: file name -> text written beside the weights.
+        extra_files: file name -> text of further files to write.
 
     Raises:
         CheckpointError: the folder exists.

@@ -1,7 +1,7 @@
-"""MTP modules as they are found in files: how many, of what kind, with which embedding and head.
+"""Finds the MTP modules in a checkpoint's files: how many, of what kind, with which embedding and head.
 
-A module's block has experts or is dense, which its tensors say. Its copies of embedding and head are usually the
-model's own, and then read once; where they differ, the module keeps them.
+A module's tensors show whether its block has experts or is dense. Its copies of embedding and head usually equal the
+model's, and are then read once; if they differ, the module keeps its own.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from mtp_spec.model.files.deepseek import FILE, layer_of
 from mtp_spec.model.files.formats import SCALE
 from mtp_spec.model.files.tensors import TensorInfo, read_tensor
 
-PIECE_BYTES = 2**25  # of embeddings and heads, which are large, at once
+PIECE_BYTES = 2**25  # embeddings and heads are large: compared in pieces of this size
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-OWN = ("eh_proj.weight", "enorm.weight", "hnorm.weight")  # what a layer that is a module has
+OWN = ("eh_proj.weight", "enorm.weight", "hnorm.weight")  # tensors that only an MTP module's layer has
 
 
 def module_prefix(config: ModelConfig, module: int) -> str:
-    """Returns what the names of a module's tensors begin with."""
+    """Returns the prefix of the names of a module's tensors."""
     return f"model.layers.{config.num_hidden_layers + module}"
 
 
 def found_modules(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> tuple[ModelConfig, list[str]]:
     """Returns the config with the modules that the files hold, and notes.
 
-    Without a single MTP tensor the modules are absent, as in folders saved by transformers. DeepSeek's own JSON does
-    not count modules: files do.
+    If there is no MTP tensor, the modules are absent, as in folders saved by transformers. DeepSeek's own JSON has no
+    number of modules, so they are counted in the files.
     """
     wanted, layers = config.num_nextn_predict_layers, config.num_hidden_layers
     beyond = {layer_of(name) - layers for name in tensors if layer_of(name) >= layers}
@@ -61,7 +61,7 @@ def _shape(prefix: str, tensors: Mapping[str, TensorInfo]) -> ModuleShape:
 def shared_copies(config: ModelConfig) -> dict[str, str]:
     """Names under which checkpoints repeat the main embedding and head -> the original.
 
-    Those of modules that have their own are no copies.
+    Modules that have their own are left out.
     """
     head = EMBEDDING if config.tie_word_embeddings else HEAD
     copies = {HEAD: head} if config.tie_word_embeddings else {}
@@ -101,12 +101,12 @@ def own_copies(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> tuple[
 
 
 def _differ(copy: str, original: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a copy is there that is not the original; what does not fit in shape is left to `open_checkpoint`."""
+    """Whether a copy exists and differs from the original; a wrong shape is left to `open_checkpoint`."""
     one, other = tensors.get(copy), tensors.get(original)
     if copy == original or one is None or other is None or one.shape != other.shape:
         return False
     if any(name + SCALE in tensors for name in (copy, original)):
-        return True  # packed, and by other scales
+        return True  # packed with different scales
     return any(not torch.equal(*pair) for pair in _pieces(one, other))
 
 

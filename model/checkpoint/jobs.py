@@ -1,4 +1,4 @@
-"""Jobs that turn checkpoint files into others tensor by tensor, with as many tensors in memory as there are workers."""
+"""Jobs that convert checkpoint files tensor by tensor, with one tensor per worker in memory."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Task:
     """One step of a job.
 
     Attributes:
-        reads: tensors that are read.
-        writes: those that come of them.
+        reads: tensors to read.
+        writes: tensors to write.
         work: given the tensors of `reads`, yields those of `writes` in order.
-        extra_bytes: what `work` needs besides what it reads and yields.
+        extra_bytes: memory that `work` needs besides its inputs and outputs.
     """
 
     reads: tuple[TensorInfo, ...]
@@ -53,10 +53,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A folder to be written.
+    """A folder to write.
 
     Attributes:
-        what: what is done with which options; a run that stopped is taken up only by the same.
+        what: the operation and its options; an interrupted run is resumed only by the same.
         tasks: in the order in which they should run.
         files: small files of the new folder, config.json among them.
         index: whether to write a Hugging Face index.
@@ -80,7 +80,7 @@ class Job:
         return sum(sorted((task.memory for task in self.tasks), reverse=True)[:workers])
 
     def identity(self) -> str:
-        """Returns a digest of what is done and of the files it is done to."""
+        """Returns a digest of the operation and of its input files."""
         sources = {part.file.resolve() for task in self.tasks for info in task.reads for part in info.parts}
         known = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sources)
         outputs = [(*output.key, output.dtype, output.shape) for output in self.outputs]
@@ -89,14 +89,14 @@ class Job:
 
 
 def run_job(job: Job, target: Path, *, workers: int = 2, progress: Report | None = None) -> None:
-    """Writes the folder `target`, or goes on writing it; see `mtp_spec.model.checkpoint.writer`.
+    """Writes the folder `target`, or resumes writing it; see `mtp_spec.model.checkpoint.writer`.
 
     Args:
         workers: threads, each with one task's tensors in memory.
-        progress: told (bytes done, bytes in all) after each task.
+        progress: called with (bytes done, bytes in all) after each task.
 
     Raises:
-        CheckpointError: the folder exists, another run writes it, the disk is full or fails, a source ends early.
+        CheckpointError: the folder exists, another run is writing it, the disk is full or fails, a source ends early.
     """
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} exists: give a new folder, nothing is overwritten")
@@ -146,7 +146,7 @@ def _run(job: Job, folder: Assembly, workers: int, progress: Report | None) -> N
 
 
 def in_parallel(step: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    """Yields results as they come; an error or interrupt stops it after the steps under way."""
+    """Yields results as they complete; an error or interrupt stops it after the steps in progress."""
     following = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         running = {pool.submit(step, item) for item in islice(following, workers)}

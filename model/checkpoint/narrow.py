@@ -1,4 +1,4 @@
-"""Wide matrices that become FP8 while they are read, the same bits as `mtp-spec cast --to fp8` writes."""
+"""Converts wide matrices to FP8 as they are read, to the same bits that `mtp-spec cast --to fp8` writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def narrow(name: str, weight: Tensor, rows: int, device: torch.device | str) -> 
 
     Args:
         weight: whole blocks of rows, or the end of a matrix.
-        device: where they are computed and left.
+        device: where they are computed and stored.
 
     Raises:
         CheckpointError: NaN or infinity, which FP8 cannot keep.

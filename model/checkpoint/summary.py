@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, whether or not its weights can be read: configuration and file headers."""
+"""Summary of a checkpoint folder from configuration and file headers, whether or not its weights can be read."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class CheckpointSummary:
 
     Attributes:
         config: the model's shape, MTP modules as found in the files.
-        bytes: of all tensors.
+        bytes: total size of all tensors.
         dtypes: safetensors dtype -> number of tensors.
         parameters: of the main model (scales not counted).
-        active: those a token uses, embedding row apart.
+        active: parameters that one token uses, without its embedding row.
         mtp_parameters: of the MTP modules, without the shared embedding and head.
-        mtp_modules: of each module what it is made of, in words.
+        mtp_modules: a description of each module.
         refused: why `load` does not take the folder, or None.
-        notes: what was found that is not as usual.
+        notes: anything unusual that was found.
     """
 
     config: ModelConfig
@@ -48,17 +48,17 @@ class CheckpointSummary:
 
 
 def checkpoint_summary(folder: Path) -> CheckpointSummary:
-    """Returns what a folder holds; reads config and file headers only, and repeated embeddings and heads.
+    """Returns what a folder holds; reads only config, file headers, and repeated embeddings and heads.
 
     Raises:
-        CheckpointError: it is not whole, or of another architecture. One in a format of weights that is not read is
-            summed up.
+        CheckpointError: it is incomplete, or of another architecture. A folder in an unsupported weight format is
+            still summarised.
     """
     return summed_up(*opened_or_refused(folder))
 
 
 def summed_up(opened: Checkpoint, refused: str | None) -> CheckpointSummary:
-    """Returns what was found, and why it is not loaded."""
+    """Returns the summary of what was opened; `refused` is why it is not loaded."""
     config, tensors = opened.config, opened.tensors
     main, modules = _counted(config, tensors, refused is not None)
     used = config.num_experts_per_tok / config.n_routed_experts
@@ -102,8 +102,8 @@ def opened_or_refused(folder: Path) -> tuple[Checkpoint, str | None]:
 def _counted(
     config: ModelConfig, tensors: Mapping[str, TensorInfo], by_shape: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Returns numbers of the main model's and of the modules' tensors, without repeated ones and scales."""
-    if by_shape:  # packed tensors hold several numbers in one
+    """Returns counts for the main model and for the modules, without repeated tensors and scales."""
+    if by_shape:  # packed tensors hold several numbers per element
         slots = Transformer(config, torch.bfloat16, "meta").checkpoint_slots()
         sizes = {name: slot.numel() for name, slot in slots.items()}
     else:

@@ -1,9 +1,9 @@
-"""A checkpoint folder while it is written: it becomes whole or is not there.
+"""Writes a checkpoint folder atomically: it appears complete or not at all.
 
-All goes to `FOLDER.part`: tensor files under temporary names, laid out beforehand, and a journal with the checksum of
-every tensor written. At the end files get their names, small files, index and config.json follow, and the folder is
-renamed. A run that stopped, for whatever reason, goes on where it was: what the journal lists is read again, and what
-does not agree with its checksum is written again.
+Everything goes to `FOLDER.part`: tensor files under temporary names, laid out beforehand, and a journal with the
+checksum of every tensor written. At the end the files are renamed, small files, index and config.json are written, and
+the folder is renamed. An interrupted run can be resumed: tensors in the journal are read again, and those that do not
+match their checksum are written again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Key = tuple[str, str]  # file, tensor
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor to be written."""
+    """A tensor to write."""
 
     file: str
     name: str
@@ -55,13 +55,13 @@ class Output:
 
 
 class Assembly:
-    """The folder `target` while its tensors are written; a context. `write` and `check` may be called by any thread.
+    """Context manager that writes the folder `target`. `write` and `check` may be called by any thread.
 
     Args:
-        identity: a digest of what is written out of what; parts of another are refused.
+        identity: a digest of the operation and its inputs; a partial folder with another identity is refused.
 
     Raises:
-        CheckpointError: another run writes the folder, or there are parts of another.
+        CheckpointError: another run is writing the folder, or a partial folder of another operation exists.
         OSError: the disk is full or fails.
     """
 
@@ -100,7 +100,7 @@ class Assembly:
     def _read_journal(self) -> None:
         self._journal.seek(0)
         first, *lines = self._journal.readall().split(b"\n")
-        if not lines:  # none is whole
+        if not lines:  # no complete line
             self._journal.truncate(0)
             self._note({"identity": self._identity})
             return
@@ -109,7 +109,7 @@ class Assembly:
                 f"{self._path} holds parts of another run, or the source changed since: delete it and start again"
             )
         if lines[-1]:
-            self._journal.write(b"\n")  # a line was cut: what follows must not join it
+            self._journal.write(b"\n")  # ends a truncated line, so that the next does not join it
         entries = [entry for line in lines if (entry := _parsed(line))]
         self._sums = {key: e["crc32"] for e in entries if (key := (e["file"], e["name"])) in self._outputs}
 
@@ -118,7 +118,7 @@ class Assembly:
 
     def _open(self, name: str, outputs: list[Output]) -> None:
         header, starts, size = layout(outputs)
-        whole = self._path / name  # a run that stopped while it gave names
+        whole = self._path / name  # left by a run that stopped while renaming
         file = whole if whole.exists() else self._path / (name + PART)
         stream = FileIO(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), "r+")
         self._streams[name] = stream
@@ -127,11 +127,11 @@ class Assembly:
         self._starts |= {(name, tensor): start for tensor, start in starts.items()}
 
     def listed(self) -> list[Key]:
-        """Returns the tensors that a former run wrote."""
+        """Returns the tensors that an earlier run wrote."""
         return list(self._sums)
 
     def check(self, key: Key) -> tuple[Key, bool]:
-        """Returns the key, and whether the tensor agrees with its checksum in the journal."""
+        """Returns the key, and whether the tensor matches its checksum in the journal."""
         descriptor, start, size = self._streams[key[0]].fileno(), self._starts[key], self._outputs[key].bytes
         checksum = 0
         for offset in range(0, size, CHUNK):
@@ -139,7 +139,7 @@ class Assembly:
         return key, checksum == self._sums[key]
 
     def check_room(self, needed: int) -> None:
-        """Refuses to begin what the disk has no room for."""
+        """Raises an error if the disk does not have `needed` bytes free."""
         free = shutil.disk_usage(self._path).free
         if needed > free:
             raise CheckpointError(
@@ -159,7 +159,7 @@ class Assembly:
             self._note({"file": output.file, "name": output.name, "crc32": checksum})
 
     def finish(self, files: Mapping[str, bytes], index: bool) -> None:
-        """Gives everything its name: tensor files, `files`, checksums, the index, config.json, the folder."""
+        """Renames the tensor files, writes `files`, checksums, index and config.json, and renames the folder."""
         for name, stream in self._streams.items():
             os.fsync(stream.fileno())
             if (self._path / (name + PART)).exists():
@@ -230,7 +230,7 @@ def as_json(value: Any) -> bytes:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """Returns a line of the journal, empty if the line was cut."""
+    """Returns a line of the journal, or an empty dict if the line is truncated."""
     try:
         value = json.loads(line)
     except ValueError:

@@ -1,8 +1,7 @@
-"""A checkpoint onto the CPU engine: weights as they are stored.
+"""Loads a checkpoint onto the CPU engine, weights as they are stored.
 
-Small models are read. The files of large ones are mapped into memory: they load in the time of a look, share their
-memory with other processes and take no more of it than is used. Who cuts such a file while a model runs ends its
-process.
+Small models are read. The files of large ones are mapped into memory: they load at once, share memory with other
+processes and take only as much as is used. Truncating such a file while a model runs kills the process.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class Footprint:
     """Bytes of a model's weights on the engine.
 
     Attributes:
-        own: in memory of the process's own: read, rounded, made FP8 or joined.
-        mapped: in the files, which the system reads when they are used and drops when it needs the memory.
+        own: in the process's own memory: read, rounded, converted to FP8 or joined.
+        mapped: in the files, which the system reads on use and drops when it needs the memory.
     """
 
     own: int
@@ -50,7 +49,7 @@ class Footprint:
 
 
 def kept_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, tuple[torch.dtype, int, bool]]:
-    """Returns of every weight, scales apart, the type that `load_cpu_model` keeps it in, its bytes with its scales,
+    """Returns for every weight except scales: the type that `load_cpu_model` keeps it in, its bytes with its scales,
     and whether it stays in its file."""
     tensors = stored_weights(checkpoint)
     mapped = sum(info.bytes for info in tensors.values()) >= MAPPED_BYTES
@@ -72,7 +71,7 @@ def kept_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> di
 
 
 def footprint(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Footprint:
-    """Returns what `load_cpu_model` with this dtype will take, from the files' headers."""
+    """Returns the memory that `load_cpu_model` with this dtype will take, from the files' headers."""
     sizes = [(size, in_file) for _, size, in_file in kept_weights(checkpoint, dtype).values()]
     return Footprint(*(sum(size for size, in_file in sizes if in_file == mapped) for mapped in (False, True)))
 
@@ -87,14 +86,14 @@ def load_cpu_model(
     """Returns the model with its weights as they are stored.
 
     Args:
-        dtype: bfloat16 or float16: matrices stored otherwise are rounded to it, in memory of their own. None and
-            float32 leave them as they are; arithmetic is float32 in any case.
-        progress: told (bytes done, bytes in all) after each tensor.
-        draft_ids: the tokens that drafts may be; None for all.
-        ranks: that share the work. Each maps all files and reads its own parts of the matrices.
+        dtype: bfloat16 or float16: matrices stored in another type are rounded to it, in newly allocated memory. None
+            and float32 leave them as they are; arithmetic is float32 in any case.
+        progress: called with (bytes done, bytes in all) after each tensor.
+        draft_ids: the tokens that may be drafted; None for all.
+        ranks: the ranks that share the work. Each maps all files and reads its own parts of the matrices.
 
     Raises:
-        CheckpointError: a matrix holds NaN, or infinity where it becomes FP8.
+        CheckpointError: a matrix holds NaN, or infinity if it is converted to FP8.
     """
     tensors = stored_weights(checkpoint)
     total, done = sum(info.bytes for info in tensors.values()), 0
@@ -123,28 +122,28 @@ def load_cpu_model(
 
 
 def _kind(name: str, dimensions: int, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """Returns the type that a weight is kept in: its own, the one asked for, or float32 where neither can be."""
+    """Returns the type that a weight is kept in: its own, the requested one, or float32 if neither is possible."""
     if dimensions == 2 and dtype in (torch.bfloat16, torch.float16):
         return dtype
-    # single rows of embeddings are read, and vectors whole: without block scales. Integers have no products
+    # embeddings are read by single rows and vectors whole, so without block scales. No products for integers
     plain = dimensions != 2 or name.endswith("embed_tokens.weight") or stored not in KINDS
     return torch.float32 if plain and stored not in FLOATS else stored
 
 
 def _lies_whole(info: TensorInfo) -> bool:
-    """Whether a tensor can be read in place: in one piece, where its numbers may begin."""
+    """Whether a tensor can be read in place: contiguous in one file, and aligned."""
     divided = info.axis is not None and len(info.parts) > 1
     return info.dtype != "F64" and not divided and not info.parts[0].start % DTYPES[info.dtype].itemsize
 
 
 class _Files:
-    """Bytes of files, mapped into memory or read, each once."""
+    """Contents of files, each mapped into memory or read once."""
 
     def __init__(self, mapped: bool) -> None:
         self._mapped, self._bytes = mapped, dict[Path, Tensor]()
 
     def read(self, info: TensorInfo) -> Tensor:
-        """Returns a tensor, in place where it lies in one piece and where its numbers may begin."""
+        """Returns a tensor, in place if it is contiguous and aligned."""
         kind, part = DTYPES[info.dtype], info.parts[0]
         if not _lies_whole(info):
             tensor = read_tensor(info)

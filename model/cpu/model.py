@@ -1,6 +1,6 @@
-"""The model on the CPU engine: weights as they are stored, a pass of all layers as one call.
+"""The model on the CPU engine: weights as they are stored, a forward pass through all layers as one call.
 
-Rows have the same bits in every company, with any number of threads and on every processor that the engine runs on,
+A row has the same bits in every batch, with any number of threads and on every processor that the engine supports,
 because the order of every sum is fixed in its code (`kernels/cpu/lanes.h`).
 
 Legend: `M` rows of one pass, `D` hidden size, `V` vocabulary, `H` heads, `K` experts a token.
@@ -45,10 +45,10 @@ from mtp_spec.model.rope import softmax_scale
 T = TypeVar("T")
 SCALE = "_scale_inv"
 METHODS = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}
-ATTENDED_AT_ONCE = 4  # rows of a sequence, as pass.h has it
-CONTEXT_STEP = 512  # memory for scores grows by so many slots
-HEAD_UNIT = 64  # rows of a head that ranks divide
-PIECE_BLOCKS = 32  # of a head's rows that are wide numbers at once while it becomes FP8
+ATTENDED_AT_ONCE = 4  # rows of a sequence, as in pass.h
+CONTEXT_STEP = 512  # memory for scores grows in steps of so many slots
+HEAD_UNIT = 64  # ranks divide a head's rows in multiples of this
+PIECE_BLOCKS = 32  # blocks of a head's rows that are widened at once for conversion to FP8
 NO_MATRIX = MatrixStruct()
 
 
@@ -56,8 +56,8 @@ class CPUModel(HostModel):
     """A model whose passes the CPU engine runs.
 
     Args:
-        weights: every tensor of the checkpoint, contiguous, as it is stored; kept and read in place. Scales of FP8
-            matrices, in float32, are named as theirs with `_scale_inv`.
+        weights: every tensor of the checkpoint, contiguous, as it is stored; kept and read in place. The float32
+            scales of an FP8 matrix have its name plus `_scale_inv`.
     """
 
     technique = "batched"
@@ -67,11 +67,11 @@ class CPUModel(HostModel):
         self.runs_on = f"the CPU engine ({library().level})"
         self._engine, self._weights = library(), dict(weights)
         for name in ("num_attention_heads", "vocab_size", "hidden_size", "intermediate_size", "n_routed_experts"):
-            ranks.share(getattr(config, name), name)  # refuses numbers that they do not divide
+            ranks.share(getattr(config, name), name)  # raises if the ranks do not divide them
         for shape in config.modules:
             ranks.share(shape.intermediate_size or 0, "an MTP module's intermediate size")
         self._lost: BaseException | None = None
-        self.hits: ctypes.c_int64 | None = None  # where set, every pass adds the experts that it read
+        self.hits: ctypes.c_int64 | None = None  # if set, every pass adds the number of experts it read
         self._kept: list[object] = []  # what the structures point to
         self.stored = ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights.values() if w.dim() > 1}))
         self.mtp = range(config.num_nextn_predict_layers)
@@ -85,12 +85,12 @@ class CPUModel(HostModel):
             for module in self.mtp if config.module(module).own_head
         }  # fmt: skip
         self._model = self._structure()
-        # the engine knows one embedding: a module that has its own sees a model with that one
+        # the engine takes one embedding: a module with its own gets a model structure with that one
         self._models = {module: self._keep(self._with_embedding(module))
                         for module in self.mtp if config.module(module).own_embedding}  # fmt: skip
         engine, own = library(), self._model
         self._rooms = Rooms(lambda *sizes: int(engine.memory(ctypes.byref(own), *sizes)), CONTEXT_STEP)
-        columns = self._head.struct  # of all heads alike, and all that their room depends on
+        columns = self._head.struct  # the same for all heads, and all that their working memory depends on
         self._head_rooms = Rooms(lambda rows, context, threads: int(engine.head_memory(ctypes.byref(columns), threads)))
         weakref.finalize(self, TEAM.release, self._weights, self._kept, own, self._rooms, self._head_rooms)
 
@@ -118,7 +118,7 @@ class CPUModel(HostModel):
         return self._multiplied(hidden, self._own_heads.get(module, self._head))
 
     def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
-        """Returns `[M, V]` logits that propose drafts, of the head in FP8: drafts need no exact ones."""
+        """Returns `[M, V]` logits for drafting, by the head in FP8: they need not be exact."""
         return self._placed(self._multiplied(hidden, self._drafts(own)))
 
     def _drafts(self, own: int | None) -> _Head:
@@ -127,7 +127,7 @@ class CPUModel(HostModel):
         return self._draft_heads[own]
 
     def _placed(self, some: Tensor) -> Tensor:
-        """Returns logits of all tokens, of those that drafts may be."""
+        """Returns logits of all tokens, given those of the tokens that may be drafted."""
         if self._draft_ids is None:
             return some
         whole = some.new_full((len(some), self.config.vocab_size), -torch.inf)
@@ -200,13 +200,13 @@ class CPUModel(HostModel):
         return out
 
     def _exchanged(self, data: int, rows: int, stride: int, count: int, unit: int) -> int:
-        """Fills what other ranks have computed of rows at an address; called by the engine."""
+        """Fills in the columns that other ranks computed, for rows at an address; called by the engine."""
         try:
             whole = np.ctypeslib.as_array((ctypes.c_float * (rows * stride)).from_address(data)).reshape(rows, stride)
             own = self.ranks.part(count, unit)
             given = torch.from_numpy(whole[:, own.start : own.stop].copy())
             whole[:, :count] = self.ranks.gather_parts(given, count, unit).numpy()
-        except BaseException as error:  # it cannot pass through the engine
+        except BaseException as error:  # an exception cannot propagate through the engine
             self._lost = error
             return 0
         return 1
@@ -310,13 +310,13 @@ class CPUModel(HostModel):
             rows = slice(number * BLOCK, blocks.stop * BLOCK)
             stored[rows], scale[blocks] = weight_quant(data[rows])
         for number, part in enumerate(data.split(BLOCK)):
-            if not part.isfinite().all():  # which codes cannot say to the engine: such drafts are to be dropped
+            if not part.isfinite().all():  # FP8 codes cannot tell the engine so: such drafts must be dropped
                 scale[number] = torch.nan
         return _Head(Matrix(stored, scale))
 
 
 def _floats(*shape: int) -> Tensor:
-    """Returns room for what the engine writes, whatever torch's default type and device are."""
+    """Returns an output buffer for the engine, whatever torch's default dtype and device are."""
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
@@ -328,14 +328,14 @@ class _Head:
 
 
 class _Rows:
-    """A plan as the engine takes it.
+    """A `JointPlan` in the engine's form.
 
     Attributes:
-        rows: `[M, 6]` sequence, position, slot, run, further slots, the first of those; int64.
+        rows: `[M, 6]` sequence, position, slot, run, number of further slots, index of the first of those; int64.
         further: slots that rows see after their run.
-        blocks: rows that are attended at once begin here; and the end.
-        caches: of each sequence the addresses of its layers and pages.
-        longest: slots that a row sees at most.
+        blocks: the first row of each group that is attended at once, and the end.
+        caches: for each sequence the addresses of its layers and pages.
+        longest: most slots that a row sees.
     """
 
     def __init__(self, plan: JointPlan) -> None:

@@ -1,4 +1,4 @@
-"""Memory that calls of the CPU engine work in: kept from call to call, and used by one at a time."""
+"""Working memory for calls of the CPU engine: kept between calls, and used by one call at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def zeros(count: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Room for calls of up to so many rows over so many slots by so many threads."""
+    """Working memory for calls of up to so many rows, slots and threads."""
 
     rows: int
     context: int
@@ -29,11 +29,11 @@ class Room:
 
 
 class Rooms:
-    """Rooms for calls of one kind: as many as there were calls at the same time.
+    """Pool of rooms for one kind of call; it grows to the number of concurrent calls.
 
     Args:
-        floats: how many are needed for so many rows, slots and threads.
-        step: slots are counted in so many, so that a text that grows finds room.
+        floats: returns the float32 numbers needed for given rows, slots and threads.
+        step: slots are rounded up to a multiple of this, so that a growing sequence can reuse a room.
     """
 
     def __init__(self, floats: Callable[[int, int, int], int], step: int = 1) -> None:
@@ -42,9 +42,9 @@ class Rooms:
 
     @contextmanager
     def lent(self, rows: int, context: int, threads: int) -> Iterator[Room]:
-        """Yields a room that is the caller's until the end of the block.
+        """Yields a room for the caller's exclusive use until the end of the block.
 
-        One that a call left with an error is let go of: a helper may still look at it.
+        After an error the room is not reused: a helper thread may still read it.
         """
         room = self._found(rows, context, threads)
         try:
@@ -56,7 +56,7 @@ class Rooms:
 
     def _found(self, rows: int, context: int, threads: int) -> Room:
         try:
-            found = self._free.pop()  # one step for Python, so that no two calls get the same
+            found = self._free.pop()  # atomic in Python, so no two calls get the same room
         except IndexError:
             found = Room(0, 0, 0, zeros(0))
         if found.rows >= rows and found.context >= context and found.threads >= threads:

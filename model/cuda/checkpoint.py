@@ -1,4 +1,4 @@
-"""A Hugging Face folder onto the kernels of a GPU: weights as they are stored, FP8 or 16 bits, or widened to 16."""
+"""Loads a Hugging Face folder for the GPU kernels: weights as stored, in FP8 or 16 bits, or widened to 16 bits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def obstacle(checkpoint: Checkpoint) -> str | None:
 
 
 def fp8_obstacle(checkpoint: Checkpoint) -> str | None:
-    """Returns why the kernels cannot run a checkpoint in FP8, as far as it is not in 16 bits, or None."""
+    """Returns why the kernels cannot run a checkpoint's FP8 matrices in FP8, or None."""
     reason = obstacle(checkpoint)
     if reason is not None:
         return reason
@@ -47,7 +47,7 @@ def fp8_obstacle(checkpoint: Checkpoint) -> str | None:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Returns the type of activations: float16 where the embedding is stored in it, else bfloat16."""
+    """Returns the type of activations: float16 if the embedding is stored in it, else bfloat16."""
     return torch.float16 if checkpoint.dtype("model.embed_tokens.weight") == HALF else torch.bfloat16
 
 
@@ -55,11 +55,11 @@ def empty_device_model(
     checkpoint: Checkpoint, device: torch.device | str, draft_ids: Sequence[int] | None = None,
     packed_cache: bool = False, ranks: Ranks = ALONE, dtype: torch.dtype | None = None, fp8_products: bool = True,
 ) -> DeviceModel:  # fmt: skip
-    """Returns a model with room for the checkpoint's weights, without them; on "meta" it costs nothing.
+    """Returns a model with memory for the checkpoint's weights, uninitialised; on "meta" it costs nothing.
 
     Args:
-        dtype: bfloat16 or float16, to widen FP8 weights to it; None keeps them where `fp8_obstacle` is None.
-        fp8_products: whether the device has them; otherwise FP8 weights are widened.
+        dtype: bfloat16 or float16 widens FP8 weights to it; None keeps them if `fp8_obstacle` is None.
+        fp8_products: whether the device supports them; otherwise FP8 weights are widened.
     """
     stored = {name.split(".", 3)[-1]: info.dtype for name, info in checkpoint.tensors.items()}
     router = torch.float32 if stored.get("mlp.gate.weight") == "F32" else dtype or stored_dtype(checkpoint)
@@ -84,14 +84,16 @@ def load_device_model(
     dtype: torch.dtype | None = None,
     fp8_products: bool = True,
 ) -> DeviceModel:
-    """Returns the model with its weights; `obstacle` is None.
+    """Returns the model with its weights; `obstacle` must be None.
 
     Args:
-        source, progress: as for `load_checkpoint`.
-        draft_ids: the tokens that drafts may be; None for all.
+        source: as for `load_checkpoint`.
+        progress: as for `load_checkpoint`.
+        draft_ids: the tokens that may be drafted; None for all.
         packed_cache: whether latents are cached in FP8.
-        ranks: that share the model; this one reads what it holds.
-        dtype, fp8_products: as for `empty_device_model`.
+        ranks: the ranks that share the model; each reads only what it holds.
+        dtype: as for `empty_device_model`.
+        fp8_products: as for `empty_device_model`.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
@@ -104,7 +106,7 @@ def load_device_model(
             if scale is None:
                 _put(slots[name], first, value)
             elif name + SCALE in slots:
-                # as bytes: on a CPU torch copies e4m3 number by number
+                # as bytes: on a CPU torch copies e4m3 element by element
                 slots[name].view(torch.uint8).copy_(value.view(torch.uint8).reshape(slots[name].shape))
                 slots[name + SCALE].copy_(scale.reshape(slots[name + SCALE].shape))
             else:
@@ -123,10 +125,10 @@ def _widened(value: Tensor, scale: Tensor, block: int, slot: Tensor) -> Tensor:
 
 
 def _put(slot: Tensor, first: int, value: Tensor) -> None:
-    """Writes rows of a checkpoint's matrix to their place, which may have the shared experts as a dimension more."""
+    """Writes rows of a checkpoint's matrix to their place, which may have an extra dimension for shared experts."""
     if slot.ndim == value.ndim:
         slot[first : first + len(value)] = value
-    elif slot.shape[-1] == value.shape[-1]:  # [shared, I, D]: one expert's rows after the other's
+    elif slot.shape[-1] == value.shape[-1]:  # [shared, I, D]: the experts' rows one after another
         for row, part in zip(range(first, first + len(value)), value, strict=True):
             slot[row // slot.shape[1], row % slot.shape[1]] = part
     else:  # [D, shared, I]

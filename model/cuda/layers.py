@@ -1,4 +1,4 @@
-"""The layers of the model on a GPU: attention, dense and expert MLPs of the kernels; ranks divide their matrices.
+"""The model's layers on a GPU: attention, dense and expert MLPs made of the kernels; ranks divide their matrices.
 
 Every matrix is multiplied as the checkpoint stores it: e4m3 with block scales by quantised activations, bfloat16 or
 float16 by activations of that type. One model may have both.
@@ -34,9 +34,9 @@ class Matrix:
     """A weight `[N, K]`: e4m3 with 128x128 scales, or bfloat16 or float16 without.
 
     Attributes:
-        whole: rows of the matrix that this is, or is a rank's part of: how its products sum follows from these.
+        whole: rows of the full matrix, of which this may be a rank's part: they decide the order of its sums.
         dtype: of activations.
-        power_of_two: whether the scales of what it is multiplied with are rounded up to powers of two ("ue8m0").
+        power_of_two: whether scales of the other operand are rounded up to powers of two ("ue8m0").
     """
 
     weight: Tensor
@@ -51,7 +51,7 @@ class Matrix:
         return self.scale is not None
 
     def __call__(self, x: Operand, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns x @ weight.T in `dtype`, or that of activations.
+        """Returns x @ weight.T in `dtype`, by default that of activations.
 
         Args:
             x: `[M, K]`, or for an FP8 weight also e4m3 with scales.
@@ -77,11 +77,11 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """How the weights of a model lie on its device.
+    """How the weights of a model are stored on its device.
 
     Attributes:
-        device: where.
-        packed: whether the checkpoint's matrix of a name is kept in e4m3 with scales.
+        device: where they are.
+        packed: whether the checkpoint's matrix of that name is kept in e4m3 with scales.
         dtype: of activations, the cache and weights that are not packed: bfloat16 or float16.
         router: dtype of the gates.
         power_of_two: see `Matrix`.
@@ -94,23 +94,23 @@ class Store:
     power_of_two: bool = False
 
     def matrix(self, rows: int, columns: int, packed: bool, whole: int | None = None) -> Matrix:
-        """Returns room for a matrix, or for `rows` of one of `whole`, from the beginning of a block of scales."""
+        """Returns an empty matrix, or `rows` of one of `whole` rows, beginning at a block of scales."""
         if not packed:
             return Matrix(self.empty(rows, columns), None, whole or rows, self.dtype)
         scales = self.empty(_blocks(rows), _blocks(columns), dtype=torch.float32)
         return Matrix(self.empty(rows, columns, dtype=fp8.E4M3), scales, whole or rows, self.dtype, self.power_of_two)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns room for a tensor, of activations' dtype unless another is given."""
+        """Returns an empty tensor, of activations' dtype unless another is given."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def all_packed(self, prefix: str, *names: str) -> bool:
-        """Whether all of some matrices are packed: those that one product reads are of one format."""
+        """Whether all these matrices are packed: those that one product reads must share a format."""
         return all(self.packed(f"{prefix}.{name}.weight") for name in names)
 
 
 class Attention:
-    """One MLA layer; ranks have some of the heads each, and some of the outputs."""
+    """One MLA layer; heads and outputs are divided among the ranks."""
 
     def __init__(self, config: ModelConfig, store: Store, prefix: str, ranks: Ranks = ALONE) -> None:
         self.ranks, self.hidden = ranks, config.hidden_size
@@ -127,7 +127,7 @@ class Attention:
         self.q_rank = config.q_lora_rank
         self.a_rows, a_whole = (q_rows, whole) if self.q_rank is None else (self.q_rank, self.q_rank)
         packed = store.all_packed(prefix, _query(config), KV_A)
-        # one product reads both down-projections, where the scales of the first, if any, end with its rows
+        # one product reads both down-projections if the scales of the first, if any, end with its rows
         self.fused = not packed or self.a_rows % BLOCK == 0
         if self.fused:
             self.a = store.matrix(self.a_rows + self.head.width, hidden, packed, a_whole + self.head.width)
@@ -145,7 +145,7 @@ class Attention:
         self.o = store.matrix(outputs, columns, store.all_packed(prefix, "o_proj"), hidden)
 
     def __call__(self, x: Operand, table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
-        """Returns the outputs `[M, D]` of rows x (as `a` takes them), which join the cache."""
+        """Appends rows x (as `a` takes them) to the cache and returns their outputs `[M, D]`."""
         down = self.a(x) if self.fused else torch.cat((self.a(x), self.kv_a(x)), -1)
         quantise = self.q_rank is not None and self.q_b.packed
         latent = mla.prepare(down, self.q_norm, self.kv_norm, table, cache, plan, self.head, LATENT_NORM_EPS, quantise)
@@ -168,13 +168,13 @@ class Attention:
 
 
 class Dense:
-    """`down(silu(gate(x)) * up(x))`; ranks have some of the columns each, and some of the outputs."""
+    """`down(silu(gate(x)) * up(x))`; columns and outputs are divided among the ranks."""
 
     def __init__(self, hidden: int, intermediate: int, store: Store, prefix: str, ranks: Ranks = ALONE) -> None:
         self.ranks, self.hidden, self.power_of_two = ranks, hidden, store.power_of_two
         inner = ranks.share(intermediate, "intermediate_size", BLOCK)
         self.packed = store.all_packed(prefix, "gate_proj", "up_proj")
-        # gate and up are quantised on their own: their scales meet where the rows do only at whole blocks
+        # gate and up are quantised separately: their scales join where the rows do only at whole blocks
         self.inner, self.fused = inner, not self.packed or inner % BLOCK == 0
         each = 2 if self.fused else 1
         self.parts = [store.matrix(each * inner, hidden, self.packed, each * intermediate) for _ in range(3 - each)]
@@ -202,10 +202,10 @@ class Dense:
 
 
 class Mixture:
-    """Routed experts; the shared expert's parts are further experts that every row chooses.
+    """Routed experts; the shared expert's parts are additional experts that every row chooses.
 
-    Ranks have some of the columns of every expert, and some of its outputs: a step's few experts then keep all equally
-    busy, where experts placed whole would leave one rank waiting for the other.
+    Every expert's columns and outputs are divided among the ranks: a step's few experts then keep all ranks equally
+    busy, whereas with whole experts per rank some ranks would wait for others.
     """
 
     def __init__(self, config: ModelConfig, store: Store, prefix: str, ranks: Ranks = ALONE) -> None:
@@ -279,7 +279,7 @@ class Mixture:
 
 
 class Layer:
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the second sum is left to whoever reads it.
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the second sum is left to the next layer.
 
     `dense` is the width of a dense MLP, None for experts.
     """
@@ -295,7 +295,7 @@ class Layer:
     def __call__(
         self, x: Tensor, branch: Tensor | None, table: Tensor, cache: Cache, plan: mla.Plan
     ) -> tuple[Tensor, Tensor]:
-        """Returns the stream and the branch still to be added to it, `[M, D]` each, of such a pair."""
+        """Takes and returns the residual stream and the branch still to be added to it, `[M, D]` each."""
         normed, x = self._normed(x, 0, branch, self.attention.a.packed)
         branch = self.attention(normed, table, cache, plan)
         if isinstance(self.mlp, Mixture):
@@ -305,7 +305,7 @@ class Layer:
         return x, self.mlp(normed)
 
     def _normed(self, x: Tensor, norm: int, branch: Tensor | None, quantise: bool) -> tuple[Operand, Tensor]:
-        """Returns the norm of x + branch, as a product takes it, and that sum."""
+        """Returns the norm of x + branch, in a product's input form, and that sum."""
         if not quantise:
             return quant.rms_norm(x, self.norms[norm], self.eps, branch)
         quantised, scales, x = quant.rms_norm_quant(x, self.norms[norm], self.eps, branch, self.power_of_two)
@@ -321,7 +321,7 @@ class Layer:
 
 
 def _query(config: ModelConfig) -> str:
-    """Returns the name of the matrix that queries begin with."""
+    """Returns the name of the first matrix of the query projection."""
     return "q_proj" if config.q_lora_rank is None else "q_a_proj"
 
 

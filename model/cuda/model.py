@@ -1,9 +1,9 @@
-"""The model on a GPU: weights as stored, FP8 or 16 bits, and passes made of the kernels in `mtp_spec.kernels`.
+"""The model on a GPU: weights as stored, FP8 or 16 bits, and forward passes made of the kernels in `mtp_spec.kernels`.
 
-One function, `rows`, is prefill, decode, draft and verify, and all it needs lies on the device, so that a pass can be
-captured in a CUDA graph. Arithmetic follows DeepSeek-V3 (2412.19437, section 3.3): activations quantised 1x128 before
-every FP8 product, bfloat16 (or float16) between, float32 in norms, softmax and gates. It runs on a CPU too, by the
-kernels' references, which is how it is tested without a GPU.
+One function, `rows`, serves prefill, decode, draft and verify, and all its inputs are on the device, so that a pass can
+be captured in a CUDA graph. Arithmetic follows DeepSeek-V3 (2412.19437, section 3.3): activations quantised 1x128
+before every FP8 product, bfloat16 (or float16) between, float32 in norms, softmax and gates. It also runs on a CPU, by
+the kernels' references, so that it can be tested without a GPU.
 
 Legend: `M` rows, `D` hidden size, `V` vocabulary.
 """
@@ -81,16 +81,16 @@ class DeviceModel:
     """The verifier and its MTP modules.
 
     Args:
-        config: `why_not(config)` is None.
-        packed: whether a checkpoint's matrix of a name is kept in FP8 with 128x128 scales; None: as DeepSeek has it,
-            where the config says FP8.
+        config: `why_not(config)` must be None.
+        packed: whether the checkpoint's matrix of that name is kept in FP8 with 128x128 scales; None: as in DeepSeek's
+            checkpoints, if the config says FP8.
         dtype: of everything else, and of activations.
         router: dtype in which the gates are stored.
-        fp8_products: whether the device has them: drafts then read a copy of the head in it, half the bytes.
-        draft_ids: the tokens that drafts may be, in ascending order; None for all. Fewer are read faster, and a draft
+        fp8_products: whether the device supports them: drafting then reads an FP8 copy of the head, half the bytes.
+        draft_ids: the tokens that may be drafted, in ascending order; None for all. Fewer are read faster, and drafts
             cannot change the text.
         packed_cache: whether latents are cached in FP8.
-        ranks: that share the work, see `parallel`; this model then holds one rank's part of the matrices.
+        ranks: the ranks that share the work, see `parallel`; this model then holds one rank's part of the matrices.
     """
 
     runs_on = "the kernels"
@@ -125,7 +125,7 @@ class DeviceModel:
         if draft_ids is not None:
             places = [token - own.start for token in draft_ids if own.start <= token < own.stop]
             self.draft_ids, rows = torch.tensor(places, dtype=torch.int64).to(self.device), len(places)
-        # drafts read the head in FP8 where they can: half the bytes, and a draft cannot change the text
+        # drafting reads the head in FP8 if possible: half the bytes, and drafts cannot change the text
         heads = replace(store, power_of_two=False)
         copied = modules and (fp8_products or draft_ids is not None)
         self.draft_head = heads.matrix(rows, config.hidden_size, fp8_products) if copied else None
@@ -139,7 +139,7 @@ class DeviceModel:
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, dtype=torch.float32, device=self.device)
 
     def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan) -> Tensor:
-        """Returns the normed hidden states `[M, D]` of tokens ids `[M]` int64, which join the caches."""
+        """Appends tokens ids `[M]` int64 to the caches and returns their normed hidden states `[M, D]`."""
         x, branch = F.embedding(ids, self.embed_tokens), None
         table = self.table(caches[0].capacity)
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -169,15 +169,15 @@ class DeviceModel:
         return whole if alone or out is None else out.copy_(whole)
 
     def draft_logits(self, hidden: Tensor, own: int | None = None) -> Tensor:
-        """Returns `[M, V]` float32 logits that propose drafts; -inf where none may be.
+        """Returns `[M, V]` float32 logits for drafting; -inf for tokens that may not be drafted.
 
         Args:
-            own: the module whose own head it is, as `config.head_of` says; None for the model's.
+            own: the module whose own head is used, as `config.head_of` says; None for the model's.
         """
         head = self.draft_head if own is None else self.mtp[own].draft_head
         if head is None:
             return self.logits(hidden) if own is None else self.module_logits(own, hidden)
-        if self.draft_ids is not None and not len(self.draft_ids):  # all of them are other ranks'
+        if self.draft_ids is not None and not len(self.draft_ids):  # all of them belong to other ranks
             none = torch.full((len(hidden), len(self.lm_head)), -torch.inf, dtype=torch.float32, device=self.device)
             return self.ranks.gather(none)
         some = head(hidden, torch.float32)
@@ -187,7 +187,7 @@ class DeviceModel:
         return self.ranks.gather(some)
 
     def finish(self) -> None:
-        """Derives what the checkpoint does not hold; to be called once its tensors are in place."""
+        """Derives what the checkpoint does not hold; call it once its tensors are in place."""
         for head, source in self._draft_heads():
             for first in range(0, head.weight.shape[0], HEAD_ROWS):
                 rows = slice(first, first + HEAD_ROWS)
@@ -200,7 +200,7 @@ class DeviceModel:
                 head.scale[first // BLOCK : first // BLOCK + scale.shape[0]] = scale
 
     def _draft_heads(self) -> list[tuple[Matrix, Tensor]]:
-        """Returns the heads that drafts read, each with the one it comes from."""
+        """Returns the heads used for drafting, each with the one it is derived from."""
         found = [(self.draft_head, self.lm_head), *((module.draft_head, module.head) for module in self.mtp)]
         return [(head, source) for head, source in found if head is not None and source is not None]
 
@@ -230,13 +230,13 @@ class DeviceModel:
         return [*self.checkpoint_slots().values(), *self.derived()]
 
     def derived(self) -> list[Tensor]:
-        """Returns those that the checkpoint does not hold: the heads that drafts read."""
+        """Returns the tensors that the checkpoint does not hold: the heads used for drafting."""
         return [part for head, _ in self._draft_heads() for part in (head.weight, head.scale) if part is not None]
 
     def checkpoint_slots(self) -> Slots:
         """Returns every checkpoint tensor, scales included, with a view of its place.
 
-        The shared expert's places have its experts as a dimension of their own; reshaped, its tensors fit.
+        The shared expert's places have an extra dimension for its experts; its tensors fit after reshaping.
         """
         out: Slots = {"model.embed_tokens.weight": self.embed_tokens}
         blocks: list[Layer | Module] = [*self.layers, *self.mtp]
@@ -249,6 +249,6 @@ class DeviceModel:
 
 
 def _as_published(config: ModelConfig) -> Callable[[str], bool]:
-    """Returns which matrices are FP8 in a checkpoint like DeepSeek's: all where the config says so, but for eh_proj."""
+    """Returns which matrices are FP8 in a checkpoint like DeepSeek's: if the config says so, all except eh_proj."""
     blocks = config.fp8_block == (BLOCK, BLOCK)
     return lambda name: blocks and not name.endswith("eh_proj.weight")

@@ -1,12 +1,12 @@
-"""Several processes that compute one model: what they exchange, and how one that fails ends them all.
+"""Ranks, the processes that share a model: what they exchange, and how a failure of one ends them all.
 
-No sum is ever split: every matrix is divided by its outputs, heads by number, experts whole, and what the ranks
-computed is put side by side. So a number is computed by one rank, by the arithmetic of a process alone, and the bits
-are the same. Each rank then draws the same tokens from the same logits; nothing but measured times differs, and for
-those the first rank's count.
+No sum is ever split: every matrix is divided by its outputs, heads by number, experts whole, and the ranks' results are
+concatenated. So each number is computed by one rank, with the arithmetic of a single process, and the bits are the
+same. Each rank then draws the same tokens from the same logits. Only measured times differ, so the first rank's are
+used.
 
-Tensors go through a process group (gloo or NCCL), small ones between GPUs of one host through each other's memory, in
-the order of the computation. Facts go through the group's store (`control`).
+Tensors go through a process group (gloo or NCCL), or, if small and between GPUs of one host, through each other's
+memory, in the order of the computation. Facts (JSON values) go through the group's store (`Control`).
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ from mtp_spec.model.distributed import store as control
 from mtp_spec.model.distributed.store import Control
 from mtp_spec.model.errors import CheckpointError, RankError
 
-FAILED = "failed"  # what a rank says instead of what was expected
+FAILED = "failed"  # sent by a rank in place of the expected value
 
-# its name since torch 2.13, and before
+# renamed in torch 2.13
 _all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class User(Protocol):
-    """Computes in a thread of its own."""
+    """An object that computes in its own thread."""
 
     def rest(self) -> None:
-        """Waits until nothing is left to compute."""
+        """Waits until no work is left."""
         ...
 
 
 class Ranks:
-    """This process's place among those that compute one model.
+    """This process's place among the ranks that share a model.
 
     Args:
-        rank, size: of `size` processes this is number `rank`.
-        group: exchanges tensors, on the CPU in any case; None alone.
-        facts: exchanges facts; None alone.
+        rank: number of this process.
+        size: number of processes.
+        group: exchanges tensors, on the CPU in any case; None for a single process.
+        facts: exchanges facts; None for a single process.
     Attributes:
-        rooms: through which GPUs of one host exchange small tensors; None where the group does it all.
-        users: who computes with them in threads of their own, in turn.
+        rooms: memory through which GPUs of one host exchange small tensors; None if the group does it all.
+        users: objects that compute with these ranks in their own threads, in turn.
     """
 
     def __init__(
@@ -70,23 +71,23 @@ class Ranks:
         return control
 
     def place(self) -> int:
-        """Returns the number of a model among those that they share, which all load in the same order."""
+        """Returns the next number of a shared model; all ranks load models in the same order."""
         self._places += 1
         return self._places
 
     def rest(self, beside: User | None = None) -> None:
-        """Waits until nobody computes in a thread of its own, but one who may: exchanges of two would mix."""
+        """Waits until no user other than `beside` computes in its thread: exchanges of two would mix."""
         for user in [user for user in self.users if user is not beside]:
             user.rest()
 
     def channel(self) -> Control | None:
-        """Returns an exchange of facts for another thread, to be made in the same order everywhere; None alone."""
+        """Returns an exchange of facts for another thread, created in the same order on all ranks; None if alone."""
         self._channels += 1
         return None if self._facts is None else self._facts.channel(f"channel {self._channels}")
 
     @contextmanager
     def on(self, channel: Control | None) -> Iterator[None]:
-        """Lets this thread exchange facts there, so that they do not mix with another thread's."""
+        """Makes this thread exchange facts on `channel`, so that they do not mix with another thread's."""
         self._here.channel = channel
         try:
             yield
@@ -94,7 +95,7 @@ class Ranks:
             del self._here.channel
 
     def share(self, count: int, name: str, block: int = 1) -> int:
-        """Returns this rank's part of `count` things, each rank's in whole blocks.
+        """Returns this rank's share of `count` items, in whole blocks for each rank.
 
         Raises:
             CheckpointError: they cannot be divided.
@@ -107,17 +108,17 @@ class Ranks:
         return count // self.size
 
     def own(self, count: int) -> slice:
-        """Returns which of `count` things are this rank's."""
+        """Returns which of `count` items belong to this rank."""
         return slice(self.rank * (count // self.size), (self.rank + 1) * (count // self.size))
 
     def part(self, count: int, block: int = 1, rank: int | None = None) -> range:
-        """Returns which of `count` things are this rank's, or another's, in whole blocks; not all have as many."""
+        """Returns which of `count` items belong to a rank (default: this one), in whole blocks; shares may differ."""
         blocks, number = -(-count // block), self.rank if rank is None else rank
         low, high = (min(edge * blocks // self.size * block, count) for edge in (number, number + 1))
         return range(low, high)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Returns all ranks' x `[..., n]` side by side, `[..., size * n]`."""
+        """Returns all ranks' x `[..., n]` concatenated, `[..., size * n]`."""
         return self.gather_all(x)[0]
 
     def gather_all(self, *tensors: Tensor) -> Any:
@@ -129,7 +130,7 @@ class Ranks:
         return tuple(self.stack(x).movedim(0, -2).flatten(-2).contiguous() for x in tensors)
 
     def gather_parts(self, x: Tensor, count: int, block: int) -> Tensor:
-        """Returns all ranks' parts x `[..., n]`, as `part` has it, side by side, `[..., count]`."""
+        """Returns all ranks' parts x `[..., n]`, as `part` divides them, concatenated, `[..., count]`."""
         sizes = [len(self.part(count, block, rank)) for rank in range(self.size)]
         if min(sizes) == max(sizes):
             return self.gather(x)
@@ -137,7 +138,7 @@ class Ranks:
         return torch.cat([one[..., :size] for one, size in zip(padded, sizes, strict=True)], dim=-1)
 
     def join(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Returns all ranks' x `[counts[rank], ...]` below one another; every rank knows all counts."""
+        """Returns all ranks' x `[counts[rank], ...]` concatenated along the first axis; every rank knows all counts."""
         if self.size == 1:
             return x
         padded = x.new_zeros(max(counts), *x.shape[1:])
@@ -148,14 +149,14 @@ class Ranks:
         """Returns all ranks' x `[...]` as `[size, ...]`."""
         out = x.new_empty(self.size, *x.shape)
         if x.numel():
-            # as bytes: not every backend knows every type
+            # as bytes: not every backend supports every type
             given, taken = (t.contiguous().flatten().view(torch.uint8) for t in (x, out))
             with self._explained():
                 _all_gather(taken, given, self.group)
         return out
 
     def first(self, values: Sequence[float]) -> list[float]:
-        """Returns the first rank's values, as many on every rank: what was measured differs, and all must act alike."""
+        """Returns the first rank's values, equally many on every rank: measurements differ, and all must act alike."""
         if self.size == 1 or not values:
             return list(values)
         told = torch.tensor(values, dtype=torch.float64)
@@ -164,10 +165,10 @@ class Ranks:
         return told.tolist()
 
     def wait(self, ready: torch.cuda.Event | None = None) -> None:
-        """Waits until the GPU has come to an event, or to the end of its work, as long as all ranks are alive.
+        """Waits until the GPU has reached an event, or finished its work, as long as all ranks are alive.
 
         Raises:
-            RankError: one of them is not, or does not take part in an exchange.
+            RankError: a rank has died, or does not take part in an exchange.
         """
         if self._control is None or not self._on_gpu:
             if ready is not None:
@@ -200,7 +201,7 @@ class Ranks:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns errors of torch.distributed into a `RankError`; a rank that failed, and so did not come, says why."""
+        """Turns errors of torch.distributed into a `RankError` that includes the reason a failed rank gave."""
         try:
             with control.explained(self.rank, self.size):
                 yield
@@ -209,7 +210,7 @@ class Ranks:
             raise
 
     def _listen(self) -> None:
-        """Raises what another rank says that has failed."""
+        """Raises the error that a failed rank reported."""
         given = list[tuple[int, Any]]()
         with suppress(RankError):  # the store is gone too
             given = [] if self._control is None else self._control.given()
@@ -229,21 +230,21 @@ class Ranks:
         )
 
     def _give_up(self) -> None:
-        """Ends what runs on the GPU and waits for a rank that does not come."""
+        """Aborts GPU work that waits for a missing rank."""
         if self._on_gpu:
-            with suppress(Exception):  # whatever is left of the group
+            with suppress(Exception):  # the group may be partly gone
                 dist.distributed_c10d._abort_process_group(self.group)
 
     @cached_property
     def _on_gpu(self) -> bool:
-        """Whether the group's exchanges run on GPUs; kept, for a group that was given up does not tell any more."""
+        """Whether the group's exchanges run on GPUs; cached, because an aborted group cannot be asked."""
         return self.group is not None and torch.cuda.is_available() and "nccl" in dist.get_backend_config(self.group)
 
     def agree(self, facts: Mapping[str, object]) -> None:
-        """Compares facts that must be the same everywhere.
+        """Checks that facts are the same on all ranks.
 
         Raises:
-            RankError: they are not; on every rank, with what differs.
+            RankError: they differ; on every rank, naming what differs.
         """
         everyone = self.everyone({name: str(value) for name, value in facts.items()})
         first = everyone[0]
@@ -256,7 +257,7 @@ class Ranks:
                     )
 
     def everyone(self, value: Any, patience: float | None = None) -> list[Any]:
-        """Returns what every rank gives, JSON values, however long that takes, or within so many seconds."""
+        """Returns every rank's JSON value; waits as long as needed, or at most `patience` seconds."""
         if self._control is None:
             return [value]
         everyone = self._control.exchange(value, patience)
@@ -264,12 +265,12 @@ class Ranks:
         return everyone
 
     def from_first(self, value: Any) -> Any:
-        """Returns what the first rank gives, a JSON value."""
+        """Returns the first rank's JSON value."""
         return self.everyone(value if self.rank == 0 else None)[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one rank fails at, all fail at: the others learn its message instead of waiting for it.
+        """If one rank fails in the block, all fail: the others get its message instead of waiting for it.
 
         Raises:
             RankError: on ranks that did not fail themselves.
@@ -287,10 +288,10 @@ class Ranks:
         self.everyone("")
 
     def fail_alike(self, where: str, error: BaseException) -> None:
-        """Returns where every rank has failed at the same with the same kind of error, so that all can go on.
+        """Returns if all ranks failed at the same place with the same kind of error, so that all can go on.
 
         Raises:
-            RankError: others did not, or their work cannot be joined any more: on all ranks.
+            RankError: other ranks did not, or can no longer work together; raised on all ranks.
         """
         if self._control is None:
             return

@@ -1,4 +1,4 @@
-"""How processes find each other, and which GPU is whose."""
+"""How ranks find each other, and which GPU each uses."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def join_ranks(parallel: object, device: str) -> Ranks:
     """Returns this process's place among the ranks.
 
     Args:
-        parallel: "auto": the ranks that torchrun, or whoever set RANK and WORLD_SIZE, has started; a process group of
-            the caller's; None: this process alone.
+        parallel: "auto": the ranks started by torchrun or another launcher that sets RANK and WORLD_SIZE; or the
+            caller's own process group; or None: this process alone.
         device: "cpu" or "cuda": exchanges go through gloo or NCCL.
 
     Raises:
@@ -68,18 +68,18 @@ def _leave() -> None:
         return
     with suppress(Exception):  # the process ends in any case
         if "nccl" in dist.get_backend_config():
-            dist.distributed_c10d._abort_process_group()  # destroying would wait for graphs that are still held
+            dist.distributed_c10d._abort_process_group()  # destroying would wait for graphs that are still alive
         else:
             dist.destroy_process_group()
-            # the group's threads may still hold tensors of an exchange, and a thread that gives one back while the
-            # interpreter ends aborts the process; they end with the group, once nobody has it
+            # the group's threads may still hold tensors of an exchange, and a thread that releases one while the
+            # interpreter exits aborts the process; they end with the group, once it has no more references
             for ranks in _places.values():
                 ranks.group = None
             _places.clear()
 
 
 def local_device(device: str, ranks: Ranks) -> str:
-    """Returns this rank's device: of several GPUs the one of its number on this machine.
+    """Returns this rank's device: of several GPUs, the one with its local number on this machine.
 
     Raises:
         CheckpointError: there are fewer GPUs than ranks.
@@ -94,7 +94,7 @@ def local_device(device: str, ranks: Ranks) -> str:
 
 
 def open_rooms(ranks: Ranks, device: str) -> None:
-    """Lets GPUs that reach one another's memory exchange small tensors there; otherwise the group goes on doing it."""
+    """Makes GPUs that can access each other's memory exchange small tensors there; otherwise the group does it."""
     if ranks.size == 1 or not device.startswith("cuda") or not runs_triton(torch.empty(0, device=device)):
         return
     assert ranks.group is not None
@@ -119,7 +119,7 @@ def open_rooms(ranks: Ranks, device: str) -> None:
 
 
 def _placed(group: dist.ProcessGroup) -> Ranks:
-    """Returns the place in a group, one object for each group."""
+    """Returns the `Ranks` of a group, one object for each group."""
     if group.size() == 1:
         return ALONE
     if group not in _places:

@@ -1,7 +1,7 @@
-"""Facts that ranks exchange beside their tensors, and signs of life, through a store that all of them reach.
+"""Facts (JSON values) and heartbeats that ranks exchange through a shared store.
 
-A rank may be waited for as long as it shows that it is alive: loading, or sitting at a prompt, takes as long as it
-takes. One that has died, or whose machine has, is given up.
+A rank is waited for as long as it sends heartbeats: loading, or waiting at a prompt, may take any time. A rank that has
+died, or whose machine has, is given up.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch._C._distributed_c10d import PrefixStore
 
 from mtp_spec.model.errors import RankError
 
-# seconds: to find one another, and for an exchange; between signs of life; without one until a rank counts as dead
+# seconds: to find one another, and for an exchange; between heartbeats; without one until a rank counts as dead
 PATIENCE, BEAT, SILENCE = 30.0, 2.0, 25.0
-SHORT, LONG = 0.0005, 0.02  # pauses between looks at the store
+SHORT, LONG = 0.0005, 0.02  # pauses between polls of the store
 
 
 @dataclass(slots=True)
 class Control:
-    """Facts through a store that all ranks reach; each also leaves signs of life there.
+    """Exchanges facts through a shared store, where each rank also leaves heartbeats.
 
     Attributes:
-        signs: where those are, for a channel; None: in the store itself.
+        signs: the heartbeats, for a channel; None: in the store itself.
     """
 
     store: PrefixStore
@@ -41,21 +41,21 @@ class Control:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Begins to leave signs of life, for as long as the process lives."""
+        """Starts sending heartbeats, for as long as the process lives."""
         self.store.add(f"beat/{self.rank}", 1)
         thread = threading.Thread(target=self._beat, name="mtp_spec ranks", daemon=True)
         thread.start()
-        # a thread inside the store while the interpreter ends would end the process
+        # a thread inside the store while the interpreter exits would abort the process
         atexit.register(thread.join, PATIENCE)
-        atexit.register(self._stop.set)  # the last to be registered is the first to be called
+        atexit.register(self._stop.set)  # handlers run in reverse order of registration
 
     def _beat(self) -> None:
-        with suppress(RuntimeError):  # the store has gone, which the others and the next exchange notice
+        with suppress(RuntimeError):  # the store is gone, which the others and the next exchange notice
             while not self._stop.wait(BEAT):
                 self.store.add(f"beat/{self.rank}", 1)
 
     def channel(self, name: str) -> Control:
-        """Returns exchanges of their own, such as another thread's, beside the same signs of life."""
+        """Returns a separate exchange, for example for another thread, with the same heartbeats."""
         return Control(PrefixStore(name, self.store), self.rank, self.size, self.store)
 
     def exchange(self, value: Any, patience: float | None = None) -> list[Any]:
@@ -65,18 +65,18 @@ class Control:
             patience: seconds to wait for the others; None: as long as they are alive.
 
         Raises:
-            RankError: a rank gave no sign of life for `SILENCE` seconds or did not come, or the store is gone.
+            RankError: a rank sent no heartbeat for `SILENCE` seconds or did not come, or the store is gone.
         """
         number, self._count = self._count, self._count + 1
         with explained(self.rank, self.size):
             self.store.set(f"{number}/{self.rank}", json.dumps(value))
             found = [self._wait(number, rank, patience) for rank in range(self.size)]
-            # all are here, so none still reads the exchange before
+            # all ranks are here, so none still reads the previous exchange
             self.store.delete_key(f"{number - 1}/{self.rank}")
         return found
 
     def given(self) -> list[tuple[int, Any]]:
-        """Returns which ranks have come to the next exchange already, and with what."""
+        """Returns the ranks that have already posted to the next exchange, with their values."""
         with explained(self.rank, self.size):
             return [(rank, json.loads(self.store.get(f"{self._count}/{rank}"))) for rank in range(self.size)
                     if self.store.check([f"{self._count}/{rank}"])]  # fmt: skip
@@ -92,7 +92,7 @@ class Control:
         return json.loads(self.store.get(f"{number}/{rank}"))
 
     def look(self, rank: int, begin: float) -> None:
-        """Refuses to wait for a rank that has been silent since `begin` and for too long."""
+        """Raises if a rank has been silent for too long since `begin`."""
         now = time.monotonic()
         beats = (self.signs or self.store).add(f"beat/{rank}", 0)
         if beats != self._beats.get(rank, (-1, 0.0))[0]:

@@ -1,1 +1,1 @@
-"""A checkpoint folder's files: their names, keys, spellings and formats. What a model makes of them is `checkpoint`."""
+"""A checkpoint folder's files: names, keys, spellings and formats. `checkpoint` turns them into a model."""

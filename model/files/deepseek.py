@@ -2,8 +2,8 @@
 
 A folder made for N ranks holds `model{rank}-mp{N}.safetensors`, with the names and shares of DeepSeek-V3's
 `inference/convert.py`: routed experts go whole to one rank, vocabulary, heads and inner widths are divided, the rest
-is repeated. That program drops the multi-token-prediction layers, and its `generate.py` refuses names it does not know,
-so here they lie beside, in `mtp{rank}-mp{N}.safetensors`, under `layers.{num_hidden_layers + d}.` with the same rules:
+is repeated. That program drops the multi-token-prediction layers, and its `generate.py` refuses unknown names, so here
+they are in separate files, `mtp{rank}-mp{N}.safetensors`, under `layers.{num_hidden_layers + d}.` by the same rules:
 `enorm`, `hnorm`, `eh_proj` and `shared_head.norm` repeated, `embed` and `shared_head.head` divided by vocabulary.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mtp_spec.model.errors import CheckpointError
 
-# the component before the last: Hugging Face's -> (DeepSeek's, axis that is divided)
+# last component but one of a name: Hugging Face's -> (DeepSeek's, axis that is divided)
 KEYS: dict[str, tuple[str, int | None]] = {
     "embed_tokens": ("embed", 0),
     "input_layernorm": ("attn_norm", None),
@@ -50,10 +50,10 @@ class Place:
     """Where a tensor of a Hugging Face checkpoint goes.
 
     Attributes:
-        name: DeepSeek's.
-        axis: the one that is divided among ranks, or None.
-        expert: number of the routed expert it belongs to, which goes whole to one rank, or None.
-        layer: its layer, -1 outside layers.
+        name: DeepSeek's name.
+        axis: the axis that is divided among ranks, or None.
+        expert: number of its routed expert, which goes whole to one rank, or None.
+        layer: number of its layer, -1 outside layers.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""The dialects in which a model of this family is described, translated into the fields of `ModelConfig`.
+"""Translates the JSON dialects that describe models of this family into the fields of `ModelConfig`.
 
 Three are read: Hugging Face's `config.json` as DeepSeek writes it, the same as transformers 5 writes it
 (`rope_parameters`, `mlp_layer_types`, `num_mtp_layers`, `num_local_experts`), and the JSON of DeepSeek's inference/
-programs. What a description leaves out has the value that transformers' class of that name gives it.
+programs. A missing field has the default of transformers' class of that name.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ DEEPSEEK_KEYS = {
     "score_func": "scoring_func",
 }
 DENSE, SPARSE = "dense", "sparse"
-YARN_TYPES = ("yarn", "deepseek_yarn")  # the second is how some engines call the first with mscale
+YARN_TYPES = ("yarn", "deepseek_yarn")  # the second is some engines' name for the first with mscale
 
 
 def translated(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
     `rope_scaling` is YaRN's parameters or None, `eos_token_ids` a tuple.
 
     Raises:
-        CheckpointError: another architecture, or a key that makes it one.
+        CheckpointError: another architecture, or a key that implies one.
     """
     if "n_layers" in given and "dim" in given:
         values = _from_deepseek(given)
@@ -96,7 +96,7 @@ def _model_type(values: Mapping[str, Any]) -> str:
         classes = {name: kind for kind, name in reversed(SUPPORTED.items())}
         kind = next((classes[name] for name in values.get("architectures") or () if name in classes), None)
     if kind not in SUPPORTED:
-        refuse_keys(values, str(kind))  # says what is missing, if it is known
+        refuse_keys(values, str(kind))  # raises with what is missing, if it is known
         raise CheckpointError(
             f"model_type {kind!r} is not supported: this library runs {', '.join(SUPPORTED)} (DeepSeek V2, V2-Lite, "
             "V3, V3.1, R1, and models of their architecture); use transformers for others"
@@ -105,7 +105,7 @@ def _model_type(values: Mapping[str, Any]) -> str:
 
 
 def _respell(values: dict[str, Any]) -> None:
-    """Gives fields their usual names; two names of one field must agree."""
+    """Renames fields to their usual names; two names of one field must agree."""
     for name, usual in SPELLINGS.items():
         if name not in values:
             continue
@@ -117,7 +117,7 @@ def _respell(values: dict[str, Any]) -> None:
 
 
 def _dense_layers(values: Mapping[str, Any], said: bool) -> int:
-    """Returns how many layers are dense, the first ones; `said`: `first_k_dense_replace` is no default."""
+    """Returns how many of the first layers are dense; `said`: `first_k_dense_replace` was given, not a default."""
     first, layers = values.get("first_k_dense_replace") or 0, values.get("num_hidden_layers")
     for name, words in (("mlp_layer_types", (DENSE, SPARSE)), ("moe_layer_freq", (0, 1))):
         kinds = values.get(name)
@@ -157,7 +157,7 @@ def _gate(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_values(values: Mapping[str, Any]) -> None:
-    """Numbers that contradict each other, or that no released model has."""
+    """Refuses numbers that contradict each other, or that no released model has."""
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
         raise CheckpointError(f"num_key_value_heads is {kv_heads}: it must equal num_attention_heads ({heads}) in MLA")
@@ -202,7 +202,7 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _agree(scaling: dict[str, Any], name: str, value: object, where: str) -> None:
-    """Adds what one more place says of the rope; two places must not differ."""
+    """Adds a rope parameter found in one more place; two places must agree."""
     if value is not None and scaling.setdefault(name, value) != value:
         raise CheckpointError(f"{where} has {name} {value!r}, elsewhere it is {scaling[name]!r}: correct one")
 

@@ -1,8 +1,8 @@
-"""In which format a checkpoint's matrices are stored: read, or named with its size and the way out.
+"""Recognises the format of a checkpoint's matrices; formats that are not read are named, with their size and a remedy.
 
-Read are plain numbers, DeepSeek's FP8 with block scales (`weight_scale_inv`), and the same under compressed-tensors'
-names (`weight_scale`). All others are recognised by `quantization_config`, by the files that quantisers leave beside
-config.json, or by their tensors.
+The library reads plain numbers, DeepSeek's FP8 with block scales (`weight_scale_inv`), and the same under
+compressed-tensors' names (`weight_scale`). Others are recognised by `quantization_config`, by the files that quantisers
+write next to config.json, or by their tensors.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mtp_spec.model.files.tensors import TensorInfo
 SCALE = "_scale_inv"
 POWERS = "ue8m0"  # scales that are powers of two, DeepSeek-V3.1's
 OTHER_SCALE = "_scale"  # compressed-tensors'
-# beside config.json -> who writes it
+# file next to config.json -> the quantiser that writes it
 SIDE_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 PLACES = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 SKIPPED = ("ignore", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules", "ignored_layers")
-# last component of a tensor's name -> format, where the configuration says nothing
+# last component of a tensor's name -> format, if the configuration does not say
 MARKS = {
     "weight_packed": "compressed-tensors with packed integers", "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ",
     "g_idx": "GPTQ", "weight_scale_2": "ModelOpt NVFP4", "absmax": "bitsandbytes", "quant_map": "bitsandbytes",
@@ -44,12 +44,12 @@ class Format:
     """How packed matrices are stored.
 
     Attributes:
-        name: in words.
-        bits: a number takes, scales included; None if that is not known.
-        block: of FP8 that this library reads, else None.
-        scale_fmt: "ue8m0" where scales are powers of two.
+        name: for messages.
+        bits: bits per number, scales included; None if unknown.
+        block: block size of FP8 that this library reads, else None.
+        scale_fmt: "ue8m0" if scales are powers of two.
         skipped: names or patterns of modules that are not packed.
-        targets: patterns of those that are; none is all.
+        targets: patterns of modules that are packed; empty for all.
     """
 
     name: str
@@ -60,14 +60,14 @@ class Format:
     targets: tuple[str, ...] = ()
 
     def packs(self, name: str) -> bool:
-        """Whether a weight that can be packed is."""
+        """Whether a weight that can be packed is packed."""
         module = name.removesuffix(".weight")
         if any(_matches(pattern, module) for pattern in self.skipped):
             return False
         return not self.targets or any(_matches(pattern, module) for pattern in self.targets)
 
     def refusal(self) -> str:
-        """Returns why a folder in this format is not loaded, and what to do."""
+        """Returns why a folder in this format is not loaded, and a remedy."""
         return f"its matrices are stored as {self.name}, which this library does not read: {WAY_OUT}"
 
 
@@ -94,13 +94,13 @@ def stored_format(values: Mapping[str, Any]) -> Format | None:
 
 
 def block_scales(values: Mapping[str, Any]) -> tuple[tuple[int, int] | None, str | None]:
-    """Returns the block of FP8 scales and their format, of a configuration whose matrices this library reads."""
+    """Returns the block and format of FP8 scales, for a configuration whose matrices this library reads."""
     found = stored_format(values)
     return (None, None) if found is None or found.block is None else (found.block, found.scale_fmt)
 
 
 def side_format(folder: Path) -> dict[str, Any] | None:
-    """Returns what a quantiser wrote beside config.json instead of into it."""
+    """Returns the settings that a quantiser wrote to a separate file instead of config.json."""
     for name, method in SIDE_FILES.items():
         try:
             given = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def side_format(folder: Path) -> dict[str, Any] | None:
 
 
 def format_of(tensors: Mapping[str, TensorInfo], block: tuple[int, int]) -> Format | None:
-    """Returns the format that tensors themselves give away, of those that this library does not read."""
+    """Returns the format recognised from the tensors, among those that this library does not read."""
     for name, info in tensors.items():
         mark = MARKS.get(name.rsplit(".", 1)[-1])
         if mark is not None:
@@ -149,7 +149,7 @@ def _blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
 
 
 def _by_method(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of `Format` that a quantiser's own settings decide."""
+    """Returns the fields of `Format` that follow from a quantiser's own settings."""
     block = given.get("weight_block_size")
     if block and method in ("", "fp8", "finegrained-fp8", "modelopt"):
         return _blocks_of("FP8", block, str(given.get("fmt") or "e4m3"))
@@ -186,7 +186,7 @@ def _by_method(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _blocks_of(who: str, block: Any, kind: str) -> dict[str, Any]:
-    """FP8 in blocks: read where they are square and e4m3, else named."""
+    """FP8 in blocks: read if they are square and e4m3, else named."""
     rows, columns = _sides(block)
     if not kind.startswith("e4m3"):
         return {"name": f"{who} {kind} in blocks of {rows}x{columns}", "bits": 8 + 32 / (rows * columns)}
@@ -206,7 +206,7 @@ def _sides(block: Any) -> tuple[int, int]:
 
 
 def _number(value: Any) -> Any:
-    """Returns what was meant where a number is written as text."""
+    """Returns the number if it is written as text, else the value unchanged."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
@@ -218,7 +218,7 @@ def _listed(given: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _said(given: Any) -> float | None:
-    """Returns the bits of a number that a quantiser's settings speak of, anywhere in them; None if they do not."""
+    """Returns the bits per number, found anywhere in a quantiser's settings; None if absent."""
     if isinstance(given, Mapping):
         plain = [_number(value) for name, value in given.items() if name in ("nbits", "num_bits", "weight_bits")]
         named = (given.get(name) for name in ("quant_type", "weights", "_type", "weight_dtype", "dtype"))
@@ -231,7 +231,7 @@ def _said(given: Any) -> float | None:
 
 
 def _compressed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """compressed-tensors' groups, in which ModelOpt's newer files are written too."""
+    """compressed-tensors' groups, which ModelOpt's newer files use too."""
     who = "ModelOpt" if method.startswith("modelopt") else "compressed-tensors"
     groups = given["config_groups"]
     groups = list(groups.values()) if isinstance(groups, Mapping) else list(groups)
@@ -240,7 +240,7 @@ def _compressed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
              for group in groups if isinstance(group, Mapping)]  # fmt: skip
     if not found:
         return {"name": who, "bits": None}
-    # one that cannot be read decides
+    # a group that cannot be read decides
     return next((one for one in found if one.get("block") is None), found[0])
 
 

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint's folder that hold an object."""
+"""Reads JSON files of a checkpoint folder that hold an object."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a key of `config.json` that is no field of `ModelConfig` means: nothing, another architecture, or unknown.
+"""Keys of `config.json` that are not fields of `ModelConfig`: harmless, another architecture's, or unknown.
 
-Public configurations carry much that changes no number, and now and then a key that changes all of them. A key known
-to be harmless is left aside. One known to change the mathematics is refused whatever the model_type says, with what is
-missing named, unless its value switches it off. Of the others, those whose names speak of the mathematics are refused
-too, for nobody would notice a text that is a little wrong; the rest are left aside with a note.
+Public configurations have many keys that change no result, and sometimes one that changes all of them. A key known to
+be harmless is ignored. A key known to change the mathematics is refused whatever the model_type, naming the missing
+feature, unless its value switches it off. Of the others, those whose names suggest mathematics are refused too, because
+nobody would notice a slightly wrong text; the rest are ignored with a note.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROPE_KEYS = frozenset({
     "attention_factor", "truncate",
 })  # fmt: skip
 ROPE_HARMLESS = frozenset({"type", "rope_type", "rope_theta", "max_position_embeddings", "finetuned"})
-# keys that may be there with these values only
+# keys that are allowed with these values only
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",), "hidden_activation": ("silu",), "activation_function": ("silu",), "act_fn": ("silu",),
     "moe_layer_freq": (1,), "decoder_sparse_step": (1,),
@@ -71,11 +71,11 @@ NORMS = "further norms (as A.X-K1 has after its experts)"
 SCALES = "scaling of embeddings, branches or logits"
 LINEAR = "layers of linear attention"
 INSIDE = "a way to the language model inside a model that sees or hears"
-# said of keys that are not known themselves; where the architecture is known by its name, that says more
+# reasons for keys that are not known themselves; an architecture known by name gives a better reason
 OTHER, UNKNOWN, OTHER_ROPE = "other mathematics", "what its name says, which is not known here", "another rope"
 VAGUE = (OTHER, UNKNOWN, OTHER_ROPE)
 NO_LATENTS = "attention without latents; distilled R1 models are Llama or Qwen"
-# names, and what the model would need
+# names -> what the model would need
 DELTAS: tuple[tuple[str, str], ...] = (
     (r"index_.*|indexer.*|(use_)?(dsa|nsa)(_.*)?|sparse_attention.*|sparse_config|attn_sparse.*",
      DSA),
@@ -122,7 +122,7 @@ SUSPICIOUS = re.compile(
     r"gating|router|routing|bias|window|cap|multiplier|activation|act|experts?|mla|lora|residual|softmax|sparse|heads?|"
     r"clip|temperature|conv|position(al)?|swa|nope|altup|mup|hybrid|sinks?|m?hc|streams?|ngram|dsa|nsa|kda|gdn|linear|mamba|ssm|ffn)(_|$)"
 )
-# architectures by name, where the configuration alone does not say what is missing
+# architectures by name, if the configuration alone does not say what is missing
 KINDS: dict[str, str] = {
     "deepseek_v32": DSA, "glm_moe_dsa": DSA, "axk2": f"{DSA}, and gated norms", "mistral4": BY_POSITION, "axk1": NORMS,
     "deepseek_v4": "compressed attention, several residual streams and another gate",
@@ -148,7 +148,7 @@ TENSORS = (
 
 
 def tensor_needs(left_over: Sequence[str]) -> str | None:
-    """Returns what tensors without a place ask for, if they are known from another architecture."""
+    """Returns what tensors without a place would need, if they are known from another architecture."""
     for name in left_over:
         need = next((need for pattern, need in TENSORS if pattern.search(name)), None)
         if need is not None:
@@ -180,7 +180,7 @@ def refuse_keys(values: Mapping[str, Any], kind: str) -> None:
 
 
 def key_notes(values: Mapping[str, Any]) -> list[str]:
-    """Returns what to say about keys that are left aside without being known."""
+    """Returns notes about unknown keys that are ignored."""
     unknown = sorted(name for name, value in values.items() if not _is_off(value) and not _is_known(name))
     if not unknown:
         return []
@@ -199,7 +199,7 @@ def _rope_needs(scaling: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _delta(name: str, value: Any, values: Mapping[str, Any]) -> str | None:
-    """Returns what a key asks for that no model of this family has."""
+    """Returns the feature that a key asks for if no model of this family has it."""
     if name in ONLY:
         fits = value is None or _only(value, ONLY[name]) or (name == "moe_layer_freq" and isinstance(value, list))
         return None if fits else f"{OTHER} than {ONLY[name][0]!r} stands for"

@@ -1,7 +1,7 @@
-"""Tensors in safetensors files: where they lie, from headers alone, and reading them, ahead of need if asked.
+"""Tensors in safetensors files: locates them from headers alone and reads them, optionally ahead of use.
 
-A tensor of a Hugging Face folder lies in one file. In a folder of per-rank files (`deepseek`) it lies in
-several: divided along an axis, or repeated. Both read alike.
+A tensor of a Hugging Face folder is in one file. In a folder of per-rank files (`deepseek`) it is in several, divided
+along an axis or repeated. Both are read through the same interface.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.uint8, "U8": torch.uint8, "I8": torch.int8,
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
 }  # fmt: skip
-# bits of those that other formats of weights have, whose sizes are told
+# bits per number in other weight formats, to report their sizes
 OTHER_BITS = {
     "BOOL": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "U64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64,
 }  # fmt: skip
 OTHER_FILES = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 LISTED = 10
-LENGTH_BYTES = 8  # of the header's length, at the start of a file
+LENGTH_BYTES = 8  # size of the header's length field, at the start of a file
 READERS = 4
 AHEAD_BYTES = 256 * 2**20
 MOST_BYTES = 2**30  # Linux reads at most 2 GiB at once
@@ -64,7 +64,7 @@ class TensorInfo:
     Attributes:
         shape: of the whole.
         dtype: safetensors' name, such as F8_E4M3.
-        parts: one; or shares along `axis` in order; or, if `axis` is None, copies.
+        parts: a single part; or shares along `axis` in order; or, if `axis` is None, copies.
     """
 
     shape: tuple[int, ...]
@@ -112,7 +112,7 @@ def _combined(files: Sequence[Path], index: Mapping[str, str] | None = None) -> 
     for file in files:
         for name, info in read_header(file).items():
             if index is not None and index.get(name, file.name) != file.name:
-                continue  # the index says which of several copies counts
+                continue  # the index says which of several copies to use
             if name in tensors:
                 raise CheckpointError(f"{name} is in {tensors[name].file.name} and in {file.name}: delete one of them")
             tensors[name] = info
@@ -123,7 +123,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """Returns every tensor of one file.
 
     Raises:
-        CheckpointError: it is truncated, not safetensors, or holds a kind of number that nobody knows.
+        CheckpointError: it is truncated, not safetensors, or holds an unknown dtype.
     """
     try:
         with safe_open(file, framework="pt"):  # refuses sizes and offsets that do not fit the file
@@ -150,7 +150,7 @@ def unlisted_modules(
 ) -> tuple[dict[str, TensorInfo], list[str]]:
     """Returns MTP tensors in files that the index does not name, and notes; `layers` is the main model's.
 
-    Of files that it does not name nothing else counts: they may be copies in another form.
+    Other tensors of such files are ignored: they may be copies in another form.
 
     Raises:
         CheckpointError: such a file has MTP in its name and is damaged.
@@ -232,13 +232,13 @@ def _weight_files(folder: Path, index: Mapping[str, str] | None) -> list[Path]:
 
 
 def listing(names: Sequence[str]) -> str:
-    """Returns the first names, and how many more there are."""
+    """Returns the first names and the number of further ones, as text."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """Returns a tensor as stored, in memory of its own.
+    """Returns a tensor as stored, in newly allocated memory.
 
     Raises:
         CheckpointError: the file ends early or cannot be read.
