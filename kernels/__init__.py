@@ -1,8 +1,8 @@
-"""Kernels of the model: plain-torch references that run anywhere, Triton kernels beside them for NVIDIA GPUs.
+"""The model's kernels: plain-torch references that run anywhere, and Triton kernels for NVIDIA GPUs.
 
-An operation is a file, or a folder where it has several launches: `mla`, `moe`, `sampler`. The reference of a wrapper
-`x` is `x_reference`, in the operation's file or in `reference.py` of its folder. References are made of `fp8` and
-`ordered`, which are plain torch as a whole. `exchange` has none: without its kernel the ranks' library exchanges.
+An operation is a file, or a folder if it has several launches: `mla`, `moe`, `sampler`. The reference of a wrapper `x`
+is `x_reference`, in the operation's file or in `reference.py` of its folder. References use `fp8` and `ordered`, which
+are entirely plain torch. `exchange` has no reference: without its kernel the process group does the exchange.
 
 `act_quant`, `weight_dequant` and `fp8_gemm` have the names and call forms of DeepSeek-V3's inference/kernel.py.
 """
@@ -33,6 +33,6 @@ def act_quant(x: Tensor, block_size: int = BLOCK, scale_fmt: str | None = None) 
 
 
 def fp8_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor) -> Tensor:
-    """Returns a `[..., K]` @ b `[N, K]`.T in torch's default dtype, with scales as `act_quant` and checkpoints have."""
+    """Returns a `[..., K]` @ b `[N, K]`.T in torch's default dtype; scales as in `act_quant` and checkpoints."""
     flat, scales = a.contiguous().flatten(0, -2), a_s.contiguous().flatten(0, -2)
     return gemm.fp8_gemm(flat, scales, b, b_s, dtype=torch.get_default_dtype()).view(*a.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""What a kernel's wrapper asks of its arguments: a wrong one would read or write elsewhere, without a word."""
+"""Argument checks for kernel wrappers: a wrong shape would read or write out of bounds without an error."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def expect(
     dtypes: torch.dtype | Sequence[torch.dtype] = (),
     beside: Tensor | None = None,
 ) -> None:
-    """Refuses a tensor that a kernel could not take as it is.
+    """Raises if a kernel cannot take a tensor as it is.
 
     Args:
-        shape: sizes; None is any.
-        dtypes: allowed ones; none is any.
+        shape: expected sizes; None for any.
+        dtypes: allowed dtypes; empty for any.
         beside: a tensor on whose device it must be.
 
     Raises:
-        ValueError: another shape, dtype or device, or a layout with gaps; says what was given and what is expected.
+        ValueError: wrong shape, dtype or device, or not contiguous; names what was given and what is expected.
     """
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     fits = x.ndim == len(shape) and all(size in (None, own) for size, own in zip(shape, x.shape, strict=True))

@@ -1,9 +1,10 @@
-"""From the target's draws to the next step's state, without the host: walk the tree, move the cache, count tokens.
+"""Accept and commit on the device, without the host: walk the tree, move the cache, count tokens.
 
-The walk is coupled acceptance (2408.07978): a draft is accepted where it is the token that the target drew at its
-parent. The walk's result stays on the device for the next step; a record of it is what the host reads.
+The walk is coupled acceptance (2408.07978): a draft is accepted if it equals the token that the target drew at its
+parent. The result stays on the device for the next step; the host reads a record of it.
 
-Legend: `B` texts, `E` rows of each (the root is row 0), `A` = depth of the tree + 1: the most tokens a step can commit.
+Legend: `B` sequences, `E` rows of each (the root is row 0), `A` = depth of the tree + 1, the most tokens a step can
+commit.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-COUNT, FAILED, HEADER = 0, 1, 2  # places of a record
+COUNT, FAILED, HEADER = 0, 1, 2  # indices into a record
 COLUMNS, KEPT_COLUMNS, CLEANED_COLUMNS = 64, 1024, 4096
 
 
 def record_size(most: int) -> int:
-    """Returns numbers of a record: tokens committed, 1 if a row had no token to draw, `most` tokens, `most` rows."""
+    """Returns the length of a record: tokens committed, 1 if a row had no token to draw, `most` tokens, `most` rows."""
     return HEADER + 2 * most
 
 
@@ -43,13 +44,13 @@ def accept(
 
     Args:
         drawn: `[B E]` int32, the target's token at each row.
-        failed: `[B E]` int32, 1 where none could be drawn.
+        failed: `[B E]` int32, 1 where no token could be drawn.
         ids: `[B E]` int64, the tokens of the pass.
         parents: `[E]` int32, row 0 has -1.
-        path: `[B, A]` int64, receives the rows (of a text's own) whose draws were committed, the last one repeated.
+        path: `[B, A]` int64, receives the rows (within a sequence) whose draws were committed, the last one repeated.
         tokens: `[B, A]` int64, receives these draws, the last one repeated.
         record: `[B, 2 + 2 A]` int32, receives count, failure, tokens and path.
-        seen: `[B, V]` int32, has each committed token counted, if given.
+        seen: `[B, V]` int32, counts each committed token, if given.
     """
     (texts, most), rows = path.shape, parents.shape[0]
     expect("ids", ids, (texts * rows,), torch.int64)
@@ -71,13 +72,13 @@ def accept(
 
 
 def keep(outputs: Tensor, tokens: Tensor, length: Tensor, hidden: Tensor, ring: Tensor, ring_tokens: Tensor) -> None:
-    """Puts the row of each text's plain step aside for MTP modules that will read it when drafting begins again.
+    """Queues the row of each sequence's undrafted step for the MTP modules, which read it when drafting resumes.
 
     Args:
         outputs: `[B, D]` of the pass.
-        tokens: `[B, A]` int64, the first is what it drew.
+        tokens: `[B, A]` int64, the first is the drawn token.
         length: `[B]` int32, the rows' positions.
-        hidden: `[B, R, D]`, receives the row as its first, as every step does.
+        hidden: `[B, R, D]`, receives the row as its first, as in every step.
         ring: `[B, W, D]`, receives it at its position modulo W.
         ring_tokens: `[B, W]` int64, the token there.
     """
@@ -97,7 +98,7 @@ def keep(outputs: Tensor, tokens: Tensor, length: Tensor, hidden: Tensor, ring: 
 
 
 def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pages: Tensor | None = None) -> None:
-    """Moves each text's committed rows' latents to the slots behind its `length` `[B]`, in all layers at once.
+    """Moves each sequence's committed rows' latents to the slots from its `length` `[B]` on, in all layers at once.
 
     Args:
         path: `[B, A]` int64.
@@ -122,7 +123,7 @@ def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pa
 
 
 def clean(caches: list[Cache], pages: Tensor) -> None:
-    """Writes zeros to pages `[n]` int64, by number from the caches' first row on, in all layers at once."""
+    """Writes zeros to pages `[n]` int64, numbered from the caches' first row, in all layers at once."""
     store, apart = caches[0].words, _distance(caches)
     expect("pages", pages, (None,), torch.int64, beside=store)
     if not runs_triton(store):
@@ -134,7 +135,7 @@ def clean(caches: list[Cache], pages: Tensor) -> None:
 
 
 def _distance(caches: list[Cache]) -> int:
-    """Returns the rows from one layer to the next."""
+    """Returns the number of rows from one layer to the next."""
     apart = caches[1].base - caches[0].base if len(caches) > 1 else 0
     if any(cache.base != caches[0].base + layer * apart for layer, cache in enumerate(caches)):
         raise ValueError("caches lie at unequal distances: those of one model's layers, in order, are expected")
@@ -145,7 +146,7 @@ def accept_reference(
     drawn: Tensor, failed: Tensor, ids: Tensor, parents: Tensor, path: Tensor, tokens: Tensor, record: Tensor,
     seen: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`accept` in plain torch, one text at a time."""
+    """`accept` in plain torch, one sequence at a time."""
     rows = parents.shape[0]
     for text in range(path.shape[0]):
         part = slice(text * rows, (text + 1) * rows)
@@ -165,7 +166,7 @@ def keep_reference(
 def commit_reference(
     caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pages: Tensor | None = None
 ) -> None:
-    """`commit` in plain torch, one text and layer at a time."""
+    """`commit` in plain torch, one sequence and layer at a time."""
     for text in range(path.shape[0]):
         slots = int(length[text]) + torch.arange(int(record[text, COUNT]), device=path.device)
         for cache in caches:
@@ -208,7 +209,7 @@ if triton is not None:
         drawn, failed, ids, parents, path, tokens, record, seen, rows, vocabulary,
         MOST: tl.constexpr, WIDE: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """One program a text."""
+        """One program per sequence."""
         follow(PDL)
         text = tl.program_id(0)
         drawn, failed, ids = drawn + text * rows, failed + text * rows, ids + text * rows
@@ -272,7 +273,7 @@ if triton is not None:
             first = store + (base + tl.program_id(0) * apart + tl.load(length + text)).to(tl.int64) * width
             source, target = row, lane
         values = tl.load(first + source[:, None] * width + column[None, :], mask=mask, other=0)
-        tl.debug_barrier()  # a slot may be read and written
+        tl.debug_barrier()  # a slot may be both read and written
         tl.store(first + target[:, None] * width + column[None, :], values, mask=mask)
 
     @triton.jit

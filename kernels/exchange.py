@@ -1,12 +1,13 @@
-"""Exchange of small tensors between GPUs of one host, in one launch: everyone writes to everyone, then waits.
+"""Exchange of small tensors between GPUs of one host in one launch: every rank writes to every rank, then waits.
 
-For the few rows of a step latency is all, and a launch of a library's collective costs several times the bytes. Here a
-program takes a stretch of the bytes: it stores it into a room of every rank, raises a flag there, waits for the flags
-that the others raise here, and puts what came in its place. No program waits for another of its own rank.
+For the few rows of a step only latency matters, and launching a library's collective costs several times the transfer.
+Here each program takes a stretch of the bytes: it stores it into a room (buffer) of every rank, raises a flag there,
+waits for the flags that the others raise here, and copies what arrived to its place. No program waits for another of
+its own rank.
 
-A program's part of a room is used by every second exchange only. A rank can be at most one exchange ahead of another,
-as it needs that one's flag, so it never overwrites what has not been read. Flags count exchanges; each program counts
-its own, on the device, so that exchanges in a CUDA graph go on where the last replay ended.
+Exchanges alternate between two parts of a room. A rank can be at most one exchange ahead of another, because it needs
+that one's flag, so it never overwrites unread data. Flags count exchanges; each program counts its own, on the device,
+so that exchanges in a CUDA graph continue where the last replay ended.
 
 Legend: `M` rows, `S` ranks.
 """
@@ -29,29 +30,29 @@ try:
 except ImportError:  # no Triton for this platform
     triton = None
 
-PROGRAMS = 128  # fewer than multiprocessors, so that none waits for another to end
+PROGRAMS = 128  # fewer than multiprocessors, so that all are resident at once
 CAPACITY = 2**14  # words of a program's part of a room
-CHUNK = 1024  # words at once
+CHUNK = 1024  # words per access
 WORD = 4  # bytes
-# looks at a flag, of about a microsecond, before a rank counts as lost
+# polls of a flag, about a microsecond each, before a rank counts as lost
 LOOKS = 30_000_000
 
 
 def room_words(size: int) -> int:
-    """Returns int32 words of a rank's room: two parts for each sender and program, and a flag."""
+    """Returns the size of a rank's room in int32 words: two parts for each sender and program, and a flag."""
     return size * PROGRAMS * (2 * CAPACITY + 1)
 
 
 @dataclass(slots=True)
 class Rooms:
-    """The rooms of all ranks, as this rank sees them.
+    """The rooms of all ranks, as mapped by this rank.
 
     Attributes:
-        rank: this one's number.
-        addresses: `[S]` int64, of each rank's room.
-        turns: `[PROGRAMS]` int32, exchanges so far, zero at first.
-        lost: `[1]` int32 in pinned memory; not zero once a rank did not answer.
-        looks: at a flag before that.
+        rank: number of this rank.
+        addresses: `[S]` int64, address of each rank's room.
+        turns: `[PROGRAMS]` int32, exchanges so far, initially zero.
+        lost: `[1]` int32 in pinned memory; nonzero once a rank has not answered.
+        looks: polls of a flag before that.
     """
 
     rank: int
@@ -69,7 +70,7 @@ def fits(tensors: Sequence[Tensor]) -> bool:
 
 
 def exchange(tensors: Sequence[Tensor], rooms: Rooms) -> list[Tensor]:
-    """Returns all ranks' tensors `[M, n]` side by side, `[M, S n]`; one or two, for which `fits` is true."""
+    """Returns all ranks' tensors `[M, n]` concatenated, `[M, S n]`; takes one or two for which `fits` is true."""
     size, first, last = rooms.addresses.shape[0], tensors[0], tensors[-1]
     outs = [x.new_empty(x.shape[0], size * x.shape[1]) for x in tensors]
     words = [x.nbytes // WORD for x in tensors]
@@ -91,7 +92,7 @@ if triton is not None:
 
     @triton.jit
     def _looked(flag, turn, looks):
-        """Returns a flag once it has come to `turn`, or after so many looks; differences outlive an overflow."""
+        """Returns a flag once it has reached `turn`, or after so many polls; differences are safe against overflow."""
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
         done = 0
         while (seen - turn < 0) & (done < looks):
@@ -112,7 +113,7 @@ if triton is not None:
         words,
         x_row,  # words of a row
         y_row,
-        each,  # words a program
+        each,  # words per program
         rank,
         looks,
         SIZE: tl.constexpr,
@@ -140,7 +141,7 @@ if triton is not None:
             for other in tl.static_range(SIZE):
                 room = tl.load(addresses + other).to(tl.pointer_type(tl.int32))
                 tl.store(room + inside, word, mask=place < end)
-        tl.debug_barrier()  # all threads' stores come before the one thread's flags
+        tl.debug_barrier()  # all threads' stores must precede the one thread's flags
         for other in tl.static_range(SIZE):
             room = tl.load(addresses + other).to(tl.pointer_type(tl.int32))
             tl.atomic_xchg(room + flags + rank * PROGRAMS + program, turn, sem="release", scope="sys")
@@ -148,7 +149,7 @@ if triton is not None:
         for sender in tl.static_range(SIZE):
             flag = own + flags + sender * PROGRAMS + program
             if _looked(flag, turn, SOON) - turn < 0:
-                # `lost` lies in the host's memory, so it is read late; after one loss nothing is waited for long
+                # `lost` is in host memory, so it is read late; after one loss no wait is long
                 if _looked(flag, turn, tl.where(tl.load(lost, volatile=True) == 0, looks, 1)) - turn < 0:
                     tl.store(lost, 1)
         tl.debug_barrier()

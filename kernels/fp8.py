@@ -1,4 +1,4 @@
-"""FP8 e4m3 with block scales, in plain torch: the reference that every kernel is compared with.
+"""FP8 e4m3 with block scales in plain torch, the reference with which every kernel is compared.
 
 Scales follow DeepSeek-V3 (2412.19437 section 3.3): activations one scale for each row and 128 channels, weights one
 for each 128x128 block; real value = stored value * scale ("scale_inv" in checkpoints). Sizes that are no multiple
@@ -17,19 +17,19 @@ from mtp_spec.kernels import ordered
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 BLOCK = 128
-VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).float().numpy()  # of every byte, NaN too
-PLACES = 128  # a factor that moves bits by e4m3's seven
-SIGN_AND_NUMBER = -0x4080  # 0xBF80: float16's bits that come from e4m3's; the sign was copied to one more
-FEW = 2**15  # numbers that a table converts in less time
-RATIO = 256.0  # of e4m3's numbers to float16's with these bits
+VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).float().numpy()  # of every byte, including NaN
+PLACES = 128  # a factor that shifts bits by seven
+SIGN_AND_NUMBER = -0x4080  # 0xBF80: float16's bits that come from e4m3; the sign was copied to one more
+FEW = 2**15  # up to here a table lookup is faster
+RATIO = 256.0  # of e4m3 values to float16 values with these bits
 
 
 def widen(x: Tensor) -> Tensor:
     """Returns e4m3 x `[...]` as float32.
 
-    torch converts e4m3 number by number on a CPU. Few numbers are looked up. Of many, bits are moved seven places up,
-    which makes them those of a float16 that is `RATIO` times smaller, subnormal ones included: integer steps and
-    conversions from float16 are vectorised, and run in torch's threads.
+    On a CPU torch converts e4m3 element by element. Few numbers are looked up in a table. Otherwise bits are shifted up
+    by seven, which gives a float16 that is `RATIO` times smaller, subnormal numbers included: integer operations and
+    conversions from float16 are vectorised and use torch's threads.
     """
     if x.device.type != "cpu":
         return x.float()
@@ -37,14 +37,14 @@ def widen(x: Tensor) -> Tensor:
         bits = x.view(torch.int8).to(torch.int16).mul_(PLACES).bitwise_and_(SIGN_AND_NUMBER)
         wide = bits.view(torch.float16).float().mul_(RATIO)
         low, high = wide.aminmax()
-        if max(-low, high) <= E4M3_MAX:  # else there is a NaN, which would be a number
+        if max(-low, high) <= E4M3_MAX:  # else there is a NaN, which would become a number
             return wide
-    values = np.take(VALUES, x.view(torch.uint8).numpy(), mode="clip")  # which leaves out a check of the indices
+    values = np.take(VALUES, x.view(torch.uint8).numpy(), mode="clip")  # skips the check of the indices
     return torch.from_numpy(np.asarray(values))
 
 
 def _to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
-    # the quotient can exceed the largest value by a rounding, which the cast would turn into NaN
+    # rounding can push the quotient past the largest value, which the cast would turn into NaN
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
@@ -55,7 +55,7 @@ def block_scale(amax: Tensor, power_of_two: bool) -> Tensor:
 
 
 def block_counts(rows: int, columns: int, block_size: int = BLOCK) -> tuple[int, int]:
-    """Returns how many blocks, and so scales, a matrix has along each axis."""
+    """Returns the number of blocks, and so of scales, along each axis of a matrix."""
     return -(-rows // block_size), -(-columns // block_size)
 
 
@@ -95,7 +95,7 @@ def weight_dequant(w: Tensor, scale: Tensor, block_size: int = BLOCK, dtype: tor
         raise ValueError(f"scales {tuple(scale.shape)} for a weight {tuple(w.shape)}: expected {expected}")
     columns_scale = scale.float().repeat_interleave(block_size, 1)[:, :columns]
     out = torch.empty(w.shape, dtype=dtype, device=w.device)
-    for block, part in enumerate(w.split(block_size)):  # a row of blocks fits the processor's cache
+    for block, part in enumerate(w.split(block_size)):  # a row of blocks fits into the processor's cache
         out[block * block_size : block * block_size + len(part)] = widen(part) * columns_scale[block]
     return out
 

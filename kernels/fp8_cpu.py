@@ -1,4 +1,4 @@
-"""FP8 weights to wider numbers and back on a CPU: bit for bit what `fp8` computes, at the pace of memory."""
+"""Converts FP8 weights to wider types and back on a CPU: bit for bit as `fp8`, at memory speed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, block_counts, block_scale, weight_dequant
 
 NANS = (0x7F, 0xFF)
-PLACES = 16  # a factor that moves e4m3's bits to those of a bfloat16
-SIGN_AND_NUMBER = -0x7810  # 0x87F0: bfloat16's bits that come from e4m3's; the sign was copied to four more
-RATIO = 2.0**120  # of e4m3's numbers, subnormal ones included, to bfloat16's with these bits
+PLACES = 16  # a factor that shifts e4m3's bits to those of a bfloat16
+SIGN_AND_NUMBER = -0x7810  # 0x87F0: bfloat16's bits that come from e4m3; the sign was copied to four more
+RATIO = 2.0**120  # of e4m3 values, subnormal ones included, to bfloat16 values with these bits
 
 
 def dequantise(
@@ -21,14 +21,14 @@ def dequantise(
     Args:
         weight: on the CPU.
         scale: float32, one for each block.
-        out: where to write; None makes a tensor of `dtype`.
+        out: the output; None makes a tensor of `dtype`.
 
     Raises:
         ValueError: the scales do not match the blocks.
     """
     rows, columns = weight.shape
     if tuple(scale.shape) != block_counts(rows, columns, block):
-        return weight_dequant(weight, scale, block, dtype)  # says what is wrong
+        return weight_dequant(weight, scale, block, dtype)  # raises with what is wrong
     out = torch.empty(rows, columns, dtype=dtype) if out is None else out
     factors = scale.float() * RATIO
     direct = out.dtype == torch.bfloat16 and out.is_contiguous() and columns % block == 0
@@ -47,8 +47,8 @@ def dequantise(
 def _times(x: Tensor, factors: Tensor, out: Tensor) -> None:
     """Writes bfloat16 x `[N, K]` times float32 factors `[C]`, one for each K / C columns, rounded once, to out.
 
-    torch's batch normalisation with mean 0 and variance 1, each factor a channel's weight: the only operation of its
-    that multiplies two types in one pass, in place of three through float32. A bias of -0 keeps the sign of a zero.
+    Uses torch's batch normalisation with mean 0 and variance 1, each factor a channel's weight: the only torch
+    operation that multiplies two types in one pass, instead of three via float32. A bias of -0 keeps a zero's sign.
     """
     channels = len(factors)
     bias, mean, variance = (torch.full((channels,), value, dtype=torch.float32) for value in (-0.0, 0.0, 1.0))
@@ -59,7 +59,7 @@ def _times(x: Tensor, factors: Tensor, out: Tensor) -> None:
 
 
 def _keeps_subnormals() -> bool:
-    """Returns whether no thread takes bfloat16's subnormal numbers for 0, as `torch.set_flush_denormal` has it do."""
+    """Returns whether all threads keep bfloat16's subnormal numbers; `torch.set_flush_denormal` makes them 0."""
     value, wide = torch.finfo(torch.bfloat16).smallest_normal / 2, torch.float32
     smallest = torch.full((torch.get_num_threads(), BLOCK), value, dtype=wide)
     found = torch.empty(smallest.shape, dtype=torch.bfloat16)

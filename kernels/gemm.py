@@ -1,15 +1,15 @@
-"""Matrix products y = a @ w.T, made for few rows: block-scaled FP8 (1x128 by 128x128) and bfloat16.
+"""Matrix products y = a @ w.T for few rows: block-scaled FP8 (1x128 by 128x128) and bfloat16.
 
 Block scales are those of the DeepSeek-V3 report (2412.19437, section 3.3). Decode, draft and verify multiply 1 to 64
-rows with matrices that are read once, so that time is bytes of weights over bandwidth:
+rows by matrices that are read once, so the time is bytes of weights over bandwidth:
 
-- Operands are swapped. wgmma wants 64 rows on one side and takes 8 to 256 on the other; the weights are the wide side.
-- K is split over programs where the matrix has too few row blocks to keep all multiprocessors reading. The last
-  program to arrive adds the parts in ascending order, so the sum does not depend on which one that was.
+- Operands are swapped. wgmma needs 64 rows on one side and takes 8 to 256 on the other; the weights are the wide side.
+- K is split over programs if the matrix has too few row blocks to keep all multiprocessors reading. The last program
+  to finish adds the parts in ascending order, so the sum does not depend on which one that was.
 - Sums leave the tensor core every 128 of K, where the scales change, and go on in float32.
 
-A row's bits depend on its own numbers only: tiles, splits and order are chosen by (N, K), never by the rows. Prefill
-takes the same kernel: more rows are more tiles, neighbours of one another so that they share weights in the cache.
+A row's bits depend only on its own numbers: tiles, splits and order are chosen by (N, K), never by the rows. Prefill
+uses the same kernel: more rows are more tiles, scheduled next to each other so that they share weights in the cache.
 
 Legend: `M` rows, `N` outputs, `K` inputs.
 """
@@ -48,14 +48,14 @@ class Launch:
     """How the product with an `[N, K]` matrix runs.
 
     Attributes:
-        tile: outputs a program, 64 or 128.
+        tile: outputs per program, 64 or 128.
         splits: parts of K. Part of the arithmetic.
         stages: steps of K in flight.
-        warps: a program.
-        unroll: blocks of 128 of K a step.
-        ahead: blocks of K that a program pulls into the cache while the kernel before it still runs.
-        call: blocks of K before its end at which a program lets the next kernel come; 0 for at once. What that kernel
-            pulls into the cache must still be there when this one ends.
+        warps: warps per program.
+        unroll: blocks of 128 of K per step.
+        ahead: blocks of K that a program prefetches into the cache while the previous kernel still runs.
+        call: blocks of K before its end at which a program lets the next kernel launch; 0 for at once. What that kernel
+            prefetches into the cache must still be there when this one ends.
     """
 
     tile: int = 64
@@ -69,13 +69,13 @@ class Launch:
 
 @lru_cache
 def default_launch(outputs: int, inputs: int, kind: str = "fp8", part: int | None = None) -> Launch:
-    """Returns what `mtp-spec bench kernels --tune` found for a shape ("fp8" or "bf16"), else a launch by rule.
+    """Returns the launch that `mtp-spec bench kernels --tune` found for a shape ("fp8" or "bf16"), else one by rule.
 
-    The rule splits K until there are two programs a multiprocessor, as long as each has four blocks of K.
+    The rule splits K until there are two programs per multiprocessor, as long as each has four blocks of K.
 
     Args:
-        part: outputs of the part of the matrix that is multiplied, where ranks share it. K is cut as for the whole, so
-            that the bits are the same; the rest may be what was found for the part.
+        part: outputs of this rank's part of the matrix, if ranks share it. K is cut as for the whole, so that the bits
+            are the same; the rest may be tuned for the part.
     """
     if part is not None and part != outputs:
         whole, own = default_launch(outputs, inputs, kind), default_launch(part, inputs, kind)
@@ -96,7 +96,7 @@ if triton is not None:
     @triton.jit(do_not_specialize=["m"])
     def _gemm_kernel(
         w_desc,  # [N, K] e4m3 or bf16, tiles [TILE, 128]
-        w,  # the same, to be pulled into the cache
+        w,  # the same, for prefetching into the cache
         a_desc,  # [M, K] e4m3 or bf16, tiles [ROWS, 128]
         w_scale,  # [ceil(N / 128), ceil(K / 128)] float32, used with SCALED
         a_scale,  # [M, ceil(K / 128)] float32, used with SCALED
@@ -130,7 +130,7 @@ if triton is not None:
                 gdc_launch_dependents()
             if AHEAD > 0 and split * tl.num_programs(0) + place < EARLY:
                 pull(w, tile * TILE, first, n, k, TILE, AHEAD)
-            gdc_wait()  # before anything is read, and before `out`, `parts` and `arrivals` are written
+            gdc_wait()  # before any read, and before `out`, `parts` and `arrivals` are written
         lane = tl.arange(0, ROWS)
         rows = row_tile * ROWS + lane
         columns = tile * TILE + tl.arange(0, TILE)
@@ -157,7 +157,7 @@ if triton is not None:
             inside = tl.arange(0, TILE)[:, None] * ROWS + lane[None, :]
             part = parts + (split * tl.num_programs(0) + place).to(tl.int64) * (TILE * ROWS)
             tl.store(part + inside, total)
-            tl.debug_barrier()  # all threads' stores come before the one thread's arrival
+            tl.debug_barrier()  # all threads' stores must precede the one thread's arrival
             if tl.atomic_add(arrivals + place, 1, sem="acq_rel") == SPLITS - 1:
                 tl.debug_barrier()
                 summed = tl.zeros((TILE, ROWS), dtype=tl.float32)
@@ -177,7 +177,7 @@ def fp8_gemm(
     dtype: torch.dtype = torch.bfloat16,
     launch: Launch | None = None,
 ) -> Tensor:
-    """Returns a @ w.T `[M, N]`; CPU tensors take the reference unless Triton interprets.
+    """Returns a @ w.T `[M, N]`; CPU tensors use the reference, except in Triton's interpreter.
 
     Args:
         a: `[M, K]` e4m3 with scales `[M, ceil(K / 128)]` float32.

@@ -1,14 +1,14 @@
-"""What every kernel's wrapper asks before it launches, and how a kernel starts while the one before still runs.
+"""Checks common to all kernel launches, and how a kernel starts while the previous one still runs.
 
-Programmatic dependent launch: a kernel launched with `late` is resident and has pulled its first weights towards the
-cache by the time the kernel before it ends. Three rules keep the order of a stream as it was:
+Programmatic dependent launch: a kernel launched with `late` is resident and has prefetched its first weights into the
+cache by the time the previous kernel ends. Three rules preserve the order of a stream:
 
 - Such a kernel calls `follow` (or `gdc_wait`) before it reads anything that an earlier kernel wrote and before it
-  writes anything at all: buffers, workspaces and arrival counts are used again by the next kernel.
-- `gdc_wait` returns when the kernel before has ended and its writes are visible. As every kernel of a chain waits,
-  that one ended after all earlier ones had. A kernel launched without the attribute waits by itself.
-- Only a prefetch may come first: it changes no value, so it does not matter who wrote the bytes, or when. And a read of
-  weights, which no kernel of a chain writes.
+  writes anything at all: buffers, workspaces and arrival counts are reused by the next kernel.
+- `gdc_wait` returns when the previous kernel has ended and its writes are visible. Every kernel of a chain waits, so
+  that kernel ended after all earlier ones. A kernel launched without the attribute waits automatically.
+- Only two things may come before the wait: a prefetch, which changes no value, whoever wrote the bytes and when; and a
+  read of weights, which no kernel of a chain writes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The first with everything that kernels use. 3.4 has the names, but its `gdc_wait` does not compile; 3.5 lacks forms of
-# Gluon. The files of kernels ask this one for `follow`, so with an older one they have no Triton either.
+# The first version with everything the kernels use. 3.4 has the names, but its `gdc_wait` does not compile; 3.5 lacks
+# parts of Gluon. The kernel files import `follow` from here, so with an older version they run without Triton too.
 OLDEST_TRITON = (3, 6)
 
 try:
@@ -32,11 +32,11 @@ try:
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
         triton = None
-except ImportError:  # none for this platform, or an old one: the references remain
+except ImportError:  # no Triton for this platform, or an old one: the references remain
     triton = None
 
-MULTIPROCESSORS = 132  # of an H100 or H200; a number of splits is part of the arithmetic, so it is fixed
-RESERVED = 11 * 1024  # bytes of a program's shared memory for other than tiles
+MULTIPROCESSORS = 132  # of an H100 or H200; fixed, because the number of splits is part of the arithmetic
+RESERVED = 11 * 1024  # bytes of a program's shared memory for purposes other than tiles
 HOPPER = (9, 0)  # the first cards that launch a kernel before its predecessor has ended
 
 
@@ -46,7 +46,7 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def triton_obstacle() -> str | None:
-    """Returns why no kernel runs on a GPU here, and what to do about it; None where they run."""
+    """Returns why no kernel runs on a GPU here, with a remedy; None if they run."""
     if triton is not None:
         return None
     try:
@@ -68,18 +68,18 @@ def described(x: Tensor, rows: int, columns: int) -> Any:
 
 
 def late(x: Tensor) -> dict[str, bool]:
-    """Returns launch options of a kernel with a constexpr PDL that may start while the one before it still runs."""
+    """Returns launch options for a kernel (with a constexpr PDL) that may start while the previous one still runs."""
     return {"PDL": True, "launch_pdl": True} if overlaps(x.device) else {"PDL": False}
 
 
 def stages_that_fit(stages: int, step: int, device: torch.device) -> int:
-    """Returns how many of `stages` steps of `step` bytes a program has room for; not part of the arithmetic."""
+    """Returns how many of `stages` steps of `step` bytes fit in shared memory; not part of the arithmetic."""
     return max(1, min(stages, (shared_memory(device) - RESERVED) // step))
 
 
 @lru_cache
 def shared_memory(device: torch.device) -> int:
-    """Returns bytes of shared memory that a program can have; Hopper's where there is no card."""
+    """Returns the bytes of shared memory that a program can have; Hopper's if there is no GPU."""
     if device.type != "cuda":
         return 227 * 1024
     number = torch.cuda.current_device() if device.index is None else device.index
@@ -96,27 +96,27 @@ if triton is not None:
 
     @triton.jit
     def follow(PDL: tl.constexpr):
-        """Lets the next kernel become resident, then waits for the one before; first statement of a late kernel."""
+        """Lets the next kernel become resident, then waits for the previous one; first statement of a late kernel."""
         if PDL:
             gdc_launch_dependents()
             gdc_wait()
 
     @triton.jit
     def call_at(block, at):
-        """Lets the next kernel become resident once `block` is `at`: a branch would break a loop's pipeline."""
+        """Lets the next kernel become resident when `block` is `at`; without a branch, which breaks pipelining."""
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.eq.s32 p, $1, $2; @p griddepcontrol.launch_dependents; mov.b32 $0, 0; }", "=r,r,r",
             [block, at], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
-    # programs that are resident before the kernel before has ended, about: later ones gain nothing from a prefetch
+    # about how many programs are resident before the previous kernel ends: later ones gain nothing from a prefetch
     EARLY: tl.constexpr = tl.constexpr(4 * MULTIPROCESSORS)
 
     @triton.jit
     def prefetch(addresses, sizes, wanted):
-        """Starts pulling `sizes` bytes at `addresses`, multiples of 16 both, into the second-level cache.
+        """Starts prefetching `sizes` bytes at `addresses`, both multiples of 16, into the L2 cache.
 
-        Where `wanted`, [N] all three: one thread after the other, so N / 32 a warp is what it costs.
+        Only where `wanted`; all three are [N]. Threads issue one after another, so a warp's cost is N / 32.
         """
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
@@ -126,7 +126,7 @@ if triton is not None:
     @triton.jit
     def pull(w, first_row, first_block, rows, k, TILE: tl.constexpr, BLOCKS: tl.constexpr):
         """Prefetches BLOCKS blocks of 128 of K of TILE rows of w [rows, k]."""
-        lane = tl.arange(0, 2 * TILE)  # every other thread has a row, so that all warps have some
+        lane = tl.arange(0, 2 * TILE)  # every other thread has a row, to spread rows over all warps
         row = tl.minimum(first_row + lane // 2, rows - 1).to(tl.int64)
         size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
         start = tl.minimum(first_block * 128, k - 16)

@@ -1,10 +1,10 @@
-"""Sums in an order of their own: the same on every processor, beside any neighbours, in any number of threads.
+"""Sums in a fixed order: the same on every processor, in any batch, with any number of threads.
 
-A library's matrix product or sum chooses its order by the shape, by the processor and by the number of threads, so a
-row may come out otherwise alone than among others. Here numbers are multiplied and added in operations of their own,
-each rounded to float32 as IEEE 754 has it, in an order that only the length of the sum decides. So what the references
-and the interpreted kernels show about rows is shown by construction, not by luck. A product takes about 2 ns by torch,
-and 0.1 ns by the CPU engine's library, which is asked where there is one: the bits are the same.
+A library's matrix product or sum chooses its order by the shape, the processor and the number of threads, so a row may
+differ alone and in a batch. Here numbers are multiplied and added in separate operations, each rounded to float32 as in
+IEEE 754, in an order that depends only on the length of the sum. So what the references and the interpreted kernels
+show about rows holds by construction, not by luck. A multiplication takes about 2 ns with torch and 0.1 ns with the CPU
+engine's library, which is used if available: the bits are the same.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 
 from mtp_spec.kernels.cpu import engine
 
-PIECE = 128  # terms that are added as a tree; pieces are added in ascending order
-NARROW = 8  # numbers of a tree from which on it is faster to add whole planes of them
-TAKEN = (torch.float32, torch.float8_e4m3fn)  # by the engine's library
-ROOM = 1 << 18  # terms at a time, which a processor's cache holds; not part of the arithmetic
+PIECE = 128  # terms that are added as a tree; pieces are then added in ascending order
+NARROW = 8  # from this many numbers of a tree on, adding whole planes is faster
+TAKEN = (torch.float32, torch.float8_e4m3fn)  # dtypes that the engine's library takes
+ROOM = 1 << 18  # terms at a time, to fit a processor's cache; not part of the arithmetic
 
 
 def products(x: Tensor, w: Tensor) -> Tensor:
     """Returns float32 x `[..., M, K]` @ w `[..., N, K]`.mT, `[..., M, N]`."""
-    if x.device.type != "cpu":  # there a reference is compared within a tolerance
+    if x.device.type != "cpu":  # there the reference is compared within a tolerance
         return x @ w.mT
     if (library := _compiled(x, w)) is not None:
         return _products(library, x, None, w, None)
@@ -43,7 +43,7 @@ def products(x: Tensor, w: Tensor) -> Tensor:
 
 
 def scaled_products(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor | None:
-    """Returns what `fp8.fp8_gemm` does, or None where the compiled engine is not there.
+    """Returns what `fp8.fp8_gemm` does, or None without the compiled engine.
 
     Args:
         x: e4m3 `[M, K]`.
@@ -76,8 +76,8 @@ def softmax(x: Tensor) -> Tensor:
 def by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Returns an elementwise function of x `[..., K]`, called for one row at a time.
 
-    torch has functions such as exp in two forms, one for whole vectors of the processor and one for the few numbers
-    left over, that may differ in the last bit. Rows beside a number must not decide which form it gets.
+    torch implements functions such as exp in two forms, for whole vectors and for the remaining numbers, which may
+    differ in the last bit. Other rows must not decide which form a number gets.
     """
     if x.device.type != "cpu":
         return function(x)
@@ -85,7 +85,7 @@ def by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _compiled(*given: Tensor) -> engine.Library | None:
-    """Returns the engine's library if it is there and can take these float32 or e4m3 tensors."""
+    """Returns the engine's library if it exists and takes these float32 or e4m3 tensors."""
     for one in given:
         if one.device.type != "cpu" or one.dtype not in TAKEN or not one.numel() or one.requires_grad:
             return None
@@ -94,12 +94,12 @@ def _compiled(*given: Tensor) -> engine.Library | None:
 
 @cache
 def _library(switch: str | None) -> engine.Library | None:
-    """Returns the engine's library unless the switch, or this machine, has none; asking the processor takes long."""
+    """Returns the engine's library unless switched off or unavailable; cached, since asking the processor is slow."""
     return None if engine.why_not() else engine.library()
 
 
 def _products(library: engine.Library, x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor | None) -> Tensor:
-    """Returns `products`, scaled if there are scales, by the engine's library."""
+    """Returns `products`, scaled if there are scales, computed by the engine's library."""
     (*lead, rows, length), (*others, columns, depth) = x.shape, w.shape
     if length != depth:
         raise ValueError(f"rows of {length} numbers cannot be multiplied with rows of {depth}")
@@ -129,7 +129,7 @@ def _ascending(pieces: Iterable[Tensor]) -> Tensor:
 
 
 def _tree(x: Tensor) -> Tensor:
-    """Returns the sums over the last dimension: halves are added, zeros after the end, until one number is left."""
+    """Returns the sums over the last dimension: halves, zero-padded, are added until one number is left."""
     size = 1 << (x.shape[-1] - 1).bit_length()
     if size != x.shape[-1]:
         x = F.pad(x, (0, size - x.shape[-1]))

@@ -1,10 +1,10 @@
 """Fused steps before a product: norm, activation and residual in one pass with the 1x128 quantisation of FP8.
 
-Before a product in bfloat16 or float16 the same steps end without it.
+Before a product in bfloat16 or float16 the same steps skip the quantisation.
 
-Each has its plain-torch reference beside it. One program works on one row (or one stretch of it), so a row's bits do
-not depend on its neighbours. Scales as in `fp8.act_quant`; with `power_of_two` they are rounded up to a power of two,
-as DeepSeek-V3.1's "ue8m0" format wants them.
+Each has its plain-torch reference in this file. One program works on one row (or one stretch of it), so a row's bits do
+not depend on other rows. Scales as in `fp8.act_quant`; with `power_of_two` they are rounded up to a power of two, as in
+DeepSeek-V3.1's "ue8m0" format.
 
 Legend: `M` rows, `D` channels, `B` = ceil(D / 128) blocks.
 """
@@ -28,8 +28,8 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-STRETCH = 1024  # channels a program of the elementwise kernels
-# what a product takes on its left: e4m3 with scales for FP8 weights, or the type of the weights
+STRETCH = 1024  # channels per program of the elementwise kernels
+# left operand of a product: e4m3 with scales for FP8 weights, or a tensor of the weights' type
 Operand = Tensor | tuple[Tensor, Tensor]
 
 
@@ -51,7 +51,7 @@ def rms_norm_quant(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns RMSNorm(x + residual) in x's dtype and the sum x + residual, `[M, D]` both."""
+    """Returns RMSNorm(x + residual) in x's dtype and the sum x + residual, both `[M, D]`."""
     _check_norm(x, weight, residual)
     if not runs_triton(x):
         return rms_norm_reference(x, weight, eps, residual)
@@ -139,7 +139,7 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def _halves(gate_up: Tensor) -> tuple[int, int]:
-    """Returns rows and channels of gate and up beside each other."""
+    """Returns the rows, and the channels of gate and of up, which lie side by side."""
     expect("gate_up", gate_up, (None, None), FLOATS)
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up is {list(gate_up.shape)}: gate and up of one size beside each other are expected")
@@ -183,12 +183,12 @@ if triton is not None:
 
     @triton.jit
     def block_scaled(values, LARGEST: tl.constexpr, POWER: tl.constexpr = False):
-        """Returns values [N, 128] float32 scaled into e4m3's range, and the scales [N]; NaN of NaN and infinity."""
+        """Returns values [N, 128] float32 scaled to e4m3's range, and scales [N]; NaN for NaN and infinity."""
         scale = tl.max(tl.abs(values), axis=1) / LARGEST
         if POWER:
             scale = tl.exp2(tl.ceil(tl.log2(scale)))
         scale = tl.where(scale > 0, scale, 1.0)
-        # the quotient can exceed the largest value by a rounding
+        # rounding can push the quotient past the largest value
         every: tl.constexpr = tl.PropagateNan.ALL
         least = tl.maximum(values / scale[:, None], -LARGEST, propagate_nan=every)
         return tl.minimum(least, LARGEST, propagate_nan=every), scale
@@ -198,7 +198,7 @@ if triton is not None:
         values, row, first, quantised, scales, channels, blocks,
         SIZE: tl.constexpr, POWER: tl.constexpr, LARGEST: tl.constexpr,
     ):  # fmt: skip
-        """Quantises values [SIZE] float32, channels `first` and on of a row, by blocks of 128."""
+        """Quantises values [SIZE] float32, a row's channels from `first` on, by blocks of 128."""
         scaled, scale = block_scaled(tl.reshape(values, (SIZE // 128, 128)), LARGEST, POWER)
         block = first // 128 + tl.arange(0, SIZE // 128)
         tl.store(scales + row * blocks + block, scale, mask=block < blocks)

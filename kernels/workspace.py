@@ -1,14 +1,14 @@
-"""Room that launches need beside their operands and outputs: partial results, and counts of arrivals.
+"""Buffers (rooms) that launches need besides operands and outputs: partial results, and counts of arrivals.
 
-One room for each use and device, made when it is first needed and kept until the process ends. Its lifetime:
+There is one room for each use and device, made when first needed and kept until the process ends. Its lifetime:
 
-- A captured CUDA graph holds the address of its room and writes there at every replay. So room that was handed out is
-  never freed, moved or resized. A launch that needs more gets a new one; the old one stays for the graphs that know it.
-- Room is not made while a graph is captured: it would belong to the graph's memory, and counts would be zeroed by
-  replays, not now. What is captured therefore runs once before, at the same sizes; else this is an error.
-- A room is everybody's on its device: of all models, layers and graphs. That is sound because launches follow one
-  another on one stream (`launching` for kernels that overlap), and nothing is kept in a room from one operation to the
-  next. Counts are zero when a room is made, and every kernel that counts leaves zeros behind.
+- A captured CUDA graph holds the address of its room and writes there at every replay. So a room in use is never freed,
+  moved or resized. A launch that needs more gets a new one; the old one stays for the graphs that use it.
+- No room is made during capture: it would belong to the graph's memory, and counts would be zeroed by replays, not now.
+  So the captured work must run once before, at the same sizes; else this is an error.
+- All models, layers and graphs on a device share a room. That is sound because launches follow one another on one
+  stream (`launching` for kernels that overlap), and no data stays in a room from one operation to the next. Counts are
+  zero when a room is made, and every kernel that counts resets them to zero.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 
 class Workspace:
-    """Room of one dtype for one use, on every device where it is asked for.
+    """Rooms of one dtype for one use, one per device.
 
     Args:
         dtype: of its numbers.
-        zeros: whether a new room holds zeros, for counts; else it holds anything.
-        least: numbers that a room has at least.
+        zeros: whether a new room holds zeros, for counts; else it is uninitialised.
+        least: least size of a room, in numbers.
     """
 
     def __init__(self, dtype: torch.dtype, zeros: bool = False, least: int = 1) -> None:
@@ -31,10 +31,10 @@ class Workspace:
         self._rooms: dict[torch.device, list[Tensor]] = {}
 
     def room(self, device: torch.device, count: int) -> Tensor:
-        """Returns `count` numbers or more, `[.]`; the same ones at every call, until a call needs more.
+        """Returns a buffer of `count` numbers or more, `[.]`; the same at every call, until a call needs more.
 
         Raises:
-            RuntimeError: there is not enough room, and a CUDA graph is being captured.
+            RuntimeError: the room is too small, and a CUDA graph is being captured.
         """
         rooms = self._rooms.setdefault(device, [])
         if not rooms or rooms[-1].numel() < count:

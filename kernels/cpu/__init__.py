@@ -1,4 +1,4 @@
-"""The CPU engine: a whole pass of a model as one call of C, with the same bits on every processor.
+"""The CPU engine: a whole forward pass as one call of C, with the same bits on every processor.
 
-`engine` calls it, `reference` says in NumPy what each operation computes, to the last bit, and `build` compiles it.
+`engine` calls it, `reference` defines each operation in NumPy, to the last bit, and `build` compiles it.
 """

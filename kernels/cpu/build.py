@@ -1,7 +1,7 @@
-"""Compiles the CPU engine with Zig's C compiler, which the package index has for every platform.
+"""Compiles the CPU engine with Zig's C compiler, which is on the package index for every platform.
 
-Run by setup.py; by hand, `python kernels/cpu/build.py` compiles into this folder. No compiler is needed where a wheel
-is installed, and none of the system's ever: the flags that fix the order of sums are clang's.
+Run by setup.py; by hand, `python kernels/cpu/build.py` compiles into this folder. An installed wheel needs no compiler,
+and the system's compiler is never used: the flags that fix the order of sums are clang's.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {"avx2": ("-mcpu=x86_64_v3",), "avx512": ("-mcpu=x86_64_v4", "-mprefer-vector-width=512")},
     "aarch64": {"neon": ()},
 }
-# as Python names a machine -> as Zig does
+# Python's name of a machine -> Zig's
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 TARGETS = {"linux": "{}-linux-gnu.2.17", "darwin": "{}-macos", "win32": "{}-windows-gnu"}
 NAMES = {"linux": "libengine.so", "darwin": "libengine.dylib", "win32": "engine.dll"}
 
 
 def library_name(system: str = sys.platform) -> str:
-    """Returns the file's name on a system as `sys.platform` calls it."""
+    """Returns the library's file name on a system, named as in `sys.platform`."""
     return NAMES.get(system, NAMES["linux"])
 
 
@@ -46,7 +46,7 @@ def build(folder: Path = HERE, machine: str = platform.machine(), system: str = 
     """Compiles the engine; returns the library's file.
 
     Raises:
-        RuntimeError: the compiler failed; what it printed.
+        RuntimeError: the compiler failed; includes its output.
     """
     name, out = MACHINES[machine.lower()], folder / library_name(system)
     compiler = [sys.executable, "-m", "ziglang", "cc", "-target", TARGETS[system].format(name)]

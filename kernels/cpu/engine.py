@@ -1,7 +1,7 @@
-"""Calls the compiled engine; see lanes.h for the order of its sums and phases.h for a pass.
+"""Calls the compiled engine; see lanes.h for the order of its sums and phases.h for a forward pass.
 
-The library holds the same source for several kinds of processors, which differ in speed and not in a bit. Where there
-is no library, or the processor lacks fused multiply-add, `why_not` says so and the models run by torch.
+The library holds the same source compiled for several kinds of processors, which differ in speed but not in results.
+If there is no library, or the processor lacks fused multiply-add, `why_not` says so and the models run in torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LANES = 16
 
 
 class MatrixStruct(Structure):
-    """A matrix as products.h has it."""
+    """A matrix, as in products.h."""
 
     _fields_ = (
         ("kind", c_int64), ("rows", c_int64), ("columns", c_int64), ("block_rows", c_int64), ("block_columns", c_int64),
@@ -37,7 +37,7 @@ class MatrixStruct(Structure):
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A stored matrix `[N, K]`, contiguous; FP8 with float32 scales of blocks."""
+    """A stored matrix `[N, K]`, contiguous; FP8 with float32 block scales."""
 
     data: Tensor
     scale: Tensor | None = None
@@ -55,14 +55,14 @@ class Matrix:
                 raise ValueError(f"scales of shape {list(expected)} in float32 are expected")
 
     def struct(self) -> MatrixStruct:
-        """Returns what the library takes; it does not keep the tensors alive."""
+        """Returns the library's structure, which does not keep the tensors alive."""
         rows, columns = self.data.shape
         scale = None if self.scale is None else self.scale.data_ptr()
         return MatrixStruct(KINDS[self.data.dtype], rows, columns, *self.block, self.data.data_ptr(), scale)
 
 
 class LayerStruct(Structure):
-    """A layer as pass.h has it."""
+    """A layer, as in pass.h."""
 
     _fields_ = (
         *((name, MatrixStruct) for name in ("q_a", "kv_a", "q_b", "kv_b", "o", "router", "gate", "up", "down")),
@@ -72,13 +72,13 @@ class LayerStruct(Structure):
 
 
 class ModuleStruct(Structure):
-    """What an MTP module has besides its layer."""
+    """The parts of an MTP module other than its layer."""
 
     _fields_ = (("mix", MatrixStruct), ("embedding_norm", c_void_p), ("hidden_norm", c_void_p), ("norm", c_void_p))
 
 
 class RoutingStruct(Structure):
-    """How experts are chosen, as layers.h has it."""
+    """How experts are chosen, as in layers.h."""
 
     _fields_ = (
         *((name, c_int64) for name in
@@ -88,7 +88,7 @@ class RoutingStruct(Structure):
 
 
 class ModelStruct(Structure):
-    """A model as pass.h has it."""
+    """A model, as in pass.h."""
 
     _fields_ = (
         *((name, c_int64) for name in (
@@ -105,7 +105,7 @@ EXCHANGE = CFUNCTYPE(c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64)
 
 
 class PassStruct(Structure):
-    """A pass as pass.h has it."""
+    """A forward pass, as in pass.h."""
 
     _fields_ = (
         ("model", POINTER(ModelStruct)),
@@ -120,7 +120,7 @@ class PassStruct(Structure):
 
 
 class HeadStruct(Structure):
-    """Logits of hidden states, as pass.h has it."""
+    """Logits of hidden states, as in pass.h."""
 
     _fields_ = (
         ("head", MatrixStruct), ("hidden", c_void_p), ("logits", c_void_p), ("rows", c_int64),
@@ -151,7 +151,7 @@ class Library:
 
 @cache
 def _loaded() -> ctypes.CDLL | str:
-    """Returns the library, or why there is none."""
+    """Returns the library, or the reason why there is none."""
     file = Path(HERE) / library_name()
     if not file.is_file():
         return "the CPU engine was not compiled when this package was installed"
@@ -196,6 +196,6 @@ def _library(level: str) -> Library:
 
 
 def library(level: str | None = None) -> Library:
-    """Returns the engine, at the fastest level unless another is asked for; one is here, even if switched off since."""
+    """Returns the engine at a level, by default the fastest; it must exist, even if it was switched off since."""
     wanted = level or os.environ.get(SWITCH, "auto")
     return _library(wanted if wanted in levels() else levels()[0])

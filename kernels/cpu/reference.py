@@ -1,7 +1,7 @@
-"""What the engine computes, in NumPy and to the last bit: the reference that every kernel is compared with.
+"""NumPy reference of the engine, exact to the last bit, with which every kernel is compared.
 
-The order of every sum is the one that lanes.h fixes. A fused multiply-add rounds once; NumPy has none, so it is made of
-float64, where the product of two float32 is exact: see `fused`. NaN is NaN here whatever its bits.
+Every sum has the order that lanes.h fixes. A fused multiply-add rounds once; NumPy has none, so it is emulated in
+float64, where the product of two float32 is exact: see `fused`. All NaN count as equal, whatever their bits.
 
 Legend: `R` rows, `N` and `K` rows and columns of a matrix, `Q` queries, `T` slots, `W` width of a cached latent,
 `C` columns of it that are values, `E` experts. Arrays are float32 unless stated otherwise.
@@ -22,12 +22,12 @@ from mtp_spec.kernels.cpu.engine import LANES, Matrix
 Array = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int32]
 
-GROUP = 64  # columns of FP8 that the lanes share out in an order of their own; those beyond the last count as zero
-# Of such a group the column that lane j % 16 adds in step j // 16; columns of other types are in order. The one place
-# that says so: whatever changes it in lanes.h changes it here.
+GROUP = 64  # columns of FP8 that the lanes share in a special order; those beyond the last count as zero
+# Entry j is the column of such a group that lane j % 16 adds in step j // 16; columns of other types are in order. Keep
+# in step with lanes.h: nothing else defines this order.
 FP8_ORDER = np.arange(GROUP).reshape(2, LANES, 2).transpose(0, 2, 1).ravel()
-FP8_AFTER = np.float32(2.0**8)  # sums of codes, whose values are taken times 2^-8
-TINY = np.float32(1e-20)  # added to the sum that weights of experts are divided by
+FP8_AFTER = np.float32(2.0**8)  # undoes the factor 2^-8 of widened codes
+TINY = np.float32(1e-20)  # added to the sum by which experts' weights are divided
 SOFTMAX, SIGMOID = 0, 1
 GREEDY, GROUP_MAX, GROUP_TWO = 0, 1, 2
 
@@ -43,12 +43,12 @@ def fused(a: Any, b: Any, c: Any) -> Array:
         product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
         addend = np.asarray(c, np.float64)
         total = np.asarray(product + addend)
-        # what the rounding of this sum left (Knuth's TwoSum); nothing here is near float64's limits
+        # rounding error of this sum (Knuth's TwoSum); nothing here is near float64's limits
         back = total - product
         error = (product - (total - back)) + (addend - back)
         bits = total.view(np.int64)
         wants = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
-        # bits count magnitudes: one up where the error points away from zero, else one down
+        # bits order magnitudes: one up if the error points away from zero, else one down
         step = np.where((error > 0) == (total > 0), 1, -1)
         return (bits + np.where(wants, step, 0)).view(np.float64).astype(np.float32)
 
@@ -78,7 +78,7 @@ def dot(x: Array, w: Array, order: npt.NDArray[np.int64] | None = None) -> Array
 
 
 def axpy(p: Array, w: Array, y: Array) -> Array:
-    """Returns y `[R, C]` plus p `[R, T]` times w `[T, C]`: one sum for each output, over the rows in their order."""
+    """Returns y `[R, C]` plus p `[R, T]` times w `[T, C]`: one sum per output, over the rows of w in order."""
     for t in range(len(w)):
         y = fused(p[:, t, None], w[t], y)
     return y
@@ -87,7 +87,7 @@ def axpy(p: Array, w: Array, y: Array) -> Array:
 def widen(matrix: Matrix) -> Array:
     """Returns a matrix's stored numbers `[N, K]`, those of FP8 times 2^-8 and without their scales.
 
-    A code of FP8 is moved to where float16 has its bits. That makes 480 of the code of NaN: the loader refuses those.
+    An FP8 code is shifted to float16's bit positions. This turns the code of NaN into 480: the loader refuses NaN.
     """
     if matrix.data.dtype == torch.float8_e4m3fn:
         codes = matrix.data.view(torch.int8).numpy().astype(np.int16)
@@ -98,7 +98,7 @@ def widen(matrix: Matrix) -> Array:
 def product(matrix: Matrix, first: int, end: int, x: Array) -> Array:
     """Returns `[R, end - first]`: rows x `[R, K]` times the matrix's rows from `first` to `end` - 1.
 
-    FP8: a row is multiplied with the scales of its columns first, once for every block of the matrix's rows.
+    FP8: a row of x is first multiplied by the scales of its columns, once for every block of the matrix's rows.
     """
     stored = widen(matrix)
     if matrix.scale is None:
@@ -148,7 +148,7 @@ def exponential(x: Any) -> Array:
 
 
 def soften(scores: Array, scale: float) -> tuple[Array, np.float32]:
-    """Returns weights `[T]` of scores `[T]` that still want to be divided by their sum, and 1 / sum."""
+    """Returns unnormalised softmax weights `[T]` of scores `[T]`, and 1 / their sum."""
     factor = np.float32(scale)
     with np.errstate(all="ignore"):
         highest = np.fmax.reduce(scores)
@@ -160,10 +160,10 @@ def soften(scores: Array, scale: float) -> tuple[Array, np.float32]:
 
 
 def attend(q: Array, latents: Array, slots: Sequence[int], values: int, scale: float) -> Array:
-    """Returns `[Q, C]` weighted latents that one row's queries q `[Q, W]`, one a head, get.
+    """Returns the attention-weighted latents `[Q, C]` for one row's queries q `[Q, W]`, one per head.
 
     Args:
-        latents: `[slots in all, W]`, in order of position.
+        latents: `[all slots, W]`, in order of position.
         slots: T slots that the row sees, in the order in which it reads them: its run, then further ones.
         values: C, the first columns of a latent.
     """
@@ -214,10 +214,10 @@ class Routing:
 
 
 def choose(routing: Routing, logits: Array, bias: Array | None) -> tuple[Index, Array]:
-    """Returns a row's experts in ascending order and their weights; of equals the lower number is taken.
+    """Returns a row's experts in ascending order and their weights; of equal scores the lower number wins.
 
-    NaN compares as no greater and no less: an expert whose score is NaN is taken if it is the first that is open. Where
-    a logit or a bias is NaN or infinite, all weights are NaN.
+    NaN compares as neither greater nor less: an expert whose score is NaN is taken if it is the first one left. If a
+    logit or a bias is NaN or infinite, all weights are NaN.
 
     Args:
         logits: `[E]` of the gate.
@@ -234,7 +234,7 @@ def choose(routing: Routing, logits: Array, bias: Array | None) -> tuple[Index, 
     if routing.method != GREEDY and routing.groups != routing.kept_groups:
         worth = [_worth(routing, part) for part in choice.reshape(routing.groups, -1)]
         left = set(range(routing.groups))
-        for _ in range(routing.groups - routing.kept_groups):  # the worst go; of equals the higher number
+        for _ in range(routing.groups - routing.kept_groups):  # drop the worst; of equals the higher number
             worst = max(left)
             for group in sorted(left, reverse=True):
                 worst = worst if worth[group] >= worth[worst] else group
@@ -260,7 +260,7 @@ def choose(routing: Routing, logits: Array, bias: Array | None) -> tuple[Index, 
 
 
 def _worth(routing: Routing, choice: Array) -> np.float32:
-    """Returns what a group of experts is chosen by: its best, or the sum of its two best."""
+    """Returns the score of a group of experts: its best, or the sum of its two best."""
     first = second = np.float32(-np.inf)
     for value in choice:
         if value > first:

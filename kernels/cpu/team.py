@@ -1,8 +1,8 @@
-"""Threads that help with the engine's passes.
+"""Helper threads for the engine's forward passes.
 
-They are Python's, so that no system's own are needed, and spend their time in one call of the library, without Python's
-lock. After some milliseconds without work they sleep. Who calls never waits for them to wake up: a pass is divided into
-pieces that whoever is there takes (team.h).
+They are Python threads, so that no system's thread library is needed, and stay inside one call of the engine, without
+the GIL. After some milliseconds without work they sleep. The caller never waits for them to wake up: a pass is divided
+into pieces that any available thread takes (team.h).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from contextlib import contextmanager
 
 from mtp_spec.kernels.cpu.engine import Library, library
 
-PATIENCE = 6000  # looks at nothing to do before a helper sleeps: some milliseconds
+PATIENCE = 6000  # polls without work before a helper sleeps: some milliseconds
 
 
 class Team:
     """The helpers of this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a model may be collected in the middle of another's call
+        self._lock = threading.RLock()  # a model may be garbage collected during another's call
         self._helpers: list[_Helper] = []
         self._calling, self._released = False, list[object]()
 
     @contextmanager
     def called(self, threads: int) -> Iterator[int]:
-        """Yields how many threads a call may use: `threads`, or one while another call has the helpers."""
+        """Yields the number of threads a call may use: `threads`, or one while another call uses the helpers."""
         if threads == 1 or self._calling or not self._lock.acquire(blocking=False):
             yield 1
             return
@@ -46,17 +46,17 @@ class Team:
             self._lock.release()
 
     def release(self, *things: object) -> None:
-        """Lets go of memory that passes were given, once no helper looks at it any more."""
+        """Releases memory that passes used, once no helper reads it any more."""
         with self._lock:
             self._released += things
             if self._calling:
-                return  # by the call that goes on
+                return  # the call in progress will do it
             if self._helpers:
                 library().rest()
             self._released.clear()
 
     def forget(self) -> None:
-        """After a fork: the helpers are the parent's."""
+        """Resets after a fork: the helpers belong to the parent."""
         if self._helpers:
             library().forked()
         self._lock, self._helpers, self._calling = threading.RLock(), [], False

@@ -1,6 +1,6 @@
-"""Multi-head latent attention over a cache of latents: `attention` has the launches, `plan` what they are told.
+"""Multi-head latent attention over a latent cache: `attention` has the launches, `plan` their parameters.
 
-What other folders call is named here.
+Names used by other folders are exported here.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Multi-head latent attention over a cache, for the rows of a decode, draft, verify or prefill pass.
 
-DeepSeek-V2 (2405.04434, section 2.1) in the absorbed form: queries and values live in the latent space, so a token is
-C + R cached numbers however many heads there are. One pass over the cache serves every node of a tree: rows are
+DeepSeek-V2 (2405.04434, section 2.1) in the absorbed form: queries and values live in the latent space, so a token
+takes C + R cached numbers, whatever the number of heads. One pass over the cache serves every node of a tree: rows are
 (node, head) pairs, the context is split over the multiprocessors, and a node sees the committed slots and its own
 ancestors. Five launches: prepare (norms, rotation, cache write), absorb, attend, combine, up.
 
-How a context is cut depends on positions alone (`kernels.split_of`), so a row's bits are those of plain decoding.
+How a context is split depends only on positions (`kernels.split_of`), so a row's bits are those of plain decoding.
 
-Legend: `B` texts, `E` rows of each, `M` = B E rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C`
+Legend: `B` sequences, `E` rows of each, `M` = B E rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C`
 kv_lora_rank, `W` = C + R, `V` v_head_dim, `A` columns of the ancestor table, `S` splits.
 """
 
@@ -45,14 +45,14 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-PARTS_BYTES = 256 * 2**20  # most room for partial results; more rows are attended in turns
+PARTS_BYTES = 256 * 2**20  # memory limit for partial results; more rows are attended in several turns
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
-COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns a program
-WARPS = 8  # a program of `attend` but for Hopper's; no part of the arithmetic
-# there: tiles in flight and keys a step, by the least bytes of shared memory that a program must have for them
+COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns per program
+WARPS = 8  # per program of `attend`, except Hopper's; not part of the arithmetic
+# on Hopper: tiles in flight and keys per step, by the shared memory per program that they need
 STEPS = ((220 * 1024, 2, KEYS), (120 * 1024, 1, KEYS // 2), (0, 1, KEYS // 4))
-GATHERED = 16  # keys a program that brings tails into order
-ROW_TILE = 16  # rows of the small products of a head
+GATHERED = 16  # keys per program when tails are put in order
+ROW_TILE = 16  # rows of the small products per head
 
 
 def prepare(
@@ -73,7 +73,7 @@ def prepare(
         q_norm: `[Q]`, or None without query LoRA.
         kv_norm: `[C]`.
         table: `[L, 2, R]` float32, `model.rope.rope_table`.
-        quantise: return the query's latent as e4m3 with scales, else as `down` is.
+        quantise: return the query's latent as e4m3 with scales, else in the dtype of `down`.
     """
     rows, columns = down.shape
     q_rank = columns - head.width
@@ -98,9 +98,9 @@ def prepare(
 
 
 def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, plan: Plan, head: Head) -> Tensor:
-    """Returns queries in the latent space `[M, head.padded, W]` as q: q_nope @ W_UK beside the rotated q_rope.
+    """Returns queries in the latent space `[M, head.padded, W]`, dtype as q: q_nope @ W_UK, then the rotated q_rope.
 
-    Heads past H are there for `attend`'s tiles and hold anything.
+    Heads past H pad `attend`'s tiles; their contents are arbitrary.
 
     Args:
         q: `[M, H (N + R)]` bf16 or fp16, columns contiguous.
@@ -125,7 +125,7 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, qua
 
     Args:
         context: `[M, H, C]` bf16 or fp16.
-        quantise: return e4m3 with scales `[M, ceil(H V / 128)]`, else as `context` is.
+        quantise: return e4m3 with scales `[M, ceil(H V / 128)]`, else the dtype of `context`.
     """
     if not runs_triton(context):
         return up_reference(context, kv_b, kv_b_scale, head, quantise)
@@ -133,7 +133,7 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, qua
     whole = quantise and head.value % BLOCK == 0
     out = context.new_empty(rows, columns, dtype=E4M3 if whole else context.dtype)
     scales = context.new_empty(rows if whole else 0, -(-columns // BLOCK), dtype=torch.float32)
-    # a whole block of the next product's scales, or half of it: then twice as many programs read
+    # a whole block of the next product's scales, or half of one, so that twice as many programs read
     values = BLOCK if whole else BLOCK // 2
     row_kernels._up_kernel[(head.heads, -(-head.value // values))](
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads, N=head.nope,
@@ -147,14 +147,14 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, qua
 
 
 def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
-    """Returns the attention-weighted latents `[M, H, C]` as q.
+    """Returns the attention-weighted latents `[M, H, C]`, dtype as q.
 
     Args:
         q: `[M, head.padded, W]` bf16 or fp16, from `absorb`.
-        cache: with the rows' own latents in it.
+        cache: the cache, which already holds the rows' own latents.
 
     Raises:
-        ValueError: shapes, or sizes that are no power of two.
+        ValueError: wrong shapes, or sizes that are not powers of two.
     """
     _check(q, cache, plan, head)
     if not runs_triton(q):
@@ -171,7 +171,7 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
 
 
 def room_bytes(capacity: int, head: Head, rows: int, texts: int = 1) -> int:
-    """Returns bytes that `attend` keeps for passes of up to `rows` rows of up to `texts` texts over caches of
+    """Returns the bytes that `attend` keeps for passes of up to `rows` rows of up to `texts` sequences over caches of
     `capacity` slots."""
     splits = split_of(capacity - 1) + 1
     pairs = min(_pairs(rows, head) + (texts - 1) * TILE, max(_at_once(splits, head) + TILE, _pairs(1, head)))
@@ -207,7 +207,7 @@ def _attend(
     else:
         sums = parts[: splits * padded * head.latent].view(-1, head.latent)
         latents, ropes, scales = cache.parts
-        # a scale's latents at a time: all of them would not fit into the registers beside the sums
+        # one scale's latents at a time: all of them would not fit into the registers together with the sums
         width = min(head.latent, BLOCK) if packed else head.latent
         stages, block = next(step for least, *step in STEPS if shared_memory(q.device) >= least)
         kernels._attend_kernel[(tiles * splits,)](
@@ -225,13 +225,13 @@ def _attend(
 
 
 def on_hopper(device: torch.device) -> bool:
-    """Whether the device is a GPU with Hopper's warpgroups."""
+    """Whether the device is a Hopper GPU, which has warpgroups."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER[0]
 
 
 @lru_cache
 def _hopper() -> Any:
-    """Returns the Gluon kernel's module, or None where this Triton has no Gluon for Hopper."""
+    """Returns the Gluon kernel's module, or None if this Triton has no Gluon for Hopper."""
     try:
         from mtp_spec.kernels.mla import hopper
     except ImportError:
@@ -270,22 +270,22 @@ def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
 
 
 def _where(plan: Plan) -> tuple[Tensor, Tensor, int]:
-    """Returns lengths, pages and how many a text has, as kernels take them; without pages these are unused."""
+    """Returns lengths, pages and pages per sequence, as kernels take them; without pages these are unused."""
     return (plan.length, plan.length, 0) if plan.pages is None else (plan.length, plan.pages, plan.pages.shape[1])
 
 
 def _pairs(rows: int, head: Head) -> int:
-    """Returns node-head pairs in whole tiles."""
+    """Returns the number of node-head pairs, in whole tiles."""
     return -(-rows * head.padded // TILE) * TILE
 
 
 def _at_once(splits: int, head: Head) -> int:
-    """Returns node-head pairs whose partial results fit."""
+    """Returns the number of node-head pairs whose partial results fit."""
     return PARTS_BYTES // (splits * head.latent * 2)
 
 
 def _turns(plan: Plan, head: Head, splits: int) -> Iterator[tuple[slice, Plan]]:
-    """Yields parts of a pass whose partial results fit: some texts at once, or some rows of one."""
+    """Yields parts of a pass whose partial results fit: some sequences at once, or some rows of one."""
     fit, each = _at_once(splits, head), _pairs(plan.each, head)
     texts, rows = max(1, fit // each), plan.each if fit >= each else max(1, fit // head.padded)
     for first in range(0, plan.texts, texts):

@@ -1,9 +1,9 @@
 """The latent cache of multi-head latent attention: bfloat16 or float16, or packed with FP8 latents.
 
-A packed row is laid out as FlashMLA's FP8 cache of DeepSeek-V3.2: latents in e4m3, a float32 scale for every 128 of
-them, and the rotated part in bfloat16, whose errors would grow with the distance of two tokens. Scales are powers of
-two, so a latent comes back in bfloat16 without a second rounding. It is rounded once, when it is written; whoever
-reads it, be it to decode, verify or draft, reads the same number.
+A packed row is laid out as in FlashMLA's FP8 cache of DeepSeek-V3.2: latents in e4m3, a float32 scale for every 128 of
+them, and the rotated part in bfloat16, because its errors would grow with the distance of two tokens. Scales are powers
+of two, so a latent is restored in bfloat16 without a second rounding. It is rounded once, when it is written; decode,
+verify and draft all read the same number.
 
 Legend: `C` kv_lora_rank, `R` qk_rope_head_dim, `W` = C + R.
 """
@@ -18,19 +18,19 @@ from torch import Tensor
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, act_quant
 
 KEYS = 64  # keys a block
-TAIL = 2 * KEYS  # room for the last keys of a node: what committed slots leave of a block, and its ancestors
+TAIL = 2 * KEYS  # slots for a node's last keys: committed slots past the last whole block, and its ancestors
 ALIGNED = 16  # bytes, to which TMA wants every part of a row
 WORD = torch.int32
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a token's row holds: C latents and R numbers of the rotated part."""
+    """Layout of a token's row: C latents and R numbers of the rotated part."""
 
     latent: int
     rope: int
     packed: bool = False
-    dtype: torch.dtype = torch.bfloat16  # of what is not packed
+    dtype: torch.dtype = torch.bfloat16  # of the unpacked parts
 
     @property
     def width(self) -> int:
@@ -39,14 +39,14 @@ class Layout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes a token and layer."""
+        """Bytes per token and layer."""
         if not self.packed:
             return 2 * self.width
         return self.latent + -(-4 * self.blocks // ALIGNED) * ALIGNED + 2 * self.rope
 
     @property
     def blocks(self) -> int:
-        """Scales of a packed row."""
+        """Number of scales in a packed row."""
         return -(-self.latent // BLOCK)
 
     def empty(self, rows: int, device: torch.device | str) -> Tensor:
@@ -59,14 +59,14 @@ class Layout:
 class Cache:
     """The latents of one layer inside the store of all layers.
 
-    Rows that no token was written to must hold finite numbers: reads come in whole blocks, masked afterwards.
+    Unwritten rows must hold finite numbers: whole blocks are read and masked afterwards.
 
     Attributes:
         store: `[rows, W]` bf16 or fp16, or `[rows, layout.row_bytes]` uint8.
         base: the layer's first row.
-        capacity: rows of a text, a multiple of 64.
-        spare: first of the rows, `TAIL` a node, where a tree's last keys are brought into order; all layers share them.
-        pages: `[capacity / KEYS]` int32, where a text's slots are (`mla.Plan`); None: in a row, from `base` on.
+        capacity: rows of a sequence, a multiple of 64.
+        spare: first of the rows, `TAIL` per node, where a tree's last keys are put in order; all layers share them.
+        pages: `[capacity / KEYS]` int32, where a sequence's slots are (`mla.Plan`); None: contiguous from `base` on.
     """
 
     store: Tensor
@@ -78,20 +78,20 @@ class Cache:
 
     @property
     def slots(self) -> Tensor:
-        """The text's slots `[capacity, .]` in the layer; a copy where they are in pages."""
+        """The sequence's slots `[capacity, .]` in the layer; a copy if they are in pages."""
         if self.pages is None:
             return self.store[self.base : self.base + self.capacity]
         return self.store[self.rows(torch.arange(self.capacity, device=self.store.device))]
 
     def rows(self, slots: Tensor) -> Tensor:
-        """Returns the store's rows of slots `[n]` int64."""
+        """Returns the numbers of the store's rows for slots `[n]` int64."""
         if self.pages is None:
             return self.base + slots
         return self.base + self.pages.long()[slots // KEYS] + slots % KEYS
 
     @property
     def words(self) -> Tensor:
-        """The store `[rows, row_bytes / 4]` int32, for copies, which do not mind what a row holds."""
+        """The store `[rows, row_bytes / 4]` int32, for copies that need not know what a row holds."""
         return self.store.view(WORD)
 
     @property
@@ -117,18 +117,18 @@ class Cache:
         return self.latents, self.ropes, self.scales if self.layout.packed else self.ropes
 
     def write(self, slots: Tensor, rows: Tensor) -> None:
-        """Puts rows `[n, W]` into slots `[n]` int64 of the layer, rounded to what it holds."""
+        """Writes rows `[n, W]` to slots `[n]` int64 of the layer, rounded to its dtype."""
         at, latent = self.rows(slots), rows[:, : self.layout.latent]
         if self.layout.packed:
             quantised, self.scales[at] = act_quant(latent, power_of_two=True)
-            # as bytes: not every index operation knows e4m3
+            # as bytes: not every index operation supports e4m3
             self.store[at, : self.layout.latent] = quantised.view(torch.uint8)
         else:
             self.latents[at] = latent.to(self.layout.dtype)
         self.ropes[at] = rows[:, self.layout.latent :].to(self.layout.dtype)
 
     def read(self, slots: Tensor) -> Tensor:
-        """Returns what slots `[n]` int64 of the layer hold, `[n, W]` bf16 or fp16."""
+        """Returns the contents of slots `[n]` int64 of the layer, `[n, W]` bf16 or fp16."""
         at = self.rows(slots)
         if not self.layout.packed:
             return self.store[at]
@@ -143,7 +143,7 @@ def new_caches(
     """Returns empty caches of some layers with room for `capacity` tokens and passes of up to `nodes` rows of trees.
 
     Args:
-        pages: what a layer has, of `KEYS` rows each, for texts that share them; None: one text's room.
+        pages: pages per layer, of `KEYS` rows each, that sequences share; None: memory for one sequence.
     """
     capacity = whole_blocks(capacity)
     apart = capacity if pages is None else pages * KEYS
@@ -152,7 +152,7 @@ def new_caches(
 
 
 def cache_bytes(layers: int, capacity: int, nodes: int, layout: Layout, pages: int | None = None) -> int:
-    """Returns the bytes of `new_caches`."""
+    """Returns the bytes that `new_caches` allocates."""
     apart = whole_blocks(capacity) if pages is None else pages * KEYS
     return (layers * apart + nodes * TAIL) * layout.row_bytes
 

@@ -1,14 +1,14 @@
-"""Attention over the latent cache for Hopper, in Gluon: two warpgroups that take turns, fed by a third.
+"""Attention over the latent cache for Hopper, in Gluon: two alternating warpgroups, fed by a third.
 
-The tile's sums, 64 rows by C, fill the registers of two warpgroups, each holding half of the columns. The scores of a
-block of keys would be needed by both; instead each warpgroup computes those of every other block and hands its weights
-over through shared memory, so that no product is done twice and one computes softmax while the other multiplies
+The tile's sums, 64 rows by C, fill the registers of two warpgroups, each holding half of the columns. Both need the
+scores of every block of keys; each warpgroup computes those of every other block and passes its weights to the other
+through shared memory, so that no product is done twice and one computes softmax while the other multiplies
 (FlashMLA's "seesaw"; DeepSeek, FlashMLA deep dive of April 2025). Peaks and sums of the online softmax travel with the
 weights, from block to block: the arithmetic is that of `kernels._attend_kernel`, block after block in ascending
 order, whichever warpgroup owns a block.
 
-Warpgroup 0 owns even blocks and columns 0 .. C/2 - 1, warpgroup 1 odd blocks and the other columns. A block lives in
-the key buffer of its owner until both have multiplied with it.
+Warpgroup 0 owns even blocks and columns 0 .. C/2 - 1, warpgroup 1 odd blocks and the other columns. A block stays in
+its owner's key buffer until both have multiplied by it.
 
 Legend: as in `attention`.
 """
@@ -55,7 +55,7 @@ def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 @gluon.jit
 def _walk(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns how a tile walks one split, as `_block_at` wants it, and how many blocks that are."""
+    """Returns how a tile walks one split, as `_block_at` takes it, and the number of blocks."""
     start, deepest, nodes, tile, base, spare, _, _ = place
     first, end = _split_start(split), _split_start(split + 1)
     last = gl.minimum(end, start + deepest + 1)
@@ -72,7 +72,7 @@ def _walk(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.const
 
 @gluon.jit
 def _block_at(block, walk, BLOCK: gl.constexpr, TAIL: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns a block's first position, its first row in the store, and whose tail it is (shared blocks: anyone's)."""
+    """Returns a block's first position, its first row in the store, and the node whose tail it is (shared: any)."""
     first, shared, own, tail, whole, base, spare, node0 = walk
     at = first + block * BLOCK
     if CHAIN:
@@ -86,7 +86,7 @@ def _block_at(block, walk, BLOCK: gl.constexpr, TAIL: gl.constexpr, CHAIN: gl.co
 
 @gluon.jit
 def _paged_row(block, walk, pages, row, at, BLOCK: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns a block's first row in the store, where slots are in pages: `_block_at` takes them to be in a row."""
+    """Returns a block's first row in the store if slots are in pages; `_block_at` assumes contiguous slots."""
     paged = walk[5] + gl.load(pages + at // BLOCK)
     if CHAIN:
         return paged
@@ -99,7 +99,7 @@ def _copy_in(
     C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
     HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr,
 ):  # fmt: skip
-    """The warpgroup of copies: queries once, then every block as soon as its buffer is free."""
+    """The copying warpgroup: loads queries once, then every block as soon as its buffer is free."""
     queries, handed, keys, key_ropes = sm
     q_bar, full, free = bars
     half: gl.constexpr = C // 2
@@ -113,10 +113,10 @@ def _copy_in(
         walk, blocks = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
         for pair in range(gl.cdiv(blocks, 2)):
             for slot in gl.static_range(2):
-                # a pair's second block may not exist: the first comes again, for what is nobody's could be NaN
+                # a pair's second block may not exist: load the first again, because unowned memory could be NaN
                 block = gl.minimum(2 * pair + slot, blocks - 1)
                 at, row, _ = _block_at(block, walk, BLOCK, TAIL, CHAIN)
-                if PAGED:  # looked up while its buffer is still in use
+                if PAGED:  # look up the page while the buffer is still in use
                     row = _paged_row(block, walk, table, row, at, BLOCK, CHAIN)
                 mbarrier.wait(free.index(slot), (turn & 1) ^ 1)
                 bar = full.index(slot)
@@ -146,7 +146,7 @@ def _weighed(scores, position, member, walk, block, peak, total, scale, KIND: gl
     keys = at + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
     seen = gl.expand_dims(keys, 0) <= gl.expand_dims(position, 1)
     if not CHAIN:
-        # past the last tail there is nobody: the second block of a pair may not exist
+        # past the last tail there is no node: the second block of a pair may not exist
         seen = seen & gl.expand_dims((block < walk[1]) | (member == whose), 1)
     scores = gl.where(seen, scores * scale, float("-inf"))
     higher = gl.maximum(peak, gl.max(scores, 1))
@@ -158,14 +158,14 @@ def _weighed(scores, position, member, walk, block, peak, total, scale, KIND: gl
 
 @gluon.jit
 def _shrunk(acc, before, after, layout: gl.constexpr):
-    """Returns sums that referred to the peak `before`, referring to the peak `after`."""
+    """Returns sums rescaled from the peak `before` to the peak `after`."""
     kept = gl.exp2(before - gl.where(after == float("-inf"), 0.0, after))
     return acc * gl.expand_dims(gl.convert_layout(kept, gl.SliceLayout(1, layout)), 1)
 
 
 @gluon.jit
 def _hand_over(weights, peak, total, handed, stats, bar, SLOT: gl.constexpr):
-    """Shows weights and the state of the softmax to the other warpgroup."""
+    """Passes weights and the state of the softmax to the other warpgroup."""
     handed.index(SLOT).store(weights)
     stats.index(2 * SLOT).store(peak)
     stats.index(2 * SLOT + 1).store(total)
@@ -179,7 +179,7 @@ def _multiply(
     OWN: gl.constexpr, C: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
     HEADS: gl.constexpr, CHAIN: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup of products: scores of its own blocks, sums of its own columns."""
+    """A multiplying warpgroup: scores of its own blocks, sums of its own columns."""
     queries, handed, keys, key_ropes, stats = sm
     q_bar, full, free, shown, taken = bars
     half: gl.constexpr = C // 2
@@ -194,7 +194,7 @@ def _multiply(
     position = place[0] + gl.load(depths + node, mask=node < place[2], other=0)
     member = node - first_pair // HEADS
     mbarrier.wait(q_bar, 0)
-    # read once: its place is one of the two through which weights are handed over
+    # read once: its buffer is one of the two through which weights are passed
     q_rope = handed.index(1).load(gl.DotOperandLayout(0, s_layout, 2))
     turn = 0
     acc = gl.zeros([ROWS, half], gl.float32, o_layout)
@@ -205,12 +205,12 @@ def _multiply(
         total = gl.zeros([ROWS], gl.float32, row_layout)
         for pair in range(gl.cdiv(blocks, 2)):
             phase = turn & 1
-            zero = turn >> 30  # unknown to the compiler, which else keeps fifty addresses in registers and spills
+            zero = turn >> 30  # opaque to the compiler, which else keeps fifty addresses in registers and spills
             turn += 1
             mbarrier.wait(full.index(OWN), phase)
             scores = _scores(queries, q_rope, keys, key_ropes, zero, OWN, ROWS, BLOCK, s_layout)
             if (pair == 0) & (split > splits[0]):
-                # meanwhile the split before is written
+                # meanwhile the previous split is written
                 _store(acc, target, C, ROWS, half)
                 target += (splits[2] * padded).to(gl.int64) * C
                 acc = gl.zeros([ROWS, half], gl.float32, o_layout)
@@ -262,7 +262,7 @@ def _multiply(
 
 @gluon.jit
 def _store(acc, target, C: gl.constexpr, ROWS: gl.constexpr, half: gl.constexpr):
-    """Writes sums [ROWS, C / 2] in bf16 or fp16, 16 bytes a thread, so that no buffer waits for them."""
+    """Writes sums [ROWS, C / 2] in bf16 or fp16, 16 bytes per thread, without a shared-memory buffer."""
     pairs: gl.constexpr = _layout_with(2, ROWS, half)
     fours: gl.constexpr = _layout_with(4, ROWS, half)
     eights: gl.constexpr = _layout_with(8, ROWS, half)
@@ -276,7 +276,7 @@ def _store(acc, target, C: gl.constexpr, ROWS: gl.constexpr, half: gl.constexpr)
 
 @gluon.constexpr_function
 def _layout_with(together, rows, columns):
-    """Returns the layout of the tensor core's results (together = 2), or one with more columns in a row a thread."""
+    """Returns the layout of the tensor core's results (together = 2), or one with more adjacent columns per thread."""
     columns_of_lanes = {2: [2, 4], 4: [8, 4], 8: [8, 16]}[together]
     registers, column = [], 1
     while column < columns:
@@ -304,11 +304,11 @@ def attend_kernel(
     base,  # first row of the layer
     spare,  # first row of the nodes' tails; unused for a chain
     nodes,  # a text
-    padded,  # a text's node-head pairs in whole tiles, of all texts
+    padded,  # node-head pairs of all sequences, each in whole tiles
     deepest,  # largest depth
     scale,
     texts,  # B
-    each,  # programs a tile
+    each,  # programs per tile
     PAGED: gl.constexpr,
     HEADS: gl.constexpr,
     C: gl.constexpr,
@@ -321,8 +321,8 @@ def attend_kernel(
 ):
     """Partial attention, as `kernels._attend_kernel`'s, of a tile of ROWS node-head pairs over some splits.
 
-    A tile's splits are dealt out to `each` programs, so that a program reads its queries once and goes from split to
-    split without a pause. Which program computes a split does not enter its result.
+    A tile's splits are distributed over `each` programs, so that a program reads its queries once and goes from split
+    to split without a pause. A split's result does not depend on which program computes it.
     """
     if PDL:
         gdc_launch_dependents()
@@ -331,7 +331,7 @@ def attend_kernel(
     tile, turn = gl.program_id(0) % tiles, gl.program_id(0) // tiles
     row = tile * ROWS
     q_row = row
-    if PAGED:  # no tile has nodes of two texts
+    if PAGED:  # no tile has nodes of two sequences
         text = tile // (tiles // texts)
         tile = tile % (tiles // texts)
         q_row = text * nodes * HEADS + tile * ROWS
@@ -381,5 +381,5 @@ def attend_kernel(
 
 def fits(latent: int, rope: int) -> bool:
     """Whether the kernel takes these sizes: half of the latent is the tensor core's width, and the rope part of the
-    queries has the shape of a block's weights, whose room it shares."""
+    queries has the shape of a block's weights, with which it shares a buffer."""
     return latent in (128, 256, 512) and rope == KEYS

@@ -1,8 +1,8 @@
-"""Absorbed MLA as Triton kernels; imported by `attention` where Triton is there.
+"""Absorbed MLA as Triton kernels; imported by `attention` if Triton is available.
 
-Every number of a row is computed as if the row were alone. Its context is cut at absolute positions, into blocks of
-BLOCK and into splits that grow with the position (`split_of`), and its keys are brought into position order from
-whichever slot holds them. Softmax and sums walk blocks, then splits, in ascending order.
+Every number of a row is computed as if the row were alone. Its context is split at absolute positions, into blocks of
+BLOCK and into splits that grow with the position (`split_of`), and its keys are gathered in position order from their
+slots. Softmax and sums go through blocks, then splits, in ascending order.
 
 Legend: `M` rows, `H` heads, `N` qk_nope_head_dim, `R` qk_rope_head_dim, `C` kv_lora_rank, `W` = C + R, `V` v_head_dim,
 `A` columns of the ancestor table, `S` splits.
@@ -41,7 +41,7 @@ def _split_start(split):
 def _absorb_block(
     q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, KIND: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """One step of the online softmax: keys, tiles [BLOCK, WIDTH] and [BLOCK, R], for queries [ROWS, .] alike."""
+    """One step of the online softmax: keys in tiles [BLOCK, WIDTH] and [BLOCK, R], queries likewise [ROWS, .]."""
     scores = tl.dot(q_latents[0], latents[0].T)
     for tile in tl.static_range(1, len(latents)):
         scores = tl.dot(q_latents[tile], latents[tile].T, scores)
@@ -74,7 +74,7 @@ def _tiles(desc, row, TILES: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constex
 def _unpacked_tiles(
     desc, row, scales, TILES: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """Returns e4m3 rows from `row` on in bf16, exactly: scales, at addresses [BLOCK] and on, are powers of two."""
+    """Returns e4m3 rows from `row` on in bf16, exactly: scales, from addresses [BLOCK] on, are powers of two."""
     out = ()
     for tile in tl.static_range(TILES):
         values = desc.load([row, tile * WIDTH]).to(tl.float32) * tl.load(scales + tile)[:, None]
@@ -91,7 +91,7 @@ def _widened(x, WIDE: tl.constexpr):
 
 @triton.jit
 def start_of(length, text, PAGED: tl.constexpr):
-    """Returns how many slots a text of the pass has committed."""
+    """Returns the number of committed slots of a sequence."""
     if PAGED:
         start = tl.load(length + text)
     else:
@@ -101,7 +101,7 @@ def start_of(length, text, PAGED: tl.constexpr):
 
 @triton.jit
 def paged_rows(slots, mask, pages, BLOCK: tl.constexpr):
-    """Returns the rows, of those of a layer, of a text's slots; `pages` are the text's own."""
+    """Returns the rows, within a layer, of a sequence's slots; `pages` are the sequence's own."""
     return tl.load(pages + slots // BLOCK, mask=mask, other=0) + slots % BLOCK
 
 
@@ -114,7 +114,7 @@ def _gather_kernel(
     depths,  # [each] int32
     ancestors,  # [each, A] int32
     base,  # first row of the layer
-    spare,  # first row of the room for tails
+    spare,  # first of the rows for tails
     columns,  # A
     each,  # nodes a text
     PAGED: tl.constexpr,
@@ -139,7 +139,7 @@ def _gather_kernel(
     mask = held[:, None] & (lane < WORDS)[None, :]
     if PAGED:
         slot = paged_rows(slot, held, pages + text * page_count, BLOCK)
-    # what lies beyond is masked later, but a NaN would survive a weight of zero
+    # slots beyond are masked later, but a NaN would survive a weight of zero
     keys = tl.load(store + (base + slot).to(tl.int64)[:, None] * WORDS + lane[None, :], mask=mask, other=0)
     target = store + (spare + row * TAIL + at - whole).to(tl.int64)[:, None] * WORDS + lane[None, :]
     tl.store(target, keys, mask=(lane < WORDS)[None, :])
@@ -162,7 +162,7 @@ def _attend_kernel(
     base,  # first row of the layer
     spare,  # first row of the nodes' tails; unused for a chain
     nodes,  # a text
-    padded,  # a text's node-head pairs in whole tiles, of all texts
+    padded,  # node-head pairs of all sequences, each in whole tiles
     deepest,  # largest depth
     scale,
     texts,  # B
@@ -183,9 +183,9 @@ def _attend_kernel(
 ):
     """Partial attention of a tile of ROWS node-head pairs over one split.
 
-    All tiles read the blocks of committed slots. Then a chain's tile goes on in the cache, whose slots are its
-    positions; a tree's goes through the tails of its nodes one by one. A node without keys in a split leaves numbers
-    there that nothing reads.
+    All tiles read the blocks of committed slots. Then a chain's tile continues in the cache, where slots are positions;
+    a tree's tile goes through the tails of its nodes one by one. For a node without keys in a split, the result is
+    written but never read.
     """
     follow(PDL)
     GROUP: tl.constexpr = (ROWS + HEADS - 1) // HEADS  # nodes a tile
@@ -195,7 +195,7 @@ def _attend_kernel(
     tiles = padded // ROWS
     place, tile, q_row = tl.program_id(0) % tiles, tl.program_id(0) % tiles, (tl.program_id(0) % tiles) * ROWS
     text = 0
-    if PAGED:  # no tile has nodes of two texts
+    if PAGED:  # no tile has nodes of two sequences
         text, tile = place // (tiles // texts), place % (tiles // texts)
         q_row = text * nodes * HEADS + tile * ROWS
         spare += text * nodes * TAIL
@@ -216,7 +216,7 @@ def _attend_kernel(
     sums = ()
     for _ in tl.static_range(TILES):
         sums = sums + (tl.zeros((ROWS, WIDTH), dtype=tl.float32),)
-    # positions of the pass's deepest node bound the last block
+    # the position of the pass's deepest node bounds the last block
     last = tl.minimum(end, start + deepest + 1)
     shared = tl.maximum(tl.cdiv(last - first, BLOCK), 0)
     own, blocks, tail, node0 = 1, shared, 0, tile * ROWS // HEADS
@@ -266,7 +266,7 @@ def _combine_kernel(
     out,  # [M, H, C] bf16 or fp16
     count,  # padded
     each,  # nodes a text
-    pairs,  # of a text, in whole tiles
+    pairs,  # of a sequence, in whole tiles
     PAGED: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
@@ -286,7 +286,7 @@ def _combine_kernel(
     chunk, column = tl.arange(0, CHUNK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     peak, total = float("-inf"), 0.0
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)
-    # most contexts have one chunk: all its loads are on their way before the first number is needed
+    # most contexts have one chunk: issue all its loads before the first number is needed
     for first in range(0, splits, CHUNK):
         split = first + chunk
         held = split < splits

@@ -1,4 +1,4 @@
-"""What attention's launches are told: sizes of the heads, where the rows of a pass stand, how a context is cut.
+"""Parameters of attention's launches: head sizes, the rows of a pass, and how a context is split.
 
 Legend: as in `attention`.
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mtp_spec.kernels.mla.cache import Cache, Layout
 
-# Positions a split, and where larger ones begin: short ones fill the machine at short contexts, long ones keep the
-# parts few at long contexts. Part of the arithmetic.
+# Positions per split, and where larger ones begin: short splits fill the GPU at short contexts, long ones limit the
+# number of parts at long contexts. Part of the arithmetic.
 SPLIT_SIZES = (128, 512, 1024, 4096)
 SPLIT_ENDS = (1024, 8192, 32768)
-TILE = 64  # node-head pairs a program, wgmma's rows
+TILE = 64  # node-head pairs per program, wgmma's rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Head:
     value: int
     scale: float  # of the scores
     interleaved: bool = True
-    power_of_two: bool = False  # scales of what is quantised for a product ("ue8m0")
+    power_of_two: bool = False  # scales of quantised operands ("ue8m0")
     dtype: torch.dtype = torch.bfloat16  # of activations and cache
 
     @property
@@ -45,27 +45,27 @@ class Head:
 
     @property
     def padded(self) -> int:
-        """Heads a row of queries has: tiles of node-head pairs then begin and end with a head."""
+        """Heads per row of queries, padded so that tiles of node-head pairs begin and end with a head."""
         power = 1 << (self.heads - 1).bit_length()
         return power if power <= TILE else -(-self.heads // TILE) * TILE
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where the rows of one pass stand; on the device, so that a captured pass follows the texts.
+    """Positions, slots and ancestors of the rows of one pass; on the device, so that a captured pass reads new values.
 
-    The rows of a pass are those of B texts, E of each, one text's after the other's; their trees are of one shape.
+    A pass has the rows of B sequences, E of each, one sequence after another; their trees have one shape.
 
     Attributes:
-        length: `[B]` int32, committed slots L of each text.
-        depths: `[E]` int32: a text's row e has position offset + L + depths[e].
+        length: `[B]` int32, committed slots L of each sequence.
+        depths: `[E]` int32: a sequence's row e has position offset + L + depths[e].
         slots: `[E]` int32: row e is written to slot L + slots[e].
         ancestors: `[E, A]` int32: column d holds the number (as in `slots`) of row e's ancestor at depth d, column
             depths[e] its own. None for a chain: depths and slots rise by one from row to row.
         deepest: the largest depth.
         offset: position of slot 0.
-        pages: `[B, P]` int32, where each text's slots are: the first row, of those of a layer, of every `KEYS` of them.
-            None for one text with a cache of its own, whose slots are in a row.
+        pages: `[B, P]` int32, where each sequence's slots are: the first row, within a layer, of every `KEYS` of them.
+            None for one sequence with its own cache of contiguous slots.
     """
 
     length: Tensor
@@ -92,7 +92,7 @@ class Plan:
         return self.depths.shape[0]
 
     def part(self, begin: int, end: int) -> Plan:
-        """Returns the plan of every text's rows begin .. end - 1."""
+        """Returns the plan of every sequence's rows begin .. end - 1."""
         ancestors, deepest = self.ancestors, self.deepest
         if ancestors is None:
             deepest -= self.each - end
@@ -102,12 +102,12 @@ class Plan:
                        deepest=deepest)  # fmt: skip
 
     def some(self, begin: int, end: int) -> Plan:
-        """Returns the plan of all rows of texts begin .. end - 1."""
+        """Returns the plan of all rows of sequences begin .. end - 1."""
         pages = None if self.pages is None else self.pages[begin:end]
         return replace(self, length=self.length[begin:end], pages=pages)
 
     def apart(self, cache: Cache) -> Iterator[tuple[slice, Plan, Cache]]:
-        """Yields each text's rows in the pass, and the plan and the cache that it has alone."""
+        """Yields each sequence's rows in the pass, and its own plan and cache."""
         for text in range(self.texts):
             alone, pages = self.some(text, text + 1), None if self.pages is None else self.pages[text]
             yield slice(text * self.each, (text + 1) * self.each), alone, replace(cache, pages=pages)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention in plain torch: what every kernel of `mla` is compared with.
+"""Multi-head latent attention in plain torch, the reference for every kernel of `mla`.
 
 Legend: as in `attention`.
 """

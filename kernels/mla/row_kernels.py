@@ -1,4 +1,4 @@
-"""Products, norms and rotation around MLA's attention as Triton kernels; imported by `attention` where Triton is there.
+"""Products, norms and rotation around MLA's attention as Triton kernels; imported by `attention` with Triton.
 
 Every number of a row is computed as if the row were alone.
 
@@ -18,7 +18,7 @@ from mtp_spec.kernels.quant import _store_quantised, block_scaled
 
 @triton.jit
 def _rotated(source, table, position, mask, R: tl.constexpr, WIDE_R: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Returns rows [ROWS, R] at addresses `source` [ROWS, 1] turned by their positions [ROWS, 1], float32."""
+    """Returns rows [ROWS, R] at addresses `source` [ROWS, 1], rotated by their positions [ROWS, 1], float32."""
     lane = tl.arange(0, WIDE_R)[None, :]
     inside = mask & (lane < R)
     if INTERLEAVED:
@@ -70,7 +70,7 @@ def _prepare_kernel(
     LARGEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norms both latents: the query's is quantised if wanted, the key's goes to the cache with its rotated part."""
+    """Norms both latents: quantises the query's if wanted, writes the key's to the cache with its rotated part."""
     follow(PDL)
     row = tl.program_id(0)
     source = down + row.to(tl.int64) * (A_ROWS + C + R)
@@ -162,9 +162,9 @@ def _absorb_kernel(
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """q_latent = q_nope @ W_UK for 128 columns of one head; one more program a head turns q_rope.
+    """q_latent = q_nope @ W_UK for 128 columns of one head; one more program per head rotates q_rope.
 
-    Weights, which no kernel writes, are read before the queries are there.
+    Weights, which no kernel writes, are read before the queries are ready.
     """
     head, part = tl.program_id(0), tl.program_id(1)
     if PDL:
@@ -226,7 +226,7 @@ def _up_kernel(
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = context @ W_UV.T for VALUES of one head, quantised where they are a whole block of the next product."""
+    """out = context @ W_UV.T for VALUES of one head, quantised if they are a whole block of the next product."""
     head = tl.program_id(0)
     first_value = tl.program_id(1) * VALUES
     if PDL:
@@ -258,7 +258,7 @@ def _up_kernel(
             if POWER:
                 scale = tl.exp2(tl.ceil(tl.log2(scale)))
             scale = tl.where(scale > 0, scale, 1.0)
-            # the quotient can exceed the largest value by a rounding
+            # rounding can push the quotient past the largest value
             every: tl.constexpr = tl.PropagateNan.ALL
             least = tl.maximum(wide / scale[None, :], -LARGEST, propagate_nan=every)
             scaled = tl.minimum(least, LARGEST, propagate_nan=every)

@@ -1,6 +1,6 @@
-"""Mixture of experts: `layer` has the launches, `operands` what they take and give.
+"""Mixture of experts: `layer` has the launches, `operands` their inputs and outputs.
 
-What other folders call is named here.
+Names used by other folders are exported here.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Pairs of rows and experts grouped by expert, as the experts' products take them, without the host.
+"""Groups (row, expert) pairs by expert for the experts' products, without the host.
 
-A few pairs are sorted by one program; `router` lets the last one that chooses do it. Of many, every expert's program
-finds its own.
+A few pairs are sorted by one program, the last one of `router` to choose. For many pairs, each expert's program finds
+its own.
 
-Legend: `M` rows, `E` experts including the shared ones, `K` experts a row, `P` = M K pairs, pair m K + j is row m with
-its j-th expert. A slot is one expert with up to `tokens` of its pairs: what one GEMM program handles.
+Legend: `M` rows, `E` experts including the shared ones, `K` experts per row, `P` = M K pairs, pair m K + j is row m
+with its j-th expert. A slot is one expert with up to `tokens` of its pairs, the work of one GEMM program.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-MOST_ROWS = 64  # whose pairs one program sorts
-PAIRS_AT_ONCE = 512  # that a program looks through where there are many
-ARRIVALS = Workspace(torch.int32, zeros=True)  # one: of the router's rows, then of the experts
+MOST_ROWS = 64  # up to which one program sorts the pairs
+PAIRS_AT_ONCE = 512  # that a program scans if there are many
+ARRIVALS = Workspace(torch.int32, zeros=True)  # one count: of the router's rows, then of the experts
 
 
 def group(indices: Tensor, experts: int, tokens: int) -> Groups:
@@ -67,7 +67,7 @@ if triton is not None:
     ):  # fmt: skip
         """Counting sort of a few pairs by one program. Loads are volatile: other programs wrote the indices."""
         every = tl.arange(0, PAIRS)
-        # a key is unique: expert first, then number of the pair
+        # keys are unique: expert first, then the pair's number
         keys = tl.load(indices + every, mask=every < pairs, other=1 << 20, volatile=True) * PAIRS + every
         expert = tl.arange(0, WIDE_EXPERTS)
         count = tl.zeros((WIDE_EXPERTS,), dtype=tl.int32)
@@ -89,10 +89,10 @@ if triton is not None:
         indices, order, slot_expert, slot_first, slot_count, counts, arrivals, pairs, slots,
         CHUNK: tl.constexpr, TOKENS: tl.constexpr, WIDE_EXPERTS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """One program an expert puts its pairs in their place; the last to arrive deals all of them out to slots."""
+        """One program per expert puts its pairs in place; the last to finish distributes all of them over slots."""
         follow(PDL)
         own, lane = tl.program_id(0), tl.arange(0, CHUNK)
-        place = 0  # its first pair stands behind those of the experts before
+        place = 0  # its pairs come after those of all earlier experts
         for first in range(0, pairs, CHUNK):
             its = tl.load(indices + first + lane, mask=first + lane < pairs, other=1 << 20)
             place += tl.sum((its < own).to(tl.int32), axis=0)
@@ -103,7 +103,7 @@ if triton is not None:
             tl.store(order + place + count + tl.cumsum(mine, axis=0) - 1, first + lane, mask=mine > 0)
             count += tl.sum(mine, axis=0)
         tl.store(counts + own, count)
-        tl.debug_barrier()  # all threads' stores come before the one thread's arrival
+        tl.debug_barrier()  # all threads' stores must precede the one thread's arrival
         if tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             tl.debug_barrier()
             expert = tl.arange(0, WIDE_EXPERTS)
@@ -119,7 +119,7 @@ if triton is not None:
 
     @triton.jit
     def _deal(count, expert, slot_expert, slot_first, slot_count, TOKENS: tl.constexpr):
-        """Deals `count` pairs of every expert out to slots of up to TOKENS, in order."""
+        """Distributes `count` pairs of every expert over slots of up to TOKENS, in order."""
         chunks = (count + TOKENS - 1) // TOKENS
         first_slot = tl.cumsum(chunks, axis=0) - chunks
         first_pair = tl.cumsum(count, axis=0) - count

@@ -1,11 +1,11 @@
-"""The experts' products as Triton kernels, in FP8 or 16 bits; imported by `layer` where Triton is there.
+"""The experts' products as Triton kernels, in FP8 or 16 bits; imported by `layer` if Triton is available.
 
 One program handles one slot (an expert with up to TOKENS of its pairs) and one stretch of the expert's outputs, so
 every expert's weights are read once. Operands are swapped as in `gemm`: wgmma's 64 rows are weights, tokens are the
-narrow side. Sums leave the tensor core every 128 of K and go on in float32. A pair's arithmetic knows nothing of its
-neighbours: lanes without a pair are zero, read nothing and are not stored.
+narrow side. Sums leave the tensor core every 128 of K and go on in float32. A pair's arithmetic does not depend on the
+other pairs: lanes without a pair are zero, read nothing and are not stored.
 
-Legend: `M` rows, `P` pairs, `D` channels, `I` expert width, `K` experts a row.
+Legend: `M` rows, `P` pairs, `D` channels, `I` expert width, `K` experts per row.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def _gate_up_kernel(
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """hidden = silu(gate) * up, quantised if SCALED; a program has the same TILE columns of gate and of up."""
+    """hidden = silu(gate) * up, quantised if SCALED; a program has the same TILE columns of gate and up."""
     if PDL:
         if SHARED > 0 and AHEAD > 0:
-            # Every row chooses the shared experts, the last ones, so their weights are wanted before the gate has
+            # Every row chooses the shared experts, the last ones, so their weights are prefetched before the gate has
             # chosen. Each program has a stretch of them, each of four threads a part of it.
             part = tl.program_id(0).to(tl.int64) * 4 + tl.arange(0, 128) // 32
             size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
@@ -81,7 +81,7 @@ def _gate_up_kernel(
             wanted = (left > 0) & (tl.arange(0, 128) % 32 == 0)
             prefetch(w + tl.where(wanted, first_one, 0), tl.minimum(left, AHEAD * 4096).to(tl.int32), wanted)
         gdc_wait()
-        gdc_launch_dependents()  # not earlier: the next kernel looks at the slots before it waits
+        gdc_launch_dependents()  # not earlier: the next kernel reads the slots before it waits
     tiles = tl.cdiv(inner, TILE)
     # from the last slot down: shared experts, which are in the cache, come first
     slot, tile = slots - 1 - tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -122,7 +122,7 @@ def _gate_up_kernel(
         column = tile * 128 + places
         _store_hidden(values, column, hidden, hidden_scale, pair, real, inner, inner_blocks, tile, POWER, LARGEST)
     else:
-        # two programs share a block of 128: the last to arrive quantises it
+        # two programs share a block of 128: the last to finish quantises it
         column = tile * TILE + tl.arange(0, TILE)
         kept = real[:, None] & (column < inner)[None, :]
         tl.store(wide + pair[:, None] * inner + column[None, :], values, mask=kept)
@@ -183,14 +183,14 @@ def _down_kernel(
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """parts[pair] = down of the pair's expert @ hidden[pair]; the last of a row's pairs to arrive adds them up."""
+    """parts[pair] = down of the pair's expert @ hidden[pair]; the last of a row's pairs to finish adds them up."""
     tiles = tl.cdiv(channels, TILE)
     slot, tile = slots - 1 - tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if PDL:
         gdc_launch_dependents()
         if AHEAD > 0 and tl.program_id(0) < EARLY:
-            # The slots were written two launches ago, and nothing but a prefetch rests on them here. Volatile, so that
-            # no line stays in the first-level cache.
+            # The slots were written two launches ago, and only a prefetch depends on them here. Volatile, so that no
+            # line stays in the L1 cache.
             if tl.load(slot_count + slot, volatile=True) > 0:
                 early = tl.minimum(tl.maximum(tl.load(slot_expert + slot, volatile=True), 0), experts - 1)
                 pull(w, early * channels + tile * TILE, 0, experts * channels, inner, TILE, AHEAD)
@@ -220,7 +220,7 @@ def _down_kernel(
     inside = (column < channels)[None, :]
     part = tl.trans(total).to(parts.dtype.element_ty)  # [TOKENS, TILE]
     tl.store(parts + pair[:, None] * channels + column[None, :], part, mask=real[:, None] & inside)
-    tl.debug_barrier()  # all threads' stores come before the arrivals
+    tl.debug_barrier()  # all threads' stores must precede the arrivals
     row = pair // PER_ROW
     counter = arrivals + row * tiles + tile
     last = real & (tl.atomic_add(counter, 1, mask=real, sem="acq_rel") == PER_ROW - 1)

@@ -2,9 +2,9 @@
 
 `moe` is the whole layer in four launches: router with quantisation, choice with grouping (`router`), gate and up
 with activation and quantisation, down with the weighted sum. None waits for the host, so a step fits one CUDA graph.
-Weights are read once for each expert hit. A row's result is the same bits whatever rows are beside it; launch
-configurations come from tuned/moe.json by (D, I) and never change with the rows, but for `tokens`, the width of the
-tensor core's narrow side, which does not enter a column's sum.
+Weights are read once for each chosen expert. A row's bits do not depend on the other rows; launch configurations come
+from tuned/moe.json by (D, I) and never change with the rows, except `tokens`, the width of the tensor core's narrow
+side, which does not affect a column's sum.
 
 Legend: `M` rows, `D` channels, `I` expert width, `E` experts including the shared ones, `K` experts a row including
 the shared ones, `P` = M K pairs.
@@ -37,7 +37,7 @@ with suppress(ImportError):  # no Triton for this platform: the references remai
     from mtp_spec.kernels.moe.kernels import _down_kernel, _gate_up_kernel
 
 INPUTS = (torch.bfloat16, torch.float16, torch.float32)
-# both products count there: the second touches counts only after the first has ended, see `launching`
+# both products count there: the second changes counts only after the first has ended, see `launching`
 ARRIVALS = Workspace(torch.int32, zeros=True, least=1 << 16)
 
 
@@ -46,15 +46,18 @@ class Launch:
     """How the experts' products run.
 
     Attributes:
-        up_tile: columns of gate, and of up, a program: 64 or 128.
-        down_tile: outputs a program, 64 or 128.
-        up_stages, down_stages: steps of K in flight.
-        up_warps, down_warps: a program.
-        up_unroll, down_unroll: blocks of 128 of K a step.
-        up_ahead: KiB / 16 of the shared experts that a program pulls into the cache before the gate has chosen.
-        down_ahead: blocks of 128 of K that a program pulls of its own expert before the hidden values are there.
-        tokens: pairs a program for up to 64 rows, 16, 32 or 64.
-        prefill_tokens: for more.
+        up_tile: columns of gate, and of up, per program: 64 or 128.
+        down_tile: outputs per program, 64 or 128.
+        up_stages: steps of K in flight.
+        down_stages: steps of K in flight.
+        up_warps: warps per program.
+        down_warps: warps per program.
+        up_unroll: blocks of 128 of K per step.
+        down_unroll: blocks of 128 of K per step.
+        up_ahead: KiB / 16 of the shared experts that a program prefetches before the gate has chosen.
+        down_ahead: blocks of 128 of K of its own expert that a program prefetches before the hidden values are ready.
+        tokens: pairs per program for up to 64 rows, 16, 32 or 64.
+        prefill_tokens: pairs per program for more rows.
     """
 
     up_tile: int = 64
@@ -71,17 +74,17 @@ class Launch:
     prefill_tokens: int = 32
 
     def slot(self, rows: int) -> int:
-        """Returns pairs a program for a number of rows."""
+        """Returns pairs per program for a number of rows."""
         return self.tokens if rows <= MOST_ROWS else self.prefill_tokens
 
     def unrolled(self, unroll: int, rows: int) -> int:
-        """Blocks of K a step; one for many rows, whose wide tiles fill the registers."""
+        """Blocks of K per step; one for many rows, whose wide tiles fill the registers."""
         return unroll if rows <= MOST_ROWS else 1
 
 
 @lru_cache
 def default_launch(channels: int, inner: int, kind: str = "fp8") -> Launch:
-    """Returns what was measured for a shape ("fp8", or "bf16" for 16 bits of either type), else the defaults."""
+    """Returns the tuned launch for a shape ("fp8", or "bf16" for 16 bits of either type), else the defaults."""
     path = Path(__file__).parents[1] / "tuned" / "moe.json"
     tuned: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     return Launch(**tuned.get(f"{channels}x{inner}" + ("" if kind == "fp8" else f" {kind}"), {}))
@@ -104,10 +107,10 @@ def moe(
     """Returns shared(x) + sum over chosen experts of weight * expert(x), `[M, D]` in x's dtype.
 
     Args:
-        x: `[M, D]` bfloat16, float16 or float32; without scales in the type of the weights.
+        x: `[M, D]` bfloat16, float16 or float32; of the weights' type if those have no scales.
         router: `[E - shared, D]`.
         bias: `[E - shared]` float32 or None.
-        exchange: completes hidden values `[P, I]`, and their scales if any, by the columns of other processes.
+        exchange: completes hidden values `[P, I]`, and their scales if any, with the columns of other ranks.
     """
     if weights.count != routing.experts + routing.shared:
         raise ValueError(f"{weights.count} experts given, the gate has {routing.experts} + {routing.shared} shared")
@@ -157,10 +160,10 @@ def _inputs(weights: Experts) -> tuple[torch.dtype, ...]:
 def gate_up(
     x: Tensor, x_scale: Tensor | None, groups: Groups, per_row: int, weights: Experts, launch: Launch, shared: int = 0
 ) -> tuple[Tensor, ...]:
-    """Launches silu(gate) * up of every pair: x `[M, D]` to `[P, I]`, e4m3 with scales both, or in 16 bits without.
+    """Launches silu(gate) * up of every pair: x `[M, D]` to `[P, I]`, both e4m3 with scales, or 16 bits without.
 
     Args:
-        shared: how many of the last experts every row is known to choose.
+        shared: number of the last experts that every row is known to choose.
     """
     (rows, channels), inner, device = x.shape, weights.inner, x.device
     pairs, slots, tokens = rows * per_row, groups.count.shape[0], launch.slot(rows)
@@ -188,7 +191,7 @@ def gate_up(
 def down(
     given: Sequence[Tensor], groups: Groups, pair_weights: Tensor, weights: Experts, launch: Launch, dtype: torch.dtype
 ) -> Tensor:
-    """Launches the second product and each row's sum: what `gate_up` returned, `[P, I]`, to `[M, D]` in `dtype`."""
+    """Launches the second product and each row's sum: output of `gate_up` `[P, I]` to `[M, D]` in `dtype`."""
     hidden, scale = given[0], given[1] if len(given) > 1 else None
     (pairs, inner), (rows, per_row), device = hidden.shape, pair_weights.shape, hidden.device
     channels, slots, tiles = weights.outputs, groups.count.shape[0], -(-weights.outputs // launch.down_tile)
@@ -211,7 +214,7 @@ def down(
 
 
 def _or(scale: Tensor | None, other: Tensor) -> Tensor:
-    """Returns scales, or something in the place of those that no kernel reads."""
+    """Returns scales, or a placeholder that no kernel reads."""
     return other if scale is None else scale
 
 

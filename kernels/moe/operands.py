@@ -1,4 +1,4 @@
-"""What the launches of a mixture of experts take and give: weights, the gate's rules, pairs grouped by expert.
+"""Inputs and outputs of the mixture-of-experts launches: weights, the gate's rules, pairs grouped by expert.
 
 Legend: as in `layer` and `router`.
 """
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3
 
-Exchange = Callable[..., tuple[Tensor, ...]]  # hidden values, and scales where they have some
+Exchange = Callable[..., tuple[Tensor, ...]]  # hidden values, and scales if they have any
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
     """The weights of one layer's experts; shared experts are the last ones.
 
-    Where several processes share the layer, each has some of the I columns of the first product, in whole blocks, and
-    some of the D outputs of the second.
+    If several ranks share the layer, each has some of the I columns of the first product, in whole blocks, and some of
+    the D outputs of the second.
 
     Attributes:
         gate_up: `[E, 2 I, D]` e4m3, bfloat16 or float16, gate rows first.
-        gate_up_scale: `[E, 2 ceil(I / 128), ceil(D / 128)]` float32, gate and up quantised on their own; None unless
+        gate_up_scale: `[E, 2 ceil(I / 128), ceil(D / 128)]` float32, gate and up quantised separately; None unless
             e4m3.
         down: `[E, D, I]`, as gate_up.
         down_scale: `[E, ceil(D / 128), ceil(I / 128)]` float32, or None.
-        power_of_two: whether the scales of what they are multiplied with are rounded up to powers of two ("ue8m0").
+        power_of_two: whether scales of the other operand are rounded up to powers of two ("ue8m0").
     """
 
     gate_up: Tensor
@@ -60,7 +60,7 @@ class Experts:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Weights, and scales where they have some."""
+        """Weights, and scales if they have any."""
         parts = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
         return [part for part in parts if part is not None]
 
@@ -96,13 +96,13 @@ class Routing:
 
     Attributes:
         experts: E.
-        chosen: experts a row, without the shared.
+        chosen: experts per row, without the shared ones.
         shared: experts that every row gets, weight 1.
-        groups: equal groups of neighbouring experts.
-        kept_groups: groups a row may choose from.
-        best: a group is worth the sum of its best 1 (V2) or 2 (V3) experts.
+        groups: number of equal groups of adjacent experts.
+        kept_groups: number of groups a row may choose from.
+        best: a group's score is the sum of its best 1 (V2) or 2 (V3) experts.
         scoring: "sigmoid" or "softmax".
-        normalise: weights of a row sum to `scale`.
+        normalise: whether the weights of a row sum to `scale`.
         scale: factor on all weights.
     """
 
@@ -151,7 +151,7 @@ class Groups:
         order: `[P]` int32, pairs sorted by expert, then by number.
         expert: `[slots]` int32.
         first: `[slots]` int32, where the slot's pairs start in `order`.
-        count: `[slots]` int32, how many they are; 0 in slots left over.
+        count: `[slots]` int32, the slot's number of pairs; 0 in unused slots.
     """
 
     order: Tensor
@@ -161,5 +161,5 @@ class Groups:
 
 
 def most_slots(pairs: int, experts: int, tokens: int) -> int:
-    """Returns how many slots any routing can need."""
+    """Returns the most slots that any routing can need."""
     return min(pairs, experts + pairs // tokens)

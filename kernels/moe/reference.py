@@ -1,4 +1,4 @@
-"""The mixture of experts in plain torch: what every kernel of `moe` is compared with.
+"""The mixture of experts in plain torch, the reference for every kernel of `moe`.
 
 Legend: as in `layer` and `router`.
 """
@@ -27,7 +27,7 @@ def moe_reference(
 def experts_reference(
     x: Tensor, indices: Tensor, pair_weights: Tensor, weights: Experts, exchange: Exchange | None = None
 ) -> Tensor:
-    """`experts` in plain torch, a pair's numbers as if it were alone."""
+    """`experts` in plain torch, each pair computed as if it were alone."""
     given = _operands(x, weights)
     per_row, chosen = indices.shape[1], indices.flatten()
     by_expert = [(expert, (chosen == expert).nonzero().flatten()) for expert in chosen.unique().tolist()]
@@ -53,12 +53,12 @@ def experts_reference(
 
 
 def _operands(x: Tensor, weights: Experts) -> tuple[Tensor, ...]:
-    """Returns x as it is multiplied: quantised, or rounded to the weights' type."""
+    """Returns x as a product's operand: quantised, or rounded to the weights' type."""
     return act_quant(x, power_of_two=weights.power_of_two) if weights.scaled else (x.to(weights.down.dtype),)
 
 
 def _alone(x: Tensor, weights: Experts) -> tuple[Tensor, ...]:
-    """Returns `_operands` of rows each as if it were alone: logarithms of scales may differ beside others."""
+    """Returns `_operands` of each row as if it were alone: in a batch, logarithms of scales may differ."""
     if not weights.power_of_two:
         return _operands(x, weights)
     return tuple(torch.cat(parts) for parts in zip(*(_operands(row, weights) for row in x.split(1)), strict=True))

@@ -1,17 +1,18 @@
-"""Which experts a row goes to, and which rows an expert gets: two launches, no host sync.
+"""Chooses each row's experts and groups the rows by expert: two launches, no host sync.
 
 The gate is that of `mtp_spec.model.moe.Gate` (V3 report, 2412.19437, eq. 12-16): scores choose with a correction bias
-and weigh without it; groups of experts compete by their best two (V3) or their best one (V2); the lowest index wins
-among equals; chosen experts come in ascending order. The shared expert is an expert that every row chooses with weight
-1: `shared` more indices, from `experts` on, end each row. Then it needs no launch of its own.
+and give weights without it; groups of experts compete by their best two (V3) or their best one (V2); the lowest index
+wins among equals; chosen experts are in ascending order. The shared expert is an expert that every row chooses with
+weight 1: each row ends with `shared` more indices, from `experts` on. So it needs no separate launch.
 
-1. router: every program multiplies a few experts with a stretch of D for all rows, and quantises its share of the rows.
-2. select: one program a row adds the stretches in order and chooses; the last to arrive groups the pairs by expert.
+1. router: every program multiplies a few experts by a stretch of D for all rows, and quantises its share of the rows.
+2. select: one program per row adds the stretches in order and chooses; the last to finish groups the pairs by expert.
 
-A row's bits depend on its own numbers only: stretches are chosen by D, never by the rows.
+A row's bits depend only on its own numbers: stretches are chosen by D, never by the rows.
 
-Legend: `M` rows, `D` channels, `E` routed experts, `K` chosen plus shared experts a row, `P` = M K pairs, pair m K + j
-is row m with its j-th expert. A slot is one expert with up to `tokens` of its pairs: what one GEMM program handles.
+Legend: `M` rows, `D` channels, `E` routed experts, `K` chosen plus shared experts per row, `P` = M K pairs, pair
+m K + j is row m with its j-th expert. A slot is one expert with up to `tokens` of its pairs, the work of one GEMM
+program.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-STRETCH = 512  # channels a router program; part of the arithmetic
+STRETCH = 512  # channels per router program; part of the arithmetic
 ROUTER_EXPERTS = 8
-# One warp chooses among so many experts without waiting for others; their number is part of the arithmetic, since it
-# orders the sum of weights. Such a warp groups no more pairs than these.
+# Up to this many experts, one warp chooses without synchronising; the number of warps is part of the arithmetic, since
+# it orders the sum of weights. Such a warp groups at most so many pairs.
 FEW_EXPERTS, MOST_PAIRS = 128, 144
-LOWEST = -1e38  # below every score, above the -inf of what is not there; twice it is finite
+LOWEST = -1e38  # below every score, above the -inf of padding; its double is finite
 
 
 def gate(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def gate(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tu
 
     Args:
         weight: router `[E, D]`, float32 or bfloat16.
-        bias: `[E]` float32, for choosing only, or None.
+        bias: `[E]` float32, used only for choosing, or None.
     """
     routed = route(x, weight, bias, routing, quantise=False, tokens=None)
     return routed.indices, routed.weights
@@ -60,11 +61,11 @@ def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, quantise: bool = True, tokens: int | None = 16,
     power_of_two: bool = False,
 ) -> Routed:  # fmt: skip
-    """Returns what the experts take, in two launches; CPU tensors take the reference unless Triton interprets.
+    """Returns the experts' inputs, in two launches; CPU tensors use the reference, except in Triton's interpreter.
 
     Args:
         quantise: also quantise x, 1x128; `power_of_two` as for `fp8.act_quant`.
-        tokens: also group the pairs, up to this many a slot; None for not. Beyond 64 rows grouping is a launch more.
+        tokens: also group the pairs, up to this many per slot; None not to. Beyond 64 rows it takes another launch.
     """
     _check(x, weight, bias, routing)
     if not runs_triton(x):
@@ -110,7 +111,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> 
 
 
 def _groups_itself(indices: Tensor, routing: Routing) -> bool:
-    """Whether the pairs are so few that the program that chooses last groups them."""
+    """Whether the pairs are few enough for the last choosing program to group them."""
     few = routing.experts > FEW_EXPERTS or indices.numel() <= MOST_PAIRS
     return few and indices.shape[0] <= MOST_ROWS
 
@@ -197,9 +198,9 @@ if triton is not None:
         choice = scores
         if BIAS:
             choice += tl.load(bias + expert, mask=real, other=0.0)
-        # where a logit or bias is NaN or infinite, which comparisons and the sigmoid hide, every weight becomes NaN
+        # if a logit or bias is NaN or infinite, which comparisons and the sigmoid hide, every weight becomes NaN
         unsound = tl.where(real, (logits + choice) * 0.0, 0.0)
-        # NaN ranks lowest: whatever the input, distinct experts that exist are chosen, and no address goes astray
+        # NaN ranks lowest: for any input, distinct existing experts are chosen, so no address is out of bounds
         choice = tl.where(choice > LOWEST, choice, LOWEST)
         choice = tl.where(real, choice, float("-inf"))
         if KEPT < GROUPS:
@@ -221,7 +222,7 @@ if triton is not None:
             tl.store(indices + row * (CHOSEN + SHARED) + CHOSEN + one, experts + one)
             tl.store(weights + row * (CHOSEN + SHARED) + CHOSEN + one, 1.0)
         if GROUP:
-            tl.debug_barrier()  # all threads' stores come before the one thread's arrival
+            tl.debug_barrier()  # all threads' stores must precede the one thread's arrival
             if tl.atomic_add(arrivals, 1, sem="acq_rel") == m - 1:
                 tl.debug_barrier()
                 group_few(
@@ -235,7 +236,7 @@ if triton is not None:
         choice, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr,
         WIDE_GROUPS: tl.constexpr, WIDE_SIZE: tl.constexpr, BEST: tl.constexpr,
     ):  # fmt: skip
-        """Puts experts outside the best KEPT groups at -inf."""
+        """Sets experts outside the best KEPT groups to -inf."""
         grouped = tl.reshape(choice, (WIDE_GROUPS, WIDE_SIZE))
         worth = tl.max(grouped, axis=1)
         if BEST == 2 and SIZE > 1:

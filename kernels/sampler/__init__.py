@@ -1,6 +1,6 @@
-"""Sampling on the device: `sampling` has the launches, `settings` what they are told, `uniform` the rules' numbers.
+"""Sampling on the device: `sampling` has the launches, `settings` their parameters, `uniform` random numbers.
 
-What other folders call is named here.
+Names used by other folders are exported here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Sampling as Triton kernels; imported by `sampling` where Triton is there.
+"""Sampling as Triton kernels; imported by `sampling` if Triton is available.
 
-A row is cut into fixed stretches of the vocabulary, one program each, and every launch adds the stretches of the one
-before in order: a row's token depends on nothing but the row. Nothing waits for the host.
+A row is cut into fixed stretches of the vocabulary, one program each, and every launch adds the previous launch's
+stretches in order, so a row's token depends only on the row. Nothing waits for the host.
 
-Legend: `M` rows, `V` vocabulary, `S` stretches, `R` requests, `B` best tokens wanted a row.
+Legend: `M` rows, `V` vocabulary, `S` stretches, `R` requests, `B` best tokens per row.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ REPETITION: tl.constexpr = tl.constexpr(4)
 PRESENCE: tl.constexpr = tl.constexpr(5)
 FREQUENCY: tl.constexpr = tl.constexpr(6)
 SETTINGS: tl.constexpr = tl.constexpr(8)
-IN_PROMPT: tl.constexpr = tl.constexpr(1 << 30)  # flag beside the count of a token
+IN_PROMPT: tl.constexpr = tl.constexpr(1 << 30)  # flag added to a token's count
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 INFINITE: tl.constexpr = tl.constexpr(0x7F800000)  # magnitude of -inf
-BITS: tl.constexpr = tl.constexpr(4)  # a search step
-WAYS: tl.constexpr = tl.constexpr(16)  # its thresholds
+BITS: tl.constexpr = tl.constexpr(4)  # per search step
+WAYS: tl.constexpr = tl.constexpr(16)  # thresholds per step
 TOP_SHIFT: tl.constexpr = tl.constexpr(28)  # bits below those of the first step
 
 
@@ -52,7 +52,7 @@ def _penalise_kernel(
     DEPTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """work = logits + bias, penalised; highest = the largest of each stretch, +inf where one is NaN."""
+    """work = logits + bias, penalised; highest = the largest of each stretch, +inf if one is NaN."""
     follow(PDL)
     row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     of = tl.load(request + row).to(tl.int64)
@@ -72,7 +72,7 @@ def _penalise_kernel(
         off = _setting(settings, of, PRESENCE) + _setting(settings, of, FREQUENCY) * count.to(tl.float64)
         value = tl.where(count > 0, value - off.to(tl.float32), value)
     tl.store(work + row * vocabulary + token, value, mask=inside)
-    # NaN differs from itself; the row is then reported, not drawn from
+    # NaN differs from itself; such a row is reported, not drawn from
     tl.store(highest + row * tl.num_programs(1) + stretch, tl.max(tl.where(value == value, value, float("inf"))))
 
 
@@ -84,7 +84,7 @@ def _row_highest(highest, row, stretches, STRETCHES: tl.constexpr):
 
 @triton.jit
 def _scaled(value, top, temperature):
-    """(row - max) / temperature; a temperature too small for float32 leaves only the best tokens."""
+    """(row - max) / temperature; a temperature too small for float32 keeps only the best tokens."""
     return tl.div_rn(value - top, tl.maximum(temperature, TINY))
 
 
@@ -99,12 +99,13 @@ def _choose(sums, counts, state, row, stretches, shift, share, STRETCHES: tl.con
     """Reads one search step's result: the first threshold at which the sum reaches the target.
 
     Args:
-        sums, counts: [M, S, WAYS], sums over elements up to each threshold.
+        sums: [M, S, WAYS], sums over elements up to each threshold.
+        counts: [M, S, WAYS], numbers of elements.
         state: [M, 3] float64 of that step: prefix of the threshold, sum below the prefix, target.
-        shift: bits below those that the step searched.
+        shift: number of bits below those that the step searched.
         share: whether the target is a share of the total, which is known after the first step.
     Returns:
-        prefix, sum below it, target, elements of each stretch [STRETCHES] that are exactly there (after shift 0).
+        prefix, sum below it, target, elements of each stretch [STRETCHES] exactly at the threshold (after shift 0).
     """
     lane, way = tl.arange(0, STRETCHES), tl.arange(0, WAYS)
     source = (row * stretches + lane)[:, None] * WAYS + way[None, :]
@@ -126,7 +127,7 @@ def _choose(sums, counts, state, row, stretches, shift, share, STRETCHES: tl.con
 @triton.jit(do_not_specialize=["shift"])
 def _search_kernel(
     work, highest, request, settings,
-    old_sums, old_counts, old_state,  # of the step before
+    old_sums, old_counts, old_state,  # of the previous step
     sums,  # [M, S, WAYS] float64
     counts,  # [M, S, WAYS] int32: elements of the prefix
     state,  # [M, 3] float64
@@ -136,7 +137,7 @@ def _search_kernel(
     STRETCH: tl.constexpr, CHUNK: tl.constexpr, STRETCHES: tl.constexpr,
     FIRST: tl.constexpr, MASS: tl.constexpr, CUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One step of four bits: sums over elements up to each of WAYS thresholds, of counts (top-k) or masses (top-p)."""
+    """One step of four bits: sums of counts (top-k) or masses (top-p) over elements up to each of WAYS thresholds."""
     follow(PDL)
     row, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     of = tl.load(request + row).to(tl.int64)
@@ -158,12 +159,12 @@ def _search_kernel(
     top = _row_highest(highest, row, stretches, STRETCHES)
     temperature = _setting(settings, of, TEMPERATURE).to(tl.float32)
     way = tl.arange(0, WAYS)
-    # magnitudes have 31 bits; the first step's last threshold has 32, and what begins there holds none
+    # magnitudes have 31 bits; the first step's last threshold has 32, and no element is at or above it
     threshold = tl.minimum(prefix + ((way + 1).to(tl.int64) << shift) - 1, 0x7FFFFFFF).to(tl.int32)
     least = tl.minimum(prefix, 0x7FFFFFFF).to(tl.int32)
     if CUT:
         cut = tl.load(edge + row * 2).to(tl.int32)
-    # added up lane by lane, over the lanes once at the end; unrolled, so that a whole stretch is on its way at once
+    # summed per lane, over the lanes once at the end; unrolled, so that a whole stretch is loaded at once
     sums_here = tl.zeros((WAYS, CHUNK), dtype=tl.float64)
     counts_here = tl.zeros((WAYS, CHUNK), dtype=tl.int32)
     for first in tl.static_range(0, STRETCH, CHUNK):
@@ -172,7 +173,7 @@ def _search_kernel(
         scaled = _scaled(tl.load(work + row * vocabulary + token, mask=inside, other=float("-inf")), top, temperature)
         size = _magnitude(scaled)
         upto = (size[None, :] <= threshold[:, None]) & inside[None, :]
-        # only those of this prefix: the difference of neighbours is then what is exactly there, the first included
+        # only those of this prefix: differences of adjacent sums are then exact for each threshold, also the first
         counts_here += (upto & (size >= least)[None, :]).to(tl.int32)
         if MASS:
             mass = tl.exp(scaled)
@@ -185,7 +186,7 @@ def _search_kernel(
     if MASS:
         if CUT:
             if stretch == 0:
-                # those exactly at top-k's edge are alike: their mass is a product, wherever they are
+                # elements exactly at top-k's edge are equal: their mass is a product, wherever they are
                 value = -(cut.to(tl.float32, bitcast=True))
                 alike = tl.load(edge + row * 2 + 1).to(tl.float64) * tl.exp(value).to(tl.float64)
                 sum_here += tl.where(threshold >= cut, alike, 0.0)
@@ -202,7 +203,7 @@ def _edge_kernel(
     vocabulary, stretches,
     STRETCHES: tl.constexpr, MASS: tl.constexpr, CUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Ends a search. Rows that do not truncate keep everything."""
+    """Ends a search. Rows without truncation keep everything."""
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     of = tl.load(request + row).to(tl.int64)
@@ -210,20 +211,20 @@ def _edge_kernel(
     change = at >= 0
     if MASS:
         value = -(at.to(tl.int32).to(tl.float32, bitcast=True))
-        # the smallest number of alike elements whose mass reaches the target, one at least
+        # the smallest number of equal elements whose mass reaches the target, at least one
         stay = tl.ceil((target - below) / tl.maximum(tl.exp(value), TINY).to(tl.float64))
         stay = tl.minimum(tl.maximum(stay, 1.0), 1e9).to(tl.int64)
         active = _setting(settings, of, TOP_P) < 1.0
         if CUT:
             cut = tl.load(edge + row * 2)
             stay = tl.where(at == cut, tl.minimum(stay, tl.load(edge + row * 2 + 1)), stay)
-            # a search that rounding carries past top-k's edge, or none at all, leaves that edge
+            # without a search, or if rounding carries it past top-k's edge, that edge is kept
             change = active & (at <= cut)
     else:
         stay = (target - below).to(tl.int64)
         wanted = _setting(settings, of, TOP_K)
         active = (wanted > 0) & (wanted < vocabulary)
-    tl.debug_barrier()  # every thread has read the edge
+    tl.debug_barrier()  # until every thread has read the edge
     tl.store(edge + row * 2, tl.where(active, at, INFINITE), mask=change)
     tl.store(edge + row * 2 + 1, tl.where(active, stay, vocabulary), mask=change)
     lane = tl.arange(0, STRETCHES)
@@ -240,7 +241,7 @@ def _philox_round(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def random_words(seed, position, first, COUNT: tl.constexpr):
-    """Returns 32-bit words [COUNT] of tokens `first` and on, multiples of 8; `mtp_spec.sampling.noise.random_bits`."""
+    """Returns 32-bit words [COUNT] of tokens from `first` on, multiples of 8; `mtp_spec.sampling.noise.random_bits`."""
     block = (first // 8 + tl.arange(0, COUNT // 8) + 1).to(tl.uint64)
     zero = block * 0
     c0, c1, c2, c3 = block, zero + position.to(tl.uint64), zero, zero
@@ -249,7 +250,7 @@ def random_words(seed, position, first, COUNT: tl.constexpr):
         c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0, k1)
         k0 += 0x9E3779B97F4A7C15
         k1 += 0xBB67AE8584CAA73B
-    # join puts its two along a new last dimension: words, then halves, end up in order
+    # join stacks its two along a new last dimension: words, then halves, end up in order
     low = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     words = tl.join(low & 0xFFFFFFFF, low >> 32)
     return tl.reshape(words, (COUNT,)).to(tl.uint32)
@@ -274,7 +275,7 @@ def _gumbel_kernel(seed, position, out, vocabulary, STRETCH: tl.constexpr, PDL: 
 
 @triton.jit
 def _draw_kernel(
-    work,  # with KEEP it receives what is left of each row
+    work,  # with KEEP it receives the truncated rows
     highest, request, settings,
     seed,  # [R] int64, bits of an unsigned number
     position,  # [M] int64
@@ -328,7 +329,7 @@ def _pick_kernel(
     stretches,
     STRETCHES: tl.constexpr, BEST: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The best of all stretches. Where fewer than B tokens are left, the best comes again: harmless in a tree."""
+    """The best of all stretches. If fewer than B tokens are left, the best is repeated: harmless in a tree."""
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WIDE)

@@ -1,4 +1,4 @@
-"""Sampling in NumPy and plain torch: what every kernel of `sampler` is compared with."""
+"""Sampling in NumPy and plain torch, the reference for every kernel of `sampler`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _reference_row(row: Tensor, of: int, settings: Settings, stages: Stages, pat
 
 
 def gumbel_reference(seed: int, position: int, vocabulary: int) -> Tensor:
-    """`mtp_spec.sampling.gumbel` once more: kernels know nothing of the library above them. Tests compare the two."""
+    """A second `mtp_spec.sampling.gumbel`, since kernels do not import the library above them. Tests compare both."""
     mask = (1 << 64) - 1
     counter = np.array([0, position & mask, 0, 0], dtype=np.uint64)
     generator = np.random.Philox(key=np.array([seed & mask, 0], dtype=np.uint64), counter=counter)
@@ -76,7 +76,7 @@ def gumbel_reference(seed: int, position: int, vocabulary: int) -> Tensor:
 
 
 def uniforms_reference(seed: int, first: int, count: int) -> Tensor:
-    """`uniforms` by NumPy, which adds one to the counter before it generates."""
+    """`uniforms` with NumPy, which increments the counter before it generates."""
     counter = np.array([first // 4, 0, 0, 0], dtype=np.uint64)
     generator = np.random.Philox(key=np.array([seed & MASK, 1], dtype=np.uint64), counter=counter)
     words = generator.random_raw(first % 4 + count)[first % 4 :]

@@ -4,11 +4,11 @@ The rules are those of `mtp_spec.sampling.Sampler`: logit bias, repetition, pres
 top-k, top-p, min-p, then argmax of the scaled row plus Gumbel noise, which is `mtp_spec.sampling.gumbel`: a function of
 seed, position and token. At temperature 0 the noise and the truncation are absent. The lowest index wins among equals.
 
-Settings lie in tensors, so a captured step reads those of the moment; which stages exist at all (`Stages`) is fixed
-when it is captured. Top-k and top-p search their threshold four bits at a time over the bits of the logits: eight
-short launches each, all stretches of the vocabulary at once, sums in float64 and in a fixed order.
+Settings are in tensors, so a captured step reads their current values; which stages exist at all (`Stages`) is fixed at
+capture. Top-k and top-p search for their threshold four bits at a time over the bits of the logits: eight short
+launches each, all stretches of the vocabulary at once, sums in float64 and in a fixed order.
 
-Legend: `M` rows, `V` vocabulary, `R` requests, `B` best tokens wanted a row.
+Legend: `M` rows, `V` vocabulary, `R` requests, `B` best tokens per row.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def sample(
     path: Tensor | None = None,
     keep: bool = False,
 ) -> Sampled:
-    """Returns the `best` tokens of every row; CPU tensors take the reference unless Triton interprets.
+    """Returns the `best` tokens of every row; CPU tensors use the reference, except in Triton's interpreter.
 
     Args:
         logits: `[M, V]` float32 or bfloat16.
-        request: `[M]` int32, whose settings.
-        position: `[M]` int64, absolute position of the token to be drawn.
-        path: `[M, depth]` int32, tokens drafted since `settings.seen` was brought up to date; -1 for none.
-        keep: return the processed rows too, which rules of acceptance compare.
+        request: `[M]` int32, the request whose settings apply.
+        position: `[M]` int64, absolute position of the token to draw.
+        path: `[M, depth]` int32, tokens drafted since `settings.seen` was updated; -1 for none.
+        keep: also return the processed rows, which acceptance rules compare.
     """
     _check(logits, request, position, settings, stages, path, best)
     if not runs_triton(logits):
@@ -103,14 +103,14 @@ def gumbel(seed: Tensor, position: Tensor, vocabulary: int) -> Tensor:
 
 
 def stretch_of(vocabulary: int) -> int:
-    """Returns tokens a program; part of the arithmetic of top-p, so chosen by the vocabulary alone."""
+    """Returns tokens per program; part of top-p's arithmetic, so chosen by the vocabulary alone."""
     return 1024 if vocabulary <= 1 << 15 else 4096
 
 
 def _search(
     work: Tensor, highest: Tensor, request: Tensor, settings: Settings, stages: Stages, stretch: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns where rows are cut, `[M, 2]` int64, and elements exactly there before each stretch, `[M, S]` int32."""
+    """Returns the cut of each row, `[M, 2]` int64, and elements exactly at it before each stretch, `[M, S]` int32."""
     (rows, vocabulary), stretches = work.shape, highest.shape[1]
     device, wide = work.device, triton.next_power_of_2(highest.shape[1])
     edge = torch.empty(rows, 2, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""What sampling on the device is told, and what it returns.
+"""Parameters and results of sampling on the device.
 
 Legend: as in `sampling`.
 """
@@ -16,7 +16,7 @@ IN_PROMPT = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stages:
-    """Stages that exist in a captured step; a request may still leave them unused."""
+    """Stages that exist in a captured step; a request need not use them."""
 
     bias: bool = False
     penalty: bool = False
@@ -45,12 +45,12 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Tokens `[M, B]` int32 best first, their scores `[M, B]` float32, and `[M]` int32: 1 where none can be drawn.
+    """Tokens `[M, B]` int32 best first, their scores `[M, B]` float32, and `[M]` int32: 1 if none can be drawn.
 
     A row with fewer than B tokens left repeats its best with a score of -inf; a failed row has token 0.
 
     Attributes:
-        rows: `[M, V]` float32, what tokens are drawn from, before noise, removed ones at -inf; where they were kept.
+        rows: `[M, V]` float32, the rows that tokens are drawn from, before noise, removed tokens at -inf; if kept.
     """
 
     tokens: Tensor

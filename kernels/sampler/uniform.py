@@ -1,4 +1,4 @@
-"""Uniform random numbers by counter, on the device: number i of a seed is the same whoever asks, and when.
+"""Counter-based uniform random numbers on the device: number i of a seed is always the same.
 
 They are those of `numpy.random.Generator(Philox(key=(seed, 1))).random()`, in order (Salmon et al., "Parallel Random
 Numbers: As Easy as 1, 2, 3", SC 2011): word i mod 4 of counter 1 + i div 4, its upper 53 bits over 2**53. The noise of
