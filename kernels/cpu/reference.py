@@ -65,7 +65,7 @@ def dot(x: Array, w: Array, order: npt.NDArray[np.int64] | None = None) -> Array
     """Returns `[R, N]`: rows x `[R, K]` times rows w `[N, K]`, each sum in sixteen lanes.
 
     Args:
-        order: of the columns of every group of as many; None for 0, 1, 2, ...
+        order: order of the columns within every group of that size; None for 0, 1, 2, ...
     """
     order = np.arange(LANES) if order is None else order
     pad = ((0, 0), (0, -x.shape[1] % len(order)))  # columns beyond the last count as zero
