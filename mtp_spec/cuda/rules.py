@@ -325,7 +325,7 @@ def _pick(law: Tensor, number: Tensor) -> Tensor:
 
 
 def _best(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Returns the best tokens `[F, width]`, the lowest among equals, and whether each exists; `acceptance.base.best`."""
+    """Returns the best tokens `[F, width]`, lowest id first among equals, and whether each exists; see `base.best`."""
     tokens, there = [], []
     for _ in range(width):
         token = rows.argmax(-1, keepdim=True)
