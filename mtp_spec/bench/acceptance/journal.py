@@ -1,7 +1,7 @@
-"""What an interrupted run keeps: one line a text, appended beside the output file.
+"""The journal that an interrupted run leaves: one line for each text, appended to a file next to the output file.
 
-The first line says what the run measures. A run goes on only with a journal of the same model and options, so that a
-document never mixes two. A line that was cut short at the end is dropped; its text is generated again.
+The first line identifies the run. A run resumes only from a journal of the same model and options, so that a document
+never mixes two. An incomplete last line is dropped and its text generated again.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Journal:
             )
 
     def add(self, text: Text) -> None:
-        """Keeps a text, on disk before this returns."""
+        """Adds a text, which is on disk when this returns."""
         self.texts[text.key] = text
         self._write(text.to_line())
 
@@ -125,7 +125,7 @@ class Journal:
             self._out.flush()
 
     def remove(self) -> None:
-        """Deletes the file: the document holds everything now."""
+        """Deletes the file, once the document holds everything."""
         if self.file is not None:
             self.file.unlink()
 

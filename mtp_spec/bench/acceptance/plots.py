@@ -32,7 +32,7 @@ SIZE, ROW_INCHES = (7.0, 4.2), 0.24
 
 
 def need_matplotlib(option: str) -> None:
-    """Refuses an option before anything is measured where its plots cannot be drawn."""
+    """Rejects an option, before anything is measured, if its plots cannot be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -40,7 +40,7 @@ def need_matplotlib(option: str) -> None:
 
 
 def draw(details: Mapping[str, Row]) -> dict[str, Any]:
-    """Returns name -> matplotlib figure, those that the cells have numbers for."""
+    """Returns name -> matplotlib figure, for all figures that the cells have numbers for."""
     import matplotlib
 
     plots = {
@@ -133,7 +133,7 @@ def _speed(details: Mapping[str, Row]) -> Any:
     if not drafts:
         return None
     for number, (name, cells) in enumerate(series.items()):
-        # beside one another, so that none hides another
+        # shifted sideways, so that none hides another
         shift = 0.5 * ((number + 0.5) / len(series) - 0.5)
         places = [drafts.index(cell["axes"]["draft"]) + shift for cell in cells]
         middles = [cell["times_plain"]["median"] for cell in cells]

@@ -1,4 +1,4 @@
-"""Decodes ids with llama.cpp on a CPU. Run by the Python that has it, which knows nothing of this package.
+"""Decodes ids with llama.cpp on a CPU. Run by a Python that has it, without this package.
 
 Argument: one JSON object {file, context, threads, repack}. Then one request a line: {begin: ids, threads} forgets what
 was read and reads ids at once, by so many threads from now on, and answers {logits} of the last; {steps: ids} reads one
@@ -19,7 +19,7 @@ from typing import Any
 def main() -> None:
     asked = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries must not print between the answers
     import llama_cpp as llama
 
     llama.llama_backend_init()
