@@ -60,8 +60,8 @@ def load(
         max_batch: most sequences that are generated in a batch, for a list of prompts or `LM.submit`.
         cache_tokens: tokens that the batch's cache holds, prompts, generated tokens and drafts included. Requests wait
             for free cache; one that could never fit raises an error. None is `max_batch` times `max_context`.
-        draft_vocabulary: restricts drafts to the first so many tokens, or to the ids in a file, one a line; drafting
-            then reads less of the head, and the text does not change. None allows any token.
+        draft_vocabulary: restricts drafts to the first tokens, given their number, or to ids in a file, one a line; it
+            reads less of the head when drafting, and the text does not change. None allows any token.
         cache_dtype: of the latent cache on this library's kernels: "bfloat16", the default, or "float8_e4m3fn", which
             holds nearly twice the tokens but rounds them, so it changes the text (docs/howto/gpu.md).
         defaults: values of generation options that a call does not give: "library", those of `SamplingParams`, or

@@ -16,7 +16,7 @@ from mtp_spec.model.files.tensors import AHEAD_BYTES
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.speculation import MAX_NODES
 
-# limit on unused cache pages that later sequences may share: this share of the memory, or at least so many bytes
+# limit on unused cache pages that later sequences may share: this share of the memory, but at least IDLE_BYTES
 IDLE_SHARE, IDLE_BYTES = 1 / 16, 2**30
 
 

@@ -1,4 +1,4 @@
-"""`bench speed`: wall-clock of plain and speculative generation side by side in one run."""
+"""`bench speed`: wall-clock of plain and speculative generation, in turn in one run."""
 
 from __future__ import annotations
 

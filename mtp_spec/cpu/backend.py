@@ -124,7 +124,7 @@ class HostRunner:
         self._rounds = 0
 
     def check(self, request: Request) -> None:
-        """Refuses what could never fit; see `mtp_spec.step.Runner`."""
+        """Rejects a request that could never fit; see `mtp_spec.step.Runner`."""
         pages = self._backend.pages(self._shared)
         if pages is not None and self._shared:
             check_pages(request, request.room, pages.total)

@@ -27,11 +27,11 @@ class Text:
     Attributes:
         cell, question, turn: which one.
         ids: what was generated.
-        seconds: wall-clock, prompt included; of texts side by side an equal share of the time until all were finished.
-        step_ms: milliseconds of each step, the first is the prompt's; of texts side by side none.
+        seconds: wall-clock, prompt included; in a batch an equal share of the time until all were finished.
+        step_ms: milliseconds of each step, the first is the prefill; empty in a batch.
         stats: what was counted.
         first_depth: sums of `bench.bound.FirstDepth`, or None.
-        together: the questions whose texts were written side by side, this one included.
+        together: the questions in the same batch, this one included.
     """
 
     cell: str

@@ -98,7 +98,7 @@ def _series(details: Mapping[str, Row]) -> dict[str, list[Row]]:
 
 
 def _label(axes: Row) -> str:
-    """Returns what tells a cell apart from others of its draft."""
+    """Returns the label that distinguishes a cell from others with the same draft."""
     parts = [f"T {axes['temperature']:g}"] + ([axes["rule"]] if axes["rule"] != COUPLED else [])
     parts += [f"context {axes['context']}"] if axes["context"] is not None else []
     parts += [f"batch {axes['batch']}"] if axes["batch"] > 1 else []
@@ -203,7 +203,7 @@ def _planned(details: Mapping[str, Row]) -> Any:
 
 
 def _batch(details: Mapping[str, Row]) -> Any:
-    """Throughput over the batch, one line for whatever else tells cells apart; nothing where there is one batch."""
+    """Returns a plot of throughput over batch size, one line for each other axis; None for a single batch size."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for cell in details.values():
         axes = cell["axes"]

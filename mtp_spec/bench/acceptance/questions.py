@@ -67,8 +67,8 @@ def read_questions(file: str, kind: str | None, count: int | None) -> QuestionSe
     Args:
         file: a path, or "bundled".
         kind: one of `KINDS`; None detects it from the fields.
-        count: so many in random order, which come again with other seeds past the end; None is the whole file in its
-            order, or 60 of the bundled set.
+        count: number of questions in random order, repeated with other seeds past the end; None is the whole file in
+            its order, or 60 of the bundled set.
 
     Raises:
         OptionError: a missing or unreadable file, or a line that is not of its kind; the message names it.

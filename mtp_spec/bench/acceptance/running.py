@@ -178,8 +178,8 @@ def has_bound(cell: Cell) -> bool:
 
 
 def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
-    """Refuses what this model cannot do: contexts without room for the text, bounds or very many ways on a GPU, several
-    processes."""
+    """Rejects what this model cannot run: contexts without room for the text, bounds or too many ways on a GPU, and
+    several processes."""
     for context in (group.context for group in groups):
         if context is not None and context + args.max_new_tokens > lm.max_context:
             raise OptionError(

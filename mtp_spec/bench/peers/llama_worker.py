@@ -25,7 +25,7 @@ def main() -> None:
     llama.llama_backend_init()
     loading = llama.llama_model_default_params()
     loading.n_gpu_layers = 0
-    # laid out anew for AMX, attn_k_b and attn_v_b stop it with an assertion: AMX has no products by head there
+    # repacked for AMX, attn_k_b and attn_v_b fail an assertion: llama.cpp's AMX code has no products by head
     loading.use_extra_bufts = asked["repack"]
     model = llama.llama_model_load_from_file(asked["file"].encode(), loading)
     if not model:
