@@ -1,4 +1,4 @@
-"""The library: what a loaded model does: `generate`, `chat`, `stream`, `submit`, `score`, `explain`."""
+"""A loaded model: `generate`, `chat`, `stream`, `submit`, `score`, `explain`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Ids = Seq[int]
 
 
 class LM:
-    """A loaded model with its tokenizer; made by `mtp_spec.load`."""
+    """A loaded model with its tokenizer, as returned by `mtp_spec.load`."""
 
     def __init__(
         self,
@@ -63,12 +63,12 @@ class LM:
 
     @property
     def technique(self) -> Technique:
-        """How rows are computed here: "batched", or "single", one by one, where torch computes them."""
+        """How rows are computed here: "batched", or "single", one by one, which torch may need."""
         return self.backend.technique
 
     @property
     def drafts_pay(self) -> bool:
-        """Whether "auto" may draft: where rows must run one by one, verifying costs as much as it saves."""
+        """Whether "auto" may draft: if rows must run one by one, verifying costs as much as it saves."""
         return self.technique == "batched"
 
     @property
@@ -88,7 +88,7 @@ class LM:
 
         Args:
             **options: `template`, `tools`, `continue_final_message` and `add_generation_prompt`, as
-                `mtp_spec.text.Tokenizer.chat_ids` takes them; it also says what a message cannot do.
+                `mtp_spec.text.Tokenizer.chat_ids` takes them; see there for what messages may contain.
         """
         return self._asking.chat_ids(messages, options)
 
@@ -112,14 +112,14 @@ class LM:
 
         Args:
             prompt: text, token ids, or a list of either.
-            n: return a list of n continuations in place of each one.
+            n: return a list of n continuations for each prompt.
             **options: `SamplingParams` (max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
                 presence_penalty, frequency_penalty, logit_bias, seed, stop, stop_token_ids, ignore_eos, min_new_tokens,
                 logprobs, logits_processor, response_format), one by one or all as `sampling=SamplingParams(...)`, and
-                `speculation`: "auto", None (off), a chain depth, or a `Speculation`. Every text has a seed of its own,
-                `Generation.seed`, which gives it again alone: an int is that of the first, and the others' derive from
-                it (`mtp_spec.sampling.seeds`); a list has one for each; None draws a fresh one. `defaults`: "library"
-                or "checkpoint", as for `load`, for parameters that are not given; `sampling` gives all.
+                `speculation`: "auto", None (off), a chain depth, or a `Speculation`. Every text has its own seed,
+                `Generation.seed`, which reproduces it alone: an int is the first text's, from which the others are
+                derived (`mtp_spec.sampling.seeds`); a list has one for each; None draws a fresh one. `defaults`:
+                "library" or "checkpoint", as for `load`, for parameters that are not given; `sampling` gives all.
 
         Raises:
             OptionError: an unknown option or a value outside its range.
@@ -139,27 +139,27 @@ class LM:
         """Returns the assistant's answer to `[{"role": ..., "content": ...}, ...]`.
 
         Args:
-            messages: with every field that the chat template knows; it decides about roles.
+            messages: with any field that the chat template knows; the template decides which roles exist.
             n: as for `generate`.
-            **options: as `generate`, and those of the template: `template`, its arguments, such as
+            **options: as for `generate`, and those of the template: `template`, its arguments, such as
                 `{"enable_thinking": False}`; `tools`, JSON schemas; `continue_final_message`, so that the answer
-                goes on with the last message, as `"prefix": True` in it asks too.
+                continues the last message, which `"prefix": True` in that message does too.
         """
         given = {**expanded_options(options), **({} if n is None else {"n": n})}
         ids = self._asking.chat_ids(messages, taken(given))
         return self.generate(ids, **given)
 
     def submit(self, prompt: str | Ids | Seq[Message], **options: Unpack[StreamOptions]) -> Handle:
-        """Puts a text in the queue of those that are written side by side; options as `chat`, without `n`.
+        """Submits a request to be generated in a batch with others; options as for `chat`, without `n`.
 
-        Up to `load(max_batch=)` texts run at a time, the others wait for their turn. Each text is what it is alone. A
-        logits processor is called in the worker's thread.
+        Up to `load(max_batch=)` requests run at a time, the others wait. Each text is the same as if it were generated
+        alone. A logits processor is called in the worker's thread.
 
         Returns:
             A `Handle`: iterate over it with `async for`, await it, or ask for its `result()`.
 
         Raises:
-            OptionError, PromptError: as `generate`, at once.
+            OptionError, PromptError: as for `generate`, raised immediately.
         """
         given = expanded_options(options)
         ids = self._asking.ids(prompt, given)
@@ -167,9 +167,9 @@ class LM:
         return self._submit([self._sequence(self._request(ids, given), beside=True)])[0]
 
     def close(self) -> None:
-        """Cancels the texts that were submitted and ends their worker; the model itself can go on.
+        """Cancels all submitted requests and ends their worker; the model itself stays usable.
 
-        Where ranks share the model, one but the first waits until what the first has not cancelled is written.
+        If ranks share the model, a rank other than the first waits for requests that the first has not cancelled.
         """
         with self._starting:
             self._closed += 1
@@ -186,7 +186,7 @@ class LM:
         self.close()
 
     def _samples(self, prompts: list[list[int]], n: int | None, options: Mapping[str, Any]) -> list[Any]:
-        """Returns for each prompt its text, or n of them, all written side by side."""
+        """Returns for each prompt its generation, or n of them, all generated in a batch."""
         self._agree("text", prompts, {**options, **({} if n is None else {"n": n})})
         seeds = text_seeds(options.get("seed"), len(prompts), n, self._fresh_seed)
         requests = [self._request(ids, {**options, "seed": seed})
@@ -205,18 +205,18 @@ class LM:
             return self._started().submit(sequences, self)
 
     def _started(self) -> Worker:
-        """Returns the worker, started if need be."""
+        """Returns the worker, started if necessary."""
         if self._worker is None:
             ranks = self.model.ranks
-            # the worker knows this object by its handles only, so that it ends with a model that nobody holds
+            # only handles refer to this object, so that the worker ends once nothing else refers to the model
             with ranks.together():
-                # a single text of several ranks has memory of its own, as in a process alone
+                # with several ranks and no batching, a request has memory of its own, as in a single process
                 shared = ranks.size == 1 or self.max_batch > 1
                 self._worker = Worker(self.backend.runner(shared), self.max_batch, ranks)
             self._end_worker = weakref.finalize(self, self._worker.close)
             if ranks.size > 1:
                 ranks.users.add(self._worker)
-                atexit.register(self._end_worker)  # before the ranks leave one another, which was registered first
+                atexit.register(self._end_worker)  # runs before the ranks disconnect, which was registered earlier
         return self._worker
 
     def stream(
@@ -227,17 +227,17 @@ class LM:
         observer: Observer | None = None,
         **options: Unpack[StreamOptions],
     ) -> TokenStream:
-        """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as `chat`.
+        """Returns an iterator of `TokenEvent`s for one prompt or list of messages; options as for `chat`.
 
-        The events are those of `generate`: same tokens, same text. `stream.result` is the `Generation`. Where ranks
-        share the model, the text is written at once, beside others, whether or not the stream is read.
+        Tokens and text are those of `generate`. `stream.result` is the `Generation`. If ranks share the model,
+        generation starts immediately, in a batch, whether or not the stream is read.
 
         Args:
-            after: an earlier stream of this model: prompts that begin alike share what was computed for them in any
-                case, and this makes room for the next turn of a chat where memory is for one text alone, by closing
-                the earlier stream if it was left unfinished. Several ranks close it in any case.
-            observer: is shown every step's drafts and rows (`mtp_spec.sequence.Observer`), on every rank or on none. On
-                a GPU its steps are not captured, so they take longer.
+            after: an earlier stream of this model, which is closed if it is unfinished and there is memory for only one
+                sequence, as for the next turn of a chat. Several ranks always close it. Prompts with a common prefix
+                share its cache pages without this option.
+            observer: gets every step's drafts and rows (`mtp_spec.sequence.Observer`); give it on all ranks or on none.
+                On a GPU its steps are not captured, so they take longer.
         """
         given = expanded_options(options)
         ids = self._asking.ids(prompt, given)
@@ -249,12 +249,12 @@ class LM:
     def explain(
         self, prompt: str | Ids | Seq[Message], steps: int = 3, **options: Unpack[StreamOptions]
     ) -> Explanation:
-        """Returns what the first verify steps drafted, what both models thought of it and what was accepted.
+        """Returns the drafts of the first verify steps, their probabilities under both models, and what was accepted.
 
         Args:
             prompt: as for `stream`.
-            steps: how many.
-            options: as `generate`; the text is cut after these steps.
+            steps: number of verify steps.
+            options: as for `generate`; generation stops after these steps.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise OptionError(f"steps={steps!r}: an integer of 1 or more")
@@ -281,7 +281,7 @@ class LM:
         return worker.call(scores)
 
     def _agree(self, call: str, prompts: Seq[list[int]], options: Mapping[str, Any]) -> None:
-        """Compares what ranks are asked for; where several models share their group, waits for the others' turns."""
+        """Checks that all ranks make the same call; if several models share the ranks, waits for the other models."""
         ranks = self.model.ranks
         if ranks.size > 1:
             ranks.rest(beside=self._worker)
@@ -302,11 +302,11 @@ class LM:
                            self.stop_ids())  # fmt: skip
 
     def _fresh_seed(self) -> int:
-        """Returns a seed that nobody gave, the same on all ranks."""
+        """Returns a fresh seed, the same on all ranks."""
         return int(self.model.ranks.from_first(fresh_seed()))
 
     def _sequence(self, request: Request, observer: Observer | None = None, beside: bool = False) -> Sequence:
-        # beside others "auto" drafts little or nothing, which is no sign of anything
+        # in a batch "auto" drafts little or nothing, so its acceptance is no evidence
         unwatched = request.speculation is None or (beside and self.max_batch > 1)
         return Sequence(request, observer=observer, ended=None if unwatched else self._ended)
 
@@ -323,10 +323,10 @@ class LM:
             self._watch.ended(sequence.stats, sequence.sampler.params)
 
     def speculation_for(self, value: object) -> Speculation | None:
-        """Returns what `speculation=value` means for this model; None is off.
+        """Returns the speculation that `speculation=value` stands for with this model; None is off.
 
         Raises:
-            OptionError: no possible value, or one that this model cannot follow.
+            OptionError: the value is impossible, or this model has no MTP modules for it.
         """
         speculation = resolve_speculation(value)
         modules = len(self.model.mtp)

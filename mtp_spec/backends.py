@@ -1,4 +1,4 @@
-"""Which backend runs a model."""
+"""Chooses the backend that runs a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def open_backend(
     model: HostModel | DeviceModel, tokenizer: Tokenizer | None, max_context: int, max_batch: int = 1,
     cache_tokens: int | None = None, measure: bool = True, progress: bool = False,
 ) -> Backend:  # fmt: skip
-    """Returns the backend of a loaded model; arguments as those of `load`.
+    """Returns the backend of a loaded model; other arguments as for `load`.
 
     Args:
-        tokenizer: of the text whose steps are timed for "auto"; None times made-up ids.
+        tokenizer: encodes the text whose steps are timed for "auto"; with None made-up ids are timed.
     """
     if isinstance(model, DeviceModel):
         return DeviceBackend(model, max_context, max_batch, cache_tokens)

@@ -1,4 +1,4 @@
-"""What the command line and the chat read alike."""
+"""Input parsing shared by the command line and the chat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtp_spec.errors import OptionError
 
 
 def standard_input() -> str:
-    """Returns all of it.
+    """Returns all of standard input, stripped.
 
     Raises:
         OptionError: it is closed.
@@ -22,10 +22,10 @@ def standard_input() -> str:
 
 
 def template_arguments(texts: Iterable[str], option: str = "--template ") -> dict[str, Any]:
-    """Returns arguments of a template from texts such as enable_thinking=false; what is no JSON is a text.
+    """Returns a template's arguments from strings such as enable_thinking=false; a value that is not JSON is a string.
 
     Raises:
-        OptionError: one without a name or a value.
+        OptionError: a string has no name or no value.
     """
     found = {}
     for text in texts:

@@ -1,4 +1,4 @@
-"""Errors of options and prompts, beside those of `mtp_spec.model.errors`."""
+"""Errors of options and prompts, in addition to those of `mtp_spec.model.errors`."""
 
 from mtp_spec.model.errors import MTPSpecError
 
@@ -13,7 +13,7 @@ class NotFiniteError(MTPSpecError):
     """A row of the model's logits holds NaN or infinity.
 
     Attributes:
-        node: of the tree whose row it is; -1 is the root.
+        node: the tree node of the row; -1 is the root.
     """
 
     node = -1

@@ -1,4 +1,4 @@
-"""An lm-eval model (the extra `mtp-spec[eval]`): its tasks run with speculation on, and answers stay what they are.
+"""An lm-eval model (the extra `mtp-spec[eval]`): runs its tasks with speculation, which does not change the answers.
 
 `python -m mtp_spec.evaluation run --model mtp_spec --tasks gsm8k` is lm-eval's own command with this model registered.
 """
@@ -21,9 +21,9 @@ from mtp_spec.errors import OptionError
 from mtp_spec.sampling.seeds import checked_seed, text_seeds
 from mtp_spec.text import Tokenizer
 
-# most tokens of an answer where a task does not say
+# most tokens of an answer if a task does not say
 DEFAULT_TOKENS = 256
-# of a task's generation options, those that have another name here; the others keep theirs
+# a task's generation options that have another name here; the others keep theirs
 RENAMED = {"until": "stop", "max_gen_toks": "max_new_tokens"}
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,13 @@ class SpeculativeLM(TemplateLM):
     Args:
         pretrained: folder of a checkpoint; None is the bundled model.
         speculation: "auto", "off", a chain depth, or a tree such as "3x2x1". Answers do not depend on it.
-        batch_size: texts written side by side, as `load(max_batch=)`.
-        seed: of the first sampled answer, from which those of the others derive; None draws one.
-        max_gen_toks: most tokens of an answer where a task does not say.
+        batch_size: most sequences in a batch, as `load(max_batch=)`.
+        seed: of the first sampled answer, from which the others' are derived; None draws one.
+        max_gen_toks: most tokens of an answer if a task does not say.
         device, options: as `mtp_spec.load`.
 
     Raises:
-        OptionError: what `load` or `generate` refuses, and generation options of a task that have no counterpart.
+        OptionError: `load` or `generate` rejects an option, or a task's generation option has no counterpart.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class SpeculativeLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Returns the answer to each request's (context, generation options)."""
         texts: list[str] = []
-        # one for each request, whatever texts are written beside it
+        # one for each request, independent of the batch
         seeds = [seed for (seed,) in text_seeds(self.seed, len(requests))]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
             for options, group in self._groups(requests):
@@ -103,7 +103,7 @@ class SpeculativeLM(TemplateLM):
         return texts
 
     def _groups(self, requests: Sequence[Any]) -> Iterator[tuple[dict[str, Any], list[Any]]]:
-        """Yields neighbours of the same options, at most `batch_size` of them."""
+        """Yields groups of consecutive requests with the same options, at most `batch_size` in each."""
         group: list[Any] = []
         for request in requests:
             if group and (len(group) == self.batch_size or group[0].args[1] != request.args[1]):
@@ -115,7 +115,7 @@ class SpeculativeLM(TemplateLM):
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         known = normalize_gen_kwargs(dict(given), self.max_gen_toks)
-        known.pop("do_sample")  # temperature 0 says it
+        known.pop("do_sample")  # temperature 0 has the same meaning
         options = {RENAMED.get(name, name): value for name, value in known.items()}
         options["stop"] = [stop for stop in options["stop"] if stop] or None
         return {"temperature": 0.0, **options, "speculation": self.speculation}

@@ -1,4 +1,4 @@
-"""A text that is being written by the worker of a batch, as its caller holds it, from threads or from asyncio."""
+"""The caller's handle of a sequence that a worker generates in a batch, for threads and for asyncio."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from mtp_spec.results import EventLog, Generation, TokenEvent
 
 
 class Handle:
-    """A submitted text: `async for event in handle`, `await handle`, `handle.result()`, `handle.cancel()`.
+    """A submitted request: `async for event in handle`, `await handle`, `handle.result()`, `handle.cancel()`.
 
-    Every iteration gives all `TokenEvent`s from the first, those of `lm.stream`. `await` and `result` give the
-    `Generation`. They raise what went wrong with this text, also where that was an exception in its own processor, and
-    CancelledError (of asyncio, or of concurrent.futures from `result`) where it was cancelled. A task that is cancelled
-    while it awaits the handle cancels the text.
+    Every iteration yields all `TokenEvent`s from the first, the same as those of `lm.stream`. `await` and `result` give
+    the `Generation`. They raise the error of this request, also one from its own logits processor, and CancelledError
+    (of asyncio, or of concurrent.futures from `result`) if it was cancelled. A task that is cancelled while it awaits
+    the handle cancels the request.
 
     Args:
         owner: the model.
         log: of the sequence.
     Attributes:
-        events: those that were made so far.
+        events: those created so far.
     """
 
     def __init__(self, owner: object, log: EventLog) -> None:
-        self._owner: object = owner  # a model lives as long as a text of it is being written
+        self._owner: object = owner  # keeps the model alive while the sequence is generated
         self._future: Future[Generation] = Future()
         self.events: list[TokenEvent] = []
         self._log = log
         self._lock, self._listeners = Lock(), list[Callable[[], object]]()
-        self._heard = False  # whether anybody wants events: else none are made
+        self._heard = False  # whether anyone listens: else no events are created
         self._future.add_done_callback(self._ended)
 
     def result(self, timeout: float | None = None) -> Generation:
-        """Waits for the whole text.
+        """Waits for the complete generation.
 
         Args:
-            timeout: seconds; None waits as long as it takes.
+            timeout: seconds; None waits indefinitely.
 
         Raises:
             TimeoutError: it was not finished in time.
@@ -48,11 +48,11 @@ class Handle:
         return self._future.result(timeout)
 
     def done(self) -> bool:
-        """Whether the text is finished, has failed or was cancelled."""
+        """Whether it is finished, has failed or was cancelled."""
         return self._future.done()
 
     def cancel(self) -> bool:
-        """Ends the text where it is, or takes it from the queue; returns whether it was not finished yet."""
+        """Stops the generation, or removes it from the queue; returns whether it was not finished yet."""
         return self._future.cancel()
 
     def cancelled(self) -> bool:
@@ -66,7 +66,7 @@ class Handle:
         loop, news, seen = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def wake() -> None:
-            with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens any more
+            with suppress(RuntimeError):  # the event loop was closed meanwhile
                 loop.call_soon_threadsafe(news.set)
 
         self.listen(wake)
@@ -83,7 +83,7 @@ class Handle:
         finally:
             with self._lock:
                 self._listeners.remove(wake)
-        await self  # raises what went wrong
+        await self  # raises if it failed
 
     def listen(self, wake: Callable[[], object]) -> None:
         """Calls `wake`, in the worker's thread, when there are new events and at the end."""
@@ -92,31 +92,31 @@ class Handle:
             self._heard = True
 
     def told(self) -> bool:
-        """Returns whether the text has ended and all of its events are made."""
-        done = self._future.done()  # asked first: events come before the end
+        """Returns whether it has ended and all of its events are created."""
+        done = self._future.done()  # checked first: events come before the end
         if done and not self.cancelled():
             self._tell_all()
         return done
 
-    # what the worker does; it alone asks for events until the text is done
+    # called by the worker, the only one to create events until the future is done
 
     def written(self) -> None:
-        """Tells what was written, if anybody listens."""
+        """Creates events of new tokens, if anyone listens."""
         if self._heard and self._tell_all():
             self._wake()
 
     def finish(self) -> None:
-        """Ends the text, unless it was cancelled."""
+        """Sets the result, unless it was cancelled."""
         if self._future.set_running_or_notify_cancel():
             self._future.set_result(self._log.finish())
 
     def fail(self, error: BaseException) -> None:
-        """Ends the text with an error, unless it was cancelled."""
+        """Sets an error, unless it was cancelled."""
         if self._future.set_running_or_notify_cancel():
             self._future.set_exception(error)
 
     def _tell_all(self) -> bool:
-        """Makes events of what was written; returns whether there was any."""
+        """Creates events of new tokens; returns whether there were any."""
         before = len(self.events)
         with self._lock:
             while (event := self._log.pop()) is not None:

@@ -1,4 +1,4 @@
-"""How much memory this process can still have: the machine's, or less where a container's limit is nearer."""
+"""The memory that this process can still get: the machine's, or less if a container's limit is lower."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path("/")  # where the system's files are; tests have their own
-NO_LIMIT = 2**60  # cgroups of the first version write a number like this for none
+ROOT = Path("/")  # of the system's files; tests replace it
+NO_LIMIT = 2**60  # version 1 cgroups without a limit report a number above this
 
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """Files of a cgroup, which its two versions name differently."""
+    """File names of a cgroup, which differ between the two versions."""
 
     limit: str
     used: str
-    cached: tuple[str, ...]  # lines of memory.stat: files' pages, which the system takes back when it needs them
+    cached: tuple[str, ...]  # lines of memory.stat for cached file pages, which the system reclaims when needed
 
 
 FIRST = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
@@ -25,7 +25,7 @@ SECOND = _Names("memory.max", "memory.current", ("inactive_file", "active_file")
 
 
 def free_memory() -> int | None:
-    """Returns the bytes of memory and swap that this process can still get, where the system tells."""
+    """Returns the bytes of memory and swap that this process can still get, or None if they are not reported."""
     found = _meminfo()
     if found is None:
         return None
@@ -34,7 +34,7 @@ def free_memory() -> int | None:
 
 
 def room_for_files() -> int | None:
-    """Returns the bytes of memory that mapped files and this process can have: swap is no place for files."""
+    """Returns the bytes available to mapped files and this process, without swap, which mapped files do not use."""
     found, machine = _meminfo(), machine_memory()
     if found is not None:
         return min([found[0], *(free for _, free in _limits())])
@@ -42,7 +42,7 @@ def room_for_files() -> int | None:
 
 
 def machine_memory() -> int | None:
-    """Returns the bytes of memory in this machine, or that its container may have, where the system tells."""
+    """Returns the bytes of memory of this machine or its container, or None if the system does not report it."""
     try:
         whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -51,7 +51,7 @@ def machine_memory() -> int | None:
 
 
 def _meminfo() -> tuple[int, int] | None:
-    """Returns the bytes of memory that are free or hold what can be dropped, and those of free swap."""
+    """Returns the available bytes of memory, reclaimable ones included, and the bytes of free swap."""
     try:
         lines = (ROOT / "proc/meminfo").read_text(encoding="ascii").splitlines()
         found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
@@ -75,10 +75,10 @@ def _limits() -> Iterator[tuple[int, int]]:
 
 
 def _groups() -> Iterator[tuple[Path, _Names]]:
-    """Yields the folders of this process's cgroups with memory, and of those around them.
+    """Yields the folders of this process's memory cgroups and of their parents.
 
-    In a container the path may be that of the machine, of which the container sees its own part as the whole: folders
-    that are not there are passed over.
+    In a container the path may be the host's, of which only the container's own part is visible: the caller skips
+    folders that do not exist.
     """
     try:
         lines = (ROOT / "proc/self/cgroup").read_text().splitlines()

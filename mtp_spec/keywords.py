@@ -3,7 +3,7 @@
     def ask(question: str, **options: Unpack[GenerateOptions]) -> str:
         return lm.generate(question, **options).text
 
-What each means, and its range, is said and checked by `SamplingParams`, `Speculation`, `load` (`defaults`) and
+Meaning and range of each are documented and checked in `SamplingParams`, `Speculation`, `load` (`defaults`) and
 `mtp_spec.text.Tokenizer.chat_text` (the chat template's).
 """
 
@@ -18,7 +18,7 @@ from mtp_spec.speculation import Speculation
 
 
 class _TextOptions(TypedDict, total=False):
-    """Of every text: the fields of `SamplingParams` but for the seed, or all of them as `sampling`, and the others."""
+    """Options of every text: the fields of `SamplingParams` except the seed, or all as `sampling`, and the others."""
 
     max_new_tokens: int
     temperature: float
@@ -42,7 +42,7 @@ class _TextOptions(TypedDict, total=False):
 
 
 class TemplateOptions(TypedDict, total=False):
-    """Of the chat template, for conversations."""
+    """Options of the chat template, for conversations."""
 
     template: Mapping[str, Any] | None
     tools: Sequence[Mapping[str, Any]] | None
@@ -50,22 +50,22 @@ class TemplateOptions(TypedDict, total=False):
 
 
 class ChatIdsOptions(TemplateOptions, total=False):
-    """Of `LM.chat_ids`."""
+    """Options of `LM.chat_ids`."""
 
     add_generation_prompt: bool
 
 
 class GenerateOptions(_TextOptions, total=False):
-    """Of `LM.generate`, which writes one text or several."""
+    """Options of `LM.generate`, which generates one text or several."""
 
     seed: int | Sequence[int] | None
 
 
 class ChatOptions(GenerateOptions, TemplateOptions, total=False):
-    """Of `LM.chat`."""
+    """Options of `LM.chat`."""
 
 
 class StreamOptions(_TextOptions, TemplateOptions, total=False):
-    """Of `LM.stream`, `LM.submit` and `LM.explain`, which write one text after a prompt or a conversation."""
+    """Options of `LM.stream`, `LM.submit` and `LM.explain`, which generate one text for a prompt or a conversation."""
 
     seed: int | None

@@ -1,4 +1,4 @@
-"""What `load` decides before it reads weights: device, dtype, context, and on which code a checkpoint runs."""
+"""Decisions of `load` before it reads weights: device, dtype, context, and which code runs a checkpoint."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }  # fmt: skip
 CACHE_DTYPES = ("bfloat16", "float8_e4m3fn")  # the first is the default
-# dtypes of the kernels' 16-bit products, and compute capabilities that they and FP8's begin with
+# dtypes of the kernels' 16-bit products, and the least compute capabilities for them and for FP8
 HALVES, HALF_CAPABILITY, FP8_CAPABILITY = (torch.bfloat16, torch.float16), (8, 0), (8, 9)
 DraftVocabulary = int | str | Path | None
 
@@ -57,7 +57,7 @@ def load_model(
     cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE, max_batch: int = 1,
     cache_tokens: int | None = None, weights: str | None = None,
 ) -> HostModel | DeviceModel:  # fmt: skip
-    """Returns the model on a GPU's kernels where they run, else by torch; on a CPU on the engine where it runs."""
+    """Returns the model on the GPU kernels, or on a CPU on the engine, if they can run it; else by torch."""
     packed, checkpoint = packs_cache(cache_dtype), open_checkpoint(source) if isinstance(source, Path) else source
     checkpoint = with_weights(checkpoint, weights)
     ids = draft_ids(drafts, checkpoint.config)
@@ -102,7 +102,7 @@ def _on_kernels(
     checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, limit: int, ids: list[int] | None, report: Any,
     packed_cache: bool, ranks: Ranks, max_batch: int, cache_tokens: int | None,
 ) -> DeviceModel:  # fmt: skip
-    """Returns the model on the kernels: FP8 weights stay so where the card multiplies it and `dtype` does not widen."""
+    """Returns the model on the kernels; FP8 weights stay FP8 if the GPU can multiply them and `dtype` allows it."""
     wide, no_fp8 = dtype if dtype in HALVES else None, _no_kernels(device, FP8_CAPABILITY)
     stored_packed = any(checkpoint.dtype(name) == PACKED for name in checkpoint.tensors)
     widened = no_fp8 or fp8_obstacle(checkpoint)
@@ -115,11 +115,11 @@ def _on_kernels(
 
 
 def draft_ids(drafts: DraftVocabulary, config: ModelConfig) -> list[int] | None:
-    """Returns the tokens that drafts may be, in ascending order, or None for all.
+    """Returns the tokens that drafts may use, in ascending order, or None for all.
 
     Args:
-        drafts: a number: the first tokens, which in a vocabulary of byte pairs are the earliest merges and so the most
-            frequent; a file: those it lists, one id a line. Tokens that end a text are always among them.
+        drafts: a number for the first tokens, which in a byte-pair vocabulary are the earliest merges and so the most
+            frequent; or a file that lists ids, one a line. End-of-sequence tokens are always included.
     """
     if drafts is None:
         return None
@@ -136,7 +136,7 @@ def draft_ids(drafts: DraftVocabulary, config: ModelConfig) -> list[int] | None:
 
 
 def check_ends(tokenizer: Tokenizer | None, config: ModelConfig, folder: Path) -> None:
-    """Refuses end tokens that the model cannot write."""
+    """Rejects end-of-sequence tokens outside the vocabulary."""
     size = config.vocab_size
     for token in config.eos_token_ids:
         if not 0 <= token < size:
@@ -164,12 +164,12 @@ def _listed_ids(file: Path, whole: int, name: str) -> set[int]:
 
 
 def runs_engine() -> bool:
-    """Whether models on a CPU run on the library's own engine here."""
+    """Whether the library's own engine runs models on this CPU."""
     return engine.why_not() is None
 
 
 def _no_kernels(device: str, least: tuple[int, int]) -> str | None:
-    """Returns why kernels that begin with a compute capability do not run on a device, or None."""
+    """Returns why kernels that need a compute capability do not run on a device, or None."""
     what = "FP8" if least == FP8_CAPABILITY else "bfloat16"
     if device.split(":")[0] != "cuda":
         return f"{what} kernels need an NVIDIA GPU"
@@ -180,7 +180,7 @@ def _no_kernels(device: str, least: tuple[int, int]) -> str | None:
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that does not exist here."""
+    """Rejects a device that does not exist here."""
     kind = str(device).split(":")[0]
     if kind not in ("cpu", "cuda"):
         raise OptionError(f'device={device!r}: allowed are "cpu" and "cuda"')
@@ -192,7 +192,7 @@ def check_device(device: str) -> None:
 
 
 def check_batch(max_batch: int, cache_tokens: int | None, device: str) -> None:
-    """Refuses a number of texts side by side, or a size of their cache, that cannot be had."""
+    """Rejects an impossible batch size or cache size."""
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
         raise OptionError(f"max_batch={max_batch!r}: an integer, 1 or more")
     if cache_tokens is None:
@@ -214,7 +214,7 @@ def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def packs_cache(cache_dtype: str | torch.dtype | None) -> bool:
-    """Whether the kernels are to cache latents in FP8; None is as activations are."""
+    """Whether the kernels should cache latents in FP8; None is the dtype of activations."""
     name = CACHE_DTYPES[0] if cache_dtype is None else str(cache_dtype).removeprefix("torch.")
     if name not in CACHE_DTYPES:
         raise OptionError(f"cache_dtype={cache_dtype!r}: allowed are {', '.join(CACHE_DTYPES)}, or None for the first")
@@ -222,14 +222,14 @@ def packs_cache(cache_dtype: str | torch.dtype | None) -> bool:
 
 
 def cache_refused(cache_dtype: str | torch.dtype, obstacle: str) -> OptionError:
-    """Returns the error for a model that runs by torch, whose cache has the dtype of its arithmetic."""
+    """Returns the error for a model that runs by torch, whose cache always has the dtype of its arithmetic."""
     return OptionError(f"cache_dtype={cache_dtype!r} is for the kernels of a GPU: {obstacle}; leave cache_dtype out")
 
 
 def cpu_has_bfloat16() -> bool:
     """Whether torch multiplies bfloat16 in hardware here (AVX512-BF16 or AMX).
 
-    Its checks ask the processor, also where torch was told to do without (ATEN_CPU_CAPABILITY=avx2).
+    Torch's own checks query the processor even if torch was told not to use it (ATEN_CPU_CAPABILITY=avx2).
     """
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     told = "AVX512" in torch.backends.cpu.get_cpu_capability()

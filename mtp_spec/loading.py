@@ -51,27 +51,27 @@ def load(
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16", "float16", "float8_e4m3fn" or the torch dtype. None keeps weights as they are
             stored: on a GPU FP8 checkpoints run on this library's kernels, on a CPU any of these on its engine, with
-            float32 arithmetic; "float32" is the same there, "bfloat16" and "float16" round matrices to them. Where
-            torch computes, weights, FP8 included, become this dtype; None is bfloat16 there where it is fast, else
+            float32 arithmetic; there "float32" is the same, and "bfloat16" and "float16" round matrices. If torch
+            computes, weights, FP8 included, are converted to this dtype; None is then bfloat16 if it is fast, else
             float32.
-        weights: "fp8" makes the matrices of a bfloat16 folder FP8 with 128x128 scales while they are read, the same
-            bits as `mtp-spec cast --to fp8`; None keeps them.
+        weights: "fp8" converts the matrices of a bfloat16 folder to FP8 with 128x128 scales while reading, with the
+            same bits as `mtp-spec cast --to fp8`; None keeps them.
         max_context: most tokens of prompt and text together; None is the model's own limit.
-        max_batch: most texts that are written side by side, of a list or of `LM.submit`.
-        cache_tokens: of prompts, texts and drafts side by side; who finds no room waits, who needs more is refused.
-            None has room for `max_batch` texts of `max_context` tokens.
-        draft_vocabulary: drafts are then only tokens among the first so many, or among the ids in a file, one a line;
-            less of the head is read for them, and the text stays what it is. None drafts any token.
-        cache_dtype: of the latent cache on this library's kernels: "bfloat16", which None is, or "float8_e4m3fn",
-            which holds nearly twice the tokens and rounds them, so it changes the text (docs/howto/gpu.md).
-        defaults: what options of generation are where a call leaves them out: "library", those of `SamplingParams`, or
+        max_batch: most sequences that are generated in a batch, for a list of prompts or `LM.submit`.
+        cache_tokens: tokens that the batch's cache holds, prompts, generated tokens and drafts included. Requests wait
+            for free cache; one that could never fit raises an error. None is `max_batch` times `max_context`.
+        draft_vocabulary: restricts drafts to the first tokens, given their number, or to ids in a file, one a line; it
+            reads less of the head when drafting, and the text does not change. None allows any token.
+        cache_dtype: of the latent cache on this library's kernels: "bfloat16", the default, or "float8_e4m3fn", which
+            holds nearly twice the tokens but rounds them, so it changes the text (docs/howto/gpu.md).
+        defaults: values of generation options that a call does not give: "library", those of `SamplingParams`, or
             "checkpoint", those of the folder's generation_config.json (docs/howto/sampling.md).
-        measure: time the passes of a step at the first use of "auto", a few seconds, and keep the times in the user's
-            cache directory; False plans from typical times and writes nothing.
-        progress: show a bar over the bytes read, and over the measurements; or a function that is told (bytes read,
+        measure: time the passes of a step at the first use of "auto", for a few seconds, and store the times in the
+            user's cache directory; False plans from typical times and stores nothing.
+        progress: show a bar for the bytes read and for the measurements; or a function that is called with (bytes read,
             bytes in all) instead.
         parallel: which processes share the model: "auto", those that torchrun started together with this one; a
-            `torch.distributed` process group; None, this one alone. Each of them makes the same calls
+            `torch.distributed` process group; None, this one alone. Each of them must make the same calls
             (docs/howto/parallel.md).
 
     Raises:

@@ -1,4 +1,4 @@
-"""The machine that this runs on, as the system describes it."""
+"""Facts on the machine that this runs on."""
 
 from __future__ import annotations
 

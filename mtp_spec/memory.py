@@ -1,4 +1,4 @@
-"""How much device memory a model needs, foreseen from its shape: what loading checks before it reads a byte."""
+"""Estimates the CPU memory of weights and cache pages; loading checks it before reading any weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mtp_spec.model.files.tensors import AHEAD_BYTES
 from mtp_spec.model.transformer import Transformer
 from mtp_spec.speculation import MAX_NODES
 
-# pages of a CPU's cache that nobody uses and later sequences may share: so much of the memory, or so many bytes
+# limit on unused cache pages that later sequences may share: this share of the memory, but at least IDLE_BYTES
 IDLE_SHARE, IDLE_BYTES = 1 / 16, 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class PagePlan:
-    """Pages of latent cache for texts side by side on a CPU.
+    """Pages of latent cache for a batch of sequences on a CPU.
 
     Attributes:
-        pages: how many; each holds `PAGE` tokens for the main model and every MTP module.
-        page_bytes: of one.
-        most_idle: pages that are kept for later sequences to share: a part of the memory, as nobody may ask for them.
+        pages: number of pages; each holds `PAGE` tokens for the main model and every MTP module.
+        page_bytes: bytes of one page.
+        most_idle: most unused pages kept for later sequences; limited, because they may never be used again.
     """
 
     pages: int
@@ -36,7 +36,7 @@ class PagePlan:
 
     @property
     def total(self) -> int:
-        """Bytes of all pages; the system gives them as they are first used."""
+        """Bytes of all pages; the system allocates them on first use."""
         return self.pages * self.page_bytes
 
     @classmethod
@@ -47,10 +47,10 @@ class PagePlan:
         """Returns the plan for these arguments of `load`.
 
         Args:
-            refuse: more than the machine has is refused; else there are as many pages as it has memory for.
+            refuse: raise an error if the machine has too little memory; else plan as many pages as fit.
 
         Raises:
-            MTPSpecError: this machine has not that much memory.
+            MTPSpecError: this machine has too little memory.
         """
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         size = layers * PAGE * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
@@ -70,36 +70,36 @@ class PagePlan:
 
 
 def read_ahead_bytes(checkpoint: Checkpoint) -> int:
-    """Returns the bytes of tensors held while a model is loaded: those read ahead, one more, and the one in use."""
+    """Returns the peak bytes of tensors during loading: those read ahead, one more, and the one in use."""
     whole = max((i.bytes for name, i in checkpoint.tensors.items() if checkpoint.dtype(name) == "F8_E4M3"), default=0)
     return AHEAD_BYTES + 2 * max(whole, PIECE_BYTES)
 
 
 def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Returns the bytes of all weights of the model by torch."""
+    """Returns the bytes of all weights of a model that torch runs."""
     return sum(weight.nbytes for weight in Transformer(config, dtype, "meta").checkpoint_slots().values())
 
 
 def check_host(config: ModelConfig, dtype: torch.dtype) -> None:
-    """Refuses a model that torch runs whose weights alone are more than this process's free memory and swap.
+    """Rejects a model by torch whose weights alone exceed this process's free memory and swap.
 
     Raises:
-        MTPSpecError: they are; the message says how much there is.
+        MTPSpecError: they do; the message says how much is free.
     """
     remedy = "use a machine with more, a GPU, which keeps FP8 weights as they are, or several processes"
     _check_free(model_bytes(config, dtype), f"in {str(dtype).removeprefix('torch.')}", remedy)
 
 
 def check_own(needed: int, narrowed: bool, dtype: torch.dtype | None) -> None:
-    """Refuses weights on the CPU engine that are kept outside their files and are more than free memory and swap.
+    """Rejects weights on the CPU engine that are held outside their files and exceed free memory and swap.
 
     Args:
         needed: their bytes.
-        narrowed: they become FP8 while they are read.
-        dtype: that they are rounded to; None and float32: they are kept as they are.
+        narrowed: whether they are converted to FP8 while reading.
+        dtype: the dtype that they are rounded to; None and float32 keep them unchanged.
 
     Raises:
-        MTPSpecError: they are; the message says how much there is.
+        MTPSpecError: they do; the message says how much is free.
     """
     if narrowed:
         kind, remedy = "in FP8", "write them once with mtp-spec cast --to fp8, whose files are mapped"

@@ -1,4 +1,4 @@
-"""Checks of a caller's values, with one message each: the option, what was given and what is allowed."""
+"""Checks of option values; each message names the option, the given value and the allowed ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 from mtp_spec.errors import OptionError
 
-LARGEST = 1e30  # what counts and logits may be multiplied with in float32
+LARGEST = 1e30  # counts and logits can be multiplied by this in float32 without overflow
 
 
 def invalid(name: str, value: object, allowed: str) -> OptionError:
@@ -18,21 +18,22 @@ def invalid(name: str, value: object, allowed: str) -> OptionError:
 
 
 def unknown_option(name: str, known: Sequence[str]) -> OptionError:
-    """Returns the error for a name that no option has, with the nearest that one has."""
+    """Returns the error for an unknown option name, with the closest known one."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return OptionError(f"unknown option {name!r}: {hint}known options are {', '.join(known)}")
 
 
 def integer(name: str, value: object, low: int, high: int | None, allowed: str) -> int:
-    """Returns an integer of any kind, also NumPy's, as an int.
+    """Returns an integer of any type, NumPy's included, as an int.
 
     Args:
-        low, high: the least and the most that is possible; `high` None is no limit.
-        allowed: says so in the message.
+        low: least value.
+        high: largest value; None is no limit.
+        allowed: the allowed values, for the message.
 
     Raises:
-        OptionError: something else, a bool too, or outside the range.
+        OptionError: the value is not an integer (a bool is not) or is outside the range.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise invalid(name, value, allowed)
@@ -51,15 +52,16 @@ def real(
     above: float = -math.inf,
     high: float = math.inf,
 ) -> float:
-    """Returns a real number of any kind as a float, at most `LARGEST` in size.
+    """Returns a real number of any type as a float, at most `LARGEST` in size.
 
     Args:
-        low, high: the least and the most that is possible.
-        above: it must be larger than this.
-        allowed: says so in the message.
+        low: least value.
+        high: largest value.
+        above: the value must be larger than this.
+        allowed: the allowed values, for the message.
 
     Raises:
-        OptionError: something else, a bool too, NaN, or outside the range.
+        OptionError: the value is not a number (a bool is not), is NaN, or is outside the range.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise invalid(name, value, allowed)
@@ -70,7 +72,7 @@ def real(
 
 
 def as_float(value: Real) -> float:
-    """Returns a number as a float, infinite where it is too large for one."""
+    """Returns a number as a float, infinite if it is too large."""
     try:
         return float(value)
     except OverflowError:

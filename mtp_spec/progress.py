@@ -20,7 +20,7 @@ def byte_progress(show: bool, label: str = "loading") -> Iterator[Report | None]
 
 @contextmanager
 def step_progress(show: bool, label: str) -> Iterator[Report | None]:
-    """The same for things that are counted."""
+    """Yields the same for counted steps."""
     with _progress(show, label, (BarColumn(), TimeRemainingColumn())) as report:
         yield report
 

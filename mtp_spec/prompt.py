@@ -1,4 +1,4 @@
-"""What a caller gives as a prompt, a text, ids or messages, as the ids that the model reads."""
+"""Converts a caller's prompt (text, ids or messages) to token ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Asking:
     """Prompts for one model.
 
     Attributes:
-        tokenizer: None where it has none.
+        tokenizer: None if the model has none.
         max_context: most tokens of a prompt.
     """
 
@@ -59,7 +59,7 @@ class Asking:
         return [checked_ids(own, part, self.config, self.max_context) for own, part in zip(ids, parts, strict=True)]
 
     def ids(self, prompt: Any, options: dict[str, Any]) -> list[int]:
-        """Returns the ids of one prompt or conversation; takes the options of a chat template out of those given."""
+        """Returns the ids of one prompt or conversation; removes the chat template's options from `options`."""
         chat = taken(options)
         if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.chat_ids(prompt, chat)
@@ -71,5 +71,5 @@ class Asking:
 
 
 def taken(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes the options of a chat template out of a call's options."""
+    """Removes the chat template's options from a call's options and returns them."""
     return {name: options.pop(name) for name in CHAT_OPTIONS if name in options}

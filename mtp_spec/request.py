@@ -1,4 +1,4 @@
-"""What is asked of a model, checked: the prompt's ids and everything that decides its text."""
+"""A checked request: the prompt's ids and everything that determines the generated text."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mtp_spec.text.stopping import StopChecker
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A text that can be begun.
+    """A request that is ready to start.
 
     Attributes:
-        limit: most tokens that will be drawn.
+        limit: most new tokens.
     """
 
     ids: list[int]
@@ -35,12 +35,12 @@ class Request:
 
     @property
     def strict(self) -> bool:
-        """Whether it drafts as much as was asked for, so that the modules need everything that came before."""
+        """Whether its speculation is fixed, so that the MTP modules need the whole context."""
         return self.speculation is not None and not self.speculation.adaptive
 
     @property
     def room(self) -> int:
-        """Slots of cache that it may need, those of its largest tree included."""
+        """Most cache slots that it may need, those of its largest tree included."""
         return len(self.ids) + self.limit + (0 if self.speculation is None else self.speculation.nodes) + 1
 
 
@@ -48,15 +48,15 @@ def new_request(
     ids: list[int], params: SamplingParams, speculation: Speculation | None, config: ModelConfig, max_context: int,
     processors: Sequence[LogitsProcessor[Any]], tokenizer: Tokenizer | None, model_ends: frozenset[int],
 ) -> Request:  # fmt: skip
-    """Returns the request for the text after checked ids.
+    """Returns the request for a continuation of checked ids.
 
     Args:
-        processors: come before those of `params`.
-        model_ends: the model's own tokens that end a text.
+        processors: applied before those of `params`.
+        model_ends: the model's own end-of-sequence tokens.
 
     Raises:
-        OptionError: parameters that do not fit the vocabulary.
-        PromptError: the context leaves no room for a token, or not for `min_new_tokens`.
+        OptionError: parameters do not fit the vocabulary.
+        PromptError: the context leaves no room for a token, or too little for `min_new_tokens`.
     """
     ends = params.ends(model_ends)
     sampler = Sampler(params, config.vocab_size, None, processors, ends)
@@ -69,10 +69,10 @@ def new_request(
 
 
 def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) -> list[int]:
-    """Returns a prompt's ids; `given` is what they were made from, for the message.
+    """Returns a prompt's ids; `given` is what they were encoded from, for the message.
 
     Raises:
-        PromptError: none, too many, or one outside the vocabulary.
+        PromptError: there are none or too many, or one is outside the vocabulary.
     """
     if isinstance(ids, Tensor | ndarray):
         ids = ids.tolist()
@@ -90,7 +90,7 @@ def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) 
 
 
 def too_long(tokens: int, config: ModelConfig, max_context: int, least: int = 0) -> PromptError:
-    """Returns the error of a prompt that leaves no room for a token of text, or for the least that it is to have."""
+    """Returns the error of a prompt that leaves no room for a new token, or for the `least` number of new tokens."""
     more = config.max_position_embeddings
     other = f", or load with a larger max_context (the model allows {more})" if more > max_context else ""
     wanted = f" and min_new_tokens is {least}" if tokens < max_context else ""

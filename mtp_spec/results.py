@@ -1,4 +1,4 @@
-"""What a generation gives: its tokens as they are committed, and the whole of it at the end."""
+"""Results of a generation: its tokens as they are committed, and the complete result at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TokenEvent:
     """One token of a stream.
 
     Attributes:
-        text: the text it adds; empty for a token that completes no character yet.
+        text: the text it adds; empty if it does not complete a character yet.
         token_id: its id.
         step: the verify step that committed it; 0 is the prefill.
         source: "target", or the depth of the draft that proposed it.
@@ -31,7 +31,7 @@ class TokenEvent:
 
 @dataclass(slots=True)
 class Generation:
-    """A finished text.
+    """The result of a generation.
 
     Attributes:
         text: without the prompt, the end-of-sequence token and the stop string.
@@ -39,7 +39,7 @@ class Generation:
         finish_reason: "stop" (end-of-sequence token or stop string) or "length".
         logprobs: None, or for each token its log-probability and the best alternatives.
         stats: counts, rates and seconds.
-        seed: gives this text again; None for a result that no model has drawn.
+        seed: reproduces this text; None for a result that no model has generated.
     """
 
     text: str = ""
@@ -51,11 +51,11 @@ class Generation:
 
 
 class EventLog:
-    """Committed tokens of a sequence; makes `TokenEvent`s of them on demand, or all at once at the end.
+    """Log of a sequence's committed tokens; turns them into `TokenEvent`s on demand, or all at once at the end.
 
     Attributes:
-        result: what was made events so far; whole after `finish`.
-        stops: has seen every token taken.
+        result: covers the events created so far; complete after `finish`.
+        stops: has seen every token in the log.
     """
 
     def __init__(self, stops: StopChecker, result: Generation) -> None:
@@ -81,7 +81,7 @@ class EventLog:
         return TokenEvent(text, drawn.token, step, drawn.depth or "target")
 
     def finish(self) -> Generation:
-        """Returns the result of a text that has ended; events can still be asked for."""
+        """Returns the result of a sequence that has ended; events can still be popped."""
         whole = self.stops.whole()
         if whole is None:
             self._texts.extend(self.stops.ready())

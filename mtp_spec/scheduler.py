@@ -1,8 +1,8 @@
-"""Decides which sequences run: they wait in order, run while there is memory for them, and leave when they end.
+"""Decides which sequences run: they wait in a queue, start when there is memory for them, and leave when they end.
 
-One prompt is a batch of one, run by its caller's thread (`stream`); submitted prompts share a scheduler, which a thread
-of their own runs (`serving`). First come, first served: nobody overtakes, and nobody who runs is cut short, because a
-sequence is given all the memory that it may need before it begins.
+A single prompt is a batch of one, run by its caller's thread (`stream`); submitted prompts share a scheduler, which has
+a thread of its own (`serving`). First come, first served: no sequence overtakes another, and none is preempted, because
+each gets all the memory that it may need before it starts.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Scheduler:
     """The sequences of one runner.
 
     Args:
-        max_batch: most that run at a time.
+        max_batch: most sequences that run at a time.
     Attributes:
-        waiting: those that have not begun.
-        running: those that have.
+        waiting: sequences that have not started.
+        running: sequences that have.
     """
 
     def __init__(self, runner: Runner, max_batch: int = 1) -> None:
@@ -41,9 +41,9 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def round(self) -> list[Sequence]:
-        """Admits who fits and takes all that run one step further.
+        """Admits the sequences that fit and advances every running one by a step.
 
-        Returns the sequences of which there is news: tokens, their end, an error, or that they are gone.
+        Returns the sequences that changed: new tokens, finished, failed, or cancelled.
         """
         gone = [one for one in (*self.running, *self.waiting) if one.cancelled]
         self._leave(gone)
@@ -55,27 +55,27 @@ class Scheduler:
             seconds = perf_counter() - start
             for one in running:
                 one.stats.total_seconds += seconds
-        news = list(dict.fromkeys(news))  # a first token and a step's may come in one round
+        news = list(dict.fromkeys(news))  # a sequence may be reported twice in a round: first token, then a step's
         self._leave(one for one in news if not one.alive)
         return news
 
     def close(self) -> None:
-        """Ends all sequences where they are."""
+        """Stops all sequences."""
         try:
-            with suppress(RankError):  # what is on its way to a rank that is gone does not come back
+            with suppress(RankError):  # communication with a rank that has exited cannot complete
                 self._leave([*self.running, *self.waiting])
         finally:
             self.runner.close()
 
     def _admit(self) -> list[Sequence]:
-        """Begins sequences while they find room; returns those that cannot begin at all."""
+        """Starts sequences while memory lasts; returns those that failed to start."""
         failed = list[Sequence]()
         while self.waiting and len(self.running) < self.max_batch:
             first = self.waiting[0]
             try:
                 if not self.runner.admit(first, self.running):
                     break
-            except BaseException as error:  # its own: others go on
+            except BaseException as error:  # of this sequence only: the others continue
                 first.fail(error)
                 failed.append(first)
                 self.waiting.popleft()

@@ -1,4 +1,4 @@
-"""One text that is being generated: its tokens, how they are drawn, where they end, what is known of them."""
+"""One sequence that is being generated: its tokens, how they are sampled, when it stops, and its statistics."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ from mtp_spec.tree import TokenTree
 
 
 class Observer(Protocol):
-    """Looks at the steps of a sequence from outside; it changes nothing."""
+    """Watches the steps of a sequence without changing them."""
 
     def drafted(self, parent: int, row: Tensor) -> None:
-        """Takes the draft's processed row `[V]` that the children of a node come from; ROOT begins a new tree."""
+        """Called with the processed draft row `[V]` that a node's children are drawn from; ROOT begins a new tree."""
         ...
 
     def pruned(self, kept: list[int]) -> None:
-        """Takes which nodes were kept for verifying, ascending; they are numbered anew."""
+        """Called with the nodes that are kept for verifying, ascending; they are renumbered."""
         ...
 
     def verified(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
-        """Takes a verified tree with the target's rows `[1 + N, V]` and what was accepted."""
+        """Called with a verified tree, the target's rows `[1 + N, V]` and what was accepted."""
         ...
 
 
 class Sequence:
-    """A sequence, from its request to its end.
+    """A sequence, from its request to its last token.
 
     Args:
-        number: counts those of a scheduler; ranks name sequences by it.
+        number: unique within a scheduler; ranks identify sequences by it.
         observer: see `Observer`.
-        ended: called with the sequence once it has ended.
+        ended: called with the sequence once it has finished.
     Attributes:
-        failing: called with the sequence once it has failed, before anything else is computed; may raise what ends all.
+        failing: called with the sequence when it fails, before anything else is computed; an exception from it ends
+            all sequences.
         tokens: ids of the prompt and all committed tokens.
-        end: most tokens that there will be, prompt included.
-        steps: times that tokens were committed; the first is the prompt's.
-        finished: whether the last token ends it.
-        cancelled: nobody wants the rest of it.
-        error: what ended it instead.
+        end: most tokens that it may have, prompt included.
+        steps: number of commits; the first is that of the prefill.
+        finished: whether the last token stopped it.
+        cancelled: whether its caller no longer wants it.
+        error: the exception that ended it, if any.
         lease: its pages of cache.
-        state: what its device keeps of it.
+        state: the device's state for it.
     """
 
     def __init__(
@@ -71,28 +72,28 @@ class Sequence:
 
     @property
     def alive(self) -> bool:
-        """Whether it is to go on."""
+        """Whether it continues."""
         return not (self.finished or self.cancelled or self.error)
 
     def fail(self, error: BaseException) -> None:
-        """Ends it by an error.
+        """Ends it with an error.
 
         Raises:
-            RankError: another rank, which shares the model, has not failed at the same.
+            RankError: another rank that shares the model has not failed on the same sequence.
         """
         self.error = error
         if self.failing is not None:
             self.failing(self)
 
     def is_last(self, token: int) -> bool:
-        """Takes the next token that was drawn; returns whether it ends the text. To be asked once for each token."""
+        """Takes the next drawn token; returns whether it ends the sequence. Call it exactly once for each token."""
         return self.request.stops.push(token)
 
     def commit(self, drawn: list[Drawn], ended: bool) -> None:
-        """Takes the tokens of a step, which `is_last` has seen.
+        """Appends the tokens of a step, each of which was passed to `is_last`.
 
         Args:
-            ended: the last one ends the text.
+            ended: whether the last one ends the sequence.
         """
         self.tokens += [one.token for one in drawn]
         self.log.take(drawn, self.steps)

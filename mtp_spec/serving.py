@@ -1,8 +1,9 @@
 """The thread that runs a scheduler for submitted sequences, and the queue in front of it.
 
-Where processes share a model, each has such a thread, every text goes through it, and all of them run the same rounds.
-The first rank decides: before a round it tells the others in one small message how many texts have come, which were
-cancelled and what it measured. The others were asked for the same texts in the same order, and carry it out.
+If several processes share a model, each has such a thread, every sequence goes through it, and all ranks run the same
+rounds. The first rank decides: before a round it sends the others one small message with the number of new sequences,
+those that were cancelled and the times that it measured. The others, which were given the same requests in the same
+order, follow it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mtp_spec.step import Runner
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A sequence and who waits for it."""
+    """A sequence and the handle of its caller."""
 
     sequence: Sequence
     handle: Handle
@@ -39,7 +40,7 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Other work with the model between two rounds, and who waits for what it returns."""
+    """Other work with the model between two rounds, and the future for its result."""
 
     work: Callable[[], Any]
     result: Future[Any]
@@ -49,9 +50,9 @@ class Worker:
     """The thread of a scheduler.
 
     Args:
-        runner: of the model; whoever submits holds the model, so that the thread ends with a model that nobody holds.
+        runner: of the model; only callers hold the model, so that the thread ends once nothing refers to the model.
         max_batch: most sequences that run at a time; others wait.
-        ranks: those that share the model; each makes its worker at the same place.
+        ranks: those that share the model; each creates its worker at the same point of the program.
     """
 
     def __init__(self, runner: Runner, max_batch: int, ranks: Ranks) -> None:
@@ -70,7 +71,7 @@ class Worker:
         """Puts sequences in the queue, all at once.
 
         Raises:
-            MTPSpecError: the worker was closed, or a sequence would not fit if it were alone.
+            MTPSpecError: the worker was closed, or a sequence would not fit even if it ran alone.
             RankError: another rank has failed.
         """
         for sequence in sequences:
@@ -80,7 +81,7 @@ class Worker:
         return handles
 
     def call(self, work: Callable[[], Any]) -> Any:
-        """Returns what some work returns, done in the thread between two rounds.
+        """Runs work in the thread between two rounds and returns its result.
 
         Raises:
             MTPSpecError, RankError: as `submit`, or what the work raises.
@@ -90,9 +91,9 @@ class Worker:
         return call.result.result()
 
     def close(self) -> None:
-        """Cancels every sequence, queued or running, and ends the thread; no harm if repeated.
+        """Cancels every sequence, queued or running, and ends the thread; may be repeated.
 
-        Where ranks share the model, what the first one has not cancelled is written to its end before.
+        If ranks share the model, sequences that the first one has not cancelled are generated to their end first.
         """
         with self._wake:
             self._closed = True
@@ -120,7 +121,7 @@ class Worker:
                 self._inbox.append(one)
                 self._arrived += 1
             self._resting = False
-            self._threads = torch.get_num_threads()  # a new thread would begin with torch's own default
+            self._threads = torch.get_num_threads()  # a new thread would start with torch's default
             self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="mtp-spec batch", daemon=True)
@@ -129,7 +130,7 @@ class Worker:
         openmp.dismiss()  # the worker computes now
 
     def _left(self) -> list[Handle]:
-        """Returns the handles of what is queued or running."""
+        """Returns the handles of all queued and running sequences."""
         return [one.handle for one in self._inbox if isinstance(one, Submitted)] + list(self._handles.values())
 
     def _serve(self) -> None:
@@ -140,12 +141,12 @@ class Worker:
             try:
                 while self._work_arrives():
                     self._round()
-            except BaseException as failure:  # nobody may wait for a thread that is gone
+            except BaseException as failure:  # no caller may be left waiting for a thread that has ended
                 error = self._told("its worker", failure)
             self._stop(error)
 
     def _work_arrives(self) -> bool:
-        """Waits for something to do; returns whether the thread goes on."""
+        """Waits for work; returns whether the thread continues."""
         if not self.scheduler.idle:
             return True
         with self._wake:
@@ -154,7 +155,7 @@ class Worker:
                 self._wake.notify_all()
                 if self._closed:
                     return False
-                openmp.dismiss()  # the others compute, if anyone does
+                openmp.dismiss()  # while this thread waits, only others compute
                 self._wake.wait()
             threads = self._threads
         self.runner.begins(threads)
@@ -182,10 +183,10 @@ class Worker:
                     del self._handles[sequence]
 
     def _decided(self) -> tuple[int, set[int]]:
-        """Returns how much has come on the first rank, and the numbers of texts that were cancelled there.
+        """Returns how many submissions the first rank has received, and which sequences were cancelled there.
 
         Raises:
-            MTPSpecError: this rank was not asked for as much.
+            MTPSpecError: this rank has not received as many.
             RankError: a rank failed or does not answer.
         """
         ranks, times = self._ranks, self.runner.measured()
@@ -204,7 +205,7 @@ class Worker:
         return int(arrived), {int(number) for number in cancelled}
 
     def _take(self) -> None:
-        """Takes the next out of the inbox."""
+        """Takes the next submission out of the inbox."""
         with self._wake:
             one = self._inbox.popleft()
             self._taken += 1
@@ -225,10 +226,10 @@ class Worker:
             one.result.set_result(found)
 
     def _failing(self, sequence: Sequence) -> None:
-        """Asks whether a text fails on every rank.
+        """Checks that a sequence fails on every rank.
 
-        It is asked before the others are computed on: without this text their passes would have fewer rows than on a
-        rank where it goes on.
+        This happens before the others are computed: without this sequence their passes would have fewer rows than on a
+        rank where it continues.
 
         Raises:
             RankError: not every rank has the error.
@@ -241,7 +242,7 @@ class Worker:
             raise told from error
 
     def _told(self, where: str, error: BaseException) -> BaseException:
-        """Returns an error that every rank has; else a `RankError`, of which the others know."""
+        """Returns the error if every rank has it; else a `RankError`, which the others learn of."""
         try:
             self._ranks.fail_alike(where, error)
         except RankError as failure:
@@ -249,7 +250,7 @@ class Worker:
         return error
 
     def _stop(self, error: BaseException | None) -> None:
-        """Ends what is left."""
+        """Closes the worker; with an error, everything queued or running fails with it."""
         with self._wake:
             self._closed, self._error = True, error
             left, calls = self._left(), [one for one in self._inbox if isinstance(one, Call)]

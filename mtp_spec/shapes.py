@@ -1,4 +1,4 @@
-"""The shapes of published models that the library has, by name."""
+"""The published model shapes that come with the library, by name."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 
 from mtp_spec.errors import OptionError
 
-# names of earlier versions, which results in docs/results were made with
+# names from earlier versions, which results in docs/results still use
 FORMER = {"gigachat3.1-10b": "GigaChat3-10B-A1.8B"}
 
 
 def published() -> list[str]:
-    """Returns the names of the shapes that the library has."""
+    """Returns the names of the library's shapes."""
     folder = files("mtp_spec.configs")
     return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
 
 
 def named_shape(path: Path) -> Path:
-    """Returns the configuration that a name stands for, where nothing lies under it.
+    """Returns the configuration file that a name stands for, or the path itself if it exists.
 
     Raises:
-        OptionError: nothing has that name.
+        OptionError: the name is unknown.
     """
     if path.exists() or len(path.parts) > 1:
         return path

@@ -1,4 +1,4 @@
-"""What is drafted for each verify pass, and by which rule it is accepted: `Speculation`."""
+"""`Speculation`: the tree that is drafted for each verify pass, and the rule that accepts it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Speculation:
         budget: at most this many nodes are drafted, the most promising first; up to 64.
         acceptance: the rule that accepts drafts. "coupled" keeps the text identical to plain decoding; "rejection",
             "hybrid", "block" (chains) and "traversal" keep its distribution; "typical" and "relaxed" change it.
-        adaptive: draft deeper only where acceptance is likely; depth and branching are then the most there may be.
+        adaptive: draft deeper only if acceptance is likely; depth and branching are then upper limits.
 
     Raises:
         OptionError: a value of the wrong kind or outside its range, or a tree of more than 64 nodes.
@@ -74,7 +74,7 @@ class Speculation:
         return total if self.budget is None else min(total, self.budget)
 
     def room(self, depth: int, drafted: int) -> int:
-        """How many nodes a depth may add to those drafted: every deeper one keeps room for one, if there is any."""
+        """Returns how many nodes a depth may add to those drafted, keeping room for one at every deeper depth."""
         left = (self.nodes if self.budget is None else self.budget) - drafted
         return min(left, max(1, left - (self.depth - depth)))
 
@@ -85,7 +85,7 @@ class Speculation:
 
 
 def resolve_speculation(value: object) -> Speculation | Literal["auto"] | None:
-    """What ``speculation=`` stands for: "auto", a :class:`Speculation`, or None (off).
+    """Returns what ``speculation=`` stands for: "auto", a :class:`Speculation`, or None (off).
 
     An integer is the depth of a chain; 0 is off.
 

@@ -1,4 +1,4 @@
-"""What a generation did and how long it took.
+"""Statistics and times of a generation.
 
 Definitions: tokens_per_step = tokens committed by verify steps / verify steps; the first token
 comes from the prefill and belongs to no step. A plain decoding step is a verify step without drafts.
@@ -22,7 +22,7 @@ SUMS = (
 
 @dataclass(slots=True)
 class Planned:
-    """Sums over the steps that a planner chose: expected, then measured."""
+    """Sums over the steps that a planner chose: expected and measured."""
 
     steps: int = 0
     expected_tokens: float = 0.0
@@ -47,17 +47,17 @@ class GenerationStats:
 
     Attributes:
         prompt_tokens: tokens of the prompt.
-        reused_tokens: of these, the ones whose caches an earlier text left.
+        reused_tokens: of these, the ones whose cache pages an earlier sequence had filled.
         new_tokens: tokens generated, the first one included.
         steps: verify steps.
         drafted: draft tokens proposed (nodes of all trees).
-        dropped: times that nothing was proposed because a row to draft from held NaN or infinity.
+        dropped: draft rows from which nothing was proposed because they held NaN or infinity.
         accepted: draft tokens accepted.
         step_tokens: tokens committed by verify steps.
         accepted_by_rank: sibling rank (0 = best) -> accepted tokens.
         phase_seconds: phase -> seconds; see ``seconds``.
         total_seconds: wall-clock seconds of the whole generation.
-        planned: what was expected of the steps that a planner chose, beside what came; of steps that shared no pass.
+        planned: expected and measured results of the steps that a planner chose, if they shared no pass with others.
     """
 
     prompt_tokens: int = 0
@@ -72,7 +72,7 @@ class GenerationStats:
     phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     total_seconds: float = 0.0
     planned: Planned = field(default_factory=Planned)
-    # (depth proposed, tokens accepted) -> steps: what is told by depth is summed from it
+    # (depth proposed, tokens accepted) -> steps: all statistics by depth are summed from it
     _outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def record_prefill(self, prompt_tokens: int) -> None:
@@ -87,10 +87,10 @@ class GenerationStats:
             proposed_depth: depth of the drafted tree; 0 for plain decoding.
             nodes: nodes of the tree.
             accepted_path_ranks: sibling ranks along the accepted path, depth 1 first.
-            committed: tokens committed, fewer than accepted + 1 where a stop cut them.
+            committed: tokens committed, fewer than accepted + 1 if a stop cut them.
 
         Raises:
-            ValueError: more accepted than proposed, or more committed than accepted and one.
+            ValueError: more accepted than proposed, or more committed than accepted + 1.
         """
         accepted = len(accepted_path_ranks)
         if not accepted <= proposed_depth <= nodes:
@@ -117,8 +117,8 @@ class GenerationStats:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside the block to a phase: prefill, draft, verify or sample; or step, all but the first
-        in one, as a CUDA graph runs them."""
+        """Add the time spent inside the block to a phase: prefill, draft, verify or sample; or step, which is all but
+        prefill together, as in a CUDA graph."""
         start = time.perf_counter()
         try:
             yield
@@ -214,7 +214,7 @@ class GenerationStats:
         }
 
     def to_record(self) -> dict[str, Any]:
-        """All counters as they are, for `json.dumps`; `from_record` is the way back."""
+        """Returns all raw counters for `json.dumps`; `from_record` is the inverse."""
         return {
             **{name: getattr(self, name) for name in SUMS},
             "accepted_by_rank": sorted(self.accepted_by_rank.items()),
@@ -225,7 +225,7 @@ class GenerationStats:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> GenerationStats:
-        """What `to_record` was called on, after a journey as JSON."""
+        """Returns the statistics that `to_record` wrote, after a round trip through JSON."""
         stats = cls(**{name: record[name] for name in SUMS}, phase_seconds=record["phase_seconds"])
         stats.planned = Planned(**record["planned"])
         stats.accepted_by_rank.update(dict(record["accepted_by_rank"]))

@@ -1,10 +1,10 @@
-"""One step of speculative decoding, and what a device has to offer for it. The file to read first.
+"""One step of speculative decoding, and the interfaces that a device implements for it. The file to read first.
 
-A step is the same four words everywhere: the MTP modules draft a tree, the model verifies it in one pass, a path of it
-is accepted, and the path is committed to tokens and caches. On a CPU `step` runs as it stands, for all sequences that
-share the step (`cpu.step`). On a GPU it is what a CUDA graph captures once and replays (`cuda.step`).
+A step has the same four parts everywhere: the MTP modules draft a tree, the model verifies it in one forward pass, a
+path of it is accepted, and that path is committed to tokens and caches. On a CPU `step` runs as written, for all
+sequences that share the step (`cpu.step`). On a GPU a CUDA graph captures it once and replays it (`cuda.step`).
 
-Plain decoding is the step with an empty tree, so that it runs the same rows.
+Plain decoding is a step with an empty tree, so that it computes the same rows.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ Done = TypeVar("Done", covariant=True)
 
 
 class Step(Protocol[Trees, Rows, Verdicts, Done]):
-    """The parts of one step of some sequences."""
+    """The parts of one step of one or more sequences."""
 
     def draft(self) -> Trees:
         """Returns the trees that the MTP modules propose."""
         ...
 
     def verify(self, trees: Trees) -> Rows:
-        """Returns the model's rows for the roots and all nodes, from one pass."""
+        """Returns the model's rows for the roots and all nodes, from one forward pass."""
         ...
 
     def accept(self, trees: Trees, rows: Rows) -> Verdicts:
-        """Returns for each tree the path that is accepted and the token that follows it."""
+        """Returns for each tree the accepted path and the token that follows it."""
         ...
 
     def commit(self, verdicts: Verdicts) -> Done:
-        """Keeps the accepted paths in the caches, forgets the rest of the trees, and makes the paths tokens."""
+        """Keeps the accepted paths in the caches, drops the rest of the trees, and appends the paths' tokens."""
         ...
 
 
@@ -53,37 +53,37 @@ def step(one: Step[Trees, Rows, Verdicts, Done]) -> Done:
 
 
 class Runner(Protocol):
-    """What a device does for the sequences of one scheduler, which calls it from one thread at a time."""
+    """Runs the sequences of one scheduler on a device; called from one thread at a time."""
 
     def check(self, request: Request) -> None:
-        """Refuses a request that would not fit if it were alone.
+        """Rejects a request that would not fit even if it ran alone.
 
         Raises:
-            MTPSpecError: it would not.
+            MTPSpecError: it does not fit.
         """
         ...
 
     def crowded(self, request: Request) -> bool:
-        """Whether others hold memory that a request needs, so that it would share nothing with them."""
+        """Whether others hold memory that a request needs, so that it would get separate memory and share no pages."""
         ...
 
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
-        """Finds memory for a sequence beside those that are running; returns false where it has to wait."""
+        """Allocates memory for a sequence while others run; returns false if it has to wait."""
         ...
 
     def round(self, running: Seq[Sequence]) -> list[Sequence]:
-        """Takes every sequence one step further, or reads some of its prompt.
+        """Advances every sequence by one step, or by a chunk of its prefill.
 
-        Returns those that have new tokens (`Sequence.commit`), or an `error` of their own. Where the host runs behind
-        the device, these are the tokens of an earlier round.
+        Returns the sequences that have new tokens (`Sequence.commit`) or an `error` of their own. If the host lags
+        behind the device, these are the tokens of an earlier round.
         """
         ...
 
     def release(self, sequence: Sequence) -> None:
-        """Takes back what a sequence that has ended, failed or was cancelled was given; no harm if repeated.
+        """Frees the resources of a sequence that has finished, failed or was cancelled; may be repeated.
 
-        The garbage collector may call this, and `close`, at any moment and in any thread, for a stream that nobody
-        holds: what is shared with other runners must be given back without waiting for a lock.
+        The garbage collector may call this and `close` at any moment and in any thread, for a stream without
+        references: resources shared with other runners must be returned without waiting for a lock.
         """
         ...
 
@@ -92,18 +92,18 @@ class Runner(Protocol):
         ...
 
     def measured(self) -> list[float]:
-        """Returns the seconds measured and not learned yet, as many on every rank; none where a process is alone.
+        """Returns the measured seconds not learned yet, equally many on every rank; none for a single process.
 
-        Ranks that plan by times of their own would plan differently: the first one's count.
+        Ranks that planned from their own times would plan differently, so all of them learn the first rank's.
         """
         ...
 
     def learn(self, times: Seq[float]) -> None:
-        """Learns the first rank's in their place."""
+        """Learns the first rank's times in place of its own."""
         ...
 
     def close(self) -> None:
-        """Ends the runner, whose scheduler has no sequences any more; no harm if repeated."""
+        """Closes the runner once its scheduler has no sequences left; may be repeated."""
         ...
 
 
@@ -126,14 +126,14 @@ class Backend(Protocol):
         """Returns a runner.
 
         Args:
-            shared: its sequences wait for memory when others have it; else each is alone and gets memory of its own.
+            shared: its sequences wait while others hold the memory; else each runs alone and gets memory of its own.
         """
         ...
 
     def trim(self) -> None:
-        """Frees memory that no sequence uses, as far as it can be had again."""
+        """Frees memory that no sequence uses, as far as it can be allocated again."""
         ...
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """To be entered by whoever computes with the model beside the runners."""
+        """Context manager for any code, other than the runners, that computes with the model."""
         ...

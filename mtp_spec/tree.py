@@ -48,7 +48,7 @@ class TokenTree:
 
         Raises:
             ValueError: the parent does not exist, or it already has a child with this token (a repeated sibling can
-                never be accepted, and under rejection sampling it changes the law).
+                never be accepted, and under rejection sampling it changes the distribution).
         """
         if not ROOT <= parent < len(self.tokens):
             raise ValueError(f"parent {parent} does not exist: the tree has nodes -1 (root) to {len(self.tokens) - 1}")
@@ -81,7 +81,7 @@ class TokenTree:
         return [self.tokens[step] for step in self.path(node)]
 
     def part(self, nodes: Sequence[int]) -> TokenTree:
-        """The tree of these nodes alone, given in ascending order, each with its parent."""
+        """Returns the tree of these nodes only, given in ascending order; each node's parent must be among them."""
         tree, numbers = TokenTree(), {ROOT: ROOT}
         for node in nodes:
             numbers[node] = tree.add(numbers[self.parents[node]], self.tokens[node], self.ranks[node])

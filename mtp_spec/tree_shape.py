@@ -1,4 +1,4 @@
-"""The topology of a tree whose shape is fixed before it is drafted: what a captured step has.
+"""The topology of a tree whose shape is fixed before it is drafted, as in a captured step.
 
 Nodes are numbered parents before children. With a budget the nodes with the smallest sum of ranks are kept.
 """
@@ -40,7 +40,7 @@ class TreeShape:
 
     @property
     def rows(self) -> int:
-        """Rows of a pass that verifies it: the root and the nodes."""
+        """Number of rows of the pass that verifies it: the root and the nodes."""
         return len(self.parents) + 1
 
     @property

@@ -1,4 +1,4 @@
-"""`load(weights="fp8")`: a wide checkpoint that becomes FP8 while it is read, whose matrices are found here."""
+"""`load(weights="fp8")`: selects the matrices of a 16- or 32-bit checkpoint that become FP8 while they are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHTS = ("fp8",)
 
 
 def check_weights(weights: object) -> None:
-    """Refuses what is no name of a kind of weights.
+    """Rejects an unknown value of `weights`.
 
     Raises:
         OptionError: the name is unknown.
@@ -25,9 +25,9 @@ def check_weights(weights: object) -> None:
 
 
 def with_weights(checkpoint: Checkpoint, weights: str | None) -> Checkpoint:
-    """Returns the checkpoint as it is read: with "fp8", matrices that released checkpoints have in FP8 become it.
+    """Returns the checkpoint to read: with "fp8", matrices that are FP8 in released checkpoints are converted to it.
 
-    Those that are in FP8 already stay as they are.
+    Those that are FP8 already stay as they are.
 
     Raises:
         OptionError: the name is unknown, or the folder has FP8 in other blocks.

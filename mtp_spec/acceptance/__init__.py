@@ -1,8 +1,8 @@
-"""Which drafted tokens are accepted: one file a rule, one interface (`rules.base`).
+"""Acceptance rules: one file for each, one interface (`acceptance.base`).
 
-"coupled", the default, keeps the text what plain decoding would have written. "rejection", "hybrid", "block" and
-"traversal" keep its distribution and accept a little more often; the text then depends on the seed and on the tree.
-"typical" and "relaxed" change the distribution and run only when they are named.
+"coupled", the default, gives exactly the text of plain decoding. "rejection", "hybrid", "block" and "traversal" keep
+the distribution of the text and accept a little more often; the text then depends on the seed and on the tree.
+"typical" and "relaxed" change the distribution and are used only on request.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mtp_spec.acceptance.lossy import Relaxed, Typical
 from mtp_spec.acceptance.rejection import Rejection
 from mtp_spec.acceptance.traversal import Traversal
 
-# the coupled rule draws no random numbers of its own and walks while it draws: see `mtp_spec.acceptance.accept`
+# the coupled rule is not here: it has no random numbers of its own, see `mtp_spec.acceptance.accept`
 RULES: dict[str, Rule] = {
     "rejection": Rejection(),
     "hybrid": Hybrid(),

@@ -1,11 +1,11 @@
-"""Which drafted tokens are accepted, and what of them becomes text.
+"""Decides which drafted tokens are accepted, and which tokens are committed.
 
 The default is coupled sampling (Gumbel coupling, Daliri et al. 2408.07978); other rules are in `mtp_spec.acceptance`.
 
-Every row of the target decides for itself: its token is the argmax of its processed logits plus noise that depends
-on seed, position and token alone. A draft is accepted when it is that token. The text is therefore what plain
-decoding draws, whatever was drafted; a draft can only make it arrive sooner. At temperature 0 the noise is absent
-and the same walk is greedy verification.
+Every row of the target determines its own token: the argmax of its processed logits plus noise that depends only on
+seed, position and token. A draft is accepted if it is that token. The text is therefore the same as in plain decoding,
+whatever was drafted; drafts only make it faster. At temperature 0 there is no noise, and the same walk is greedy
+verification.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TokenLogprob = tuple[float, list[tuple[int, float]]]
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token of the text.
+    """A committed token.
 
     Attributes:
         token: its id.
         depth: draft depth of the node that proposed it, 0 if only the target did.
-        logprob: its log-probability under the model and the best alternatives, where asked for.
+        logprob: its log-probability under the model and the best alternatives, if requested.
     """
 
     token: int
@@ -47,7 +47,7 @@ class Accepted:
         nodes: accepted nodes, depth 1 first.
         drawn: the tokens committed: those of `nodes`, then the target's own (the bonus token).
         history: the sampler's history after them.
-        stopped: whether the last token ends the text; it is then the last of `drawn`, wherever it was drawn.
+        stopped: whether the last token of `drawn` ends the sequence, on whichever row it was drawn.
     """
 
     nodes: list[int]
@@ -71,10 +71,10 @@ def accept_coupled(
         logits: `[1 + N, V]` target rows, as the model returned them.
         history: tokens up to and including the root.
         position: absolute position of the token that row 0 predicts.
-        is_last: told each token as it is drawn; true ends the text there.
+        is_last: called with each token as it is drawn; returns whether it ends the sequence.
 
     Raises:
-        NotFiniteError: a row that a token is to be drawn from holds NaN or infinity.
+        NotFiniteError: a row that a token is drawn from holds NaN or infinity.
     """
     node, nodes, drawn = ROOT, list[int](), list[Drawn]()
     while True:
@@ -104,11 +104,11 @@ def accept_by_rule(
     position: int,
     is_last: Callable[[int], bool],
 ) -> Accepted:
-    """Returns what a rule accepts; arguments as for `accept_coupled`.
+    """Returns what a rule accepts; other arguments as for `accept_coupled`.
 
     Args:
-        choices: where the rule's randomness comes from.
-        laws: for each node the law it was drawn from.
+        choices: the source of the rule's randomness.
+        laws: for each node the distribution it was drawn from.
     """
 
     def target(node: int) -> Law:

@@ -1,10 +1,10 @@
-"""What an acceptance rule is: how it draws drafts from a law, and how it judges them against the target's.
+"""The interface of acceptance rules: drawing drafts from a distribution, and judging them against the target's.
 
-All randomness passes through `Choices`, so that a test can put an enumerator in its place and add up the exact law of
-the output.
+All randomness passes through `Choices`, so that a test can replace it by an enumerator and compute the exact
+distribution of the output.
 
-Legend: `p` the target's law and `q` the draft's, both after temperature, truncation, penalties and bias; `V`
-vocabulary.
+Legend: law = probability distribution over tokens; `p` the target's and `q` the draft's, both after temperature,
+truncation, penalties and bias; `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Choices(Protocol):
     """A source of random choices."""
 
     def pick(self, law: Law) -> int:
-        """Returns a token drawn from a law."""
+        """Returns a token drawn from a distribution."""
         ...
 
     def happens(self, chance: float) -> bool:
@@ -34,7 +34,7 @@ class Choices(Protocol):
 
 
 class SeededChoices:
-    """Choices of one request: the same seed and the same questions give the same answers."""
+    """Choices of one request: the same seed and the same calls give the same results."""
 
     def __init__(self, seed: int) -> None:
         # the noise of coupled sampling has the key (seed, 0)
@@ -43,7 +43,7 @@ class SeededChoices:
     def pick(self, law: Law) -> int:
         mass = np.cumsum(law)
         token = int(np.searchsorted(mass, self._generator.random() * mass[-1], side="right"))
-        # a number of almost the whole mass can round past the last token that has any
+        # a number close to the total mass can round past the last token with probability
         return min(token, int(np.flatnonzero(law)[-1]))
 
     def happens(self, chance: float) -> bool:
@@ -56,7 +56,7 @@ class Proposal:
 
     Attributes:
         token: its id.
-        law: the law that it was drawn from; a point mass if it was not drawn.
+        law: the distribution that it was drawn from; a point mass if it was not drawn.
     """
 
     token: int
@@ -75,10 +75,10 @@ class Rule(Protocol):
     """An acceptance rule.
 
     Attributes:
-        lossless: the output has the target's law.
-        chains_only: it judges chains, not trees.
-        samples: drafts are drawn from q. Whether one is verified must then not depend on which token it turned out to
-            be (DSpark, 2607.05147, appendix A), so trees may not be pruned by what was drawn.
+        lossless: whether the output has the target's distribution.
+        chains_only: whether it judges only chains, not trees.
+        samples: whether drafts are drawn from q. Then the choice of nodes to verify must not depend on the drawn tokens
+            (DSpark, 2607.05147, appendix A), so trees may not be pruned by them.
     """
 
     lossless: bool
@@ -89,16 +89,16 @@ class Rule(Protocol):
         """Returns up to `width` children with distinct tokens, in the order of their ranks.
 
         Args:
-            scores: `[V]` what q was computed from; ranks tokens that q gives no mass.
+            scores: `[V]` what q was computed from; also ranks tokens without probability in q.
         """
         ...
 
     def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
-        """Returns what is accepted.
+        """Returns the accepted path and the token after it.
 
         Args:
-            laws: for each node the law it was drawn from.
-            target: p after a node, -1 for the root; asked only where it matters, because each costs a pass over V.
+            laws: for each node the distribution it was drawn from.
+            target: returns p after a node, -1 for the root; called only when needed, as each call costs a pass over V.
         """
         ...
 
@@ -110,14 +110,14 @@ def positive_part(weights: Law) -> tuple[Law, float]:
 
 
 class WithoutReplacement:
-    """A lossless rule's drafts: siblings drawn from q, each from what the ones before it left."""
+    """The drafts of a lossless rule: siblings drawn from q without replacement."""
 
     lossless = True
     chains_only = False
     samples = True
 
     def propose(self, q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
-        """Returns `width` draws; fewer where the support of q is exhausted."""
+        """Returns `width` draws; fewer if the support of q is exhausted."""
         law, drawn = q, list[Proposal]()
         while len(drawn) < width:
             token = choices.pick(law)

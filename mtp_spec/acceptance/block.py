@@ -2,8 +2,8 @@
 
 With `P_0 = 1`, `P_i = min(1, P_{i-1} p_i(x_i) / q_i(x_i))`, `S_i = sum over x of (P_i p_{i+1}(x) - q_{i+1}(x))+`,
 `h_i = S_i / (S_i + 1 - P_i)` before the end and `h_K = P_K`: i drafts are accepted, where i is the LARGEST with
-`u_i <= h_i` for independent u_i. Not the first failure, as in rejection: a draft may fail and a later one succeed. The
-token after them comes from `norm((P_i p_{i+1} - q_{i+1})+)`, after all K from p. Optimal for one path.
+`u_i <= h_i` for independent u_i. Unlike in rejection the first failure does not decide: a later draft may succeed. The
+next token is drawn from `norm((P_i p_{i+1} - q_{i+1})+)`, or from p after all K. Optimal for one path.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 With H the certain tokens and z drawn from q', q restricted to the others: z is accepted with probability
 `min(1, p(z) / q'(z))`; else y is drawn from `norm(p on H, (p - q')+ off H)`, and y in H is an accepted child. A node
-is passed with probability `p(H) + sum over x off H of min(p, q')`. Testing H first would be exact too, and accept less.
+has an accepted child with probability `p(H) + sum over x off H of min(p, q')`. Testing H first would be exact too, but
+accept less.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mtp_spec.tree import ROOT, TokenTree
 
 
 class Hybrid:
-    """See the module. The drawn child is the last of its siblings; where q has nothing left all are certain."""
+    """See the module. The drawn child is the last of its siblings; if q has nothing left, all are certain."""
 
     lossless = True
     chains_only = False
@@ -39,13 +40,13 @@ class Hybrid:
             p, children = target(node), tree.children(node)
             if not children:
                 return Verdict(nodes, choices.pick(p))
-            # The last sibling is the drawn one. A certain token in its place (q had nothing left) is judged alike: its
-            # law is a point mass, and `(p - q')+` then differs from p on that token alone.
+            # The last sibling is the drawn one. A certain token in its place (q had nothing left) is judged in the same
+            # way: its distribution is a point mass, and `(p - q')+` then differs from p on that token alone.
             drawn = children[-1]
             token, law = tree.tokens[drawn], laws[drawn]
             child = drawn
             if not choices.happens(min(1.0, float(p[token] / law[token]))):
-                # off H the residual; on H, where the law has no mass, p itself: one formula for both
+                # off H the residual; on H, where q' has no mass, p itself: one formula for both
                 rest, mass = positive_part(p - law)
                 token = choices.pick(rest / mass if mass > 0.0 else p)
                 certain = tree.child(node, token)

@@ -1,4 +1,4 @@
-"""Rules that accept tokens which the target might not have drawn: the text's distribution changes.
+"""Rules that accept tokens which the target might not have drawn: they change the distribution of the text.
 
 - typical (Medusa, 2401.10774): x is accepted if `p(x) > min(epsilon, delta exp(-H(p)))`, H the entropy.
 - relaxed (TensorRT-LLM): x is accepted if it is among the `among` most probable and `p(x) >= max p - delta`.
@@ -29,7 +29,7 @@ class _Lossy(ABC):
 
     @abstractmethod
     def accepts(self, p: Law, token: int) -> bool:
-        """Returns whether a draft will do."""
+        """Returns whether a draft is acceptable."""
 
     def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
         node, nodes = ROOT, list[int]()

@@ -26,7 +26,7 @@ class Rejection(WithoutReplacement):
                 if choices.happens(min(1.0, float(left[token] / laws[child][token]))):
                     break
                 rest, mass = positive_part(left - laws[child])
-                # without mass the two laws were equal, and only rounding can have rejected
+                # without mass the two distributions were equal, and only rounding can have rejected
                 left = rest / mass if mass > 0.0 else left
             else:
                 return Verdict(nodes, choices.pick(left))

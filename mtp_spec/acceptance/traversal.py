@@ -19,7 +19,7 @@ class Traversal(WithoutReplacement):
     """See the module."""
 
     def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
-        # a node's weight is fixed when the walk first reaches it: its parent changes only once it is removed
+        # a node's weight is fixed when the walk first reaches it: its parent's changes only when the node is removed
         weight, left = {ROOT: 1.0}, {ROOT: target(ROOT)}
         children = {node: tree.children(node) for node in range(ROOT, len(tree))}
         while True:
@@ -38,6 +38,6 @@ class Traversal(WithoutReplacement):
             children[parent].pop(0)
             rest, mass = positive_part(weight[parent] * left[parent] - laws[node])
             missing = mass + 1.0 - weight[parent]
-            # no mass: nothing can follow the parent any more, unless only rounding has rejected
+            # no mass: nothing is left for the parent, unless only rounding has rejected
             left[parent] = rest / mass if mass > 0.0 else left[parent]
             weight[parent] = mass / missing if missing > 0.0 else 1.0

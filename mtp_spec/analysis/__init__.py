@@ -1,1 +1,1 @@
-"""What is asked about a model rather than of it: scores, explained steps, drafts that keep failing."""
+"""Analysis of a model: scores, explained steps, and a warning if drafts keep failing."""

@@ -1,4 +1,4 @@
-"""A few steps of speculative decoding laid open: the tree, both models' probabilities, the accepted path."""
+"""Shows a few steps of speculative decoding: the tree, both models' probabilities, the accepted path."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Node:
 
     Attributes:
         parent: number of the node it follows, -1 for the root.
-        draft, target: its probability under each model, after temperature, truncation, penalties and bias; at
-            temperature 0, where only the best counts, that of temperature 1.
+        draft: its probability under the draft, after temperature, truncation, penalties and bias; at temperature 0,
+            where only the best token counts, that of temperature 1.
+        target: likewise under the target.
     """
 
     token: int
@@ -54,7 +55,7 @@ class Explanation:
     """Steps of a text; rich prints them as trees.
 
     Attributes:
-        first: the text's first token, which the prompt's last row gives.
+        first: the first generated token, drawn from the prompt's last row.
     """
 
     first: str = ""
@@ -68,7 +69,7 @@ class Explainer:
     """Watches a sequence's first steps, see `sequence.Observer`.
 
     Attributes:
-        sequence: to be set before its first step.
+        sequence: must be set before its first step.
     """
 
     def __init__(self, decode: Decode, steps: int) -> None:
@@ -94,12 +95,12 @@ class Explainer:
         self._rows[parent] = row
 
     def pruned(self, kept: list[int]) -> None:
-        """Keeps which nodes are verified."""
+        """Keeps the numbers of the verified nodes."""
         self._kept[:] = kept
 
     def verified(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
         """Adds a step."""
-        if len(self._found.steps) == self._steps:  # it was written on
+        if len(self._found.steps) == self._steps:  # the sequence went on past the last step to explain
             return
         sequence = self.sequence
         assert sequence is not None
@@ -123,7 +124,7 @@ class Explainer:
 
 
 def _share(row: Tensor, token: int) -> float:
-    """Returns a token's probability by a processed row `[V]`."""
+    """Returns a token's probability under a processed row `[V]`."""
     return float(row.double().softmax(-1)[token])
 
 

@@ -36,7 +36,7 @@ class Scores:
 
 @undisturbed()
 def score_ids(model: HostModel | DeviceModel, ids: Sequence[int]) -> Scores:
-    """Returns the scores of token ids, computed as `generate` does: rows over caches, a chunk at a time."""
+    """Returns the scores of token ids, computed as in `generate`: rows over caches, in chunks."""
     return _of_device(model, ids) if isinstance(model, DeviceModel) else _of_host(model, ids)
 
 
@@ -97,6 +97,6 @@ def _empty(model: HostModel | DeviceModel, count: int) -> Scores:
 
 
 def _fill(logits: Tensor, head: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
-    """Writes the logits that a head gives hidden states to the first rows."""
+    """Writes the head's logits of hidden states to the first rows."""
     for place, rows in zip(logits[: len(hidden)].split(CHUNK), hidden.split(CHUNK), strict=True):
         place.copy_(head(rows))

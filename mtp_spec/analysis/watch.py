@@ -1,4 +1,4 @@
-"""A warning where drafts keep failing."""
+"""Warns if drafts keep failing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mtp_spec.stats import GenerationStats
 
 # a module trained with its model agrees far more often than this; DeepSeek reports 0.85 to 0.90 (2412.19437)
 SUSPICIOUS = 0.3
-# steps after which texts are judged, and those of them with drafts that are evidence: "auto" leaves drafts out where
-# they cost more than they bring, which is no fault
+# least steps before acceptance is judged, and least steps with drafts among them: "auto" does not draft where drafting
+# costs more than it gains, which is not a fault
 STEPS, EVIDENCE = 200, 12
-# tokens of a step with drafts that are few: of a dozen none was accepted, of two hundred at most nine
+# too few tokens per step with drafts: none of a dozen drafts was accepted, or at most nine of two hundred
 FEW = 1.05
-# above this, the model itself is so unsure that its MTP modules cannot be blamed
+# above this temperature low acceptance is expected, and no sign of bad MTP modules
 HOT = 1.2
 
 
@@ -22,14 +22,14 @@ class Watch:
     """Warns once for a model if its drafts are hardly ever accepted.
 
     Args:
-        pays: whether drafts would be fast here at all.
+        pays: whether drafting can pay on this machine.
     """
 
     def __init__(self, pays: bool) -> None:
         self._pays, self._seen, self._warned = pays, GenerationStats(), False
 
     def ended(self, stats: GenerationStats, params: SamplingParams) -> None:
-        """Takes the statistics of a text that was to be drafted for."""
+        """Takes the statistics of a finished sequence with speculation."""
         self._seen = self._seen.merge(stats)
         steps = sum(sum(counts.values()) for depth, counts in self._seen.histogram_by_draft_length.items() if depth)
         if self._seen.steps < STEPS or steps < EVIDENCE:

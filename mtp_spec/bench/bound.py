@@ -1,15 +1,15 @@
-"""The most often that one of a node's drafts can be accepted, and how often each rule comes to it.
+"""The upper bound on the probability that one of a node's drafts is accepted, and how close each rule comes to it.
 
-However a lossless rule decides, with Y the token it commits and S the set of drafts,
+For every lossless rule, with Y the token that it commits and S the set of drafts,
 
     Pr(Y in S) <= 1 + p(H) - Pr(S within H)        for every set H of tokens,
 
-because S within H and Y outside it excludes that Y is in S. The least right-hand side is reached by an optimal
-transport between p and the law of S (Hu et al., "Towards Optimal Multi-draft Speculative Decoding", 2502.18779). For
+because Y is not in S if S is within H and Y outside it. The least right-hand side is reached by an optimal transport
+between p and the distribution of S (Hu et al., "Towards Optimal Multi-draft Speculative Decoding", 2502.18779). For
 one draft it is 1 - TV(p, q). For two drawn from q without replacement, H consists of the tokens with the largest q / p:
 the tests compare that with every H. The best token and one drawn from the rest reach `p(best) + sum of min(p, q')`.
 
-Legend: `p` the target's law and `q` the draft's at the root of a step, `[V]`.
+Legend: `p` the target's distribution and `q` the draft's at the root of a step, `[V]`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mtp_spec.acceptance.base import Law
 from mtp_spec.sampling.sampler import History, Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
-# draws of the noise for each root, besides the one that was
+# additional draws of the noise for each root
 REDRAWS = 32
 
 
@@ -61,10 +61,10 @@ def best_hybrid(p: Law, q: Law) -> float:
 
 
 class FirstDepth:
-    """Watches one text's steps (`sequence.Observer`): was a draft of the first depth accepted, and what is possible.
+    """Watches a sequence's steps (`sequence.Observer`): accepted drafts of the first depth, and the bound on them.
 
     Attributes:
-        sampler: of the sequence, to be set before its first step.
+        sampler: of the sequence, must be set before its first step.
         nodes: steps seen.
         accepted: those that accepted a draft.
         bound: sum of the bounds.
@@ -85,7 +85,7 @@ class FirstDepth:
             self._root = row
 
     def pruned(self, kept: list[int]) -> None:
-        """Looks at the root only."""
+        """Does nothing: only the root matters."""
 
     def verified(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
         """Counts a step."""
@@ -108,7 +108,7 @@ class FirstDepth:
             self.redrawn += self._coupled(target.numpy(), draft.numpy())
 
     def _coupled(self, target: Any, draft: Any) -> float:
-        """Returns how often the target's draw is among the drafts', over fresh noise."""
+        """Returns how often the target's token is among the drafts, over fresh noise."""
         noise = self._noise().gumbel(size=(REDRAWS, len(target)))
         drawn = (target + noise).argmax(1)
         drafts = np.argpartition(-(draft + noise), self.width - 1, axis=1)[:, : self.width]

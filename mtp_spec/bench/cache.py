@@ -19,7 +19,7 @@ from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.cuda.checkpoint import load_device_model, obstacle
 from mtp_spec.model.cuda.model import DeviceModel
 
-# where a row of sums holds what
+# columns of a row of sums
 ERROR, SIZE, AGREED, DIVERGENCE, MODULE_AGREED, ROWS, MODULE_ROWS = range(7)
 
 
@@ -74,7 +74,7 @@ def _scored(model: DeviceModel, ids: list[int], packed: bool) -> Scores:
 
 
 def _compared(got: Scores, expected: Scores, first: int) -> Tensor:
-    """Returns sums over the rows from `first` on that predict a token of the text; see the names above."""
+    """Returns sums over the rows from `first` on that predict a token of the text, in the columns named above."""
     ours, theirs = got.logits[first:-1].double(), expected.logits[first:-1].double()
     chances = theirs.log_softmax(-1)
     divergence = (chances.exp() * (chances - ours.log_softmax(-1))).sum()

@@ -52,5 +52,5 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def run_bench(args: argparse.Namespace) -> None:
-    """Runs the benchmark that was named."""
+    """Runs the chosen benchmark."""
     BENCHMARKS[args.benchmark].execute(args)

@@ -1,4 +1,4 @@
-"""What every benchmark needs: prompts, a description of the machine, a table, one JSON document."""
+"""Shared by all benchmarks: prompts, a description of the machine, a table, one JSON document."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Report:
 
     Attributes:
         title: above the table.
-        rows: one dictionary a line of the table; all have the same keys.
-        facts: anything else worth keeping, for the document only.
+        rows: one dictionary for each line of the table; all have the same keys.
+        facts: further facts, for the document only.
         failed: whether the claim that the benchmark checks does not hold; the program then exits with 1.
-        silent: neither print nor write it: another process does.
+        silent: neither print nor write it, because another process does.
         notes: lines below the table.
     """
 
@@ -57,7 +57,7 @@ class Report:
 def bundled_prompts(count: int, seed: int = 0) -> list[Row]:
     """Returns `count` held-out prompts {"category", "prompt", "seed"} in random order.
 
-    Past the end of the list they come again. Every one has a generation seed of its own (`mtp_spec.sampling.seeds`).
+    Past the end of the list they repeat. Each has its own generation seed (`mtp_spec.sampling.seeds`).
     """
     if count < 1:
         raise OptionError(f"--prompts {count}: give 1 or more")
@@ -70,7 +70,7 @@ def bundled_prompts(count: int, seed: int = 0) -> list[Row]:
 def question(lm: LM, prompt: str) -> list[int]:
     """Returns the ids of a prompt as a chat, or as plain text for a model without chat template."""
     if lm.tokenizer is None:
-        # a checkpoint without tokenizer: any ids do
+        # a checkpoint without tokenizer: any ids will do
         return [(31 * i + len(prompt)) % lm.config.vocab_size for i in range(8)]
     if lm.tokenizer.template is None:
         return lm.encode(prompt)
@@ -78,7 +78,7 @@ def question(lm: LM, prompt: str) -> list[int]:
 
 
 def machine(lm: LM | None) -> Row:
-    """Returns what a number depends on besides the command."""
+    """Returns the facts on machine and model that results depend on."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "mtp_spec": mtp_spec.__version__,
@@ -117,8 +117,8 @@ def resampled(
     """Returns the bootstrap 95 % interval of a statistic of sums over prompts.
 
     Args:
-        columns: what is summed, prompts in the same order in each.
-        statistic: of an array of sums, `[columns, resamples]`.
+        columns: the values to sum, with prompts in the same order in each.
+        statistic: function of an array of sums, `[columns, resamples]`.
     """
     values = np.asarray(columns, dtype=float)
     chosen = np.random.default_rng(0).integers(0, values.shape[1], (resamples, values.shape[1]))
@@ -127,7 +127,7 @@ def resampled(
 
 
 def median_interval(values: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
-    """Returns the bootstrap 95 % interval of a median over prompts, which a neighbour's burst hardly moves."""
+    """Returns the bootstrap 95 % interval of a median over prompts, which outliers hardly affect."""
     chosen = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
     low, high = np.quantile(np.median(np.asarray(values)[chosen], axis=1), (0.025, 0.975))
     return float(low), float(high)
@@ -139,7 +139,7 @@ def interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, 
 
 
 def over(part: Any, whole: Any) -> Any:
-    """Returns part / whole, 0 where there is nothing to divide by."""
+    """Returns part / whole, 0 where the whole is 0."""
     return np.divide(part, whole, out=np.zeros_like(part, dtype=float), where=np.asarray(whole) > 0)
 
 
@@ -184,7 +184,7 @@ def table(report: Report) -> Table:
 
 
 def document(report: Report, lm: LM | None, args: argparse.Namespace) -> Row:
-    """Returns everything about a run, as JSON holds it."""
+    """Returns everything about a run, as JSON values."""
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return {
         "benchmark": args.benchmark,
@@ -197,7 +197,7 @@ def document(report: Report, lm: LM | None, args: argparse.Namespace) -> Row:
 
 
 def write(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, and the folders above it."""
+    """Writes a file atomically, and creates the folders above it."""
     part = file.with_name(file.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(content)
@@ -205,5 +205,5 @@ def write(file: Path, content: bytes) -> None:
 
 
 def digest(value: Any) -> str:
-    """Returns what tells one value from another, of those that JSON holds."""
+    """Returns a digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,7 +1,7 @@
 """`bench cpu`: passes of the CPU engine against the memory that they read.
 
-A pass of few rows is as fast as the machine reads the weights it needs. What it reads is counted, expert by expert, and
-the rate of plain reading is measured in the same run, in turn with the passes.
+A pass of few rows is as fast as the machine can read its weights. The bytes that it reads are counted, expert by
+expert, and the rate of plain reading is measured in the same run, in turn with the passes.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from mtp_spec.model.checkpoint.jobs import run_job
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cpu.model import CPUModel
 
-READ_BYTES = 2**28  # that are read again and again to find the rate: more than processors keep
+READ_BYTES = 2**28  # read repeatedly to measure the rate: larger than processor caches
 SHARD_BYTES = 2**31
-ROOM_BYTES = 2 * 10**9  # beside a written model: caches, libraries, the buffer above
-# of the context's latents: what all rows read alike must not drown what their own tokens say to the routers
+ROOM_BYTES = 2 * 10**9  # in addition to a written model: caches, libraries, the buffer above
+# scale of the context's latents: small, so that the routers depend on the rows' own tokens, not on the common context
 QUIET = 0.001
 
 
@@ -86,16 +86,16 @@ BENCHMARK = Benchmark(
 
 
 def check_room(what: str, size: float, folder: Path | None, remedy: str = "another --folder") -> None:
-    """Refuses files that would find no room on the folder's disk, or in memory when they are read.
+    """Rejects files that would not fit on the folder's disk, or in memory when they are read.
 
     Args:
         what: the files, for the error.
         size: their bytes; ROOM_BYTES more are needed.
-        folder: that must exist; None is the temporary one.
-        remedy: what else to give.
+        folder: an existing folder; None is the temporary one.
+        remedy: further advice, for the error.
 
     Raises:
-        OptionError: they find none, or there is no such folder.
+        OptionError: they do not fit, or there is no such folder.
     """
     folder = folder or Path(tempfile.gettempdir())
     if not folder.is_dir():
@@ -214,14 +214,14 @@ def pass_bytes(model: CPUModel, name: str, hits: float) -> float:
 
 
 def _routed_layers(model: CPUModel, name: str) -> int:
-    """Returns how many layers of a pass have experts."""
+    """Returns the number of layers with experts in a pass."""
     first = model.config.num_hidden_layers
     routers = [int(n.split(".")[2]) for n in model.checkpoint_slots() if n.endswith("mlp.gate.weight")]
     return max(1, sum((layer >= first) == (name == "draft level") for layer in routers))
 
 
 def _read_rate(buffer: Tensor) -> float:
-    """Returns bytes a second of plain reading by as many threads as compute."""
+    """Returns the bytes per second of plain reading by as many threads as compute."""
     parts = buffer.chunk(torch.get_num_threads())
 
     def read(part: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a disk gives plain programs: reading in order what the system has forgotten, writing until the disk has it."""
+"""A disk's plain rates: of reading uncached files in order, and of writing with a final sync."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHUNK = 2**24
 
 
 def forget(files: Sequence[Path]) -> None:
-    """Makes the system drop what it keeps of files in memory; what a virtual machine's host keeps stays."""
+    """Drops files from the system's page cache; the cache of a virtual machine's host is not affected."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -23,7 +23,7 @@ def forget(files: Sequence[Path]) -> None:
 
 
 def read_rate(files: Sequence[Path], readers: int) -> float:
-    """Returns bytes a second of reading files from the first to the last, by so many threads, from the disk."""
+    """Returns the bytes per second of reading files in order from the disk, by `readers` threads."""
     forget(files)
     descriptors = {file: os.open(file, os.O_RDONLY) for file in files}
     pieces = [(file, offset) for file in files for offset in range(0, file.stat().st_size, CHUNK)]
@@ -43,7 +43,7 @@ def read_rate(files: Sequence[Path], readers: int) -> float:
 
 
 def write_rate(folder: Path, size: int) -> float:
-    """Returns bytes a second of writing a file of about `size` bytes, until the disk has it."""
+    """Returns the bytes per second of writing and syncing a file of about `size` bytes."""
     file, data = folder / "disk.part", os.urandom(CHUNK)
     with file.open("xb", buffering=0) as stream:
         try:

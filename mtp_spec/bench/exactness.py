@@ -1,4 +1,4 @@
-"""`bench same-text` and `bench rows`: the two promises, counted."""
+"""`bench same-text` and `bench rows`: count how often the two exactness guarantees hold."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _digest(lm: LM, args: argparse.Namespace) -> Report:
 
 
 def texts_digest(lm: LM, count: int, max_new_tokens: int) -> str:
-    """Returns 16 digits made of the ids of so many texts: their SHA-256, cut."""
+    """Returns the first 16 digits of the SHA-256 of the ids of `count` texts."""
     hashed = hashlib.sha256()
     for number, item in enumerate(track(bundled_prompts(count), "texts", transient=True)):
         options = SAMPLING[list(SAMPLING)[number % len(SAMPLING)]]

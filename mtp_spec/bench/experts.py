@@ -2,8 +2,8 @@
 
 Routing is random.
 
-Bytes are those of the experts hit. Lines for each number of rows: the whole layer with V3's grouped gate and shared
-expert; the experts with their routing given, which is what other engines' kernels are timed with; the products alone.
+Bytes are those of the activated experts. Lines for each number of rows: the whole layer with V3's grouped gate and
+shared expert; the experts with given routing, as other engines' kernels are timed; the products alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHECKED = 4
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Shape of a MoE layer: its name is such as "7168x2048:8/64", D x I: chosen of experts, or that and "bf16"."""
+    """Shape of a MoE layer, named such as "7168x2048:8/64", D x I: chosen / experts, with or without "bf16"."""
 
     name: str
     channels: int
@@ -41,10 +41,10 @@ class Mix:
 
     @classmethod
     def of(cls, name: str) -> Mix:
-        """Returns what a name says.
+        """Returns the shape of a name.
 
         Raises:
-            ValueError: it is no such name.
+            ValueError: the name is invalid.
         """
         found = re.fullmatch(r"(\d+)x(\d+):(\d+)/(\d+)( bf16)?", name.strip())
         if found is None or not all(int(part) for part in found.groups()[:4]):
@@ -59,7 +59,7 @@ class Mix:
 
     @property
     def default(self) -> moe.Launch:
-        """The launch that the library takes."""
+        """The launch that the library uses."""
         return moe.default_launch(self.channels, self.inner, "fp8" if self.packed else "bf16")
 
 
@@ -80,7 +80,7 @@ class Layer:
 
 @dataclass(slots=True)
 class Prepared:
-    """What the products of M rows read, their routing given."""
+    """Inputs of the products of M rows, with given routing."""
 
     x: tuple[Tensor, Tensor | None]
     indices: Tensor
@@ -92,7 +92,7 @@ class Prepared:
 def experts(
     mix: Mix, counts: list[int], rate: float, tune: bool, facts: dict[str, Any]
 ) -> tuple[list[Row], moe.Launch]:
-    """Times MoE layers; returns lines and the launch, which is searched for with `tune`."""
+    """Times MoE layers; returns lines and the launch, which `tune` searches for."""
     layer = _layer(mix, max(counts))
     prepared = {m: _prepared(layer, m) for m in counts}
     launch = mix.default
@@ -113,7 +113,7 @@ def experts(
 
 
 def _given(layer: Layer, m: int, prepared: list[Prepared], rate: float, launch: moe.Launch) -> list[Row]:
-    """Times the experts with their routing given, and each product alone."""
+    """Times the experts with given routing, and each product alone."""
     inputs = [x[:m].contiguous() for x in layer.inputs]
     indices = [p.indices for p in prepared]
 
@@ -136,9 +136,9 @@ def _given(layer: Layer, m: int, prepared: list[Prepared], rate: float, launch: 
 
 
 def _tune(layer: Layer, prepared: dict[int, list[Prepared]], launch: moe.Launch, tried: dict[str, Any]) -> moe.Launch:
-    """Searches for the launch of one product after the other, then for what is pulled ahead in whole layers.
+    """Searches for the launch of one product after the other, then for the prefetching in whole layers.
 
-    Each number of rows counts alike.
+    Each number of rows has the same weight.
     """
 
     def search_with(name: str, work: Callable[[moe.Launch, int], Any], start: moe.Launch) -> moe.Launch:
@@ -167,7 +167,7 @@ def _down(layer: Layer, p: Prepared, launch: moe.Launch) -> Tensor:
 
 
 def _each(work: Callable[[], Any]) -> float:
-    """Returns microseconds of one of ROUTINGS layers."""
+    """Returns the mean microseconds of one of ROUTINGS layers."""
     return graph_time(work) / ROUTINGS
 
 
@@ -187,7 +187,7 @@ def _layer(mix: Mix, rows: int) -> Layer:
 
 
 def _prepared(layer: Layer, m: int) -> list[Prepared]:
-    """Returns ROUTINGS uniform choices, drawn with the number of rows as seed, so that a peer can have the same."""
+    """Returns ROUTINGS uniform choices, seeded by the number of rows, so that a peer can use the same."""
     generator, out, mix = torch.Generator().manual_seed(m), [], layer.mix
     launch = mix.default
     for x in layer.inputs:

@@ -1,9 +1,9 @@
 """`bench files`: checkpoints of DeepSeek-V3's shapes on this machine's disk, against the disk and the memory plan.
 
 A synthetic FP8 checkpoint (`mtp_spec.bench.synthetic`) is written, converted to per-rank files and back, cast to
-bfloat16 and back, and loaded; tensors that come back are compared by their checksums. Every stage runs in a process of
-its own, whose memory counts from the moment the stage begins, and reads files that the system was told to forget. At
-most three times the checkpoint lies on the disk: what a stage has replaced is deleted.
+bfloat16 and back, and loaded; tensors are compared by their checksums after each round trip. Every stage runs in a
+process of its own, whose memory counts from the start of the stage, and reads files that were dropped from the page
+cache. The disk holds at most three times the checkpoint: files that a stage has replaced are deleted.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.model.cuda.model import DeviceModel
 
 STAGES = ("convert", "cast", "load")
-WORKERS = 2  # those of the commands
+WORKERS = 2  # as in the commands
 READERS = (1, 4, 8)
-WRITTEN_BYTES = 2 * 10**9  # to find the disk's rate of writing
-READ_BYTES = 6 * 10**9  # and of reading
+WRITTEN_BYTES = 2 * 10**9  # for measuring the disk's write rate
+READ_BYTES = 6 * 10**9  # and its read rate
 SHARD_BYTES = 10**9
-ROOM_BYTES = 10**9  # besides the files: headers, journals, others' files
+ROOM_BYTES = 10**9  # in addition to the files: headers, journals, other programs' files
 CONTEXT = 2048
 PROMPT = 24
-# what a process takes besides tensors: headers of all files, the allocator's leftovers, code that is loaded late
+# memory of a process other than tensors: headers of all files, the allocator's leftovers, code that is loaded late
 PROCESS_BYTES = 400 * 2**20
 Work = Callable[..., Row]
 
@@ -120,7 +120,7 @@ def _measured(folder: Path, config: ModelConfig, size: int, args: argparse.Names
     sums = _sums(whole)
 
     def stage(name: str, target: str, work: Work, *options: Any) -> None:
-        """Goes on with what a stage makes of `whole`."""
+        """Runs a stage on `whole` and continues with its result."""
         nonlocal whole
         forget(_weights(whole))
         _note(rows, _row(name, _alone(work, whole, folder / target, *options), writes))
@@ -203,12 +203,12 @@ def _run(job: Job, target: Path) -> Row:
 
 
 def _load(folder: Path, device: str, tokens: int, as_stored: bool) -> Row:
-    """Returns how long loading took, what it took of memory, and whether texts with and without drafts agree."""
+    """Returns the time and memory of loading, and whether texts with and without drafts agree."""
     checkpoint = open_checkpoint(folder)
     size = sum(info.bytes for info in checkpoint.tensors.values())
     context = min(CONTEXT, checkpoint.config.max_position_embeddings)
     if device != "cpu":
-        torch.empty(1, device=device)  # the driver's start is no part of reading
+        torch.empty(1, device=device)  # starts the driver outside the measurement
     read = list[float]()
     begin = perf_counter()
     try:
@@ -250,7 +250,7 @@ def _alone(work: Work, *args: Any) -> Row:
 
 
 def _watched(work: Work, args: Iterable[Any]) -> Row:
-    with suppress(OSError):  # the system may not let a process forget its peak: then what came before counts too
+    with suppress(OSError):  # the system may not allow resetting the peak: then earlier memory counts too
         Path("/proc/self/clear_refs").write_text("5")
     before = _memory("VmRSS")
     done = work(*args)
@@ -267,7 +267,7 @@ def _memory(name: str) -> int:
 
 
 def _note(rows: list[Row], row: Row) -> None:
-    """Adds a row, and says so: the whole takes minutes."""
+    """Adds a row and prints it, as the whole benchmark takes minutes."""
     rows.append(row)
     print(
         ", ".join(
@@ -293,7 +293,7 @@ def _row(name: str, done: Row, rate: float) -> Row:
 
 
 def _blank(name: str, seconds: float | str = "-") -> Row:
-    """Returns a row of what has no bytes."""
+    """Returns a row without bytes."""
     return {
         "stage": name,
         "GB": "-",
@@ -328,7 +328,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _first(shards: list[Path], size: int) -> list[Path]:
-    """Returns the first files that together have so many bytes."""
+    """Returns the first files that together have `size` bytes."""
     ends = accumulate(file.stat().st_size for file in shards)
     return [file for file, end in zip(shards, ends, strict=True) if end - file.stat().st_size < size]
 

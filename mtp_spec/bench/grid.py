@@ -1,8 +1,8 @@
-"""`bench plan --grid`: the best fixed plan by grid search, and "auto" beside it.
+"""`bench plan --grid`: the best fixed plan by grid search, compared with "auto".
 
-Every plan writes the same held-out prompts, all in turn on each prompt. The first half of the prompts chooses the best
-plan, the second half compares it with "auto" and with plain decoding: the best of many on the prompts that chose it
-would look better than it is. Plain decoding is among the plans.
+Every plan generates from the same held-out prompts, all in turn on each prompt. The first half of the prompts chooses
+the best plan, the second half compares it with "auto" and with plain decoding: on the prompts that chose it, the best
+of many would look better than it is. Plain decoding is among the plans.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mtp_spec.speculation import Speculation
 PLAIN, AUTO = "plain", "auto"
 DEPTHS = (1, 2, 3, 4, 5, 6)
 TREES = ((2,), (2, 1), (2, 1, 1), (2, 2, 1), (3, 1, 1), (2, 1, 1, 1), (3, 2, 1))
-# what "auto" must reach, as parts of the tokens per second of the best fixed plan and of plain decoding
+# what "auto" must reach, as fractions of the tokens per second of the best fixed plan and of plain decoding
 OF_BEST, OF_PLAIN = 0.98, 0.99
-# of random prompts
+# temperature for random prompts
 RANDOM_TEMPERATURE = 2.0
 Texts = dict[str, list[Written]]
 
@@ -51,7 +51,7 @@ class Setting:
 
 
 def fixed_plans(depths: Sequence[int] | None, trees: Sequence[tuple[int, ...]] | None) -> dict[str, Speculation]:
-    """Returns the plans by name; the default ones where neither is given."""
+    """Returns the plans by name; the default ones if neither is given."""
     if depths is None and trees is None:
         depths, trees = DEPTHS, TREES
     plans = {f"chain {depth}": Speculation(depth=depth) for depth in depths or ()}
@@ -88,10 +88,10 @@ def grid(lm: LM, args: argparse.Namespace) -> Report:
 
 
 class _Turns:
-    """Texts of some ways over prompts, in turn.
+    """Runs several ways to generate over prompts, in turn.
 
     Args:
-        always: ways that no search drops.
+        always: ways that a search never drops.
         label: of the progress bar.
     """
 
@@ -100,7 +100,7 @@ class _Turns:
         self.texts: Texts = {}
 
     def search(self, ways: dict[str, Generate], prompts: list[tuple[list[int], int]], halving: bool) -> str:
-        """Returns the best of the ways and plain decoding; with halving the slower half is dropped again and again."""
+        """Returns the best of the ways and plain decoding; with halving the slower half is dropped repeatedly."""
         left = dict(ways)
         rounds = min(len(prompts), ceil(log2(len(ways))) or 1) if halving else 1
         for part in _parts(prompts, rounds):
@@ -111,7 +111,7 @@ class _Turns:
         return max([PLAIN, *left], key=self._median)
 
     def write(self, ways: dict[str, Generate], prompts: list[tuple[list[int], int]]) -> None:
-        """Lets all of them write all prompts."""
+        """Runs all ways on all prompts."""
         every, done = {**self.always, **ways}, len(self.texts.get(PLAIN, ()))
         with step_progress(sys.stderr.isatty(), self.label) as report:
             for number, (ids, seed) in enumerate(prompts, start=1):
@@ -122,7 +122,7 @@ class _Turns:
                     report(number, len(prompts))
 
     def unlike(self) -> list[str]:
-        """Returns the ways of which a text differs from plain decoding's."""
+        """Returns the ways with a text that differs from plain decoding's."""
         plain = self.texts[PLAIN]
         return [
             name

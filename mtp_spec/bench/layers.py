@@ -33,7 +33,7 @@ def attention(counts: list[int], rate: float) -> list[Row]:
                 everything, torch.randn(len(everything), head.width, device="cuda")
             )
             for m in (count for count in counts if count <= 16):
-                # the rows are the last of the context, as in FlashMLA's calls
+                # the rows are at the end of the context, as in FlashMLA's calls
                 length = torch.tensor([context - m], dtype=torch.int32, device="cuda")
                 for kind, plan in (("chain", mla.chain(length, m)), ("tree", tree(length, m))):
                     if kind == "tree" and m == 1:
@@ -68,7 +68,7 @@ def tree(length: Tensor, m: int) -> mla.Plan:
 
 
 def decoded_alone(q: Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> Tensor:
-    """Returns the last row decoded alone after its ancestors, which take their places in the cache."""
+    """Returns the last row decoded alone after its ancestors, which are first written to the cache."""
     start, depth = int(plan.length), int(plan.depths[-1])
     if plan.ancestors is not None:
         path = plan.ancestors[-1, : depth + 1].long()

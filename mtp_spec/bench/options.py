@@ -1,4 +1,4 @@
-"""How a benchmark declares itself and its options; `mtp_spec.bench.cli` makes the command line of these."""
+"""Declarations of benchmarks and their options, from which `mtp_spec.bench.cli` builds the command line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mtp_spec.load_checks import CACHE_DTYPES
 
 
 class Option:
-    """An option, or an argument that has no dashes.
+    """An option, or a positional argument.
 
     Args:
-        name: as it is typed, such as "--max-context".
+        name: as typed, such as "--max-context".
         help: what it does, and the default in parentheses.
         settings: anything else that `ArgumentParser.add_argument` takes.
     """
@@ -71,9 +71,9 @@ DRAFT_VOCABULARY = Option(
     type=parsing.vocabulary,
     metavar="N|FILE",
 )
-# of `load`: what decides what lies in memory
+# options of `load` that determine memory
 LOAD = (DRAFT_VOCABULARY, WEIGHTS, *CACHE)
-# a model, wherever it runs
+# a model on any device
 LOADED = (
     MODEL,
     Option("--device", "cpu or cuda", default="cpu"),
@@ -84,7 +84,7 @@ LOADED = (
 
 
 def text_options(prompts: int, tokens: int) -> tuple[Option, Option]:
-    """Returns the options of how many texts are written, and how long they are, with these defaults."""
+    """Returns the options for the number and length of texts, with these defaults."""
     return (
         Option("--prompts", f"held-out prompts ({prompts})", type=int, default=prompts),
         Option("--max-new-tokens", f"tokens a text ({tokens})", type=int, default=tokens),
@@ -98,7 +98,7 @@ class Benchmark:
     Attributes:
         name: on the command line.
         help: a line in the list of benchmarks; the page of its own begins with `run`'s docstring.
-        run: what it does; returns what is to be published, or nothing if it has shown and written its results.
+        run: the benchmark; returns the report to publish, or None if it has shown and written its results itself.
         options: of its own page.
     """
 
@@ -129,11 +129,11 @@ def _one_text(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchmark(Benchmark):
-    """A benchmark of a model, which is loaded for it; `options` are those besides the model's.
+    """A benchmark of a loaded model; `options` are those in addition to the model's.
 
     Attributes:
-        check: refuses options before anything is loaded.
-        side_by_side: returns the most texts that it writes at once.
+        check: rejects invalid options before anything is loaded.
+        side_by_side: returns its largest batch.
     """
 
     run: Callable[[LM, argparse.Namespace], Report]

@@ -22,15 +22,15 @@ from mtp_spec.model.transformer import Transformer
 from mtp_spec.stats import GenerationStats
 
 PLAIN, MTP = "transformers plain", "transformers use_mtp"
-# where our arithmetic is float32 and the processor multiplies bfloat16 faster
+# if our arithmetic is float32 and the processor multiplies bfloat16 faster
 BFLOAT16 = "transformers plain, bfloat16"
 
 
 def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[dict[str, Generate], dict[str, str]]:
-    """Returns the ways that run, and why others do not.
+    """Returns the ways that run, and the reasons why others do not.
 
     Args:
-        folder: where the copy may be written; it must outlive the ways.
+        folder: for the copy of the weights; it must outlive the ways.
     """
     try:
         import transformers
@@ -74,7 +74,7 @@ def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[d
     try:
         _prepare_mtp(model, lm)
         way(model, use_mtp=True)([0, 2, 400], {"max_new_tokens": 4})
-    except Exception as error:  # whatever it raises: each version wants another layout, or has none
+    except Exception as error:  # any exception: versions expect different layouts, or have no support
         return ways, {MTP: f"not in transformers {transformers.__version__}: {error}"[:200]}
     return {**ways, MTP: way(model, use_mtp=True)}, {}
 

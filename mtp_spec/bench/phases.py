@@ -1,4 +1,4 @@
-"""What a captured step spends its time on: its parts as graphs of their own, timed beside the loop, not in it."""
+"""Times the parts of a captured step as separate graphs, outside the generation loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WARM_STEPS = 3
 def step_phases(
     lm: LM, ids: list[int], options: dict[str, Any], measure: Callable[[Callable[[], Any]], float] = graph_time
 ) -> dict[str, float]:
-    """Returns microseconds of a step's parts in the middle of a text: draft, verify, accept.
+    """Returns the microseconds of a step's parts in the middle of a sequence: draft, verify, accept.
 
     Args:
         ids: the prompt.
@@ -33,15 +33,15 @@ def step_phases(
     used = lm.backend.steps_of(stream.sequence)[-1]
     state = used.state
     if state.length.is_cuda:
-        torch.cuda.synchronize()  # a step is under way, and parts are measured on another stream
-    # the text's own step keeps what its graph writes to
+        torch.cuda.synchronize()  # a step is in flight, and parts are measured on another stream
+    # a new step, because the sequence's own must keep the memory that its graph writes to
     step = Step(used.model, state, used.shape, used.stages, used.extend, used.acceptance)
     length = state.length.clone()
 
     def in_place(part: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
             part()
-            state.length.copy_(length)  # accepting moves on: every repetition begins at the same place
+            state.length.copy_(length)  # accepting advances the length: start every repetition at the same place
 
         return run
 

@@ -24,9 +24,9 @@ from mtp_spec.progress import step_progress
 from mtp_spec.stats import GenerationStats
 
 KINDS = {"verify": "verify a chain", "tree": "verify a tree", "level": "draft a level", "extend": "take in tokens"}
-# leads over the runner-up, in units of noise, and depths that chances are shown for
+# leads over the runner-up, in units of noise, and depths for which acceptance probabilities are shown
 LEADS, DEPTHS = (0.5, 1.0, 2.0, 4.0), (1, 2, 3)
-# prompts where --prompts is not given
+# default numbers of prompts, without and with --grid
 TAUGHT, SEARCHED = 8, 32
 
 
@@ -39,7 +39,7 @@ def plan(lm: LM, args: argparse.Namespace) -> Report:
 
 
 def check_plan(args: argparse.Namespace) -> None:
-    """Refuses options that would be ignored, and fills in the number of prompts."""
+    """Rejects options that would be ignored, and fills in the number of prompts."""
     given: dict[str, Any] = vars(args)
     alone = [name for name in ("depths", "trees", "halving", "adversarial") if given[name]]
     if alone and not args.grid:
@@ -112,7 +112,7 @@ def _known(lm: LM, args: argparse.Namespace) -> Report:
 
 
 def _write(lm: LM, temperature: float, args: argparse.Namespace) -> GenerationStats:
-    """Lets "auto" write the prompts, so that its planner knows what all of them taught."""
+    """Generates from the prompts with "auto", so that its planner learns from all of them."""
     total = GenerationStats()
     with step_progress(sys.stderr.isatty(), f"texts at {temperature:g}") as report:
         for number, item in enumerate(bundled_prompts(args.prompts, seed=1), start=1):
@@ -129,7 +129,7 @@ def _write(lm: LM, temperature: float, args: argparse.Namespace) -> GenerationSt
 
 
 def _kept(lm: LM) -> str:
-    """Says where the times come from."""
+    """Returns where the times come from."""
     if not isinstance(lm.model, HostModel):
         return "times: measured when steps are captured and while they run, kept in memory only"
     subject = times_subject(lm.model, lm.technique)
@@ -139,7 +139,7 @@ def _kept(lm: LM) -> str:
 
 
 def _times(times: StepTimes) -> list[Row]:
-    """Returns one row a measured pass; typical times have no milliseconds."""
+    """Returns one row for each measured pass; typical times have no milliseconds."""
     step, typical, rows = times.verify.seconds[0][0], times == StepTimes.typical(), list[Row]()
     for name, shown in KINDS.items():
         curve = getattr(times, name)
@@ -187,7 +187,7 @@ def _shapes(table: ShapeTable) -> list[Row]:
 
 
 def _device_chances(table: ShapeTable) -> dict[int, dict[str, float]]:
-    """Returns the chance of the best child by depth, and of its siblings where shapes have any."""
+    """Returns the acceptance probability of the best child by depth, and of its siblings if shapes have any."""
     keys = sorted({key for shape in table.shapes for key in zip(shape.depths, shape.ranks, strict=True)})
     found: dict[int, dict[str, float]] = {}
     for depth, rank in keys:

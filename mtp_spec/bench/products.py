@@ -1,6 +1,6 @@
-"""`bench kernels --what products`: products of DeepSeek-V3's shapes, beside torch's block-scaled one and cuBLAS.
+"""`bench kernels --what products`: products of DeepSeek-V3's shapes, compared with torch's block-scaled and cuBLAS's.
 
-Each is replayed from a CUDA graph that walks through enough copies of the weights that none is read from the cache.
+Each is replayed from a CUDA graph that cycles through enough copies of the weights that none is read from the cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHAPES = (
     "7168x14336 bf16",
 )
 TUNING_REPLAYS = 7
-ROUNDS = 24  # products in a graph, at least
+ROUNDS = 24  # least number of products in a graph
 Operand = tuple[Tensor, Tensor | None]  # numbers, and scales unless they are bfloat16
 Product = Callable[[Operand, Operand], Tensor]
 
@@ -66,12 +66,12 @@ class Case:
 
     @property
     def default(self) -> gemm.Launch:
-        """The launch that the library takes."""
+        """The launch that the library uses."""
         return gemm.default_launch(self.n, self.k, "fp8" if self.packed else "bf16")
 
 
 def products(args: argparse.Namespace, rate: float, facts: dict[str, Any]) -> tuple[list[Row], dict[str, gemm.Launch]]:
-    """Times products; returns lines and launches by shape, which are searched for with `--tune`."""
+    """Times products; returns lines and launches by shape, which `--tune` searches for."""
     rows: list[Row] = []
     launches = {}
     for name in args.shapes:
@@ -138,11 +138,11 @@ def _tune(case: Case, tried: dict[str, Any]) -> gemm.Launch:
 
 
 def _torch_time(a: Operand, weights: list[Operand], errors: dict[str, str]) -> float:
-    """Returns microseconds of torch's product, or infinity where it does not run; the reason is kept."""
+    """Returns the microseconds of torch's product, or infinity if it does not run; stores the reason."""
     try:
         _torch_product(a, weights[0])
         return _microseconds(_torch_product, a, weights)
-    except Exception as error:  # whatever a peer raises is a result
+    except Exception as error:  # any exception of a peer is a result
         errors[f"torch {tuple(weights[0][0].shape)}"] = repr(error)[:300]
         torch.cuda.synchronize()
         return float("inf")
@@ -172,7 +172,7 @@ def _torch_product(a: Operand, w: Operand) -> Tensor:
 
 
 def _bf16(n: int, k: int, m: int) -> float:
-    """Returns microseconds of cuBLAS on bfloat16 weights: for FP8 twice the bytes, the bar that must fall."""
+    """Returns the microseconds of cuBLAS on bfloat16 weights, twice the bytes of FP8: the time to beat."""
     weights: list[Operand] = [(_random(n, k), None) for _ in range(max(2, -(-CACHE_BYTES // (2 * n * k))))]
     return _microseconds(lambda a, w: a[0] @ w[0].T, (_random(m, k), None), weights)
 

@@ -1,4 +1,4 @@
-"""`bench rows`: is a row's result the same, bit by bit, whatever rows are verified beside it?"""
+"""`bench rows`: checks that a row's result has the same bits whatever rows are verified with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHILDREN = (2, 3, 5)
 
 
 class _Torch:
-    """A text on the torch path."""
+    """A sequence on the torch path."""
 
     def __init__(self, model: HostModel, technique: Technique, prefix: Sequence[int], room: int) -> None:
         self.model, self.technique = model, technique
@@ -32,7 +32,7 @@ class _Torch:
         self.cache.commit(range(len(prefix)))
 
     def together(self, ids: Sequence[int], parents: Sequence[int]) -> Tensor:
-        """Returns logits of rows verified in one pass, which are then forgotten."""
+        """Returns the logits of rows verified in one pass, whose slots are then dropped."""
         hidden = verify_rows(self.model, ids, self.cache, parents, self.technique)
         return row_logits(self.model, hidden, self.technique)
 
@@ -47,7 +47,7 @@ class _Torch:
 
 
 class _Device:
-    """A text on the kernels."""
+    """A sequence on the kernels."""
 
     def __init__(self, model: DeviceModel, prefix: Sequence[int], room: int) -> None:
         self.model = model
@@ -118,7 +118,7 @@ BENCHMARK = ModelBenchmark(
 
 
 def _text(lm: LM, context: int, room: int) -> tuple[_Torch | _Device, list[int]]:
-    """Returns a text of `context` tokens and `room` further ones."""
+    """Returns a sequence of `context` tokens, and `room` further ones."""
     ids = [(7919 * i + 13 * context) % lm.config.vocab_size for i in range(context + room)]
     if isinstance(lm.model, DeviceModel):
         return _Device(lm.model, ids[:context], room), ids[context:]
@@ -132,7 +132,7 @@ def _chain_is_equal(lm: LM, context: int, count: int) -> bool:
 
 
 def _tree_is_equal(lm: LM, context: int, children: int) -> bool:
-    """A root, its children, and one grandchild each, against every path decoded alone."""
+    """Whether a root, its children and one grandchild each have the same bits as every path decoded alone."""
     text, ids = _text(lm, context, 1 + 2 * children)
     together = text.together(ids, [-1, *[0] * children, *range(1, children + 1)])
     for child in range(1, children + 1):

@@ -1,4 +1,4 @@
-"""`bench batch`: tokens a second of texts side by side, plain and speculative."""
+"""`bench batch`: tokens per second of batches, plain and speculative."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ BENCHMARK = ModelBenchmark(
 
 
 def _warm_up(lm: LM, size: int, ways: dict[str, Any], args: argparse.Namespace) -> None:
-    """Lets the planner measure, and a GPU capture what it captures when it comes a second time: once for all texts of
-    a running program, so no part of a batch's time. Nor is the collector's walk through all that was imported."""
+    """Lets the planner measure, a GPU capture everything that it captures at second use, and the garbage collector scan
+    the imported modules: all of this happens once in a program, so it is not part of a batch's time."""
     for repeat in range(args.repeats) if lm.backend.captured else range(1):
         for name, way in ways.items():
             if size == 1 or not name.startswith(TURNS):
@@ -100,10 +100,10 @@ def _prompts(lm: LM, size: int, repeat: int, adversarial: bool) -> list[list[int
 def _run(
     lm: LM, prompts: list[list[int]], name: str, speculation: Any, args: argparse.Namespace
 ) -> tuple[float, float, list[list[int]]]:
-    """Returns tokens a second, tokens a step and the texts."""
+    """Returns tokens per second, tokens per step and the texts."""
     options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "speculation": speculation}
     seeds = text_seeds(SEED, len(prompts))
-    lm.close()  # no batch finds the prompts of the one before in its cache
+    lm.close()  # so that no batch finds an earlier batch's prompts in the cache
     start = time.perf_counter()
     if name.startswith(TURNS):
         out = [lm.generate(prompt, seed=seed, **options) for prompt, (seed,) in zip(prompts, seeds, strict=True)]

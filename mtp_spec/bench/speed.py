@@ -1,4 +1,4 @@
-"""`bench speed`: wall-clock of plain and speculative generation side by side in one run."""
+"""`bench speed`: wall-clock of plain and speculative generation, in turn in one run."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ BENCHMARK = ModelBenchmark(
 
 
 def _parts(lm: LM, speculations: dict[str, Any], temperature: float) -> dict[str, dict[str, float]]:
-    """Returns microseconds of the parts of captured steps, which the loop runs in one."""
+    """Returns the microseconds of the parts of captured steps, which generation runs as one graph."""
     prompt, parts = question(lm, bundled_prompts(1, seed=1)[0]["prompt"]), {}
     for name, speculation in speculations.items():
         options = {"speculation": speculation, "temperature": temperature, "seed": 0, "max_new_tokens": 64}
@@ -86,7 +86,7 @@ def _parts(lm: LM, speculations: dict[str, Any], temperature: float) -> dict[str
 def _compare(
     lm: LM, ways: dict[str, Generate], temperature: float, args: argparse.Namespace
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Returns the table's rows, and seconds per token of every text."""
+    """Returns the table's rows, and the seconds per token of every text."""
     prompts = bundled_prompts(args.prompts, seed=1)
     texts: dict[str, list[Written]] = {name: [] for name in ways}
     agree: dict[str, list[float]] = {name: [] for name in ways}

@@ -1,9 +1,9 @@
 """`bench step`: a model's shape at full width, against the bytes that a pass must read.
 
-The dense layers, as many MoE layers as the card holds, embedding, head and the MTP module, random weights. A pass
-is timed as a CUDA graph. Its floor is the bytes of the weights it reads (of the distinct experts its rows were routed
-to, counted), of the cache and of the scales, over the rate at which a kernel reads in the same run; a copy, which was
-the floor before, is slower. Random routing is the worst case: neighbouring tokens of a text share experts.
+The model has the dense layers, as many MoE layers as the card holds, embedding, head and the MTP module, with random
+weights. A pass is timed as a CUDA graph. Its lower bound is the bytes that it reads of weights (counting the distinct
+experts its rows were routed to), cache and scales, over the rate at which a kernel reads in the same run; a copy, which
+gave the bound earlier, is slower. Random routing is the worst case: neighbouring tokens of a text share experts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mtp_spec.speculation import Speculation
 from mtp_spec.tree_shape import TreeShape
 
 CHUNK = 2**28
-# the chain whose rows are drawn and accepted, and how they are drawn
+# the chain for timing sampling and acceptance, and its sampling parameters
 CHAIN = 3
 ACCEPTED = {
     "greedy": SamplingParams(temperature=0.0),
@@ -154,7 +154,7 @@ BENCHMARK = Benchmark(
 def measure(
     model: DeviceModel, state: State, full: ModelConfig, rate: float, args: argparse.Namespace
 ) -> tuple[list[Row], dict[str, Any], list[str]]:
-    """Returns the rows, facts and notes of the parts that were asked for but texts; the caches hold random numbers.
+    """Returns rows, facts and notes of the requested parts, except texts; the caches hold random numbers.
 
     Args:
         full: the whole model, of which `model` is a slice.
@@ -184,12 +184,13 @@ def measure(
 
 
 def _chains(rows: list[Row], chances: list[float]) -> tuple[dict[str, float], list[str]]:
-    """Returns how fast chains of drafts would be that are accepted with these chances, against plain decoding.
+    """Returns the expected speed-up over plain decoding of chains with given acceptance probabilities.
 
-    An expectation from the passes' times: the law of acceptance is given, not that of the random weights.
+    It follows from the passes' times; the acceptance of the random weights plays no part.
 
     Args:
-        chances: that a draft of depth 1, 2, ... is accepted once those before it are; the last holds for deeper ones.
+        chances: probability that a draft of depth 1, 2, ... is accepted if those before it are; the last one applies to
+            deeper drafts too.
     """
     micro = {row["pass"]: row["us"] for row in rows}
     plain, draft, found, notes = micro.get(_verified(1)), micro["draft, 1 row"], dict[str, float](), list[str]()
@@ -224,7 +225,7 @@ def _slice(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) ->
 
 
 def _fill(model: DeviceModel) -> None:
-    """Random weights that keep activations of order one."""
+    """Fills in random weights that keep activations of order one."""
     for name, slot in model.checkpoint_slots().items():
         if name.endswith("_scale_inv"):
             slot.fill_(0.02)  # e4m3 numbers below 2 have a root mean square of about 0.6
@@ -245,7 +246,7 @@ def _plan(model: DeviceModel, state: State, context: int, m: int, offset: int = 
 
 
 def _verify(model: DeviceModel, state: State, context: int, m: int) -> tuple[Callable[[], Any], list[Any], int]:
-    """Returns a pass of m rows, what it reads besides routed experts, and their number."""
+    """Returns a pass of m rows, what it reads other than routed experts, and the number of these."""
     ids = torch.randint(0, model.config.vocab_size, (m,), device=model.device)
     plan = _plan(model, state, context, m)
 
@@ -291,7 +292,7 @@ def _accepting(
 
         def run(part: Callable[[], None], length: Tensor = length) -> None:
             part()
-            state.length.copy_(length)  # accepting moves on: every repetition begins at the same place
+            state.length.copy_(length)  # accepting advances the length: start every repetition at the same place
 
         state.length.copy_(length)
         micro = {part: graph_time(partial(run, work)) for part, work in step.parts().items()}
@@ -310,7 +311,7 @@ def _sentence(name: str, micro: Row, full: ModelConfig) -> str:
 
 
 def _layers(model: DeviceModel, state: State, context: int, counts: list[int], rate: float) -> list[Row]:
-    """Times layers of either kind and the head on their own; every layer once, so that none is read from the cache."""
+    """Times layers of both kinds and the head separately; every layer once, so that none is read from the cache."""
     rows = []
     table = model.table(state.caches[0].capacity)
     for m in counts:
@@ -360,7 +361,7 @@ def _pass(name: str, work: tuple[Callable[[], Any], list[Any], int], rate: float
 
 @contextmanager
 def _routes() -> Iterator[list[Tensor]]:
-    """Collects the expert indices of every gate that runs inside."""
+    """Collects the expert indices of every gate that runs inside the block."""
     found: list[Tensor] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -385,7 +386,7 @@ def _bytes(part: Tensor | Layer, experts: Iterator[int]) -> int:
 
 
 def _extrapolated(rows: list[Row], full: ModelConfig, counts: list[int]) -> Row:
-    """Returns milliseconds of the whole model, from its layers: an extrapolation, the model fits no single card."""
+    """Returns the milliseconds of the whole model, extrapolated from its layers, as it fits on no single card."""
     by_name = {row["pass"]: row["us"] for row in rows}
     dense, every = full.first_k_dense_replace, full.num_hidden_layers
     out = {}
@@ -396,7 +397,7 @@ def _extrapolated(rows: list[Row], full: ModelConfig, counts: list[int]) -> Row:
 
 
 def _same_text(model: DeviceModel, context: int) -> dict[str, bool]:
-    """Whether speculation leaves the text as it is, at these shapes."""
+    """Whether speculation leaves the text unchanged, at these shapes."""
     lm = LM(open_backend(model, None, context), None, context)
     prompt = [(31 * i) % model.config.vocab_size for i in range(70)]
     texts = {}

@@ -1,8 +1,8 @@
-"""A checkpoint with DeepSeek-V3's names, dtypes and shapes, without its values: what benchmarks work on.
+"""A checkpoint with DeepSeek-V3's names, dtypes and shapes but random values, for benchmarks.
 
-Values are pieces of two random blocks, so that files are made at the disk's pace. Weights are of a size that keeps
-activations finite. Every block of FP8 weights holds e4m3's largest number and has a power of two as its scale: cast to
-bfloat16 and back it is the same, bit for bit.
+Values are pieces of two random blocks, so that files are written as fast as the disk allows. The scale of weights keeps
+activations finite. Every block of FP8 weights holds e4m3's largest number and has a power of two as its scale, so that
+a cast to bfloat16 and back restores the same bits.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ BIAS = 0.01  # of the gates' biases
 
 
 def with_module(config: ModelConfig) -> ModelConfig:
-    """Returns the shape in FP8, with one MTP module: its own layer's, where it names none."""
+    """Returns the shape in FP8, with one MTP module, which is like the shape's own layers if it names none."""
     return replace(config, num_nextn_predict_layers=1, fp8_block=(BLOCK, BLOCK))
 
 
 def fitted(full: ModelConfig, gigabytes: float, layers: int, ranks: int) -> ModelConfig:
-    """Returns a model of `layers` layers and the MTP module, experts as wide as fit into so many gigabytes.
+    """Returns a model of `layers` layers and the MTP module, with experts as wide as fit into `gigabytes`.
 
     Args:
         full: DeepSeek-V3's shape; its first layer stays dense, its experts are at most as wide.
-        ranks: that are to divide it in whole blocks.
+        ranks: number of ranks that must divide it into whole blocks.
 
     Raises:
         OptionError: not even the narrowest experts fit.
@@ -59,7 +59,7 @@ def fitted(full: ModelConfig, gigabytes: float, layers: int, ranks: int) -> Mode
 
 
 def outputs(config: ModelConfig) -> list[Output]:
-    """Returns the tensors of a checkpoint, of no file yet: released names, copies in MTP modules included."""
+    """Returns a checkpoint's tensors, not yet assigned to files: released names, copies in MTP modules included."""
     with torch.device("meta"):
         slots = Transformer(config, torch.bfloat16, "meta").checkpoint_slots()
     copies = {copy: slots[original] for copy, original in shared_copies(config).items()}
@@ -99,7 +99,7 @@ class _Tiles:
 
 
 def _piece(tile: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
-    """Returns numbers of the tile from a place that the name decides on, from its beginning again after its end."""
+    """Returns numbers of the tile from an offset given by the name, wrapping around at its end."""
     out = torch.empty(math.prod(shape), dtype=tile.dtype)
     start, done = zlib.crc32(name.encode()) % len(tile), 0
     while done < len(out):

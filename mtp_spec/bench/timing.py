@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-CACHE_BYTES = 256 * 2**20  # several times the second-level cache
+CACHE_BYTES = 256 * 2**20  # several times the L2 cache
 REPLAYS = 15
 
 
@@ -21,15 +21,15 @@ def copy_rate() -> float:
 
 
 def read_rate() -> float:
-    """Returns TB/s at which one kernel reads 2 GiB: a copy is up to 1.7 times slower."""
+    """Returns the TB/s at which one kernel reads 2 GiB; a copy is up to 1.7 times slower."""
     source = torch.ones(2**29, device="cuda")
     return source.nbytes / graph_time(lambda: source.sum()) / 1e6
 
 
 def graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
-    """Returns the median microseconds of one replay; where ranks share the work, all of them call this."""
+    """Returns the median microseconds of one replay; ranks that share the work must all call this."""
     stream = torch.cuda.Stream()
-    # what was launched before may still run, and work that exchanges with other ranks counts its exchanges
+    # earlier work may still run, and communicating work counts its exchanges with other ranks
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -39,7 +39,7 @@ def graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     graph.replay()
-    # replays queue behind one another, so that no gap of launching is timed
+    # replays are queued back to back, so that launch gaps are not timed
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     graph.replay()
     events[0].record()
@@ -52,7 +52,7 @@ def graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
 
 
 def kernel_times(work: Callable[[], Any]) -> dict[str, tuple[int, float]]:
-    """Returns by name how many kernels work launches, and their microseconds together, launched one by one."""
+    """Returns by kernel name the number of launches and their total microseconds, launched one by one."""
     work()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:

@@ -51,7 +51,7 @@ def train(args: argparse.Namespace) -> Report:
         check_host(checkpoint.config, torch.float32)
     model = load_checkpoint(checkpoint, dtype=torch.float32, device=device)
     step = Step(model, args.batch, args.context, depths, args.compile)
-    for _ in range(2):  # memory is taken, and code compiled
+    for _ in range(2):  # warm-up: allocates memory and compiles code
         step.run()
     taken: list[list[float]] = [step.run() for _ in range(args.repeats)]
     whole, tokens = median(map(sum, taken)), args.batch * args.context
@@ -97,17 +97,17 @@ BENCHMARK = Benchmark(
 
 
 class Step:
-    """One training step, again and again on the same batch.
+    """Repeated training steps on the same batch.
 
     Args:
         model: float32; its first MTP module is trained, everything else frozen.
-        batch: rows.
-        context: tokens of each.
-        depths: to which the module is reused on its own output.
-        compiled: by torch.compile, as the trainer does.
+        batch: number of rows.
+        context: tokens of each row.
+        depths: depth to which the module is reused on its own output.
+        compiled: whether to use torch.compile, as the trainer does.
     Attributes:
         trained: the module's parameters.
-        losses: of each step so far.
+        losses: loss of each step so far.
     """
 
     def __init__(self, model: Transformer, batch: int, context: int, depths: int, compiled: bool) -> None:
@@ -124,7 +124,7 @@ class Step:
         self.losses: list[float] = []
 
     def run(self) -> list[float]:
-        """Makes a step; returns the seconds of each of PARTS."""
+        """Runs a step; returns the seconds of each of PARTS."""
         marks = [self._now()]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             with torch.no_grad():

@@ -1,7 +1,7 @@
-"""`bench kernels --tune`: finds the launches of products and experts on the machine they are for.
+"""`bench kernels --tune`: finds the best launches of products and experts on the machine that will use them.
 
-Candidates of a round are compiled side by side, then timed one after another; the fastest is where the next round
-starts. A candidate that does not compile or fit is a result too: its error is kept.
+Candidates of a round are compiled in parallel, then timed one after another; the next round starts from the fastest.
+If a candidate does not compile or fit, its error is recorded.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ DOWN_SHAPES = ((64, 8, 1, 4), (64, 3, 2, 4), (64, 4, 2, 4), (64, 5, 2, 4), (64, 
                (128, 3, 2, 4), (128, 3, 2, 8), (128, 6, 1, 4))  # fmt: skip
 AHEAD = (0, 4, 8)
 CALL = (0, 4, 12, 32)
-FURTHER = (2, 12, 16)  # blocks pulled ahead, once it is known when
+FURTHER = (2, 12, 16)  # numbers of prefetched blocks, tried once the point of prefetching is chosen
 SPLITS = (1, 2, 4, 8)
-PROGRAMS = (100, 1500)  # fewer leave multiprocessors idle, splits that make more only add work
+PROGRAMS = (100, 1500)  # fewer programs leave multiprocessors idle; splitting into more only adds work
 
 
 def product_rounds(n: int, k: int) -> list[Changes]:
-    """Returns what is tried for a product: shapes and splits together, then how much is pulled ahead, and when."""
+    """Returns the candidates for a product: shapes and splits together, then how much is prefetched, and when."""
     first: Changes = []
     for tile, stages, unroll, warps in PRODUCT_SHAPES:
         tiles, blocks = -(-n // tile), -(-k // fp8.BLOCK)
@@ -50,7 +50,7 @@ def product_rounds(n: int, k: int) -> list[Changes]:
 
 
 def expert_rounds(which: str) -> list[Changes]:
-    """Returns what is tried for the experts' "up" or "down" product, or for what is pulled "ahead"."""
+    """Returns the candidates for the experts' "up" or "down" product, or for prefetching ("ahead")."""
     if which == "ahead":
         return [[{f"{product}_ahead": ahead} for ahead in AHEAD + FURTHER] for product in ("up", "down")]
     shapes = UP_SHAPES if which == "up" else DOWN_SHAPES
@@ -65,7 +65,7 @@ def search(
     """Returns the launch with the least time.
 
     Args:
-        rounds: the changes tried together on what was best before.
+        rounds: for each round the changes that are tried on the best launch so far.
         run: launches once, which compiles.
         time: returns microseconds.
         tried: receives microseconds, or the error, of every candidate by its fields.
@@ -100,7 +100,7 @@ def write(folder: Path, found: dict[str, dict[str, gemm.Launch | moe.Launch]]) -
 def _attempt(launch: Chosen, work: Callable[[Chosen], Any], tried: dict[str, Any]) -> float:
     try:
         micro = work(launch)
-    except Exception as error:  # whatever a configuration raises is a result
+    except Exception as error:  # any exception of a configuration is a result
         tried[label(launch)] = repr(error)[:300]
         return float("inf")
     tried[label(launch)] = micro

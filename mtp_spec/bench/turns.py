@@ -1,4 +1,4 @@
-"""Several ways to generate, timed in turn on each prompt: what `bench speed` and `bench plan` share."""
+"""Times several ways to generate in turn on each prompt, for `bench speed` and `bench plan`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mtp_spec.stats import GenerationStats
 
 WARM_TOKENS = 8
 NOISE_TOKENS = 24
-# of what a GPU keeps captured: prefill passes with and without drafting, the steps of "auto", what it has between them
+# captured work on a GPU: prefill passes with and without drafting, the steps of "auto", and its transitions
 OTHERS = 2 * len(PREFILL_ROWS) + PLANNED_DEPTH + 4
 
 
 class Written(NamedTuple):
-    """A text and its wall-clock seconds, prompt included; `stats` is empty where another library wrote it."""
+    """A text and its wall-clock seconds, prompt included; `stats` is empty for other libraries."""
 
     ids: list[int]
     seconds: float
@@ -31,7 +31,7 @@ class Written(NamedTuple):
 
     @property
     def pace(self) -> float:
-        """Seconds a token."""
+        """Seconds per token."""
         return self.seconds / max(1, len(self.ids))
 
 
@@ -40,7 +40,7 @@ Generate = Callable[[list[int], dict[str, Any]], Written]
 
 
 def ours(lm: LM, speculation: Any) -> Generate:
-    """Returns this library's way with a speculation; ranks that share the model are told the first one's time."""
+    """Returns this library's way with a speculation; ranks that share the model use the first one's time."""
 
     def generate(ids: list[int], options: dict[str, Any]) -> Written:
         start = settled(lm)
@@ -52,24 +52,24 @@ def ours(lm: LM, speculation: Any) -> Generate:
 
 
 def settled(lm: LM) -> float:
-    """Returns the time, once a GPU has nothing left of the text before: its last step may run in vain."""
+    """Returns the time once a GPU has finished the previous text, including a superfluous last step."""
     if lm.model.device.type == "cuda":
         torch.cuda.synchronize(lm.model.device)
     return time.perf_counter()
 
 
 def prefills(lm: LM, ids: Sequence[int]) -> frozenset[int]:
-    """Returns the rows of the captured passes that a prompt takes; none where nothing is captured."""
+    """Returns the rows of the captured passes that a prompt takes; none if nothing is captured."""
     if not lm.backend.captured:
         return frozenset()
     return frozenset(prefill_rows(len(ids) - first) for first in range(0, len(ids), PREFILL_ROWS[-1]))
 
 
 def check_kept(lm: LM, ways: int, batch: int = 1) -> None:
-    """Refuses more ways in turn than a GPU keeps captured, as they would be captured again for every text.
+    """Rejects more ways than a GPU can keep captured, as they would be captured again for every text.
 
     Args:
-        batch: texts side by side, whose steps are captured for 1, 2, 4, ... of them.
+        batch: batch size, for which steps of 1, 2, 4, ... sequences are captured.
     """
     most = (KEPT - OTHERS) // (1 + _halvings(batch))
     most = most if batch == 1 else min(most, GROUPS)
@@ -82,8 +82,8 @@ def check_kept(lm: LM, ways: int, batch: int = 1) -> None:
 
 
 def warm_tokens(lm: LM, texts: int) -> list[int]:
-    """Returns how many tokens texts side by side write before they are timed: on a GPU fewer and fewer are left, down
-    to one, so that the steps of every number of them are captured."""
+    """Returns the warm-up length of each sequence in a batch: on a GPU they end one after another, so that steps are
+    captured for every number of sequences."""
     if not lm.backend.captured:
         return [WARM_TOKENS] * texts
     return [WARM_TOKENS * (1 + _halvings(texts) - number.bit_length()) for number in range(texts)]
@@ -94,26 +94,25 @@ def _halvings(texts: int) -> int:
 
 
 def warm_up(lm: LM, ways: Mapping[str, Generate], prompts: Sequence[list[int]], options: Mapping[str, Any]) -> None:
-    """Writes a few tokens after a prompt of each kind: compiling, capturing and measuring are no part of a text's
-    time."""
+    """Generates a few tokens for a prompt of each kind, so that compiling, capturing and measuring are not timed."""
     for ids in {prefills(lm, ids): ids for ids in prompts}.values():
         for way in ways.values():
             way(ids, {**options, "max_new_tokens": WARM_TOKENS})
 
 
 def in_turn(ways: Mapping[str, Generate], number: int, ids: list[int], options: dict[str, Any]) -> dict[str, Written]:
-    """Returns each way's text. Another one goes first for each number, so that none always finds warm caches."""
+    """Returns each way's text. The first way changes with `number`, so that none always finds warm caches."""
     names, first = list(ways), number % len(ways)
     return {name: ways[name](ids, options) for name in names[first:] + names[:first]}
 
 
 def noise(lm: LM, number: int) -> list[int]:
-    """Returns a prompt of random tokens, of which no draft can make sense."""
+    """Returns a prompt of random tokens, after which drafts are hardly ever right."""
     generator = torch.Generator().manual_seed(number)
     return torch.randint(lm.config.vocab_size, (NOISE_TOKENS,), generator=generator).tolist()
 
 
 def shared_tokens(text: list[int], other: list[int]) -> int:
-    """Returns the number of first tokens that are equal."""
+    """Returns the length of the common prefix."""
     pairs = zip(text, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))

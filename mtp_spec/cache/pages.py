@@ -1,12 +1,12 @@
 """Pages of latent cache, and the prompt prefixes that sequences share.
 
-A sequence leases every page that it may need before it begins, so that it is never preempted; if too few are free, it
-waits. A full page is named by its tokens and all tokens before them (as vLLM's hash chain, but compared
-whole), so that a text that begins alike reads it instead of computing it again, bit for bit the same. Pages that no
-text uses are kept until their memory is needed, and then go in the order in which they were last used.
+A sequence leases every page that it may need before it starts, so that it is never preempted; if too few are free, it
+waits. A full page is identified by its tokens and all tokens before them (like vLLM's hash chain, but compared in
+full), so that a sequence with the same prefix reads it instead of computing it again, with the same bits. Pages that no
+sequence uses are kept until their memory is needed, and are then evicted least recently used first.
 
-One page holds the slots of the main model and of its MTP modules. A module's row has also read the tokens that follow,
-one or more, so a page's name includes these.
+One page holds the slots of the main model and of its MTP modules. A module's row depends on one or more of the tokens
+that follow, so a page's name includes these.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ L = TypeVar("L", bound="Lease")
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """A page whose content is known.
+    """A page with known content.
 
     Attributes:
-        number: of the node; the root, which is no page, is 0.
-        name: the number of the page before, and the tokens.
-        drafted: whether it holds the modules' slots too.
-        after: nodes whose `before` this is.
+        number: of the node; 0 is the root, which is not a page.
+        name: the number of the node before, and the tokens.
+        drafted: whether the modules' slots are filled too.
+        after: how many nodes have this one as `before`.
     """
 
     number: int
@@ -49,15 +49,15 @@ class _Node:
 
 
 class Pages(ABC, Generic[L]):
-    """Which pages are free, and what is known of the others.
+    """The free pages, and the known content of the others.
 
-    Any thread may lease pages and give them back; the content of a page is its owner's business.
+    Any thread may lease pages and give them back; only its owner writes to a page.
 
     Args:
-        total: how many there are.
-        modules: MTP modules whose slots they hold too.
-        unit: pages are shared in runs of so many: 1 where a row's bits do not depend on the pass that computed it.
-        most_idle: pages that are kept for later sequences at most; None: all.
+        total: number of pages.
+        modules: number of MTP modules whose slots they hold too.
+        unit: pages are shared in runs of this many; 1 if a row's bits do not depend on the pass that computed it.
+        most_idle: most pages that are kept for later sequences; None keeps all.
     """
 
     def __init__(self, total: int, modules: int, unit: int = 1, most_idle: int | None = None) -> None:
@@ -66,21 +66,21 @@ class Pages(ABC, Generic[L]):
         self._free, self._uses = list(range(self.total)), [0] * self.total
         self._nodes: dict[Name, _Node] = {}
         self._named: dict[int, _Node] = {}  # by page
-        self._idle: OrderedDict[int, _Node] = OrderedDict()  # named pages that no text uses, by page, oldest first
+        self._idle: OrderedDict[int, _Node] = OrderedDict()  # named pages that no sequence uses, by page, oldest first
         self._numbers = 0
 
     @property
     def free(self) -> int:
-        """Pages that hold nothing of worth."""
+        """Number of pages without known content."""
         return len(self._free)
 
     @property
     def idle(self) -> int:
-        """Pages that no text uses and a later one may share."""
+        """Number of unused pages that a later sequence may share."""
         return len(self._idle)
 
     def lease(self, prompt: Sequence[int], tokens: int, drafted: bool) -> L | None:
-        """Returns pages for a text of so many tokens; None where too many are in use.
+        """Returns pages for a sequence of up to `tokens` tokens; None if too many are in use.
 
         Args:
             drafted: whether the modules' slots of shared pages are needed.
@@ -100,9 +100,9 @@ class Pages(ABC, Generic[L]):
             return self._leased(pages, len(shared), all(node.drafted for node in shared))
 
     def give_back(self, pages: list[int]) -> None:
-        """Takes pages of a lease that has ended; also called by the garbage collector, in the middle of anything."""
+        """Takes back the pages of a lease that has ended; the garbage collector may call this at any point."""
         self._returned.append(pages)
-        if self._lock.acquire(blocking=False):  # else whoever has it is here, and the next lease collects them
+        if self._lock.acquire(blocking=False):  # else this thread may hold it itself; the next lease collects them
             try:
                 self._collect()
             finally:
@@ -115,18 +115,18 @@ class Pages(ABC, Generic[L]):
             pass
 
     def will_share(self, prompt: Sequence[int], other: Sequence[int]) -> int:
-        """Returns how many tokens of a prompt are in pages that another prompt's text will have filled."""
+        """Returns how many tokens of a prompt are in pages that the prefill of another prompt will have filled."""
         last = min(common(prompt, other) - self.modules, len(prompt) - 1)
         return max(0, last) // PAGE * PAGE
 
     def is_being_read(
         self, prompt: Sequence[int], drafted: bool, others: Iterable[tuple[Lease, Sequence[int], bool]]
     ) -> bool:
-        """Whether a running text is about to fill pages that a prompt begins with: waiting for them costs less.
+        """Whether a running sequence is about to fill pages of this prompt's prefix: waiting is cheaper than computing.
 
         Args:
             drafted: whether the modules' slots are needed.
-            others: of each running text its lease, its prompt, and whether it fills the modules' slots.
+            others: for each running sequence its lease, its prompt, and whether it fills the modules' slots.
         """
         known: int | None = None
         for lease, other, drafts in others:
@@ -144,7 +144,7 @@ class Pages(ABC, Generic[L]):
         return False
 
     def forget(self) -> None:
-        """Forgets what is in every page, as when it would be computed otherwise now. No text may be running."""
+        """Forgets the content of every page, for when it would now be computed differently. No sequence may run."""
         with self._lock:
             self._collect()
             for node in self._idle.values():
@@ -160,7 +160,7 @@ class Pages(ABC, Generic[L]):
             return any(self._uses)
 
     def shared(self, prompt: Sequence[int], drafted: bool) -> list[_Node]:
-        """Returns the known pages that a prompt begins with; the prompt's last token is read in any case."""
+        """Returns the known pages of a prompt's prefix; the prompt's last token is always computed."""
         found, number = list[_Node](), 0
         for first in range(0, len(prompt) - PAGE - max(self.modules, 1) + 1, PAGE):
             node = self._nodes.get((number, tuple(prompt[first : first + PAGE + self.modules])))
@@ -183,15 +183,15 @@ class Pages(ABC, Generic[L]):
 
     @abstractmethod
     def _leased(self, pages: list[int], shared: int, drafted: bool) -> L:
-        """Returns a lease, arguments as `Lease`, whose own pages have been cleaned: attention multiplies what was never
-        written by zero, which would not undo a NaN."""
+        """Returns a lease, arguments as `Lease`, with its own pages zeroed: attention multiplies slots that were never
+        written by zero, which would keep a NaN."""
 
     def _start(self, count: int, wanted: int) -> int:
-        """Returns which of the free pages, in ascending order, are the first of so many; at `wanted` if possible."""
+        """Returns where in the ascending free list `count` pages are taken from: at page `wanted` if possible."""
         return 0
 
     def _evict(self) -> bool:
-        """Frees the page that was used longest ago, of those that no other builds on."""
+        """Frees the least recently used page that no other page builds on."""
         node = next((node for node in self._idle.values() if not node.after), None)
         if node is None:
             return False
@@ -206,7 +206,7 @@ class Pages(ABC, Generic[L]):
         self._idle.pop(page, None)
 
     def _let_go(self, pages: Sequence[int]) -> None:
-        # a page is needed before those that build on it, so it is given up after them
+        # a page is needed by all that build on it, so it is released after them
         for page in reversed(pages):
             self._uses[page] -= 1
             if self._uses[page]:
@@ -217,7 +217,7 @@ class Pages(ABC, Generic[L]):
                 insort(self._free, page)
 
     def _name(self, before: _Node | None, tokens: Sequence[int], page: int, drafted: bool) -> _Node:
-        """Makes a page known; returns the node of its content, which may be another page that came first."""
+        """Records a page's content; returns its node, which may be an earlier page with the same content."""
         name = (before.number if before is not None else 0, tuple(tokens))
         node = self._nodes.get(name)
         if node is None:
@@ -237,32 +237,32 @@ class Pages(ABC, Generic[L]):
 
 
 class Lease:
-    """The pages of one text.
+    """The pages of one sequence.
 
     Args:
-        pages: numbers, in order of position; the first `shared` are others' too and are only read.
+        pages: page numbers, in order of position; the first `shared` are shared with others and only read.
     Attributes:
-        reused: tokens in the shared ones.
-        drafted: whether the modules' shared slots are written too.
+        reused: tokens in the shared pages.
+        drafted: whether the modules' slots of the shared pages are filled too.
     """
 
     def __init__(self, store: Pages[L], pages: list[int], shared: int, drafted: bool) -> None:
         self._store, self._pages, self.drafted = store, pages, drafted
-        # pages known without the modules' slots, and with them, and the last of each
+        # number of published pages without and with the modules' slots, and the last node of each
         self._known: dict[bool, tuple[int, _Node | None]] = {False: (0, None), True: (0, None)}
         self.reused = shared * PAGE
 
     @property
     def published(self) -> int:
-        """Tokens in pages that others may share by now."""
+        """Number of tokens in pages that others may already share."""
         return max(count for count, _ in self._known.values()) * PAGE
 
     def publish(self, tokens: Sequence[int], held: int, drafted: bool) -> None:
-        """Lets other texts share the pages that are full by now.
+        """Lets other sequences share the pages that are full by now.
 
         Args:
-            tokens: of the text so far.
-            held: slots that all caches hold, the main model's alone if not `drafted`.
+            tokens: of the sequence so far.
+            held: slots filled in all caches, or in the main model's alone if not `drafted`.
         """
         store, known = self._store, self._known
         count, last = known[True] if drafted else max(known.values(), key=lambda pages: pages[0])
@@ -276,18 +276,18 @@ class Lease:
         known[drafted] = count, last
 
     def end(self) -> None:
-        """Gives the pages back; no harm if repeated."""
+        """Gives the pages back; may be repeated."""
         pages, self._pages = self._pages, []
         if pages:
             self._store.give_back(pages)
 
 
 class HostPages(Pages["HostLease"]):
-    """Pages on a CPU, those of a text in a row where possible: such are read in place.
+    """Pages on a CPU, contiguous for each sequence if possible: then they are read in place.
 
     Args:
         layers: per layer `[pages * PAGE, width]`: the main model's, then one for each MTP module.
-        modules: how many of the layers are modules'.
+        modules: how many of the layers belong to modules.
         unit, most_idle: see `Pages`.
     """
 
@@ -308,10 +308,11 @@ class HostPages(Pages["HostLease"]):
 
 
 class HostLease(Lease):
-    """Pages of a text on a CPU.
+    """Pages of a sequence on a CPU.
 
     Attributes:
-        cache, mtp_caches: of the main model and its modules, with the shared slots committed.
+        cache: of the main model, with the shared slots committed.
+        mtp_caches: of its MTP modules, likewise.
     """
 
     def __init__(self, store: HostPages, pages: list[int], shared: int, drafted: bool) -> None:
@@ -322,7 +323,7 @@ class HostLease(Lease):
 
 
 def check_pages(request: Request, tokens: int, total: int) -> None:
-    """Refuses a text of up to so many tokens, drafts included, that would not fit into all pages."""
+    """Rejects a request of up to `tokens` tokens, drafts included, that would not fit into all pages."""
     needed = pages_for(tokens)
     if needed > total:
         raise MTPSpecError(
@@ -333,6 +334,6 @@ def check_pages(request: Request, tokens: int, total: int) -> None:
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Returns the length of the longest common beginning."""
+    """Returns the length of the longest common prefix."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

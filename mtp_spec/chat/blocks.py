@@ -1,8 +1,7 @@
-"""Markdown that is still being written: what of it is finished, and how it looks.
+"""Divides growing markdown into finished blocks and renders them.
 
 A block ends at a blank line outside a code fence, unless the next line is indented and so belongs to it (the second
-paragraph of a list's item). A finished block never changes again, so it can be printed for good while the rest is
-drawn anew.
+paragraph of a list item). A finished block never changes, so it is printed once while the rest is redrawn.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rich.text import Text
 Source = Literal["target"] | int
 Piece = tuple[str, Source]
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-# the target's own tokens stay as they are; drafts by depth, the last colour for every deeper one
+# the target's own tokens are not styled; drafts are, by depth, with the last colour for every deeper one
 DEPTH_STYLES = ("green", "cyan", "blue", "magenta", "yellow")
 # html stays visible: rich would drop it
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
@@ -46,7 +45,7 @@ class Blocks:
     """Divides a growing text.
 
     Attributes:
-        open: pieces of the block that may still change.
+        open: pieces of the unfinished block.
     """
 
     def __init__(self) -> None:
@@ -56,7 +55,7 @@ class Blocks:
         """Takes the next piece; returns the blocks that it finishes."""
         if not text:
             return []
-        # only what begins a line can show that the block before it is finished
+        # only the beginning of a line can show that the block before it is finished
         begins_line = "\n" in text or not self.open or self.open[-1][0].endswith("\n")
         self.open.append((text, source))
         finished = []
@@ -67,7 +66,7 @@ class Blocks:
 
 
 def _first_end(text: str) -> int:
-    """Returns where the first block of a text ends and the next begins; 0 if there is but one."""
+    """Returns where the first block of a text ends and the next begins; 0 if there is only one."""
     fence, blank, at = "", False, 0
     for line in text.splitlines(keepends=True):
         if blank and line.strip() and not line[0].isspace():
@@ -78,7 +77,7 @@ def _first_end(text: str) -> int:
             fence = "" if closes else fence
         elif mark is not None:
             fence = mark[1]
-        # blank lines before anything else end nothing
+        # blank lines at the start end no block
         blank = not fence and (blank or at > 0) and not line.strip() and bool(text[:at].strip())
         at += len(line)
     return 0
@@ -100,7 +99,7 @@ def _cut(pieces: Sequence[Piece], at: int) -> tuple[list[Piece], list[Piece]]:
 
 
 def drawn(pieces: Sequence[Piece], coloured: bool) -> RenderableType:
-    """Returns a block as markdown, or as it was written with every token in its proposer's colour."""
+    """Returns a block as markdown, or as raw text with every token in the colour of its source."""
     if not coloured:
         return Answer("".join(text for text, _ in pieces))
     line = Text.assemble(*((text, style_of(source)) for text, source in pieces))
@@ -109,5 +108,5 @@ def drawn(pieces: Sequence[Piece], coloured: bool) -> RenderableType:
 
 
 def style_of(source: Source) -> str:
-    """Returns the style of a token that the target (unstyled) or a draft of some depth proposed."""
+    """Returns the style of a token proposed by the target (no style) or by a draft of some depth."""
     return "" if source == "target" else DEPTH_STYLES[min(source, len(DEPTH_STYLES)) - 1]

@@ -1,4 +1,4 @@
-"""One running chat: a session, the screen it appears on, the reader it listens to."""
+"""One running chat: a session, its screen and its reader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mtp_spec.chat.status import counted
 class Chat:
     """Attributes:
     leaving: whether the loop should end.
-    interrupted: whether Ctrl-C was the last thing that happened; once more, where nothing is typed, leaves.
+    interrupted: whether Ctrl-C was the last input; a second one at an empty prompt leaves.
     """
 
     def __init__(self, session: Session, screen: Screen, reader: Reader) -> None:
@@ -20,7 +20,7 @@ class Chat:
         self.leaving = self.interrupted = False
 
     def ask(self, question: str) -> bool:
-        """Draws the answer to a question; returns whether it became a turn."""
+        """Shows the answer to a question; returns whether it became a turn."""
         try:
             draw, stream = self.session.ask(question)
         except ContextFullError as full:
@@ -37,7 +37,7 @@ class Chat:
         return kept
 
     def _comment(self, kept: bool) -> None:
-        """Says why an answer is not whole."""
+        """Says why an answer is incomplete."""
         if not kept:
             self.screen.say("stopped before the first word: the question is not kept")
             return

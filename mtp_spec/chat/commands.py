@@ -19,7 +19,7 @@ from mtp_spec.console import template_arguments
 from mtp_spec.errors import OptionError
 from mtp_spec.sampling.seeds import LIMIT
 
-# of the two words' letters, for a suggestion
+# least similarity of two words for a suggestion
 SIMILAR = 0.4
 SWITCHES = {"colour": "coloured", "stats": "statistics"}
 KEYS = """Alt-Enter begins a new line, as does Enter between three quotes. Tab completes commands.
@@ -29,7 +29,7 @@ A question that begins with / is sent by putting a space before it."""
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What a word does: called with the chat and what follows the word."""
+    """A command: called with the chat and the text after the command's name."""
 
     usage: str
     help: str
@@ -40,7 +40,7 @@ def run_command(chat: Chat, line: str) -> None:
     """Runs a line that begins with a slash.
 
     Raises:
-        OptionError: no such command, or nothing that it can be given.
+        OptionError: the command is unknown, or its argument is invalid.
     """
     name, _, argument = line[1:].partition(" ")
     command = COMMANDS.get(name)
@@ -55,7 +55,7 @@ def _hint(name: str) -> str:
 
 
 def suggestions(before: str) -> Iterable[str]:
-    """Returns the words that may stand where the cursor is, given the line before it."""
+    """Returns the possible words at the cursor, given the line before it."""
     words = before.split(" ")
     if len(words) == 1:
         return [f"/{name}" for name in COMMANDS]

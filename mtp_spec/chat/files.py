@@ -1,4 +1,4 @@
-"""Conversations as files: JSON with the messages as chat interfaces write them, and the settings."""
+"""Conversations as files: JSON with the messages in the form of chat APIs, and the settings."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SHOWN = 60
 
 
 def save(session: Session, file: Path) -> str:
-    """Writes a conversation; returns what was done.
+    """Writes a conversation; returns a description of what was done.
 
     Raises:
-        OptionError: the file is there and holds something else, or cannot be written.
+        OptionError: the file exists and is not a conversation, or cannot be written.
     """
     if file.exists():
         _check_replaceable(file)
@@ -47,16 +47,16 @@ def _check_replaceable(file: Path) -> None:
 
 
 def load(session: Session, file: Path) -> str:
-    """Takes over a conversation, and the settings where the file has them; returns what was done.
+    """Loads a conversation, and the settings if the file has them; returns a description of what was done.
 
     Raises:
-        OptionError: the file cannot be read or is no conversation; nothing is changed then.
+        OptionError: the file cannot be read or is not a conversation; nothing is changed then.
     """
     document = _read(file, f"/load {file}: this is no conversation")
     system, turns = _turns(document["messages"], file)
     given = document.get("settings", {})
     if "logit_bias" in given and isinstance(given["logit_bias"], Mapping):
-        # JSON has no other names than text
+        # JSON keys are strings
         given["logit_bias"] = {int(token): amount for token, amount in given["logit_bias"].items()}
     params = SamplingParams.from_options(given) if given else session.params
     shape = parse_shape(document["speculation"]) if "speculation" in document else session.speculation

@@ -1,4 +1,4 @@
-"""Ctrl-C while an answer is written: the first asks it to stop between two steps, a second ends it where it is."""
+"""Ctrl-C while an answer is generated: the first one stops it after the current step, a second one immediately."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
-# a terminal then says where a paste begins and ends, so that its lines stay one question
+# makes a terminal mark the beginning and end of a paste, so that its lines stay one question
 MARK_PASTES, LEAVE_PASTES = "\x1b[?2004h", "\x1b[?2004l"
 
 
@@ -30,9 +30,9 @@ class Interrupt:
 
 @contextmanager
 def interruptible(quiet: bool) -> Iterator[Interrupt]:
-    """Yields what knows of Ctrl-C; with `quiet` keys typed ahead wait for the next prompt, unseen."""
+    """Yields an `Interrupt`; with `quiet`, keys typed ahead are not echoed and wait for the next prompt."""
     interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield interrupt
         return
     before = signal.signal(signal.SIGINT, interrupt)

@@ -1,4 +1,4 @@
-"""The chat's loop: reads a line, runs a command or draws an answer, and outlives every error."""
+"""The chat's loop: reads a line, runs a command or shows an answer, and continues after any error."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _answer(chat: Chat, text: str) -> None:
         chat.interrupted = True
     except MTPSpecError as error:
         chat.screen.complain(str(error))
-    except Exception as error:  # a conversation is worth more than a clean end
+    except Exception as error:  # an error must not cost the user the conversation
         chat.screen.complain(f"{type(error).__name__}: {error}. The chat goes on; /save FILE keeps it")
 
 
@@ -72,8 +72,8 @@ def run_chat(
 
     Args:
         options: as for `LM.chat`; the length of an answer is `MAX_NEW_TOKENS` if not given.
-        prompt: where given, this one question is answered; "-" reads it from standard input.
-        history: a file of one's own for what is typed.
+        prompt: if given, only this question is answered; "-" reads it from standard input.
+        history: a file for the input history in place of the default one.
     """
     given = {"max_new_tokens": MAX_NEW_TOKENS, **lm.defaults.applied(options)}
     speculation = given.pop("speculation", "auto")
@@ -81,7 +81,7 @@ def run_chat(
     session = Session(lm, SamplingParams.from_options(given), speculation, system, template, tools)
     lm.speculation_for(speculation)
     if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a character that cannot be read is no reason to end
+        sys.stdin.reconfigure(errors="replace")  # a character that cannot be read must not end the chat
     chat = open_chat(session, history=history)
     if prompt is not None:
         ranks = lm.model.ranks
@@ -107,7 +107,7 @@ def greet(chat: Chat) -> None:
 
 
 def open_chat(session: Session, console: Console | None = None, history: Path | None = None) -> Chat:
-    """Returns a chat on this process's terminal, or on its pipes; of several processes only the first has these."""
+    """Returns a chat on this process's terminal or pipes; of several processes only the first reads and prints."""
     ranks = session.lm.model.ranks
     if ranks.rank:
         silent = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
@@ -121,7 +121,7 @@ def open_chat(session: Session, console: Console | None = None, history: Path | 
 
 
 def _history_file() -> Path | None:
-    """Returns where what is typed is kept; None for a user without a home."""
+    """Returns the file of the input history; None for a user without a home."""
     state = os.environ.get("XDG_STATE_HOME")
     with suppress(RuntimeError):
         return (Path(state) if state else Path.home() / ".local" / "state") / "mtp-spec" / "chat_history"
@@ -129,7 +129,7 @@ def _history_file() -> Path | None:
 
 
 def _writable(file: Path | None, screen: Screen) -> Path | None:
-    """Returns the file if what is typed can be kept there."""
+    """Returns the file if the input history can be written there."""
     if file is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""`/parity`: the last answer once more without speculation, compared token by token and timed."""
+"""`/parity`: generates the last answer again without speculation, compares it token by token and times it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtp_spec.errors import OptionError
 
 
 def parity(chat: Chat) -> None:
-    """Repeats, compares and says what came out.
+    """Repeats the answer, compares it and prints the outcome.
 
     Raises:
         OptionError: there is no answer to repeat, or it was drawn without drafts.
@@ -22,7 +22,7 @@ def parity(chat: Chat) -> None:
     if not turn.result.stats.drafted:
         raise OptionError("/parity: the last answer was drawn without drafts; /spec auto, then ask again")
     ids = turn.result.token_ids
-    # an answer stopped by hand ends where it was stopped
+    # an answer that the user stopped ends at the same token
     params = replace(turn.draw.params, max_new_tokens=len(ids)) if turn.interrupted else turn.draw.params
     stream = chat.session.draw(replace(turn.draw, params=params, speculation=None))
     with interruptible(chat.screen.rich) as interrupt:

@@ -1,4 +1,4 @@
-"""Where questions and commands come from: the keyboard, or lines of text."""
+"""Sources of questions and commands: the keyboard, or lines of text."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Reader(Protocol):
         """Returns the next question or command as typed, None at the end.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C where nothing is typed.
+            KeyboardInterrupt: Ctrl-C at an empty prompt.
         """
 
     def agree(self, question: str) -> bool:
-        """Returns whether the user says yes; false where nobody can be asked."""
+        """Returns whether the user says yes; false if there is no user to ask."""
 
 
 def is_open(text: str) -> bool:
@@ -48,7 +48,7 @@ def is_open(text: str) -> bool:
 
 
 def unquoted(text: str) -> str:
-    """Returns a text without the three quotes around it, or around what follows a command's name."""
+    """Returns a text without the three quotes around it, or around a command's argument."""
     opened = OPENED.match(text)
     end = text.rstrip()
     if opened is None or text.count(QUOTES) < 2 or not end.endswith(QUOTES):
@@ -75,7 +75,7 @@ class LineReader:
 
 
 class SharedReader:
-    """Reads what the first of several processes reads; all of them then do the same.
+    """Reads in the first of several processes and passes the input to all, so that they do the same.
 
     Args:
         reader: of the first; None in the others.
@@ -87,7 +87,7 @@ class SharedReader:
     def read(self) -> str | None:
         text = None
         if self._reader is not None:
-            with suppress(KeyboardInterrupt):  # whoever started the processes ends them
+            with suppress(KeyboardInterrupt):  # the launcher of the processes ends them
                 text = self._reader.read()
         return self._ranks.from_first(text)
 
@@ -99,9 +99,10 @@ class TerminalReader:
     """Reads from the keyboard, with history and completion.
 
     Args:
-        suggest: returns the words that may follow what stands before the cursor's word.
-        history: a file, or None to remember for this chat only.
-        input, output: of prompt_toolkit, for tests.
+        suggest: returns the possible words at the cursor, given the text before.
+        history: a file, or None to keep the history for this chat only.
+        input: of prompt_toolkit, for tests.
+        output: of prompt_toolkit, for tests.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ def _keys() -> KeyBindings:
 
     @keys.add("tab", filter=typing)
     def complete(event: KeyPressEvent) -> None:
-        # at once, where prompt_toolkit's own completion would come after the keys that follow
+        # completes immediately; prompt_toolkit's own completion would come after the keys that follow
         buffer = event.current_buffer
         if not buffer.complete_state or not buffer.complete_state.completions:
             found = list(buffer.completer.get_completions(buffer.document, CompleteEvent(completion_requested=True)))
@@ -168,7 +169,7 @@ def _keys() -> KeyBindings:
 
 
 class _History(FileHistory):
-    """A file of what was typed; a disk that is full later on does not end the chat."""
+    """The file of the input history; a full disk does not end the chat."""
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):
@@ -176,7 +177,7 @@ class _History(FileHistory):
 
 
 class _Words(Completer):
-    """Completes commands and their words; a question is left alone."""
+    """Completes commands and their words, not questions."""
 
     def __init__(self, suggest: Suggest) -> None:
         self._suggest = suggest

@@ -1,4 +1,4 @@
-"""`/stats`: what drafting did, as a table."""
+"""`/stats`: a table of drafting statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mtp_spec.stats import GenerationStats
 
 
 def statistics(last: GenerationStats | None, totals: GenerationStats) -> Table:
-    """Returns the statistics of the last answer, where there is one, beside those of the whole chat."""
+    """Returns a table of the statistics of the last answer, if there is one, and of the whole chat."""
     caption = (
         "Depth: drafts accepted there, of all (of those whose parent was). N a step: steps with N accepted. s: seconds."
     )

@@ -1,8 +1,8 @@
 """Draws answers and messages on a console.
 
-On a terminal an answer appears as markdown while it is written: finished blocks are printed for good, the open one
-and the line of statistics are drawn anew below them, never taller than the window. Elsewhere the bare text goes to
-standard output as it comes, everything about it to standard error.
+On a terminal an answer appears as markdown while it is generated: finished blocks are printed once, the open one and
+the line of statistics are redrawn below them, never taller than the window. Elsewhere the plain text goes to standard
+output as it is generated, and everything else to standard error.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mtp_spec.chat.status import status_line
 from mtp_spec.results import TokenEvent
 from mtp_spec.stream import TokenStream
 
-# a picture may take this part of the time and come this often
+# largest share of the time for drawing, and shortest time between two frames
 DRAWING_SHARE, SHORTEST_FRAME = 0.1, 1 / 15
 # lines of the window that the open block leaves free
 FREE_LINES = 4
 
 
 class Screen:
-    """Where a chat appears.
+    """The output of a chat.
 
     Args:
         console: for answers.
-        errors: for what is not part of the conversation where `console` is no terminal.
+        errors: for everything that is not part of the conversation if `console` is not a terminal.
     Attributes:
-        coloured: colour tokens by who proposed them.
+        coloured: colour tokens by their source.
         statistics: show the line of statistics.
     """
 
@@ -49,16 +49,16 @@ class Screen:
 
     @property
     def can_colour(self) -> bool:
-        """Whether this output has colours."""
+        """Whether this output supports colours."""
         return self.rich and self.console.color_system is not None and not self.console.no_color
 
     def say(self, message: str) -> None:
-        """Prints something about the chat."""
+        """Prints a message about the chat."""
         console = self._aside
         console.print(message, style="dim", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
     def show(self, message: RenderableType) -> None:
-        """Prints what a command was asked for."""
+        """Prints the output of a command."""
         self.console.print(message, markup=False, highlight=False)
 
     def complain(self, message: str) -> None:
@@ -71,7 +71,7 @@ class Screen:
         return self.console if self.console.is_terminal else self.errors
 
     def answer(self, stream: TokenStream, seed: int, stopped: Callable[[], bool]) -> bool:
-        """Draws an answer while it is written; returns whether `stopped` or KeyboardInterrupt ended it."""
+        """Draws an answer while it is generated; returns whether `stopped` or KeyboardInterrupt ended it."""
         if not self.rich:
             return self._plain(stream, seed, stopped)
         blocks = Blocks()
@@ -90,7 +90,7 @@ class Screen:
         return interrupted
 
     def count(self, stream: TokenStream, whole: int, stopped: Callable[[], bool]) -> bool:
-        """Runs a stream and draws only how far it is of `whole` tokens; returns as `answer`."""
+        """Runs a stream and draws only its progress towards `whole` tokens; returns as `answer`."""
         with self._frames() as draw:
 
             def take(event: TokenEvent) -> None:
@@ -100,13 +100,13 @@ class Screen:
             return _each(stream, take, stopped)
 
     def history(self, question: str, answer: str) -> None:
-        """Prints a turn of the past."""
+        """Prints an earlier turn."""
         self.console.print(Text(f"> {question}", style="bold"))
         self.console.print(Answer(answer) if self.rich else Text(answer))
         self.console.print()
 
     def legend(self) -> Text:
-        """Returns which colour says what."""
+        """Returns the legend of the colours."""
         depths = range(1, len(DEPTH_STYLES) + 1)
         names = [Text(f"draft {depth}", style_of(depth)) for depth in depths]
         return Text.assemble(Text(", ").join([Text("target"), *names]), " or deeper")
@@ -128,7 +128,7 @@ class Screen:
 
     @contextmanager
     def _frames(self) -> Iterator[Callable[[RenderableType], None]]:
-        """Yields what draws the changing part of the window; a console that cannot move its cursor draws none."""
+        """Yields a function that redraws the changing part of the window; it does nothing without cursor control."""
         if not self.console.is_interactive:
             yield lambda _: None
             return
@@ -148,7 +148,7 @@ class Screen:
 
 
 def _each(stream: TokenStream, take: Callable[[TokenEvent], None], stopped: Callable[[], bool]) -> bool:
-    """Hands over events until the stream ends or is ended; returns whether it was ended."""
+    """Passes events to `take` until the stream ends or is stopped; returns whether it was stopped."""
     try:
         for event in stream:
             take(event)
@@ -160,7 +160,7 @@ def _each(stream: TokenStream, take: Callable[[TokenEvent], None], stopped: Call
 
 
 class _Tail:
-    """The last lines of something, as many as fit the window."""
+    """The last lines of a renderable, as many as fit the window."""
 
     def __init__(self, content: RenderableType) -> None:
         self.content = content

@@ -1,4 +1,4 @@
-"""A conversation with a model: its turns, its settings, what each answer did. It knows no terminal."""
+"""A conversation with a model: its turns, settings and statistics, independent of any terminal."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from mtp_spec.stream import TokenStream
 
 Message = dict[str, str]
 Shape = Speculation | Literal["auto"] | None
-# an answer may be long, the context ends it where it must
+# answers may be long; the context may end them earlier
 MAX_NEW_TOKENS = 1024
-# room that an answer should have, as a part of the context, where old turns are dropped for it
+# share of the context that is kept free for an answer when old turns are dropped
 ROOM = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How an answer was drawn: everything that repeats it.
+    """Everything needed to repeat an answer.
 
     Attributes:
-        messages: what was answered, the question last.
-        params: the sampling, with the seed that was drawn where there was none.
+        messages: the conversation, the question last.
+        params: sampling parameters, with the drawn seed if none was given.
         speculation: as given to `LM.stream`.
-        template, tools: what the chat template was given.
+        template: arguments of the chat template.
+        tools: tools for the chat template.
     """
 
     messages: list[Message]
@@ -44,8 +45,9 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-        draw, result: how it came about; None for a turn from a file.
-        interrupted: whether the answer was stopped by hand.
+        draw: how it was generated; None for a turn from a file.
+        result: its generation; None for a turn from a file.
+        interrupted: whether the user stopped the answer.
     """
 
     question: str
@@ -59,7 +61,7 @@ class ContextFullError(PromptError):
     """A conversation that leaves too little of the context for an answer.
 
     Attributes:
-        drop: how many of the oldest turns must go; None if even the question alone is too long.
+        drop: how many of the oldest turns must be dropped; None if even the question alone is too long.
     """
 
     def __init__(self, message: str, drop: int | None) -> None:
@@ -68,14 +70,15 @@ class ContextFullError(PromptError):
 
 
 class Session:
-    """What a chat remembers.
+    """The state of a chat.
 
     Args:
         lm: a model with a chat template.
-        params: how answers are drawn; without a seed each answer draws its own.
+        params: sampling parameters; without a seed each answer draws its own.
         speculation: as for `LM.stream`.
         system: the system message.
-        template, tools: for the chat template.
+        template: arguments of the chat template.
+        tools: tools for the chat template.
     Attributes:
         turns: oldest first.
         totals: statistics of all answers.
@@ -112,7 +115,7 @@ class Session:
         return len(self.lm.chat_ids(messages, template=self.template, tools=self.tools)) if messages else 0
 
     def ask(self, question: str) -> tuple[Draw, TokenStream]:
-        """Returns the answer to a question, about to be drawn; `keep` makes it a turn.
+        """Returns the stream of the answer to a question; `keep` makes it a turn.
 
         Raises:
             ContextFullError: too little of the context is left.
@@ -123,7 +126,7 @@ class Session:
         return replace(draw, params=replace(self.params, seed=stream.result.seed)), stream
 
     def draw(self, draw: Draw) -> TokenStream:
-        """Returns the stream that a draw describes; what it has in common with the last turn is not read again."""
+        """Returns the stream that a draw describes; the prefix shared with the last turn is not computed again."""
         return self.lm.stream(
             draw.messages,
             after=self._last,
@@ -134,7 +137,7 @@ class Session:
         )
 
     def keep(self, draw: Draw, stream: TokenStream, interrupted: bool) -> bool:
-        """Adds a turn; returns false, and adds none, where nothing was written before the answer was stopped."""
+        """Adds a turn; returns false, and adds none, if the answer was stopped before its first token."""
         result = stream.result
         self.follow(stream)
         self.totals = self.totals.merge(result.stats)
@@ -144,7 +147,7 @@ class Session:
         return True
 
     def follow(self, stream: TokenStream) -> None:
-        """Makes this the stream whose caches the next one takes over; on a GPU nobody else has them."""
+        """Makes this the stream that the next one follows (`after=`), so that its memory can be reused."""
         self._last = stream
 
     def set(self, name: str, value: Any) -> None:
@@ -152,10 +155,10 @@ class Session:
         self.params = replace(self.params, **{name: value})
 
     def set_template(self, arguments: dict[str, Any]) -> None:
-        """Gives the chat template other arguments, from the next answer on.
+        """Changes the chat template's arguments, from the next answer on.
 
         Raises:
-            MTPSpecError: the template cannot do with them; the former ones stay.
+            MTPSpecError: the template fails with them; the former ones stay.
         """
         before, self.template = self.template, arguments
         try:

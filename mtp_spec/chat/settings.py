@@ -1,4 +1,4 @@
-"""What `/set` and `/spec` understand: text to values and back."""
+"""Parses and formats the values of `/set` and `/spec`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _KINDS = get_type_hints(SamplingParams)
 
 
 def parse_setting(name: str, text: str) -> Any:
-    """Returns the value that a text gives a sampling parameter; "off" is its default.
+    """Returns a sampling parameter's value from text; "off" is its default.
 
     Raises:
-        OptionError: text that is no value of this kind; `SamplingParams` then checks its range.
+        OptionError: the text is not a value of this type; `SamplingParams` checks the range later.
     """
     if text == "off":
         return getattr(SamplingParams(), name)
@@ -64,15 +64,15 @@ def setting_text(value: Any) -> str:
 
 
 def template_text(arguments: Mapping[str, Any]) -> str:
-    """Returns arguments of a chat template as `/template` takes them, one after the other."""
+    """Returns a chat template's arguments in the form that `/template` takes."""
     return ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in arguments.items()) or "nothing more"
 
 
 def parse_shape(text: str) -> Shape:
-    """Returns what `/spec` was given.
+    """Returns the speculation given to `/spec`.
 
     Raises:
-        OptionError: nothing that speculation can be.
+        OptionError: it is not a valid speculation.
     """
     word, _, rest = text.partition(" ")
     if word == "tree":

@@ -5,12 +5,12 @@ from __future__ import annotations
 from mtp_spec.stats import GenerationStats
 
 SEPARATOR = " · "
-# acceptance rates of the shallowest drafts where the line is short
+# number of depths with acceptance rates if the line is short
 SHORT_DEPTHS = 3
 
 
 def status_line(stats: GenerationStats, seed: int, width: int | None = None) -> str:
-    """Returns the line, in fewer words or without its last parts where `width` columns are given."""
+    """Returns the line, shortened or without its last parts to fit `width` columns if given."""
     parts = [_speed(stats), *_steps(stats), (f"seed {seed}", f"seed {seed}")]
     shown = [long for long, _ in parts]
     # shortened from the right as far as needed, then cut
@@ -23,7 +23,7 @@ def status_line(stats: GenerationStats, seed: int, width: int | None = None) -> 
 
 
 def speed(stats: GenerationStats) -> float:
-    """Returns tokens a second after the prompt was read; 0 before there are any."""
+    """Returns tokens per second after the prefill; 0 before there are any."""
     seconds = stats.total_seconds - stats.phase_seconds.get("prefill", 0.0)
     return (stats.new_tokens - 1) / seconds if seconds > 0 and stats.new_tokens > 1 else 0.0
 

@@ -1,4 +1,4 @@
-"""Whether the MTP modules guess what the model writes: `mtp-spec inspect --agreement`."""
+"""How often the MTP modules predict the model's own tokens: `mtp-spec inspect --agreement`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEPTH, TOKENS = 4, 48
 
 
 def agreement(lm: LM) -> list[float]:
-    """Returns how often a draft of depth d is what the model writes greedily, if those before it were; entry d - 1.
+    """Returns how often a draft of depth d is the model's greedy token, if the drafts before it were; entry d - 1.
 
     Raises:
         OptionError: the model has no MTP module.

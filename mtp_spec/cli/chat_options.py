@@ -12,7 +12,7 @@ from mtp_spec.errors import OptionError
 
 
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
-    """Adds them."""
+    """Adds the options."""
     group = parser.add_argument_group("chat template")
     group.add_argument(
         "--template",
@@ -24,10 +24,10 @@ def add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chat_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what was given, as the options of `LM.chat`.
+    """Returns the given options, as `LM.chat` takes them.
 
     Raises:
-        OptionError: an argument without a name or value, or a file that holds no list.
+        OptionError: an argument has no name or value, or a file does not hold a list.
     """
     options: dict[str, Any] = {"template": template_arguments(args.template)} if args.template else {}
     if args.tools is not None:

@@ -68,7 +68,7 @@ def run_convert(args: argparse.Namespace) -> None:
     """Converts a folder.
 
     Raises:
-        OptionError, CheckpointError: before anything is written, or when the disk fails.
+        OptionError, CheckpointError: raised before anything is written, or if the disk fails.
     """
     from mtp_spec.model.checkpoint.convert import hf_job, ranks_job
 

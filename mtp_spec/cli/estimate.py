@@ -1,9 +1,9 @@
-"""What a model would need and how fast it could be, from its configuration alone: `mtp-spec inspect CONFIG.json`.
+"""Estimates a model's memory and speed from its configuration alone: `mtp-spec inspect CONFIG.json`.
 
-Memory follows from shapes: DeepSeek's way of dividing tensors among ranks (`mtp_spec.model.files.deepseek`), FP8
-where released checkpoints have it. Speed is an upper estimate for one text with plain decoding: the bytes of weights
-that a token reads on a rank, over the rate at which the card copies memory. Launches, communication and the cache are
-left out, and chosen experts count as spread evenly over ranks; speculation multiplies it by tokens per step at best.
+Memory follows from shapes: tensors are divided among ranks as in DeepSeek's code (`mtp_spec.model.files.deepseek`), and
+are FP8 where released checkpoints have it. Speed is an upper bound for one sequence with plain decoding: the card's
+copy rate over the bytes of weights that a token reads on a rank. Launches, communication and the cache are ignored, and
+chosen experts are assumed to be spread evenly over ranks; speculation multiplies it by at most the tokens per step.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from mtp_spec.model.files.formats import Format, stored_format
 from mtp_spec.model.files.keys import key_notes
 from mtp_spec.model.transformer import Transformer
 
-# TB/s read and written together by a device copy of 2 GiB, as `bench step` measures it. H100: that of
-# docs/results/step_h100.json. H200: the same copy on a machine of which no document was kept
+# TB/s read and written together by a device copy of 2 GiB, as measured by `bench step`. H100: from
+# docs/results/step_h100.json. H200: the same copy, on a machine without a published result
 COPY_RATES = {"H100": 2.44, "H200": 4.28}
 WIDE_BYTES = 2
 SCALE_BYTES = 4
@@ -35,14 +35,14 @@ MULTIPLE = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What one rank of `ranks` holds and reads.
+    """Memory and reads of one of `ranks` ranks.
 
     Attributes:
         weights: bytes on a rank.
-        whole: of all ranks, nothing counted twice.
+        whole: bytes of the whole model, each weight counted once.
         read: bytes of weights that a token reads on a rank.
-        cache: bytes a token of context takes on every rank, in bfloat16.
-        tokens_per_second: of one text, at best; None without a card.
+        cache: bytes per token of context on every rank, in bfloat16.
+        tokens_per_second: upper bound for one sequence; None without a card.
     """
 
     ranks: int
@@ -60,10 +60,10 @@ class Estimate:
 def estimate(
     config: ModelConfig, ranks: int = 1, copy_rate: float | None = None, stored: Format | None = None
 ) -> Estimate:
-    """Returns the estimate for `ranks` cards that copy `copy_rate` TB/s each, of weights in a format.
+    """Returns the estimate for `ranks` cards that copy `copy_rate` TB/s each, with weights in a format.
 
     Raises:
-        OptionError: ranks that do not divide the experts or the heads.
+        OptionError: the number of ranks does not divide the experts or the heads.
     """
     if ranks < 1 or config.n_routed_experts % ranks or config.num_attention_heads % ranks:
         raise OptionError(
@@ -97,10 +97,10 @@ def _stored_bytes(name: str, shape: tuple[int, ...], wide: int, config: ModelCon
 
 
 def card_rate(card: str | None, copy_rate: float | None) -> float | None:
-    """Returns TB/s of a named card, or those given.
+    """Returns the TB/s of a named card, or the given rate.
 
     Raises:
-        OptionError: an unknown card, or both.
+        OptionError: the card is unknown, or both are given.
     """
     if card is not None and copy_rate is not None:
         raise OptionError("--card excludes --copy-rate: give one")

@@ -1,4 +1,4 @@
-"""`mtp-spec inspect`: what a folder holds, whether it is intact, or what a configuration alone lets one expect."""
+"""`mtp-spec inspect`: a folder's contents and integrity, or an estimate from a configuration alone."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def add_inspect(commands: Any) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    """Prints what was asked for.
+    """Prints the requested facts.
 
     Raises:
-        OptionError: an option that does not belong to what the path is.
+        OptionError: an option does not fit the kind of path.
         MTPSpecError: a tensor differs from its checksum.
     """
     args.path = args.path and named_shape(args.path)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its config and file headers."""
+"""A table of a checkpoint's contents, from its config and file headers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def show_checkpoint(
     max_context: int | None = None,
     weights: str | None = None,
 ) -> None:
-    """Prints architecture, parameters, dtypes, MTP modules and memory of a folder, loaded with these options."""
+    """Prints architecture, parameters, dtypes, MTP modules and memory of a folder if loaded with these options."""
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else path
     checkpoint, refused = opened_or_refused(folder)
     summary = summed_up(checkpoint, refused)
@@ -62,7 +62,7 @@ def show_checkpoint(
 
 
 def cache_bytes(summary: CheckpointSummary, packed: bool) -> int:
-    """Returns bytes of latent cache a token, main model and MTP modules, in bfloat16 or packed."""
+    """Returns the bytes of latent cache per token, main model and MTP modules, in bfloat16 or packed."""
     config = summary.config
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     return layers * Layout(config.kv_lora_rank, config.qk_rope_head_dim, packed).row_bytes
@@ -88,7 +88,7 @@ def _gpu(checkpoint: Checkpoint, drafts: DraftVocabulary, cache_dtype: str | Non
 
 
 def _cpu(checkpoint: Checkpoint, summary: CheckpointSummary, limit: int) -> str:
-    """Returns what runs the model on a CPU, and in how much memory."""
+    """Returns which code runs the model on a CPU, and its memory."""
     obstacle, config = engine.why_not(), summary.config
     item, found = 4, footprint(checkpoint)
     weights = f"{found.total / 1e6:,.0f} MB of weights as stored, read into memory"
@@ -111,7 +111,7 @@ def _cpu(checkpoint: Checkpoint, summary: CheckpointSummary, limit: int) -> str:
 
 
 def _refusal(checkpoint: Checkpoint) -> str | None:
-    """Returns why the engine would not load a checkpoint here and now, or None."""
+    """Returns why the engine cannot load a checkpoint now on this machine, or None."""
     try:
         check_own(footprint(checkpoint).own, bool(checkpoint.narrowed), None)
     except MTPSpecError as error:
@@ -120,7 +120,7 @@ def _refusal(checkpoint: Checkpoint) -> str | None:
 
 
 def _modules(summary: CheckpointSummary) -> str:
-    """Returns how many MTP modules there are and what each is made of."""
+    """Returns the number of MTP modules and the parts of each."""
     kinds = summary.mtp_modules
     if not kinds:
         return "absent"

@@ -161,11 +161,11 @@ def _add_sampling(parser: argparse.ArgumentParser, options: dict[str, tuple[type
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; errors of use end with one line on standard error and exit code 2."""
+    """Runs the command line; usage errors print one line to standard error and exit with code 2."""
     args = build_parser().parse_args(arguments)
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, TextIOWrapper):
-            output.reconfigure(errors="replace")  # a character that cannot be shown is no reason to end
+            output.reconfigure(errors="replace")  # a character that cannot be shown must not end the program
     try:
         if args.command in VERBS:
             VERBS[args.command](args)
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output = sys.__stdout__
         if output is not None and output is sys.stdout:
             with suppress(OSError):
-                output.close()  # what it still holds cannot be written
+                output.close()  # its buffer cannot be written
         raise SystemExit(2) from None
 
 
@@ -201,13 +201,13 @@ def _generate(args: argparse.Namespace) -> None:
     with ranks.together():
         given = read_prompts(args) if ranks.rank == 0 else None
         options = _options(args)
-        chat_options(args)  # refused before the model is loaded, as are seeds
+        chat_options(args)  # checked before the model is loaded, like seeds
         text_seeds(options.get("seed"), 1, args.n)
     prompts, seed = ranks.from_first([given, options.pop("seed", fresh_seed())])
     seeds = text_seeds(seed, len(prompts), args.n)
     lm = _load(args)
     with ExitStack() as stack:
-        if ranks.rank:  # the first rank speaks for all
+        if ranks.rank:  # only the first rank prints
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         _write(args, lm, prompts, seeds, options)
 
@@ -256,7 +256,7 @@ def _write(
 
 
 def _answers(args: argparse.Namespace, lm: mtp_spec.LM) -> tuple[bool, str]:
-    """Returns whether prompts are answered through the chat template, and how to say it."""
+    """Returns whether prompts are rendered by the chat template, and a description of that."""
     if not args.raw and lm.tokenizer is not None and lm.tokenizer.templates:
         return True, "answered through the chat template; --raw continues the prompt instead"
     why = "--raw" if args.raw else "this checkpoint has no chat template"

@@ -1,4 +1,4 @@
-"""The prompts of a command line: one in words, one from standard input, or a file of them."""
+"""The prompts of a command line: one as an argument, one from standard input, or a file of several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mtp_spec.console import standard_input
 from mtp_spec.errors import OptionError
 
-# what a chat has no use for: `mtp-spec generate --interactive` refuses it, and in `mtp-spec chat` it is this
+# options without use in a chat: `mtp-spec generate --interactive` rejects them, and `mtp-spec chat` has these values
 NOT_IN_CHAT = {
     "prompt": None,
     "prompts": None,
@@ -26,7 +26,7 @@ NOT_IN_CHAT = {
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
-    """Adds the ways to give prompts, those of DeepSeek's generate.py among them."""
+    """Adds the options that give prompts, those of DeepSeek's generate.py included."""
     parser.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")
     parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='one {"prompt": ...} or string a line')
     parser.add_argument("--input-file", type=Path, metavar="FILE", help="one prompt a line, as it stands")
@@ -37,7 +37,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """Returns the prompts that were given.
 
     Raises:
-        OptionError: none or several ways, or a file that cannot be read.
+        OptionError: none or several of the options are given, or a file cannot be read.
     """
     if sum(value is not None for value in (args.prompt, args.prompts, args.input_file)) != 1:
         raise OptionError(
@@ -54,7 +54,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def check_interactive(args: argparse.Namespace) -> None:
-    """Refuses options beside --interactive that a chat has no use for."""
+    """Rejects options that have no use together with --interactive."""
     given: dict[str, Any] = vars(args)
     for name, without in NOT_IN_CHAT.items():
         if given[name] != without:

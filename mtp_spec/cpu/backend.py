@@ -1,4 +1,4 @@
-"""A loaded model on a CPU, or by torch anywhere: its pages of cache, its planners, and who runs its sequences."""
+"""The backend of a model on a CPU, or by torch on any device: its cache pages, planners and runners."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from mtp_spec.speculation import MAX_DEPTH, Speculation
 from mtp_spec.step import step
 from mtp_spec.text import Tokenizer
 
-# rows of prompts that a round reads at most, or one chunk
+# most prefill rows in a round, unless a single chunk has more
 PROMPT_ROWS = MOST_ROWS
-# the most that "auto" drafts
+# the largest tree that "auto" drafts
 AUTO = Speculation(branching=(2,) * MAX_DEPTH, budget=16, adaptive=True)
 
 
@@ -35,11 +35,11 @@ class HostBackend:
     """The CPU backend of a model, see `mtp_spec.step.Backend`.
 
     Args:
-        max_context: most tokens of prompt and text.
+        max_context: most tokens of prompt and generated text.
         max_batch: most sequences that share steps.
-        cache_tokens: of their pages; None for the whole context of all.
-        measure: measure step times for "auto", unless that was done before.
-        progress: and show a bar meanwhile.
+        cache_tokens: tokens that their pages hold; None for the full context of all.
+        measure: measure step times for "auto" unless they are stored.
+        progress: show a bar while measuring.
     """
 
     auto, captured = AUTO, False
@@ -55,11 +55,11 @@ class HostBackend:
         self._threads = 0
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Threads may compute side by side here."""
+        """Does nothing: on a CPU threads may compute concurrently."""
         return nullcontext()
 
     def trim(self) -> None:
-        """Frees the pages if nobody uses them."""
+        """Frees the pages if no sequence uses them."""
         if self._pages is not None and not self._pages.leased:
             self._pages = None
 
@@ -68,7 +68,7 @@ class HostBackend:
         return HostRunner(self, shared)
 
     def pages(self, shared: bool) -> HostPages | None:
-        """Returns the pages of all sequences; None where each has memory of its own, on a GPU by torch.
+        """Returns the pages of all sequences; None if each has memory of its own, which is so for torch on a GPU.
 
         Raises:
             MTPSpecError: sequences that share steps could need more memory than the machine has.
@@ -85,7 +85,7 @@ class HostBackend:
         return self._pages
 
     def lease(self, sequence: Sequence, running: Seq[Sequence], shared: bool) -> HostLease | None:
-        """Returns pages for a sequence; None where it has to wait for those of others."""
+        """Returns pages for a sequence; None if it has to wait for those of others."""
         request, pages = sequence.request, self.pages(shared)
         if pages is not None:
             prompt = request.ids if self._same_way(pages) else []
@@ -101,7 +101,7 @@ class HostBackend:
         return HostPages(layers, len(self.model.mtp)).lease([], request.room, False)
 
     def _same_way(self, pages: HostPages) -> bool:
-        """Whether rows are computed as those in the pages were: by torch they depend on the number of threads."""
+        """Whether rows have the same bits as those in the pages: with torch they depend on the number of threads."""
         threads = torch.get_num_threads()
         if self.model.runs_on != "torch" or threads == self._threads:
             return True
@@ -119,12 +119,12 @@ class HostRunner:
         self._backend, self._shared = backend, shared
         self._passes = Passes(backend.model, backend.technique)
         self._fixed: TreePlanner = FixedPlanner()
-        self._adaptive: TreePlanner = self._fixed  # of rounds with adaptive speculation, once there is some
+        self._adaptive: TreePlanner = self._fixed  # for rounds with adaptive speculation, once there is one
         self._untold = Untold(backend.model.ranks.size == 1)
         self._rounds = 0
 
     def check(self, request: Request) -> None:
-        """Refuses what could never fit; see `mtp_spec.step.Runner`."""
+        """Rejects a request that could never fit; see `mtp_spec.step.Runner`."""
         pages = self._backend.pages(self._shared)
         if pages is not None and self._shared:
             check_pages(request, request.room, pages.total)
@@ -140,11 +140,11 @@ class HostRunner:
             torch.set_num_threads(threads)
 
     def measured(self) -> list[float]:
-        """Returns the seconds of steps; see `mtp_spec.step.Runner`."""
+        """Returns the measured seconds of steps; see `mtp_spec.step.Runner`."""
         return self._untold.measured()
 
     def learn(self, times: Seq[float]) -> None:
-        """Learns the first rank's in their place."""
+        """Learns the first rank's times in place of its own."""
         self._untold.learn(times)
 
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
@@ -161,7 +161,7 @@ class HostRunner:
 
     @undisturbed()
     def round(self, running: Seq[Sequence]) -> list[Sequence]:
-        """Takes a step with all that have read their prompts, and reads on beside it; see `mtp_spec.step.Runner`."""
+        """Runs a step of all prefilled sequences together with the next prefill chunks; see `mtp_spec.step.Runner`."""
         states: list[HostState] = [one.state for one in running]
         stepping = [state for state in states if state.reading is None]
         planner = self._adaptive if any(state.memory is not None for state in stepping) else self._fixed
@@ -170,9 +170,9 @@ class HostRunner:
         reading = self._next([state for state in states if state.reading is not None])
         try:
             return step(HostStep(self._passes, batch, reading, planner, self._untold))
-        except RankError:  # which ends the texts of all rounds
+        except RankError:  # ends all sequences of all rounds
             raise
-        except Exception as error:  # of a pass: all that took part
+        except Exception as error:  # of a shared pass: every sequence in it fails
             failed = [state.sequence for state in (*batch, *reading)]
             for one in failed:
                 if one.error is None:
@@ -189,9 +189,9 @@ class HostRunner:
         """Has nothing to end."""
 
     def _next(self, reading: list[HostState]) -> list[HostState]:
-        """Returns those whose prompts are read in this round: a chunk of who has waited longest, with others that fit.
+        """Returns the sequences whose next prefill chunk runs in this round, longest waiting first, as far as they fit.
 
-        So a long prompt holds up neither the steps nor the other prompts.
+        So a long prompt delays neither the steps nor the other prompts.
         """
         found, rows = list[HostState](), 0
         self._rounds += 1

@@ -1,9 +1,9 @@
 """Runs the MTP modules depth by depth and grows the token tree.
 
 Module d turns (hidden state of depth d - 1 at position i, token i + d) into the hidden state from which token
-i + d + 1 is guessed (V3 report, 2412.19437, eq. 21-23). Each module keeps its own latent cache. Before a tree is
-grown, the caches are extended with the true hidden states of the tokens committed since the last step; what drafting
-itself wrote there is forgotten. Past the last module it is reused on its own output.
+i + d + 1 is predicted (V3 report, 2412.19437, eq. 21-23). Each module keeps its own latent cache. Before a tree is
+grown, the caches are extended with the true hidden states of the tokens committed since the last step; the slots that
+drafting wrote are dropped. Deeper levels reuse the last module on its own output.
 
 Legend: `n` position of the root (the last committed token), `D` hidden size.
 """
@@ -29,8 +29,8 @@ from mtp_spec.sampling.sampler import History, Sampler
 from mtp_spec.sequence import Observer
 from mtp_spec.tree import ROOT, TokenTree
 
-# Tokens that the modules have not seen when drafting begins again after plain steps. Older ones are left out, so that a
-# pause costs nothing: drafts need the recent context most (Windowed-MTP, 2607.21535).
+# If plain steps leave more than MOST_BEHIND tokens that the modules have not seen, only the last KEPT_BEHIND are kept,
+# so that a pause costs nothing: drafts need the recent context most (Windowed-MTP, 2607.21535).
 MOST_BEHIND, KEPT_BEHIND = 48, 24
 
 
@@ -42,7 +42,7 @@ class Leaf:
     hidden: Tensor  # [1, D], the output that predicts this node's children
     history: History
     slots: tuple[int, ...]
-    score: float  # its worth to the plan
+    score: float  # given by the plan
 
 
 class Best:
@@ -68,12 +68,12 @@ class Drafter:
     Args:
         model: with at least one MTP module.
         caches: one for each module.
-        rule: draws the drafts; None for the coupled rule, whose drafts follow the noise.
+        rule: draws the drafts; None for the coupled rule, whose drafts follow from the shared noise.
         choices: the rule's randomness.
-        observer: shown every row that drafts come from, see `sequence.Observer`.
+        observer: gets every row that drafts come from, see `sequence.Observer`.
     Attributes:
-        laws: for each node of the last tree the law it was drawn from, where a rule drew it.
-        dropped: rows so far that held NaN or infinity, so that no draft came of them.
+        laws: for each node of the last tree the distribution it was drawn from; empty without a rule.
+        dropped: number of rows so far that gave no draft because they held NaN or infinity.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Drafter:
         # per module: inputs not yet in its cache, hidden states of consecutive positions
         self._pending: list[list[Tensor]] = [[] for _ in model.mtp]
         self.pending = 0  # committed positions that the first module has not seen
-        self._left_out = 0  # tokens before those of slot 0
-        # the first module's output at the last position it has seen, and its logits, where these are known
+        self._left_out = 0  # tokens before that of slot 0
+        # the first module's output at the last position it has seen, and its logits, once known
         self._root_hidden: Tensor | None = None
         self._root_logits: Tensor | None = None
 
@@ -108,14 +108,14 @@ class Drafter:
         return 0 if self._left_out else min(cache.length for cache in self.caches)
 
     def leave_out(self, tokens: int) -> None:
-        """Begins after the first tokens, whose hidden states are not known."""
+        """Starts after the first tokens, whose hidden states are not known."""
         self._left_out = tokens
         for cache in self.caches:
             cache.restart(tokens)
 
     @property
     def skips(self) -> bool:
-        """Whether tokens were left out, so that the caches are no longer those of a whole text."""
+        """Whether tokens were left out, so that the caches do not hold the whole sequence."""
         return self._left_out > 0
 
     def observe(self, hidden: Tensor) -> None:
@@ -124,7 +124,7 @@ class Drafter:
         self.pending += hidden.shape[0]
 
     def skip(self) -> None:
-        """Records a step without drafting: where too many hidden states wait for the modules, the last are kept."""
+        """Records a step without drafting; if more than `MOST_BEHIND` hidden states wait, keeps the last few."""
         if self.pending > MOST_BEHIND:
             hidden = torch.cat(self._pending[0])
             self._left_out += self.caches[0].length + hidden.shape[0] - KEPT_BEHIND
@@ -188,7 +188,7 @@ class Drafter:
             return self._root_hidden
         for module, cache in enumerate(self.caches):
             hidden = torch.cat(self._pending[module])
-            # rows whose token is known
+            # rows whose next input token is known
             ready = max(0, len(tokens) - 1 - module - self._left_out - cache.length)
             outputs = yield from self._run(module, tokens, hidden[:ready])
             self._pending[module] = [hidden[ready:]] if ready < hidden.shape[0] else []
@@ -200,7 +200,7 @@ class Drafter:
         return self._root_hidden
 
     def _run(self, module: int, tokens: Sequence[int], hidden: Tensor) -> Work[Tensor]:
-        """Appends and commits rows with true hidden states; returns the module's outputs."""
+        """Appends and commits rows for true hidden states; returns the module's outputs."""
         cache, outputs = self.caches[module], [hidden[:0]]
         table = self.model.table(self._left_out + cache.capacity + len(self.caches))
         prompt = hidden.shape[0] > MOST_BEHIND
@@ -245,7 +245,7 @@ class Drafter:
         plan: TreePlan,
         sampler: Sampler,
     ) -> list[Leaf]:
-        """Adds this level's children, the best first where the budget is short; returns the new leaves."""
+        """Adds this level's children, the best ones if there is a budget; returns the new leaves."""
         width, limits = plan.limits.branching[level - 1], plan.limits
         children: list[tuple[float, int, int, Leaf, Law | None]] = []
         for row, parent in zip(logits, leaves, strict=True):
@@ -270,7 +270,7 @@ class Drafter:
         return grown
 
     def _drop(self, level: int, row: Tensor) -> None:
-        """Counts a row that no draft can be drawn from, and warns once of the module that it came from."""
+        """Counts a row that no draft can be drawn from, and warns once of the module that computed it."""
         self.dropped += 1
         module, model = min(level, len(self.caches)) - 1, self.model
         if module in model.unsound or not bool((row.isnan() | row.isposinf()).any()):  # a logits processor's
@@ -286,7 +286,7 @@ class Drafter:
     def _propose(
         self, processed: Tensor, position: int, width: int, sampler: Sampler
     ) -> tuple[list[int], list[Law | None]]:
-        """Returns the children's tokens, best first, and the laws they were drawn from."""
+        """Returns the children's tokens, best first, and the distributions they were drawn from."""
         if self.rule is None or self.choices is None:
             top = sampler.top(processed, position, width)
             return top, [None] * len(top)

@@ -1,10 +1,10 @@
-"""How fast a CPU will write, foreseen from what a step reads and from how fast the engine reads on this machine.
+"""Predicts tokens per second on a CPU from the bytes that a step reads and the engine's read rate on this machine.
 
-A plain step of one text reads every weight that it uses once, and with a large model that is nearly all of its time:
-`mtp-spec bench cpu` compares the two. The rate is measured with the engine's own products, so that turning FP8 into
-numbers counts. What else there is does not count: a long context, layers too small for threads to share, choosing
-tokens. So the speed is one at best, and a model as small as the bundled one reaches six tenths of it. Weights that find
-no room in memory come from the disk at every step.
+A plain step of one sequence reads every weight that it uses once, and with a large model that takes nearly all of its
+time: `mtp-spec bench cpu` compares the two. The rate is measured with the engine's own products, so that it includes
+the conversion of FP8. It does not include a long context, layers too small to split among threads, or sampling. So the
+predicted speed is an upper bound, and a model as small as the bundled one reaches 0.6 of it. Weights that do not fit in
+memory are read from the disk in every step.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from mtp_spec.model.cpu.room import zeros
 from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.files.deepseek import layer_of
 
-READ_BYTES = 2**28  # of a matrix that is multiplied again and again: more than processors keep
-SECONDS = 0.15  # for measuring a rate, and at least so many products
+READ_BYTES = 2**28  # of the matrix that is multiplied repeatedly: larger than processor caches
+SECONDS = 0.15  # for measuring a rate, with at least TIMES products
 TIMES = 3
-PART = 8  # of the memory that is free, at most, for measuring
-FEW = 0.02  # kinds of weights with a smaller share are read as fast as the others
-DISK_BYTES = 2**23  # that are mapped and read at once
+PART = 8  # measuring uses at most one PART-th of the free memory
+FEW = 0.02  # types of weights with a smaller share are assumed to be read as fast as the others
+DISK_BYTES = 2**23  # mapped and read at a time
 PAGE_BYTES = 4096
 ONE = 0x38  # 1.0 in e4m3
 NAMES = {torch.float8_e4m3fn: "FP8", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -44,13 +44,13 @@ NAMES = {torch.float8_e4m3fn: "FP8", torch.bfloat16: "bfloat16", torch.float16: 
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:
-    """Weights that a plain step of one text reads.
+    """Bytes of weights that a plain step of one sequence reads.
 
     Attributes:
-        kinds: bytes by type, chosen experts among them.
-        chosen: of the chosen experts.
-        kept: bytes by type of all that steps read at some time: all experts.
-        experts: of all experts.
+        kinds: bytes by dtype, chosen experts included.
+        chosen: bytes of the chosen experts.
+        kept: bytes by dtype of everything that steps may read, all experts included.
+        experts: bytes of all experts.
     """
 
     kinds: dict[torch.dtype, int]
@@ -63,27 +63,28 @@ class StepBytes:
         return sum(self.kinds.values())
 
     def missing(self, room: int) -> int:
-        """Returns the bytes of a step that are not in memory, where so many bytes of weights have room.
+        """Returns the bytes of a step that are not in memory if `room` bytes of weights fit.
 
-        What every step reads stays there; experts stay as they were last read, and any may be chosen.
+        What every step reads stays in memory; of the experts the most recently read stay, and any may be chosen.
         """
         always = self.total - self.chosen
         if room <= always:
-            return self.total  # what was read the longest time ago is dropped, and that is what comes next
+            return self.total  # the least recently read weights are evicted, and exactly those are read next
         return round(self.chosen * max(0.0, 1 - (room - always) / max(1, self.experts)))
 
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """A speed, and what it follows from.
+    """A predicted speed and its inputs.
 
     Attributes:
         step: bytes of weights that a step reads.
-        rates: bytes a second that the engine reads, by the name of the type.
-        threads: that read.
+        rates: the engine's read rate in bytes per second, by dtype name.
+        threads: number of threads that read.
         missing: bytes of a step that come from the disk.
-        disk_rate: bytes a second from there; None where nothing does, or where it cannot be measured.
-        tokens_per_second: of one text without speculation, at best; None where the disk's rate is needed and unknown.
+        disk_rate: bytes per second from the disk; None if it is not needed or cannot be measured.
+        tokens_per_second: upper bound for one sequence without speculation; None if the disk's rate is needed but
+            unknown.
     """
 
     step: int
@@ -112,7 +113,7 @@ def step_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Step
     experts = 0
     for name, (kind, size, _) in kept_weights(checkpoint, dtype).items():
         if layer_of(name) >= config.num_hidden_layers or (name == EMBEDDING and not config.tie_word_embeddings):
-            continue  # of an embedding a step reads one row
+            continue  # a step reads one row of the embedding
         kept[kind] += size
         if ".mlp.experts." in name:
             chosen[kind] += size
@@ -124,12 +125,12 @@ def step_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Step
 
 
 def check_engine(checkpoint: Checkpoint, dtype: torch.dtype | None, ranks: Ranks) -> None:
-    """Refuses weights that the engine would copy and that do not fit in memory; warns of mapped ones that do not.
+    """Rejects copied weights that do not fit in memory; warns of memory-mapped weights that do not.
 
-    Those run, but what does not fit is read from the disk at every step.
+    Mapped weights work, but what does not fit is read from the disk in every step.
 
     Raises:
-        MTPSpecError: what is copied is more than the memory that is free.
+        MTPSpecError: the copied weights exceed the free memory.
     """
     found, room = footprint(checkpoint, dtype), host_memory.room_for_files()
     check_own(found.own, bool(checkpoint.narrowed), dtype)
@@ -146,14 +147,14 @@ def check_engine(checkpoint: Checkpoint, dtype: torch.dtype | None, ranks: Ranks
 
 
 def foresee(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Foreseen:
-    """Measures for some tenths of a second and returns the speed."""
+    """Measures for some tenths of a second and returns the predicted speed."""
     step, threads, room = step_bytes(checkpoint, dtype), torch.get_num_threads(), host_memory.room_for_files()
     whole, most = step.total, READ_BYTES if room is None else min(READ_BYTES, room // PART)
     measured = {
         kind: engine_rate(kind, min(most, step.kept[kind]), checkpoint.config.hidden_size)
         for kind, size in step.kinds.items() if size >= FEW * whole
     }  # fmt: skip
-    # the rest is read as fast as what is measured is on average
+    # the rest is assumed to be read at the average rate of the measured types
     measured_bytes = sum(step.kinds[kind] for kind in measured)
     seconds = sum(step.kinds[kind] / rate for kind, rate in measured.items()) * whole / measured_bytes
     missing, disk = 0, None
@@ -167,9 +168,9 @@ def foresee(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Foresee
 
 
 def engine_rate(kind: torch.dtype, size: int, columns: int) -> float:
-    """Returns the bytes a second at which the engine multiplies one row by a matrix of about so many bytes.
+    """Returns the bytes per second at which the engine multiplies one row by a matrix of about `size` bytes.
 
-    The fastest of several products counts: on a machine that others use as well, the slower ones tell about them.
+    The fastest of several products counts: on a shared machine the slower ones show the load of others.
     """
     rows, threads = max(1, size // (columns * kind.itemsize)), torch.get_num_threads()
     if kind == torch.float8_e4m3fn:
@@ -194,8 +195,8 @@ def engine_rate(kind: torch.dtype, size: int, columns: int) -> float:
 
 
 def disk_rate(file: Path) -> float | None:
-    """Returns the bytes a second at which mapped pages of a file come from the disk, or None where the system has no
-    way to forget what it keeps of files in memory."""
+    """Returns the bytes per second at which mapped pages of a file are read from the disk; None if the system offers no
+    way to drop a file from its page cache."""
     if not hasattr(os, "posix_fadvise"):
         return None
     size = file.stat().st_size
@@ -203,7 +204,7 @@ def disk_rate(file: Path) -> float | None:
     descriptor = os.open(file, os.O_RDONLY)
     try:
         for number in range(count):
-            start = number * 7919 % count * DISK_BYTES  # here and there in the file, as experts are
+            start = number * 7919 % count * DISK_BYTES  # scattered over the file, as experts are
             length = min(DISK_BYTES, size - start)
             os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
             begin = perf_counter()

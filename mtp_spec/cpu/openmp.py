@@ -1,8 +1,8 @@
-"""OpenMP's threads, of a thread that will not compute for a while.
+"""Releases the OpenMP pool of a thread that will not compute for a while.
 
-Every thread that computes has a team of its own. While there are more threads in teams than processors, GNU's OpenMP
-no longer lets them look out for work between two operations: they sleep, and are woken for the next. A token then takes
-half as long again, whether the other team does anything or not. So who hands work to another thread dismisses its team.
+Every thread that computes has a pool of its own. If the pools have more threads than there are processors, GNU OpenMP
+stops spinning between operations: its threads sleep and are woken for the next operation. A token then takes half as
+long again, even if the other pool is idle. So a thread releases its pool before it hands work to another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HARD = 2  # omp_pause_hard of OpenMP 5.0: nothing is kept
 
 
 def dismiss() -> None:
-    """Ends this thread's team, which comes back with its next computation, about a tenth of a millisecond later."""
+    """Releases this thread's pool; its next computation creates it again, in about a tenth of a millisecond."""
     pause = _pause()
     if pause is not None:
         pause(HARD)
@@ -23,7 +23,7 @@ def dismiss() -> None:
 
 @cache
 def _pause() -> Any:
-    """Returns `omp_pause_resource_all`, or None where OpenMP is another one: LLVM's ends other threads' teams too."""
+    """Returns `omp_pause_resource_all`, or None without GNU OpenMP: LLVM's would end other threads' pools too."""
     try:
         loaded = ctypes.CDLL(None)
         if hasattr(loaded, "GOMP_parallel") and not hasattr(loaded, "__kmpc_fork_call"):

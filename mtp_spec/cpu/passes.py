@@ -1,9 +1,9 @@
-"""Forward passes that sequences ask for, run together: rows of several sequences share one pass.
+"""Runs the forward passes that sequences request; rows of several sequences share one pass.
 
-Work that needs passes is a generator (`Work`): it yields each pass it needs and goes on once the pass holds its
-results. `Passes.together` runs the work of several sequences in step, so that drafting reads the same for one sequence
-and for many. A row's bits do not depend on the rows beside it where the model's technique is "batched"; elsewhere
-passes are run apart.
+Work that needs passes is a generator (`Work`): it yields each pass it needs and resumes once the pass holds its
+results. `Passes.together` runs the work of several sequences in lockstep, so that the code for drafting is the same for
+one sequence and for many. With the technique "batched" a row's bits do not depend on the other rows of its pass; with
+other techniques passes are not joined.
 
 Legend: `M` rows, `D` hidden size, `V` vocabulary.
 """
@@ -24,20 +24,20 @@ from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.rows import row_logits, verify_rows
 
 _NONE = torch.empty(0)
-# rows of a joint pass at most, and of a prompt's chunk
+# most rows of a joint pass, and of a prefill chunk
 MOST_ROWS = 256
 
 
 @dataclass(slots=True, eq=False)
 class MainRows:
-    """Rows through the main model: a chunk of a prompt, or a root and its tree.
+    """Rows through the main model: a prefill chunk, or a root and its tree.
 
     Attributes:
         parents: the row that each one follows; -1 follows the committed context.
-        scored: so many of the last rows get logits; all or one.
-        prompt: rows of a prompt are taken as one pass even where rows are otherwise computed one by one.
-        hidden: `[M, D]`.
-        logits: `[scored, V]`; results.
+        scored: number of last rows that get logits.
+        prompt: whether it is a prefill chunk, which is one pass even if rows are otherwise computed one by one.
+        hidden: `[M, D]`, result.
+        logits: `[scored, V]`, result.
     """
 
     ids: Sequence[int]
@@ -58,11 +58,11 @@ class ModuleRows:
     """Rows through an MTP module.
 
     Attributes:
-        hidden: `[M, D]` what the module is given.
-        prompt: whether they stand for a prompt, which may wait where others are in a hurry.
-        scored: so many of the last rows get logits that propose drafts.
-        outputs: `[M, D]`.
-        logits: `[scored, V]`; results.
+        hidden: `[M, D]`, the module's input.
+        prompt: whether they belong to a prefill, which may wait for more urgent passes.
+        scored: number of last rows that get draft logits.
+        outputs: `[M, D]`, result.
+        logits: `[scored, V]`, result.
     """
 
     module: int
@@ -82,9 +82,9 @@ class ModuleRows:
 
 @dataclass(slots=True, eq=False)
 class HeadRows:
-    """Logits that propose drafts: of `hidden` `[M, D]`, `logits` `[M, V]`, the result.
+    """Draft logits of `hidden` `[M, D]`; the result is `logits` `[M, V]`.
 
-    `own` is the module whose own head gives them, None for the model's.
+    `own` is the module whose own head computes them, None for the model's head.
     """
 
     hidden: Tensor
@@ -99,7 +99,7 @@ class HeadRows:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What ended some work early."""
+    """The error that ended work early."""
 
     error: Exception
 
@@ -114,7 +114,7 @@ class Passes:
 
     Args:
         technique: how rows are computed on this machine (`model.rows`).
-        most: rows of a joint pass at most.
+        most: most rows of a joint pass.
     """
 
     def __init__(self, model: HostModel, technique: Technique, most: int = MOST_ROWS) -> None:
@@ -124,12 +124,13 @@ class Passes:
     def together(
         self, works: Sequence[Work[T]], failing: Callable[[int, Exception], None] | None = None
     ) -> list[T | Failed]:
-        """Runs work of different sequences to its end, passes of a kind together.
+        """Runs work of different sequences to completion, passes of one kind together.
 
-        Returns what each work returns, or how it failed.
+        Returns the result of each work, or its error.
 
         Args:
-            failing: told at once which work fails and how, before the others' next pass; may raise what ends all.
+            failing: called with the index and error of a work that fails, before the others' next pass; an exception
+                from it ends all work.
         """
         results, wanted = list[T | Failed | None]([None] * len(works)), dict[int, Pass]()
 
@@ -139,7 +140,7 @@ class Passes:
                 wanted[number] = next(works[number])
             except StopIteration as end:
                 results[number] = end.value
-            except Exception as error:  # its own: a logits processor's, for example
+            except Exception as error:  # of this work only, for example from a logits processor
                 results[number] = Failed(error)
                 if failing is not None:
                     failing(number, error)
@@ -153,20 +154,20 @@ class Passes:
         return cast(list[T | Failed], results)
 
     def alone(self, work: Work[T]) -> T:
-        """Runs one sequence's work to its end; returns what it returns."""
+        """Runs one sequence's work to completion and returns its result."""
         (result,) = self.together([work])
         if isinstance(result, Failed):
             raise result.error
         return result
 
     def run(self, passes: Sequence[Pass]) -> None:
-        """Computes the results of passes of different sequences, those of a kind together."""
+        """Computes the passes of different sequences, those of one kind together."""
         for _, some in groupby(sorted(passes, key=_kind), key=_kind):
             for group in self._groups(list(some)):
                 self._run(group)
 
     def _groups(self, passes: list[Pass]) -> Iterator[list[Pass]]:
-        """Parts the passes of a kind into joint ones of no more rows than were tested."""
+        """Splits passes of one kind into groups with no more rows than a joint pass may have."""
         group, rows = list[Pass](), 0
         for one in passes:
             if group and rows + one.rows > self._most:
@@ -216,7 +217,7 @@ def _scored(group: Sequence[MainRows | ModuleRows]) -> list[int]:
 
 
 def _share(group: Sequence[MainRows | ModuleRows], hidden: Tensor, logits: Tensor) -> None:
-    """Gives each pass its own results."""
+    """Splits the results of a joint pass among its passes."""
     if len(group) == 1:
         parts = [(hidden, logits)]
     else:

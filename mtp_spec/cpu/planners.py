@@ -1,4 +1,4 @@
-"""The planners of a model on a CPU, and the step times that they start from, measured once and kept."""
+"""The planners of a model on a CPU, and their initial step times, measured once and stored."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from mtp_spec.step import step
 from mtp_spec.text import Tokenizer
 from mtp_spec.text.stopping import StopChecker
 
-# steps of a text, plain and with a chain so deep, that times are brought to; the first ones warm up
+# calibration runs this many steps, plain and with a chain of depth CHAIN; the first WARM ones are not counted
 STEPS, WARM, CHAIN = 20, 4, 2
-# drafts have to promise so much more than plain decoding: times that are measured in a moment are not surer
+# drafting has to promise this much more than plain decoding, since briefly measured times are no more accurate
 MARGIN = 1.1
 
 
@@ -39,9 +39,9 @@ class Planners:
     """The planners of a loaded model, one for each number of threads.
 
     Args:
-        longest: most tokens of prompt and text.
-        measuring: measure, unless that was done before; otherwise start from typical times and write nothing.
-        show: a progress bar while measuring.
+        longest: most tokens of prompt and generated text.
+        measuring: measure unless times are stored; if false, start from typical times and store nothing.
+        show: show a progress bar while measuring.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Planners:
         self._planners: dict[int, NodePlanner] = {}
 
     def here(self) -> NodePlanner:
-        """Returns the planner for torch's present number of threads."""
+        """Returns the planner for torch's current number of threads."""
         threads = torch.get_num_threads()
         if threads not in self._planners:
             self._planners[threads] = NodePlanner(self._times() if self._measuring else StepTimes.typical())
@@ -65,7 +65,7 @@ class Planners:
         try:
             return StepTimes.from_json(ranks.from_first(read(subject) if ranks.rank == 0 else None) or {})
         except (KeyError, TypeError, ValueError):
-            pass  # nothing was kept, or it cannot be used
+            pass  # nothing is stored, or it is unusable
         with step_progress(self._show and ranks.rank == 0, "measuring step times, once") as report:
             times = measure(self._model, technique, self._tokenizer, self._longest, report)
         if times is None:  # the machine is too busy: the next start tries again
@@ -78,10 +78,10 @@ class Planners:
 
 @undisturbed()
 def calibrated(times: StepTimes, model: HostModel, technique: Technique, tokenizer: Tokenizer | None) -> StepTimes:
-    """Returns the times of passes brought to what whole steps take in a text, one plain and one with drafts.
+    """Returns pass times scaled to match whole steps, plain and with drafts, of a running sequence.
 
-    Passes that follow their like find more in the processor's caches than passes taken in turn, and a step is more than
-    its passes.
+    A pass that follows one of the same kind finds more in the processor's caches than passes timed in turn, and a step
+    takes longer than its passes.
     """
     ids = tokenizer.encode(TEXT) if tokenizer is not None else [i % model.config.vocab_size for i in range(NEAR)]
     sampler = Sampler(SamplingParams(temperature=1.0, seed=0), model.config.vocab_size)
@@ -103,6 +103,6 @@ def calibrated(times: StepTimes, model: HostModel, technique: Technique, tokeniz
 
     plain, drafted = model.ranks.first([taken(None), taken(Speculation(depth=CHAIN))])
     expected = times.extend(2, NEAR) + (CHAIN - 1) * times.level(1, NEAR) + times.verify(1 + CHAIN, NEAR)
-    # the first level is the last row of what was appended, and its head
+    # the first level is the last appended row and the head's pass over it
     expected += max(0.0, times.level(1, NEAR) - times.extend(1, NEAR))
     return times.scaled(plain, MARGIN * drafted / expected)

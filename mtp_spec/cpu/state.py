@@ -1,4 +1,4 @@
-"""What the CPU keeps of a sequence beside its tokens, caches and drafter above all, and its own part of each step."""
+"""The CPU's state of a sequence, above all its caches and drafter, and the sequence's own part of each step."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class HostState:
     """The CPU's side of one sequence.
 
     Args:
-        lease: pages to write to, which may hold the first tokens.
-        memory: what the text of adaptive speculation teaches.
+        lease: its pages, the first of which may already be filled.
+        memory: of the planner; None without adaptive speculation.
     Attributes:
-        reading: reads the prompt, or shows it to the MTP modules; None between steps.
+        reading: the prefill, or the MTP modules' catching up; None between steps.
         wanted: the pass that `reading` waits for.
-        read: the round in which its prompt's last chunk was read.
-        rows: of the last verified tree and root.
-        plan: of the coming step, until it is committed.
+        read: the round in which its last prefill chunk ran.
+        rows: number of rows of the last verified root and tree.
+        plan: of the next step, until it is committed.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class HostState:
 
     @property
     def tokens(self) -> list[int]:
-        """Of the sequence."""
+        """The sequence's tokens."""
         return self.sequence.tokens
 
     # reading
@@ -80,14 +80,14 @@ class HostState:
         return self.accept(TokenTree(), hidden, logits)
 
     def _show_prompt(self) -> Work[Accepted | None]:
-        """Lets the MTP modules read what they are far behind with."""
+        """Runs the MTP modules over a long backlog of tokens that they have not seen."""
         assert self.drafter is not None
         with self.stats.phase("draft"):
             yield from self.drafter.settle(self.tokens)
         return None
 
     def go_on(self) -> Accepted | None:
-        """Continues reading after the pass that it waited for; returns the first token once it is drawn."""
+        """Continues `reading` after the pass that it waited for; returns the first token once it is drawn."""
         assert self.reading is not None
         try:
             self.wanted = next(self.reading)
@@ -98,15 +98,15 @@ class HostState:
             return accepted
 
     def standing(self) -> Standing:
-        """Returns what planning has to know."""
+        """Returns the state that the planner needs."""
         drafter, count = self.drafter, len(self.tokens)
         limits, pending = (None, 0) if drafter is None else (self.sequence.speculation, drafter.pending)
         return Standing(limits, self.memory, count, pending, self.sequence.end - count, self.rows, self.plan)
 
     def begins_step(self, plan: TreePlan) -> bool:
-        """Takes the plan of the coming step; returns false where the MTP modules first have to read a prompt.
+        """Takes the plan of the next step; returns false if the MTP modules have to catch up first.
 
-        That takes passes like those of a prompt, which steps of other sequences are not to wait for.
+        Catching up takes passes as long as a prefill's, and other sequences' steps must not wait for them.
         """
         self.plan = plan
         if plan.drafts and self.drafter is not None and self.drafter.pending > MOST_BEHIND:
@@ -118,14 +118,14 @@ class HostState:
     # the parts of a step
 
     def draft(self) -> Work[TokenTree]:
-        """Returns the tree of the coming step, empty for a plain one."""
+        """Returns the tree of the next step, empty for a plain one."""
         plan, drafter = self.plan, self.drafter
         if plan is None or drafter is None:
             return TokenTree()
         if not plan.drafts:
             drafter.skip()
             return TokenTree()
-        # the target adds a token of its own, so that the deepest useful draft is one short of the limit
+        # the target adds a token of its own, so the deepest useful draft is one short of the limit
         depth = self.sequence.end - len(self.tokens) - 1
         with self.stats.phase("draft"):
             tree = yield from drafter.draft(self.tokens, plan, depth, self.sampler, self.history)
@@ -133,14 +133,14 @@ class HostState:
             return tree
 
     def verify(self, tree: TokenTree) -> MainRows:
-        """Returns the pass that verifies a tree: hidden states and logits of the root and the nodes."""
+        """Returns the pass that verifies a tree, for hidden states and logits of the root and the nodes."""
         ids = [self.tokens[-1], *tree.tokens]
         parents = [-1, *(parent + 1 for parent in tree.parents)]
         self.rows = len(ids)
         return MainRows(ids, self.cache, parents, scored=len(ids), prompt=False)
 
     def accept(self, tree: TokenTree, hidden: Tensor, logits: Tensor) -> Accepted:
-        """Returns the path of a tree that is accepted; hidden states and logits are those of root and nodes."""
+        """Returns the accepted path of a tree, given the hidden states and logits of root and nodes."""
         sequence, position = self.sequence, len(self.tokens)
         with self.stats.phase("sample"):
             common = (logits, self.sampler, self.history, position, sequence.is_last)
@@ -158,15 +158,15 @@ class HostState:
         return accepted
 
     def commit_step(self, tree: TokenTree, hidden: Tensor, accepted: Accepted) -> None:
-        """Keeps the accepted path in the caches, and makes it tokens."""
+        """Keeps the accepted path in the caches and records the step."""
         self._keep(hidden, [0, *(node + 1 for node in accepted.nodes)])
         if len(tree) and self.technique != "batched" and not math.isfinite(float(hidden.sum())):
-            self.cache.clean(len(tree))  # a draft that was not accepted may have left NaN there
+            self.cache.clean(len(tree))  # a rejected draft may have left NaN there
         ranks = [tree.ranks[node] for node in accepted.nodes]
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
 
     def take(self, accepted: Accepted) -> None:
-        """Makes what was accepted tokens, and lets other sequences share the pages that are full by now."""
+        """Commits the accepted tokens, and lets other sequences share the pages that are full by now."""
         self.history = accepted.history
         self.sequence.commit(accepted.drawn, accepted.stopped)
         if self.technique == "batched":
@@ -176,21 +176,21 @@ class HostState:
             if self.memory is not None and (self.stats.steps or self.sequence.finished):
                 self.lease.publish(self.tokens, self.cache.length, False)  # others need not wait for drafts
         elif self.stats.steps <= 1:
-            # rows depend on the pass that computed them: others find those of whole chunks in a prompt's passes
+            # rows depend on the pass that computed them: share only those of whole prefill chunks
             whole = (self.sequence.prompt_tokens - len(self.model.mtp)) // MOST_ROWS * MOST_ROWS
             drafted = self.drafter is not None and not self.drafter.skips and self.drafter.held >= whole
             self.lease.publish(self.tokens, whole, drafted)
 
     def _keep(self, hidden: Tensor, rows: Seq[int]) -> None:
-        """Keeps the cache slots of these rows and shows their hidden states to the drafter."""
+        """Keeps the cache slots of these rows and passes their hidden states to the drafter."""
         self.cache.commit(rows)
         if self.drafter is not None:
-            # a copy where other rows, of this text or of others, lie beside these: they are not to be held with them
+            # copy unless this is the only row of its storage: a view would keep the memory of all other rows
             whole = hidden.shape[0] == 1 and hidden.untyped_storage().nbytes() == hidden.nbytes
             self.drafter.observe(hidden if whole else hidden[list(rows)])
 
     def _origin(self, tree: TokenTree, node: int, hidden: Tensor) -> str:
-        """Returns where the first NaN or infinity is, as far as caches and a row's hidden state `[D]` tell."""
+        """Returns where the first NaN or infinity is, as far as caches and a row's hidden state `[D]` show."""
         path, start = tree.path(node), self.cache.length
         rows = [] if start == len(self.tokens) else [start, *(start + 1 + one for one in path)]  # of the last pass
         tokens = [*self.tokens[: start + 1], *(tree.tokens[one] for one in path)]

@@ -1,8 +1,8 @@
-"""The step on a CPU: sequences draft, verify, accept and commit together, and prompts are read beside them.
+"""The step on a CPU: a batch drafts, verifies, accepts and commits together, along with the prefill of other sequences.
 
-The modules' passes of all sequences that draft are joint, level by level. One pass verifies all trees; it also reads
-the next chunks of prompts, whose rows then cost less than by themselves. A sequence's text is the same as alone, bit
-for bit: its rows are (`cpu.passes`), and everything else is its own.
+The sequences that draft share the modules' passes, level by level. One pass verifies all trees; it also includes the
+next prefill chunks, whose rows then cost less than in a pass of their own. A sequence's text is the same as if it ran
+alone: its rows have the same bits (`cpu.passes`), and everything else is computed for each sequence separately.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class HostStep:
     """One step, see `mtp_spec.step`.
 
     Args:
-        batch: those that take it, each with its plan.
-        reading: those whose prompts are read beside it.
-        planner: of the plans.
-        untold: takes what the planner learns of the step.
+        batch: the sequences that take the step, each with its plan.
+        reading: the sequences in prefill that join its pass.
+        planner: the one that made the plans.
+        untold: takes the times that the planner learns.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class HostStep:
         self._changed = list[Sequence]()
 
     def draft(self) -> list[TokenTree]:
-        """Returns a tree for each sequence; those that fail leave the step."""
+        """Returns a tree for each sequence; sequences that fail leave the step."""
         trees, batch = list[TokenTree](), list[HostState]()
         works = [state.draft() for state in self._batch]
         drafted = self._passes.together(works, lambda number, error: self._fail(self._batch[number], error))
@@ -106,7 +106,7 @@ class HostStep:
                 self._changed.append(state.sequence)
 
     def _own(self, state: HostState, work: Callable[[], Accepted | None]) -> Accepted | None:
-        """Returns what a sequence's own work returns; None where it fails, which is no matter of the others."""
+        """Returns the result of one sequence's work; None if it fails, which does not affect the others."""
         try:
             return work()
         except Exception as error:

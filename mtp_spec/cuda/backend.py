@@ -1,8 +1,8 @@
-"""A loaded model on a GPU: its pages of cache, what was captured for its sequences, and who runs them.
+"""The backend of a model on a GPU: its cache pages, captured work and runners.
 
-A round reads prompts, in chunks, launches a step of every group, and then looks at the tokens of the steps before, so
-that the GPU never waits for the host. One prompt takes the same way as many: it is a group of one. A sequence's text is
-the same as alone, bit for bit: its rows are, and everything else is its own.
+A round prefills prompts, in chunks, launches a step of every group, and then reads the tokens of the previous steps, so
+that the GPU never waits for the host. A single prompt takes the same path as many: it is a group of one. A sequence's
+text is the same as if it ran alone: its rows have the same bits, and everything else is computed separately.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
 
-# rows of prompts that a round reads at most, or one chunk; and where more sequences wait for theirs than take steps
+# most prefill rows in a round, unless a single pass has more; and likewise while more sequences wait for their prefill
+# than take steps
 PROMPT_ROWS, HURRIED_ROWS = 256, 2048
-# groups without sequences that are kept, with the steps that were captured for them
+# most idle groups that are kept, with the steps that were captured for them
 GROUPS = 8
 
 
 class Pool:
-    """Pages of cache with what was captured on them; who uses a reader or a group has taken it out of here."""
+    """Cache pages and the work captured on them; a reader or group is taken out of the pool while in use."""
 
     def __init__(self, runtime: DeviceRuntime, total: int, most: int) -> None:
         model, tokens = runtime.model, runtime.max_context
@@ -47,8 +48,8 @@ class Pool:
             check_room(pages_bytes(model, tokens, most, total), model.device, what)
         self.runtime, self.most, self.pages = runtime, most, DevicePages(model, tokens, total, most)
         self._readers, self._groups = deque[Reader](), deque[Group]()
-        self.known = list[Group]()  # those that are in use too
-        self._whole = set[Kind]()  # kinds of which there is a group for as many as share steps
+        self.known = list[Group]()  # all groups, in use or not
+        self._whole = set[Kind]()  # kinds that have a group of the full batch size
 
     def reader(self) -> Reader:
         """Takes out a reader."""
@@ -58,7 +59,7 @@ class Pool:
         """Takes out a group without sequences.
 
         Args:
-            shared: it is for as many as share steps; else it may be for one.
+            shared: it must have slots for the full batch; else one slot is enough.
         """
         least = self.most if shared and kind.shared else 1
         group = next((one for one in self._groups if one.kind == kind and one.most >= least), None)
@@ -78,7 +79,7 @@ class Pool:
         return self.known[-1]
 
     def give_back(self, reader: Reader | None, groups: Seq[Group]) -> None:
-        """Takes back what nobody uses any more; also called by the garbage collector, in the middle of anything."""
+        """Takes back what is no longer used; the garbage collector may call this at any point."""
         if reader is not None:
             self._readers.append(reader)
         self._groups.extend(groups)
@@ -88,9 +89,9 @@ class DeviceBackend:
     """The GPU backend of a model, see `mtp_spec.step.Backend`.
 
     Args:
-        max_context: most tokens of prompt and text.
+        max_context: most tokens of prompt and generated text.
         max_batch: most sequences that share steps.
-        cache_tokens: of their pages; None for the whole context of all.
+        cache_tokens: tokens that their pages hold; None for the full context of all.
     """
 
     auto, captured = AUTO, True
@@ -105,19 +106,19 @@ class DeviceBackend:
         self._pools = list[Pool]()
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """The GPU's captured work is one thread's at a time."""
+        """Returns the lock: only one thread at a time may run captured work."""
         return self.runtime.lock
 
     def table(self) -> ShapeTable:
-        """Returns what was learned of the shapes that took turns last."""
+        """Returns the shape table of the newest adaptive group."""
         return next(group.table for group in reversed(self.pool.known) if group.table is not None)
 
     def steps_of(self, sequence: Sequence) -> list[Step]:
-        """Returns the captured steps that a running sequence takes, alone: the shapes that take turns, or one."""
+        """Returns the captured steps of a sequence that runs alone: one for each shape."""
         return next(group for group in self.pool.known if sequence.state in group.texts).steps()
 
     def trim(self) -> None:
-        """Keeps what was captured, and the caches that it reads."""
+        """Does nothing: captured work, and the caches that it reads, are kept."""
 
     def runner(self, shared: bool) -> DeviceRunner:
         """Returns a runner; see `mtp_spec.step.Backend`."""
@@ -125,13 +126,13 @@ class DeviceBackend:
 
     @property
     def pool(self) -> Pool:
-        """The pages of all sequences, made when the first of them comes."""
+        """The pages of all sequences, allocated for the first one."""
         if not self._pools:
             self._pools.append(Pool(self.runtime, self.total, self.max_batch))
         return self._pools[0]
 
     def lease(self, request: Request, drafts: bool, shared: bool) -> tuple[Pool, DeviceLease] | None:
-        """Returns pages for a request; None where it has to wait for those of others."""
+        """Returns pages for a request; None if it has to wait for those of others."""
         room = room_of(request, self.runtime.max_context)
         for pool in [self.pool] if shared else [self.pool, *self._pools[1:]]:
             lease = pool.pages.lease(request.ids, room, drafts)
@@ -139,7 +140,7 @@ class DeviceBackend:
                 return pool, lease
         if shared:
             return None
-        # a stream beside others that hold all pages
+        # a stream while others hold all pages gets a pool of its own
         pool = Pool(self.runtime, planned_pages(self.runtime.max_context, 1), 1)
         self._pools.append(pool)
         lease = pool.pages.lease(request.ids, room, drafts)
@@ -159,7 +160,7 @@ class DeviceRunner:
         self._changed = list[Sequence]()
 
     def check(self, request: Request) -> None:
-        """Refuses what could never fit; see `mtp_spec.step.Runner`."""
+        """Rejects a request that could never fit; see `mtp_spec.step.Runner`."""
         if self._shared:
             check_pages(request, room_of(request, self._runtime.max_context), self._backend.total)
 
@@ -169,14 +170,14 @@ class DeviceRunner:
         return pages.free + pages.idle < pages_for(room_of(request, self._runtime.max_context))
 
     def begins(self, threads: int) -> None:
-        """Captured steps need no preparation."""
+        """Does nothing: captured steps need no preparation."""
 
     def measured(self) -> list[float]:
-        """Returns the seconds of steps; see `mtp_spec.step.Runner`."""
+        """Returns the measured seconds of steps; see `mtp_spec.step.Runner`."""
         return [seconds for group in self._groups for *_, seconds in group.untold]
 
     def learn(self, times: Seq[float]) -> None:
-        """Takes the first rank's in their place."""
+        """Learns the first rank's times in place of its own."""
         told = iter(times)
         for group in self._groups:
             group.learn([next(told) for _ in group.untold])
@@ -205,7 +206,7 @@ class DeviceRunner:
 
     @undisturbed()
     def round(self, running: Seq[Sequence]) -> list[Sequence]:
-        """Takes a step with all that have read their prompts, and reads on; see `mtp_spec.step.Runner`."""
+        """Runs a step of all prefilled sequences, and the next prefill passes; see `mtp_spec.step.Runner`."""
         with self._runtime.lock:
             start, sampled = perf_counter(), [_sampled(one) for one in running]
             self._changed, begun = [], [one.steps > 0 for one in running]
@@ -236,7 +237,7 @@ class DeviceRunner:
             sequence.lease.end()
 
     def close(self) -> None:
-        """Gives back what was captured; see `mtp_spec.step.Runner`."""
+        """Returns reader and groups to the pool; see `mtp_spec.step.Runner`."""
         self._first.clear()
         groups, self._groups = self._groups, []
         self._give_back(groups)
@@ -263,17 +264,17 @@ class DeviceRunner:
             group.launch(alone)
             self._take(group.finish())
             if group.kind.guided:
-                self._draw_first()  # what follows first tokens depends on them
+                self._draw_first()  # the guidance of this step needs the first tokens
                 for text, error in group.guide():
                     self._fail([text], error)
-        except RankError:  # which ends the texts of all rounds
+        except RankError:  # ends all sequences of all rounds
             raise
         except Exception as error:
             self._fail([text for text in texts if text.sequence.alive], error)
 
     def _take(self, done: Seq[tuple[DeviceText, Record]]) -> None:
         for text, record in done:
-            if text.sequence.state is not text or not text.sequence.alive:  # it ended while the step was on its way
+            if text.sequence.state is not text or not text.sequence.alive:  # it ended while the step was in flight
                 continue
             try:
                 text.take(record)
@@ -303,7 +304,7 @@ class DeviceRunner:
     # prompts
 
     def _draw_first(self) -> None:
-        """Looks at the first tokens of prompts that were read in the round before."""
+        """Takes the first tokens of the prompts that were prefilled in the previous round."""
         while self._first:
             first = self._first.popleft()
             assert self._reader is not None
@@ -317,7 +318,7 @@ class DeviceRunner:
             self._take(list(zip(first.texts, records, strict=True)))
 
     def _read(self, running: int) -> int:
-        """Reads some prompts; returns how many rows that were."""
+        """Runs some prefill passes; returns their number of rows."""
         rows, unread = 0, self._unread
         while unread and (rows < PROMPT_ROWS or (2 * len(unread) > running and rows < HURRIED_ROWS)):
             some = [unread[0]]
@@ -328,7 +329,7 @@ class DeviceRunner:
                     self._join(some, first)
             except RankError:
                 raise
-            except Exception as error:  # their own: others go on
+            except Exception as error:  # of these sequences only: the others continue
                 for text in some:
                     if text in unread:
                         unread.remove(text)
@@ -338,7 +339,7 @@ class DeviceRunner:
         return rows
 
     def _join(self, some: Seq[DeviceText], first: First) -> None:
-        """Lets sequences, whose prompts were read, take their steps."""
+        """Moves prefilled sequences into groups."""
         assert self._reader is not None
         state, slot = self._reader.state, 0
         for text in some:
@@ -352,9 +353,9 @@ class DeviceRunner:
                 slot += count
 
     def _read_some(self) -> tuple[list[DeviceText], int, First | None]:
-        """Reads the prompt of who waits longest, with others that fit into the same pass, or a chunk of it.
+        """Prefills the sequence that has waited longest, with others that fit into the same pass, or a chunk of it.
 
-        Returns the sequences, the pass's rows, and first tokens where the prompts have come to their end.
+        Returns the sequences, the pass's rows, and the first tokens if the prompts are complete.
         """
         reader, oldest = self._reader, self._unread[0]
         assert reader is not None
@@ -367,5 +368,5 @@ class DeviceRunner:
 
 
 def _sampled(sequence: Sequence) -> float:
-    """Returns the seconds that the host has drawn tokens of a sequence."""
+    """Returns the seconds that the host has spent on sampling for a sequence."""
     return sequence.stats.phase_seconds["sample"]

@@ -9,23 +9,23 @@ from torch import Tensor
 
 
 class Constants:
-    """Tensors that live as long as captured work: a graph reads them again, and nothing may be copied while it is
-    captured."""
+    """Constant tensors that are kept alive as long as captured work, because its graph reads them at every replay;
+    they are created beforehand, as nothing may be copied to the device during a capture."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._held: dict[str, Tensor] = {}
 
     def integers(self, values: Iterable[int]) -> Tensor:
-        """Returns them as int32."""
+        """Returns values as int32."""
         return self._constant(list(values), torch.int32)
 
     def bytes(self, values: Iterable[int]) -> Tensor:
-        """Returns them as uint8."""
+        """Returns values as uint8."""
         return self._constant(list(values), torch.uint8)
 
     def places(self, values: Iterable[int]) -> Tensor:
-        """Returns them as int64, to index with."""
+        """Returns values as int64, for indexing."""
         return self._constant(list(values), torch.int64)
 
     def table(self, paths: list[list[int]]) -> Tensor:
@@ -34,7 +34,7 @@ class Constants:
         return self._constant([path + [-1] * (most - len(path)) for path in paths], torch.int32)
 
     def flags(self, values: list[list[bool]]) -> Tensor:
-        """Returns them as bool."""
+        """Returns values as bool."""
         return self._constant(values, torch.bool)
 
     def _constant(self, values: object, dtype: torch.dtype) -> Tensor:

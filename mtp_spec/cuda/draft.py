@@ -1,10 +1,10 @@
-"""The MTP side of a captured step: true tokens into the modules' caches, then a tree of drafts, depth by depth.
+"""The MTP side of a captured step: extends the modules' caches with committed tokens, then drafts a tree by depth.
 
-What `mtp_spec.cpu.draft` does on a CPU, at fixed shapes. Slot i of module m (from 0) holds the latent of the token at
-position i + m + 1 beside the output of module m - 1 at slot i (of the main model for m = 0). Past the last module it
-is reused on its own output.
+Does at fixed shapes what `mtp_spec.cpu.draft` does on a CPU. Slot i of module m (from 0) holds the latent of the token
+at position i + m + 1 combined with the output of module m - 1 at slot i (of the main model for m = 0). Deeper levels
+reuse the last module on its own output.
 
-Legend: `B` texts, `R` rows of each, `D` hidden size, `n` position of the root, `N` nodes.
+Legend: `B` sequences, `R` rows of each, `D` hidden size, `n` position of the root, `N` nodes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from mtp_spec.tree_shape import TreeShape
 def feed_modules(
     model: DeviceModel, state: State, constants: Constants, ids: Tensor, hidden: Tensor, first: Tensor, count: Tensor
 ) -> Tensor:
-    """Shows the modules tokens with their true hidden states; returns the first module's outputs `[B, R, D]`.
+    """Runs the modules over tokens with true hidden states; returns the first module's outputs `[B, R, D]`.
 
-    Every module reads the same tokens: row j of module m has the output of module m - 1 that lies one slot before that
-    module's row j, so it begins with what was carried over from the call before. A text's first call has nothing
-    carried over: its first rows are left out in later modules, whose slots there are none, or another text's.
+    Every module reads the same tokens: row j of module m takes the output of module m - 1 one slot before that module's
+    row j, so its first input is carried over from the previous call. In a sequence's first call nothing is carried
+    over: later modules skip its first rows, whose slots do not exist or belong to another sequence.
 
     Args:
         ids: `[B, R]` int64 tokens at positions first + 1 and on.
         hidden: `[B, R, D]` the main model's hidden states from position `first` on.
         first: `[B]` int32.
-        count: `[B]` int64, rows that are there; the others are padding, whose slots are overwritten later.
+        count: `[B]` int64, number of valid rows; the others are padding, whose slots are overwritten later.
     """
     (texts, rows), outputs = ids.shape, None
     order, text = constants.integers(range(rows)), constants.places(range(texts))
@@ -43,7 +43,7 @@ def feed_modules(
             own = model.mtp_rows(0, ids.flatten(), hidden.flatten(0, 1), cache, plan)
             outputs = own = own.unflatten(0, (texts, rows))
         else:
-            # rows without a slot go to the end, as padding
+            # rows without a slot are moved to the end, as padding
             lacking = (begin - first + module)[:, None]
             there = text[:, None], (order + lacking).clamp_max(rows - 1)
             back = text[:, None], (order - lacking).clamp_min(0)
@@ -61,15 +61,15 @@ def run_module(
     model: DeviceModel, state: State, shape: TreeShape, constants: Constants, nodes: list[int], ids: Tensor,
     hidden: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Runs the module of their depth on nodes of one depth; returns outputs `[B R, D]`, which predict their children.
+    """Runs a module on nodes of one depth; returns the outputs `[B R, D]`, which predict their children.
 
     Args:
-        ids: `[B R]` int64 their tokens.
-        hidden: `[B R, D]` the outputs that predicted them.
+        ids: `[B R]` int64, the nodes' tokens.
+        hidden: `[B R, D]`, the outputs that predicted them.
     """
     depth = shape.depths[nodes[0]]
     module = min(depth + 1, len(state.mtp_caches)) - 1
-    # nodes of this depth and deeper are drafted into this module's cache, behind what `feed_modules` wrote
+    # nodes from depth `begins` on are drafted into this module's cache, after the slots that `feed_modules` wrote
     begins = max(1, module)
     base, level = shape.level(begins)[0], depth - begins
     table = None

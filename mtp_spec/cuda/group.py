@@ -1,12 +1,11 @@
-"""Sequences on a GPU that take their steps together: those of one kind (`kinds`).
+"""A batch of sequences on a GPU that step together: those of one kind (`kinds`).
 
-One prompt is a group of one. Every sequence has a slot of one state, the first ones are taken. A step is captured for
-the first so many slots (1, 2, 4, ...): where fewer texts are left, the others stay where they are, on rows that nobody
-reads. Which pages of the caches a slot has stands on the device, so texts come, go and change their slots without
-anything being captured again.
+A single prompt is a group of one. Every sequence has a slot of one state; slots are filled from the first. Steps are
+captured for the first 1, 2, 4, ... slots: if there are fewer sequences, the unused slots compute rows that are ignored.
+The pages of each slot are listed on the device, so sequences join, leave and change slots without a new capture.
 
-All take a step of one shape. Where it may change from step to step ("auto"), a `ShapeTable` for every number of texts
-says what steps cost, and one `ShapePlanner` chooses by what all of them have accepted.
+All sequences take a step of the same shape. If it may change from step to step ("auto"), a `ShapeTable` for each batch
+size holds the times of steps, and one `ShapePlanner` chooses by what all sequences have accepted.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from mtp_spec.planning.shape_planner import PLAIN, ShapeBatch, ShapePlan, ShapeP
 
 @dataclass(slots=True)
 class Part:
-    """The captured work of some slots that step together.
+    """The captured work of a range of slots that step together.
 
     Attributes:
         first: the first slot.
-        steps: one for every shape.
-        switching: with what lies between them, where shapes take turns.
-        guide: of guided texts.
+        steps: one for each shape.
+        switching: the steps with the transitions between them, if there are several shapes.
+        guide: of guided sequences.
     """
 
     first: int
@@ -55,16 +54,16 @@ class Part:
 
 @dataclass(slots=True)
 class Flight:
-    """A step on its way.
+    """A launched step.
 
     Attributes:
-        texts: those that take it, by slot.
-        parts: their slots.
-        shape: number of its shape.
-        plan: by which it was chosen, where shapes take turns.
-        alone: whether its sequence took it with no other.
-        logits: of the texts that asked for them, `[E, V]` each, by slot.
-        drafts: what an observer is shown.
+        texts: its sequences, by slot.
+        parts: the captured work of their slots.
+        shape: index of its shape.
+        plan: the plan that chose it, if there are several shapes.
+        alone: whether it has only one sequence.
+        logits: of the sequences that asked for them, `[E, V]` each, by slot.
+        drafts: for an observer.
     """
 
     texts: list[DeviceText]
@@ -80,10 +79,10 @@ class Flight:
 
 
 class Group:
-    """Sequences of one kind, as many as have slots.
+    """Sequences of one kind, each in a slot.
 
     Args:
-        most: slots.
+        most: number of slots.
     """
 
     def __init__(self, runtime: DeviceRuntime, pages: DevicePages, kind: Kind, most: int) -> None:
@@ -106,17 +105,17 @@ class Group:
         self._planner: ShapePlanner | None = None
         self.table: ShapeTable | None = None  # of the last step
         self._stages = Stages(noise=False)
-        self.untold = list[tuple[ShapePlan, float]]()  # steps' seconds, of which the first rank's will count
+        self.untold = list[tuple[ShapePlan, float]]()  # seconds of steps, until the first rank's replace them
         self._changed = self._disturbed = self._unseen = False
         self._ended: torch.cuda.Event | None = None
 
     @property
     def texts(self) -> list[DeviceText]:
-        """Those that take its steps."""
+        """The sequences that take its steps."""
         return [text for text in self._slots if text is not None]
 
     def join(self, texts: Seq[DeviceText], state: State) -> None:
-        """Gives texts, whose prompts were read, slots; `state` holds them."""
+        """Assigns slots to prefilled sequences; their state is copied from `state`."""
         if None not in self._slots:
             self.state.part(len(self._slots), len(texts)).take(state)
             self._slots += texts
@@ -128,7 +127,7 @@ class Group:
         self._changed = True
 
     def leave(self, text: DeviceText) -> None:
-        """Takes a text out, if it is there."""
+        """Removes a sequence, if it is there."""
         if text in self._slots:
             self._slots[self._slots.index(text)] = None
             self._changed = True
@@ -139,16 +138,16 @@ class Group:
         return len(self.texts) == self.most
 
     def clear(self) -> None:
-        """Takes all texts out, and waits for what is on its way."""
+        """Removes all sequences, and waits for launched steps."""
         self._slots, self._changed, self._planner = [], True, None
         while self._launched:
             self.runtime.model.ranks.wait(self._launched.popleft().ended)
 
     def launch(self, alone: bool) -> None:
-        """Starts the next step of all texts; that of guided ones is ended by `guide`.
+        """Launches the next step of all sequences; a guided step is completed by `guide`.
 
         Args:
-            alone: whether the GPU does nothing else meanwhile, so that from step to step is what a step takes.
+            alone: whether the GPU runs nothing else, so that the time from step to step is that of a step.
         """
         if self._changed:
             self._settle_down()
@@ -171,7 +170,7 @@ class Group:
         self._launched.append(flight)
 
     def guide(self) -> list[tuple[DeviceText, Exception]]:
-        """Ends the step launched last, of guided texts whose tokens of earlier steps have been taken; returns those
+        """Completes the guided step launched last, after all earlier tokens have been committed; returns the sequences
         that failed."""
         flight, failed = self._launched[-1], list[tuple[DeviceText, Exception]]()
         for part in flight.parts:
@@ -189,7 +188,7 @@ class Group:
         flight.logits |= self._logits(flight, part)
 
     def _end(self, flight: Flight) -> None:
-        """Lets the record of a step come to the host."""
+        """Starts the copy of a step's record to the host."""
         host = self._hosts[0]
         self._hosts.reverse()
         host.copy_(self.state.record, non_blocking=True)
@@ -202,7 +201,7 @@ class Group:
             flight.drafts = Drafts(step.shape, step.proposed(), dict(places))
 
     def finish(self) -> list[tuple[DeviceText, Record]]:
-        """Waits for the step before the one launched last; returns what it brought its sequences."""
+        """Waits for the step before the one launched last; returns its records."""
         if len(self._launched) < 2:
             return []
         done = self._launched.popleft()
@@ -219,11 +218,11 @@ class Group:
         return found
 
     def steps(self) -> list[Step]:
-        """Returns the steps, one a shape, of the sequences that it has now."""
+        """Returns the steps, one for each shape, for its current sequences."""
         return self._parts(len(self.texts))[0].steps
 
     def _logits(self, flight: Flight, part: Part) -> dict[int, Tensor]:
-        """Returns copies of what texts asked for, by slot: the next pass writes where they are."""
+        """Returns copies of requested logits, by slot: the next pass overwrites the originals."""
         rows, room = self.shapes[flight.shape].rows, self.state.logits
         assert room is not None
         own = flight.texts[part.first : part.first + part.state.texts]
@@ -240,7 +239,7 @@ class Group:
     # slots
 
     def _settle_down(self) -> None:
-        """Moves the last texts into the slots of those that have left, and tells the device who is where."""
+        """Moves the last sequences into free slots, and updates the slots' page tables on the device."""
         for place in range(len(self._slots)):
             while self._slots and self._slots[-1] is None:
                 self._slots.pop()
@@ -261,12 +260,12 @@ class Group:
         self._changed, self._disturbed = False, True
 
     def _together(self) -> int:
-        """Returns the most slots of a captured step: what fits, by powers of two."""
+        """Returns the most slots of a captured step: the largest power of two that fits."""
         rows = max(self.extend, *(shape.rows for shape in self.shapes))
         return min(STEP_TEXTS, 1 << (max(1, STEP_ROWS // rows).bit_length() - 1))
 
     def _parts(self, count: int) -> list[Part]:
-        """Returns the captured work of the first `count` slots, a few more where fewer were not captured."""
+        """Returns the captured work of the first `count` slots, rounded up to sizes that are captured."""
         size, found = self._together(), list[Part]()
         for first in range(0, count, size):
             left = min(count - first, size)
@@ -299,7 +298,7 @@ class Group:
         self._disturbed = True
         return Part(first, state, steps, switching, guide)
 
-    # shapes that take turns
+    # several shapes
 
     def _plan(self, parts: list[Part]) -> ShapePlan:
         key = (self, "table", tuple(part.state.texts for part in parts), self._stages)
@@ -310,7 +309,7 @@ class Group:
         return self._planner.plan(ShapeBatch(self.table, len(texts), left, behind))
 
     def _measured(self, parts: list[Part]) -> ShapeTable:
-        """Times the steps on tokens of all kinds, whose rows go to as many experts as those of texts."""
+        """Times the steps on random tokens, whose rows activate as many experts as those of real sequences."""
         measured = list[list[float]]()
         for part in parts:
             with part.state.set_aside(self.pages.tables[self.pages.idle_row]):
@@ -325,10 +324,10 @@ class Group:
         return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances)
 
     def _turn(self, parts: list[Switching], shape: int, texts: list[DeviceText]) -> None:
-        """Does what lies between steps; sequences may be behind by different numbers of rows."""
+        """Runs the transition to a shape; the sequences' backlogs may differ in rows."""
         behind = max(text.waiting for text in texts)
         if shape == PLAIN:
-            if self._unseen:  # what a drafting step committed lies where the next step writes
+            if self._unseen:  # the next step would overwrite what a drafting step committed
                 for one in parts:
                     one.settle()
                 self._unseen, self._disturbed = False, True
@@ -338,7 +337,7 @@ class Group:
             for text in texts:
                 text.waiting += 1
         else:
-            if behind > 1:  # the step itself reads the last row
+            if behind > 1:  # the step itself processes the last row
                 self._catch_up(parts, behind, texts)
             self._unseen = True
             self._set_waiting(texts, 0)
@@ -372,7 +371,7 @@ class Group:
         planner.learn(plan, Outcome(paths, seconds))
 
     def learn(self, seconds: Seq[float]) -> None:
-        """Takes the first rank's seconds in place of the untold ones."""
+        """Learns the first rank's seconds in place of the untold ones."""
         for (plan, _), taken in zip(self.untold, seconds, strict=True):
             plan.table.learn(plan.shape, taken)
         self.untold.clear()

@@ -1,14 +1,14 @@
-"""Guided texts: what may follow depends on grammars, logits processors or `min_new_tokens`, which only the host knows.
+"""Guided sequences: a grammar, logits processor or `min_new_tokens` on the host decides which tokens are allowed.
 
-A step stays captured, in three graphs: draft, verify, accept. The drafts do not know the guidance, they were drawn
-before the host has seen the token that they follow. While the GPU verifies them, they come to the host, which finds out
-for every node, along its own path, what may follow it, and sends that before the target's rows are drawn from. So the
-text is what plain decoding draws, whatever the rule: a draft that may not follow has no probability under the target,
-and a rule is told the law that it really was drawn from. The host waits once in a step, and has the tokens of the step
-before by then.
+A step is captured as three graphs: draft, verify, accept. The drafts ignore the guidance, because they are drawn before
+the host has seen the token that they follow. While the GPU verifies them, they are copied to the host, which works out
+for every node, along its own path, which tokens may follow, and sends that before the target's rows are sampled. So the
+text is the same as in plain decoding, whatever the rule: a forbidden draft has probability 0 under the target, and the
+rule is given the distribution that the draft was really drawn from. The host waits once in a step, and by then has the
+tokens of the previous one.
 
-A grammar and `min_new_tokens` only remove tokens: a bit for each goes to the GPU. A logits processor is Python and sees
-rows: they come to the host, after verification, and go back changed.
+A grammar and `min_new_tokens` only remove tokens: one bit for each token is sent to the GPU. A logits processor is
+Python code that works on rows: after verification they are copied to the host and sent back changed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 
 class Guide:
-    """Guides the steps of some slots.
+    """Guides the steps of a range of slots.
 
     Args:
-        rows: most of a step.
-        guided: by what.
+        rows: most rows of a step.
+        guided: what is sent, see `kinds.Kind`.
     Attributes:
-        masks: `[rows, ceil(V / 8)]` uint8 on the device, bits of the tokens that may follow; None where rows change.
+        masks: `[rows, ceil(V / 8)]` uint8 on the device, bits of the allowed tokens; None if rows are sent instead.
     """
 
     def __init__(self, device: torch.device, rows: int, vocabulary: int, guided: Guided) -> None:
@@ -56,7 +56,7 @@ class Guide:
         self._arrived: torch.cuda.Event | None = None
 
     def begin(self, step: Step) -> None:
-        """Drafts and verifies; the host does not wait."""
+        """Launches draft and verify; the host does not wait."""
         step.run("draft")
         self._ids[: len(step.ids)].copy_(step.ids, non_blocking=True)
         if self.masks is not None:
@@ -69,10 +69,10 @@ class Guide:
     def end(
         self, step: Step, texts: Seq[DeviceText], wait: Callable[[torch.cuda.Event | None], None]
     ) -> list[tuple[DeviceText, Exception]]:
-        """Finds out what may follow, and accepts; returns texts that failed, whose rows are left as they are.
+        """Computes the guidance and launches accept; returns the sequences that failed, with unguided rows.
 
         Args:
-            texts: of the first slots; their tokens have been taken, but for those of this step.
+            texts: of the first slots; all their tokens before this step have been committed.
         """
         wait(self._arrived)
         shape, failed = step.shape, list[tuple[DeviceText, Exception]]()
@@ -81,7 +81,7 @@ class Guide:
         if self.masks is not None:
             room.fill_(255)
         for slot, text in enumerate(texts):
-            if text.sequence.state is not text or not text.sequence.alive:  # nobody reads what it still draws
+            if text.sequence.state is not text or not text.sequence.alive:  # its tokens are not read any more
                 continue
             own = room[slot * shape.rows : (slot + 1) * shape.rows].numpy()
             try:
@@ -101,10 +101,10 @@ class Guide:
 
 
 def guide_rows(text: DeviceText, shape: TreeShape, ids: Seq[int], rows: npt.NDArray[Any]) -> None:
-    """Writes what may follow each node of a verified tree; nodes that may not follow theirs are left as they are.
+    """Writes the guidance of each node of a verified tree; forbidden nodes keep their rows.
 
-    Where the guidance of a draft fails, nothing may follow it, and the error is kept: the text may end before, or go
-    another way. That of the root is raised.
+    If the guidance of a draft fails, no token is allowed after it and the error is kept, because the draft may not be
+    reached. An error at the root is raised.
 
     Args:
         ids: of the rows, root first.
@@ -132,7 +132,7 @@ def guide_rows(text: DeviceText, shape: TreeShape, ids: Seq[int], rows: npt.NDAr
 
 
 def guide_first(text: DeviceText, logits: Tensor, state: State, constants: Constants) -> Tensor:
-    """Returns a prompt's last row `[1, V]`, guided; to be drawn from with `remaining` stages."""
+    """Returns a prompt's last row `[1, V]`, guided; to be sampled with the `remaining` stages."""
     assert text.history is not None
     if text.kind.guided == "masks":
         mask = state.sent(text.sampler.mask(text.history)[None], torch.uint8)
@@ -141,12 +141,12 @@ def guide_first(text: DeviceText, logits: Tensor, state: State, constants: Const
 
 
 def remaining(stages: Stages, guided: Guided | None) -> Stages:
-    """Returns the stages of sampling that the target's rows still have to pass."""
+    """Returns the sampling stages that still apply to the target's rows."""
     return replace(stages, bias=False, penalty=False) if guided == "rows" else stages
 
 
 def masked(logits: Tensor, masks: Tensor, constants: Constants) -> Tensor:
-    """Removes the tokens that masks `[M, >= V / 8]` lack from logits `[M, V]`, in place; NaN and infinity stay."""
+    """Removes tokens that masks `[M, >= V / 8]` forbid from logits `[M, V]`, in place; NaN and infinity stay."""
     bits = (masks[:, :, None] >> constants.bytes(range(8))) & 1
     lacking = (bits == 0).flatten(1)[:, : logits.shape[1]]
     return logits.masked_fill_(lacking & (logits < torch.inf), -torch.inf)

@@ -1,4 +1,4 @@
-"""What has to be captured for a request: sequences of a kind take the same steps."""
+"""The kind of a request determines which steps are captured: sequences of one kind take the same steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtp_spec.request import Request
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree_shape import TreeShape
 
-# what "auto" drafts at most
+# the deepest chain that "auto" drafts
 PLANNED_DEPTH = 5
 AUTO = Speculation(depth=PLANNED_DEPTH, adaptive=True)
 Guided = Literal["masks", "rows"]
@@ -18,14 +18,14 @@ Guided = Literal["masks", "rows"]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What steps of a kind have in common.
+    """Properties common to all steps of a kind.
 
     Attributes:
-        shapes: of their trees; several take turns, plain decoding first.
+        shapes: the tree shapes; if there are several, plain decoding is first and a planner chooses for each step.
         acceptance: the rule.
-        guided: what the host sends between verify and accept (`guided`): which tokens may follow, for a grammar or
-            `min_new_tokens`, or rows that a logits processor has changed; None: nothing.
-        watched: somebody looks at drafts and rows, so that steps run as they stand and are not captured.
+        guided: what the host sends between verify and accept (`guided`): masks of the allowed tokens, for a grammar or
+            `min_new_tokens`, or rows that a logits processor has changed; None for nothing.
+        watched: whether an observer sees drafts and rows, so that steps are not captured.
     """
 
     shapes: tuple[TreeShape, ...]
@@ -35,12 +35,12 @@ class Kind:
 
     @property
     def depth(self) -> int:
-        """Of the deepest tree."""
+        """Depth of the deepest tree."""
         return max(shape.depth for shape in self.shapes)
 
     @property
     def extend(self) -> int:
-        """Tokens that a step may commit, which the MTP modules have then to be shown; 0 without drafts."""
+        """Most tokens that a step may commit and the MTP modules then have to process; 0 without drafts."""
         return self.depth + 1 if self.depth else 0
 
     @property
@@ -50,7 +50,7 @@ class Kind:
 
     @property
     def shared(self) -> bool:
-        """Whether several sequences can take a step together: neither randomness nor an observer is part of it."""
+        """Whether several sequences can share a step: it holds neither a rule's random numbers nor an observer."""
         return self.acceptance == "coupled" and not self.watched
 
 
@@ -67,9 +67,9 @@ def kind_of(request: Request, watched: bool = False) -> Kind:
     return Kind(_shapes(speculation), "coupled" if speculation is None else speculation.acceptance, guided, watched)
 
 
-@lru_cache  # asked for every sequence in every round while prompts are read
+@lru_cache  # called for every sequence in every round of its prefill
 def _shapes(speculation: Speculation | None) -> tuple[TreeShape, ...]:
-    """Returns the shapes of steps; of adaptive speculation plain decoding, then trees of growing depth."""
+    """Returns the shapes of steps; for adaptive speculation plain decoding, then trees of growing depth."""
     if speculation is None or not speculation.adaptive:
         return (TreeShape.of(speculation),)
     trees = [

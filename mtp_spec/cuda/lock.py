@@ -1,6 +1,6 @@
 """A fair, re-entrant lock around CUDA-graph work.
 
-Nothing else may run while work is captured, and captured work leaves numbers where the next one writes.
+Nothing else may run during a capture, and captured work leaves its results where the next work writes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from threading import Lock, get_ident
 
 
 class FairLock:
-    """A lock to be entered with `with`; the thread that has it may enter again.
+    """A lock for use with `with`; the thread that holds it may enter again.
 
-    A thread that leaves it and asks at once comes after those that were waiting, so that a worker in a loop keeps
-    nobody out.
+    A thread that releases it and immediately asks again queues behind those that were waiting, so a worker in a loop
+    starves no other thread.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How much device memory a model needs, foreseen from its shape: what loading checks before it reads a byte."""
+"""Estimates the device memory that a model needs from its shape; loading checks it before reading any weights."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mtp_spec.model.cache import PAGE
 from mtp_spec.model.config import SHARED, ModelConfig
 from mtp_spec.model.cuda.model import DeviceModel
 
-# what graphs themselves, products' partial sums, several steps' logits and fragmentation take besides
+# additional bytes for graphs, partial sums of products, logits of several steps, and fragmentation
 OVERHEAD_BYTES = 256 * 2**20
-# work runs once before it is captured, and that memory is not the graphs'
+# work runs once before it is captured, in memory separate from the graphs' pool
 COPIES = 2
-# hidden states of a row at once: the stream, branches, what a layer and an MTP module were given
+# hidden states of a row that exist at once: residual stream, branches, inputs of a layer and of an MTP module
 HIDDEN_STATES = 10
-# rows of a law, in float64, that a rule holds at once for every row of a pass
+# float64 distributions that a rule holds at once for every row of a pass
 RULE_ROWS = 8
-# bytes that masking a token of a row takes
+# bytes for masking one token of a row
 MASK_BYTES = 4
 
 
@@ -32,11 +32,11 @@ class MemoryPlan:
     """Bytes on the device.
 
     Attributes:
-        weights: as they are kept, with scales.
-        draft_head: the copy of the head, or of part of it, that drafts read.
-        caches: latents of all layers and of the MTP modules, and a tree's last keys; of all texts.
-        passes: what the largest pass keeps: partial attention, logits, hidden states; graphs share it. And what texts
-            side by side keep between passes.
+        weights: as stored, with scales.
+        draft_head: the copy of the head, or of part of it, that drafting uses.
+        caches: latents of all layers and of the MTP modules, and a tree's last keys; for all sequences.
+        passes: buffers of the largest pass (partial attention, logits, hidden states), which graphs share, and the
+            state of a batch between passes.
     """
 
     weights: int
@@ -56,11 +56,11 @@ class MemoryPlan:
 def plan_memory(
     model: DeviceModel, max_context: int, max_batch: int = 1, cache_tokens: int | None = None
 ) -> MemoryPlan:
-    """Returns what a model needs for sequences of up to `max_context` tokens; it may lie on "meta".
+    """Returns the memory that a model, which may be on "meta", needs for sequences of up to `max_context` tokens.
 
     Args:
         max_batch: most sequences that share steps.
-        cache_tokens: of their pages; None for whole contexts.
+        cache_tokens: tokens that their pages hold; None for the full context of all.
     """
     config, rows = model.config, step_rows(max_batch)
     capacity = whole_blocks(max_context + SLACK)
@@ -68,7 +68,7 @@ def plan_memory(
     head = model.layers[0].attention.head
     table = (capacity + 128) * 2 * config.qk_rope_head_dim * 4
     logits = config.vocab_size * 4
-    settings = 4 * capacity // PAGE * (2 * max_batch + EXTRA_ROWS + READ_TEXTS)  # where whose pages are
+    settings = 4 * capacity // PAGE * (2 * max_batch + EXTRA_ROWS + READ_TEXTS)  # page tables
     settings += group_bytes(model, max_batch)
     largest = max(pass_bytes(model, PREFILL_ROWS[-1]), pass_bytes(model, rows) + rows * logits)
     weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
@@ -77,27 +77,27 @@ def plan_memory(
 
 
 def pages_bytes(model: DeviceModel, max_context: int, max_batch: int, count: int) -> int:
-    """Returns bytes of so many pages of cache."""
+    """Returns the bytes of `count` cache pages."""
     layers = len(model.layers) + len(model.mtp)
     return cache_bytes(layers, max_context + SLACK, step_rows(max_batch), model.layout, count + IDLE_PAGES)
 
 
 def group_bytes(model: DeviceModel, texts: int) -> int:
-    """Returns bytes that sequences that share steps keep besides: hidden states, settings, a step's logits."""
+    """Returns the bytes of a batch's state other than pages: hidden states, settings, a step's logits."""
     config, vocabulary = model.config, model.config.vocab_size
     hidden = (ROWS + WAITING + config.num_nextn_predict_layers) * config.hidden_size * 2
-    # beside what texts hold, and those whose prompts are read, a copy while steps are captured
+    # for running sequences and those in prefill, and a copy while steps are captured
     held = (texts + min(texts, READ_TEXTS)) * (COPIES * hidden + 3 * vocabulary * 4)
     return held + step_rows(texts) * vocabulary * 4
 
 
 def pass_bytes(model: DeviceModel, rows: int) -> int:
-    """Returns bytes that a pass of so many rows holds at once, logits apart."""
+    """Returns the peak bytes of a pass of `rows` rows, without logits."""
     config, head, hidden = model.config, model.layers[0].attention.head, model.config.hidden_size
     queries, context = head.heads * (head.nope + head.rope) * 2, head.heads * (head.latent * 2 + head.value)
     down = (model.layers[0].attention.a_rows + head.width) * 2
     attention = down + head.padded * head.width * 2 + max(queries, context)
-    each = 2 if model.wide else 1  # bytes of a number that the second product of an MLP takes
+    each = 2 if model.wide else 1  # bytes per input number of an MLP's second product
     dense = (4 + each) * max(
         config.intermediate_size if config.first_k_dense_replace else 0,
         *(shape.intermediate_size or 0 for shape in (*config.modules, SHARED)),
@@ -108,12 +108,12 @@ def pass_bytes(model: DeviceModel, rows: int) -> int:
 
 
 def rule_bytes(config: ModelConfig, nodes: int) -> int:
-    """Returns bytes that an acceptance rule other than the coupled one holds at once for a tree."""
+    """Returns the peak bytes of an acceptance rule other than the coupled one for a tree."""
     return COPIES * RULE_ROWS * (nodes + 1) * config.vocab_size * 8
 
 
 def guided_bytes(config: ModelConfig, rows: int) -> int:
-    """Returns bytes that masking the rows of guided texts holds at once."""
+    """Returns the peak bytes of masking the rows of guided sequences."""
     return COPIES * MASK_BYTES * rows * config.vocab_size
 
 
@@ -121,13 +121,13 @@ def check_memory(
     model: DeviceModel, max_context: int, device: str, max_batch: int = 1, cache_tokens: int | None = None,
     remedy: str = "",
 ) -> MemoryPlan:  # fmt: skip
-    """Returns the plan.
+    """Returns the memory plan if it fits.
 
     Args:
-        remedy: what else would help where the weights alone do not fit, ending in a comma.
+        remedy: further advice for weights that do not fit, ending in a comma.
 
     Raises:
-        MTPSpecError: the device has not that much memory free; the message says what would fit.
+        MTPSpecError: the device has too little free memory; the message says what would fit.
     """
     plan, free = plan_memory(model, max_context, max_batch, cache_tokens), _free(torch.device(device))
     needed = plan.total + OVERHEAD_BYTES
@@ -153,10 +153,10 @@ def check_memory(
 
 
 def check_room(needed: int, device: torch.device, what: str) -> None:
-    """Refuses what would not fit any more.
+    """Checks that `needed` bytes are free.
 
     Raises:
-        MTPSpecError: the device has less memory free.
+        MTPSpecError: the device has less free memory.
     """
     free = _free(device)
     if needed > free:
@@ -167,6 +167,6 @@ def check_room(needed: int, device: torch.device, what: str) -> None:
 
 
 def _free(device: torch.device) -> int:
-    """Returns bytes that are free, or that torch holds and does not use."""
+    """Returns the bytes that are free or held unused by torch."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused

@@ -1,8 +1,8 @@
-"""Pages of cache on a GPU for texts side by side, see `pages`: one allocation for all layers.
+"""Cache pages on a GPU for batched sequences, see `cache.pages`: one allocation for all layers.
 
-Which pages a text has stands on the device, in a row of a table (`kernels.mla.Plan`), so that captured steps follow the
-texts. Behind the pages every layer has a few idle ones: a step that is captured for more texts than there are lets the
-others write there.
+A sequence's page numbers are in a row of a table on the device (`kernels.mla.Plan`), so that captured steps work for
+changing sequences. After the pages every layer has a few idle ones: if a step was captured for more slots than there
+are sequences, its unused slots write there.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.request import Request
 
-# most rows of a step's pass, and most sequences of one; where there are more they step by turns
+# most rows and most sequences of a step's pass; if there are more, they step in several passes
 STEP_ROWS, STEP_TEXTS = 512, 64
-# rows of the table for streams beside the sequences that share steps
+# rows of the table for streams in addition to the sequences that share steps
 EXTRA_ROWS = 16
-READ_TEXTS = 8  # prompts that are read in one pass
-IDLE_PAGES = pages_for(WORK_ROWS)  # a text that nobody reads has one token
-# rows by which the pass that reads a prompt's end may be longer than what is left of it
+READ_TEXTS = 8  # most prompts in one prefill pass
+IDLE_PAGES = pages_for(WORK_ROWS)  # an unused slot has one token
+# most padding rows of the prefill pass over a prompt's end
 PADDING = max(rows - smaller for smaller, rows in pairwise(PREFILL_ROWS)) - 1
 assert PAGE == KEYS
 
@@ -36,14 +36,14 @@ class DevicePages(Pages["DeviceLease"]):
     """The pages of a loaded model.
 
     Args:
-        tokens: most tokens of prompt and text.
-        total: pages.
-        most: sequences that share steps at most.
+        tokens: most tokens of prompt and generated text.
+        total: number of pages.
+        most: most sequences that share steps.
 
     Attributes:
         caches: of all layers and the MTP modules.
-        tables: `[most + EXTRA_ROWS + 1, P]` int32, the pages of each text as `mla.Plan` wants them; the row
-            `idle_row`, the last one, is for texts that nobody reads.
+        tables: `[most + EXTRA_ROWS + 1, P]` int32, the pages of each sequence in the form of `mla.Plan`; the last row,
+            `idle_row`, is for unused slots.
     """
 
     def __init__(self, model: DeviceModel, tokens: int, total: int, most: int) -> None:
@@ -64,13 +64,13 @@ class DevicePages(Pages["DeviceLease"]):
         row, sent = self._rows.pop(), self._inbox[:, : len(pages)]
         self._mail.send(sent, [pages])
         commit.clean(self.caches, sent[0, shared:])
-        # what is never read, but for blocks that are masked as a whole, is the text's own
+        # entries past the end are only read for fully masked blocks; they point to a page of the sequence itself
         self.tables[row].fill_(pages[-1] * KEYS)
         self.tables[row, : len(pages)] = sent[0] * KEYS
         return DeviceLease(self, pages, shared, drafted, row)
 
     def take_back(self, row: int) -> None:
-        """Takes back the row of a text that has ended."""
+        """Takes back the row of a sequence that has ended."""
         self._rows.append(row)
 
     def one(self, table: int) -> Tensor:
@@ -79,11 +79,11 @@ class DevicePages(Pages["DeviceLease"]):
 
 
 class DeviceLease(Lease):
-    """Pages of a text on a GPU.
+    """Pages of a sequence on a GPU.
 
     Attributes:
         row: of `DevicePages.tables`.
-        slots: how many it has.
+        slots: number of slots in its pages.
     """
 
     def __init__(self, store: DevicePages, pages: list[int], shared: int, drafted: bool, row: int) -> None:
@@ -102,10 +102,10 @@ def step_rows(max_batch: int) -> int:
 
 
 def room_of(request: Request, max_context: int) -> int:
-    """Returns slots that a text may write to, by steps that run ahead of its end and passes longer than its prompt."""
+    """Returns the slots that a sequence may write to, by steps past its end and by padded prefill passes too."""
     return min(len(request.ids) + max(request.limit + SLACK, PADDING), max_context + SLACK)
 
 
 def planned_pages(max_context: int, max_batch: int, cache_tokens: int | None = None) -> int:
-    """Returns how many pages there are: where nothing else was asked for, every text can have the whole context."""
+    """Returns the number of pages; by default enough for the full context of every sequence."""
     return max_batch * pages_for(max_context + SLACK) if cache_tokens is None else pages_for(cache_tokens)

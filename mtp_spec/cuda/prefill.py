@@ -1,8 +1,8 @@
-"""Prefill on a GPU: reads prompts and draws their first tokens.
+"""Prefill on a GPU: processes prompts and draws their first tokens.
 
-Short prompts are read whole, several in a pass that also draws their first tokens: what the host says of them goes to
-the device in one copy, and one graph does the rest. A long prompt is read chunk by chunk, between the steps of other
-texts. The host does not wait for a first token either: it looks at it when the text has taken its first step.
+Short prompts are processed whole, several in a pass that also draws their first tokens: all inputs go to the device in
+one copy, and one graph does the rest. A long prompt is processed in chunks, between the steps of other sequences. The
+host does not wait for a first token: it reads it after the sequence's first step was launched.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from mtp_spec.cuda.step import Prefill
 from mtp_spec.cuda.text import DeviceText
 from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Stages, sample, seed_bits
 
-# what is sent along with a prompt: its row of the table of pages, its tokens that are known and all, its seed, and its
-# settings, as bits
+# numbers sent with a prompt: its row of the page table, its numbers of cached tokens and of all tokens, its seed, and
+# its settings, as bits
 TABLE, FIRST, COUNT, SEED, SETTINGS = range(5)
 SENT = SETTINGS + COLUMNS
 
 
 @dataclass(slots=True)
 class First:
-    """First tokens on their way to the host.
+    """First tokens in transit to the host.
 
     Attributes:
-        room: the host's memory, in which `record` is a view.
-        record: `[2, slots]` int32, the tokens and whether there was none.
-        logits: `[slots, V]`, where somebody asked for them.
+        room: the host buffer that `record` is a view of.
+        record: `[2, slots]` int32, the tokens and whether there was none to draw.
+        logits: `[slots, V]`, if any request asked for them.
     """
 
     texts: Seq[DeviceText]
@@ -47,19 +47,18 @@ class First:
 
 
 class Whole:
-    """A pass that reads prompts of up to `rows` tokens, or all that is not known of them, and draws the texts' first
-    tokens; see `Graphs.later`.
+    """A pass that prefills prompts with up to `rows` uncached tokens and draws their first tokens; see `Graphs.later`.
 
     Args:
-        tables: of pages.
-        state: of as many texts.
-        drafts: whether the MTP modules read too.
-        stages: that some text needs.
+        tables: the page tables.
+        state: of the prompts' slots.
+        drafts: whether the MTP modules run too.
+        stages: the sampling stages that any sequence needs.
     Attributes:
-        inbox: `[B, rows + 1 + SENT]` int64: what is to be read of prompts, padded with their last token, and what is
-            sent along.
-        record: `[2, B]` int32.
-        logits: `[B, V]`.  Both are results, until the next pass or step.
+        inbox: `[B, rows + 1 + SENT]` int64: the uncached tokens of prompts, padded with their last token, and the
+            numbers sent with them.
+        record: `[2, B]` int32, result, valid until the next pass or step.
+        logits: `[B, V]`, likewise.
     """
 
     def __init__(
@@ -96,10 +95,10 @@ class Whole:
 
 
 class Reader:
-    """Reads prompts, each into its pages.
+    """Prefills prompts, each into its pages.
 
     Attributes:
-        state: has the texts that were read last, in its first slots.
+        state: holds the sequences that were prefilled last, in its first slots.
     """
 
     def __init__(self, runtime: DeviceRuntime, pages: DevicePages) -> None:
@@ -116,27 +115,26 @@ class Reader:
         self._biased: list[int] = []  # slots whose last texts had a logit_bias
 
     def rows(self, text: DeviceText) -> int | None:
-        """Returns the rows of a pass that reads all that is not known of a prompt; None where it is to be read in
-        chunks."""
+        """Returns the rows of a single pass over the uncached part of a prompt; None if it has to be chunked."""
         return None if text is self._text else next((rows for rows in PREFILL_ROWS if self.fits(text, rows)), None)
 
     def fits(self, text: DeviceText, rows: int) -> bool:
-        """Whether a pass of so many rows reads all that is not known of a prompt, and writes to its own pages only."""
+        """Whether a pass of `rows` rows holds the uncached part of a prompt and writes only to its own pages."""
         lease = text.lease
-        # penalties count the known tokens too, which are not sent
+        # penalties count the cached tokens too, which are not sent
         if text.kind.guided or (lease.reused and text.stages.penalty):
             return False
         return len(text.tokens) - lease.reused <= rows <= lease.slots - lease.reused
 
     def together(self, rows: int) -> int:
-        """Returns how many prompts of up to so many tokens are read in one pass."""
+        """Returns how many prompts with up to `rows` uncached tokens share one pass."""
         return min(self._most, STEP_ROWS // rows)
 
     def whole(self, texts: Seq[DeviceText], rows: int, drafts: bool) -> tuple[int, First]:
-        """Reads prompts of up to `rows` tokens in one pass; returns its rows, and the first tokens.
+        """Prefills prompts with up to `rows` uncached tokens in one pass; returns its rows and the first tokens.
 
         Args:
-            drafts: for the MTP modules too.
+            drafts: whether the MTP modules run too.
         """
         slots, stages = min(self._most, 1 << (len(texts) - 1).bit_length()), union([text.stages for text in texts])
         if self.runtime.graphs is None:
@@ -156,7 +154,7 @@ class Reader:
         return slots * rows, self._first(texts, one.record, one.logits)
 
     def chunk(self, text: DeviceText, drafts: bool) -> tuple[int, First | None]:
-        """Reads the next chunk of a prompt; returns its rows, and at the prompt's end the first token."""
+        """Prefills the next chunk of a prompt; returns its rows, and at the prompt's end the first token."""
         state, prompt = self._one, text.tokens
         if self._text is not text:
             self._text, self._read = text, text.lease.reused
@@ -183,12 +181,12 @@ class Reader:
         return read.rows, self._first([text], record, raw)
 
     def drop(self, text: DeviceText) -> None:
-        """Forgets a sequence whose prompt was not read to its end."""
+        """Drops a sequence whose prefill is not complete."""
         if self._text is text:
             self._text = None
 
     def done(self, first: First) -> list[list[int]]:
-        """Returns the record of first tokens that have arrived; its memory is used again."""
+        """Returns the record of first tokens that have arrived; its buffer is reused."""
         self._rooms.append(first.room)
         return first.record[:, : len(first.texts)].tolist()
 
@@ -217,19 +215,19 @@ class Reader:
         if cuda:
             ended = torch.cuda.Event()
             ended.record()
-        # what follows writes where they are
+        # later passes overwrite the logits
         return First(texts, room, host, logits.clone() if told else None, ended)
 
 
 def draw(logits: Tensor, state: State, last: Tensor, text: Tensor, count: Tensor, stages: Stages, seen: bool) -> Tensor:
-    """Draws the tokens after prompts of `count` `[B]` int64 tokens, with which the state starts.
+    """Draws the first tokens after prompts of `count` `[B]` int64 tokens and starts the state with them.
 
     Args:
         logits: `[B, V]` of the last hidden states `last` `[B, D]`.
         text: `[B]` 0, 1, ... as int64.
         seen: whether tokens are counted for penalties.
 
-    Returns `[2, B]` int32: the tokens and whether there was none.
+    Returns `[2, B]` int32: the tokens and whether there was none to draw.
     """
     drawn = sample(logits, text.int(), count, state.settings, stages)
     state.start(drawn.tokens[:, 0].long(), last, count, seen)

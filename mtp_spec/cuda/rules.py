@@ -1,13 +1,13 @@
 """Acceptance rules inside a captured step: `mtp_spec.acceptance` at fixed shapes, without the host.
 
-The same laws, the same random numbers in the same order, so that drafts, accepted path and following token are those
-of the rule's own file. What a rule decides one after another there is decided for all nodes at once here: which
-number a decision takes follows from the tree and from the siblings that exist, because a rule looks at nodes in an
-order of its own until the first one that settles it. A node may be missing: a law with fewer tokens than a tree has
-children leaves the last ones out, and all below them.
+The distributions and random numbers are the same, in the same order, so that drafts, accepted path and following token
+are those of the rule's own file. Decisions that are made one after another there are made for all nodes at once here:
+the random number of a decision follows from the tree and the existing siblings, because a rule visits nodes in a fixed
+order until the first that decides. A node may be missing: if a distribution has fewer tokens than the node has
+children, the last children are left out, with everything below them.
 
 Legend: `M` rows (the root is row 0, node n row n + 1), `N` nodes, `F` nodes of one depth that have children, `V`
-vocabulary. Laws are float64 `[., V]`.
+vocabulary. A law is a distribution, float64 `[., V]`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mtp_spec.tree_shape import TreeShape
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a rule decided.
+    """The decisions of a rule.
 
     Attributes:
-        good: `[N]` bool, accepted if all above are.
-        left: `[M, V]` the law of the token after each row, should the path end there.
-        at: `[M]` int64, which random number draws it.
+        good: `[N]` bool, whether a node is accepted if all its ancestors are.
+        left: `[M, V]` distribution of the token after each row if the path ends there.
+        at: `[M]` int64, index of the random number that draws it.
     """
 
     good: Tensor
@@ -42,12 +42,12 @@ class Outcome:
 
 @dataclass(slots=True)
 class DeviceRule:
-    """One rule at work in the steps of one tree: `begin`, `propose` for every depth, `judge`.
+    """One rule in the steps of one tree: call `begin`, `propose` for every depth, then `judge`.
 
     Args:
         name: a key of `RULES`.
-        greedy: laws are certain.
-        drawn: `[1]` int64, random numbers that the text has used; brought up to date by `judge`.
+        greedy: whether distributions put everything on one token.
+        drawn: `[1]` int64, number of random numbers that the sequence has used; updated by `judge`.
     """
 
     name: str
@@ -65,17 +65,18 @@ class DeviceRule:
         self._constants = Constants(self.drawn.device)
 
     def begin(self, seed: Tensor) -> None:
-        """Prepares the random numbers of a step for a seed `[1]`: one a draft, two a depth or one a node to judge."""
+        """Prepares a step's random numbers for a seed `[1]`: one per draft, and for judging two per depth or one per
+        node."""
         self._numbers = uniforms(seed, self.drawn, 3 * len(self.shape.parents) + 2)
         self._used = torch.zeros_like(self.drawn)
         self._laws, self._tokens, self._there = [], [], []
 
     def propose(self, depth: int, rows: Tensor, failed: Tensor) -> Tensor:
-        """Returns the tokens of a depth's nodes, int64; those that are missing have token 0.
+        """Returns the tokens of a depth's nodes, int64; missing nodes have token 0.
 
         Args:
             rows: `[F, V]` float32, processed rows of the nodes above that have children, removed tokens at -inf.
-            failed: `[F]` int32, 1 where a row has no token, so that nothing follows the node.
+            failed: `[F]` int32, 1 if a row has no token, so that the node has no children.
         """
         shape, feeding, nodes = self.shape, self.shape.with_children(depth - 1), self.shape.level(depth)
         width = max(shape.ranks[node] for node in nodes) + 1
@@ -98,8 +99,8 @@ class DeviceRule:
         return self._tokens[-1]
 
     def judge(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what `kernels.commit.accept` walks: `[M]` int32 tokens, and `[M]` int64 the pass's own, -1 where not
-        accepted.
+        """Returns the inputs of `kernels.commit.accept`: the drawn tokens `[M]` int32, and the pass's tokens `[M]`
+        int64, -1 where not accepted.
 
         Args:
             rows: `[M, V]` float32, the target's processed rows.
@@ -107,13 +108,13 @@ class DeviceRule:
         p, tokens, there = _law(rows, self.greedy), torch.cat(self._tokens), self.there
         outcome = _JUDGES[self.name](self, p, tokens, there)
         reached = (self._paths() <= outcome.good).all(-1)
-        # nodes are numbered from the root down, so the last one is where the path ends
+        # nodes are numbered from the root down, so the path ends at the last one reached
         row = self._constants.places(range(1, len(reached) + 1))
         last = (row * reached).amax(0, keepdim=True)
         at = outcome.at.index_select(0, last)
         bonus = _pick(outcome.left.index_select(0, last), self._number(at))
         self.drawn += at + 1
-        # every row repeats the token that ends the path, accepted nodes put theirs at the row above
+        # every row has the token that ends the path, except that an accepted node's token is at its parent's row
         count = len(p)
         above = torch.where(reached, self._constants.places(parent + 1 for parent in self.shape.parents), count)
         drawn = bonus.repeat(count + 1).scatter(0, above, tokens)[:count]
@@ -121,13 +122,13 @@ class DeviceRule:
 
     @property
     def there(self) -> Tensor:
-        """`[N]` bool, which nodes were proposed."""
+        """`[N]` bool, whether each node was proposed."""
         return torch.cat(self._there)
 
     # drafts
 
     def _without_replacement(self, law: Tensor, width: int, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws siblings, each from what the ones before left: tokens and presence `[F, width]`, laws `[N, V]`."""
+        """Draws siblings without replacement; returns tokens and presence `[F, width]` and laws `[N, V]`."""
         count = (law > 0).sum(-1).clamp_max(width) * alive
         first = self._claim(count)
         tokens, laws = [], []
@@ -142,7 +143,7 @@ class DeviceRule:
         return torch.stack(tokens, 1) * there, there, torch.stack(laws, 1).flatten(0, 1)
 
     def _best_and_one(self, rows: Tensor, width: int, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best tokens and one drawn from the rest; the laws `[F, V]` are the last siblings' alone."""
+        """Returns the best tokens and one drawn from the rest; the laws `[F, V]` are those of the last siblings."""
         tokens, there = _best(rows, width)
         rest = _law(rows, self.greedy)
         if width > 1:
@@ -158,13 +159,13 @@ class DeviceRule:
         return tokens * there, there, torch.where(draws[:, None], law, certain)
 
     def _claim(self, counts: Tensor) -> Tensor:
-        """Returns where each node's random numbers begin `[F]`, given how many it takes."""
+        """Returns where each node's random numbers begin `[F]`, given how many it uses."""
         ends = self._used + counts.cumsum(0)
         self._used = ends[-1:]
         return ends - counts
 
     def _number(self, at: Tensor) -> Tensor:
-        """Returns random numbers of this step; nodes that are missing may ask past the end, to no effect."""
+        """Returns random numbers of this step; missing nodes may index past the end, without effect."""
         return self._numbers.index_select(0, at.clamp_max(len(self._numbers) - 1))
 
     # verdicts
@@ -173,7 +174,7 @@ class DeviceRule:
         ranks = self.shape.ranks
         groups = [[node for node, rank in enumerate(ranks) if rank == own] for own in range(max(ranks) + 1)]
         chance, left, _ = self._compare(groups, p, tokens, there)
-        # on the way to a node, each accepted one has had its earlier siblings tried before it
+        # on the path to a node, the earlier siblings of each accepted node were tried before it
         tries = [sum(ranks[step] + 1 for step in self.shape.path(node)) for node in range(len(ranks))]
         passed = there & (self._number(self._used + self._constants.places(tries) - 1) < chance)
         good = passed & ~(self._siblings(lambda node, other: ranks[other] < ranks[node]) & passed).any(-1)
@@ -184,7 +185,7 @@ class DeviceRule:
         groups = [[node for node in shape.level(depth) if shape.ranks[node] == rank]
                   for depth in range(1, shape.depth + 1) for rank in range(max(shape.ranks) + 1)]  # fmt: skip
         _, left, weight = self._compare([group for group in groups if group], p, tokens, there)
-        # nodes that are there are judged leaves first; the first to pass settles it, else the root
+        # existing nodes are judged leaves first; the path ends at the first that passes, else at the root
         turn = torch.zeros_like(tokens).scatter(0, order, there.index_select(0, order).cumsum(0) - 1)
         passed = there & (self._number(self._used + turn.clamp_min(0)) < weight[1:])
         every = there.sum(0, keepdim=True)
@@ -197,7 +198,7 @@ class DeviceRule:
         parents = [node for depth in range(shape.depth) for node in shape.with_children(depth)]
         rows = constants.places(node + 1 for node in parents)
         counts = self._children(there)
-        # the last sibling is the drawn one, or, where q had nothing left, a certain one that is judged alike
+        # the last sibling is the drawn one, or, if q had nothing left, a certain one that is judged the same way
         final = constants.places(shape.parents.index(node) for node in parents) + counts.index_select(0, rows) - 1
         token = tokens.index_select(0, final.clamp_min(0))[:, None]
         own, law, some = p.index_select(0, rows), torch.cat(self._laws), counts.index_select(0, rows)[:, None] > 0
@@ -230,7 +231,7 @@ class DeviceRule:
         return self._lossy(p, there & (share > 0) & (better < rule.among) & near, share)
 
     def _lossy(self, p: Tensor, fits: Tensor, share: Tensor) -> Outcome:
-        """Of several siblings that fit the most probable is taken, the first of equals."""
+        """Accepts the most probable of several siblings that fit, the first if they are equal."""
         share = torch.where(fits, share, -1.0)
         better = self._siblings(lambda *_: True) & (share > share[:, None])
         better |= self._siblings(lambda node, other: other < node) & (share == share[:, None])
@@ -239,10 +240,10 @@ class DeviceRule:
     def _compare(
         self, groups: list[list[int]], p: Tensor, tokens: Tensor, there: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Takes nodes away from the laws above them, group by group, each after its earlier siblings.
+        """Subtracts nodes from the distributions of their parents, group by group, each after its earlier siblings.
 
-        Returns the chance of each node when it is first tried `[N]`, and what is left when all are gone: laws `[M, V]`
-        and, where nodes judged later weigh on it as in traversal, weights `[M]`.
+        Returns each node's acceptance probability when it is first tried `[N]`, and the residuals after all nodes:
+        distributions `[M, V]` and, for rules such as traversal in which later nodes count, weights `[M]`.
         """
         laws, left, weight = torch.cat(self._laws), p.clone(), torch.ones_like(p[:, 0])
         chance = torch.zeros_like(weight[1:])
@@ -265,22 +266,22 @@ class DeviceRule:
     # the tree
 
     def _share(self, p: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the target's probability of each node `[N]`, and the rows above them."""
+        """Returns the target's probability of each node `[N]`, and the rows of their parents."""
         above = self._constants.places(parent + 1 for parent in self.shape.parents)
         return p[above, tokens], above
 
     def _children(self, there: Tensor) -> Tensor:
-        """Returns how many children each row has `[M]`."""
+        """Returns the number of children of each row `[M]`."""
         above = self._constants.places(parent + 1 for parent in self.shape.parents)
         return torch.zeros(len(there) + 1, dtype=torch.int64, device=there.device).index_add(0, above, there.long())
 
     def _paths(self) -> Tensor:
-        """Returns `[N, N]` bool: entry (n, m) says that m lies on the path to n."""
+        """Returns `[N, N]` bool: whether m is on the path to n."""
         count = range(len(self.shape.parents))
         return self._constants.flags([[other in self.shape.path(node) for other in count] for node in count])
 
     def _siblings(self, which: Callable[[int, int], bool]) -> Tensor:
-        """Returns `[N, N]` bool: entry (n, m) says that m is a sibling of n, of those asked for."""
+        """Returns `[N, N]` bool: whether m is a sibling of n and `which(n, m)` holds."""
         parents = self.shape.parents
         return self._constants.flags([
             [a != b and parents[a] == parents[b] and which(a, b) for b in range(len(parents))]
@@ -296,7 +297,7 @@ class DeviceRule:
 _JUDGES: dict[str, Callable[[DeviceRule, Tensor, Tensor, Tensor], Outcome]] = {
     "rejection": DeviceRule._rejection,
     "hybrid": DeviceRule._hybrid,
-    "block": DeviceRule._traversal,  # on a chain they are one rule
+    "block": DeviceRule._traversal,  # the same rule on a chain
     "traversal": DeviceRule._traversal,
     "typical": DeviceRule._typical,
     "relaxed": DeviceRule._relaxed,
@@ -304,27 +305,27 @@ _JUDGES: dict[str, Callable[[DeviceRule, Tensor, Tensor, Tensor], Outcome]] = {
 
 
 def _law(rows: Tensor, greedy: bool) -> Tensor:
-    """Returns the laws of processed rows; `Sampler.law`."""
+    """Returns the distributions of processed rows, as `Sampler.law` does."""
     if greedy:
         best = rows.argmax(-1, keepdim=True)
         return torch.zeros_like(rows, dtype=torch.float64).scatter(1, best, 1.0)
     wide = rows.double()
-    # a row without tokens has a law of zeros: one that is not reached must not spoil what weighs it, as NaN would
+    # a row without tokens gives zeros: NaN would spread from rows that are not reached
     weights = (wide - wide.amax(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).min)).exp()
     return weights / weights.sum(-1, keepdim=True).clamp_min(1.0)
 
 
 def _pick(law: Tensor, number: Tensor) -> Tensor:
-    """Returns tokens `[F]` drawn from laws `[F, V]` with numbers `[F]`; `SeededChoices.pick`."""
+    """Returns tokens `[F]` drawn from distributions `[F, V]` with numbers `[F]`, as `SeededChoices.pick` does."""
     mass, count = law.cumsum(-1), law.shape[1]
     token, held = torch.arange(count, device=law.device), law > 0
-    # sums taken in parallel may fall where nothing is added, so what is drawn is also looked at itself
+    # parallel sums may decrease where nothing is added, so the drawn token's own probability is checked too
     drawn = torch.where(held & (mass > number[:, None] * mass[:, -1:]), token, count).amin(-1)
     return torch.minimum(drawn, torch.where(held, token, 0).amax(-1))
 
 
 def _best(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Returns the best tokens `[F, width]`, the lowest among equals, and whether each is there; `rules.base.best`."""
+    """Returns the best tokens `[F, width]`, lowest id first among equals, and whether each exists; see `base.best`."""
     tokens, there = [], []
     for _ in range(width):
         token = rows.argmax(-1, keepdim=True)

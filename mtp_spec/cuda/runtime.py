@@ -1,4 +1,4 @@
-"""What all sequences of a model on a GPU share: one thread at a time, and what was captured, kept from use to use."""
+"""Shared by all sequences of a model on a GPU: a lock, and a cache of captured work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtp_spec.cuda.state import State, prefill_rows
 from mtp_spec.cuda.step import Graphs, Prefill
 from mtp_spec.model.cuda.model import DeviceModel
 
-# captured steps and passes, and what was learned of them; a batch has some for every size
+# most captured steps, passes and shape tables; there are some for every batch size
 KEPT = 256
 T = TypeVar("T")
 
@@ -19,10 +19,10 @@ class DeviceRuntime:
     """The captured work of a loaded model.
 
     Args:
-        max_context: most tokens of prompt and text.
+        max_context: most tokens of prompt and generated text.
     Attributes:
-        lock: to be entered by whoever uses the GPU.
-        graphs: None on the kernels' references, which run on a CPU.
+        lock: held during all use of the GPU.
+        graphs: None with the kernels' reference versions, which run on a CPU.
     """
 
     def __init__(self, model: DeviceModel, max_context: int) -> None:
@@ -31,7 +31,7 @@ class DeviceRuntime:
         self._kept: dict[Hashable, object] = {}
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Returns what was made for a key; what was not asked for the longest is dropped."""
+        """Returns the object cached under a key, or makes it; beyond `KEPT` the least recently used is dropped."""
         found = self._kept.pop(key, None)
         if found is None:
             found = make()
@@ -41,12 +41,12 @@ class DeviceRuntime:
         return cast(T, found)
 
     def forget(self, owner: object) -> None:
-        """Drops what was made for keys that begin with an object."""
+        """Drops all objects whose key begins with `owner`."""
         self._kept = {key: kept for key, kept in self._kept.items()
                       if not (isinstance(key, tuple) and key[0] is owner)}  # fmt: skip
 
     def prefill(self, owner: object, state: State, tokens: int, first: int, draft: bool) -> Prefill:
-        """Returns the pass for a prompt's next chunk, captured where there is a GPU and room for its padding.
+        """Returns the pass for the next prefill chunk, captured if there is a GPU and room for its padding.
 
         Args:
             owner: of the state, for `forget`.

@@ -1,8 +1,8 @@
-"""Steps of several shapes in turn on a GPU, chosen by `planning.shape_planner`: adaptive speculation.
+"""Adaptive speculation on a GPU: steps of several shapes, chosen by `planning.shape_planner`.
 
-Every shape is a captured step of its own on the same state. A plain step does not run the MTP modules, so that it costs
-what plain decoding costs; it puts its row into a ring instead, which the modules read when drafting begins again, or
-when the ring is full.
+Every shape is a separate captured step on the same state. A plain step does not run the MTP modules, so that it costs
+no more than plain decoding; it stores its row in a ring buffer, which the modules process when drafting resumes or when
+the ring is full.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from mtp_spec.planning.chances import Chances
 from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.tree_shape import TreeShape
 
-# rows that catch up at once; the smallest pass that holds what waits is taken
+# sizes of catch-up passes; the smallest that holds all waiting rows is taken
 CATCH_UP_ROWS = (16, WAITING)
-# for timing: runs of which the mean is taken, and means of which the median is
+# timing takes the median of ROUNDS means, each over RUNS runs
 RUNS, ROUNDS = 4, 3
 
 
 @dataclass(slots=True)
 class Switching:
-    """The captured steps of one state, and what lies between steps of different shapes.
+    """The captured steps of one state, and the captured transitions between steps of different shapes.
 
     Attributes:
-        steps: one a shape, the first is plain decoding.
-        settle: shows the modules what the last drafting step committed.
-        catch_up: by rows, shows them what plain steps put aside, all but the last one's row.
-        constants: what the passes read as long as they are replayed.
+        steps: one for each shape; the first is plain decoding.
+        settle: runs the modules over the tokens that the last drafting step committed.
+        catch_up: by rows, runs them over the stored rows of plain steps, except the last.
+        constants: read by the passes at every replay.
     """
 
     steps: list[Step]
@@ -49,7 +49,7 @@ class Switching:
 
     @classmethod
     def capture(cls, runtime: DeviceRuntime, state: State, steps: list[Step], most: int = WAITING) -> Switching:
-        """Captures what lies between steps, in passes of `most` rows; the state must not hold a text."""
+        """Captures the transitions, in passes of at most `most` rows; the state must not hold a sequence."""
 
         def captured(work: Callable[[], object]) -> Callable[[], None]:
             def run() -> None:
@@ -88,7 +88,7 @@ def _one_by_one(works: list[Callable[[], None]]) -> Callable[[], None]:
 
 
 def _catch_up(model: DeviceModel, state: State, constants: Constants, rows: int) -> None:
-    """Shows the MTP modules the rows of plain steps, but for the last one."""
+    """Runs the MTP modules over the rows of plain steps, except the last one."""
     count = (state.length - 1 - state.fed).long()
     order, text = constants.places(range(rows)), constants.places(range(len(count)))[:, None]
     places = (state.fed[:, None] + torch.minimum(order, (count - 1).clamp_min(0)[:, None])) % WAITING
@@ -98,8 +98,8 @@ def _catch_up(model: DeviceModel, state: State, constants: Constants, rows: int)
 
 
 def _time(state: State, work: Callable[[], object]) -> float:
-    """Returns seconds of some work on a state that holds no text."""
-    if not state.length.is_cuda:  # the kernels' references: there is nothing to tune for
+    """Returns the seconds of work on a state that holds no sequence."""
+    if not state.length.is_cuda:  # reference kernels: speed does not matter
         state.blank()
         start = perf_counter()
         work()

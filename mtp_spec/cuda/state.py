@@ -1,4 +1,4 @@
-"""What sequences keep on the device from step to step: one, or several that take their steps together."""
+"""The state on the device that one sequence, or a batch, keeps from step to step."""
 
 from __future__ import annotations
 
@@ -22,40 +22,42 @@ from mtp_spec.speculation import MAX_DEPTH, MAX_NODES
 
 ROWS = MAX_NODES + 1
 MOST = MAX_DEPTH + 1
-# prompt tokens that pass through the model at once; the last chunk takes the smallest that holds it
+# sizes of prefill passes; the last chunk takes the smallest that holds it
 PREFILL_ROWS = (16, 64, 256)
-# rows of plain steps that MTP modules may be behind, in steps of several shapes
+# most undrafted tokens queued for the MTP modules, in adaptive speculation only
 WAITING = 128
-MAIL = 8  # letters on their way at once
-# a step may run ahead of the host's decision to stop, and the one after it; what modules read late is padded
+MAIL = 8  # most transfers in flight at once
+# slots for two steps that run before the host has decided to stop, and for padded passes when modules catch up
 SLACK = 2 * MOST + max(ROWS, WAITING)
-# slots that work may write to which is captured or timed on a text of one token
+# slots that work may write to while it is captured or timed on a sequence of one token
 WORK_ROWS = ROWS + WAITING
-# of every text, by name; a text's settings lie beside them
+# names of the tensors that hold a row for every sequence; settings are kept separately
 KEPT = ("length", "begun", "hidden", "fed", "ring", "ring_tokens", "carried", "path", "tokens", "record", "drawn")
 
 
 class State:
-    """Caches, the tokens of the last step, sampling parameters of B texts.
+    """Caches, tokens of the last step and sampling parameters of B sequences.
 
     Args:
-        tokens: most tokens of prompt and text.
-        caches: of all layers and the MTP modules, with room for `tokens` and `SLACK`; its own if they are not given.
-        pages: `[B, P]` int32, where in the caches each text's slots are (`kernels.mla.Plan`); None for one text, whose
-            caches these are.
+        tokens: most tokens of prompt and generated text.
+        caches: of all layers and the MTP modules, with room for `tokens` and `SLACK`; allocated here if not given.
+        pages: `[B, P]` int32, where in the caches each sequence's slots are (`kernels.mla.Plan`); None for a single
+            sequence that has the caches to itself.
     Attributes:
         length: `[B]` int32, committed slots of the main model; a module's cache has one fewer for each module before.
-        begun: `[B]` int32, slots that the text did not fill itself, in every cache: nothing is written to them.
-        user: whose text the caches hold.
+        begun: `[B]` int32, slots that were filled by an earlier sequence, in every cache: they are not written to.
+        user: the owner of the sequence in the caches.
         hidden: `[B, ROWS, D]` of the last pass.
-        path, tokens: `[B, MOST]` of the last step, see
-            `kernels.commit.accept`, and so is record.
-        drawn: `[B]` int64, random numbers that a rule has used, see `device_rules`.
-        fed: `[B]` int32, slots of the main model that the modules have seen, where steps of several shapes take turns.
-        ring, ring_tokens: `[B, WAITING, D]` and `[B, WAITING]` int64, rows of plain steps, see `kernels.commit.keep`.
+        path: `[B, MOST]` of the last step, see `kernels.commit.accept`.
+        tokens: `[B, MOST]`, likewise.
+        record: likewise.
+        drawn: `[B]` int64, number of random numbers that a rule has used, see `cuda.rules`.
+        fed: `[B]` int32, slots of the main model that the modules have processed, in adaptive speculation.
+        ring: `[B, WAITING, D]`, rows of plain steps, see `kernels.commit.keep`.
+        ring_tokens: `[B, WAITING]` int64, their tokens.
         carried: `[B, modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
-        live: `[B]` int32, 0 for a text that nobody reads, which stays where it is; None: all are read.
-        logits: room for those of a step of several texts; None: a step has its own.
+        live: `[B]` int32, 0 for an unused slot, which does not advance; None if all are in use.
+        logits: buffer for the logits of batched steps; None if each step has its own.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class State:
         return self.length.shape[0]
 
     def part(self, first: int, count: int) -> State:
-        """Returns the state of some of the texts, which is the same memory."""
+        """Returns a view of the state of some of the sequences."""
 
         def some(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[first : first + count]
@@ -115,14 +117,14 @@ class State:
         return part
 
     def reset(self, params: SamplingParams, prompt: list[int], reused: int = 0, modules: bool = True) -> None:
-        """Prepares for a new text, the only one.
+        """Prepares for a new sequence, the only one.
 
         Args:
-            reused: its first slots that the caches hold already.
-            modules: whether the modules' caches are its own too; else they stay as they are.
+            reused: number of its first slots that the caches already hold.
+            modules: whether to clear the modules' caches too.
         """
         if self.pages is None:
-            # numbers left behind could be NaN, which masks do not remove
+            # old slots could hold NaN, which masks do not remove
             caches = [*self.caches, *self.mtp_caches] if modules else self.caches
             torch._foreach_zero_([cache.slots[reused:] for cache in caches])
             self.store[self.caches[0].spare :].zero_()
@@ -136,18 +138,18 @@ class State:
         settings.seen[0, self.sent(sorted(set(prompt)), torch.int64)] = IN_PROMPT
 
     def add_bias(self, text: int, params: SamplingParams) -> None:
-        """Writes a text's `logit_bias` where there was none."""
+        """Writes a sequence's `logit_bias` into a row of zeros."""
         if params.logit_bias:
             assert self.settings.bias is not None
             ids, amounts = zip(*params.logit_bias.items(), strict=True)
             self.settings.bias[text, self.sent(ids, torch.int64)] = self.sent(amounts, torch.float32)
 
     def forget(self) -> None:
-        """Removes what texts have left, but for caches and settings."""
+        """Zeroes the state of earlier sequences, except caches and settings."""
         torch._foreach_zero_([getattr(self, name) for name in KEPT])
 
     def sent(self, values: Sequence[object] | npt.NDArray[Any], dtype: torch.dtype) -> Tensor:
-        """Returns values on the device, on their way there: the host does not wait for the work before."""
+        """Copies values to the device asynchronously: the host does not wait for earlier work."""
         given = torch.tensor(values, dtype=dtype)
         return (
             given.pin_memory().to(self.length.device, non_blocking=True)
@@ -156,7 +158,7 @@ class State:
         )
 
     def blank(self) -> None:
-        """Makes its texts such of one token, for work that is captured or timed."""
+        """Sets every sequence to one token, for work that is captured or timed."""
         self.record.zero_()
         self.record[:, commits.COUNT] = 1
         self.length.fill_(1)
@@ -165,7 +167,7 @@ class State:
 
     @contextmanager
     def first_slots_aside(self) -> Iterator[None]:
-        """Lends the caches of one text to work that is captured or timed: what they hold has come back afterwards."""
+        """Saves the first slots of a single sequence's caches and restores them after work is captured or timed."""
         held = [cache.slots[:WORK_ROWS] for cache in (*self.caches, *self.mtp_caches)]
         kept = [slots.clone() for slots in held]
         try:
@@ -175,10 +177,10 @@ class State:
 
     @contextmanager
     def set_aside(self, idle: Tensor) -> Iterator[None]:
-        """Lends its memory to work that is captured or timed: texts that it holds have come back afterwards.
+        """Saves the state and restores it after work is captured or timed on it.
 
         Args:
-            idle: `[P]` int32, pages to which the work may write.
+            idle: `[P]` int32, pages that the work may write to.
         """
         names = [name for name in (*KEPT, "pages") if getattr(self, name) is not None]
         held = {name: getattr(self, name).clone() for name in names}
@@ -195,8 +197,8 @@ class State:
                 self.settings.seen.copy_(seen)
 
     def take(self, other: State) -> None:
-        """Becomes a copy of another state of as many texts; pages apart."""
-        torch._foreach_copy_(self._tensors(), other._tensors())  # one call: texts come and go between steps
+        """Copies another state with as many sequences, except its pages."""
+        torch._foreach_copy_(self._tensors(), other._tensors())  # one call, because this runs between steps
 
     def _tensors(self) -> list[Tensor]:
         settings = self.settings
@@ -204,11 +206,11 @@ class State:
         return [*(getattr(self, name) for name in KEPT), *(part for part in parts if part is not None)]
 
     def start(self, token: Tensor, hidden: Tensor, length: Tensor, seen: bool) -> None:
-        """Takes first tokens `[B]` int64, drawn from the last hidden states `[B, D]` of prompts of `length` tokens,
-        `[B]` int64."""
+        """Starts decoding from first tokens `[B]` int64, drawn from the last hidden states `[B, D]` of prompts of
+        `length` `[B]` int64 tokens."""
         text, place = torch.arange(self.texts, device=length.device), (length - 1) % WAITING
         self.length.copy_(length)
-        self.fed.copy_(length - 1)  # a prompt's last token waits for the one after it
+        self.fed.copy_(length - 1)  # the modules process a token once the next one is known
         self.hidden[:, 0] = self.ring[text, place] = hidden  # as a plain step would leave it
         self.path.zero_()
         self.tokens[:] = token[:, None]
@@ -226,12 +228,12 @@ def settings_of(params: SamplingParams) -> list[float]:
 
 
 def prefill_rows(left: int) -> int:
-    """Returns the rows of the pass for a prompt's next tokens, of which so many are left."""
+    """Returns the rows of the next prefill pass when `left` tokens of the prompt are left."""
     return next((size for size in PREFILL_ROWS if left <= size), PREFILL_ROWS[-1])
 
 
 def stages_of(params: SamplingParams) -> Stages:
-    """Returns the stages of sampling that a request needs; others would cost a captured step time."""
+    """Returns the sampling stages that a request needs; unneeded ones would cost time in a captured step."""
     noise = params.temperature > 0
     penalised = (params.repetition_penalty != 1.0, params.presence_penalty != 0.0, params.frequency_penalty != 0.0)
     return Stages(
@@ -241,10 +243,10 @@ def stages_of(params: SamplingParams) -> Stages:
 
 
 class Mail:
-    """Numbers on their way to the device: they wait in memory of their own, so that the host does not.
+    """Sends numbers to the device through pinned buffers, so that the host does not wait.
 
     Args:
-        numbers: most of one `send`.
+        numbers: most numbers in one `send`.
     """
 
     def __init__(self, numbers: int, device: torch.device) -> None:
@@ -254,7 +256,7 @@ class Mail:
             self._free.extend((part, torch.cuda.Event()) for part in room)
 
     def send(self, target: Tensor, rows: Sequence[Sequence[int]]) -> None:
-        """Copies rows of whole numbers to `target` `[len(rows), .]` int64."""
+        """Copies rows of integers to `target` `[len(rows), .]` int64."""
         values = torch.tensor(rows, dtype=torch.int64)
         if not self._cuda:
             target.copy_(values)
@@ -269,5 +271,5 @@ class Mail:
 
 
 def union(stages: Sequence[Stages]) -> Stages:
-    """Returns the stages of sampling that some text needs: to the others they do nothing."""
+    """Returns the sampling stages that any sequence needs: they have no effect on the others."""
     return Stages(**{one.name: any(getattr(its, one.name) for its in stages) for one in fields(Stages)})

@@ -1,10 +1,10 @@
-"""One step on a GPU as one CUDA graph, or three where the host guides it: extend, draft, verify, accept, commit.
+"""One step on a GPU as one CUDA graph, or as three if the host guides it: extend, draft, verify, accept, commit.
 
-Everything a step needs lies on the device and everything it changes stays there, so that step follows step without
-the host, which reads the record of committed tokens one step behind. Plain decoding is the step without a tree.
+All inputs and results of a step stay on the device, so steps follow each other without waiting for the host, which
+reads the record of committed tokens one step later. Plain decoding is the step without a tree.
 
-Legend: `B` texts that take the step together, `E` rows of each in the verify pass (root and nodes), `M` = B E, `N`
-nodes, `A` = most tokens a step commits, `n` position of the root.
+Legend: `B` sequences that share the step, `E` rows of each in the verify pass (root and nodes), `M` = B E, `N` nodes,
+`A` = most tokens a step commits, `n` position of the root.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from mtp_spec.tree_shape import TreeShape
 
 @dataclass(slots=True)
 class Step:
-    """The step of one tree on one state, whose texts take it together; call it, after `capture` it replays a graph.
+    """The step of one tree shape for all sequences of a state. Calling it runs the step, after `capture` as a graph.
 
     Args:
-        extend: tokens that the step before may have committed, which the MTP modules have not seen; 0 without drafting.
-            Without a tree they stay unseen: the step is one of several shapes that take turns (`device_planned`).
-        acceptance: the rule; all but "coupled" draw drafts and accept them by `device_rules`.
-        guided: what the host sends between verify and accept, see `kinds.Kind`: the three are captured one by one.
-        masks: where it comes to lie, see `guided.Guide`.
+        extend: most tokens that the previous step may have committed and the MTP modules have not seen; 0 without
+            drafting. A step without a tree does not process them: then it is one of several shapes (`cuda.shapes`).
+        acceptance: the rule; all but "coupled" draw and accept drafts by `cuda.rules`.
+        guided: what the host sends between verify and accept, see `kinds.Kind`: the parts are captured separately.
+        masks: the buffer that receives it, see `guided.Guide`.
         watched: keep the rows that drafts come from.
     Attributes:
-        logits: `[M, V]` float32 of the last call, root first; after "accept" without what a guide has removed.
-        ids: `[M]` int64, the tokens of its rows; unless the
-            state is one of several texts, whose steps leave nothing but their logits, in the state's own room.
-        drafted: of every depth the nodes that have children, and their processed rows `[F, V]`, where watched.
+        logits: `[M, V]` float32 of the last call, root first; after "accept" without the tokens a guide has removed.
+        ids: `[M]` int64, the tokens of its rows. A captured step of a state with its own logits buffer keeps nothing
+            but the logits there.
+        drafted: if watched, for every depth the nodes that have children, and their processed rows `[F, V]`.
     """
 
     model: DeviceModel
@@ -74,28 +74,28 @@ class Step:
             work()
 
     def run(self, part: str) -> None:
-        """Runs one of `parts`, of a guided step."""
+        """Runs one of the `parts` of a guided step."""
         (self._graphs or self.parts())[part]()
 
     def capture(self, graphs: Graphs) -> None:
-        """Makes later calls replay a graph; the state must not hold a text."""
+        """Captures the step, so that later calls replay a graph; the state must not hold a sequence."""
         self.state.blank()
         if self.guided is None:
             self._graphs = {"all": graphs.capture(self._run)}
-        else:  # what one leaves for the next is kept; no other graph may run between them
+        else:  # each part leaves tensors for the next, so no other graph may run between them
             for name, work in self.parts().items():
                 if name == "draft" and not self.shape.parents and self.state.texts == 1:
-                    work()  # the root is where it always is: nothing is launched, which torch would warn of
+                    work()  # the root's token is a view, so nothing is launched, and torch warns of an empty graph
                     replay = _nothing
                 else:
                     replay = graphs.capture(work)
-                    replay()  # the next one runs on what this one leaves
+                    replay()  # the next part needs the results of this one
                 self._graphs = {**self._graphs, name: replay}
         if self.state.logits is not None and self.guided is None:
-            del self._outputs, self.ids, self.logits  # the many steps of a batch leave each other this memory
+            del self._outputs, self.ids, self.logits  # lets the many steps of a batch reuse this memory
 
     def parts(self) -> dict[str, Callable[[], None]]:
-        """Returns what a step does, in order; benchmarks time the parts."""
+        """Returns the parts of a step, in order; benchmarks time them separately."""
         return {"draft": self._propose, "verify": self._verify, "accept": self._accept}
 
     def _run(self) -> None:
@@ -130,7 +130,7 @@ class Step:
         self._commit(tokens, drawn.failed, ids)
 
     def _commit(self, tokens: Tensor, failed: Tensor, ids: Tensor) -> None:
-        """Walks the tree along the drawn tokens `[M]`, moves the caches and makes the state the next step's."""
+        """Walks the tree along the drawn tokens `[M]`, moves the accepted slots and prepares the next step's state."""
         state, shape = self.state, self.shape
         waits = self.extend and not shape.parents
         if not waits:
@@ -154,10 +154,10 @@ class Step:
         return self._constants.table([[0, *(node + 1 for node in shape.path(row - 1))] for row in range(shape.rows)])
 
     def show(self) -> Tensor:
-        """Shows the MTP modules the tokens of the last step; returns the roots' outputs `[B, D]`."""
+        """Runs the MTP modules over the tokens of the last step; returns the roots' outputs `[B, D]`."""
         state, rows = self.state, self.extend
         count, text = state.record[:, commits.COUNT], self._constants.places(range(state.texts))
-        # rows past the count repeat the last token, so they reach few further experts
+        # rows past the count repeat the last token, so they activate few more experts
         hidden, first = state.hidden[text[:, None], state.path[:, :rows]], state.length - count
         out = feed_modules(self.model, state, self._constants, state.tokens[:, :rows], hidden, first, count.long())
         state.fed.copy_(state.length)
@@ -210,7 +210,7 @@ class Step:
         )
 
     def proposed(self) -> list[int]:
-        """Returns the tokens of the last call's rows; -1 where a rule had none left to propose."""
+        """Returns the tokens of the last call's rows; -1 if a rule had none left to propose."""
         if self._rule is None:
             return self.ids.tolist()
         there = torch.cat((torch.ones_like(self._rule.there[:1]), self._rule.there))
@@ -219,15 +219,15 @@ class Step:
 
 @dataclass(slots=True)
 class Prefill:
-    """A pass of `rows` tokens of each text's prompt through the model and, with `draft`, its MTP modules.
+    """A prefill pass of `rows` tokens of each prompt through the model and, with `draft`, its MTP modules.
 
-    A shorter chunk is padded with its last token, whose slots the next pass overwrites.
+    A shorter chunk is padded with its last token; the next pass overwrites the padding's slots.
 
     Args:
-        graphs: replay a graph, which the second call captures: many a length comes once only.
+        graphs: if given, the second call captures a graph, because many lengths occur only once.
     Attributes:
-        ids: `[B, rows + 1]` int64, of the pass and the next: the MTP modules read the tokens that follow.
-        following: `[B]` int64, how many of these there are.
+        ids: `[B, rows + 1]` int64, the tokens of the pass and one more: the MTP modules read the token after each.
+        following: `[B]` int64, number of rows with a known next token.
         hidden: `[B rows, D]`, result.
     """
 
@@ -250,8 +250,8 @@ class Prefill:
         self._run = self.run if self.graphs is None else self.graphs.later(self.run)
 
     def __call__(self, ids: Tensor, first: int) -> Tensor:
-        """Returns the hidden states `[chunk, D]` of the one text's prompt `ids` from token `first` on; they join the
-        caches."""
+        """Runs the next chunk of a single sequence's prompt `ids` from token `first` on, and fills the caches; returns
+        its hidden states `[chunk, D]`."""
         chunk = ids[first : first + self.rows + 1]
         self.ids.copy_(torch.cat((chunk, chunk[-1:].expand(self.rows + 1 - len(chunk)))))
         self.following.fill_(len(chunk) - 1)
@@ -260,7 +260,7 @@ class Prefill:
         return self.hidden[: min(self.rows, len(ids) - first)]
 
     def run(self) -> None:
-        """Reads `ids` from the state's length on."""
+        """Runs the pass over `ids` from the state's length on."""
         state, order = self.state, self._constants.integers(range(self.rows))
         plan = mla.Plan(state.length, order, order, None, self.rows - 1, 0, state.pages)
         self.hidden = self.model.rows(self.ids[:, :-1].flatten().contiguous(), state.caches, plan)
@@ -270,13 +270,14 @@ class Prefill:
 
 
 class Graphs:
-    """Captures work into CUDA graphs that share their memory.
+    """Captures work into CUDA graphs that share one memory pool.
 
-    They may, because they follow one another on one stream, and what one leaves in its own memory is read before the
-    next is launched: whatever lasts longer lies in a `State`.
+    This is safe because they run one after another on one stream, and results in a graph's memory are read before the
+    next graph is launched: whatever has to last longer is in a `State`.
 
     Args:
-        shared: other processes take part, whose library looks at its own work from another thread meanwhile.
+        shared: other processes take part, so that the communication library makes CUDA calls from another thread
+            during a capture.
     """
 
     def __init__(self, device: torch.device, shared: bool = False) -> None:
@@ -287,7 +288,7 @@ class Graphs:
         """Returns the replay of work from a CUDA graph.
 
         Args:
-            ran: whether the work has run before; else it runs once, which compiles what is missing.
+            ran: whether the work has run before; else it first runs once, to compile kernels.
         """
         if not ran:
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -300,7 +301,7 @@ class Graphs:
         return graph.replay
 
     def later(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Returns what runs work the first time, captures it the second time, and replays it from then on."""
+        """Returns a function that runs work at the first call, captures it at the second, and then replays it."""
         replay: Callable[[], None] | None = None
         ran = False
 
@@ -318,9 +319,9 @@ class Graphs:
 
 
 def _nothing() -> None:
-    """Replays a part of a step that launches nothing."""
+    """Stands for a part of a step that launches nothing."""
 
 
 def _drafted(ids: Tensor, table: Tensor) -> Tensor:
-    """Returns the tokens of ids `[B, .]` that a table of paths `[E, A]` names, `[B E, A]` int32, -1 where it has -1."""
+    """Looks up a table of paths `[E, A]` in ids `[B, .]`; returns `[B E, A]` int32, -1 where the table has -1."""
     return torch.where(table >= 0, ids[:, table.long().clamp_min(0)], -1).int().flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The GPU's side of one sequence: where it is, and what the host makes of the records of its steps."""
+"""The GPU backend's state of one sequence, and how the host processes the records of its steps."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mtp_spec.tree_shape import TreeShape
 
 @dataclass(slots=True)
 class Drafts:
-    """What a watched step drafted.
+    """The drafts of a watched step.
 
     Attributes:
-        ids: of its rows, root first; -1 where nothing was proposed.
-        rows: `[V]` processed rows that children come from, by the node above them.
+        ids: of its rows, root first; -1 if nothing was proposed.
+        rows: `[V]` processed rows that children are drawn from, by parent node.
     """
 
     shape: TreeShape
@@ -36,17 +36,17 @@ class Drafts:
 
 @dataclass(slots=True)
 class Record:
-    """What a step, or the pass that read a prompt, committed for one sequence.
+    """The result of a step, or of a prefill, for one sequence.
 
     Attributes:
-        tokens: committed.
+        tokens: committed tokens.
         path: the row that drew each of them; row 0 is the root.
-        failed: whether a row had no token.
+        failed: whether a row had no token to draw.
         ranks: of the tree's nodes.
         depth: of the tree.
-        logits: `[E, V]` of the sequence's rows, where it asked for them.
-        prompt: whether the prompt was read.
-        drafts: what an observer is shown.
+        logits: `[E, V]` of the sequence's rows, if requested.
+        prompt: whether it is of a prefill.
+        drafts: for an observer.
     """
 
     tokens: list[int]
@@ -63,10 +63,10 @@ class DeviceText:
     """One sequence on a GPU.
 
     Attributes:
-        stages: of sampling that it needs.
-        history: of its tokens, where the host guides it or somebody looks on.
-        errors: what went wrong where the host guided the last step, by row: of interest where the path comes there.
-        waiting: rows that plain steps put aside for the MTP modules, see `shapes`.
+        stages: the sampling stages that it needs.
+        history: of its tokens, if the host guides it or it has an observer.
+        errors: errors of the last step's guidance, by row; raised only if the path reaches that row.
+        waiting: number of plain steps' rows stored for the MTP modules, see `shapes`.
     """
 
     def __init__(self, model: DeviceModel, sequence: Sequence, kind: Kind, lease: DeviceLease) -> None:
@@ -78,29 +78,29 @@ class DeviceText:
         self.errors: dict[int, Exception] = {}
         self.waiting = 1
         self.drafts = kind.depth > 0
-        # tokens that the MTP modules have not seen at most: of steps on their way, and put aside by plain ones
+        # most tokens that the MTP modules have not seen: of steps in flight, and stored by plain steps
         self._late = 2 * MOST + (WAITING if kind.takes_turns else 0)
         sequence.stats.reused_tokens = lease.reused
 
     @property
     def tokens(self) -> list[int]:
-        """Of the sequence."""
+        """The sequence's tokens."""
         return self.sequence.tokens
 
     @property
     def left(self) -> int:
-        """Tokens that it may still get."""
+        """Most tokens that it may still generate."""
         return self.sequence.end - len(self.sequence.tokens)
 
     def has_read(self, count: int) -> None:
-        """Lets others share what is read of the prompt, or about to be: its first `count` tokens."""
+        """Lets others share the first `count` tokens of the prompt, whose prefill is done or launched."""
         self._share(count, min(count, len(self.tokens) - 1))
 
     def take(self, record: Record) -> None:
-        """Commits tokens one by one until the text ends.
+        """Commits tokens one by one until the sequence ends.
 
         Raises:
-            MTPSpecError: a row had no token.
+            MTPSpecError: a row had no token to draw.
         """
         wanted, drawn, ended = self.params.logprobs, list[Drawn](), False
         for j, token in enumerate(record.tokens):
@@ -128,7 +128,7 @@ class DeviceText:
         self._share(held, held - self._late if self.drafts else held)
 
     def _show(self, record: Record, drafts: Drafts, history: History, accepted: Accepted) -> None:
-        """Shows the sequence's observer a step; `history` is that of its root, the nodes come here."""
+        """Passes a step to the sequence's observer; `history` is that of its root, and the nodes are filled in here."""
         observer = self.sequence.observer
         assert observer is not None
         assert record.logits is not None
@@ -162,8 +162,8 @@ class DeviceText:
 def tree_of(drafts: Drafts) -> tuple[TokenTree, list[int]]:
     """Returns the tree that a pass verified, and the row of each of its nodes.
 
-    A row that repeats a sibling, as where a distribution had too few tokens, is no node, and neither is what follows a
-    row without tokens.
+    A row that repeats a sibling, because its distribution had too few tokens, is not a node, and neither is a row below
+    one without tokens.
     """
     tree, rows, nodes, shape = TokenTree(), list[int](), {ROOT: ROOT}, drafts.shape
     for place, parent in enumerate(shape.parents):

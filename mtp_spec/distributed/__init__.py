@@ -1,1 +1,1 @@
-"""What processes that share a model must agree on."""
+"""Checks that processes that share a model agree."""

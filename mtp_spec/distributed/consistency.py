@@ -1,4 +1,4 @@
-"""What processes that share a model must have in common: program, machine, checkpoint, and every request."""
+"""Checks that processes that share a model have the same program, machine, checkpoint and requests."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.files.tensors import read_tensor
 
-# matrices of which one row is compared
+# about how many matrices are compared, by one row each
 SAMPLES = 32
 DIGITS = 16
 
 
 def start_facts(checkpoint: Checkpoint, device: str) -> dict[str, object]:
-    """Returns versions, kind of machine and the checkpoint, before its weights are read."""
+    """Returns facts on versions, machine and checkpoint, compared before the weights are read."""
     cuda = torch.device(device).type == "cuda"
     return {
         "mtp_spec": __version__,
         "torch": torch.__version__,
-        # kinds of processors round differently, and so do numbers of threads
+        # rounding depends on the processor and on the number of threads
         "device": torch.cuda.get_device_name(device) if cuda else processor_name(),
         "threads of torch": "any" if cuda else torch.get_num_threads(),
         "configuration": _digest(json.dumps(asdict(checkpoint.config), sort_keys=True, default=str).encode()),
@@ -36,19 +36,19 @@ def start_facts(checkpoint: Checkpoint, device: str) -> dict[str, object]:
 
 
 def check_first(ranks: Ranks, call: str, prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> None:
-    """Refuses a call, before anything is computed for it, that is not the next one on every rank.
+    """Checks, before anything is computed for a call, that every rank makes the same one.
 
     Args:
-        call: what is asked for, of which model.
+        call: the method and model.
 
     Raises:
-        RankError: on every rank, with what differs.
+        RankError: raised on every rank, with the differences, if the calls differ.
     """
     ranks.agree({"call": call, **request_facts(prompts, options)})
 
 
 def request_facts(prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) -> dict[str, object]:
-    """Returns prompts, and the options of their texts."""
+    """Returns facts on prompts and options, for comparison."""
     facts: dict[str, object] = {name: repr(value) for name, value in sorted(options.items())}
     if options.get("logits_processor") is not None:  # functions have no value to compare
         facts["logits_processor"] = "given"
@@ -60,7 +60,7 @@ def request_facts(prompts: Sequence[Sequence[int]], options: Mapping[str, Any]) 
 
 
 def _weights(checkpoint: Checkpoint) -> str:
-    """Returns a digest of all names, shapes and types, of all vectors, and of the first row of some matrices."""
+    """Returns a digest of all names, shapes and dtypes, of all vectors, and of the first rows of some matrices."""
     tensors = checkpoint.tensors
     names = sorted(tensors)
     whole = hashlib.sha256("".join(f"{n} {tensors[n].shape} {tensors[n].dtype};" for n in names).encode())

@@ -1,8 +1,8 @@
-"""What every planner offers: two calls a step.
+"""The interface of every planner: two calls for each step.
 
-`Planner.plan` says what the sequences of a batch draft in their next step, `Planner.learn` takes what came of it. There
-are three: fixed trees (`fixed_plan`); trees grown node by node while they are drafted, on a CPU (`node_planner`); and a
-choice among captured shapes, on a GPU (`shape_planner`). Whatever is planned, the text is the same.
+`Planner.plan` decides what the sequences of a batch draft in their next step, `Planner.learn` learns from its outcome.
+There are three planners: fixed trees (`fixed_plan`); trees grown node by node while they are drafted, on a CPU
+(`node_planner`); and a choice among captured shapes, on a GPU (`shape_planner`). No plan changes the generated text.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Plan = TypeVar("Plan")
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """What a step took.
+    """Times of a step.
 
     Attributes:
-        step: all of it.
-        drafting: from its beginning to the end of drafting.
-        verifying: in the pass that verifies; both are parts of it, and 0 where the step is one piece.
+        step: the whole step.
+        drafting: from its beginning to the end of drafting; 0 if the parts of the step are not timed.
+        verifying: the pass that verifies; 0 likewise.
     """
 
     step: float
@@ -32,11 +32,11 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a step.
+    """The outcome of a step.
 
     Attributes:
-        paths: of each sequence the accepted nodes, depth 1 first; None where its text ended, as that cuts paths short.
-        seconds: None where the step was not measured, or held other work too.
+        paths: for each sequence the accepted nodes, depth 1 first; None if it ended, which cuts the path short.
+        seconds: None if the step was not timed or included other work.
     """
 
     paths: Sequence[Sequence[int] | None]
@@ -44,9 +44,9 @@ class Outcome:
 
 
 class Planner(Protocol[Batch, Plan]):
-    """Plans the steps of sequences that take them together.
+    """Plans the steps of a batch of sequences.
 
-    Steps may be planned before the outcomes of those before are known.
+    A step may be planned before the outcomes of earlier ones are known.
     """
 
     def plan(self, batch: Batch, /) -> Plan:
@@ -54,5 +54,5 @@ class Planner(Protocol[Batch, Plan]):
         ...
 
     def learn(self, plan: Plan, outcome: Outcome, /) -> None:
-        """Takes what came of a planned step."""
+        """Learns from the outcome of a planned step."""
         ...

@@ -1,10 +1,10 @@
-"""How likely a draft is to be accepted, judged from its lead over the runner-up.
+"""Estimates the probability that a draft is accepted from its lead over the runner-up.
 
 Under coupled sampling the target draws the argmax of its own row plus the same noise. If the draft's best score leads
-by a wide margin, a target that differs a little picks the same token; if it leads by little, it is a toss-up. The lead
-is in units of noise (logits over temperature). How much it is worth depends on temperature, text and depth, so its
-weights are learned while running: by a logistic regression with forgetting, started where earlier texts of the model
-left off. Drafts never change the text, so learning may not either.
+by a wide margin, a target that differs a little picks the same token; with a small lead it is a toss-up. The lead is in
+units of the noise (logits over temperature). How much it says depends on temperature, text and depth, so the weights
+are learned online: by a logistic regression with forgetting, which starts from the weights that the model's earlier
+sequences have learned. Drafts never change the text, so neither does learning.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
 
-# a lead beyond this says no more: the weight of the others should not follow from it
+# leads are clipped here: a larger one says no more and would dominate the fit
 MOST_LEAD = 6.0
-# before anything was seen: constant, lead, second depth and later, third depth and later; and how sure that is
+# prior weights (constant, lead, second depth and later, third depth and later), and their precision
 WEIGHTS, SURENESS = (-0.4, 1.3, 0.0, 0.0), (4.0, 8.0, 8.0, 8.0)
-# observations that a text remembers, that a model's texts remember, and what the latter count for in a new text
+# observations remembered for a sequence and for all sequences of a model, and the weight of the latter in a new one
 TEXT_MEMORY, MODEL_MEMORY, CARRIED = 150.0, 1500.0, 30.0
-# siblings: the chance of each once the better ones have failed, before anything was seen, as this many observations
+# siblings: prior probability of each once the better ones have failed, and its weight in observations
 SHARE, SHARE_SEEN, RANKS = 0.5, 8.0, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A judged node whose parent was accepted: what was known of it, and the rank of the accepted sibling, if any."""
+    """The outcome at an accepted node: the lead, depth and number of its children; the accepted one's rank or None."""
 
     lead: float
     depth: int
@@ -42,7 +42,7 @@ class Confidence:
     """Acceptance of drafts and siblings.
 
     Args:
-        memory: observations after which an old one counts for a third.
+        memory: observations after which the weight of an old one has fallen to about a third (1/e).
     """
 
     def __init__(self, memory: float = MODEL_MEMORY) -> None:
@@ -53,7 +53,7 @@ class Confidence:
         self._shares = [[SHARE * SHARE_SEEN, SHARE_SEEN] for _ in range(RANKS)]
 
     def for_text(self) -> Confidence:
-        """Returns the estimate that a new text starts from."""
+        """Returns the estimate that a new sequence starts from."""
         text = Confidence(TEXT_MEMORY)
         text._weights = self._weights.copy()
         text._precision = self._precision * (CARRIED / max(CARRIED, self._seen))
@@ -65,12 +65,12 @@ class Confidence:
         return 1.0 / (1.0 + exp(-float(self._weights @ _features(lead, depth))))
 
     def share(self, rank: int) -> float:
-        """Returns the probability that the sibling of this rank (1 or more) is the one, once the better failed."""
+        """Returns the probability that the sibling of this rank (1 or more) is accepted once the better ones failed."""
         won, tried = self._shares[min(rank, RANKS) - 1]
         return won / tried
 
     def learn(self, outcomes: Sequence[Judged]) -> None:
-        """Takes the outcomes of one step."""
+        """Learns from the outcomes of one step."""
         if not outcomes:
             return
         seen = np.stack([_features(one.lead, one.depth) for one in outcomes])
@@ -78,7 +78,7 @@ class Confidence:
         expected = 1.0 / (1.0 + np.exp(-(seen @ self._weights)))
         keep = self._keep ** len(outcomes)
         self._seen = self._seen * keep + len(outcomes)
-        # what was known at first is not forgotten: it keeps the matrix regular
+        # the prior is not forgotten: it keeps the matrix regular
         start = np.diag(SURENESS)
         weight = expected * (1.0 - expected)
         self._precision = start + (self._precision - start) * keep + (seen * weight[:, None]).T @ seen

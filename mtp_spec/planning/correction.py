@@ -1,18 +1,18 @@
-"""How times of now differ from those measured before, followed slowly."""
+"""A slowly adapting correction from times measured earlier to current ones."""
 
 from __future__ import annotations
 
 from math import exp, log
 
-# seconds: no clock tells less
+# seconds: the finest resolution of any clock
 LEAST = 1e-9
 
 
 class Correction:
-    """A factor from expected times to those of now.
+    """The factor from expected times to current ones.
 
     Args:
-        first: its logarithm at first.
+        first: the initial logarithm of the factor.
     """
 
     def __init__(self, first: float = 0.0) -> None:
@@ -20,18 +20,18 @@ class Correction:
 
     @property
     def factor(self) -> float:
-        """What expected times are to be multiplied by."""
+        """The factor by which expected times are multiplied."""
         return exp(self._log)
 
     def follow(self, surprise: float, weight: float) -> None:
-        """Takes a part of a `surprise`."""
+        """Moves the logarithm by a fraction of a `surprise`."""
         self._log += weight * surprise
 
     def fade(self, part: float) -> None:
-        """Forgets a part."""
+        """Moves the logarithm towards 0 by a fraction of itself."""
         self._log *= 1.0 - part
 
 
 def surprise(measured: float, expected: float, most: float) -> float:
-    """Returns the logarithm of a time over the expected one, `most` at most: a neighbour's burst is no news."""
+    """Returns the log-ratio of measured to expected time, clipped to `most` so that an outlier has little effect."""
     return max(-most, min(most, log(max(measured, LEAST) / expected)))

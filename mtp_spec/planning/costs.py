@@ -1,8 +1,8 @@
-"""Seconds of the passes that a step is made of, measured on this machine with this model.
+"""Times of the forward passes in a step, measured on this machine with this model.
 
-How much a further verified row costs depends on the machine (is the pass bound by memory or arithmetic?), on the model
-(a row of a mixture of experts hits further experts) and on the context. So it is measured, on a real text, whose
-neighbouring tokens share experts as they will later. Loads that come and go are the planner's to follow.
+How much one more verified row costs depends on the machine (is the pass bound by memory or arithmetic?), on the model
+(a row of a mixture of experts activates more experts) and on the context. So it is measured, on a real text, whose
+neighbouring tokens share experts as in use. The planner itself follows changes of the machine's load.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ TEXT = (
     "Rain had fallen on the hills for three days when the old bridge gave way. The farmer, who was on the far bank "
     "with two of her sheep, looked at the brown water and decided to walk to the next village. It took until evening."
 )
-# contexts measured at: that of a first answer, and one where reading the cache shows
+# measured contexts: that of a first answer, and one at which reading the cache takes noticeable time
 NEAR, FAR = 32, 512
 VERIFY_ROWS, TREE_ROWS, LEVEL_ROWS, EXTEND_ROWS = (1, 2, 4, 8, 16, 64), (3, 8), (1, 4, 16), (1, 8, 32)
-# what is kept of other passes than these is of no use
+# part of the key under which times are stored: times of other passes cannot be used
 PASSES = str((NEAR, FAR, VERIFY_ROWS, TREE_ROWS, LEVEL_ROWS, EXTEND_ROWS))
-# Passes are timed in turn, so many rounds. What counts is how many plain steps of the same round a pass takes, at the
-# median: a machine that is slower for a while is so for all of them. Time in which the processor was given to others is
-# not counted, where the clock of the thread is fine enough
+# Passes are timed in turn, for this many rounds. The result is the median ratio of a pass to the plain step of the same
+# round, because a machine that slows down for a while slows all of them. If the thread's clock is fine enough, time in
+# which other processes had the processor is not counted.
 ROUNDS, MOST_SECONDS = 5, 2.0
 FINE = 1e-6
-FEW = 16  # passes of fewer rows follow one of their kind, as they do in a text, so that caches hold what they would
-OTHERS = 4  # times as many tokens as the longest pass has: passes take the next ones each time, as a text does
-# where this varies by more from round to round, times would mislead; and after so long nobody wants to wait
+FEW = 16  # passes of fewer rows run once untimed first, as steps follow each other in use, to warm the caches
+OTHERS = 4  # this many times the longest pass's tokens: each pass takes the next ones, as generation does
+# most variation between rounds, beyond which times would mislead, and most seconds for the first two rounds
 STEADY, TOO_LONG = 1.4, 30.0
 Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds of a pass by rows and context; straight lines between what was measured, and beyond it.
+    """Seconds of a pass by rows and context; linear interpolation between measurements and extrapolation beyond.
 
     Attributes:
         contexts: the two contexts.
@@ -70,7 +70,7 @@ class Curve:
 
     @classmethod
     def rising(cls, contexts: tuple[int, int], points: dict[int, tuple[float, float]]) -> Curve:
-        """Returns the curve through points, raised where more rows, or more context, seemed to take less time."""
+        """Returns the curve through points, raised wherever more rows or more context seemed to take less time."""
         rows, seconds, near, far = tuple(sorted(points)), [], 0.0, 0.0
         for count in rows:
             near = max(near, points[count][0])
@@ -81,12 +81,12 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """The parts of a step.
+    """Times of the parts of a step.
 
     Attributes:
-        verify: the main model over a chain's rows, logits included; one row is a plain step.
+        verify: the main model over a chain's rows, with logits; one row is a plain step.
         tree: the same over a tree's rows.
-        level: an MTP module over a level's leaves, with head and sampling.
+        level: an MTP module over the leaves of a level, with head and sampling.
         extend: an MTP module over the tokens committed since it last ran.
     """
 
@@ -97,7 +97,7 @@ class StepTimes:
 
     @classmethod
     def typical(cls) -> StepTimes:
-        """Returns ratios seen on processors with bfloat16 products, for those who do not measure."""
+        """Returns ratios seen on processors with bfloat16 products, for use without measuring."""
         parts = {
             "verify": {1: 1.0, 2: 1.18, 4: 1.45, 8: 1.87, 16: 2.6, 64: 6.5},
             "tree": {3: 1.37, 8: 1.95},
@@ -107,7 +107,7 @@ class StepTimes:
         return cls(**{name: _flat(points) for name, points in parts.items()})
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what `from_json` takes."""
+        """Returns the document that `from_json` reads."""
         return {
             name: {"contexts": curve.contexts, "rows": curve.rows, "seconds": curve.seconds}
             for name, curve in (("verify", self.verify), ("tree", self.tree), ("level", self.level),
@@ -119,7 +119,7 @@ class StepTimes:
         """Returns the times that `to_json` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: it did not write this.
+            KeyError, TypeError, ValueError: `to_json` did not write this document.
         """
         curves = {}
         for name in ("verify", "tree", "level", "extend"):
@@ -134,7 +134,7 @@ class StepTimes:
         return cls(**curves)
 
     def scaled(self, plain: float, factor: float) -> StepTimes:
-        """Returns times in which a plain step takes so many seconds, and everything else `factor` times as long."""
+        """Returns times in which a plain step takes `plain` seconds and everything else `factor` times as long."""
         near, far = self.verify.seconds[0]
         single = plain, plain * far / near
         curves = {}
@@ -158,12 +158,12 @@ def measure(
 ) -> StepTimes | None:
     """Returns the times of this model on this machine.
 
-    None where they differ too much from one moment to the next, or would take too long to find out.
+    None if they vary too much from round to round, or if measuring would take too long.
 
     Args:
         technique: how rows are computed here (`model.rows`).
-        longest: context of the longest text; the second context is no longer.
-        report: told (done, all) measurements.
+        longest: longest context in use, which bounds the second measured context.
+        report: called with the number of measurements done and of all.
     """
     ids = tokenizer.encode(TEXT) if tokenizer is not None else []
     need = NEAR + OTHERS * max(VERIFY_ROWS + EXTEND_ROWS) + 1
@@ -201,7 +201,7 @@ def _points(contexts: tuple[int, int]) -> Iterator[tuple[str, int, int]]:
 
 
 def _steady(taken: Iterable[list[float]]) -> bool:
-    """Whether every pass was timed twice, and in most the middle of its times agrees with the least."""
+    """Whether every pass was timed at least twice and, for most, the median agrees with the minimum."""
     lists = [sorted(times) for times in taken]
     return min(map(len, lists)) > 1 and median(times[-len(times) // 2] / times[0] for times in lists) < STEADY
 
@@ -218,7 +218,7 @@ def _curves(taken: dict[tuple[str, int, int], float], contexts: tuple[int, int])
 def _passes(
     model: HostModel, technique: Technique, ids: Sequence[int], context: int
 ) -> dict[str, Callable[[int], object]]:
-    """Returns the passes at a context: the text's first tokens, repeated as often as it takes."""
+    """Returns the passes at a context that consists of the text's first tokens, repeated as needed."""
     most = max(VERIFY_ROWS + EXTEND_ROWS)
     cache, drafts = model.new_cache(context + most), model.new_mtp_cache(context + most)
     hidden = model.rows(ids[:NEAR], cache, range(-1, NEAR - 1))
@@ -229,7 +229,7 @@ def _passes(
     taken = 0
 
     def some(rows: int) -> Sequence[int]:
-        """Returns the text's next tokens: neighbours have experts in common."""
+        """Returns the text's next tokens: neighbouring tokens share experts."""
         nonlocal taken
         first = NEAR + taken % (len(ids) - NEAR - rows)
         taken += rows

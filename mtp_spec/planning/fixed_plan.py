@@ -1,7 +1,7 @@
-"""What one sequence drafts in one step (`TreePlan`), and the plan that is settled beforehand: a fixed tree.
+"""What one sequence drafts in one step (`TreePlan`), and the simplest plan: a fixed tree.
 
-The drafter (`cpu.draft`) follows a plan level by level: which leaves get children, what each child scores, and in the
-end which nodes are verified.
+The drafter (`cpu.draft`) asks a plan level by level which leaves get children and how each child scores, and at the end
+which nodes are verified.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mtp_spec.tree import TokenTree
 
 
 class Children(Protocol):
-    """The best children that a node could get. What takes time to know is worked out when asked for.
+    """The best candidate children of a node. Whatever takes time is computed only on demand.
 
     Attributes:
         count: how many there are.
@@ -38,13 +38,14 @@ class TreePlan(Protocol):
     """What one sequence drafts in one step.
 
     Attributes:
-        standing: the sequence's, when it was planned.
+        standing: of the sequence when the step was planned.
         drafts: whether anything is drafted.
         limits: the largest tree.
         root: the root's score.
-        tokens, seconds: expected of the step.
-        levels: leaves of each level that got children so far.
-        nodes: that are verified, once chosen.
+        tokens: expected number of tokens from the step.
+        seconds: expected time of the step.
+        levels: for each level so far, the number of leaves that got children.
+        nodes: number of nodes that are verified, once chosen.
     """
 
     standing: Standing
@@ -61,15 +62,15 @@ class TreePlan(Protocol):
     def nodes(self) -> int: ...
 
     def expand(self, scores: Sequence[float], nodes: int) -> list[int]:
-        """Returns which of the leaves that have these scores get children.
+        """Returns which leaves get children, given their scores.
 
         Args:
-            nodes: of the tree so far; without any the only leaf is the root.
+            nodes: number of nodes in the tree so far; if 0 the only leaf is the root.
         """
         ...
 
     def score(self, node: int, score: float, children: Children, depth: int) -> list[float]:
-        """Returns the scores of a node's children at this depth, best first; further children are left out.
+        """Returns the scores of the children at this depth that the node gets, best first.
 
         Args:
             score: the node's own.
@@ -77,22 +78,22 @@ class TreePlan(Protocol):
         ...
 
     def choose(self, tree: TokenTree, scores: Sequence[float]) -> list[int]:
-        """Returns the nodes that are verified, ascending, each with its parent."""
+        """Returns the nodes that are verified, ascending; a node's parent is always among them."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """One sequence before a step.
+    """The state of one sequence before a step.
 
     Attributes:
-        limits: the largest tree that it may draft; None where it drafts nothing.
-        memory: what its text has taught; None where its tree is fixed.
-        context: its committed tokens.
-        pending: those of them that the MTP modules have not seen.
-        left: tokens that it may still get.
-        rows: of it in the last pass that verified.
-        planned: what was planned for it before and has not been run.
+        limits: the largest tree that it may draft; None if it drafts nothing.
+        memory: what its planner has learned of it; None if its tree is fixed.
+        context: number of committed tokens.
+        pending: how many of them the MTP modules have not seen.
+        left: most tokens that it may still generate.
+        rows: its rows in the last pass that verified.
+        planned: an earlier plan that has not been run.
     """
 
     limits: Speculation | None
@@ -105,16 +106,16 @@ class Standing:
 
     @property
     def may_draft(self) -> bool:
-        """Whether a draft could be of use: the target adds a token of its own."""
+        """Whether a draft could help: every step yields one token of the target without drafts."""
         return self.limits is not None and self.left > 1
 
 
 @dataclass(frozen=True, slots=True)
 class TreeBatch:
-    """The sequences that take a step together, each with a tree of its own.
+    """A batch of sequences that take a step together, each with a tree of its own.
 
     Attributes:
-        alone: whether there are no others at all, such as those whose prompts are read meanwhile.
+        alone: whether there is one sequence only, and none in prefill either.
     """
 
     sequences: Sequence[Standing]
@@ -122,11 +123,11 @@ class TreeBatch:
 
 
 class FixedPlan:
-    """A fixed tree, or none; see `TreePlan`. The most probable nodes are drafted where the budget is short.
+    """A fixed tree, or none; see `TreePlan`. If there is a budget, the most probable nodes are drafted.
 
     Args:
         drafts: False for a plain step.
-        seconds: expected of it.
+        seconds: expected time.
     """
 
     root, tokens = 0.0, 1.0
@@ -147,7 +148,7 @@ class FixedPlan:
         return list(range(len(scores)))
 
     def score(self, node: int, score: float, children: Children, depth: int) -> list[float]:
-        """Returns log-probabilities of paths, which only a budget needs."""
+        """Returns log-probabilities of paths, which are needed only with a budget."""
         if self.limits.budget is None:
             return [score] * children.count
         return [score + logprob for logprob in children.logprobs()]
@@ -159,7 +160,7 @@ class FixedPlan:
 
 
 class FixedPlanner:
-    """Gives every sequence the tree that was asked for; see `base.Planner`."""
+    """Gives every sequence the tree that its request asks for; see `base.Planner`."""
 
     def plan(self, batch: TreeBatch) -> list[TreePlan]:
         """Returns a plan for each sequence."""

@@ -1,15 +1,15 @@
-"""A tree that is grown node by node while it is drafted: what one step of one text drafts and verifies on a CPU.
+"""A tree that is grown node by node while it is drafted: what one sequence drafts and verifies in a step on a CPU.
 
-A step gains the tokens it commits and costs the time of its passes. Tokens per second are most when whatever brings
-more tokens than its time would bring elsewhere is done, and nothing else: a node v belongs to the tree if
-value(v) > rate * dT(v), with value(v) the probability that it is accepted (the product of the chances along its path),
-dT(v) the time it adds, and rate the tokens per second of such steps (as EVICT, 2605.00342, and DSpark's scheduler,
-2607.05147, choose). A pass's time does not grow evenly with its rows, so all prefixes of the nodes in order of value
-are compared.
+A step gains the tokens that it commits and costs the time of its passes. Tokens per second are maximal if a node joins
+exactly when it yields more tokens than its time would yield elsewhere: a node v belongs to the tree if
+value(v) > rate * dT(v), with value(v) the probability that it is accepted (the product of the probabilities along its
+path), dT(v) the time it adds, and rate the tokens per second of such steps (as in EVICT, 2605.00342, and DSpark's
+scheduler, 2607.05147). The time of a pass is not linear in its rows, so all prefixes of the nodes in order of value are
+compared.
 
-The unit of time is a plain step at the same context. Beside other texts a plain step is a pass of one row each. What a
-text adds to it delays all of them, so it has to bring as much as that time would bring to all: with more texts, nodes
-join less and less, and in the end none.
+The unit of time is a plain step at the same context; in a batch that is a pass of one row per sequence. Every sequence
+waits for the added rows, so a node's gain is weighed against its time multiplied by the batch size. Large batches
+therefore draft nothing.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from mtp_spec.planning.text_memory import TextMemory
 from mtp_spec.speculation import MAX_DEPTH, Speculation
 from mtp_spec.tree import ROOT, TokenTree
 
-# weight of a step in the running means of a text, and of a model's texts
+# weight of a step in the running means of a sequence, and of all sequences of a model
 NEWER, SLOWER = 0.1, 0.02
-# the logarithm of the factor by which a time is taken to differ from the expected one, at most
+# the log-ratio of measured to expected time is clipped to this
 MOST_SURPRISE = log(2.0)
-# for how many measurements of plain steps among drafted ones what was measured before counts
+# weight of the initial measurement, in timed plain steps among drafted ones
 KNOWN = 3
-# what drafting costs several texts beyond its passes, as the logarithm of a factor, before anything was seen; so slowly
-# it is forgotten while none drafts, for it to be tried again
+# prior of the cost of drafting in a batch relative to its passes, as the logarithm of a factor; and the rate at which
+# it decays while no sequence drafts, so that drafting is tried again
 FIRST_BESIDE, FADING = 0.2, 0.0002
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Who shares a text's passes.
+    """Batch context: who shares a sequence's passes.
 
     Attributes:
-        texts: that take a step now, this one included.
-        rows: of the others in the pass that verifies.
-        drafting: of the texts, this one included, those that draft.
+        texts: number of sequences in the step, this one included.
+        rows: the others' rows in the pass that verifies.
+        drafting: number of sequences that draft, this one included.
     """
 
     texts: int = 1
@@ -55,7 +55,7 @@ ALONE = Beside()
 
 
 class Speed:
-    """How the times of now differ from those measured before: a factor for verifying, ratios to it for the others."""
+    """Corrects measured times to current ones: by a factor for verifying, and ratios to that factor for the rest."""
 
     def __init__(self) -> None:
         self._verify = Correction()
@@ -63,12 +63,12 @@ class Speed:
         self._probes = 0
 
     def factor(self, kind: str) -> float:
-        """Returns the factor of passes of several rows ("verify"), of one ("plain"), of drafting ("draft"), or of
-        everything that drafting costs besides verifying where several texts do ("beside")."""
+        """Returns the factor of passes with several rows ("verify") or one ("plain"), of drafting ("draft"), or of all
+        costs of drafting other than verifying in a batch ("beside")."""
         return self._verify.factor * (self._ratios[kind].factor if kind != "verify" else 1.0)
 
     def learn(self, kind: str, measured: float, expected: float) -> None:
-        """Takes a time beside the expected one, which includes the factor."""
+        """Learns from a measured time and the expected one, which includes the factor."""
         found = surprise(measured, expected, MOST_SURPRISE)
         if kind != "verify":
             self._ratios[kind].follow(found, NEWER if kind == "beside" else SLOWER)
@@ -76,27 +76,27 @@ class Speed:
             self._verify.follow(found, NEWER)
 
     def learn_probe(self, measured: float, expected: float) -> None:
-        """Takes the time of a plain step among drafted ones: how it differs from theirs, which are known."""
+        """Learns the ratio of plain steps from one among drafted steps, whose own factor is known."""
         self._probes += 1
         weight = max(NEWER, 1.0 / (KNOWN + self._probes))
         self._ratios["plain"].follow(surprise(measured, expected, MOST_SURPRISE), weight)
 
     def fade(self, kind: str) -> None:
-        """Forgets a little of a ratio that cannot be learned now."""
+        """Decays a ratio slightly while it cannot be learned."""
         self._ratios[kind].fade(FADING)
 
 
 class NodePlan:
-    """One step of one text; see `fixed_plan.TreePlan`. Scores are the chances that nodes are accepted.
+    """One step of one sequence; see `fixed_plan.TreePlan`. Scores are the nodes' acceptance probabilities.
 
     Attributes:
-        doubted: whether drafting has to show that it pays.
-        probing: whether the step is plain only for its time to be seen.
+        doubted: whether drafting has to prove that it pays.
+        probing: whether the step is plain only in order to time it.
         drafting: time of drafting so far, in plain steps.
-        catching_up: the part of it that plain steps before have caused.
+        catching_up: the part of it that earlier plain steps have caused.
         plain: seconds of a plain step.
-        leads: for each node with children the lead of the best of them, and their depth.
-        tree: that is verified, once chosen.
+        leads: for each node with children, the lead of the best one and their depth.
+        tree: the tree that is verified, once chosen.
     """
 
     root = 1.0
@@ -111,7 +111,7 @@ class NodePlan:
         self.plain = times.verify(beside.texts, self._context) * speed.factor(
             "plain" if beside.texts == 1 else "verify"
         )
-        # its own row and the others' are there in any case
+        # the time of a pass with this sequence's root and all rows of the others
         self._given = self.plain
         if beside.texts > 1:
             self._given = times.verify(beside.rows + 1, self._context) * speed.factor("verify")
@@ -131,7 +131,7 @@ class NodePlan:
 
     @property
     def nodes(self) -> int:
-        """Those that are verified."""
+        """Number of nodes that are verified."""
         return len(self.tree)
 
     def expand(self, scores: Sequence[float], nodes: int) -> list[int]:
@@ -152,7 +152,7 @@ class NodePlan:
         return sorted(order[: found[1]])
 
     def score(self, node: int, score: float, children: Children, depth: int) -> list[float]:
-        """Returns the chances of a node's children, without those that cannot pay."""
+        """Returns the acceptance probabilities of a node's children, without those that cannot pay."""
         memory, lead = self.memory, children.lead()
         best = memory.confidence.chance(lead, depth)
         self.leads[node] = (lead, depth)
@@ -168,12 +168,12 @@ class NodePlan:
         return chances
 
     def choose(self, tree: TokenTree, scores: Sequence[float]) -> list[int]:
-        """Returns the nodes worth verifying, and settles what is expected of the step."""
+        """Returns the nodes worth verifying, and sets the expected tokens and time of the step."""
         order = sorted(range(len(tree)), key=lambda node: (-scores[node], node))
         chain = [node for node in order if not any(tree.ranks[step] for step in tree.path(node))]
         found = [self._prefix(nodes, scores, chain) for nodes in (chain, order)]
         kept, self.tokens, time = max(found, key=lambda one: one[1] - self.memory.rate * one[2])
-        if self.doubted and chain and not kept:  # only a verified draft tells, and the best child tells most
+        if self.doubted and chain and not kept:  # only a verified draft gives evidence, and the best child gives most
             kept, self.tokens, time = chain[:1], 1.0 + scores[chain[0]], self.drafting + self._pass(2)
         self.seconds, kept = time * self.plain, sorted(kept)
         numbers = {ROOT: ROOT, **{node: number for number, node in enumerate(kept)}}
@@ -184,7 +184,7 @@ class NodePlan:
     def _prefix(
         self, nodes: list[int], chances: Sequence[float], chain: Sequence[int]
     ) -> tuple[list[int], float, float]:
-        """Returns the first so many nodes that gain most, with tokens and time of their step."""
+        """Returns the prefix of nodes with the largest gain, and the tokens and time of its step."""
         rate, tokens, found, tree = self.memory.rate, 1.0, (list[int](), 1.0, 1.0 + self.drafting), False
         for count, node in enumerate(nodes, start=1):
             tree = tree or node not in chain
@@ -195,7 +195,7 @@ class NodePlan:
         return found
 
     def _pass(self, rows: int, tree: bool = False) -> float:
-        """Returns the time of a step whose pass has so many rows of this text."""
+        """Returns the time of a step, without drafting, whose pass has `rows` rows of this sequence."""
         context, beside = self._context, self.beside
         seconds = self._times.verify(beside.rows + rows, context)
         if tree:
@@ -203,7 +203,7 @@ class NodePlan:
         return 1.0 + beside.texts * (seconds * self._speed.factor("verify") - self._given) / self.plain
 
     def _drafts_share(self) -> float:
-        """Returns the factor from seconds of joint drafting to this text's part of what it costs all."""
+        """Returns the factor from seconds of joint drafting to this sequence's share of the cost to the batch."""
         factor = self._speed.factor("draft" if self.beside is ALONE else "beside")
         return factor / self.plain * self.beside.texts / self.beside.drafting
 
@@ -211,9 +211,9 @@ class NodePlan:
         return self._times.level(self.beside.drafting * leaves, self._context) * self._drafts_share()
 
     def row(self, nodes: int) -> float:
-        """Returns the time of one more row beside a chain of nodes."""
+        """Returns the time of one more row in a chain of nodes."""
         return self._pass(nodes + 2) - self._pass(nodes + 1)
 
     def _branch(self, nodes: int) -> float:
-        """Returns the time of one more row that makes the chain a tree."""
+        """Returns the time of one more row that turns the chain into a tree."""
         return self._pass(nodes + 2, tree=True) - self._pass(nodes + 1)

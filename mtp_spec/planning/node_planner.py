@@ -1,8 +1,8 @@
 """Plans trees node by node: what "auto" and `Speculation(adaptive=True)` do on a CPU.
 
-Trees grow while they are drafted (`node_plan`), by what drafts promise (`confidence`) and what passes take on this
-machine (`costs`). Whether a step drafts at all is the governor's (`governor`). What steps bring and take is learned
-here, by each text and by the texts of a model together. Nothing here ever changes the text.
+Trees grow while they are drafted (`node_plan`), guided by the drafts' estimated acceptance (`confidence`) and the times
+of passes on this machine (`costs`). The governor decides whether a step drafts at all (`governor`). Tokens and times of
+steps are learned here, for each sequence and for all sequences of a model. Nothing here changes the generated text.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from mtp_spec.planning.text_memory import TextMemory
 from mtp_spec.speculation import MAX_DEPTH
 from mtp_spec.tree import ROOT
 
-# before anything was seen: tokens in the time of a plain step, and the chance of a best child
+# priors: tokens in the time of a plain step, and the probability of the best child
 FIRST_RATE, FIRST_CHANCE = 1.3, 0.7
-# beside others drafting must promise so much more than plain decoding, as their times are guessed from fewer rows;
-# chains that are tried for that; and in how many steps
+# in a batch: how much faster than plain decoding drafting must seem, as times are extrapolated from fewer rows; the
+# deepest chain considered for that; and the steps within which catching up must pay off
 CLEAR_GAIN, TRIED_DEPTH, SOON = 1.05, 4, 32
-# while drafting is paused the time of one plain step in so many is looked at; while it is not, one step in so many,
-# times the fourth power of the rate, is plain to be looked at, the first soon
+# While drafting is paused, one plain step in LOOKED is timed. Otherwise one step in PROBED, times the fourth power of
+# the rate, is made plain in order to time it, the first one after FIRST_PROBE steps.
 LOOKED, PROBED, FIRST_PROBE = 16, 16, 3
 
 
 class NodePlanner:
-    """What the texts of a loaded model have taught; see `base.Planner`.
+    """Plans for all sequences of a loaded model and learns from them; see `base.Planner`.
 
     Args:
-        times: of the passes on this machine.
+        times: measured times of the passes on this machine.
     Attributes:
-        rate: tokens in the time of a plain step, of drafted steps.
-        debt: what drafting lost to plain decoding at the end of the last text.
-        saved: what was saved for tries since drafting is paused.
-        unseen: drafted steps since a plain step was looked at.
-        best: the chance of a best child.
+        rate: tokens that drafted steps yield in the time of a plain step.
+        debt: what drafting had lost to plain decoding after the last drafted step.
+        saved: what has been saved for tries while drafting is paused.
+        unseen: drafted steps since a plain step was timed.
+        best: running mean of the best child's probability.
     """
 
     def __init__(self, times: StepTimes) -> None:
@@ -49,8 +49,8 @@ class NodePlanner:
         self.unseen = round(PROBED * FIRST_RATE**4) - FIRST_PROBE
 
     def begin(self) -> TextMemory:
-        """Returns what a new text begins with."""
-        # what texts save for tries is theirs together: short ones could not pay for one each
+        """Returns the initial memory of a new sequence."""
+        # savings for tries are shared by all sequences: a short one could not pay for a try of its own
         pace, plain = Pace(self.debt, saved=self.saved), self.times.verify(1, 0) * self.speed.factor("plain")
         return TextMemory(pace, self.confidence.for_text(), self.rate, self.best, plain)
 
@@ -77,13 +77,13 @@ class NodePlanner:
         return plans
 
     def _pays(self, sequences: Sequence[Standing]) -> bool:
-        """Returns whether texts would gain if each drafted the best chain, with chances as they were so far."""
+        """Returns whether a batch gains if every sequence drafts the best chain, at the mean probability so far."""
         times, best, texts, context = self.times, self.best, len(sequences), _context(sequences)
         pending = sum(one.pending for one in sequences if one.limits is not None)
         verify, draft = self.speed.factor("verify"), self.speed.factor("beside")
         plain = times.verify(texts, context) * verify
         tokens, drafting = 1.0, 0.0
-        if pending > texts * MAX_DEPTH:  # after plain steps: catching up has to pay soon
+        if pending > texts * MAX_DEPTH:  # after plain steps the modules must catch up, which has to pay off soon
             drafting = draft * times.extend(pending, context) / SOON
         for depth in range(1, TRIED_DEPTH + 1):
             tokens += best**depth
@@ -95,7 +95,7 @@ class NodePlanner:
         return False
 
     def _plan(self, one: Standing, memory: TextMemory, beside: Beside) -> TreePlan:
-        """Returns the plan of one text's step; a `FixedPlan` where nothing is to be learned from it."""
+        """Returns the plan of one sequence's step; a `FixedPlan` if nothing is to be learned from it."""
         pace = memory.pace
         memory.steps += 1
         idle = memory.steps % LOOKED > 0 and pace.saving()
@@ -105,7 +105,7 @@ class NodePlanner:
         plan = NodePlan(one, memory, beside, self.times, self.speed)
         memory.plain = plan.plain
         if pace.paused:
-            memory.rate = 1.0  # what the time would bring elsewhere is plain decoding
+            memory.rate = 1.0  # the alternative use of the time is plain decoding
         drafts = pace.drafts(plan.catching_up)
         self.saved = pace.saved
         plan.probing = drafts and self._probes(plan)
@@ -113,9 +113,9 @@ class NodePlanner:
         return plan
 
     def _probes(self, plan: NodePlan) -> bool:
-        """Returns whether a step is plain so that its time is seen, though drafting is thought to pay.
+        """Returns whether a step is made plain in order to time it, although drafting seems to pay.
 
-        Otherwise a plain step that seemed slow once would seem so for good.
+        Otherwise plain steps that were once measured as slow would be thought slow forever.
         """
         if plan.beside is not ALONE or plan.memory.pace.paused:
             return False
@@ -125,10 +125,10 @@ class NodePlanner:
         self.unseen = 0
         return True
 
-    # what came of it
+    # learning
 
     def learn(self, plan: Sequence[TreePlan], outcome: Outcome) -> None:
-        """Takes what came of a step of sequences with these plans."""
+        """Learns from the outcome of a step with these plans."""
         seconds = outcome.seconds
         for one, path in zip(plan, outcome.paths, strict=True):
             if isinstance(one, NodePlan) and path is not None:
@@ -137,7 +137,7 @@ class NodePlanner:
             self._learn_times(plan, seconds)
 
     def _learn_text(self, plan: NodePlan, path: Sequence[int], seconds: Seconds | None) -> None:
-        """Takes what came of one text; `seconds` are its own."""
+        """Learns from one sequence's outcome; `seconds` are given if it ran alone."""
         if plan.levels:
             if seconds is not None:
                 self.speed.learn("draft", seconds.drafting, plan.drafting * plan.plain)
@@ -151,7 +151,7 @@ class NodePlanner:
             self.speed.learn("verify" if plan.nodes else "plain", rest, expected)
 
     def _judge(self, plan: NodePlan, path: Sequence[int]) -> None:
-        """Learns chances, and whether drafting pays."""
+        """Learns acceptance probabilities, and whether drafting pays."""
         memory, tree, judged = plan.memory, plan.tree, list[Judged]()
         for node in (ROOT, *path):
             children = tree.children(node)
@@ -164,7 +164,7 @@ class NodePlanner:
         memory.promised += promised - NEWER * memory.promised
         memory.kept += len(path) - NEWER * memory.kept
         tokens = 1.0 + promised * memory.kept / memory.promised
-        # what came is less certain than what was expected, but it counts where expectations are in doubt
+        # actual tokens are noisier than expected ones, but they count while the expectations are in doubt
         memory.pace.record((1.0 + len(path) if plan.doubted else tokens) - (time - plan.catching_up))
         self.debt = memory.pace.debt
         rate = max(1.0, tokens / time)
@@ -172,7 +172,7 @@ class NodePlanner:
         self.best = _mean(self.best, memory.best, SLOWER)
 
     def _learn_times(self, plans: Sequence[TreePlan], seconds: Seconds) -> None:
-        """Takes the times of a step of several texts."""
+        """Learns from the times of a batch's step."""
         context, times = _context([plan.standing for plan in plans]), self.times
         rows, verify = sum(plan.nodes + 1 for plan in plans), self.speed.factor("verify")
         self.speed.learn("verify", seconds.verifying, times.verify(rows, context) * verify)

@@ -1,12 +1,12 @@
-"""Which captured step comes next on a GPU: what "auto" and `Speculation(adaptive=True)` do there.
+"""Chooses the next captured step on a GPU: what "auto" and `Speculation(adaptive=True)` do there.
 
-A captured step has one shape, so the choice is among a few of them: plain decoding and trees of growing depth. Each
-brings some tokens, by the chances of its nodes learned from the text, and takes some time, measured when it was
-captured and again whenever it runs. The shape with most tokens per second is taken. Because a shape teaches nothing
-about depths it does not reach, a deeper one runs now and then; because plain steps teach nothing at all, a drafted one
-is tried now and then; what both lose is a fixed share of the time.
+A captured step has a fixed shape, so the choice is among a few: plain decoding and trees of growing depth. The expected
+tokens of a shape follow from the acceptance probabilities of its nodes, learned from the sequence, and its time is
+measured at capture and again whenever it runs. The shape with most tokens per second is chosen. Exploration: a deeper
+shape is tried now and then, because a shallow one says nothing about deeper drafts, and so is a drafted step among
+plain ones, which say nothing at all. Both together cost a fixed share of the time.
 
-Nothing here changes the text: it decides in the host's time, while the GPU is busy with the steps before.
+Nothing here changes the generated text. The host decides while the GPU is busy with earlier steps.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from mtp_spec.planning.governor import ALLOWED, LEAST_PRICE, Pace
 from mtp_spec.tree_shape import TreeShape
 
 PLAIN = 0
-# plain steps that a text may lose again of what drafting has won it, before it pauses
+# how much of its gain from drafting, in plain steps, a sequence may lose again before drafting pauses
 CREDIT = 8.0
-# steps are plain where the best tree is expected to bring less than this part of plain decoding's tokens per second
+# steps are plain if the best tree is expected to reach less than this fraction of plain decoding's tokens per second
 LOSING = 0.95
-# texts side by side end with the slowest of them, which accepts less than their mean: what drafting must promise more
-# with every doubling of their number
+# a batch ends with its slowest sequence, which accepts less than average: the additional gain that drafting must
+# promise for each doubling of the batch
 LAG = 0.02
-# weights of a step's time in the corrections: of its shape, and of all; and how far from the expected one, as the
-# logarithm of a factor, it is taken to be at most
+# weights of a step's time in the corrections of its shape and of all shapes; and the bound to which its log-ratio to
+# the expected time is clipped
 OWN, COMMON, MOST_SURPRISE = 0.1, 0.01, log(1.5)
 
 
 class ShapeTable:
-    """What the texts of a loaded model have taught about some shapes.
+    """What has been learned about a set of shapes from all sequences of a loaded model.
 
     Args:
         shapes: the first is plain decoding.
-        seconds: of each shape's step, measured.
-        settling: seconds that going from drafting to plain steps takes.
-        catching_up: and of going back, by the most rows that the MTP modules then read.
-        chances: what was learned beside steps of other times; None: nothing yet.
+        seconds: measured time of each shape's step.
+        settling: seconds for the switch from drafting to plain steps.
+        catching_up: seconds for the switch back, by the most rows that the MTP modules then read.
+        chances: acceptance rates learned earlier, with other step times; None if there are none yet.
 
     Raises:
         ValueError: the first shape has nodes, or the numbers do not match.
@@ -58,29 +58,29 @@ class ShapeTable:
         self.shapes, self._seconds = tuple(shapes), tuple(seconds)
         self._settling, self._catching_up = settling, sorted(catching_up.items())
         self.chances, self.debt = chances or Chances(MODEL_MEMORY), 0.0
-        # all shapes are slower than measured by one factor (longer contexts), each by one of its own
+        # one factor is common to all shapes (longer contexts are slower), another is each shape's own
         self._common, self._own = Correction(), [Correction() for _ in shapes]
 
     def seconds(self, shape: int) -> float:
-        """Returns the seconds expected of a shape's step."""
+        """Returns the expected seconds of a shape's step."""
         return self._seconds[shape] * self._common.factor * self._own[shape].factor
 
     def relative(self, shape: int) -> float:
-        """Returns the time of a shape's step, a plain step being 1."""
+        """Returns the time of a shape's step, in plain steps."""
         return self.seconds(shape) / self.seconds(PLAIN)
 
     def switching(self, behind: int) -> float:
-        """Returns the time of going from plain steps to drafting and back, in plain steps.
+        """Returns the time of switching from plain steps to drafting and back, in plain steps.
 
         Args:
-            behind: rows that the MTP modules have not read; the drafting step itself reads one.
+            behind: rows that the MTP modules have not processed; the drafting step itself processes one.
         """
         passes = ((0, 0.0), *self._catching_up)
         reading = next((seconds for rows, seconds in passes if behind - 1 <= rows), passes[-1][1])
         return (self._settling + reading) / self._seconds[PLAIN]
 
     def learn(self, shape: int, seconds: float) -> None:
-        """Takes the seconds that a shape's step took."""
+        """Learns from the seconds of a shape's step."""
         found = surprise(seconds, self.seconds(shape), MOST_SURPRISE)
         self._common.follow(found, COMMON)
         self._own[shape].follow(found, OWN)
@@ -91,10 +91,10 @@ class ShapeBatch:
     """The sequences that take a step of one shape together.
 
     Attributes:
-        table: of so many.
-        texts: how many they are.
-        left: tokens that the longest of them may still get.
-        behind: rows of theirs that the MTP modules have not read.
+        table: the shapes for this number of sequences.
+        texts: number of sequences.
+        left: most tokens that any of them may still generate.
+        behind: their rows that the MTP modules have not processed.
     """
 
     table: ShapeTable
@@ -105,12 +105,13 @@ class ShapeBatch:
 
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """Which shape a step has.
+    """The shape of a step.
 
     Attributes:
-        table: that it was chosen from.
-        shape: its number there.
-        tokens, seconds: expected of the step.
+        table: the shapes that it was chosen from.
+        shape: its index there.
+        tokens: expected number of tokens from the step.
+        seconds: expected time of the step.
     """
 
     table: ShapeTable
@@ -120,16 +121,16 @@ class ShapePlan:
 
 
 class ShapePlanner:
-    """Chooses the shapes of one text, or of several that take their steps together; see `base.Planner`.
+    """Chooses the shapes of one sequence, or of a batch that steps together; see `base.Planner`.
 
     Args:
-        table: what earlier texts have taught.
+        table: what was learned from earlier sequences.
     """
 
     def __init__(self, table: ShapeTable) -> None:
         self._chances = Chances(TEXT_MEMORY, table.chances)
         self._pace = Pace(table.debt, CREDIT)
-        self._saved = 0.0  # for looking deeper
+        self._saved = 0.0  # for trying deeper shapes
 
     def plan(self, batch: ShapeBatch) -> ShapePlan:
         """Returns the shape of the next step."""
@@ -145,7 +146,7 @@ class ShapePlanner:
         least = LOSING if batch.texts == 1 else 1.0 + LAG * log2(batch.texts)
         losing, switching = rate < least, table.switching(batch.behind)
         if batch.behind > 1 and not losing and rate > 1.0 and batch.left * (1.0 - 1.0 / rate) < switching:
-            return PLAIN  # what is left to win is less than what beginning again costs
+            return PLAIN  # the rest is too short to win back the cost of the switch
         if not self._pace.drafts(switching, losing):
             return PLAIN
         if best + 1 < len(table.shapes):
@@ -157,7 +158,7 @@ class ShapePlanner:
         return best
 
     def learn(self, plan: ShapePlan, outcome: Outcome) -> None:
-        """Takes what came of a step; without paths its seconds only."""
+        """Learns from the outcome of a step; only its seconds if there are no paths."""
         table, shape = plan.table, plan.table.shapes[plan.shape]
         if outcome.seconds is not None:
             table.learn(plan.shape, outcome.seconds.step)
@@ -167,7 +168,7 @@ class ShapePlanner:
         for path, times in Counter(paths).items():
             for chances in (self._chances, table.chances):
                 chances.learn(shape, path, times, len(paths))
-        # half chance, half expectation: either alone pauses too early or too late
+        # the mean of actual and expected tokens: either alone pauses too early or too late
         tokens = (1.0 + sum(map(len, paths)) / len(paths) + self._chances.tokens(shape)) / 2.0
         self._pace.record(tokens - table.relative(plan.shape))
         table.debt = max(0.0, self._pace.debt)

@@ -1,7 +1,7 @@
-"""Measurements kept from run to run in the user's cache directory.
+"""Stores measurements between runs in the user's cache directory.
 
-A file holds what it was measured on and with. It counts only for the same; anything else, an unreadable file included,
-is measured again and replaced.
+A file records what was measured on which machine and with which versions. If any of this differs, or the file cannot
+be read, the measurement is repeated and the file replaced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def subject_of(model: HostModel | DeviceModel) -> dict[str, Any]:
 
 
 def times_subject(model: HostModel, technique: Technique) -> dict[str, Any]:
-    """Returns what a model's step times depend on, with torch's present number of threads."""
+    """Returns what a model's step times depend on, torch's current number of threads included."""
     return {
         **subject_of(model), "threads": torch.get_num_threads(), "rows": technique, "ranks": model.ranks.size,
         "passes": PASSES, "runs on": model.runs_on, "stored": model.stored,
@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def read(subject: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns what was kept about a subject by this version of the library and of torch, or None."""
+    """Returns the values stored for a subject by these versions of the library and of torch, or None."""
     try:
         document = json.loads(file_of(subject).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -72,7 +72,7 @@ def read(subject: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def write(subject: dict[str, Any], values: dict[str, Any]) -> None:
-    """Keeps values about a subject; warns where that is not possible."""
+    """Stores values for a subject; warns if that is not possible."""
     try:
         file = file_of(subject)
         part = file.with_name(f"{file.name}.{os.getpid()}.part")
@@ -87,7 +87,7 @@ def write(subject: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def file_of(subject: dict[str, Any]) -> Path:
-    """Returns where values about a subject are kept."""
+    """Returns the file for the values of a subject."""
     name = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "times" / f"{name}.json"
 

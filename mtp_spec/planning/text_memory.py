@@ -1,24 +1,25 @@
-"""What the steps of one text have taught its planner so far."""
+"""What a planner has learned from the steps of one sequence."""
 
 from __future__ import annotations
 
 from mtp_spec.planning.confidence import Confidence
 from mtp_spec.planning.governor import Pace
 
-# accepted tokens that the promise of the chances counts for before a text has shown whether it is kept
+# prior weight, in accepted tokens, of the assumption that the estimated probabilities are right
 TRUSTED = 3.0
 
 
 class TextMemory:
-    """Begins where earlier texts of the model left off.
+    """Starts from what earlier sequences of the model have taught.
 
     Args:
-        rate: tokens in the time of a plain step, of drafted steps.
-        best: the chance of a best child.
+        rate: tokens that drafted steps yield in the time of a plain step.
+        best: running mean of the best child's probability.
         plain: seconds of a plain step.
     Attributes:
-        steps: planned so far.
-        promised, kept: running sums of accepted tokens, expected and found.
+        steps: number of steps planned so far.
+        promised: running sum of the expected accepted tokens.
+        kept: running sum of the accepted tokens.
     """
 
     def __init__(self, pace: Pace, confidence: Confidence, rate: float, best: float, plain: float) -> None:

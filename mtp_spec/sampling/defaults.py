@@ -1,7 +1,7 @@
 """Sampling defaults: the library's own, or those of the checkpoint's generation_config.json (`defaults="checkpoint"`).
 
-The file is read as transformers and vLLM do: what it says of sampling is the default of options that the caller leaves
-out. Keys that would change texts and have no counterpart here are refused by name, not dropped.
+The file is read as in transformers and vLLM: its sampling parameters are the defaults of options that the caller does
+not give. Keys that would change the text and have no counterpart here are rejected by name, not ignored.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mtp_spec.sampling.params import SamplingParams
 
 CHOICES = ("library", "checkpoint")
 FILE = "generation_config.json"
-# where any of these is given, tokens are drawn, at temperature 1 if none is named
+# if any of these is given, tokens are sampled, by default at temperature 1
 DRAWN = ("temperature", "top_p", "top_k", "min_p")
 SAME = (*DRAWN, "repetition_penalty", "presence_penalty", "frequency_penalty", "max_new_tokens", "min_new_tokens")
 RENAMED = {"stop_strings": "stop"}
-# what changes texts and has no counterpart, and the values that switch it off beside null
+# keys that change the text and have no counterpart, and the values other than null that switch them off
 REFUSED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (0,), "typical_p": (1,), "epsilon_cutoff": (0,),
     "eta_cutoff": (0,), "top_h": (), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
@@ -34,16 +34,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 class Defaults:
-    """What options are where the caller says nothing.
+    """Values of options that the caller does not give.
 
     Args:
-        file: the checkpoint's generation_config.json, which need not exist; None: the model has no folder.
+        file: the checkpoint's generation_config.json, which need not exist; None if the model has no folder.
         choice: "library" or "checkpoint", for calls that do not choose.
         vocab_size: of the model.
 
     Raises:
         OptionError: another choice, or "checkpoint" without the file.
-        CheckpointError: a file that is asked for is unreadable, or has a value that is not possible; it names both.
+        CheckpointError: the requested file is unreadable or has an impossible value; the message names file and value.
     """
 
     def __init__(self, file: Path | None = None, choice: object = "library", vocab_size: int | None = None) -> None:
@@ -54,13 +54,13 @@ class Defaults:
             self.checkpoint()
 
     def applied(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns options with the defaults that `defaults=` among them asks for; what is given wins."""
+        """Returns options completed by the defaults that their `defaults=` selects; given values win."""
         given = dict(options)
         choice = self._checked(given.pop("defaults", self.choice))
         return given if choice == "library" else {**self.checkpoint(), **given}
 
     def checkpoint(self) -> dict[str, Any]:
-        """Returns the options that the checkpoint's file gives."""
+        """Returns the options in the checkpoint's file."""
         if self._found is None:
             if self._file is None or not self._file.is_file():
                 where = "this model has no folder" if self._file is None else f"{self._file.parent} has no {FILE}"
@@ -84,7 +84,7 @@ class Defaults:
 
 
 def _options(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a file says in this library's names."""
+    """Returns a file's options under this library's names."""
     for name, off in REFUSED.items():
         if name in given and not any(type(given[name]) is not bool and given[name] == value for value in off):
             raise CheckpointError(f"{file}: {name}={given[name]!r} has no counterpart here: leave defaults out and "

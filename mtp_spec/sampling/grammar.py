@@ -1,8 +1,8 @@
 """Texts that follow a grammar: JSON, a JSON schema, a regular expression or a Lark grammar (`response_format=`).
 
-Tokens that would leave the grammar are removed from every row, of drafts too; once the text is whole only the
-end-of-sequence tokens are left. llguidance, an optional package, compiles grammars and computes the masks; its matchers
-are copied where a draft tree branches, so that nothing is parsed twice.
+Tokens that would violate the grammar are removed from every row, those of drafts included; once the text is complete
+only end-of-sequence tokens are left. llguidance, an optional package, compiles grammars and computes the masks; its
+matchers are copied at every branch of a draft tree, so that nothing is parsed twice.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from mtp_spec.text import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-# between the parts of a JSON text: one blank, or a new line and its indentation. Without a bound a weak model may write
-# blanks to the end
+# whitespace between the parts of JSON: one blank, or a new line and its indentation. Without a bound a weak model may
+# generate blanks until the end
 BLANKS = r" |\n[ \t]{0,24}"
 KEPT_GRAMMARS = 16
 
 
 @dataclass(slots=True)
 class _State:
-    """A path of the text: where the grammar stands after it, and which tokens may follow, bits, once asked for."""
+    """The grammar's state after a path, and the mask of allowed tokens once computed."""
 
     matcher: LLMatcher
     mask: npt.NDArray[np.uint8] | None = None
@@ -68,7 +68,7 @@ class GrammarProcessor(Masking):
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer; the latest are kept.
+    """Compiles grammars for one tokenizer; the most recent are cached.
 
     Args:
         vocab_size: width of the logits; ids beyond the tokenizer's are never allowed.

@@ -1,7 +1,7 @@
 """Counter-based Gumbel noise: a pure function of (seed, position, token).
 
-The same triple gives the same number whichever row, tree, batch or drafter asks for it, so a token drawn as
-``argmax(logits + noise)`` does not depend on how the text was speculated (DESIGN contract 1).
+The same triple gives the same number for every row, tree, batch or drafter, so a token drawn as
+``argmax(logits + noise)`` does not depend on speculation.
 
 Generator: Philox4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), as NumPy computes
 it. The key is (seed, 0), the counter (1 + token // 8, position, 0, 0); the four 64-bit words of a counter serve eight
@@ -27,7 +27,7 @@ Float32Array = npt.NDArray[np.float32]
 _LIMIT = 1 << 64
 # the largest uniform is the largest float32 below 1, which keeps every value finite in single precision too
 _MAX_UNIFORM = 1.0 - 2.0**-24
-# a draft, its verification and its siblings ask for the same positions
+# a draft, its siblings and its verification use the same positions
 _CACHED_ROWS = 32
 
 

@@ -1,6 +1,6 @@
-"""How tokens are drawn and when a text ends: `SamplingParams`.
+"""`SamplingParams`: how tokens are sampled and when generation ends.
 
-Every value is checked here, once, with a message that names the option, what was given and what is allowed. Nothing
+Every value is checked here, once, with a message that names the option, the given value and the allowed ones. Nothing
 is corrected silently.
 """
 
@@ -20,13 +20,13 @@ from mtp_spec.option_checks import LARGEST, as_float, integer, invalid, real, un
 from mtp_spec.sampling.processors import LogitsProcessor, Processor, resolve_processors
 from mtp_spec.sampling.seeds import checked_seed
 
-# formats of a text, and what each needs to be told
+# response formats, and the key that each of them needs
 RESPONSE_FORMATS = {"json_object": None, "json_schema": "schema", "regex": "regex", "lark": "lark"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn and when generation ends; checked on construction.
+    """How tokens are sampled and when generation ends; checked on construction.
 
     Args:
         max_new_tokens: at most this many tokens are generated, 1 or more.
@@ -34,23 +34,23 @@ class SamplingParams:
         top_p: keep the smallest set of most probable tokens with at least this mass, in (0, 1]; 1 is off.
         top_k: keep the k most probable tokens; 0 is off, a value beyond the vocabulary keeps all of it.
         min_p: keep tokens at least this fraction as probable as the best one, in [0, 1]; 0 is off.
-        repetition_penalty: divides positive (multiplies negative) logits of tokens of prompt and text; 1 is off.
+        repetition_penalty: divides positive (multiplies negative) logits of tokens in prompt or text; 1 is off.
         presence_penalty: subtracted from the logit of every token already generated; 0 is off.
         frequency_penalty: subtracted once for each time the token was generated; 0 is off.
         logit_bias: token id -> number added to its logit; -inf forbids the token.
         seed: 0 .. 2**64 - 1; the same seed gives the same text with or without speculation. None draws a fresh one,
             below 2**53, which the result reports.
-        stop: a string, or several; generation ends before the first one to appear, in the text or in the text with its
+        stop: a string, or several; generation ends before the first one that appears in the text, with or without
             special tokens written out.
-        stop_token_ids: token ids that end the text beside the model's own end-of-sequence tokens; they do not belong to
-            it.
-        ignore_eos: the model's end-of-sequence tokens are tokens like others; only `stop_token_ids`, `stop` and the
+        stop_token_ids: token ids that end the text in addition to the model's own end-of-sequence tokens; they are not
+            part of it.
+        ignore_eos: treat the model's end-of-sequence tokens as ordinary tokens; only `stop_token_ids`, `stop` and the
             length end the text.
-        min_new_tokens: a text has at least so many tokens: until then no token may end it, and a stop string that
-            begins there is part of it.
+        min_new_tokens: at least this many tokens are generated: until then no token may end the text, and a stop string
+            that begins there is part of it.
         logprobs: 0 is off; n reports each token's log-probability and the n best alternatives.
         logits_processor: a function of (ids so far, logits `[V]`) that returns logits, a `LogitsProcessor` with a
-            state of its own, or a list of these; called for every row, also of drafts.
+            state of its own, or a list of these; called for every row, those of drafts included.
         response_format: the grammar that the text follows: {"type": "json_object"}, {"type": "json_schema", "schema":
             {...}}, {"type": "regex", "regex": "..."} or {"type": "lark", "lark": "..."}; needs mtp-spec[grammar].
 
@@ -128,7 +128,7 @@ class SamplingParams:
 
     @property
     def known_seed(self) -> int:
-        """The seed of a text that is being drawn: a `Sampler` has drawn it where none was given.
+        """The seed, which a `Sampler` has drawn if none was given.
 
         Raises:
             OptionError: none was given or drawn.
@@ -138,7 +138,7 @@ class SamplingParams:
         return self.seed
 
     def ends(self, model_ends: frozenset[int]) -> frozenset[int]:
-        """The tokens that end a text, where these are the model's own."""
+        """The tokens that end a text, given the model's own."""
         own = () if self.stop_token_ids is None else self.stop_token_ids
         assert not isinstance(own, int)  # a tuple since construction
         return frozenset(own) if self.ignore_eos else model_ends | frozenset(own)
@@ -150,11 +150,11 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether tokens are the best of their row, without noise."""
+        """Whether every token is the best of its row, without noise."""
         return self.temperature == 0.0
 
     def validate(self, vocab_size: int) -> None:
-        """Check what depends on the model.
+        """Checks what depends on the model.
 
         Raises:
             OptionError: a token of ``logit_bias`` or ``stop_token_ids`` or the number of ``logprobs`` is beyond the
@@ -174,10 +174,10 @@ class SamplingParams:
 
 
 def expanded_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a call's options with every parameter of `sampling=` in its place.
+    """Returns a call's options with `sampling=` replaced by its parameters.
 
     Raises:
-        OptionError: it is no `SamplingParams`, or one of its parameters is given beside it.
+        OptionError: it is not a `SamplingParams`, or one of its parameters is also given separately.
     """
     given = dict(options)
     params = given.pop("sampling", None)

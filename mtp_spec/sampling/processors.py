@@ -1,8 +1,8 @@
-"""A caller's own changes to the logits, with a state for every path of a draft tree.
+"""Custom logits processors, with a state for every path of a draft tree.
 
-A processor sees the row of every node with that node's own past, as it would see it in plain decoding, so the text
-does not depend on speculation. It is asked about drafts too, and about paths that are not taken: it must be a function
-of its arguments. Rows after a token that ends the text are not shown to it.
+A processor gets the row of every node with that node's own history, as it would in plain decoding, so the text does not
+depend on speculation. It is also called for drafts and for paths that are not accepted, so it must be a pure function
+of its arguments. It is not called for rows after a token that ends the text.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ S = TypeVar("S")
 
 
 class LogitsProcessor(Protocol[S]):
-    """Changes the logits that a token is drawn from; a state of its own choice stands for what came before.
+    """Changes the logits that a token is drawn from; a state of any type represents the tokens before.
 
-    Branches share states: `advance` returns a new one and leaves the old as it was, copied first if it is mutable.
+    Branches share states: `advance` returns a new state and must not change the old one (copy it if it is mutable).
     """
 
     def start(self, prompt_ids: Sequence[int]) -> S:
@@ -55,7 +55,7 @@ class Masking(ABC):
 
     @abstractmethod
     def mask(self, state: Any) -> npt.NDArray[np.uint8]:
-        """Returns which tokens may follow, a bit each, the lowest first. Not to be written to."""
+        """Returns the allowed tokens, one bit each, lowest bit first. The result must not be written to."""
 
 
 class _Stateless:
@@ -93,7 +93,7 @@ class _Chain:
 
 
 def resolve_processors(value: object) -> list[LogitsProcessor[Any]]:
-    """Returns what `logits_processor=` stands for: none, a function, a `LogitsProcessor`, or several of these.
+    """Returns the processors given as `logits_processor=`: none, a function, a `LogitsProcessor`, or a list of these.
 
     Raises:
         OptionError: anything else.
@@ -116,7 +116,7 @@ def _one(value: object) -> LogitsProcessor[Any]:
 
 
 class Trail:
-    """A path as its processor sees it. A state is computed when it is first asked for, and once for all branches."""
+    """The state of a path's processor, computed on first use and once for all branches."""
 
     __slots__ = ("_branches", "_parent", "_processor", "_state", "_stop_ids", "_token")
 
@@ -158,12 +158,12 @@ class Trail:
         if not isinstance(out, Tensor) or out.shape != logits.shape or not out.is_floating_point():
             given = f"{out.dtype} {tuple(out.shape)}" if isinstance(out, Tensor) else repr(out)
             raise OptionError(f"logits_processor returned {given}: a float tensor of shape ({len(row)},) is expected")
-        # what it returned may be its own, and later stages write into the row
+        # copied, because the processor may keep what it returned, and later stages write into the row
         result: Float32Array = (out if out is logits else out.detach().to("cpu", torch.float32, copy=True)).numpy()
         return result
 
     def mask(self) -> npt.NDArray[np.uint8]:
-        """Returns the mask, where the processor is `Masking`."""
+        """Returns the mask of a `Masking` processor."""
         assert isinstance(self._processor, Masking)
         return self._processor.mask(self._resolve())
 

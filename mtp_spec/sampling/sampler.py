@@ -1,7 +1,7 @@
 """From a row of logits to a token, one row at a time.
 
-Plain decoding, verification and drafting all come through here, and a row's result depends on nothing but the row, its
-history and its absolute position. That makes speculative text equal plain text (coupled sampling: notes 5.7, 5.8).
+Plain decoding, verification and drafting all use this code, and a row's result depends only on the row, its history and
+its absolute position. That makes speculative text equal to plain text (coupled sampling).
 All arithmetic is float32 in NumPy on the CPU, which for one row of a vocabulary costs a fraction of the same
 operations in torch; a row on a GPU is copied first.
 
@@ -36,12 +36,12 @@ _MAX_ARGMAX_PASSES = 32
 
 
 class History:
-    """Which tokens a path has seen: the prompt's, and how often each was generated. Immutable.
+    """The tokens of a path: those of the prompt, and how often each was generated. Immutable.
 
     ``child`` shares the counts of its parent, so a history can be kept for every node of a tree.
 
     Args:
-        trail: where the path's logits processor stands; None where there is none.
+        trail: the state of the path's logits processor; None if there is none.
     Attributes:
         length: tokens generated.
     """
@@ -98,12 +98,12 @@ class Sampler:
     """Draws the tokens of one request.
 
     Args:
-        params: sampling parameters; where they have no seed, one is drawn.
+        params: sampling parameters; a seed is drawn if they have none.
         vocab_size: V, the width of the logits.
-        noise: the noise of the request; made from the seed by default.
+        noise: the noise of the request; by default made from the seed.
         processors: further processors, applied before those of ``params``.
-        stop_ids: tokens that end the text; no processor is asked about what would follow them, and they are forbidden
-            before `min_new_tokens`.
+        stop_ids: tokens that end the text; processors are not called for rows after them, and they are forbidden before
+            `min_new_tokens`.
 
     Raises:
         OptionError: a parameter that does not fit the vocabulary, or noise of another width.
@@ -138,12 +138,12 @@ class Sampler:
 
     @property
     def guides(self) -> bool:
-        """Whether what may follow depends on the text in ways that only this class knows."""
+        """Whether the host has to guide rows: by processors, or by forbidding the end of the text."""
         return bool(self.processors) or self.forbids_ends
 
     @property
     def masks(self) -> bool:
-        """Whether that is known without the rows: a grammar at most, no processor that changes them."""
+        """Whether the guidance only masks tokens: there is at most a grammar, no processor that changes rows."""
         return not self.processors or (len(self.processors) == 1 and isinstance(self.processors[0], Masking))
 
     @property
@@ -156,18 +156,18 @@ class Sampler:
         return History(prompt_ids, self.vocab_size, Trail.begin(self.processors, prompt_ids, self._stop_ids))
 
     def process(self, logits_row: torch.Tensor, history: History, position: int | None = None) -> torch.Tensor:
-        """The row that a token is drawn from: unnormalised log-probabilities, removed tokens at -inf.
+        """Returns the row that a token is drawn from: unnormalised log-probabilities, removed tokens at -inf.
 
-        Stages, in order, those switched off skipped: logit bias, repetition penalty, presence and frequency penalty,
-        logits processors (where transformers has them), no end before `min_new_tokens`, temperature, top-k, top-p,
-        min-p. At temperature 0 those from temperature on do not apply; above it the best token is shifted to 0, which
-        loses no precision when the noise is added and changes no probability.
+        The stages, in order, unless switched off: logit bias, repetition penalty, presence and frequency penalty,
+        logits processors (as in transformers), no end before `min_new_tokens`, temperature, top-k, top-p, min-p. At
+        temperature 0 those from temperature on do not apply; above it the best token is shifted to 0, which keeps
+        precision when noise is added and changes no probability.
 
         Args:
             logits_row: [V], any float dtype; left untouched.
             history: the path that leads to this row.
-            position: of the token that is to be drawn from it, where it is the main model's; a row that only proposes
-                drafts may hold anything, and `leaves_nothing` tells.
+            position: of the token that will be drawn, for a row of the main model. A draft row may hold anything; check
+                it with `leaves_nothing`.
 
         Returns:
             [V] float32 on the CPU.
@@ -177,12 +177,12 @@ class Sampler:
         """
         row = self._float_row(logits_row).copy()
         highest = float(row.max())
-        if not math.isfinite(highest):  # looked at before bias, penalties and processors, which may hide it
+        if not math.isfinite(highest):  # checked before bias, penalties and processors, which may hide it
             if position is not None and highest != -math.inf:
                 raise NotFiniteError(str(self._no_token(highest, position)))
             return torch.from_numpy(row)
         row = self._changed(row, history)
-        # a row without a finite best token is left as it is, for draw to report
+        # a row without a finite best token is returned as it is; draw reports it
         if self.params.greedy or not math.isfinite(best := row.max()):
             return torch.from_numpy(row)
         self._scale(row, best)
@@ -196,12 +196,12 @@ class Sampler:
         return torch.from_numpy(row)
 
     def guided(self, logits_row: torch.Tensor, history: History) -> torch.Tensor:
-        """The row after all stages before temperature, for a device that does the others; otherwise as `process`."""
+        """Returns the row after all stages before temperature, for a device that runs the others; see `process`."""
         row = self._float_row(logits_row).copy()
         return torch.from_numpy(self._changed(row, history) if math.isfinite(float(row.max())) else row)
 
     def mask(self, history: History) -> npt.NDArray[np.uint8]:
-        """Where `masks`: which tokens grammar and `min_new_tokens` leave, `[ceil(V / 8)]`, the lowest bit first."""
+        """Returns the tokens that grammar and `min_new_tokens` allow, if `masks`: `[ceil(V / 8)]`, lowest bit first."""
         trail = history.trail
         given = np.full(-(-self.vocab_size // 8), 255, np.uint8) if trail is None else trail.mask()
         if history.length < self.params.min_new_tokens:
@@ -210,7 +210,7 @@ class Sampler:
         return given
 
     def _changed(self, row: Float32Array, history: History) -> Float32Array:
-        """The row, which may be written to, after bias, penalties, processors and the least length."""
+        """Returns the row after bias, penalties, processors and `min_new_tokens`; may write to the given one."""
         if len(self._bias_ids):
             row[self._bias_ids] += self._bias_values
         self._penalise(row, history)
@@ -221,17 +221,17 @@ class Sampler:
         return row
 
     def check(self, logits_row: torch.Tensor, position: int) -> None:
-        """Refuses a row of a model that holds -inf, which only processors may put there; `process` looks for the rest.
+        """Rejects a row of a model that holds -inf, which only processors may put there; `process` checks the rest.
 
         Raises:
-            NotFiniteError: it does.
+            NotFiniteError: it holds one.
         """
         if not math.isfinite(lowest := float(logits_row.min())):
             raise NotFiniteError(f"no token can be drawn at position {position}: the logits contain {lowest}")
 
     def leaves_nothing(self, processed: torch.Tensor) -> bool:
-        """Whether no token can be drawn: all were removed, or one is NaN or +inf. An error in a text, the end of a
-        draft."""
+        """Whether no token can be drawn: all were removed, or one is NaN or +inf. A target row then is an error, a
+        draft row ends the draft."""
         return not math.isfinite(float(processed.max()))
 
     def draw(self, processed: torch.Tensor, position: int) -> int:
@@ -242,7 +242,7 @@ class Sampler:
         """
         scores = self._scores(processed, position)
         best = int(scores.argmax())
-        # argmax stops at the first NaN, so looking at the winner is enough
+        # argmax stops at the first NaN, so checking the winner is enough
         if not math.isfinite(scores[best]):
             raise self._no_token(scores[best], position)
         return best
@@ -250,7 +250,7 @@ class Sampler:
     def top(self, processed: torch.Tensor, position: int, k: int) -> list[int]:
         """The k best tokens of the row plus noise, best first: siblings of a draft tree.
 
-        The first is what ``draw`` returns. Fewer than k come back when fewer tokens are left in the row.
+        The first is what ``draw`` returns. There are fewer than k if fewer tokens are left in the row.
 
         Raises:
             MTPSpecError: the row holds NaN or +inf, or no token is left in it.
@@ -264,14 +264,14 @@ class Sampler:
         return best
 
     def lead(self, processed: torch.Tensor, position: int, best: int) -> float:
-        """By how much the best token's score (row plus noise) exceeds the next one's; inf if it is the only one."""
+        """Returns the lead of the best token's score (row plus noise) over the next; inf if it is the only one."""
         scores = self._scores(processed, position).copy()
         score = scores[best]
         scores[best] = _NEGATIVE_INFINITY
         return float(score - scores.max())
 
     def law(self, processed: torch.Tensor, position: int) -> npt.NDArray[np.float64]:
-        """The distribution `[V]` that tokens are drawn from without coupling; at temperature 0 the best token alone.
+        """Returns the distribution `[V]` for drawing without coupling; at temperature 0 all on the best token.
 
         Raises:
             MTPSpecError: the row holds NaN or +inf, or no token is left in it.

@@ -1,13 +1,13 @@
-"""Seeds: a fresh one where none is given, and one of its own for every text of a call.
+"""Seeds: a fresh one if none is given, and a separate one for every text of a call.
 
-One seed gives every prompt the same noise, which is right for one text and wrong for many: over the texts of a call
-draws would not be independent. So prompt i of a call has the seed `derived_seed(seed, i)`: the first 53 bits of a
+With one seed every prompt would have the same noise, so that draws would not be independent over the texts of a call.
+So prompt i of a call has the seed `derived_seed(seed, i)`: the first 53 bits of a
 generator (Philox4x64-10) with the key (seed, 2) and the counter (1, i, 0, 0); sample i of a prompt (`n=`) derives from
 the prompt's seed in the same way, with the key (seed, 3). The noise of a text has the key (seed, 0), the choices of
-acceptance rules (seed, 1). Number 0 keeps the seed as it is, so that every text can be had again alone with the seed it
-reports.
+acceptance rules (seed, 1). Number 0 keeps the seed unchanged, so that every text can be reproduced alone with the seed
+that it reports.
 
-Seeds that are made here are below 2**53, so that JSON in every language, JavaScript's too, carries them exactly.
+Seeds made here are below 2**53, so that JSON represents them exactly in every language, JavaScript included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mtp_spec.errors import OptionError
 
-LIMIT = 1 << 64  # what a caller may give
+LIMIT = 1 << 64  # seeds given by callers are below
 MADE_BITS = 53
 # second words of the generator's key
 PROMPTS, SAMPLES = 2, 3
@@ -44,7 +44,7 @@ def derived_seed(seed: int, index: int, of: int = PROMPTS) -> int:
 
 
 def checked_seed(value: object) -> int | None:
-    """Returns what `seed=` says of one text.
+    """Returns the checked `seed=` of one text.
 
     Raises:
         OptionError: neither None nor an integer in its range.
@@ -63,8 +63,8 @@ def text_seeds(seed: object, prompts: int, n: object = None, draw: Callable[[], 
 
     Args:
         seed: None, an integer for all, or a list of integers: one for each prompt, or one for each text.
-        n: texts a prompt; None is one.
-        draw: gives the seed where there is none.
+        n: number of texts for each prompt; None is one.
+        draw: returns a fresh seed if none is given.
 
     Raises:
         OptionError: a bad value of `seed` or `n`, or a list of another length.

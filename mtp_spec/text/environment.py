@@ -1,4 +1,4 @@
-"""What a chat template finds around it: the Jinja environment that transformers gives its templates."""
+"""The Jinja environment of chat templates, as in transformers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-# the moment of a rendering, so that rendering twice gives one text; None: whatever time it is
+# the time of a rendering, so that rendering twice gives the same text; None is the current time
 MOMENT: ContextVar[datetime | None] = ContextVar("moment", default=None)
 
 
 class RaisedByTemplateError(TemplateError):
-    """What a template says by raise_exception."""
+    """The error that a template raises by raise_exception."""
 
 
 class _Generation(Extension):
-    """`{% generation %}`: what the assistant wrote, marked for training; its text is its body."""
+    """`{% generation %}`, which marks the assistant's text for training; renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 
@@ -98,11 +98,11 @@ def environment() -> Environment:
 
 @lru_cache(maxsize=16)
 def compiled(source: str) -> Template:
-    """Returns a chat template, which takes longer to compile than to apply."""
+    """Returns a compiled chat template; cached, because compiling takes longer than rendering."""
     return environment().from_string(source)
 
 
 @lru_cache(maxsize=16)
 def variables(source: str) -> frozenset[str]:
-    """Returns what a template asks for."""
+    """Returns the variables that a template uses."""
     return frozenset(meta.find_undeclared_variables(environment().parse(source)))

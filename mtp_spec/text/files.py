@@ -1,4 +1,4 @@
-"""The small files beside a tokenizer: its settings, special tokens, end tokens and chat templates."""
+"""The small files next to a tokenizer: settings, special tokens, end-of-sequence tokens and chat templates."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.files.json_object import read_object
 
 CONFIG = "tokenizer_config.json"
-# the names that every template may ask for; a folder may add others that end with _token
+# the names that every template may use; a folder may add others that end with _token
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# texts of the model begin and end with these, so the vocabulary must have them
+# the model's sequences begin and end with these, so the vocabulary must have them
 NEEDED = ("bos_token", "eos_token")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, an empty one where there is no such file."""
+    """Returns the object in a JSON file, an empty one if there is no such file."""
     return read_object(file) if file.is_file() else {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns tokenizer_config.json; special_tokens_map.json counts where the former lists no tokens of its own."""
+    """Returns tokenizer_config.json, with special_tokens_map.json if the former lists no tokens of its own."""
     config = read_json(folder / CONFIG)
     if config.get("added_tokens_decoder") is None:
         config |= read_json(folder / "special_tokens_map.json")
@@ -35,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def special_tokens(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Returns the texts of the tokens that have a name, as chat templates know them."""
+    """Returns the texts of named special tokens, as chat templates use them."""
     others = [
         key for key, value in config.items()
         if key.endswith("_token")
@@ -78,10 +78,10 @@ def extra_listed(config: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def end_ids(folder: Path, vocab_size: int | None = None) -> frozenset[int]:
-    """Returns the tokens that end a text by generation_config.json.
+    """Returns the end-of-sequence tokens of generation_config.json.
 
     Raises:
-        CheckpointError: they are no ids, or beyond a vocabulary of `vocab_size`.
+        CheckpointError: they are not ids, or are beyond a vocabulary of `vocab_size`.
     """
     file = folder / "generation_config.json"
     given = read_json(file).get("eos_token_id")

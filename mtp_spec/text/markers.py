@@ -1,4 +1,4 @@
-"""Markers stay the template's: the ids of a conversation in which no message makes a token that is a marker."""
+"""Encodes conversations so that only the template produces markers: text in a message never becomes a marker token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROLE_NAMES = frozenset(
      "observation", "ipython", "environment")
 )  # fmt: skip
 
-# conversations that show what a template writes around messages that are not the assistant's, and around tools
+# conversations that probe what a template writes around messages of others than the assistant, and around tools
 PROBE, ANSWER = "xqzv", "xqzw"
 _PROBED = {"role": "user", "content": PROBE}
 _TOOL = {"type": "function", "function": {"name": PROBE, "description": PROBE, "parameters": {"type": "object",
@@ -37,7 +37,7 @@ OTHERS: tuple[tuple[list[Any] | None, list[dict[str, Any]]], ...] = (
     (None, [_PROBED, {"role": "assistant", "content": ANSWER}, _PROBED]),
     ([_TOOL], [_PROBED]),
     (None, [_PROBED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, _RESULT]),
-    # of a template that takes arguments as text
+    # for a template that takes arguments as text
     (None, [_PROBED, {"role": "assistant", "content": "",
                       "tool_calls": [{**_CALL, "function": {"name": "f", "arguments": "{}"}}]}, _RESULT]),
 )  # fmt: skip
@@ -48,8 +48,9 @@ class Found:
     """A marker in a rendered text.
 
     Attributes:
-        start, end: its characters.
-        stays: whether it may be one token.
+        start: its first character.
+        end: the one after its last.
+        stays: whether it is encoded as a marker token.
     """
 
     token: int
@@ -59,7 +60,7 @@ class Found:
 
 
 class Markers:
-    """Finds markers in rendered conversations, and keeps those of messages apart from the template's.
+    """Finds markers in rendered conversations, and separates those of messages from the template's.
 
     Args:
         raw: the tokenizer.
@@ -77,7 +78,7 @@ class Markers:
         """Returns the ids of a rendered conversation.
 
         Raises:
-            PromptError: a message holds a marker, and the template or the tokenizer gives no way to keep it text.
+            PromptError: a message holds a marker, and the template or the tokenizer offers no way to keep it text.
         """
         encoding = self._raw.encode(text, add_special_tokens=False)
         ids, markers = list(encoding.ids), self._markers(asked.source)
@@ -88,7 +89,7 @@ class Markers:
         return ids if all(marker.stays for marker in found) else self._apart(text, found, markers)
 
     def _markers(self, source: str) -> frozenset[int]:
-        """Returns the added tokens that are markers: all but ordinary words and blanks that no template writes."""
+        """Returns the added tokens that are markers: all except words and blanks that the template does not write."""
         written = literals(source)
         return frozenset(
             number for number, token in self._added.items()
@@ -97,7 +98,7 @@ class Markers:
         )  # fmt: skip
 
     def _judged(self, asked: Conversation, text: str, places: Sequence[tuple[int, int, int]]) -> list[Found]:
-        """Returns the markers in a rendered text, each with whether it stays one."""
+        """Returns the markers in a rendered text, each with whether it stays a marker."""
         every, allowed = self._markers(asked.source), self._assistants(asked)
         known = provenance(asked, text, self._marking(every, True), self._marking(every - allowed, False))
         if known is None:
@@ -107,17 +108,17 @@ class Markers:
             spelt = known.text[start:end]
             stays = is_own(spelt) or (token in allowed and not any(c >= chr(OWN) for c in spelt))
             if not stays and not any(c >= chr(BARRED) for c in spelt):
-                # nobody's marker: of texts that meet, or of a template that keeps its texts in places unknown here
+                # of unclear origin: formed where texts meet, or written by template code that was not traced
                 met = known.sure and _is_word(self._added[token].content)
                 stays = not (met or self._may_come(known.data, every, allowed, None if known.sure else asked.messages))
             found.append(Found(token, start, end, stays))
         return found
 
     def _marking(self, tokens: frozenset[int], parts: bool) -> Callable[[str], str]:
-        """Returns what puts markers of a message into plane 16.
+        """Returns a function that moves markers in a message to plane 16.
 
         Args:
-            parts: also a part of a marker where the text begins or ends, blanks left aside.
+            parts: also move part of a marker at the beginning or end of the text, ignoring blanks.
         """
         if (tokens, parts) in self._marks:
             return self._marks[tokens, parts]
@@ -127,7 +128,7 @@ class Markers:
 
         def mark(text: str) -> str:
             text = whole.sub(lambda found: spelled(found[0], BARRED), text)
-            if self._raw.normalizer is not None:  # it may make a marker of other characters
+            if self._raw.normalizer is not None:  # it may turn other characters into a marker
                 encoding = self._raw.encode(text, add_special_tokens=False)
                 for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
                     if token in tokens:
@@ -151,11 +152,11 @@ class Markers:
         return self._halves[tokens]
 
     def _may_come(self, asked: Conversation, every: frozenset[int], allowed: frozenset[int], refused: object) -> bool:
-        """Whether what a template is given may make markers, by itself or where it meets another text.
+        """Whether the template's inputs may form markers, alone or together with adjacent text.
 
         Args:
-            allowed: those that an assistant's message may hold.
-            refused: the messages; given if nothing tells their markers from the template's, which is an error then.
+            allowed: markers that an assistant's message may hold.
+            refused: the messages; given if their markers cannot be told from the template's, which then is an error.
         """
         given = [(text, every) for text in strings([asked.tools or [], dict(asked.arguments)])]
         for message in asked.messages:
@@ -176,7 +177,7 @@ class Markers:
         return False
 
     def _assistants(self, asked: Conversation) -> frozenset[int]:
-        """Returns the markers that an assistant's message may hold: of reasoning and tool calls, never of turns."""
+        """Returns the markers that an assistant's message may hold: of reasoning and tool calls, not of turns."""
         if asked.source not in self._allowed:
             looked_for = tested(asked.source)
             contents = {token.content: token.special for token in self._added.values()}
@@ -189,10 +190,10 @@ class Markers:
         return self._allowed[asked.source]
 
     def _of_others(self, asked: Conversation) -> frozenset[int]:
-        """Returns the markers that the template writes around what is not the assistant's.
+        """Returns the markers that the template writes around everything that is not the assistant's.
 
         They are those next to a user's or system's message or a tool's result, pairs around these or around a tool's
-        description, and all that stand between an answer and the next message; any, if none of these comes out.
+        description, and all between an answer and the next message; all markers if the probes show none of these.
         """
         found, seen = set[int](), False
         for tools, messages in OTHERS:
@@ -207,7 +208,7 @@ class Markers:
                 before = [token for token, _, end in places if end <= probe.start()]
                 after = [token for token, start, _ in places if start >= probe.end()]
                 found |= self._enclosing(before, after)
-                # before a description prose may name any marker
+                # prose before a description may mention any marker
                 found.update(() if tools else [*before[-1:], *after[:1]])
                 seen = True
             for between in re.finditer(f"{ANSWER}.*{PROBE}", text, re.IGNORECASE | re.DOTALL):
@@ -245,7 +246,7 @@ class Markers:
         return ids
 
     def _other(self, markers: frozenset[int]) -> tuple[Tokenizer, dict[int, str]]:
-        """Returns the same tokenizer with the markers under names that nobody can guess, and these names."""
+        """Returns the same tokenizer with the markers under unguessable names, and these names."""
         if markers not in self._renamed:
             secret = "".join(chr(ord("a") + number) for byte in secrets.token_bytes(12) for number in divmod(byte, 16))
             names = {number: f"q{secret}{_letters(number)}q" for number in markers}
@@ -262,7 +263,7 @@ class Markers:
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
-    """Renames pieces of a vocabulary, so that no ordinary text makes them."""
+    """Renames pieces of a vocabulary, so that no ordinary text produces them."""
     vocab = model["vocab"]
     if isinstance(vocab, dict):
         model["vocab"] = {names.get(piece, piece): number for piece, number in vocab.items()}
@@ -277,7 +278,7 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
 
 @lru_cache(maxsize=16)
 def literals(source: str) -> str:
-    """Returns all texts of a template, apart from one another."""
+    """Returns all string literals of a template, separated from one another."""
     tree = environment().parse(source)
     constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
     return "\0".join([*(node.data for node in tree.find_all(nodes.TemplateData)), *constants])
@@ -285,7 +286,7 @@ def literals(source: str) -> str:
 
 @lru_cache(maxsize=16)
 def tested(source: str) -> frozenset[str]:
-    """Returns the texts that a template looks for in others: `in`, `==`, split and the like."""
+    """Returns the strings that a template searches for in others: by `in`, `==`, split and the like."""
     tree = environment().parse(source)
     inside = [node for kind in (nodes.Compare, nodes.Call, nodes.Filter) for node in tree.find_all(kind)]
     found = [const.value for node in inside for const in node.find_all(nodes.Const)]
@@ -297,7 +298,7 @@ def _is_word(content: str) -> bool:
 
 
 def _partner(content: str) -> str | None:
-    """Returns what closes an opening marker, `</think>` for `<think>`, or the other way round."""
+    """Returns the closing marker of an opening one, `</think>` for `<think>`, or vice versa."""
     if len(content) < 3:
         return None
     return content[0] + (content[2:] if content[1] == "/" else "/" + content[1:])
@@ -308,7 +309,7 @@ def _name(content: str) -> str:
 
 
 def _parts(contents: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Returns the beginnings and the ends of markers that show by their signs; of two parts of a marker one does."""
+    """Returns the prefixes and suffixes of markers that are not plain words; of two halves at least one is none."""
     heads, tails = set[str](), set[str]()
     for content in contents:
         cuts = range(1, len(content))
@@ -318,7 +319,7 @@ def _parts(contents: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _may_join(text: str, heads: frozenset[str], tails: frozenset[str]) -> bool:
-    """Whether a text ends or begins with a part of a marker of more than a character, blanks left aside."""
+    """Whether a text ends or begins with part of a marker, longer than one character, ignoring blanks."""
     end, start, longest = text.rstrip(), text.lstrip(), max(map(len, heads), default=0)
     return any(end[-n:] in heads or start[:n] in tails for n in range(2, longest + 1))
 

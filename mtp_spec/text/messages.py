@@ -1,4 +1,4 @@
-"""What is asked of a chat template, checked: messages, tools and arguments, as plain values."""
+"""Checks the inputs of a chat template: messages, tools and arguments, as plain values."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from mtp_spec.errors import OptionError, PromptError
 
-# under these names a message may carry its reasoning; templates read the first
+# names under which a message may hold its reasoning; templates read the first
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# templates write roles into their own markers, so a role must hold nothing of one
+# templates write roles into their own markers, so a role must not contain part of a marker
 ROLE = re.compile(r"[\w .:/@-]+")
-# arguments that have a place of their own
+# arguments that are given elsewhere
 ELSEWHERE = {"messages": "the messages are given first", "tools": "give tools=",
              "tokenize": "chat_text gives text, chat_ids ids"}  # fmt: skip
 LISTS = (list, tuple)
@@ -22,14 +22,14 @@ LISTS = (list, tuple)
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A chat template and everything that it is given.
+    """A chat template and all its inputs.
 
     Attributes:
         source: the template.
-        special: tokens by name, trusted as the template itself is.
-        arguments: what the caller adds.
-        proceed: the field of the last message that the answer continues; empty for a turn of its own.
-        moment: when it is rendered.
+        special: special tokens by name, trusted like the template itself.
+        arguments: given by the caller.
+        proceed: the field of the last message that the answer continues; empty if the answer is a turn of its own.
+        moment: the time of rendering.
     """
 
     source: str
@@ -43,10 +43,10 @@ class Conversation:
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """Returns messages as plain values; fields that are None are left out and reasoning has each of its names.
+    """Returns messages as plain values, without fields that are None and with reasoning under each of its names.
 
     Raises:
-        PromptError: no message, or one that is no mapping with a role and something to say.
+        PromptError: there is no message, or one is not a mapping with a role and content.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise PromptError(f'{messages!r}: give a list of {{"role": ..., "content": ...}}')
@@ -73,10 +73,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def checked_tools(tools: Any) -> list[Any] | None:
-    """Returns tools as plain values, None where there are none.
+    """Returns tools as plain values, None if there are none.
 
     Raises:
-        PromptError: something else than a list of JSON schemas.
+        PromptError: they are not a list of JSON schemas.
     """
     if tools is None:
         return None
@@ -95,7 +95,7 @@ def checked_arguments(template: Any) -> dict[str, Any]:
     """Returns the arguments of a template as plain values.
 
     Raises:
-        OptionError: no mapping from names, or a name that has a place elsewhere.
+        OptionError: they are not a mapping from names, or a name is given elsewhere.
     """
     if template is None:
         return {}
@@ -110,10 +110,10 @@ def checked_arguments(template: Any) -> dict[str, Any]:
 
 
 def plain(value: Any, where: str) -> Any:
-    """Returns a value in the kinds that JSON has; templates are the folder's code and get nothing else.
+    """Returns a value as JSON types only, since templates are code of the folder and get no other objects.
 
     Raises:
-        PromptError: it is none of them; `where` names it.
+        PromptError: it has another type; `where` names it.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
@@ -128,13 +128,13 @@ def plain(value: Any, where: str) -> Any:
         return type(value)(plain(one, f"{where}[{number}]") for number, one in enumerate(value))
     if is_dataclass(value) and not isinstance(value, type):
         return {one.name: plain(getattr(value, one.name), f"{where}.{one.name}") for one in fields(value)}
-    if callable(dump := getattr(value, "model_dump", None)):  # pydantic, as the clients of servers return it
+    if callable(dump := getattr(value, "model_dump", None)):  # pydantic models, as API clients return
         return plain(dump(), where)
     raise PromptError(f"{where} is {value!r}: a template takes text, numbers, true, false, None, lists and mappings")
 
 
 def is_written(message: Mapping[str, Any], name: str) -> bool:
-    """Whether a field of a message holds what a model writes as it is: an assistant's content and reasoning."""
+    """Whether a field of a message holds a model's own output: an assistant's content and reasoning."""
     return message["role"] == "assistant" and name in ("content", *REASONING)
 
 

@@ -1,10 +1,10 @@
-"""Which characters of a rendered conversation the chat template wrote itself.
+"""Finds out which characters of a rendered conversation come from the chat template itself.
 
-The template is rendered a second time with its own texts in another spelling: each visible character is moved to a
-private plane of Unicode. Where the second text differs from the first, the template speaks; the rest are messages,
-tools and arguments. Markers that stand in these go to another private plane. Nothing that a template does with a
-text, such as strip, split or join, can blur that; where it looks into one and goes another way, more differs and it
-is tried with less.
+The template is rendered a second time with its own strings respelled: each visible character is moved to a private
+plane of Unicode. Characters that differ between the two texts are the template's; the rest are from messages, tools and
+arguments. Markers in these are moved to another private plane. String operations of a template, such as strip, split or
+join, preserve this. If the template inspects a string and then takes another branch, more differs, and a rendering with
+fewer respelled strings is tried.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mtp_spec.text.messages import LISTS, Conversation, is_written
 from mtp_spec.text.template import rendered
 
 PLANE = 0x10000
-# planes 15 and 16: of the template, and of texts in which a marker is to stay text
+# planes 15 and 16: of the template, and of markers that must stay text
 OWN, BARRED = 15 * PLANE, 16 * PLANE
-# filters and functions that leave texts as they are
+# filters and functions that do not change characters
 KEEPING = ("trim", "string", "safe", "join", "default", "d")
 PASSING = ("namespace", "dict", "cycler", "cycle")
-# what format and % replace
+# placeholders of format and %
 PLACES = re.compile(r"\{[^{}]*\}|%(?:\(\w+\))?[-#0 +]*\d*(?:\.\d+)?[a-zA-Z%]")
 PRIVATE = re.compile(f"[{chr(OWN)}-\U0010ffff]")
 Mark = Callable[[str], str]
@@ -40,9 +40,9 @@ class Provenance:
     """A rendered text in three spellings.
 
     Attributes:
-        text: the template's characters in plane 15, markers of messages in plane 16.
-        data: what the template was given for it.
-        sure: whether all of the template's own texts were moved.
+        text: with the template's characters in plane 15 and markers of messages in plane 16.
+        data: the inputs that the template was given for it.
+        sure: whether all of the template's own strings were respelled.
     """
 
     text: str
@@ -51,16 +51,16 @@ class Provenance:
 
 
 def provenance(asked: Conversation, text: str, barred: Mark, assistants: Mark) -> Provenance | None:
-    """Returns who wrote what; None if the template does not allow to find out.
+    """Returns the provenance of a rendered conversation; None if it cannot be determined for this template.
 
     Args:
-        text: what the template made of the conversation.
-        barred: puts what is to stay text in tools, arguments and messages into plane 16.
-        assistants: the same for what an assistant wrote.
+        text: the rendered conversation.
+        barred: moves markers that must stay text, in tools, arguments and messages, to plane 16.
+        assistants: does the same for an assistant's text.
     """
     special = {name: spelled(value, OWN) for name, value in asked.special.items()}
     wanted = PRIVATE.sub("\ue000", text)
-    # a template that looks into its own texts works with fewer of them moved, or not at all
+    # a template that inspects its own strings works with fewer of them respelled, or not at all
     for everywhere, named in ((True, special), (False, special), (False, dict(asked.special))):
         data = _marked(replace(asked, special=named), barred, assistants)
         try:
@@ -73,7 +73,7 @@ def provenance(asked: Conversation, text: str, barred: Mark, assistants: Mark) -
 
 
 def is_own(marker: str) -> bool:
-    """Whether the template wrote a marker, of which a role in the middle may come from a message."""
+    """Whether the template wrote a marker; a role in the middle of it may come from a message."""
     visible = [c for c in marker if not c.isspace()]
     own = [OWN <= ord(c) < BARRED for c in visible]
     signs = [mine for c, mine in zip(visible, own, strict=True) if not (_plain(c).isalnum() or _plain(c) in "_-")]
@@ -112,10 +112,10 @@ def _mapped(value: Any, change: Mark) -> Any:
 
 @lru_cache(maxsize=32)
 def _respelled(source: str, everywhere: bool) -> Template:
-    """Returns a template with its own texts in plane 15.
+    """Returns a template with its own strings in plane 15.
 
     Args:
-        everywhere: also those that it keeps in variables and gives to its macros, not only those it writes at once.
+        everywhere: also those stored in variables or passed to macros, not only those written directly.
     """
     tree = environment().parse(source)
     macros = {macro.name for macro in tree.find_all(nodes.Macro)} if everywhere else set()
@@ -133,7 +133,7 @@ def _respelled(source: str, everywhere: bool) -> Template:
 
 
 def _children(node: nodes.Node, written: bool, macros: set[str], everywhere: bool) -> Children:
-    """Yields what is inside a node, and whether its text comes out as it is."""
+    """Yields the children of a node, and whether their text is written unchanged."""
     for child in node.iter_child_nodes():
         yield child, _comes_out(node, child, written, macros, everywhere)
 
@@ -161,7 +161,7 @@ def _comes_out(node: nodes.Node, child: nodes.Node, written: bool, macros: set[s
 
 
 def _formatted(node: nodes.Node) -> nodes.Node | None:
-    """Returns the text into which others are put, by format or %."""
+    """Returns the format string of a call of format or of %."""
     if isinstance(node, nodes.Mod):
         return node.left
     if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == "format":

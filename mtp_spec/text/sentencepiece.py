@@ -12,7 +12,7 @@ from mtp_spec.model.errors import CheckpointError
 
 
 def read_sentencepiece(file: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    """Returns the tokenizer that transformers makes of a SentencePiece model, and its special tokens by name.
+    """Returns the tokenizer that transformers builds from a SentencePiece model, and its special tokens by name.
 
     Raises:
         CheckpointError: transformers or sentencepiece is not installed, or they cannot read the file.
@@ -34,7 +34,7 @@ def read_sentencepiece(file: Path, config: Mapping[str, Any]) -> tuple[Tokenizer
     try:
         made = kind.from_pretrained(str(file.parent), local_files_only=True)
         return Tokenizer.from_str(made.backend_tokenizer.to_str()), dict(made.special_tokens_map)
-    except Exception as error:  # whatever three libraries raise
+    except Exception as error:  # three libraries, any exception
         raise CheckpointError(
             f"{file} is no SentencePiece model that can be read ({error}): download it again"
         ) from error

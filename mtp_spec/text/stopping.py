@@ -1,11 +1,11 @@
-"""Where a text ends, decided token by token: end-of-sequence, stop token, stop string or length.
+"""Decides token by token where a text ends: end-of-sequence, stop token, stop string or length.
 
-Text, ids, log-probabilities and both caches are cut at the same token, because the answer is known when a token is
-drawn and nothing is drawn after it. Tokens are released for streaming once nothing that follows can take back their
-text: no stop string may have begun in it, no character may be incomplete. Without stop strings text is decoded when
-somebody asks for it, for whoever asks at the end at once.
+Text, ids, log-probabilities and both caches are cut at the same token, because the decision is made when a token is
+drawn, and nothing is drawn after the last. Tokens are released for streaming once their text is final: no stop string
+may have begun in it and no character may be incomplete. Without stop strings, text is decoded on demand: all at once if
+it is only read at the end.
 
-Stop strings are looked for twice: in the text that is shown, and in the text with its special tokens written out.
+Stop strings are searched for twice: in the visible text, and in the text with its special tokens written out.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from mtp_spec.text import TextStream, Tokenizer
 
 
 class _Piece(NamedTuple):
-    """What a token adds: the text that is shown, and for a special token, which shows nothing, its own.
+    """What a token adds: its visible text and, for a special token, which has none, its written-out text.
 
     Attributes:
-        begun: whether all it has is the beginning of a character.
+        begun: whether it adds only the beginning of a character.
     """
 
     shown: str
@@ -32,11 +32,11 @@ class StopChecker:
     """Follows one text.
 
     Args:
-        tokenizer: None when a model has no tokenizer; texts are then empty and only ids and length end them.
-        stop_ids: tokens that end the text and do not belong to it.
-        stops: strings that end the text and do not belong to it.
+        tokenizer: None if a model has no tokenizer; texts are then empty and only ids and length end them.
+        stop_ids: tokens that end the text and are not part of it.
+        stops: strings that end the text and are not part of it.
         limit: most tokens.
-        least: tokens that a text has at least; a stop string that begins in their text is none.
+        least: least number of tokens; a stop string that begins in their text is ignored.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class StopChecker:
             last = self._count == self._limit
         if self._stops:
             self._read()
-            if last:  # bytes that never became a character hold back text that may hold a stop string
+            if last:  # incomplete bytes hold back text that may contain a stop string
                 self._flush()
             if self._cut_at_stop(self._special(token) if ends else ""):
                 self.reason, last = "stop", True
-            elif not last:  # so that what is looked through stays short
+            elif not last:  # keeps the searched text short
                 self._release()
         self._ended = last
         return last
@@ -88,7 +88,7 @@ class StopChecker:
         return released
 
     def whole(self) -> tuple[str, int] | None:
-        """Returns the text that has ended and how many tokens belong to it; None once parts of it were released."""
+        """Returns the finished text and its number of tokens; None if parts of it were already released."""
         if self._stops or self._count - len(self._unread) > (self.reason == "stop"):
             return None
         return "" if self._tokenizer is None else self._tokenizer.decode(self._unread), len(self._unread)
@@ -105,7 +105,7 @@ class StopChecker:
         self._unread = []
 
     def _flush(self) -> None:
-        """Ends the text of the tokens so far; bytes that never became a character appear as the replacement one."""
+        """Ends the text of the tokens so far; incomplete bytes appear as the replacement character."""
         if not self._held or self._stream is None or not (rest := self._stream.flush()):
             return
         ordinary = [place for place, piece in enumerate(self._held) if not piece.special]
@@ -125,7 +125,7 @@ class StopChecker:
         self._gone += count
 
     def _texts(self, written_out: bool) -> tuple[list[str], int]:
-        """Returns the texts of the tokens held, and where in their sum the first stop string may begin."""
+        """Returns the texts of the tokens held, and where in their concatenation the first stop string may begin."""
         texts = [piece.shown + piece.special if written_out else piece.shown for piece in self._held]
         return texts, sum(map(len, texts[: max(0, self._least - self._gone)]))
 
@@ -133,13 +133,13 @@ class StopChecker:
         """Cuts the text before the first stop string, if there is one.
 
         Args:
-            ending: the special token that ends the text: a stop string may end with it.
+            ending: text of the special token that ends the text: a stop string may end with it.
         """
         found = [place for place in (self._find(False, ""), self._find(True, ending)) if place is not None]
         if not found:
             return False
         _, (at, offset) = min(found)
-        if not offset:  # what began a character of the stop string
+        if not offset:  # also drop tokens that began the stop string's first character
             while at and self._held[at - 1].begun and not self._held[at - 1].shown:
                 at -= 1
         cut = self._held[at] if offset and at < len(self._held) else None
@@ -162,7 +162,7 @@ class StopChecker:
         return _place(texts, end - 1), _place(texts, start)
 
     def _free(self, written_out: bool) -> int:
-        """Returns how many of the tokens held no stop string can begin in."""
+        """Returns how many of the first tokens held cannot contain the beginning of a stop string."""
         texts, begin = self._texts(written_out)
         text = "".join(texts)
         safe = len(text) - max((_overlap(text[begin:], stop) for stop in self._stops), default=0)
@@ -176,7 +176,7 @@ class StopChecker:
 
 
 def _place(texts: Sequence[str], at: int) -> tuple[int, int]:
-    """Returns which text holds a character of their sum, and where; beyond them is one more."""
+    """Returns which text holds a character of their concatenation, and where; one more past the end."""
     for number, text in enumerate(texts):
         if at < len(text):
             return number, at
@@ -185,5 +185,5 @@ def _place(texts: Sequence[str], at: int) -> tuple[int, int]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of the text that begins the stop string."""
+    """Returns the length of the longest suffix of the text that is a prefix of the stop string."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

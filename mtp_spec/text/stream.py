@@ -21,15 +21,15 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._known = 0  # ids whose text is out
-        self._shown = 0  # characters out of the text of those after
+        self._known = 0  # ids whose text was returned
+        self._shown = 0  # characters already returned of the text of the ids after
         self.pending = False
 
     def push(self, token: int) -> str:
         """Returns the text that this token completes, possibly none."""
         self._ids.append(token)
         text = self._new_text()
-        # a replacement character at the end may be the beginning of a character of several tokens
+        # a replacement character at the end may be the beginning of a character that spans several tokens
         whole = text.rstrip("\ufffd")
         self.pending = len(whole) < len(text)
         new = whole[self._shown :]
@@ -40,7 +40,7 @@ class TextStream:
         return new
 
     def flush(self) -> str:
-        """Returns what is held back; unfinished characters appear as the replacement character."""
+        """Returns the held-back text; unfinished characters appear as the replacement character."""
         text = self._new_text()[self._shown :] if self.pending else ""
         self.pending = False
         self._forget()

@@ -1,4 +1,4 @@
-"""Chat templates: which of a folder's is used, and the text that it makes of a conversation, as in transformers."""
+"""Selects a folder's chat template and renders conversations with it, as in transformers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mtp_spec.text.messages import (
     checked_tools,
 )  # fmt: skip
 
-# put behind the text to continue, to find its end in what the template makes of it
+# appended to the text to continue, to find its end in the rendered text
 END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
-# what a template may do that has nothing to do with this library
+# errors that a template's own code may raise
 FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
@@ -34,11 +34,11 @@ def conversation(
     add_generation_prompt: bool = True,
     continue_final_message: bool | str = False,
 ) -> Conversation:
-    """Returns what was asked, checked; arguments as `Tokenizer.chat_text`.
+    """Returns the checked conversation; arguments as for `Tokenizer.chat_text`.
 
     Raises:
-        PromptError, OptionError: it cannot be asked so.
-        MTPSpecError: there is no template, or none to be used without its name.
+        PromptError, OptionError: an input is invalid.
+        MTPSpecError: there is no template, or one has to be chosen by name.
     """
     arguments = checked_arguments(template)
     opens = arguments.pop("add_generation_prompt", add_generation_prompt)
@@ -87,10 +87,10 @@ def _chosen(templates: Mapping[str, str], name: Any, tools: list[Any] | None) ->
 
 
 def _check_read(source: str, names: list[str]) -> None:
-    """Warns of arguments without effect, as transformers would not.
+    """Warns of arguments without effect, which transformers does not.
 
     Raises:
-        MTPSpecError: the template is none.
+        MTPSpecError: the template is invalid.
     """
     try:
         unread = [name for name in names if name not in variables(source)]
@@ -108,14 +108,14 @@ def _check_continues(source: str, message: Mapping[str, Any], field: str) -> Non
 
 
 def _copies(message: Mapping[str, Any], field: str) -> list[str]:
-    """Returns the names under which the text to continue stands in a message."""
+    """Returns the names of the message's fields that hold the text to continue."""
     if field not in REASONING:
         return [field]
     return [name for name in REASONING if message.get(name) == message.get(field)]
 
 
 def _text_to_continue(value: Any) -> list[str]:
-    """Returns the last text of a field, in a list; an empty one where there is none."""
+    """Returns a list with the last text of a field; an empty one if there is none."""
     if isinstance(value, str):
         return [value]
     parts = [part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str)] \
@@ -124,7 +124,7 @@ def _text_to_continue(value: Any) -> list[str]:
 
 
 def _left_open(message: dict[str, Any], field: str) -> dict[str, Any]:
-    """Returns a message with the mark behind the text to continue."""
+    """Returns a message with the mark after the text to continue."""
     value = message[field]
     if isinstance(value, str):
         return {**message, **{name: message[name] + END_MARK for name in _copies(message, field)}}
@@ -137,10 +137,10 @@ def rendered(asked: Conversation, template: Template | None = None) -> str:
     """Returns the text of a conversation.
 
     Args:
-        template: another one than that of the conversation.
+        template: used in place of the conversation's own.
 
     Raises:
-        PromptError: the template refuses, in its own words, or leaves out what is to be continued.
+        PromptError: the template raises an error of its own, or omits the text to continue.
         MTPSpecError: it fails.
     """
     messages = asked.messages

@@ -1,7 +1,7 @@
-"""Ranks of tiktoken (tiktoken.model of Moonlight and Kimi) as a tokenizer of `tokenizers`.
+"""Reads tiktoken ranks (tiktoken.model of Moonlight and Kimi) as a tokenizer of `tokenizers`.
 
-A file has one token a line, in base64, with its rank, which is its id. How a text is cut into words stands in the
-folder's Python code as `pat_str`: it is read from there as text, and the code is not run.
+A file has one token a line, in base64, with its rank, which is its id. The regular expression that splits text into
+words is `pat_str` in the folder's Python code: it is read from there as text, and the code is not run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PATTERN = "pat_str"
 
 
 def is_tiktoken(file: Path) -> bool:
-    """Whether a file has ranks; a SentencePiece model may have the same name."""
+    """Whether a file contains ranks; a SentencePiece model may have the same name."""
     if file.suffix == ".tiktoken" or file.name == "tiktoken.model":
         return True
     with file.open("rb") as opened:
@@ -36,7 +36,7 @@ def read_tiktoken(file: Path, config: Mapping[str, Any]) -> Tokenizer:
     """Returns the tokenizer of a file of ranks, with the added tokens of tokenizer_config.json.
 
     Raises:
-        CheckpointError: a line is no rank, no pattern is found, or an added token is none.
+        CheckpointError: a line is not a rank, no pattern is found, or an added token is invalid.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
@@ -78,7 +78,7 @@ def _token(line: bytes) -> tuple[bytes, int]:
 def _added(config: Mapping[str, Any], folder: Path) -> dict[int, AddedToken]:
     given = config.get("added_tokens_decoder") or {}
     try:
-        # tiktoken finds them before anything else
+        # tiktoken matches them before anything else
         return {int(number): AddedToken(**{**token, "normalized": False}) for number, token in given.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
@@ -87,7 +87,7 @@ def _added(config: Mapping[str, Any], folder: Path) -> dict[int, AddedToken]:
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Returns the pairs that make each token, in the order in which byte pairs are joined."""
+    """Returns the pair that forms each token, in the order of merging."""
     pairs = []
     for token, rank in ranks.items():
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
@@ -129,7 +129,7 @@ def _pattern(folder: Path) -> str:
 
 
 def _text(node: ast.AST | None, values: Mapping[str, str]) -> str | None:
-    """Returns the text that an expression of constants stands for."""
+    """Returns the string value of a constant expression."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.Name):

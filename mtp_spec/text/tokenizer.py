@@ -19,19 +19,20 @@ Message = Mapping[str, Any]
 
 
 class Tokenizer:
-    """A folder's vocabulary, tokenizer.json in most, with the settings and chat templates beside it.
+    """A folder's vocabulary, usually tokenizer.json, with its settings and chat templates.
 
-    It encodes as transformers' AutoTokenizer does, also where tokenizer.json states a truncation or padding, which are
-    switched off, and where its post-processor adds tokens.
+    It encodes like transformers' AutoTokenizer: truncation and padding stated in tokenizer.json are switched off, and
+    tokens of its post-processor are added.
 
     Attributes:
-        raw: the tokenizer of `tokenizers`, without the post-processor that adds the tokens at a text's ends.
+        raw: the tokenizer of `tokenizers`, without the post-processor that adds tokens at the ends of a text.
         templates: chat templates by name.
-        bos_id, eos_id: of tokenizer_config.json; None where it names none.
-        eos_ids: tokens that end a text, those of generation_config.json among them.
+        bos_id: beginning-of-sequence token of tokenizer_config.json; None if it names none.
+        eos_id: end-of-sequence token, likewise.
+        eos_ids: all tokens that end a text, those of generation_config.json included.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, or says what cannot be.
+        CheckpointError: a file is missing, unreadable or inconsistent.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,13 +68,13 @@ class Tokenizer:
         return self.templates.get("default")
 
     def encode(self, text: str) -> list[int]:
-        """Returns token ids, with the tokens that the tokenizer puts at a text's beginning and end.
+        """Returns token ids, with the tokens that the tokenizer adds at the beginning and end of a text.
 
         Special tokens written out in the text are recognised, as in the model's own tokenizer: a prompt may
         contain a chat prefix. Messages of `chat_ids` are different: there a user's text stays text.
 
         Raises:
-            PromptError: it is no text, or none that UTF-8 can hold.
+            PromptError: it is not a string, or cannot be encoded as UTF-8.
         """
         if not isinstance(text, str):
             raise PromptError(f"{text!r} is no text: give a str")
@@ -85,7 +86,7 @@ class Tokenizer:
         """Returns the text of ids, special tokens left out.
 
         Raises:
-            PromptError: something that is no id.
+            PromptError: an element is not an id.
         """
         try:
             return str(self.raw.decode(list(ids), skip_special_tokens=True))
@@ -93,7 +94,7 @@ class Tokenizer:
             raise PromptError(f"{ids!r} are no token ids ({error}): give integers of 0 or more") from None
 
     def special_text(self, token: int) -> str:
-        """Returns the text of a special token, which `decode` leaves out; none for any other."""
+        """Returns the text of a special token, which `decode` leaves out; empty for any other token."""
         return self._special_of.get(token, "")
 
     @cached_property
@@ -109,19 +110,18 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool | str = False,
     ) -> list[int]:
-        """Returns the ids of a conversation through the checkpoint's chat template; arguments as `chat_text`.
+        """Returns the ids of a conversation rendered by the checkpoint's chat template; arguments as for `chat_text`.
 
-        They are those of transformers' apply_chat_template, but for this: nothing in a message, a tool or an argument
-        becomes a marker. A marker is an added token of the tokenizer, whether `special` or not; only ordinary words
-        and blanks that are not special and that the template does not write are none. Where one is written out in a
-        message, or would come about where a message meets another text, its characters are encoded as the ordinary
-        text that they are, unchanged. An assistant's content and reasoning may hold what a model writes in its own
-        turn: pairs such as <think> and </think> that are not special or that the template looks for, unless they name
-        a role or stand around another's message, a tool's result or a tool's description. Roles are words, which hold
-        no marks.
+        They are those of transformers' apply_chat_template, except that nothing in a message, a tool or an argument
+        becomes a marker. A marker is an added token of the tokenizer, `special` or not, except ordinary words and
+        blanks that are not special and that the template does not write. If one is written out in a message, or would
+        arise where a message meets other text, its characters are encoded as ordinary text, unchanged. An assistant's
+        content and reasoning may hold what a model generates in its own turn: pairs such as <think> and </think> that
+        are not special or that the template searches for, unless they name a role or enclose another's message, a
+        tool's result or a tool's description. Roles are words without marker characters.
 
         Raises:
-            PromptError, OptionError, MTPSpecError: as `chat_text`; also where the tokenizer cannot keep a marker text.
+            PromptError, OptionError, MTPSpecError: as for `chat_text`; also if the tokenizer cannot keep a marker text.
         """
         asked = conversation(
             self.templates, self._special, messages, template, tools, add_generation_prompt, continue_final_message
@@ -139,24 +139,24 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool | str = False,
     ) -> str:
-        """Returns a conversation as the text that the checkpoint's chat template makes of it.
+        """Returns a conversation as text, rendered by the checkpoint's chat template.
 
-        It is for reading: markers that are written out in a message look like the template's, and are told apart by
-        `chat_ids` alone.
+        It is for reading: markers written out in a message look like the template's; only `chat_ids` distinguishes
+        them.
 
         Args:
-            messages: mappings with a role and whatever else the template knows: content, a text or a list of parts,
-                tool_calls, reasoning_content. `"prefix": True` in the last one is `continue_final_message`.
+            messages: mappings with a role and any fields that the template knows: content, a text or a list of parts,
+                tool_calls, reasoning_content. `"prefix": True` in the last one means `continue_final_message`.
             add_generation_prompt: begin the assistant's answer.
             template: the template's own arguments, such as `{"enable_thinking": False}`; "chat_template" chooses one
-                of several by its name, "documents" are for templates that know them.
-            tools: JSON schemas of what the model may call.
+                of several by name, "documents" are for templates that support them.
+            tools: JSON schemas of the tools that the model may call.
             continue_final_message: the answer continues the last message instead of beginning a turn; a name continues
                 that field.
 
         Raises:
-            PromptError: messages or tools that are none, or that the template refuses, in its own words.
-            OptionError: an argument that is none.
+            PromptError: messages or tools are invalid, or the template raises an error of its own.
+            OptionError: an argument is invalid.
             MTPSpecError: the checkpoint has no chat template, or it fails.
         """
         return rendered(
@@ -167,7 +167,7 @@ class Tokenizer:
 
 
 def open_tokenizer(folder: Path) -> Tokenizer | None:
-    """Returns a folder's tokenizer, None for a folder without any vocabulary, whose model takes ids only.
+    """Returns a folder's tokenizer; None for a folder without a vocabulary, whose model takes ids only.
 
     Raises:
         CheckpointError: there is one that cannot be read.

@@ -1,4 +1,4 @@
-"""A folder's vocabulary as `tokenizers` holds it: from tokenizer.json, tiktoken ranks or a SentencePiece model.
+"""Reads a folder's vocabulary into `tokenizers`: from tokenizer.json, tiktoken ranks or a SentencePiece model.
 
 Code of the folder is never executed.
 """
@@ -18,10 +18,10 @@ from mtp_spec.text.sentencepiece import read_sentencepiece
 from mtp_spec.text.tiktoken import is_tiktoken, read_tiktoken
 
 TOKENIZER = "tokenizer.json"
-# vocabularies in words of their own: with one of them a folder means to have text
+# vocabulary files in other formats: a folder with one of them is meant for text
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 UNREAD = ("tekken.json", "vocab.json", "vocab.txt", "merges.txt")
-# model types whose tokenizers transformers takes as tokenizer.json has them, whatever class is named
+# model types whose tokenizer.json transformers uses unchanged, whatever class is named
 AS_STORED = ("glm4_moe_lite", "glm4_moe", "kimi_k25")
 REBUILT = ("LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
 QWEN2 = (
@@ -30,10 +30,10 @@ QWEN2 = (
 
 
 def vocabulary_file(folder: Path) -> Path | None:
-    """Returns the file that a folder's vocabulary is read from, None where it has none.
+    """Returns the file that a folder's vocabulary is read from, None if it has none.
 
     Raises:
-        CheckpointError: it has one of a kind that is not read.
+        CheckpointError: it has one in an unsupported format.
     """
     ranks = sorted(folder.glob("*.tiktoken"))
     for file in (folder / TOKENIZER, folder / "tiktoken.model", *ranks, *(folder / name for name in SENTENCEPIECE)):
@@ -51,14 +51,14 @@ def vocabulary_file(folder: Path) -> Path | None:
 def read_vocabulary(
     file: Path, config: Mapping[str, Any], named: Mapping[str, str]
 ) -> tuple[Tokenizer, Mapping[str, str]]:
-    """Returns the tokenizer as transformers makes it of the same files, and all special tokens that have a name.
+    """Returns the tokenizer that transformers builds from the same files, and all named special tokens.
 
     Args:
-        config: what tokenizer_config.json says.
+        config: the contents of tokenizer_config.json.
         named: its special tokens.
 
     Raises:
-        CheckpointError: the file cannot be read, or the settings ask for tokens that it lacks.
+        CheckpointError: the file cannot be read, or the settings name tokens that it lacks.
     """
     if file.name == TOKENIZER:
         raw = _read_json(file, config, named)
@@ -93,14 +93,14 @@ def _read_json(file: Path, config: Mapping[str, Any], named: Mapping[str, str]) 
     raw.no_truncation()
     raw.no_padding()
     if isinstance(raw.model, models.BPE):
-        raw.model.dropout = None  # of training: it cuts a text at random
+        raw.model.dropout = None  # for training only: it splits text at random
     raw.encode_special_tokens = bool(config.get("split_special_tokens"))
     _add(raw, tokens, {*named.values(), *extra_listed(config, folder)}, folder)
     return raw
 
 
 def _listed(config: Mapping[str, Any], file: Path, raw: Tokenizer) -> dict[int, AddedToken]:
-    """Returns the added tokens of tokenizer_config.json by id; in older folders those of added_tokens.json are new."""
+    """Returns the added tokens of tokenizer_config.json by id; in older folders also those of added_tokens.json."""
     given, where = config.get("added_tokens_decoder"), f"{file.parent / CONFIG}: added_tokens_decoder"
     try:
         if given is None:
@@ -114,7 +114,7 @@ def _listed(config: Mapping[str, Any], file: Path, raw: Tokenizer) -> dict[int, 
 
 
 def _add(raw: Tokenizer, tokens: Mapping[int, AddedToken], special: set[str], folder: Path) -> None:
-    """Adds the tokens that tokenizer_config.json states otherwise than tokenizer.json, which then count."""
+    """Adds the tokens that tokenizer_config.json defines differently from tokenizer.json; the former wins."""
     present = {repr(token) for token in raw.get_added_tokens_decoder().values()}
     for number, token in tokens.items():
         if repr(token) in present:
@@ -127,15 +127,15 @@ def _add(raw: Tokenizer, tokens: Mapping[int, AddedToken], special: set[str], fo
                 f"{folder / CONFIG}: added_tokens_decoder gives {token.content!r} the id {number}, and {TOKENIZER} has "
                 "neither this token nor its place: download both files again"
             )
-    # one that the vocabulary has as an ordinary piece becomes special; one that it lacks would get an id of its own
+    # an ordinary piece of the vocabulary becomes special; a missing token would get a new id
     plain = special - {token.content for token in raw.get_added_tokens_decoder().values()}
     raw.add_tokens([AddedToken(text, special=True) for text in sorted(plain) if raw.token_to_id(text) is not None])
 
 
 def _rebuilt(raw: Tokenizer, file: Path, config: Mapping[str, Any]) -> Tokenizer | None:
-    """Returns the tokenizer that transformers builds of the vocabulary for a few classes, None for the others.
+    """Returns the tokenizer that transformers builds from the vocabulary for a few classes, None for the others.
 
-    Those classes have their own way to cut a text and heed only vocabulary and post-processor of tokenizer.json.
+    Those classes split text in their own way and use only vocabulary and post-processor of tokenizer.json.
     """
     model = read_json(file.parent / "config.json")
     name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")

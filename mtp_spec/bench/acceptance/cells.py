@@ -1,8 +1,8 @@
-"""The grid: every combination of what was listed is a cell, in a fixed order.
+"""The grid: every combination of the listed options is a cell, in a fixed order.
 
 Cells that share temperature, context, batch and draft vocabulary form a group: their texts are generated in turn,
-prompt by prompt, beside those of plain decoding, which speed-up is told against. A further axis is a field of `Cell`,
-an option, and a loop in `sweep`.
+prompt by prompt, together with those of plain decoding, the baseline of speed-ups. To add an axis, add a field of
+`Cell`, an option, and a loop in `sweep`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ AUTO: Final = "auto"
 COUPLED = "coupled"
 DEPTHS = (1, 2, 3, 4, 5)
 TREES = ((2, 1, 1), (3, 2, 1), (2, 2, 2, 1))
-# where rules are compared unless shapes are given
+# default shapes for comparing rules
 RULE_DEPTHS, RULE_TREES = (1, 3), ((2,), (2, 2, 1))
-# what runs in another library
+# ways that run in another library
 PEERS = (PEER_PLAIN, MTP)
 
 
@@ -34,9 +34,9 @@ class Cell:
 
     Attributes:
         draft: "plain", "chain 3", "tree 3,2,1", "auto", or a way of transformers.
-        rule: that accepts drafts.
-        context: tokens that prompts are cut or padded to; None leaves them as they are.
-        batch: texts that are written side by side.
+        rule: the acceptance rule.
+        context: tokens that prompts are cut or padded to; None leaves them unchanged.
+        batch: batch size.
         vocabulary: tokens that may be drafted, or the file that lists them; None is all.
     """
 
@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What tells the cell from all others."""
+        """The unique name of the cell."""
         parts = [self.draft] + ([self.rule] if self.rule != COUPLED else [])
         parts += [f"context {self.context}"] if self.context is not None else []
         parts += [f"batch {self.batch}"] if self.batch > 1 else []
@@ -62,7 +62,7 @@ class Group:
     """Cells whose texts are generated in turn; the first is plain decoding.
 
     Attributes:
-        ways: cell -> what `speculation=` it is; None also for ways of another library.
+        ways: cell -> its `speculation=`; None also for ways of another library.
     """
 
     temperature: float
@@ -84,7 +84,7 @@ class Group:
 
 
 def sweep(args: argparse.Namespace) -> tuple[list[Group], dict[str, str]]:
-    """Returns the groups, and why combinations are left out: cell -> reason.
+    """Returns the groups, and the reasons for omitted combinations: cell -> reason.
 
     Raises:
         OptionError: no combination is possible.

@@ -28,7 +28,7 @@ from mtp_spec.errors import OptionError
 from mtp_spec.progress import step_progress
 from mtp_spec.speculation import ACCEPTANCE_RULES
 
-# what a run may change without another result
+# options that do not affect results
 OUTPUTS = ("json", "csv", "html", "png", "resume", "command")
 
 
@@ -145,7 +145,7 @@ class _Models:
     def load(self, vocabulary: int | str | None) -> LM:
         if self.lm is None or vocabulary != self._vocabulary:
             args, self.lm, self._vocabulary = self.args, None, vocabulary
-            gc.collect()  # texts hold their model in cycles: its memory is needed for the next one
+            gc.collect()  # reference cycles keep the model alive, and the next one needs its memory
             self.lm = mtp_spec.load(
                 args.model,
                 device=args.device,
@@ -160,7 +160,7 @@ class _Models:
 
 
 def _identity(lm: LM, questions: QuestionSet, args: argparse.Namespace) -> Row:
-    """Returns what texts and times depend on: a journal is of one of these."""
+    """Returns everything that texts and times depend on; a journal belongs to one such identity."""
     options = {name: value for name, value in vars(args).items() if name not in (*OUTPUTS, "model", "set", "set_kind")}
     here = {name: value for name, value in machine(lm).items() if name != "date"}
     return {**options, **here, "questions": questions.digest}
@@ -183,7 +183,7 @@ def _report(groups: list[Group], questions: QuestionSet, runner: Runner, args: a
 
 
 def _details(journal: Journal, groups: list[Group], questions: QuestionSet) -> dict[str, Row]:
-    """Returns the metrics of every cell that has texts beside plain ones."""
+    """Returns the metrics of every cell that has texts and plain ones to compare with."""
     categories = [question.category for question in questions.questions]
     texts: dict[str, dict[tuple[int, int], Text]] = {cell.name: {} for group in groups for cell in group.ways}
     for _, text in sorted(journal.texts.items(), key=lambda item: item[0][1:]):

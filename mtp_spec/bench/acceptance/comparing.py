@@ -19,7 +19,7 @@ from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
 from mtp_spec.errors import OptionError
 
 RESAMPLES = 1000
-# what both runs must share for their difference to mean something: name -> where it stands in a document
+# what both runs must share for a meaningful difference: name -> how to read it from a document
 COMMON: dict[str, Callable[[Row], Any]] = {
     "model": lambda document: document["model"]["digest"],
     "questions": lambda document: document["set"]["digest"],
@@ -97,7 +97,7 @@ def _cell(first: Row, second: Row, paired: bool) -> Row:
     result = {}
     for name, (columns, unit, statistic) in MEASURES.items():
         if first[name] is None or second[name] is None:
-            continue  # speed beside a bound is not measured
+            continue  # speed is not measured together with a bound
         a, b = (np.asarray(sums(cell["texts"], *columns, by=unit), dtype=float) for cell in (first, second))
         values = [float(statistic(part.sum(1))) for part in (a, b)]
         result[name] = {

@@ -10,7 +10,7 @@ from mtp_spec.errors import OptionError
 from mtp_spec.text import Tokenizer
 
 Message = dict[str, str]
-# bundled prompts that padding is made of
+# number of bundled prompts used for padding
 FILLERS = 128
 
 

@@ -1,7 +1,7 @@
-"""What an interrupted run keeps: one line a text, appended beside the output file.
+"""The journal that an interrupted run leaves: one line for each text, appended to a file next to the output file.
 
-The first line says what the run measures. A run goes on only with a journal of the same model and options, so that a
-document never mixes two. A line that was cut short at the end is dropped; its text is generated again.
+The first line identifies the run. A run resumes only from a journal of the same model and options, so that a document
+never mixes two. An incomplete last line is dropped and its text generated again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Text:
     Attributes:
         cell, question, turn: which one.
         ids: what was generated.
-        seconds: wall-clock, prompt included; of texts side by side an equal share of the time until all were finished.
-        step_ms: milliseconds of each step, the first is the prompt's; of texts side by side none.
+        seconds: wall-clock, prompt included; in a batch an equal share of the time until all were finished.
+        step_ms: milliseconds of each step, the first is the prefill; empty in a batch.
         stats: what was counted.
         first_depth: sums of `bench.bound.FirstDepth`, or None.
-        together: the questions whose texts were written side by side, this one included.
+        together: the questions in the same batch, this one included.
     """
 
     cell: str
@@ -115,7 +115,7 @@ class Journal:
             )
 
     def add(self, text: Text) -> None:
-        """Keeps a text, on disk before this returns."""
+        """Adds a text, which is on disk when this returns."""
         self.texts[text.key] = text
         self._write(text.to_line())
 
@@ -125,7 +125,7 @@ class Journal:
             self._out.flush()
 
     def remove(self) -> None:
-        """Deletes the file: the document holds everything now."""
+        """Deletes the file, once the document holds everything."""
         if self.file is not None:
             self.file.unlink()
 

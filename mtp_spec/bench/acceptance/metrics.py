@@ -1,4 +1,4 @@
-"""The numbers of a cell from its texts, and from those of plain decoding beside them.
+"""Computes the metrics of a cell from its texts and those of plain decoding.
 
 tokens_per_step is committed tokens over verify steps (plain decoding: 1), summed over texts (micro); "macro" is the
 mean over questions. mean_acceptance_length is 1 + accepted / steps, as engines report it: a stop cuts nothing off.
@@ -19,7 +19,7 @@ from mtp_spec.bench.acceptance.journal import Text
 from mtp_spec.bench.common import Row, interval, over, resampled, spread
 from mtp_spec.stats import GenerationStats
 
-# a row's batch is known by its first question
+# a row's batch is identified by its first question
 BATCH = "first_of_batch"
 # prompt tokens: texts are also told by the first of these that they do not exceed
 BUCKETS = (128, 512, 2048, 8192, 32768)
@@ -37,7 +37,7 @@ def cell_metrics(
     Args:
         texts: of the cell, questions and turns in order.
         plain: (question, turn) -> the text of plain decoding in as large a batch; all are there.
-        alone: those of plain decoding that texts have to equal.
+        alone: the texts of plain decoding that texts have to equal.
         categories: of the questions.
     """
     beside = [plain[text.question, text.turn] for text in texts]
@@ -66,7 +66,7 @@ def cell_metrics(
         "by_category": _split(texts, beside, lambda text: categories[text.question]),
         "by_context": _split(texts, beside, lambda text: bucket(text.stats.prompt_tokens)),
         "cost": _cost(texts, total),
-        # watching the drafts' laws for their bound takes time, which is not generation's
+        # computing the bound takes time that is not part of generation
         "times_plain": times_plain(rows) if timed else None,
         "parity": _parity(rows),
         "texts": rows,
@@ -85,7 +85,7 @@ def merged(texts: Sequence[Text]) -> GenerationStats:
 
 
 def bucket(prompt_tokens: int) -> str:
-    """Returns the range that a prompt's length lies in."""
+    """Returns the range that contains a prompt's length."""
     return next((f"up to {limit}" for limit in BUCKETS if prompt_tokens <= limit), f"over {BUCKETS[-1]}")
 
 
@@ -155,7 +155,7 @@ def _shared(ids: list[int], others: list[int]) -> int:
 
 
 def _aliases(total: GenerationStats) -> Row:
-    """Returns the names that vLLM reports a request under."""
+    """Returns the metrics under vLLM's names."""
     counts = total.to_json()
     return {
         "mean_acceptance_length": 1 + total.accepted / max(1, total.steps),

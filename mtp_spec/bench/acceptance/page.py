@@ -1,4 +1,4 @@
-"""One HTML page of a document, with its pictures inside: nothing on it is fetched from anywhere."""
+"""A document as one self-contained HTML page with embedded pictures."""
 
 from __future__ import annotations
 

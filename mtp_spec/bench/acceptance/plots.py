@@ -32,7 +32,7 @@ SIZE, ROW_INCHES = (7.0, 4.2), 0.24
 
 
 def need_matplotlib(option: str) -> None:
-    """Refuses an option before anything is measured where its plots cannot be drawn."""
+    """Rejects an option, before anything is measured, if its plots cannot be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -40,7 +40,7 @@ def need_matplotlib(option: str) -> None:
 
 
 def draw(details: Mapping[str, Row]) -> dict[str, Any]:
-    """Returns name -> matplotlib figure, those that the cells have numbers for."""
+    """Returns name -> matplotlib figure, for all figures that the cells have numbers for."""
     import matplotlib
 
     plots = {
@@ -98,7 +98,7 @@ def _series(details: Mapping[str, Row]) -> dict[str, list[Row]]:
 
 
 def _label(axes: Row) -> str:
-    """Returns what tells a cell apart from others of its draft."""
+    """Returns the label that distinguishes a cell from others with the same draft."""
     parts = [f"T {axes['temperature']:g}"] + ([axes["rule"]] if axes["rule"] != COUPLED else [])
     parts += [f"context {axes['context']}"] if axes["context"] is not None else []
     parts += [f"batch {axes['batch']}"] if axes["batch"] > 1 else []
@@ -133,7 +133,7 @@ def _speed(details: Mapping[str, Row]) -> Any:
     if not drafts:
         return None
     for number, (name, cells) in enumerate(series.items()):
-        # beside one another, so that none hides another
+        # shifted sideways, so that none hides another
         shift = 0.5 * ((number + 0.5) / len(series) - 0.5)
         places = [drafts.index(cell["axes"]["draft"]) + shift for cell in cells]
         middles = [cell["times_plain"]["median"] for cell in cells]
@@ -203,7 +203,7 @@ def _planned(details: Mapping[str, Row]) -> Any:
 
 
 def _batch(details: Mapping[str, Row]) -> Any:
-    """Throughput over the batch, one line for whatever else tells cells apart; nothing where there is one batch."""
+    """Returns a plot of throughput over batch size, one line for each other axis; None for a single batch size."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for cell in details.values():
         axes = cell["axes"]

@@ -30,7 +30,7 @@ class Question:
     """One prompt, or a conversation's user turns.
 
     Attributes:
-        category: results are also told by it.
+        category: results are also reported by category.
         turns: what the user says; each follows the answer to the one before.
         before: messages that come first.
         seed: of the texts.
@@ -57,7 +57,7 @@ class QuestionSet:
 
     @property
     def digest(self) -> str:
-        """What tells one choice of questions from another."""
+        """A digest that identifies the questions."""
         return digest([asdict(question) for question in self.questions])
 
 
@@ -66,9 +66,9 @@ def read_questions(file: str, kind: str | None, count: int | None) -> QuestionSe
 
     Args:
         file: a path, or "bundled".
-        kind: one of `KINDS`; None looks at the fields.
-        count: so many in random order, which come again with other seeds past the end; None is the whole file in its
-            order, or 60 of the bundled set.
+        kind: one of `KINDS`; None detects it from the fields.
+        count: number of questions in random order, repeated with other seeds past the end; None is the whole file in
+            its order, or 60 of the bundled set.
 
     Raises:
         OptionError: a missing or unreadable file, or a line that is not of its kind; the message names it.

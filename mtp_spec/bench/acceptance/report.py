@@ -19,7 +19,7 @@ from mtp_spec.speculation import MAX_DEPTH
 WORDS = ("draft", "95 %", "by depth")
 # columns that fold on a narrow screen
 FOLDED, DRAFT_WIDTH = ("draft", "by depth"), 12
-# columns that a table's heading or its column "draft" tells
+# columns that are omitted because the table's heading or its column "draft" shows them
 IN_HEADING = ("T", "rule", "context", "batch", "draft_vocabulary")
 # digits after the point, where not two
 DIGITS = {"drafts": 1, "tok/s": 0}

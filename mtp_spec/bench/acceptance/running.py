@@ -37,8 +37,8 @@ class Runner:
         load: returns the model that drafts from a vocabulary.
 
     Attributes:
-        absent: why ways of transformers do not run.
-        too_long: turns that are left out, and how long they are.
+        absent: the reasons why ways of transformers do not run.
+        too_long: turns that are left out, with their lengths.
     """
 
     load: Load
@@ -71,7 +71,7 @@ class Runner:
             yield
 
     def _questions(self, group: Group, numbers: Sequence[int]) -> None:
-        """Generates the texts of questions, turn by turn, those of a turn side by side."""
+        """Generates the texts of questions, turn by turn, each turn as a batch."""
         ways = {cell: shape for cell, shape in group.ways.items() if cell.draft not in self.absent}
         cells, turns = list(ways), {number: self.questions[number].turns for number in numbers}
         keys = ((cell.name, number, turn) for cell in cells for number in numbers for turn in range(len(turns[number])))
@@ -131,13 +131,13 @@ class Runner:
         }
         if group.batch == 1:
             return [self._text(lm, cell, shape, ids, options[number], number, turn) for number, ids in prompts.items()]
-        lm.close()  # no batch finds the prompts of the one before in its cache
+        lm.close()  # so that no batch finds an earlier batch's prompts in the cache
         start = settled(lm)
         try:
             handles = [lm.submit(ids, speculation=shape, **options[number]) for number, ids in prompts.items()]
             texts = [handle.result() for handle in handles]
         except BaseException:
-            lm.close()  # the others are not to go on
+            lm.close()  # cancels the others
             raise
         share, together = (perf_counter() - start) / len(texts), tuple(prompts)
         return [
@@ -178,8 +178,8 @@ def has_bound(cell: Cell) -> bool:
 
 
 def check_model(lm: LM, groups: list[Group], args: argparse.Namespace) -> None:
-    """Refuses what this model cannot do: contexts without room for the text, bounds or very many ways on a GPU, several
-    processes."""
+    """Rejects what this model cannot run: contexts without room for the text, bounds or too many ways on a GPU, and
+    several processes."""
     for context in (group.context for group in groups):
         if context is not None and context + args.max_new_tokens > lm.max_context:
             raise OptionError(

@@ -1,1 +1,1 @@
-"""`bench cpu-peers`: other libraries on this processor, each in a Python of its own, beside this one."""
+"""`bench cpu-peers`: compares other libraries on this processor, each in its own Python, with this one."""

@@ -1,9 +1,9 @@
 """Writes an FP8 checkpoint as a GGUF file of llama.cpp's architecture deepseek2, in Q8_0, without the MTP modules.
 
-Run by the Python that has numpy and gguf, which knows nothing of this package. Names, fields and the split of kv_b_proj
-are those of llama.cpp's converter (conversion/deepseek.py); routers, norms and biases stay float32, as in its Q8_0
-files. There is no tokenizer: the file is for ids. Argument: one JSON object {folder, file}. Its one line says the
-file's size and what a token reads: everything but the embedding, and of the experts those that are chosen.
+Run by a Python that has numpy and gguf, without this package. Names, fields and the split of kv_b_proj are those of
+llama.cpp's converter (conversion/deepseek.py); routers, norms and biases stay float32, as in its Q8_0 files. There is
+no tokenizer: the file is for ids. Argument: one JSON object {folder, file}. It prints one line with the file's size and
+the bytes that a token reads: everything but the embedding, and only the chosen experts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PARTS = {
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 WIDE = ("norm", "ffn_gate_inp")  # parts of the names of matrices and vectors that stay float32
 Floats = Any  # of numpy, float32
-# name in the file, its shape, and what makes its values
+# name in the file, its shape, and the function that creates its values
 Part = tuple[str, tuple[int, ...], Callable[[], Floats]]
 
 
@@ -161,7 +161,7 @@ def described(writer: Any, config: dict[str, Any], scoring: Any) -> None:
 def main() -> None:
     asked = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries must not print between the answers
     import gguf
 
     folder, kind = Path(asked["folder"]), gguf.GGMLQuantizationType.Q8_0

@@ -1,4 +1,4 @@
-"""Decodes ids with llama.cpp on a CPU. Run by the Python that has it, which knows nothing of this package.
+"""Decodes ids with llama.cpp on a CPU. Run by a Python that has it, without this package.
 
 Argument: one JSON object {file, context, threads, repack}. Then one request a line: {begin: ids, threads} forgets what
 was read and reads ids at once, by so many threads from now on, and answers {logits} of the last; {steps: ids} reads one
@@ -19,13 +19,13 @@ from typing import Any
 def main() -> None:
     asked = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries must not print between the answers
     import llama_cpp as llama
 
     llama.llama_backend_init()
     loading = llama.llama_model_default_params()
     loading.n_gpu_layers = 0
-    # laid out anew for AMX, attn_k_b and attn_v_b stop it with an assertion: AMX has no products by head there
+    # repacked for AMX, attn_k_b and attn_v_b fail an assertion: llama.cpp's AMX code has no products by head
     loading.use_extra_bufts = asked["repack"]
     model = llama.llama_model_load_from_file(asked["file"].encode(), loading)
     if not model:

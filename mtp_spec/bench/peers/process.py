@@ -1,4 +1,4 @@
-"""A peer in a Python of its own: a program that answers one line of JSON with another, and rests in between."""
+"""A peer in its own Python: a program that answers each line of JSON with another, and is idle in between."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mtp_spec.errors import MTPSpecError, OptionError
 
 HERE = Path(__file__).parent
 SHOWN = 40  # last lines of what a peer printed before it failed
-# this process's modules are not the peer's
+# removed from the environment, so that the peer does not use this process's modules
 OWN = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV", "PYTHONSTARTUP")
 FOUND = "import sys; from importlib.util import find_spec; print([n for n in sys.argv[1:] if not find_spec(n)])"
 
 
 class PeerError(MTPSpecError):
-    """A peer ended, or said that it cannot do what it was asked."""
+    """A peer ended, or reported that it cannot handle a request."""
 
 
 def check_python(option: str, python: Path, modules: Mapping[str, str]) -> None:
-    """Refuses a Python that is not one, or that lacks a module; none of them is imported.
+    """Rejects a path that is not a Python, or one that lacks a module; no module is imported.
 
     Args:
-        option: that gave it.
-        modules: names, and the packages that they are installed by.
+        option: the option that gave the path.
+        modules: module names, and the packages that install them.
     """
     command = [str(python), "-I", "-c", FOUND, *modules]
     try:
@@ -81,24 +81,24 @@ class Peer:
 
     @cached_property
     def facts(self) -> Row:
-        """What it says of itself when it is ready, which takes a while: several may be started before one is asked."""
+        """The peer's first line, sent when it is ready; start several peers before reading any, as that takes time."""
         return self._answer()
 
     def ask(self, **request: Any) -> Row:
         """Returns the answer to a request.
 
         Raises:
-            PeerError: the peer has ended; its last lines are told.
+            PeerError: the peer has ended; the message has its last lines.
         """
         assert self._process.stdin is not None
         assert self.facts is not None  # it is ready
-        with suppress(BrokenPipeError):  # it has ended: reading says how
+        with suppress(BrokenPipeError):  # it has ended: reading reports how
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
-        """Ends the program: at its end of input, or after a while by force."""
+        """Ends the program by closing its input, or after a while by force."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()

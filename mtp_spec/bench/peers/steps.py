@@ -1,7 +1,7 @@
-"""Plain steps beside llama.cpp: a model of a published shape with random weights, ours in FP8, theirs in Q8_0.
+"""Plain steps compared with llama.cpp: a published shape with random weights, ours in FP8, theirs in Q8_0.
 
-GGUF's weights are the same numbers, rounded once more, so both choose the same experts but for near ties, and their
-logits must agree: that is measured first. Both read the same random ids after the same context.
+GGUF's weights are the same numbers, rounded once more, so both choose the same experts except in near ties, and their
+logits must agree, which is checked first. Both process the same random ids after the same context.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from mtp_spec.model.cpu.model import CPUModel
 
 SHAPE = "GigaChat3-10B-A1.8B"
 STEPS = 8  # of each library before the other's turn
-WARM = 4  # more before a round's, untimed: caches that the other has emptied
-PAUSE = 0.1  # seconds between turns, so that the other's threads have gone to sleep
-AGREE = 0.98  # the least correlation of logits that is one model's
-Q8_0 = 34 / 32  # bytes a number
-Steps = dict[str, list[float]]  # "seconds" by the clock and "cpu", of the processor, of each step
+WARM = 4  # untimed steps before each turn, which refill the caches after the other library's turn
+PAUSE = 0.1  # seconds between turns, so that the other's threads are asleep
+AGREE = 0.98  # least correlation of logits that counts as the same model
+Q8_0 = 34 / 32  # bytes per number
+Steps = dict[str, list[float]]  # wall-clock "seconds" and processor time "cpu" of each step
 OURS, THEIRS = "mtp_spec plain, FP8", "llama.cpp, Q8_0"
 
 
@@ -43,10 +43,10 @@ def published_config() -> ModelConfig:
 
 
 def shape(args: argparse.Namespace) -> ModelConfig:
-    """Returns the model: the published one with fewer routed experts, of which as many are read a token.
+    """Returns the model: the published one with fewer routed experts, but as many chosen for each token.
 
     Raises:
-        OptionError: fewer experts than are chosen, or not enough memory or disk for both models.
+        OptionError: there are fewer experts than are chosen, or too little memory or disk for both models.
     """
     full = published_config()
     if not full.num_experts_per_tok <= args.experts <= full.n_routed_experts:
@@ -109,15 +109,15 @@ def _measured(model: CPUModel, peer: Peer, args: argparse.Namespace, written: Ro
 
 
 def _hits(config: ModelConfig) -> float:
-    """Returns the experts that one token reads."""
+    """Returns the number of experts that one token reads."""
     return (config.num_hidden_layers - config.first_k_dense_replace) * config.num_experts_per_tok
 
 
 def table(taken: dict[str, list[Steps]], read: dict[str, float], threads: int) -> list[Row]:
     """Returns the rows: medians, over rounds, of the ratio of each round's median step.
 
-    Seconds of the processor are what a shared machine disturbs least with one thread: one that waits for its turn uses
-    none. With more, they count waiting for the other threads too, as far as a library does that without sleeping.
+    With one thread, processor time is the measure that a shared machine disturbs least: a thread that waits for its
+    turn uses none. With several threads it includes waiting for the other threads, if a library spins.
     """
     rows = list[Row]()
     for name in (OURS, THEIRS):
@@ -148,7 +148,7 @@ def table(taken: dict[str, list[Steps]], read: dict[str, float], threads: int) -
 
 
 def _turns(model: CPUModel, peer: Peer, args: argparse.Namespace, threads: int) -> tuple[dict[str, list[Steps]], float]:
-    """Returns seconds of every step by round, and how the logits after the context correlate."""
+    """Returns the times of every step by round, and the correlation of the logits after the context."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
 
@@ -177,7 +177,7 @@ def _turns(model: CPUModel, peer: Peer, args: argparse.Namespace, threads: int) 
 
 
 def _own_steps(model: CPUModel, cache: LatentCache, ids: list[int]) -> Steps:
-    """Returns seconds of each step by the clock and of the processor, its logits included."""
+    """Returns wall-clock and processor time of each step, logits included."""
     seconds, cpu = [], []
     for one in ids:
         start, used = time.perf_counter(), time.process_time()

@@ -1,7 +1,7 @@
-"""Texts beside vLLM: the same model and prompts, greedy, plain and with chains of drafts, one way after another.
+"""Texts compared with vLLM: the same model and prompts, greedy, plain and with chains of drafts, in turn.
 
-vLLM reads the model as `mtp-spec export` and `cast --to bf16` write it: on a CPU it has no products of FP8 blocks.
-Every way of vLLM is a process of its own, all ready before the first text is timed; a way that is not asked rests.
+vLLM reads the model as written by `mtp-spec export` and `cast --to bf16`: on a CPU it has no products of FP8 blocks.
+Every way of vLLM is a process of its own; all are ready before the first text is timed, and idle between requests.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from mtp_spec.model.checkpoint.cast import cast_job
 from mtp_spec.model.checkpoint.export import export_job
 from mtp_spec.model.checkpoint.jobs import run_job
 
-PAUSE = 0.05  # seconds between turns, so that the other's threads have gone to sleep
-WARM_TEXTS, WARM_TOKENS = 2, 32  # of each way: the first ones compile, and ours measures its steps
-CACHE_GB = 1  # that vLLM keeps for latents, the least that it takes
+PAUSE = 0.05  # seconds between turns, so that the other's threads are asleep
+WARM_TEXTS, WARM_TOKENS = 2, 32  # for each way: the first ones compile, and ours measures its steps
+CACHE_GB = 1  # vLLM's cache for latents, the least that it accepts
 PLAIN, THEIR_PLAIN = "mtp_spec plain", "vLLM plain"
-SAME = 10  # first tokens as ours, in the mean over prompts: rounding parts texts later, another model at once
+SAME = 10  # least common prefix with ours, averaged over prompts: rounding diverges later, another model immediately
 OVER_PLAIN, OVER_MTP = "times vLLM plain", "times its best MTP"  # columns
 
 
 class Timed(NamedTuple):
-    """A text: its ids, wall-clock and processor's seconds, prompt included, and tokens that a step committed."""
+    """A text: its ids, wall-clock and processor seconds, prompt included, and tokens per step."""
 
     ids: list[int]
     seconds: float
@@ -81,7 +81,7 @@ def texts(args: argparse.Namespace) -> Report:
 def _compare(
     lm: LM, wide: Path, prompts: list[Row], args: argparse.Namespace, threads: int
 ) -> tuple[dict[str, list[Timed]], Row]:
-    """Returns every way's texts, and what vLLM says of itself."""
+    """Returns every way's texts, and the facts that vLLM reports."""
     asked = [question(lm, one["prompt"]) for one in prompts]
     longest = max(map(len, asked)) + args.max_new_tokens
     if longest > lm.max_context:
@@ -103,7 +103,7 @@ def _compare(
             peer = Peer(args.vllm_python, "vllm_worker.py", {**options, "depth": depth}, _environment(args, threads))
             peers.append(stack.enter_context(peer))
             ways[f"vLLM MTP {depth}" if depth else THEIR_PLAIN] = _theirs(peer)
-        facts = [peer.facts for peer in peers]  # all are ready
+        facts = [peer.facts for peer in peers]  # waits until all are ready
         for number in range(WARM_TEXTS):
             _in_turn(ways, number, asked[number % len(asked)], WARM_TOKENS)
         texts: dict[str, list[Timed]] = {name: [] for name in ways}
@@ -114,7 +114,7 @@ def _compare(
 
 
 def _in_turn(ways: dict[str, Way], number: int, ids: list[int], tokens: int) -> dict[str, Timed]:
-    """Returns each way's text; another one goes first for each number."""
+    """Returns each way's text; the first way changes with `number`."""
     names, first, found = list(ways), number % len(ways), {}
     for name in names[first:] + names[:first]:
         time.sleep(PAUSE)
@@ -125,7 +125,7 @@ def _in_turn(ways: dict[str, Way], number: int, ids: list[int], tokens: int) -> 
 
 
 def _environment(args: argparse.Namespace, threads: int) -> dict[str, str]:
-    """Returns vLLM's own switches: its threads, unbound as ours are, and the least memory for its cache."""
+    """Returns vLLM's environment variables: threads, unbound like ours, and the least memory for its cache."""
     return {
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -160,7 +160,7 @@ def _theirs(peer: Peer) -> Way:
 def table(texts: dict[str, list[Timed]], threads: int) -> list[Row]:
     """Returns the rows: medians, over prompts, of the ratio to vLLM's plain and to its fastest way with drafts.
 
-    Seconds of the processor are what a shared machine disturbs least: a thread that waits for its turn uses none.
+    Processor time is the measure that a shared machine disturbs least: a thread that waits for its turn uses none.
     """
     drafting = [name for name in texts if name.startswith("vLLM") and name != THEIR_PLAIN]
     best = min(drafting, key=lambda name: median(text.seconds for text in texts[name]))
@@ -195,7 +195,7 @@ def table(texts: dict[str, list[Timed]], threads: int) -> list[Row]:
 
 
 def check_same(rows: list[Row]) -> None:
-    """Refuses a peer whose plain text is not this model's: then its times, and what it accepts, mean nothing."""
+    """Rejects a peer whose plain text is not this model's: its times and acceptance would mean nothing."""
     shared = next(row["first as ours"] for row in rows if row["way"] == THEIR_PLAIN)
     if shared < SAME:
         raise mtp_spec.MTPSpecError(
@@ -210,7 +210,7 @@ def _quartiles(values: list[float]) -> str:
 
 
 def note(rows: list[Row], threads: int, peer: Row) -> str:
-    """Says the two ratios that the comparison is for."""
+    """Returns a note with the two main ratios of the comparison."""
     own = {row["way"]: row for row in rows if row["way"].startswith("mtp_spec")}
     best = max(own.values(), key=lambda row: row[OVER_MTP])
     return (

@@ -1,4 +1,4 @@
-"""Writes texts with vLLM on a CPU. Run by the Python that has it, which knows nothing of this package.
+"""Generates texts with vLLM on a CPU. Run by a Python that has it, without this package.
 
 Argument: one JSON object {model, dtype, depth, context, eager}. Then one request a line, {ids, tokens}, and an answer
 {ids, seconds, cpu, steps, accepted}: greedy, past end tokens, so that every text has as many tokens as asked.
@@ -12,14 +12,14 @@ import sys
 import time
 from typing import Any
 
-# the engine in this process: no other one waits beside it while another library is timed
+# run the engine in this process, so that no other process is waiting while another library is timed
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries must not print between the answers
     import torch
     import vllm
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _drafts(lm: Any) -> tuple[int, int]:
-    """Returns steps that drafted, and drafts accepted, since the engine began."""
+    """Returns the number of steps with drafts, and of accepted drafts, since the engine started."""
     counts = {metric.name: metric.value for metric in lm.get_metrics() if hasattr(metric, "value")}
     names = ("vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens")
     return counts.get(names[0], 0), counts.get(names[1], 0)
