@@ -49,7 +49,7 @@ PARTS_BYTES = 256 * 2**20  # memory limit for partial results; more rows are att
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns per program
 WARPS = 8  # per program of `attend`, except Hopper's; not part of the arithmetic
-# on Hopper: tiles in flight and keys per step, by the shared memory per program that they need
+# except on Hopper: tiles in flight and keys per step, by the shared memory per program that they need
 STEPS = ((220 * 1024, 2, KEYS), (120 * 1024, 1, KEYS // 2), (0, 1, KEYS // 4))
 GATHERED = 16  # keys per program when tails are put in order
 ROW_TILE = 16  # rows of the small products per head

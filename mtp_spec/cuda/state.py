@@ -88,9 +88,7 @@ class State:
             seen=torch.zeros(texts, vocabulary, dtype=torch.int32, device=device),
         )
         self.drawn = torch.zeros(texts, dtype=torch.int64, device=device)
-        self.busy = False
         self._parts: dict[tuple[int, int], State] = {}
-        self.user: object = None
 
     @property
     def texts(self) -> int:
@@ -116,17 +114,15 @@ class State:
         self._parts[first, count] = part
         return part
 
-    def reset(self, params: SamplingParams, prompt: list[int], reused: int = 0, modules: bool = True) -> None:
+    def reset(self, params: SamplingParams, prompt: list[int], reused: int = 0) -> None:
         """Prepares for a new sequence, the only one.
 
         Args:
             reused: number of its first slots that the caches already hold.
-            modules: whether to clear the modules' caches too.
         """
         if self.pages is None:
             # old slots could hold NaN, which masks do not remove
-            caches = [*self.caches, *self.mtp_caches] if modules else self.caches
-            torch._foreach_zero_([cache.slots[reused:] for cache in caches])
+            torch._foreach_zero_([cache.slots[reused:] for cache in (*self.caches, *self.mtp_caches)])
             self.store[self.caches[0].spare :].zero_()
         torch._foreach_zero_(self._tensors())
         self.begun.fill_(reused)
@@ -164,16 +160,6 @@ class State:
         self.length.fill_(1)
         self.fed.zero_()
         self.begun.zero_()
-
-    @contextmanager
-    def first_slots_aside(self) -> Iterator[None]:
-        """Saves the first slots of a single sequence's caches and restores them after work is captured or timed."""
-        held = [cache.slots[:WORK_ROWS] for cache in (*self.caches, *self.mtp_caches)]
-        kept = [slots.clone() for slots in held]
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(held, kept)
 
     @contextmanager
     def set_aside(self, idle: Tensor) -> Iterator[None]:
