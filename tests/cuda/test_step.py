@@ -278,6 +278,22 @@ def test_every_kernel_of_a_step_compiles_for_hopper(name: str) -> None:
         assert all(kernel["spilled"] <= _spared(kernel) for kernel in by_name[main]), main
 
 
+@pytest.mark.gpu  # not for its card: it takes minutes of the processors that CI has two of
+@pytest.mark.parametrize(
+    ("card", "kind", "room"),
+    [(80, "bf16", 163), (86, "fp16", 99), (89, "fp8", 99), (90, "bf16", 227), (100, "fp8", 227), (120, "fp8", 99)],
+)
+def test_every_kernel_of_a_step_compiles_for_other_cards(card: int, kind: str, room: int) -> None:
+    """By compute capability, with the KiB of shared memory that a program can have there."""
+    pytest.importorskip("triton")
+    program = [sys.executable, str(SUPPORT / "compiled.py"), "GLM-4.7-Flash", str(card), kind]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ})
+    assert "passed" in done.stdout.splitlines(), done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(kernels) > 20
+    assert all(kernel["shared"] <= room * 1024 for kernel in kernels)
+
+
 def _spared(kernel: dict[str, Any]) -> int:
     """Returns bytes that may be spilled: outside the loop over keys or inner dimensions, which only reads some back.
 
