@@ -30,13 +30,16 @@ HEAD_ROWS = 64 * BLOCK  # rows of the head quantised at once
 
 def why_not(config: ModelConfig) -> str | None:
     """Returns what keeps a model from running on these kernels, or None."""
+    dense = [config.intermediate_size] if config.first_k_dense_replace else []
     sizes = {
         "hidden_size": config.hidden_size,
         "moe_intermediate_size": config.moe_intermediate_size,
         "kv_lora_rank": config.kv_lora_rank,
         "q_lora_rank": config.q_lora_rank or 16,
+        "num_attention_heads * v_head_dim": config.num_attention_heads * config.v_head_dim,
     }
-    for name, size in sizes.items():
+    dense += [shape.intermediate_size or 16 for shape in config.modules]
+    for name, size in (*sizes.items(), *(("intermediate_size", width) for width in dense)):
         if size % 16:
             return f"{name} {size} is no multiple of 16"
     for name in ("kv_lora_rank", "qk_rope_head_dim"):

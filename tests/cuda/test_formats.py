@@ -15,9 +15,9 @@ from lms import lm_of
 from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.api import LM
 from mtp_spec.kernels.fp8 import E4M3, weight_dequant
-from mtp_spec.model.checkpoint.folder import load_checkpoint, save_checkpoint
+from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.cuda.checkpoint import load_device_model, obstacle
 from mtp_spec.model.transformer import Transformer
 from small import tensors
 
@@ -103,6 +103,22 @@ def test_fp8_weights_can_be_widened(tmp_path: Path) -> None:
         model = load_device_model(folder, "cpu", **options)
         assert not any(slot.dtype == E4M3 for slot in model.parameters()) or options.get("fp8_products", True)
         assert_near(score_ids(model, IDS), exact, TOLERANCE[model.activations])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"intermediate_size": 100}, "intermediate_size 100"), ({"num_attention_heads": 3, "v_head_dim": 20}, "60")],
+)
+def test_sizes_that_no_product_reads_are_named_before_loading(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    """Rows of a matrix are read 16 bytes at a time."""
+    folder = wide(tmp_path, "v3", torch.bfloat16, **changes)
+    reason = obstacle(open_checkpoint(folder))
+    assert reason is not None
+    assert named in reason
+    assert "no multiple of 16" in reason
+    assert score_ids(load_checkpoint(folder, dtype=torch.bfloat16), IDS).logits.isfinite().all()  # by torch
 
 
 @pytest.mark.parametrize("ids", [None, range(40)], ids=["all", "some"])

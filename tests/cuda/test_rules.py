@@ -117,7 +117,7 @@ def compare(name: str, kind: str, place: str) -> None:
             continue
         generator = torch.Generator().manual_seed(number)
         shape = TreeShape.of(Speculation(branching=branching, acceptance=name))
-        for seed in range(8):
+        for seed in range(12):
             choices, drawn = SeededChoices(seed), torch.zeros(1, dtype=torch.int64, device=place)
             rule = DeviceRule(name, shape, kind == "greedy", drawn)
             for _ in range(3):  # one step after another draws from the same numbers
@@ -145,7 +145,7 @@ def test_guided_targets(name: str, beyond: str) -> None:
             continue
         generator = torch.Generator().manual_seed(number)
         shape = TreeShape.of(Speculation(branching=branching, acceptance=name))
-        for seed in range(8):
+        for seed in range(12):
             choices = SeededChoices(seed)
             rule = DeviceRule(name, shape, False, torch.zeros(1, dtype=torch.int64))
             for _ in range(3):
@@ -182,7 +182,7 @@ def test_first_tokens_have_the_targets_law(name: str, branching: tuple[int, ...]
         targets[0, int(drafts[0].argmax())] = -torch.inf
     shape = TreeShape.of(Speculation(branching=branching, acceptance=name))
     rule = DeviceRule(name, shape, False, torch.zeros(1).long())
-    number = 1200  # of one rule; the drawn paths are compared with `acceptance`, whose laws are enumerated, above
+    number = 3000
     counts = np.zeros(4)
     for _ in range(number):
         counts[step_on_device(rule, drafts, targets, 5)[1][0]] += 1
