@@ -27,7 +27,15 @@ from torch import Tensor
 from mtp_spec.kernels import fp8, ordered
 from mtp_spec.kernels.checks import FLOATS, expect
 from mtp_spec.kernels.fp8 import BLOCK
-from mtp_spec.kernels.launching import MULTIPROCESSORS, described, interpreted, late, runs_triton, stages_that_fit
+from mtp_spec.kernels.launching import (
+    MULTIPROCESSORS,
+    described,
+    interpreted,
+    late,
+    runs_triton,
+    stages_that_fit,
+    tuned_name,
+)
 from mtp_spec.kernels.workspace import Workspace
 
 try:
@@ -81,7 +89,7 @@ def default_launch(outputs: int, inputs: int, kind: str = "fp8", part: int | Non
         whole, own = default_launch(outputs, inputs, kind), default_launch(part, inputs, kind)
         return own if own.splits == whole.splits else whole
     tuned: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "tuned" / "gemm.json").read_text())
-    found = tuned.get(f"{outputs}x{inputs}" + ("" if kind == "fp8" else f" {kind}"))
+    found = tuned.get(tuned_name(outputs, inputs, kind))
     if found is not None:
         return Launch(**found)
     tiles, blocks = -(-outputs // 64), -(-inputs // BLOCK)

@@ -72,6 +72,11 @@ def late(x: Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if overlaps(x.device) else {"PDL": False}
 
 
+def tuned_name(rows: int, columns: int, kind: str) -> str:
+    """Returns the key of a shape in kernels/tuned: "fp8" matrices by their shape alone, "bf16" ones (16 bits) named."""
+    return f"{rows}x{columns}" + ("" if kind == "fp8" else f" {kind}")
+
+
 def stages_that_fit(stages: int, step: int, device: torch.device) -> int:
     """Returns how many of `stages` steps of `step` bytes fit in shared memory; not part of the arithmetic."""
     return max(1, min(stages, (shared_memory(device) - RESERVED) // step))

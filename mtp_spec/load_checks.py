@@ -18,9 +18,9 @@ from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_c
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cpu.checkpoint import load_cpu_model
 from mtp_spec.model.cuda.checkpoint import (
-    PACKED,
     empty_device_model,
     fp8_obstacle,
+    has_fp8,
     load_device_model,
     stored_dtype,
 )
@@ -104,7 +104,7 @@ def _on_kernels(
 ) -> DeviceModel:  # fmt: skip
     """Returns the model on the kernels; FP8 weights stay FP8 if the GPU can multiply them and `dtype` allows it."""
     wide, no_fp8 = dtype if dtype in HALVES else None, _no_kernels(device, FP8_CAPABILITY)
-    stored_packed = any(checkpoint.dtype(name) == PACKED for name in checkpoint.tensors)
+    stored_packed = has_fp8(checkpoint)
     widened = no_fp8 or fp8_obstacle(checkpoint)
     if wide is None and stored_packed and widened is not None:
         warnings.warn(f"{checkpoint.folder} has FP8 weights, which become 16 bits wide: {widened}", stacklevel=5)

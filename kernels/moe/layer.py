@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3_MAX
-from mtp_spec.kernels.launching import described, interpreted, late, runs_triton, stages_that_fit
+from mtp_spec.kernels.launching import described, interpreted, late, runs_triton, stages_that_fit, tuned_name
 from mtp_spec.kernels.moe.grouping import MOST_ROWS, group
 from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups, Routing, most_slots
 from mtp_spec.kernels.moe.reference import experts_reference, moe_reference
@@ -87,7 +87,7 @@ def default_launch(channels: int, inner: int, kind: str = "fp8") -> Launch:
     """Returns the tuned launch for a shape ("fp8", or "bf16" for 16 bits of either type), else the defaults."""
     path = Path(__file__).parents[1] / "tuned" / "moe.json"
     tuned: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-    return Launch(**tuned.get(f"{channels}x{inner}" + ("" if kind == "fp8" else f" {kind}"), {}))
+    return Launch(**tuned.get(tuned_name(channels, inner, kind), {}))
 
 
 def launch_of(weights: Experts) -> Launch:

@@ -38,12 +38,16 @@ def fp8_obstacle(checkpoint: Checkpoint) -> str | None:
     reason = obstacle(checkpoint)
     if reason is not None:
         return reason
-    stored = [name for name in checkpoint.tensors if checkpoint.dtype(name) == PACKED]
-    if not stored:
+    if not has_fp8(checkpoint):
         return "its weights are not FP8 with 128x128 scales"
     if checkpoint.config.fp8_block != (BLOCK, BLOCK):
         return f"its FP8 weights have blocks of {list(checkpoint.config.fp8_block or ())}, not of 128x128"
     return None
+
+
+def has_fp8(checkpoint: Checkpoint) -> bool:
+    """Whether some matrix is in FP8 once it is read."""
+    return any(checkpoint.dtype(name) == PACKED for name in checkpoint.tensors)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from mtp_spec.bench.common import Row
+from mtp_spec.bench.layers import kernel_row
 from mtp_spec.bench.timing import graph_time
 from mtp_spec.bench.tuning import expert_rounds, label, search
 from mtp_spec.kernels import fp8, moe, quant
+from mtp_spec.kernels.launching import tuned_name
 from mtp_spec.kernels.moe import Groups, group
 
 SHARED = 1
@@ -55,12 +57,17 @@ class Mix:
     @property
     def tuned(self) -> str:
         """Its name in tuned/moe.json."""
-        return f"{self.channels}x{self.inner}" + ("" if self.packed else " bf16")
+        return tuned_name(self.channels, self.inner, self.kind)
+
+    @property
+    def kind(self) -> str:
+        """As launches are named."""
+        return "fp8" if self.packed else "bf16"
 
     @property
     def default(self) -> moe.Launch:
         """The launch that the library uses."""
-        return moe.default_launch(self.channels, self.inner, "fp8" if self.packed else "bf16")
+        return moe.default_launch(self.channels, self.inner, self.kind)
 
 
 @dataclass(slots=True)
@@ -228,16 +235,4 @@ def _row(
 ) -> Row:
     hit = sum(chosen.unique().numel() for chosen in indices) / len(indices)
     speed = hit * 3 * mix.inner * mix.channels * (1 if mix.packed else 2) * share / micro / 1e6
-    return {
-        "kernel": "experts",
-        "shape": f"{mix.name}, {kind}",
-        "M": m,
-        "us": micro,
-        "TB/s": speed,
-        "of copy": speed / rate,
-        "torch us": float("nan"),
-        "bf16 us": float("nan"),
-        "error": error,
-        "rows exact": exact,
-        "launch": label(launch),
-    }
+    return kernel_row("experts", f"{mix.name}, {kind}", m, micro, speed, rate, error, exact, label(launch))

@@ -77,7 +77,23 @@ def decoded_alone(q: Tensor, cache: Cache, plan: mla.Plan, head: mla.Head) -> Te
 
 
 def _row(kernel: str, shape: str, m: int, micro: float, size: float, rate: float, error: float, exact: bool) -> Row:
-    speed = size / micro / 1e6
+    return kernel_row(kernel, shape, m, micro, size / micro / 1e6, rate, error, exact)
+
+
+def kernel_row(
+    kernel: str, shape: str, m: int, micro: float, speed: float, rate: float, error: float, exact: bool,
+    launch: str = "",
+) -> Row:  # fmt: skip
+    """Returns a line of `bench kernels` without a peer's time.
+
+    Args:
+        micro: microseconds.
+        speed: TB/s of what is read.
+        rate: TB/s of a copy.
+        error: relative to the reference.
+        exact: whether a row alone has the same bits.
+        launch: how it ran.
+    """
     return {
         "kernel": kernel,
         "shape": shape,
@@ -89,5 +105,5 @@ def _row(kernel: str, shape: str, m: int, micro: float, size: float, rate: float
         "bf16 us": float("nan"),
         "error": error,
         "rows exact": exact,
-        "launch": "",
+        "launch": launch,
     }

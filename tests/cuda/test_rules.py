@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -109,14 +110,18 @@ def test_same_path_as_the_rule(name: str, kind: str) -> None:
     compare(name, kind, "cpu")
 
 
+def trees_of(name: str) -> Iterator[tuple[tuple[int, ...], TreeShape, torch.Generator]]:
+    """Yields the trees that a rule takes, each with random numbers of its own."""
+    for number, branching in enumerate(SHAPES):
+        if not RULES[name].chains_only or max(branching) == 1:
+            shape = TreeShape.of(Speculation(branching=branching, acceptance=name))
+            yield branching, shape, torch.Generator().manual_seed(number)
+
+
 def compare(name: str, kind: str, place: str) -> None:
     """Takes random steps by a rule and by its captured form, on random rows."""
     accepted = 0
-    for number, branching in enumerate(SHAPES):
-        if RULES[name].chains_only and max(branching) > 1:
-            continue
-        generator = torch.Generator().manual_seed(number)
-        shape = TreeShape.of(Speculation(branching=branching, acceptance=name))
+    for branching, shape, generator in trees_of(name):
         for seed in range(12):
             choices, drawn = SeededChoices(seed), torch.zeros(1, dtype=torch.int64, device=place)
             rule = DeviceRule(name, shape, kind == "greedy", drawn)
@@ -140,11 +145,7 @@ def compare(name: str, kind: str, place: str) -> None:
 def test_guided_targets(name: str, beyond: str) -> None:
     """Most drafts have no probability under a guided target, and what stands in rows beyond these is of no matter."""
     accepted = 0
-    for number, branching in enumerate(SHAPES):
-        if RULES[name].chains_only and max(branching) > 1:
-            continue
-        generator = torch.Generator().manual_seed(number)
-        shape = TreeShape.of(Speculation(branching=branching, acceptance=name))
+    for branching, shape, generator in trees_of(name):
         for seed in range(12):
             choices = SeededChoices(seed)
             rule = DeviceRule(name, shape, False, torch.zeros(1, dtype=torch.int64))
