@@ -80,7 +80,7 @@ BENCHMARK = Benchmark(
         Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 3, 4, 8, 16], metavar="M,..."),
         Option("--context", "committed tokens (256)", type=parsing.count, default=256),
         Option("--repeats", "rounds (15)", type=parsing.count, default=15),
-        Option("--acceptance", "of each draft, for the notes (0.8)", type=float, default=0.8, metavar="P"),
+        Option("--acceptance", "of each draft, for the notes (0.8)", type=parsing.chance, default=0.8, metavar="P"),
     ),
 )
 

@@ -17,6 +17,20 @@ def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def chances(text: str) -> list[float]:
+    """Returns probabilities."""
+    values = numbers(text)
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r}: give probabilities from 0 to 1")
+    return values
+
+
+def chance(text: str) -> float:
+    """Returns a probability."""
+    (value,) = chances(text)
+    return value
+
+
 def integers(text: str) -> list[int]:
     values = [int(part) for part in text.split(",")]
     if min(values) < 1:

@@ -141,7 +141,7 @@ BENCHMARK = Benchmark(
         Option(
             "--acceptance",
             "chances that a draft of depth 1, 2, ... is accepted, for the notes on chains (0.8)",
-            type=parsing.numbers,
+            type=parsing.chances,
             default=[0.8],
             metavar="P,P,...",
         ),

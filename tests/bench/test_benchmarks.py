@@ -339,3 +339,16 @@ def test_a_search_keeps_the_fastest_launch_and_what_failed(tmp_path: Path) -> No
     written = json.loads((tmp_path / "gemm.json").read_text())
     assert gemm.Launch(**written["7168x2048"]) == found
     assert written["1x1"] == {"tile": 64}
+
+
+@pytest.mark.parametrize(
+    ("given", "cause"),
+    [(["step", "--acceptance", "0.5,2"], "from 0 to 1"), (["cpu", "--acceptance", "nan"], "from 0 to 1"),
+     (["kernels", "--experts", "5x"], "DxI:CHOSEN/EXPERTS"), (["step", "--dtype", "int8"], "invalid choice")],
+)  # fmt: skip
+def test_options_of_no_meaning_are_named(given: list[str], cause: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", *given])
+    told = capsys.readouterr().err
+    assert given[1] in told
+    assert cause in told
