@@ -31,6 +31,7 @@ def load(
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     weights: str | None = None,
+    mtp: str | Path | None = None,
     max_context: int | None = None,
     max_batch: int = 1,
     cache_tokens: int | None = None,
@@ -56,6 +57,8 @@ def load(
             float32.
         weights: "fp8" converts the matrices of a bfloat16 folder to FP8 with 128x128 scales while reading, with the
             same bits as `mtp-spec cast --to fp8`; None keeps them.
+        mtp: a folder whose MTP modules draft in place of the checkpoint's own, such as `mtp-spec train` writes
+            (docs/howto/train.md); None uses those of the checkpoint, if it has any.
         max_context: most tokens of prompt and text together; None is the model's own limit.
         max_batch: most sequences that are generated in a batch, for a list of prompts or `LM.submit`.
         cache_tokens: tokens that the batch's cache holds, prompts, generated tokens and drafts included. Requests wait
@@ -88,6 +91,8 @@ def load(
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
     if config is not None and path is None:
         raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
+    if mtp is not None and not isinstance(mtp, str | Path):
+        raise OptionError(f"mtp={mtp!r}: give the name of a folder with MTP modules, or None for the checkpoint's own")
     config_file = None if config is None else Path(config)
     if not isinstance(progress, bool) and not callable(progress):
         raise OptionError(f"progress={progress!r}: allowed are True, False or a function of (bytes read, bytes in all)")
@@ -100,7 +105,7 @@ def load(
         limit = context_limit(config_file or folder, max_context)
         chosen = dtype_of(dtype)
         check_weights(weights)
-        checkpoint = open_checkpoint(folder, config_file)
+        checkpoint = open_checkpoint(folder, config_file, None if mtp is None else Path(mtp))
         for note in checkpoint.notes:
             warnings.warn(f"{folder}: {note}", stacklevel=3)
         own = Defaults(folder / FILE, defaults, checkpoint.config.vocab_size)

@@ -23,24 +23,28 @@ from mtp_spec.model.checkpoint.narrow import is_packed
 from mtp_spec.model.checkpoint.writer import Output, as_json
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.errors import CheckpointError
+from mtp_spec.model.files.dialects import DENSE, SPARSE
 from mtp_spec.model.files.formats import POWERS, SCALE
 
 # fields that engines read and DeepSeek's programs do not need
 ALWAYS = {"moe_layer_freq": 1, "attention_bias": False, "torch_dtype": "bfloat16"}
 
 
-def export_job(folder: Path, *, config_file: Path | None = None, shard_bytes: int = SHARD_BYTES) -> Job:
+def export_job(
+    folder: Path, *, config_file: Path | None = None, mtp: Path | None = None, shard_bytes: int = SHARD_BYTES
+) -> Job:
     """Returns the job that writes the folder.
 
     Args:
         folder: a Hugging Face folder, or per-rank files.
         config_file: describes the model in place of the folder's config.json.
+        mtp: a folder whose MTP modules take the place of the folder's own, as for `open_checkpoint`.
         shard_bytes: largest size of a file.
 
     Raises:
         CheckpointError: the folder is incomplete, has no MTP modules, or its FP8 blocks are not 128x128.
     """
-    checkpoint = open_checkpoint(folder, config_file)
+    checkpoint = open_checkpoint(folder, config_file, mtp)
     config = checkpoint.config
     if not config.num_nextn_predict_layers:
         raise CheckpointError(f"{folder} has no MTP modules: engines read such a folder as it is, there is no draft")
@@ -59,7 +63,14 @@ def _config(config: ModelConfig, given: dict[str, Any]) -> dict[str, Any]:
     whole = config.to_hf_dict() | {"num_key_value_heads": config.num_attention_heads} | ALWAYS
     kept = {name: value for name, value in given.items() if value is not None}
     # transformers counts modules under another name, or not at all
-    return {**whole, **kept, "num_nextn_predict_layers": config.num_nextn_predict_layers}
+    count = config.num_nextn_predict_layers
+    values = {**whole, **kept, "num_nextn_predict_layers": count}
+    if "num_mtp_layers" in values:
+        values["num_mtp_layers"] = count
+    kinds = [SPARSE if config.module(module).intermediate_size is None else DENSE for module in range(count)]
+    if DENSE in kinds or "mtp_mlp_layer_types" in values:
+        values["mtp_mlp_layer_types"] = kinds
+    return values
 
 
 def _tasks(checkpoint: Checkpoint, powers: bool) -> Iterator[Task]:

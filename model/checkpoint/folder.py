@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mtp_spec.kernels.fp8 import E4M3, weight_quant
 from mtp_spec.kernels.fp8_cpu import dequantise
+from mtp_spec.model.checkpoint.adapter import with_modules
 from mtp_spec.model.checkpoint.found import PIECE_BYTES, found_modules, own_copies, shared_copies
 from mtp_spec.model.checkpoint.narrow import narrow
 from mtp_spec.model.config import ModelConfig, config_of, read_config
@@ -66,7 +67,9 @@ class Checkpoint:
         return "F8_E4M3" if name in self.narrowed else self.tensors[name].dtype
 
 
-def _check(slots: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], config: ModelConfig, folder: Path) -> None:
+def _check(
+    slots: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], config: ModelConfig, folder: Path | str
+) -> None:
     """Compares names and shapes; raises one error that lists everything that does not fit."""
     places = {**slots, **{name: slots[original] for name, original in shared_copies(config).items() if name in tensors}}
     present = {n for n in tensors if not n.endswith(SCALE) and not n.endswith("rotary_emb.inv_freq")}
@@ -111,12 +114,13 @@ def _scale_shapes(tensors: Mapping[str, TensorInfo], names: list[str], block: tu
     return wrong
 
 
-def open_checkpoint(folder: Path, config_file: Path | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, config_file: Path | None = None, mtp: Path | None = None) -> Checkpoint:
     """Returns what a folder describes and holds. The only weights read are repeated embeddings and heads.
 
     Args:
         folder: a Hugging Face folder, or one of per-rank files (`mtp_spec.model.files.deepseek`).
         config_file: describes the model in place of the folder's config.json.
+        mtp: a folder whose MTP modules take the place of the folder's own (`mtp_spec.model.checkpoint.adapter`).
 
     Raises:
         CheckpointError: anything missing, left over, mis-shaped, truncated, stored in another format or unsupported.
@@ -126,15 +130,19 @@ def open_checkpoint(folder: Path, config_file: Path | None = None) -> Checkpoint
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
     tensors = read_headers(folder)
-    further, taken = unlisted_modules(folder, tensors, config.num_hidden_layers)
-    tensors = usual_names({**tensors, **further}, config.fp8_block or (128, 128))
+    if mtp is None:
+        further, taken = unlisted_modules(folder, tensors, config.num_hidden_layers)
+        tensors |= further
+    else:
+        config, tensors, taken = with_modules(mtp, config, tensors)
+    tensors = usual_names(tensors, config.fp8_block or (128, 128))
     refused = unreadable(given, config, tensors)
     if refused is not None:
         raise CheckpointError(f"{folder}: {refused}")
     config, counted = found_modules(config, tensors)
     with torch.device("meta"):
         places = Transformer(config, torch.bfloat16, "meta").checkpoint_slots()
-    _check(places, tensors, config, folder)
+    _check(places, tensors, config, folder if mtp is None else f"{folder} with mtp={str(mtp)!r}")
     config, own = own_copies(config, tensors)
     return Checkpoint(folder, config, tensors, (*key_notes(given), *taken, *counted, *own))
 

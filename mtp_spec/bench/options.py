@@ -71,11 +71,13 @@ DRAFT_VOCABULARY = Option(
     type=parsing.vocabulary,
     metavar="N|FILE",
 )
+MTP = Option("--mtp", "folder whose MTP modules draft in place of the checkpoint's own", type=Path, metavar="FOLDER")
 # options of `load` that determine memory
 LOAD = (DRAFT_VOCABULARY, WEIGHTS, *CACHE)
 # a model on any device
 LOADED = (
     MODEL,
+    MTP,
     Option("--device", "cpu or cuda", default="cpu"),
     Option("--dtype", "float32, bfloat16 or float16"),
     WEIGHTS,
@@ -151,6 +153,7 @@ class ModelBenchmark(Benchmark):
             device=args.device,
             dtype=args.dtype,
             weights=args.weights,
+            mtp=args.mtp,
             draft_vocabulary=args.draft_vocabulary,
             cache_dtype=args.cache_dtype,
             max_context=args.max_context,

@@ -27,6 +27,7 @@ CAST_EXAMPLES = """examples:
 EXPORT_EXAMPLES = """examples:
   mtp-spec export /models/V3-mp16 /models/V3-for-vllm
   mtp-spec export /models/mine /models/mine-for-lmdeploy
+  mtp-spec export /models/Moonlight /models/Moonlight-MTP --mtp moonlight-head
 """
 WORKERS = 2
 
@@ -48,6 +49,7 @@ def add_converting(commands: Any) -> None:
     cast.add_argument("--device", default="cpu", help="where numbers are computed: cpu or cuda")
     export = _add(commands, "export", "a folder for vLLM, SGLang, LMDeploy and transformers", EXPORT_EXAMPLES)
     export.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of config.json")
+    export.add_argument("--mtp", type=Path, metavar="FOLDER", help="MTP modules that take the place of SOURCE's own")
 
 
 def _add(commands: Any, name: str, text: str, examples: str) -> argparse.ArgumentParser:
@@ -106,7 +108,7 @@ def run_export(args: argparse.Namespace) -> None:
     from mtp_spec.model.checkpoint.export import export_job
 
     source, target = _paths(args)
-    _run(export_job(source, config_file=args.config), target, args)
+    _run(export_job(source, config_file=args.config, mtp=args.mtp), target, args)
 
 
 def _paths(args: argparse.Namespace, *aliases: str) -> tuple[Path, Path]:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import mtp_spec
 from mtp_spec.bench.cli import add_bench, run_bench
-from mtp_spec.bench.options import LOAD, add_options
+from mtp_spec.bench.options import LOAD, MTP, add_options
 from mtp_spec.cli.chat_options import add_chat_options, chat_options
 from mtp_spec.cli.convert import add_converting, run_cast, run_convert, run_export
 from mtp_spec.cli.inspect import add_inspect, run_inspect
@@ -129,6 +129,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="checkpoint folder, per-rank files too (default: the bundled model)",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of its config.json")
+    MTP.add(parser)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored on a CPU)")
     add_options(parser, LOAD)
@@ -275,6 +276,7 @@ def _load(args: argparse.Namespace) -> mtp_spec.LM:
         device=args.device,
         dtype=args.dtype,
         weights=args.weights,
+        mtp=args.mtp,
         draft_vocabulary=args.draft_vocabulary,
         cache_dtype=args.cache_dtype,
         max_context=args.max_context,

@@ -151,6 +151,7 @@ class _Models:
                 device=args.device,
                 dtype=args.dtype,
                 weights=args.weights,
+                mtp=args.mtp,
                 draft_vocabulary=vocabulary,
                 cache_dtype=args.cache_dtype,
                 max_context=args.max_context,
