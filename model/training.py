@@ -9,7 +9,7 @@ Legend: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary, `H` heads, `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,41 +22,35 @@ from mtp_spec.model.moe import Gate, MoE
 from mtp_spec.model.transformer import Block, MTPModule, Transformer
 
 KeysValues = tuple[Tensor, Tensor]
+MOST_AT_ONCE = 16  # up to so many experts, all of them run on every row
 
 
-class TrainingForward:
-    """A model's weights with gradients, over whole sequences.
+class ModulesForward:
+    """MTP modules with gradients, over whole sequences, on the main model's hidden states.
 
     Args:
-        model: whose weights they are; the whole model in one process.
+        modules: the modules.
+        embedding: `[V, D]` of the main model, for modules without their own.
+        head: `[V, D]` of the main model, likewise.
+        table: returns a rope table of at least so many positions, as `HostModel.table`.
         dropout: of both residual branches of every block; 0 switches it off.
     Attributes:
-        blocks: the model's layers, then one of each MTP module, as a checkpoint counts them.
+        blocks: the modules' blocks.
         load: for each block the rows that its experts took in passes with gradients, `[E]`; None without experts.
-    Raises:
-        ValueError: the model is only one rank's part.
     """
 
-    def __init__(self, model: Transformer, dropout: float = 0.0) -> None:
-        if model.ranks.size > 1:
-            raise ValueError(f"the model is one of {model.ranks.size} ranks' parts: train it whole, in one process")
-        self.model, self.dropout = model, dropout
-        self.modules = [module for module in model.mtp if isinstance(module, MTPModule)]
-        self.blocks: list[Block] = [*model.blocks(), *(module.block for module in self.modules)]
+    def __init__(
+        self, modules: Sequence[MTPModule], embedding: Tensor, head: Tensor, table: Callable[[int], Tensor],
+        dropout: float = 0.0, before: Sequence[Block] = (),
+    ) -> None:  # fmt: skip
+        self.modules, self.embedding, self.head = list(modules), embedding, head
+        self.table, self.dropout, self._first = table, dropout, len(before)
+        self.blocks: list[Block] = [*before, *(module.block for module in modules)]
         self.load = [
-            torch.zeros(block.mlp.experts, dtype=torch.float32, device=model.device)
+            torch.zeros(block.mlp.experts, dtype=torch.float32, device=embedding.device)
             if isinstance(block.mlp, MoE) else None
             for block in self.blocks
         ]  # fmt: skip
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Returns hidden states after the final norm `[B, T, D]` of ids `[B, T]`."""
-        model, rope = self.model, self._rope(0, ids.shape[1])
-        x = F.embedding(ids, model.embed_tokens)
-        for number in range(model.config.num_hidden_layers):
-            x = self._block(number, x, rope)
-        out: Tensor = model.norm(x)
-        return out
 
     def mtp_hidden(
         self, module: int, ids: Tensor, hidden: Tensor, offset: int, earlier: list[KeysValues] | None = None
@@ -72,32 +66,36 @@ class TrainingForward:
                 values from depth to depth, as the module's cache does when drafting.
         """
         mtp, rope = self.modules[module], self._rope(offset, ids.shape[1])
-        embeddings = self.model.embed_tokens if mtp.embed_tokens is None else mtp.embed_tokens
-        x = mtp.mix(F.embedding(ids, embeddings), hidden)
-        x = self._block(self.model.config.num_hidden_layers + module, x, rope, earlier)
+        x = mtp.mix(F.embedding(ids, self.embedding if mtp.embed_tokens is None else mtp.embed_tokens), hidden)
+        x = self._block(self._first + module, x, rope, earlier)
         out: Tensor = mtp.norm(x)
         return out
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the main model's logits `[B, T, V]`."""
-        return self.model.logits(hidden)
+    def head_of(self, module: int) -> Tensor:
+        """Returns the head `[V, D]` that gives a module's logits: its own if it has one."""
+        own = self.modules[module].head
+        return self.head if own is None else own
 
     def mtp_logits(self, module: int, hidden: Tensor) -> Tensor:
-        """Returns a module's logits `[B, T, V]`, by its own head if it has one."""
-        return self.model.module_logits(module, hidden)
+        """Returns a module's logits `[B, T, V]`."""
+        return F.linear(hidden, self.head_of(module))
 
     def drafts(self, ids: Tensor, hidden: Tensor, depths: int) -> Iterator[tuple[int, Tensor]]:
-        """Yields (depth, outputs `[B, T - depths, D]`) of the first module, reused on its own output as in drafting.
+        """Yields (depth, outputs `[B, T - depths, D]`) as drafting computes them along the true text.
+
+        Depth d is computed by module d, deeper ones by the last module on its own output, which then sees its own rows
+        of the text up to the draft's beginning, and of the draft its ancestors.
 
         Args:
             ids: `[B, T]` the text.
             hidden: `[B, T, D]` of the main model.
-            depths: how often it is used, including the first time.
+            depths: how deep to draft.
         """
-        rows, earlier = ids.shape[1] - depths, list[KeysValues]()
+        rows, earlier, last = ids.shape[1] - depths, list[KeysValues](), len(self.modules)
         hidden = hidden[:, :rows]
         for depth in range(1, depths + 1):
-            hidden = self.mtp_hidden(0, ids[:, depth : depth + rows], hidden, depth, earlier)
+            carried = earlier if depth >= last and depths > last else None
+            hidden = self.mtp_hidden(min(depth, last) - 1, ids[:, depth : depth + rows], hidden, depth, carried)
             yield depth, hidden
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
@@ -107,12 +105,16 @@ class TrainingForward:
             out: Tensor = mlp(x)
             return out
         weights, indices = chosen_experts(mlp.gate, x)
-        by_expert = weights.new_zeros(len(x), mlp.experts).scatter(1, indices, weights)
         load = self.load[number]
         if load is not None and torch.is_grad_enabled():
             with torch.no_grad():
-                load += (by_expert > 0).sum(0)
-        routed = every_expert(mlp, x, by_expert)
+                load += torch.zeros_like(load).index_add(
+                    0, indices.flatten(), torch.ones_like(load)[:1].expand(indices.numel())
+                )
+        if mlp.experts > MOST_AT_ONCE:
+            routed = chosen_only(mlp, x, weights, indices)
+        else:
+            routed = every_expert(mlp, x, weights.new_zeros(len(x), mlp.experts).scatter(1, indices, weights))
         return routed if mlp.shared is None else routed + mlp.shared(x)
 
     @torch.no_grad()
@@ -144,7 +146,40 @@ class TrainingForward:
         return F.dropout(branch, self.dropout) if self.dropout else branch
 
     def _rope(self, offset: int, rows: int) -> Tensor:
-        return self.model.table(offset + rows)[offset : offset + rows, None]
+        return self.table(offset + rows)[offset : offset + rows, None]
+
+
+class TrainingForward(ModulesForward):
+    """A whole model's weights with gradients, over whole sequences.
+
+    Args:
+        model: whose weights they are; the whole model in one process.
+        dropout: as for `ModulesForward`.
+    Attributes:
+        blocks: the model's layers, then one of each MTP module, as a checkpoint counts them.
+    Raises:
+        ValueError: the model is only one rank's part.
+    """
+
+    def __init__(self, model: Transformer, dropout: float = 0.0) -> None:
+        if model.ranks.size > 1:
+            raise ValueError(f"the model is one of {model.ranks.size} ranks' parts: train it whole, in one process")
+        self.model = model
+        modules = [module for module in model.mtp if isinstance(module, MTPModule)]
+        super().__init__(modules, model.embed_tokens, model.lm_head, model.table, dropout, model.blocks())
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Returns hidden states after the final norm `[B, T, D]` of ids `[B, T]`."""
+        model, rope = self.model, self._rope(0, ids.shape[1])
+        x = F.embedding(ids, model.embed_tokens)
+        for number in range(model.config.num_hidden_layers):
+            x = self._block(number, x, rope)
+        out: Tensor = model.norm(x)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns the main model's logits `[B, T, V]`."""
+        return self.model.logits(hidden)
 
 
 # layers
@@ -227,6 +262,18 @@ def every_expert(moe: MoE, x: Tensor, weights: Tensor) -> Tensor:
     inner = gated_silu(F.linear(x, moe.gate_up.flatten(0, 1)).unflatten(-1, (moe.experts, -1)))
     inner = inner * weights.unsqueeze(-1).to(inner.dtype)
     return F.linear(inner.flatten(1), moe.down.transpose(0, 1).flatten(1))
+
+
+def chosen_only(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Returns the same sum, each expert run on the rows that chose it; weights and indices `[M, k]`."""
+    chosen = indices.flatten()
+    order = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=moe.experts).tolist()
+    parts = x[order // indices.shape[1]].split(counts)
+    outs = [F.linear(gated_silu(F.linear(part, moe.gate_up[e])), moe.down[e])
+            for e, part in enumerate(parts) if len(part)]  # fmt: skip
+    pairs = torch.cat(outs)[order.argsort()].unflatten(0, indices.shape)
+    return (pairs * weights.unsqueeze(-1).to(pairs.dtype)).sum(1)
 
 
 # losses

@@ -21,7 +21,7 @@ from mtp_spec.model.checkpoint.folder import load_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.moe import Gate, row_products
-from mtp_spec.model.training import TrainingForward, chosen_experts, distil_loss, joint_loss
+from mtp_spec.model.training import TrainingForward, chosen_experts, chosen_only, distil_loss, every_expert, joint_loss
 from mtp_spec.model.transformer import Transformer
 
 IDS = [(37 * i + 11) % 96 for i in range(40)]
@@ -71,28 +71,58 @@ def test_logits_are_those_of_inference(model: Transformer) -> None:
         close(forward.mtp_logits(module, hidden)[0], expected.mtp_logits[module, : len(IDS) - depth])
 
 
-def test_a_reused_module_sees_what_it_sees_when_it_drafts(model: Transformer) -> None:
-    """Row t of each depth against a draft at that place: the first depth's rows up to t, then its own ancestors."""
+def test_modules_see_what_they_see_when_they_draft(model: Transformer) -> None:
+    """Row t of each depth against a draft there: a module's rows of the text, then the draft's own ancestors."""
     if not model.mtp:
         pytest.skip("this kind has no MTP module")
-    depths, last = 3, 20
-    forward = TrainingForward(model)
+    depths, last, modules = 4, 20, len(model.mtp)
+    forward, rows = TrainingForward(model), last + 1
     with torch.inference_mode():
         ids = torch.tensor([IDS])
         hidden = forward.hidden(ids)
-        ours = [forward.mtp_logits(0, deeper)[0, last] for _, deeper in forward.drafts(ids, hidden, depths)]
-        cache, table = model.new_mtp_cache(64), model.table(64)
-        rows = last + 1
-        outputs = model.mtp_rows(0, IDS[1 : rows + 1], hidden[0, :rows], cache, plan_rows(table, 0, range(-1, last), 1))
-        theirs, output = [model.module_logits(0, outputs)[last]], outputs[last:]
-        cache.commit(range(rows))
+        logits = [
+            forward.mtp_logits(min(depth, modules) - 1, deeper)[0, last]
+            for depth, deeper in forward.drafts(ids, hidden, depths)
+        ]
+        table, given, theirs, slots = model.table(64), hidden[0, :rows], list[Tensor](), list[int]()
+        caches = [model.new_mtp_cache(64) for _ in model.mtp]
+        for module, cache in enumerate(caches):  # the text, as far as its next tokens are known
+            plan = plan_rows(table, 0, range(-1, rows - module - 1), module + 1)
+            given = model.mtp_rows(module, IDS[module + 1 : rows + 1], given[: rows - module], cache, plan)
+            cache.commit(range(rows - module))
+            if not module:
+                output = given[last:]
+                theirs.append(model.module_logits(0, output)[0])
         for depth in range(2, depths + 1):
-            slot = rows + depth - 2
-            ancestors = [tuple(range(rows, slot))]
-            plan = plan_drafts(table, slot, rows, last + depth, ancestors)
-            output = model.mtp_rows(0, [IDS[last + depth]], output, cache, plan)
-            theirs.append(model.module_logits(0, output)[0])
-    close(torch.stack(ours), torch.stack(theirs))
+            module = min(depth, modules) - 1
+            cache = caches[module]
+            slots = slots if depth > modules else []
+            start = cache.length + len(slots)
+            plan = plan_drafts(table, start, cache.length, last + depth, [tuple(slots)])
+            output = model.mtp_rows(module, [IDS[last + depth]], output, cache, plan)
+            slots.append(start)
+            theirs.append(model.module_logits(module, output)[0])
+    close(torch.stack(logits), torch.stack(theirs))
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_many_experts_run_on_their_own_rows(rows: int) -> None:
+    """The same sums and gradients as when every expert runs on every row, with experts that nobody chose."""
+    config = replace(CONFIG, n_routed_experts=24, n_group=1, topk_group=1, num_experts_per_tok=3)
+    mlp: Any = random_model(config).double().blocks()[1].mlp
+    x = torch.randn(rows, CONFIG.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    results = []
+    for many in (False, True):
+        given = x.clone().requires_grad_()
+        weights, indices = chosen_experts(mlp.gate, given)
+        if many:
+            out = chosen_only(mlp, given, weights, indices)
+        else:
+            out = every_expert(mlp, given, weights.new_zeros(rows, 24).scatter(1, indices, weights))
+        gradients = torch.autograd.grad(out.sin().sum(), [given, mlp.gate_up, mlp.down, mlp.gate.weight])
+        results.append((out, *gradients))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 def test_the_gate_chooses_as_inference_does(model: Transformer) -> None:

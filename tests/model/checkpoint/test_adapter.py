@@ -131,5 +131,5 @@ def test_bad_folders(tmp_path: Path) -> None:
     save_file(tensors, given / TENSORS)
     with pytest.raises(mtp_spec.CheckpointError, match=r"1 missing: model.layers.3.enorm.weight"):
         mtp_spec.load(base, mtp=given)
-    with pytest.raises(mtp_spec.CheckpointError, match="has no config.json"):
+    with pytest.raises(mtp_spec.CheckpointError, match="has no config"):
         mtp_spec.load(given)
