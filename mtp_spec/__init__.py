@@ -20,6 +20,7 @@ from mtp_spec.sampling.processors import LogitsProcessor
 from mtp_spec.speculation import Speculation
 from mtp_spec.stats import GenerationStats
 from mtp_spec.stream import TokenStream
+from mtp_spec.training.run import Trained, train
 
 __all__ = [
     "LM",
@@ -37,6 +38,8 @@ __all__ = [
     "Speculation",
     "TokenEvent",
     "TokenStream",
+    "Trained",
     "__version__",
     "load",
+    "train",
 ]

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import ASSISTANT, BOS, EOS, PAD, USER
-from optim import Muon
 from texts import Rows, write_texts
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from mtp_spec.model.checkpoint.folder import load_checkpoint, save_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.training import TrainingForward, distil_loss, joint_loss
 from mtp_spec.model.transformer import Transformer
+from mtp_spec.training.optim import Optimiser
 
 QUESTION_WEIGHT = 0.05  # of user turns in the loss
 DEPTH_WEIGHTS = (0.35, 0.27, 0.21, 0.17)
@@ -148,7 +148,7 @@ def clock(end: float, steps: int | None) -> Iterator[tuple[int, float]]:
 
 
 def train_main(model: Transformer, rows: Rows, val: Rows, args: argparse.Namespace, log: Log) -> None:
-    optimiser = Muon(model.named_parameters(), args.lr, 0.1, args.adam_lr)
+    optimiser = Optimiser(model.named_parameters(), args.lr, 0.1, args.adam_lr)
     forward = TrainingForward(model, args.dropout)
     loss_of = torch.compile(joint_loss, dynamic=False) if args.compile else joint_loss
     device, start, checked = rows.device, time.time(), time.time()
@@ -186,7 +186,7 @@ def train_mtp(model: Transformer, rows: Rows, val: Rows, args: argparse.Namespac
     say(log, before="mtp", **evaluate(forward, val, 168, 384))
     own, start = write_texts(forward, rows, args.text_seconds, args.texts), time.time()
     say(log, own_texts=len(own.starts), own_tokens=own.total, seconds=start - args.started)
-    optimiser = Muon(model.mtp.named_parameters(), 0.5 * args.lr, 0.02, 0.5 * args.adam_lr)
+    optimiser = Optimiser(model.mtp.named_parameters(), 0.5 * args.lr, 0.02, 0.5 * args.adam_lr)
     loss_of = torch.compile(distil_loss, dynamic=False) if args.compile else distil_loss
     for step, share in clock(args.end, args.steps):
         ids = (rows if step % 3 == 2 else own).batch(args.batch)

@@ -23,6 +23,7 @@ from mtp_spec.cli.chat_options import add_chat_options, chat_options
 from mtp_spec.cli.convert import add_converting, run_cast, run_convert, run_export
 from mtp_spec.cli.inspect import add_inspect, run_inspect
 from mtp_spec.cli.prompts import NOT_IN_CHAT, add_prompts, check_interactive, read_prompts
+from mtp_spec.cli.train import add_train, run_train
 from mtp_spec.model.distributed.joining import join_ranks
 from mtp_spec.sampling.defaults import CHOICES
 from mtp_spec.sampling.seeds import fresh_seed, text_seeds
@@ -54,7 +55,10 @@ SAMPLING: dict[str, tuple[type, str]] = {
     "logprobs": (int, "report log-probabilities and this many alternatives, with --json (0: off)"),
 }
 
-VERBS = {"inspect": run_inspect, "bench": run_bench, "convert": run_convert, "cast": run_cast, "export": run_export}
+VERBS = {
+    "inspect": run_inspect, "bench": run_bench, "convert": run_convert, "cast": run_cast, "export": run_export,
+    "train": run_train,
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     add_inspect(commands)
     add_converting(commands)
+    add_train(commands)
     add_bench(commands)
     return parser
 

@@ -17,8 +17,8 @@ PACKAGES = ("kernels", "model", "mtp_spec")  # from the lowest to the highest
 ORDER = """
     errors _version machine console shapes progress text option_checks sampling tree acceptance speculation
     tree_shape stats results handle distributed keywords request cache sequence step scheduler planning host_memory
-    memory cpu serving stream prompt analysis cuda weights load_checks backends api loading mtp_spec evaluation chat
-    bench cli __main__
+    memory cpu serving stream prompt analysis cuda weights load_checks backends api loading training mtp_spec evaluation
+    chat bench cli __main__
 """.split()  # noqa: SIM905  # forty quoted words are no easier to read
 
 

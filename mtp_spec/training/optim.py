@@ -1,8 +1,9 @@
-"""Optimiser of the demonstration model: Muon (Jordan et al., 2024) for matrices, AdamW for everything else."""
+"""The optimiser: Muon (Jordan et al., 2024) for matrices, AdamW for everything else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,17 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if wide else x).to(g.dtype)
 
 
-class Muon:
-    """One optimiser step for a whole model; matrices of equal shape go through the iteration together.
+class Optimiser:
+    """Muon for matrices and AdamW for everything else, or AdamW for all.
+
+    Muon's iteration costs as much as some thousand tokens of training, whatever the batch: it pays on a GPU, in large
+    batches. Matrices of equal shape go through it together.
 
     Args:
         named: the parameters to train, with their names.
-        lr: of the matrices; decay: their decoupled weight decay, in units of lr.
-        adam_lr: of embedding, head, gates and norms.
+        lr: of Muon; 0 leaves all parameters to AdamW.
+        decay: Muon's decoupled weight decay, in units of lr.
+        adam_lr: of AdamW.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], lr: float, decay: float, adam_lr: float) -> None:
@@ -34,11 +39,11 @@ class Muon:
         self.groups: dict[torch.Size, list[nn.Parameter]] = {}
         others: list[nn.Parameter] = []
         for name, p in named:
-            if p.dim() < 2 or any(part in name for part in ("embed_tokens", "lm_head", "gate.weight")):
+            if not lr or p.dim() < 2 or any(part in name for part in ("embed_tokens", "lm_head", "gate.weight")):
                 others.append(p)
             else:
                 self.groups.setdefault(p.shape, []).append(p)
-        self.state = {shape: [torch.zeros_like(p) for p in params] for shape, params in self.groups.items()}
+        self.momenta = {shape: [torch.zeros_like(p) for p in params] for shape, params in self.groups.items()}
         self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.01)
 
     @torch.no_grad()
@@ -51,7 +56,7 @@ class Muon:
         lr = self.lr * scale
         for shape, params in self.groups.items():
             grads = [p.grad for p in params if p.grad is not None]
-            momentum = self.state[shape]
+            momentum = self.momenta[shape]
             torch._foreach_lerp_(momentum, grads, 1 - self.momentum)
             ahead = torch.stack(torch._foreach_lerp(grads, momentum, self.momentum))  # Nesterov
             update = newton_schulz(ahead.flatten(0, -3)).view(len(params), *shape)
@@ -60,3 +65,13 @@ class Muon:
             torch._foreach_add_(list[Tensor](params), list(update.unbind()), alpha=-rate)
             for p in params:
                 p.grad = None
+
+    def state(self) -> dict[str, Any]:
+        """Returns everything that the next step depends on besides parameters and gradients."""
+        return {"momenta": list(self.momenta.values()), "adam": self.adam.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes the state that `state` returned."""
+        for own, saved in zip(self.momenta.values(), state["momenta"], strict=True):
+            torch._foreach_copy_(own, saved)
+        self.adam.load_state_dict(state["adam"])

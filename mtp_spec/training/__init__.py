@@ -1,0 +1,1 @@
+"""Training MTP modules on a frozen model: `train`. Read `run` first."""

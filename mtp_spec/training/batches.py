@@ -1,0 +1,79 @@
+"""Which texts a step trains on: a function of the seed and the step's number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtp_spec.training.backbone import States
+from mtp_spec.training.texts import Corpus
+
+WINDOW = 64  # texts of so many batches are sorted by length, so that little is padded
+
+
+class Batches:
+    """The batches of each pass over the texts.
+
+    Args:
+        corpus: the texts.
+        numbers: of the texts to use.
+        tokens: most tokens of a batch, padding included; a longer text is a batch by itself.
+        seed: of their order.
+    """
+
+    def __init__(self, corpus: Corpus, numbers: Sequence[int], tokens: int, seed: int) -> None:
+        self._numbers, self._tokens, self._seed = np.asarray(numbers), tokens, seed
+        self._lengths = np.array([corpus.texts[number].length for number in numbers])
+        self._epoch, self._order, self._counts = -1, list[list[int]](), list[int]()
+
+    def count(self, epoch: int) -> int:
+        """Returns the number of batches of a pass; passes differ by a few."""
+        while len(self._counts) <= epoch:
+            self._pass(len(self._counts))
+            self._counts.append(len(self._order))
+        return self._counts[epoch]
+
+    def of(self, step: int) -> list[int]:
+        """Returns the numbers of a step's texts."""
+        epoch, at = 0, step
+        while at >= self.count(epoch):
+            at -= self.count(epoch)
+            epoch += 1
+        self._pass(epoch)
+        return self._order[at]
+
+    def _pass(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        random = np.random.default_rng((self._seed, epoch))
+        order = random.permutation(len(self._numbers))
+        window = max(1, round(WINDOW * self._tokens / max(1, self._lengths.mean())))
+        batches: list[list[int]] = []
+        for first in range(0, len(order), window):
+            part = order[first : first + window]
+            batch: list[int] = []
+            for place in part[np.argsort(self._lengths[part], kind="stable")]:
+                if batch and (len(batch) + 1) * self._lengths[place] > self._tokens:
+                    batches.append(batch)
+                    batch = []
+                batch.append(int(self._numbers[place]))
+            batches.append(batch)
+        self._epoch, self._order = epoch, [batches[place] for place in random.permutation(len(batches))]
+
+
+def tensors(corpus: Corpus, states: States, numbers: Sequence[int], depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ids `[B, T]`, hidden states `[B, T, D]` and weights `[B, T]` of texts, as `draft_loss` takes them."""
+    texts, hidden = [corpus.texts[number] for number in numbers], states.of(numbers)
+    width = max(text.length for text in texts) + depth
+    ids = torch.zeros(len(texts), width, dtype=torch.int64)
+    weights = torch.zeros(len(texts), width, dtype=torch.float32)
+    padded = hidden[0].new_zeros(len(texts), width, hidden[0].shape[1])
+    for row, text in enumerate(texts):
+        ids[row, : text.length] = torch.from_numpy(corpus.ids(text).astype(np.int64))
+        padded[row, : text.length] = hidden[row]
+        for begin, end in text.answers:
+            weights[row, begin - 1 : end - 1] = 1
+    return ids.to(padded.device), padded, weights.to(padded.device)

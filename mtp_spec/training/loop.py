@@ -1,0 +1,202 @@
+"""The steps of training, and the state from which they go on after a crash.
+
+A step depends on the seed, on its number and on the state alone, so a run that was killed and started again computes
+what it would have computed, on a CPU to the bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtp_spec.errors import MTPSpecError
+from mtp_spec.model.training import ModulesForward
+from mtp_spec.model.transformer import MTPModule
+from mtp_spec.training.backbone import States
+from mtp_spec.training.batches import Batches, tensors
+from mtp_spec.training.objective import Objective, Outcome, draft_loss
+from mtp_spec.training.optim import Optimiser
+from mtp_spec.training.options import BATCH_TOKENS, OPTIMISER, RATES, TrainOptions
+from mtp_spec.training.texts import Corpus
+
+WARM_UP = 20  # steps, at most a tenth of all, until the learning rate is whole
+DECAY = 0.6  # share of the steps over which it falls to nothing, at the end
+MUON_DECAY = 0.02  # weight decay, in units of Muon's rate
+ADAM_SHARE = 0.13  # AdamW's rate beside Muon, relative to Muon's
+BALANCE_EVERY, BALANCE_STEP = 8, 1e-3
+SAID_SECONDS = 5.0
+CHECKED = 32  # held-out texts that the loss is checked on
+Log = list[dict[str, Any]]
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Trainer:
+    """Trains modules.
+
+    Attributes:
+        forward: the modules.
+        modules: the same, whose parameters are trained.
+        steps: in all.
+        log: a line for each step that was noted and each check.
+    """
+
+    options: TrainOptions
+    objective: Objective
+    forward: ModulesForward
+    modules: nn.ModuleList
+    corpus: Corpus
+    states: States
+    batches: Batches
+    optimiser: Optimiser
+    steps: int
+    log: Log
+    step: int = 0
+
+    @classmethod
+    def of(
+        cls, options: TrainOptions, forward: ModulesForward, modules: nn.ModuleList, corpus: Corpus, states: States,
+        device: str,
+    ) -> Trainer:  # fmt: skip
+        numbers = [number for number, text in enumerate(corpus.texts) if not text.held]
+        batches = Batches(corpus, numbers, batch_tokens(options, device), options.seed)
+        steps = options.steps or max(1, round(options.epochs * batches.count(0)))
+        name, rate = optimiser_of(options, device)
+        muon = name == "muon"
+        optimiser = Optimiser(
+            modules.named_parameters(), rate if muon else 0.0, MUON_DECAY, rate * ADAM_SHARE if muon else rate
+        )
+        return cls(options, options.objective(), forward, modules, corpus, states, batches, optimiser, steps, [])
+
+    def largest(self) -> tuple[int, int]:
+        """Returns sequences and tokens of the largest batch of the first pass."""
+        texts, most = self.corpus.texts, (1, 1)
+        for step in range(self.batches.count(0)):
+            lengths = [texts[number].length + self.options.depth for number in self.batches.of(step)]
+            most = max(most, (len(lengths), max(lengths)), key=lambda shape: shape[0] * shape[1])
+        return most
+
+    def run(self, state: Path, say: Say) -> None:
+        """Runs the remaining steps, saving the state now and then.
+
+        Raises:
+            MTPSpecError: the loss is no number any more.
+        """
+        begin, first, said, tokens = perf_counter(), self.step, perf_counter(), 0
+        if not self.step:
+            self.check(say)
+        while self.step < self.steps:
+            outcome, count = self.one()
+            tokens += count
+            last = self.step == self.steps
+            if last or self.step % self.options.save_every == 0:
+                self.check(say)
+                self.save(state)
+            if last or perf_counter() - said > SAID_SECONDS:
+                said = perf_counter()
+                seconds = said - begin
+                left = seconds / (self.step - first) * (self.steps - self.step)
+                say(f"step {self.step}/{self.steps}  {_figures(outcome)}  {tokens / seconds:,.0f} tokens/s  "
+                    f"{_time(left)} left")  # fmt: skip
+
+    def one(self) -> tuple[Outcome, int]:
+        """Runs a step; returns its outcome and its number of tokens."""
+        ids, hidden, weights = tensors(self.corpus, self.states, self.batches.of(self.step), self.options.depth)
+        with autocast(ids):
+            outcome = draft_loss(self.forward, self.objective, ids, hidden, weights)
+        outcome.loss.backward()
+        loss = outcome.loss.item()
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise MTPSpecError(f"step {self.step + 1}: the loss is {loss}; train again with a smaller rate")
+        self.optimiser.step(self.schedule())
+        self.step += 1
+        if self.options.start == "random" and self.step % BALANCE_EVERY == 0:
+            self._balance()
+        self.log.append({"step": self.step, "loss": loss, **_rates(outcome)})
+        return outcome, ids.numel()
+
+    def schedule(self) -> float:
+        """Returns the share of the learning rate at the next step."""
+        warm = min(WARM_UP, max(1, self.steps // 10))
+        left = (self.steps - self.step) / (DECAY * self.steps)
+        return min(1.0, (self.step + 1) / warm) * min(1.0, left)
+
+    def _balance(self) -> None:
+        biased = [module.block.mlp for module in self.modules if isinstance(module, MTPModule)]
+        if all(getattr(getattr(mlp, "gate", None), "e_score_correction_bias", None) is not None for mlp in biased):
+            self.forward.balance(BALANCE_STEP)
+
+    @torch.no_grad()
+    def check(self, say: Say) -> None:
+        """Notes the loss and acceptance on held-out texts."""
+        held = [number for number, text in enumerate(self.corpus.texts) if text.held][:CHECKED]
+        whole: list[Tensor] = []
+        for first in range(0, len(held), 8):
+            ids, hidden, weights = tensors(self.corpus, self.states, held[first : first + 8], self.options.depth)
+            with autocast(ids):
+                outcome = draft_loss(self.forward, self.objective, ids, hidden, weights)
+            whole.append(torch.stack([outcome.rows, outcome.greedy, outcome.overlap, outcome.rows * outcome.loss]))
+        rows, greedy, overlap, loss = torch.stack(whole).sum(0)
+        outcome = Outcome(loss.sum() / rows.sum(), rows, greedy, overlap)
+        self.log.append({"step": self.step, "held_out": True, "loss": outcome.loss.item(), **_rates(outcome)})
+        say(f"step {self.step}/{self.steps}  held out: {_figures(outcome)}")
+
+    def save(self, file: Path) -> None:
+        """Writes the state under a temporary name and renames it."""
+        part = file.with_name(file.name + ".part")
+        values = {
+            "step": self.step, "modules": self.modules.state_dict(), "optimiser": self.optimiser.state(),
+            "load": self.forward.load, "log": self.log,
+        }  # fmt: skip
+        with part.open("wb") as stream:
+            torch.save(values, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+
+    def restore(self, file: Path) -> None:
+        """Goes on from a saved state."""
+        values = torch.load(file, map_location=self.forward.embedding.device, weights_only=True)
+        self.modules.load_state_dict(values["modules"])
+        self.optimiser.restore(values["optimiser"])
+        for own, saved in zip(self.forward.load, values["load"], strict=True):
+            if own is not None:
+                own.copy_(saved)
+        self.step, self.log = values["step"], values["log"]
+
+
+def batch_tokens(options: TrainOptions, device: str) -> int:
+    """Returns the tokens of a step."""
+    return options.batch_tokens or BATCH_TOKENS[device.split(":")[0]]
+
+
+def optimiser_of(options: TrainOptions, device: str) -> tuple[str, float]:
+    """Returns the optimiser and its learning rate."""
+    name = options.optimiser or OPTIMISER[device.split(":")[0]]
+    return name, options.rate or RATES[name]
+
+
+def autocast(like: Tensor) -> torch.autocast:
+    """Products in bfloat16 on a GPU; in float32 on a CPU."""
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=like.device.type == "cuda")
+
+
+def _rates(outcome: Outcome) -> dict[str, list[float]]:
+    return {"greedy": (outcome.greedy / outcome.rows).tolist(), "overlap": (outcome.overlap / outcome.rows).tolist()}
+
+
+def _figures(outcome: Outcome) -> str:
+    rates = _rates(outcome)
+    shown = ["/".join(f"{rate:.2f}" for rate in rates[name]) for name in ("greedy", "overlap")]
+    return f"loss {outcome.loss.item():.3f}  accepted by depth, greedy {shown[0]}, sampled {shown[1]}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,148 @@
+"""The options of `train`, checked before anything is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mtp_spec.errors import OptionError
+from mtp_spec.speculation import MAX_DEPTH
+from mtp_spec.training.objective import Objective
+
+BLOCKS = ("dense", "moe")
+STARTS = ("random", "shipped")
+OPTIMISERS = ("muon", "adamw")
+# what these are while nothing is given; a key for each device
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+OPTIMISER = {"cpu": "adamw", "cuda": "muon"}
+RATES = {"muon": 7.5e-3, "adamw": 2e-3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """What is trained, on what, and how.
+
+    Attributes:
+        texts: a file of texts to train on, or None.
+        prompts: a file of prompts that the model answers itself, or None; one of both is given.
+        held_out: share of each domain's prompts that is kept from training, or a file of texts or prompts that are.
+        start: "random" for new modules, "shipped" to go on with the checkpoint's.
+        block: of new modules: "dense", which costs almost nothing to draft with, or "moe", like the model's own layers.
+        width: of a dense block; None is the model's own `intermediate_size`.
+        modules: number of new modules; deeper drafts reuse the last one.
+        depth: K, how deep drafts are trained and measured.
+        loss: see `objective.Objective.of`.
+        decay: weight of a depth, relative to the one before.
+        steps: of training; None for `epochs`.
+        epochs: how often each text is trained on.
+        batch_tokens: tokens of a step, padding included.
+        max_tokens: longest text; what is longer is cut into pieces, chats are cut off.
+        optimiser: "muon" or "adamw".
+        rate: the optimiser's learning rate.
+        temperatures: at which the model answers prompts, in turn.
+        answer_tokens: most tokens of an answer.
+        check_prompts: held-out prompts of each domain that drafts are measured on.
+        check_tokens: most tokens of each answer that they are measured on.
+        check_temperatures: at which.
+        batch: texts that are generated side by side.
+        save_every: steps from one saved state to the next.
+        cache_gigabytes: of disk, at most, for hidden states that are used again.
+        seed: of everything random.
+    """
+
+    texts: Path | None = None
+    prompts: Path | None = None
+    held_out: float | Path = 0.05
+    start: str = "random"
+    block: str = "dense"
+    width: int | None = None
+    modules: int = 1
+    depth: int = 5
+    loss: str = "kl,tv"
+    decay: float = 0.8
+    steps: int | None = None
+    epochs: float = 3.0
+    batch_tokens: int | None = None
+    max_tokens: int = 1024
+    optimiser: str | None = None
+    rate: float | None = None
+    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
+    answer_tokens: int = 256
+    check_prompts: int = 16
+    check_tokens: int = 128
+    check_temperatures: tuple[float, ...] = (0.0, 0.8)
+    batch: int = 16
+    save_every: int = 100
+    cache_gigabytes: float = 8.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.texts is None) == (self.prompts is None):
+            raise OptionError(
+                "give either texts, a file of texts, or prompts, a file of prompts that the model answers itself"
+            )
+        for name in ("texts", "prompts", "held_out"):
+            file = getattr(self, name)
+            if isinstance(file, Path) and not file.is_file():
+                raise OptionError(f"{name}={str(file)!r}: no such file")
+        for name, allowed in (("block", BLOCKS), ("start", STARTS), ("optimiser", (None, *OPTIMISERS))):
+            if getattr(self, name) not in allowed:
+                kinds = ", ".join(repr(one) for one in allowed if one is not None)
+                raise OptionError(f"{name}={getattr(self, name)!r}: allowed are {kinds}")
+        counts = ("modules", "depth", "max_tokens", "answer_tokens", "check_prompts", "check_tokens", "batch",
+                  "save_every")  # fmt: skip
+        for name in counts:
+            self._check_count(name, 1)
+        for name in ("width", "steps", "batch_tokens"):
+            if getattr(self, name) is not None:
+                self._check_count(name, 1)
+        self._check_count("seed", 0)
+        if self.depth > MAX_DEPTH or self.modules > self.depth:
+            raise OptionError(
+                f"depth={self.depth}, modules={self.modules}: a depth up to {MAX_DEPTH}, with no more modules than that"
+            )
+        for name, low in (("epochs", 0), ("decay", 0), ("cache_gigabytes", None)):
+            value = getattr(self, name)
+            if not _is_number(value) or not value >= 0 or value == low:
+                raise OptionError(f"{name}={value!r}: a number {'of 0 or more' if low is None else 'above 0'}")
+        if self.rate is not None and not (_is_number(self.rate) and self.rate > 0):
+            raise OptionError(f"rate={self.rate!r}: a number above 0, or None to choose it")
+        if not isinstance(self.held_out, Path) and not (_is_number(self.held_out) and 0 < self.held_out <= 0.5):
+            raise OptionError(f"held_out={self.held_out!r}: a share from 0 to 0.5, or a file of held-out texts")
+        for name in ("temperatures", "check_temperatures"):
+            values = getattr(self, name)
+            if not values or not all(_is_number(value) and value >= 0 for value in values):
+                raise OptionError(f"{name}={values!r}: one or more numbers of 0 or more")
+        if self.start == "shipped":
+            given = [name for name in ("block", "width", "modules") if getattr(self, name) != _default(name)]
+            if given:
+                raise OptionError(f"start='shipped' excludes {', '.join(given)}: the checkpoint's modules say it")
+        if self.block == "moe" and self.width is not None:
+            raise OptionError(f"width={self.width} is of a dense block, and block='moe' was given")
+        if self.max_tokens <= self.check_tokens + self.depth:
+            raise OptionError(
+                f"max_tokens={self.max_tokens}: more than check_tokens={self.check_tokens} and depth={self.depth}"
+            )
+        Objective.of(self.loss, self.depth, self.decay)
+
+    def _check_count(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise OptionError(f"{name}={value!r}: an integer of {low} or more")
+
+    def objective(self) -> Objective:
+        return Objective.of(self.loss, self.depth, self.decay)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the options for `json.dumps`; paths as they were given."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(TrainOptions) if field.name == name)

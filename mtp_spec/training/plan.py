@@ -1,0 +1,122 @@
+"""What training will take, said before it begins, and refused if there is too little."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mtp_spec.errors import MTPSpecError
+from mtp_spec.host_memory import free_memory
+from mtp_spec.model.training import ModulesForward
+from mtp_spec.training.loop import autocast
+from mtp_spec.training.objective import CHUNK, Objective, draft_loss
+
+TEMPORARIES = 24  # bytes that a logit takes while the loss of its chunk is computed
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes of memory and disk.
+
+    Attributes:
+        modules: float32 weights, gradients and the optimiser's numbers.
+        shared: copies of the main model's embedding and head.
+        step: what a step of the largest batch holds until its gradients are known.
+        loss: temporaries of the loss.
+        disk: hidden states that are kept.
+    """
+
+    modules: int
+    shared: int
+    step: int
+    loss: int
+    disk: int
+
+    @property
+    def memory(self) -> int:
+        return self.modules + self.shared + self.step + self.loss
+
+    def __str__(self) -> str:
+        parts = {"modules": self.modules, "embedding and head": self.shared, "a step": self.step, "its loss": self.loss}
+        said = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+        return f"memory beside the model: {_size(self.memory)} ({said}); disk: {_size(self.disk)} of hidden states"
+
+    def check(self, device: torch.device, folder: Path) -> None:
+        """Rejects a plan that does not fit.
+
+        Raises:
+            MTPSpecError: it does not; the message says what to give less of.
+        """
+        if device.type == "cuda":
+            free: int | None = torch.cuda.mem_get_info(device)[0]
+        else:
+            free = free_memory()
+        held = self.step + self.loss + self.modules
+        if free is not None and held > free:
+            raise MTPSpecError(
+                f"training takes {_size(held)} of memory and {_size(free)} are free ({self}): give fewer batch_tokens "
+                "or a smaller depth, or block='dense' with a smaller width"
+            )
+        room = shutil.disk_usage(folder).free
+        if self.disk > room:
+            raise MTPSpecError(
+                f"the hidden states take {_size(self.disk)} of disk and {_size(room)} are free: give "
+                f"cache_gigabytes={room / 2e9:.1f} or less; without room they are computed again at each use"
+            )
+
+
+def plan_of(
+    forward: ModulesForward, modules: nn.ModuleList, objective: Objective, shape: tuple[int, int], numbers: int,
+    shared: Sequence[Tensor], disk: int,
+) -> Plan:  # fmt: skip
+    """Returns the plan.
+
+    Args:
+        shape: sequences and tokens of the largest batch.
+        numbers: float32 numbers of the optimiser for each weight.
+        shared: tensors that were copied for training.
+    """
+    weights = sum(parameter.numel() for parameter in modules.parameters())
+    device, vocabulary = forward.embedding.device, len(forward.head)
+    chunk = min(CHUNK[device.type], shape[0] * shape[1] * vocabulary)
+    return Plan(
+        modules=(2 + numbers) * 4 * weights,
+        shared=sum(tensor.nbytes for tensor in shared),
+        step=saved_bytes(forward, objective, shape),
+        loss=chunk * TEMPORARIES,
+        disk=disk,
+    )
+
+
+def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int, int]) -> int:
+    """Returns the bytes that a step keeps for its gradients, counted on a batch of one short text and scaled.
+
+    Everything but attention's mask, which is counted for the whole, grows with the number of tokens.
+    """
+    rows, few = len(objective.depths) + 2, 64
+    device, seen = forward.embedding.device, dict[int, int]()
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, few + rows, dtype=torch.int64, device=device)
+    hidden = torch.zeros(*ids.shape, forward.embedding.shape[1], device=device)
+    own = {p.untyped_storage().data_ptr() for module in forward.modules for p in module.parameters()}
+    own |= {tensor.untyped_storage().data_ptr() for tensor in (forward.embedding, forward.head)}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(ids):
+        outcome = draft_loss(forward, objective, ids, hidden, torch.ones(ids.shape, device=device))
+    del outcome
+    each = sum(size for storage, size in seen.items() if storage not in own) / ids.numel()
+    mask = shape[1] * shape[1] * len(objective.depths) if len(objective.depths) > 1 else 0
+    return int(each * shape[0] * shape[1]) + mask
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,329 @@
+"""`train`: from a checkpoint and a file of texts or prompts to a folder with MTP modules. The file to read first.
+
+The order: load the model, measure its own drafts on held-out prompts, collect texts, train, write the modules, load the
+model with them and measure again. Everything until the end lies in `OUT.part`, from which the same call goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_spec.api import LM
+from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.load_checks import check_device, context_limit
+from mtp_spec.loading import load
+from mtp_spec.machine import processor_name
+from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_modules
+from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
+from mtp_spec.model.checkpoint.found import EMBEDDING, HEAD
+from mtp_spec.model.checkpoint.writer import PART, as_json
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.rope import rope_table
+from mtp_spec.model.training import ModulesForward
+from mtp_spec.training.backbone import Backbone, States
+from mtp_spec.training.card import card, verdict
+from mtp_spec.training.collecting import collect
+from mtp_spec.training.heldout import Comparison, Texts, compare, measure
+from mtp_spec.training.loop import Trainer, batch_tokens, optimiser_of
+from mtp_spec.training.modules import new_modules, read_weight, rounded, shipped_modules, slots_of, trained_config
+from mtp_spec.training.options import TrainOptions
+from mtp_spec.training.picture import picture
+from mtp_spec.training.plan import plan_of
+from mtp_spec.training.texts import Corpus, check_file
+
+IDENTITY, STATE, BEFORE, AFTER, LOCK = "run.json", "state.pt", "before.json", "after.json", "lock"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What was trained.
+
+    Attributes:
+        folder: of the modules, for `load(mtp=)`.
+        better: whether no held-out domain lost against what there was before, and all together gained.
+        verdict: a sentence that says so, or which domains lost.
+        comparisons: tokens per step before and after, by domain and temperature.
+        accepted: by domain and temperature, how the new modules did.
+        log: loss and acceptance of every step, and on held-out texts.
+    """
+
+    folder: Path
+    better: bool
+    verdict: str
+    comparisons: tuple[Comparison, ...]
+    accepted: tuple[Texts, ...]
+    log: list[dict[str, Any]]
+
+
+def train(
+    path: str | Path | None = None,
+    out: str | Path = "",
+    *,
+    texts: str | Path | None = None,
+    prompts: str | Path | None = None,
+    config: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    weights: str | None = None,
+    progress: bool | Say = False,
+    **options: Any,
+) -> Trained:
+    """Trains MTP modules on a frozen model, and measures them on prompts that were held out.
+
+    A run that was interrupted goes on when it is called again with the same arguments.
+
+    Args:
+        path: the model's folder, as for `load`; None is the bundled model.
+        out: a new folder for the modules.
+        texts: a file of texts to train on, one JSON object a line (docs/howto/train.md).
+        prompts: instead, a file of prompts that the model answers itself.
+        config, device, dtype, weights: as for `load`; the model computes hidden states as it computes text.
+        progress: print what is happening, or a function that is called with each line.
+        **options: the fields of `mtp_spec.training.options.TrainOptions`.
+
+    Raises:
+        OptionError: an impossible option, a line without a text, or nothing to train on or to measure on.
+        CheckpointError: as `load`, or `out` exists.
+        MTPSpecError: too little memory or disk, or the loss is no number any more.
+    """
+    if not isinstance(out, str | Path) or not str(out):
+        raise OptionError(f"out={out!r}: give the name of a new folder for the modules")
+    known = set(TrainOptions.__dataclass_fields__)
+    if unknown := sorted(set(options) - known):
+        raise OptionError(f"{unknown[0]} is no option of training: allowed are {', '.join(sorted(known))}")
+    held = options.get("held_out")
+    if isinstance(held, str):
+        options["held_out"] = Path(held)
+    chosen = TrainOptions(
+        texts=None if texts is None else Path(texts), prompts=None if prompts is None else Path(prompts), **options
+    )
+    say: Say = progress if callable(progress) else (print if progress else lambda line: None)
+    check_device(device)
+    folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
+    model = {"config": config, "device": device, "dtype": dtype, "weights": weights}
+    checkpoint = open_checkpoint(folder, None if config is None else Path(config))
+    shipped = checkpoint.config.num_nextn_predict_layers
+    if chosen.start == "shipped" and not shipped:
+        raise OptionError(f"start='shipped': {folder} has no MTP module to go on with; give start='random'")
+    target = Path(out)
+    if target.exists():
+        raise OptionError(f"out={str(out)!r} exists: give a new folder, nothing is overwritten")
+    for file in (chosen.texts, chosen.prompts):
+        if file is not None:
+            check_file(file, file == chosen.prompts)
+    with _part(target, _identity(chosen, checkpoint, model)) as part:
+        return _Run(chosen, checkpoint, folder, model, target, part, say).run()
+
+
+class _Run:
+    """One run, from its folder `part`."""
+
+    def __init__(
+        self, options: TrainOptions, checkpoint: Checkpoint, folder: Path, model: dict[str, Any], target: Path,
+        part: Path, say: Say,
+    ) -> None:  # fmt: skip
+        self.options, self.checkpoint, self.folder, self.model = options, checkpoint, folder, model
+        self.target, self.part, self.say, self.device = target, part, say, str(model["device"])
+
+    def run(self) -> Trained:
+        begin, options = perf_counter(), self.options
+        lm = self._load(None)
+        corpus = collect(lm, options, self.part / "texts", self.say)
+        prompts = held_prompts(corpus, options)
+        count = sum(map(len, prompts.values()))
+        tokens, held = corpus.tokens, sum(text.held for text in corpus.texts)
+        self.say(f"{len(corpus.texts):,} texts, {tokens:,} tokens, {held:,} held out; {count} held-out prompts in "
+                 f"{len(prompts)} domains")  # fmt: skip
+        chain = options.depth if self.checkpoint.config.num_nextn_predict_layers else 0
+        before = self._measured(BEFORE, lm, prompts, chain)
+        trainer, peak = self._train(lm, corpus)
+        slots = slots_of(trainer.modules, self.checkpoint.config)
+        stored = rounded(slots)
+        made = self.part / "modules"
+        shutil.rmtree(made, ignore_errors=True)
+        about = {"model": describe(self.checkpoint.config, self.checkpoint.tensors)}
+        save_modules(made, stored, {DESCRIPTION: as_json(about)})
+        log, steps = trainer.log, trainer.steps
+        name, rate = optimiser_of(options, self.device)
+        self._shape = ", ".join(str(kind) for kind in _kinds(trainer))
+        del lm, trainer, slots
+        gc.collect()  # reference cycles keep the model alive, and the next one needs its memory
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        after = self._measured(AFTER, self._load(made), prompts, options.depth)
+        comparisons = compare(before, after)
+        better, sentence = verdict(comparisons, bool(chain))
+        drawn = picture(log)
+        facts = about | {
+            "options": options.to_json(),
+            "data": {
+                "texts": len(corpus.texts), "tokens": tokens, "held out": held, "left out": corpus.left_out,
+                "domains": sorted({text.domain for text in corpus.texts}), "checked prompts": count,
+            },
+            "training": {
+                "modules": self._shape, "steps": steps, "batch_tokens": batch_tokens(options, self.device),
+                "optimiser": name, "rate": rate, "seconds": round(perf_counter() - begin, 1),
+                "device": torch.cuda.get_device_name(self.device) if self.device != "cpu" else processor_name(),
+                "peak_bytes": peak, "picture": drawn is not None,
+            },
+            "verdict": {"better": better, "said": sentence},
+            "before": [one.to_json() for one in before],
+            "after": [one.to_json() for one in after],
+        }  # fmt: skip
+        written = {
+            DESCRIPTION: as_json(facts),
+            "README.md": card(facts, after, comparisons, sentence).encode(),
+            "train.json": as_json(log),
+            **({} if drawn is None else {"loss.png": drawn}),
+        }
+        save_modules(self.target, stored, written)
+        for one in comparisons:
+            self.say(f"{one.domain}, temperature {one.temperature}: {one.before:.3f} -> {one.after:.3f} tokens per "
+                     f"step ({one.low:.3f} to {one.high:.3f} times)")  # fmt: skip
+        self.say(f"{sentence} Written to {self.target}")
+        return Trained(self.target, better, sentence, tuple(comparisons), tuple(after), log)
+
+    def _load(self, mtp: Path | None) -> LM:
+        limit = context_limit(self.model["config"] or self.folder, None)
+        most = min(limit, self.options.max_tokens + 1)
+        return load(self.folder, mtp=mtp, max_context=most, max_batch=self.options.batch, measure=False, **self.model)
+
+    def _measured(self, name: str, lm: LM, prompts: Mapping[str, list[list[int]]], depth: int) -> list[Texts]:
+        """Returns how drafts do, from the file of an earlier attempt if there is one."""
+        file, options = self.part / name, self.options
+        if file.is_file():
+            return [Texts.from_json(values) for values in json.loads(file.read_text())]
+        found = measure(lm, prompts, depth, options.check_temperatures, options.check_tokens, options.seed)
+        part = file.with_name(name + PART)
+        part.write_bytes(as_json([one.to_json() for one in found]))
+        part.replace(file)
+        return found
+
+    def _train(self, lm: LM, corpus: Corpus) -> tuple[Trainer, int | None]:
+        """Returns the trainer after its last step, and the most bytes that a GPU held."""
+        options, config, device = self.options, self.checkpoint.config, lm.model.device
+        if options.start == "shipped":
+            modules = shipped_modules(self.checkpoint, device)
+        else:
+            width = (options.width or config.intermediate_size) if options.block == "dense" else None
+            modules = new_modules(config, width, options.modules, options.seed, device)
+        for parameter in modules.parameters():
+            parameter.requires_grad_(True)
+        for module in modules:
+            for own in (module.embed_tokens, module.head):
+                if isinstance(own, Tensor):
+                    own.requires_grad_(False)
+        embedding, head, copies = self._shared(lm)
+        table = rope_table(config, options.max_tokens + options.depth + 8, device)
+        forward = ModulesForward(list(modules), embedding, head, lambda length: table)  # type: ignore[arg-type]
+        file = self.part / "states.bin"
+        disk = min(int(options.cache_gigabytes * 1e9), corpus.tokens * config.hidden_size * 4)
+        states = States(Backbone(lm.model, options.max_tokens), corpus, file, disk)
+        trainer = Trainer.of(options, forward, modules, corpus, states, self.device)
+        shape = trainer.largest()
+        numbers = 1 if optimiser_of(options, self.device)[0] == "muon" else 2
+        plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states.bytes)
+        self.say(f"{trainer.steps:,} steps of up to {batch_tokens(options, self.device):,} tokens; {plan}")
+        plan.check(device, self.part)
+        if (self.part / STATE).is_file():
+            trainer.restore(self.part / STATE)
+            self.say(f"going on after step {trainer.step}")
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        with lm.backend.exclusive():
+            trainer.run(self.part / STATE, self.say)
+        return trainer, torch.cuda.max_memory_allocated(device) if cuda else None
+
+    def _shared(self, lm: LM) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Returns the model's embedding and head `[V, D]` for products of training, and those that are copies."""
+        model = lm.model
+        if isinstance(model, DeviceModel):
+            return model.embed_tokens, model.lm_head, []
+        embedding = read_weight(self.checkpoint, EMBEDDING)
+        if self.checkpoint.config.tie_word_embeddings:
+            return embedding, embedding, [embedding]
+        head = read_weight(self.checkpoint, HEAD)
+        return embedding, head, [embedding, head]
+
+
+def held_prompts(corpus: Corpus, options: TrainOptions) -> dict[str, list[list[int]]]:
+    """Returns the held-out prompts that drafts are measured on, by domain.
+
+    Raises:
+        OptionError: none leaves room for an answer.
+    """
+    found: dict[str, dict[tuple[int, ...], None]] = {}
+    for text in corpus.texts:
+        if text.held and text.prompt + options.check_tokens <= options.max_tokens:
+            own = found.setdefault(text.domain, {})
+            if len(own) < options.check_prompts:
+                own[tuple(corpus.ids(text)[: text.prompt].tolist())] = None
+    if not found:
+        raise OptionError(
+            f"no held-out prompt leaves room for check_tokens={options.check_tokens} in max_tokens="
+            f"{options.max_tokens}: give more of these, or fewer of those"
+        )
+    return {domain: [list(ids) for ids in found[domain]] for domain in sorted(found)}
+
+
+def _kinds(trainer: Trainer) -> list[object]:
+    config = trained_config(trainer.states.backbone.model.config, trainer.modules)
+    return [f"{len(trainer.modules)} with {config.module(0)}"]
+
+
+def _identity(options: TrainOptions, checkpoint: Checkpoint, model: Mapping[str, Any]) -> str:
+    """Returns a digest of everything that a run depends on."""
+    sources = {name: _digest(file) for name, file in (("texts", options.texts), ("prompts", options.prompts),
+               ("held_out", options.held_out)) if isinstance(file, Path)}  # fmt: skip
+    names = sorted((name, info.dtype, info.shape) for name, info in checkpoint.tensors.items())
+    whole = [options.to_json(), sources, names, describe(checkpoint.config, checkpoint.tensors),
+             {name: str(value) for name, value in model.items()}]  # fmt: skip
+    return sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    found = sha256()
+    with file.open("rb") as stream:
+        while data := stream.read(2**20):
+            found.update(data)
+    return found.hexdigest()
+
+
+@contextmanager
+def _part(target: Path, identity: str) -> Iterator[Path]:
+    """Yields the folder that a run works in, removed when it is complete.
+
+    Raises:
+        MTPSpecError: another run works in it, or it belongs to a run with other arguments.
+    """
+    part = target.with_name(target.name + PART)
+    part.mkdir(parents=True, exist_ok=True)
+    with (part / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise MTPSpecError(f"another run writes {part}: wait for it, or stop it") from error
+        file = part / IDENTITY
+        if file.is_file() and file.read_text() != identity:
+            raise MTPSpecError(
+                f"{part} belongs to a run with other options, texts or weights: delete it, or give another folder"
+            )
+        file.write_text(identity)
+        yield part
+        shutil.rmtree(part)

@@ -1,0 +1,263 @@
+"""Texts to train on, and texts that are held out: read, told apart, kept on disk as token ids.
+
+A file has one JSON object a line, compressed (.gz, .xz) or not. A text is `{"text": ...}`, of which every token counts,
+or `{"messages": [...]}`, of which the assistant's answers count. A prompt is `{"prompt": ...}` or `{"messages": [...]}`
+without its last answer. "domain", or "category", says what kind of text a line is.
+
+Texts that occur again are left out, and texts whose prompt is held out are held out: nothing is measured on a prompt
+that was trained on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from mtp_spec.api import LM
+from mtp_spec.errors import MTPSpecError, OptionError
+
+IDS, INDEX = "ids.bin", "index.jsonl"
+DOMAINS = ("domain", "category")
+OTHER = "all"  # the domain of lines that name none
+BEGINNING = 32  # tokens of a text that stand for its prompt
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text.
+
+    Attributes:
+        line: number of its line, from 0 on.
+        start: its first token's place in the file of ids.
+        length: number of tokens.
+        answers: begin and end of the runs of tokens that count.
+        domain: what kind of text it is.
+        held: whether it is held out.
+    """
+
+    line: int
+    start: int
+    length: int
+    answers: tuple[Span, ...]
+    domain: str
+    held: bool
+
+    @property
+    def prompt(self) -> int:
+        """Number of tokens before the first answer; of plain text, of its beginning."""
+        return prompt_length(self.answers[0][0], self.length)
+
+
+class Corpus:
+    """Texts in a folder; what was added is there again after a crash, but for a line that was being written.
+
+    Args:
+        folder: created if it does not exist.
+        share: of the prompts of each domain that is held out.
+    Attributes:
+        texts: in the order in which they were added.
+        left_out: number of texts that had occurred before.
+    """
+
+    def __init__(self, folder: Path, share: float) -> None:
+        self.folder, self.left_out = folder, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._every = round(1 / share) if share else 0
+        self._known: set[bytes] = set()
+        self._prompts: dict[bytes, bool] = {}
+        self._counts: dict[str, int] = {}
+        self.texts, size = _read_index(folder / INDEX)
+        end = max((text.start + text.length for text in self.texts), default=0)
+        self._ids, self._index = (folder / IDS).open("ab"), (folder / INDEX).open("a", encoding="utf-8")
+        self._ids.truncate(4 * end)
+        self._index.truncate(size)
+        self._end = end
+        for text in self.texts:
+            self._told(self.ids(text), text.prompt, text.domain)
+
+    @property
+    def tokens(self) -> int:
+        return self._end
+
+    @property
+    def next_line(self) -> int:
+        """The line of the source to go on with: the last one, of which some pieces may be missing."""
+        return self.texts[-1].line if self.texts else 0
+
+    def add(self, line: int, ids: list[int], answers: Iterable[Span], domain: str, held: bool | None = None) -> None:
+        """Adds a text unless it has occurred.
+
+        Args:
+            held: whether it is held out; None decides by its prompt.
+        """
+        spans = tuple(answers)
+        new, by_prompt = self._told(ids, prompt_length(spans[0][0], len(ids)), domain)
+        if not new:
+            self.left_out += 1
+            return
+        text = Text(line, self._end, len(ids), spans, domain, by_prompt if held is None else held)
+        self._ids.write(np.asarray(ids, np.int32).tobytes())
+        self._ids.flush()
+        self._index.write(json.dumps(asdict(text)) + "\n")
+        self._index.flush()
+        self._end += len(ids)
+        self.texts.append(text)
+
+    def ids(self, text: Text) -> npt.NDArray[np.int32]:
+        """Returns a text's token ids."""
+        return np.fromfile(self.folder / IDS, np.int32, text.length, offset=4 * text.start)
+
+    def close(self) -> None:
+        for file in (self._ids, self._index):
+            os.fsync(file.fileno())
+            file.close()
+
+    def _told(self, ids: Any, prompt: int, domain: str) -> tuple[bool, bool]:
+        """Returns whether ids are new, and whether their prompt is held out; remembers both."""
+        whole = np.asarray(ids, np.int32)
+        key, begin = _digest(whole), _digest(whole[:prompt])
+        new = key not in self._known
+        self._known.add(key)
+        if begin not in self._prompts:
+            count = self._counts.get(domain, 0)
+            self._counts[domain] = count + 1
+            self._prompts[begin] = bool(self._every) and count % self._every == 0
+        return new, self._prompts[begin]
+
+
+def read_lines(file: Path, first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number and object of each line from `first` on.
+
+    Raises:
+        OptionError: the file cannot be read, or a line is no JSON object.
+    """
+    number = -1
+    try:
+        with _opened(file) as lines:
+            for number, line in enumerate(lines):
+                if number < first or not line.strip():
+                    continue
+                entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise ValueError("no object")
+                yield number, entry
+    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+        where = f"{file}, line {number + 1}," if isinstance(error, ValueError) else f"{file}"
+        raise OptionError(f"{where} cannot be read ({error}): give one JSON object a line") from error
+
+
+def check_file(file: Path, prompts: bool) -> None:
+    """Reads a file's lines and rejects one without a text, or without a prompt, before any work starts.
+
+    Raises:
+        OptionError: there is such a line, or the file is empty.
+    """
+    kind = "prompt" if prompts else "text"
+    number = -1
+    for number, entry in read_lines(file):
+        if not isinstance(entry.get(kind), str):
+            _messages(entry, f"{file}, line {number + 1}", f'"{kind}" or "messages"')
+    if number < 0:
+        raise OptionError(f"{file} is empty: give one JSON object a line")
+
+
+def prompt_length(first: int, length: int) -> int:
+    """Returns how many of a text's tokens are its prompt, if its first answer begins at token `first`."""
+    return first if first > 1 else min(BEGINNING, length)
+
+
+def domain_of(entry: Mapping[str, Any]) -> str:
+    """Returns what kind of text a line is."""
+    return next((str(entry[name]) for name in DOMAINS if entry.get(name)), OTHER)
+
+
+def text_of(lm: LM, entry: Mapping[str, Any], where: str) -> tuple[list[int], list[Span]]:
+    """Returns the ids of a text and the runs that count; none if its template renders it otherwise than its prompt.
+
+    Raises:
+        OptionError: the line has no text.
+    """
+    if isinstance(entry.get("text"), str):
+        ids = lm.encode(entry["text"])
+        return ids, [(1, len(ids))] if len(ids) > 1 else []
+    messages = _messages(entry, where, '"text" or "messages"')
+    try:
+        return _chat(lm, messages)
+    except MTPSpecError as error:
+        raise OptionError(f"{where}: {error}") from error
+
+
+def prompt_of(lm: LM, entry: Mapping[str, Any], where: str) -> list[int]:
+    """Returns the ids of a prompt, a chat's up to where its last answer begins.
+
+    Raises:
+        OptionError: the line has no prompt.
+    """
+    if isinstance(entry.get("prompt"), str):
+        messages: list[Any] = [{"role": "user", "content": entry["prompt"]}]
+        if lm.tokenizer is not None and not lm.tokenizer.templates:
+            return lm.encode(entry["prompt"])
+    else:
+        messages = _messages(entry, where, '"prompt" or "messages"')
+    asked = max((number for number, message in enumerate(messages) if message.get("role") == "user"), default=-1)
+    if asked < 0:
+        raise OptionError(f"{where}: none of its messages is the user's, so there is nothing to answer")
+    try:
+        return lm.chat_ids(messages[: asked + 1])
+    except MTPSpecError as error:
+        raise OptionError(f"{where}: {error}") from error
+
+
+def _chat(lm: LM, messages: list[Any]) -> tuple[list[int], list[Span]]:
+    whole, spans = lm.chat_ids(messages, add_generation_prompt=False), list[Span]()
+    for number, message in enumerate(messages):
+        if message.get("role") != "assistant" or not number:
+            continue
+        before = lm.chat_ids(messages[:number])
+        after = lm.chat_ids(messages[: number + 1], add_generation_prompt=False)
+        # some templates render an answer otherwise once another turn follows
+        if after[: len(before)] == before and whole[: len(after)] == after and len(after) > len(before):
+            spans.append((len(before), len(after)))
+    return whole, spans
+
+
+def _messages(entry: Mapping[str, Any], where: str, wanted: str) -> list[Any]:
+    messages = entry.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+        raise OptionError(f"{where} has no {wanted}: its keys are {', '.join(map(repr, entry)) or 'none'}")
+    return messages
+
+
+def _read_index(file: Path) -> tuple[list[Text], int]:
+    """Returns the texts that are listed whole, and the size of their lines."""
+    texts, size = list[Text](), 0
+    if file.is_file():
+        for line in file.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            values = json.loads(line)
+            texts.append(Text(**{**values, "answers": tuple((begin, end) for begin, end in values["answers"])}))
+            size += len(line)
+    return texts, size
+
+
+def _opened(file: Path) -> TextIO:
+    kinds: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    opened: TextIO = kinds.get(file.suffix, open)(file, "rt", encoding="utf-8")
+    return opened
+
+
+def _digest(ids: npt.NDArray[np.int32]) -> bytes:
+    return sha256(ids.tobytes()).digest()[:16]

@@ -1,0 +1,290 @@
+"""`train` and `mtp-spec train`, from a file of lines to modules that draft."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mtp_spec
+import worded
+from mtp_spec.cli.main import main
+from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.training import loop, plan
+from mtp_spec.training.card import verdict
+from mtp_spec.training.heldout import Comparison, Texts, compare
+
+FEW: dict[str, Any] = {
+    "depth": 2, "steps": 6, "batch_tokens": 128, "max_tokens": 80, "check_prompts": 2, "check_tokens": 8, "batch": 4,
+    "held_out": 0.25, "save_every": 2,
+}  # fmt: skip
+PROMPTS = Path(str(files("mtp_spec.configs") / "prompts.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without MTP modules."""
+    return worded.make(tmp_path_factory.mktemp("plain") / "model", "moonlight")
+
+
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with one."""
+    return worded.make(tmp_path_factory.mktemp("v3") / "model", "v3")
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return worded.texts(tmp_path_factory.mktemp("lines") / "texts.jsonl")
+
+
+def test_a_random_module_learns_to_draft_on_two_cores(tmp_path: Path) -> None:
+    """The bundled model without its module: from nothing to more than 0.3 at depth 1, on held-out prompts."""
+    entries = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
+    some = worded.lines(tmp_path / "prompts.jsonl", [{"prompt": one["prompt"]} for one in entries[:56]])
+    made = mtp_spec.train(
+        None, tmp_path / "head", prompts=some, depth=1, loss="kl", steps=44, batch_tokens=512, answer_tokens=72,
+        max_tokens=160, held_out=0.1, check_tokens=48, check_temperatures=(0.0,), temperatures=(0.0, 0.7), batch=16,
+        save_every=1000,
+    )  # fmt: skip
+    first, *_, last = [line for line in made.log if line.get("held_out")]
+    assert first["greedy"][0] < 0.1
+    assert last["greedy"][0] > 0.3
+    assert made.accepted[0].rates[0] > 0.3
+    # what was measured is what users get
+    lm = mtp_spec.load(mtp=made.folder, measure=False)
+    assert lm.config.module(0).intermediate_size == lm.config.intermediate_size
+    out = lm.generate("Tell me a story about a fox", max_new_tokens=24, seed=1, speculation=3)
+    same = mtp_spec.load(measure=False).generate("Tell me a story about a fox", max_new_tokens=24, seed=1)
+    assert out.token_ids == same.token_ids
+    assert out.stats.accepted > 0
+    # it was measured against the module that the bundled model ships, which is better
+    assert not made.better
+    assert "Not better than the checkpoint's own modules: lost on all at temperature 0.0" in made.verdict
+    assert made.verdict in (made.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "a dense block of 64"),
+        ({"width": 24, "modules": 2}, "a dense block of 24"),
+        ({"block": "moe", "optimiser": "muon", "loss": "tv:0.9,ce:0.1"}, "experts"),
+    ],
+)
+def test_a_model_without_modules_gets_some(
+    plain: Path, lines: Path, tmp_path: Path, options: dict[str, Any], kind: str
+) -> None:
+    before = {file.name: file.read_bytes() for file in plain.iterdir()}
+    made = mtp_spec.train(plain, tmp_path / "head", texts=lines, **{**FEW, **options})
+    assert {file.name: file.read_bytes() for file in plain.iterdir()} == before
+    lm = mtp_spec.load(plain, mtp=made.folder, measure=False)
+    assert len(lm.model.mtp) == options.get("modules", 1)
+    assert str(lm.config.module(0)) == kind
+    steps = [line["loss"] for line in made.log if "held_out" not in line]
+    assert len(steps) == 6
+    assert min(steps[3:]) < steps[0]
+    assert sorted(file.name for file in made.folder.iterdir()) == [
+        "README.md", "loss.png", "mtp.json", "mtp.safetensors", "train.json"
+    ]  # fmt: skip
+    assert not (tmp_path / "head.part").exists()
+    tensors = load_file(made.folder / "mtp.safetensors")
+    assert all(name.startswith("model.layers.3.") or options.get("modules") == 2 for name in tensors)
+    assert {tensor.dtype for name, tensor in tensors.items() if ".mlp.gate." not in name} == {torch.bfloat16}
+    said = json.loads((made.folder / "mtp.json").read_text())
+    assert said["options"]["depth"] == 2
+    assert said["data"]["domains"] == ["a", "b"]
+    assert {(one["domain"], one["temperature"]) for one in said["after"]} == {
+        (domain, temperature) for domain in "ab" for temperature in (0.0, 0.8)
+    }
+    assert all(one["rates"] == [] for one in said["before"])  # plain decoding
+    text = lm.generate([5, 6, 7], max_new_tokens=12, seed=2, speculation=3).token_ids
+    assert text == mtp_spec.load(plain, measure=False).generate([5, 6, 7], max_new_tokens=12, seed=2).token_ids
+
+
+def test_shipped_modules_go_on_learning(v3: Path, lines: Path, tmp_path: Path) -> None:
+    made = mtp_spec.train(v3, tmp_path / "head", texts=lines, start="shipped", rate=1e-9, **FEW)
+    lm, own = mtp_spec.load(v3, mtp=made.folder, measure=False), mtp_spec.load(v3, measure=False)
+    ids = list(range(20))
+    same = torch.nn.functional.cosine_similarity(lm.score(ids).mtp_logits[0, :-1], own.score(ids).mtp_logits[0, :-1])
+    assert float(same.min()) > 0.99  # with no rate to speak of, they are what they were, in bfloat16
+
+
+def test_answers_are_the_models_own(v3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a seed and temperature for each prompt: alone as beside others, and kept when a run goes on."""
+    entries = [{"prompt": worded.words(6, number), "category": "ab"[number % 2]} for number in range(20)]
+    prompts = worded.lines(tmp_path / "prompts.jsonl", entries)
+    monkeypatch.setattr(loop.Trainer, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        mtp_spec.train(v3, tmp_path / "head", prompts=prompts, seed=5, temperatures=(0.0, 1.0), answer_tokens=9, **FEW)
+    from mtp_spec.training.texts import Corpus
+
+    corpus, lm = Corpus(tmp_path / "head.part" / "texts", 0.25), mtp_spec.load(v3, measure=False)
+    assert len(corpus.texts) == 20
+    for text in corpus.texts:
+        ids = corpus.ids(text).tolist()
+        alone = lm.generate(ids[: text.prompt], max_new_tokens=9, temperature=float(text.line % 2), seed=5 + text.line)
+        assert ids == lm.encode(entries[text.line]["prompt"]) + alone.token_ids
+    corpus.close()
+
+
+SCRIPT = """
+import sys, json, mtp_spec
+from mtp_spec.training import loop
+model, out, texts, few = sys.argv[1:]
+run, one = loop.Trainer.run, loop.Trainer.one
+def told(self):
+    print("step", self.step, flush=True)
+    return one(self)
+loop.Trainer.one = told
+mtp_spec.train(model, out, texts=texts, **json.loads(few))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(v3: Path, lines: Path, tmp_path: Path) -> None:
+    """kill -9 between two saved states, and before the first: the same losses and weights as in one go."""
+    few = {**FEW, "steps": 7, "block": "moe", "check_temperatures": [0.0]}
+    whole = mtp_spec.train(v3, tmp_path / "whole", texts=lines, **few)
+    arguments = [sys.executable, "-c", SCRIPT, str(v3), str(tmp_path / "killed"), str(lines), json.dumps(few)]
+    for last in ("step 1", "step 5"):
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as run:
+            assert run.stdout is not None
+            for line in run.stdout:
+                if line.strip() == last:
+                    run.send_signal(signal.SIGKILL)
+                    break
+        assert run.returncode == -signal.SIGKILL
+        assert not (tmp_path / "killed").exists()
+    assert torch.load(tmp_path / "killed.part" / "state.pt")["step"] == 4
+    with pytest.raises(MTPSpecError, match="belongs to a run with other options"):
+        mtp_spec.train(v3, tmp_path / "killed", texts=lines, **{**few, "seed": 1})
+    again = mtp_spec.train(v3, tmp_path / "killed", texts=lines, **few)
+    assert again.log == whole.log
+    for name, tensor in load_file(whole.folder / "mtp.safetensors").items():
+        assert torch.equal(tensor, load_file(again.folder / "mtp.safetensors")[name]), name
+    assert again.accepted == whole.accepted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": None}, "give either texts"),
+        ({"prompts": "x"}, "give either texts"),
+        ({"texts": "nowhere.jsonl"}, "no such file"),
+        ({"block": "thin"}, "block='thin': allowed are 'dense', 'moe'"),
+        ({"start": "shipped", "block": "moe"}, "start='shipped' excludes block"),
+        ({"start": "shipped"}, "has no MTP module to go on with"),
+        ({"optimiser": "sgd"}, "allowed are 'muon', 'adamw'"),
+        ({"depth": 9}, "depth=9"),
+        ({"depth": 2, "modules": 3}, "no more modules than that"),
+        ({"steps": 0}, "steps=0: an integer of 1 or more"),
+        ({"epochs": float("nan")}, "epochs=nan"),
+        ({"rate": -1.0}, "rate=-1.0"),
+        ({"held_out": 0.9}, "held_out=0.9"),
+        ({"held_out": "nowhere.jsonl"}, "no such file"),
+        ({"temperatures": ()}, "one or more numbers"),
+        ({"block": "moe", "width": 8}, "width=8 is of a dense block"),
+        ({"loss": "mse"}, "some of ce, kl, tv"),
+        ({"max_tokens": 9}, "max_tokens=9: more than check_tokens"),
+        ({"colour": "red"}, "colour is no option of training"),
+        ({"device": "cuda:9" if not torch.cuda.is_available() else "tpu"}, "device="),
+        ({"out": ""}, "give the name of a new folder"),
+    ],
+)
+def test_bad_options_are_named_before_weights_are_read(
+    plain: Path, lines: Path, tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("mtp_spec.training.run.load")
+    given = {"out": tmp_path / "head", "texts": lines, **options}
+    with pytest.raises(OptionError, match=message):
+        mtp_spec.train(plain, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_not_overwritten(plain: Path, lines: Path, tmp_path: Path) -> None:
+    (tmp_path / "head").mkdir()
+    with pytest.raises(OptionError, match="exists: give a new folder"):
+        mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
+
+
+def test_too_little_to_train_or_to_measure_on(plain: Path, tmp_path: Path) -> None:
+    one = worded.texts(tmp_path / "one.jsonl", count=1)
+    with pytest.raises(OptionError, match="leaves no text to train on"):
+        mtp_spec.train(plain, tmp_path / "head", texts=one, **FEW)
+    short = worded.texts(tmp_path / "short.jsonl", tokens=50)
+    with pytest.raises(OptionError, match="no held-out prompt leaves room for check_tokens=8"):
+        mtp_spec.train(plain, tmp_path / "other", texts=short, **{**FEW, "max_tokens": 36})
+
+
+def test_too_little_memory_and_disk_are_said_before_the_start(
+    plain: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.Trainer, "run", lambda *_: pytest.fail("it started"))
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "free_memory", lambda: 10**5)
+        with pytest.raises(MTPSpecError, match=r"training takes .* give fewer batch_tokens"):
+            mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(MTPSpecError, match=r"the hidden states take .* of disk"):
+        mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(plain: Path, lines: Path, tmp_path: Path) -> None:
+    with pytest.raises(MTPSpecError, match="smaller rate"):
+        mtp_spec.train(plain, tmp_path / "head", texts=lines, **{**FEW, "rate": 1e30})
+
+
+def test_held_out_texts_may_have_a_file_of_their_own(plain: Path, lines: Path, tmp_path: Path) -> None:
+    """A text to train on that begins like a held-out one is held out, too."""
+    held = worded.texts(tmp_path / "held.jsonl", count=3)
+    made = mtp_spec.train(plain, tmp_path / "head", texts=lines, **{**FEW, "held_out": held, "steps": 1})
+    said = json.loads((made.folder / "mtp.json").read_text())["data"]
+    assert (said["texts"], said["held out"], said["left out"]) == (24, 3, 3)
+
+
+def comparison(domain: str, before: float, after: float, low: float = 1.1) -> Comparison:
+    return Comparison(domain, 0.0, before, after, low, 1.5)
+
+
+def test_a_head_that_lost_a_domain_is_not_called_better() -> None:
+    gained = comparison("a", 2.0, 2.5)
+    assert verdict([gained, comparison("all domains", 2.0, 2.4)], True)[0]
+    better, said = verdict([gained, comparison("b", 2.0, 1.9), comparison("all domains", 2.0, 2.4)], True)
+    assert not better
+    assert said == "Not better than the checkpoint's own modules: lost on b at temperature 0.0 (2.000 -> 1.900)."
+    better, said = verdict([gained, comparison("all domains", 2.0, 2.01, 0.9)], False)
+    assert not better
+    assert "within the noise" in said
+
+
+def test_comparisons_are_of_sums_and_their_intervals_cover_them() -> None:
+    before = [Texts("a", 0.0, (10, 30), (10, 10), ()), Texts("b", 0.0, (20,), (10,), ())]
+    after = [Texts("b", 0.0, (30,), (10,), (0.5,)), Texts("a", 0.0, (20, 60), (10, 10), (0.5,))]
+    one, other, whole = compare(before, after)
+    assert (one.before, one.after, one.low, one.high) == (2.0, 4.0, 2.0, 2.0)
+    assert (other.before, other.after) == (2.0, 3.0)
+    assert (whole.domain, whole.before, whole.after) == ("all domains", 2.0, pytest.approx(110 / 30))
+    assert whole.low <= whole.after / whole.before <= whole.high
+
+
+def test_command_line(plain: Path, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [f"--{name.replace('_', '-')}={value}" for name, value in FEW.items()]
+    main(["train", str(plain), str(tmp_path / "head"), "--texts", str(lines), "--check-temperatures", "0.5", *few])
+    out = capsys.readouterr().out
+    assert "memory beside the model" in out
+    assert "step 6/6" in out
+    assert "accepted by depth" in out
+    main(["generate", "w1 w2", "--model", str(plain), "--mtp", str(tmp_path / "head"), "--depth", "2", "--json"])
+    assert json.loads(capsys.readouterr().out)["stats"]["drafted"] > 0
+    with pytest.raises(SystemExit):
+        main(["train", str(plain), str(tmp_path / "other"), "--texts", str(lines), "--from", "shipped"])
+    assert "--from 'shipped': " in capsys.readouterr().err
