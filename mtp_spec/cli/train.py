@@ -29,7 +29,7 @@ def _held_out(text: str) -> float | Path:
 
 OPTIONS = (
     OptionGroup(
-        "texts: one of these two",
+        "texts: one of the first two, or both",
         Option("--texts", "texts to train on, a JSON object a line", type=Path, metavar="FILE"),
         Option("--prompts", "prompts that the model answers itself", type=Path, metavar="FILE"),
         Option("--held-out", "share of each domain's prompts kept from training, or a file of those (0.05)",

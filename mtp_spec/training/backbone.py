@@ -18,7 +18,7 @@ from mtp_spec.model.host import HostModel
 from mtp_spec.training.texts import Corpus, Text
 
 CHUNK = 256  # rows of a pass on a host
-PASS_ROWS = 1024  # of a pass on a GPU
+PASS_ROWS = 2048  # of a pass on a GPU
 
 
 class Backbone:

@@ -41,7 +41,10 @@ def card(facts: Mapping[str, Any], after: Sequence[Texts], comparisons: Sequence
     """
     options, data, trained = facts["options"], facts["data"], facts["training"]
     depth = options["depth"]
-    source = options["texts"] or f"answers of the model itself to {options['prompts']}"
+    source = " and ".join(
+        ([options["texts"]] if options["texts"] else [])
+        + ([f"the model's own answers to {options['prompts']}"] if options["prompts"] else [])
+    )
     recipe = (
         f"{trained['steps']:,} steps of up to {trained['batch_tokens']:,} tokens, {trained['optimiser']}, learning "
         f"rate {trained['rate']:g}, from {options['start']} modules; loss {options['loss']}, depths 1 to {depth} by "

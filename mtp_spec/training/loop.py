@@ -109,7 +109,7 @@ class Trainer:
     def one(self) -> tuple[Outcome, int]:
         """Runs a step; returns its outcome and its number of tokens."""
         ids, hidden, weights = tensors(self.corpus, self.states, self.batches.of(self.step), self.options.depth)
-        with autocast(ids):
+        with autocast(self.forward):
             outcome = draft_loss(self.forward, self.objective, ids, hidden, weights)
         outcome.loss.backward()
         loss = outcome.loss.item()
@@ -140,7 +140,7 @@ class Trainer:
         whole: list[Tensor] = []
         for first in range(0, len(held), 8):
             ids, hidden, weights = tensors(self.corpus, self.states, held[first : first + 8], self.options.depth)
-            with autocast(ids):
+            with autocast(self.forward):
                 outcome = draft_loss(self.forward, self.objective, ids, hidden, weights)
             whole.append(torch.stack([outcome.rows, outcome.greedy, outcome.overlap, outcome.rows * outcome.loss]))
         rows, greedy, overlap, loss = torch.stack(whole).sum(0)
@@ -183,9 +183,11 @@ def optimiser_of(options: TrainOptions, device: str) -> tuple[str, float]:
     return name, options.rate or RATES[name]
 
 
-def autocast(like: Tensor) -> torch.autocast:
-    """Products in bfloat16 on a GPU; in float32 on a CPU."""
-    return torch.autocast(like.device.type, torch.bfloat16, enabled=like.device.type == "cuda")
+def autocast(forward: ModulesForward) -> torch.autocast:
+    """Products in the type of the model's head: 16 bits on a GPU, float32 on a CPU."""
+    kind = forward.head.dtype
+    wide = kind in (torch.float32, torch.float64)
+    return torch.autocast(forward.head.device.type, torch.bfloat16 if wide else kind, enabled=not wide)
 
 
 def _rates(outcome: Outcome) -> dict[str, list[float]]:

@@ -26,7 +26,7 @@ class TrainOptions:
 
     Attributes:
         texts: a file of texts to train on, or None.
-        prompts: a file of prompts that the model answers itself, or None; one of both is given.
+        prompts: a file of prompts that the model answers itself, or None; one of both is given, or both are.
         held_out: share of each domain's prompts that is kept from training, or a file of texts or prompts that are.
         start: "random" for new modules, "shipped" to go on with the checkpoint's.
         block: of new modules: "dense", which costs almost nothing to draft with, or "moe", like the model's own layers.
@@ -79,9 +79,9 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.texts is None) == (self.prompts is None):
+        if self.texts is None and self.prompts is None:
             raise OptionError(
-                "give either texts, a file of texts, or prompts, a file of prompts that the model answers itself"
+                "give texts, a file of texts, or prompts, a file of prompts that the model answers itself"
             )
         for name in ("texts", "prompts", "held_out"):
             file = getattr(self, name)

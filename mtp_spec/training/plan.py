@@ -110,7 +110,7 @@ def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int,
     hidden = torch.zeros(*ids.shape, forward.embedding.shape[1], device=device)
     own = {p.untyped_storage().data_ptr() for module in forward.modules for p in module.parameters()}
     own |= {tensor.untyped_storage().data_ptr() for tensor in (forward.embedding, forward.head)}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(ids):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(forward):
         outcome = draft_loss(forward, objective, ids, hidden, torch.ones(ids.shape, device=device))
     del outcome
     each = sum(size for storage, size in seen.items() if storage not in own) / ids.numel()

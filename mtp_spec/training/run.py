@@ -91,7 +91,7 @@ def train(
         path: the model's folder, as for `load`; None is the bundled model.
         out: a new folder for the modules.
         texts: a file of texts to train on, one JSON object a line (docs/howto/train.md).
-        prompts: instead, a file of prompts that the model answers itself.
+        prompts: instead or besides, a file of prompts that the model answers itself.
         config, device, dtype, weights: as for `load`; the model computes hidden states as it computes text.
         progress: print what is happening, or a function that is called with each line.
         **options: the fields of `mtp_spec.training.options.TrainOptions`.
@@ -123,9 +123,9 @@ def train(
     target = Path(out)
     if target.exists():
         raise OptionError(f"out={str(out)!r} exists: give a new folder, nothing is overwritten")
-    for file in (chosen.texts, chosen.prompts):
-        if file is not None:
-            check_file(file, file == chosen.prompts)
+    for name, kinds in (("texts", ("text",)), ("prompts", ("prompt",)), ("held_out", ("text", "prompt"))):
+        if isinstance(getattr(chosen, name), Path):
+            check_file(getattr(chosen, name), kinds)
     with _part(target, _identity(chosen, checkpoint, model)) as part:
         return _Run(chosen, checkpoint, folder, model, target, part, say).run()
 

@@ -14,7 +14,7 @@ import gzip
 import json
 import lzma
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +29,7 @@ from mtp_spec.errors import MTPSpecError, OptionError
 IDS, INDEX = "ids.bin", "index.jsonl"
 DOMAINS = ("domain", "category")
 OTHER = "all"  # the domain of lines that name none
+HELD = "held_out"  # the source whose texts are all held out
 BEGINNING = 32  # tokens of a text that stand for its prompt
 
 Span = tuple[int, int]
@@ -39,6 +40,7 @@ class Text:
     """A text.
 
     Attributes:
+        source: which option named its file.
         line: number of its line, from 0 on.
         start: its first token's place in the file of ids.
         length: number of tokens.
@@ -47,6 +49,7 @@ class Text:
         held: whether it is held out.
     """
 
+    source: str
     line: int
     start: int
     length: int
@@ -85,29 +88,24 @@ class Corpus:
         self._index.truncate(size)
         self._end = end
         for text in self.texts:
-            self._told(self.ids(text), text.prompt, text.domain)
+            self._told(self.ids(text), text.prompt, text.domain, text.source)
 
     @property
     def tokens(self) -> int:
         return self._end
 
-    @property
-    def next_line(self) -> int:
-        """The line of the source to go on with: the last one, of which some pieces may be missing."""
-        return self.texts[-1].line if self.texts else 0
+    def next_line(self, source: str) -> int:
+        """Returns the line of a source to go on with: the last one, of which some pieces may be missing."""
+        return max((text.line for text in self.texts if text.source == source), default=0)
 
-    def add(self, line: int, ids: list[int], answers: Iterable[Span], domain: str, held: bool | None = None) -> None:
-        """Adds a text unless it has occurred.
-
-        Args:
-            held: whether it is held out; None decides by its prompt.
-        """
+    def add(self, source: str, line: int, ids: list[int], answers: Iterable[Span], domain: str) -> None:
+        """Adds a text unless it has occurred; all texts of the source HELD are held out, of others some prompts."""
         spans = tuple(answers)
-        new, by_prompt = self._told(ids, prompt_length(spans[0][0], len(ids)), domain)
+        new, held = self._told(ids, prompt_length(spans[0][0], len(ids)), domain, source)
         if not new:
             self.left_out += 1
             return
-        text = Text(line, self._end, len(ids), spans, domain, by_prompt if held is None else held)
+        text = Text(source, line, self._end, len(ids), spans, domain, held)
         self._ids.write(np.asarray(ids, np.int32).tobytes())
         self._ids.flush()
         self._index.write(json.dumps(asdict(text)) + "\n")
@@ -124,13 +122,15 @@ class Corpus:
             os.fsync(file.fileno())
             file.close()
 
-    def _told(self, ids: Any, prompt: int, domain: str) -> tuple[bool, bool]:
+    def _told(self, ids: Any, prompt: int, domain: str, source: str) -> tuple[bool, bool]:
         """Returns whether ids are new, and whether their prompt is held out; remembers both."""
         whole = np.asarray(ids, np.int32)
         key, begin = _digest(whole), _digest(whole[:prompt])
         new = key not in self._known
         self._known.add(key)
-        if begin not in self._prompts:
+        if source == HELD:
+            self._prompts[begin] = True
+        elif begin not in self._prompts:
             count = self._counts.get(domain, 0)
             self._counts[domain] = count + 1
             self._prompts[begin] = bool(self._every) and count % self._every == 0
@@ -158,17 +158,17 @@ def read_lines(file: Path, first: int = 0) -> Iterator[tuple[int, dict[str, Any]
         raise OptionError(f"{where} cannot be read ({error}): give one JSON object a line") from error
 
 
-def check_file(file: Path, prompts: bool) -> None:
-    """Reads a file's lines and rejects one without a text, or without a prompt, before any work starts.
+def check_file(file: Path, kinds: Sequence[str]) -> None:
+    """Reads a file's lines and rejects one that has neither messages nor one of the kinds, before any work starts.
 
     Raises:
         OptionError: there is such a line, or the file is empty.
     """
-    kind = "prompt" if prompts else "text"
     number = -1
+    wanted = " or ".join(f'"{kind}"' for kind in (*kinds, "messages"))
     for number, entry in read_lines(file):
-        if not isinstance(entry.get(kind), str):
-            _messages(entry, f"{file}, line {number + 1}", f'"{kind}" or "messages"')
+        if not any(isinstance(entry.get(kind), str) for kind in kinds):
+            _messages(entry, f"{file}, line {number + 1}", wanted)
     if number < 0:
         raise OptionError(f"{file} is empty: give one JSON object a line")
 
@@ -226,7 +226,8 @@ def _chat(lm: LM, messages: list[Any]) -> tuple[list[int], list[Span]]:
         if message.get("role") != "assistant" or not number:
             continue
         before = lm.chat_ids(messages[:number])
-        after = lm.chat_ids(messages[: number + 1], add_generation_prompt=False)
+        last = number + 1 == len(messages)
+        after = whole if last else lm.chat_ids(messages[: number + 1], add_generation_prompt=False)
         # some templates render an answer otherwise once another turn follows
         if after[: len(before)] == before and whole[: len(after)] == after and len(after) > len(before):
             spans.append((len(before), len(after)))

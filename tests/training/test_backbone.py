@@ -53,7 +53,7 @@ def mtp_logits_of(model: Any, ids: list[int]) -> torch.Tensor:
 def test_states_are_kept_within_their_room(model: Any, tmp_path: Path, rows: int) -> None:
     corpus = Corpus(tmp_path / "texts", 0.0)
     for line, ids in enumerate(TEXTS):
-        corpus.add(line, ids, [(1, len(ids))], "a")
+        corpus.add("texts", line, ids, [(1, len(ids))], "a")
     width = model.config.hidden_size
     own = Backbone(model, 200)
     expected = own.hidden(TEXTS)

@@ -77,15 +77,15 @@ def test_files_are_read_packed_or_not(tmp_path: Path) -> None:
 def test_files_are_checked_before_work_starts(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(OptionError, match=message):
-        check_file(tmp_path / "x.jsonl", prompts=False)
+        check_file(tmp_path / "x.jsonl", ["text"])
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n')[:-9])
     with pytest.raises(OptionError, match="cannot be read"):
-        check_file(tmp_path / "x.jsonl.gz", prompts=False)
+        check_file(tmp_path / "x.jsonl.gz", ["text"])
 
 
 def fill(corpus: Corpus, entries: list[tuple[list[int], int, str]]) -> None:
     for line, (ids, prompt, domain) in enumerate(entries):
-        corpus.add(line, ids, [(prompt, len(ids))], domain)
+        corpus.add("texts", line, ids, [(prompt, len(ids))], domain)
 
 
 ENTRIES = [([domain, prompt, answer, line % 7, 9, 9], 2, "ab"[domain])
@@ -121,14 +121,14 @@ def test_what_a_crash_leaves_goes_on_to_the_same(tmp_path: Path, kept: int) -> N
     fill(part, ENTRIES[:kept])
     part.close()
     with (tmp_path / "part" / INDEX).open("a") as file:
-        file.write('{"line": 60, "sta')
+        file.write('{"source": "texts", "sta')
     with (tmp_path / "part" / "ids.bin").open("ab") as file:
         file.write(b"123456789")
     again = Corpus(tmp_path / "part", 0.25)
     assert len(again.texts) == kept
     for line, (ids, prompt, domain) in enumerate(ENTRIES):
-        if line >= again.next_line:
-            again.add(line, ids, [(prompt, len(ids))], domain)
+        if line >= again.next_line("texts"):
+            again.add("texts", line, ids, [(prompt, len(ids))], domain)
     assert again.texts == whole.texts
     assert [again.ids(text).tolist() for text in again.texts] == [whole.ids(text).tolist() for text in whole.texts]
     assert (tmp_path / "part" / INDEX).read_bytes() == (tmp_path / "whole" / INDEX).read_bytes()
