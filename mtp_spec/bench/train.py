@@ -1,57 +1,50 @@
-"""`bench train`: a training step of a model's first MTP module, the main model frozen.
-
-What examples/train_demo/train.py does a step in its second run: the main model's hidden states and distribution, the
-module reused on its own output against them, gradients, and an update of the module's weights.
-"""
+"""`bench train`: a training step of MTP modules on the frozen main model, as `mtp-spec train` runs it."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 
+import mtp_spec
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
-from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option, Switch
+from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option
 from mtp_spec.errors import OptionError
-from mtp_spec.load_checks import check_device
-from mtp_spec.memory import check_host
-from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint
-from mtp_spec.model.training import TrainingForward, distil_loss
-from mtp_spec.model.transformer import Transformer
+from mtp_spec.load_checks import check_device, context_limit
+from mtp_spec.model.checkpoint.folder import open_checkpoint
+from mtp_spec.training.backbone import Backbone
+from mtp_spec.training.loop import autocast, optimiser_for
+from mtp_spec.training.modules import ready_modules, shared_weights
+from mtp_spec.training.objective import draft_loss
+from mtp_spec.training.options import BLOCKS, OPTIMISERS, TrainOptions
 
-LEARNING_RATE = 1e-3
-PARTS = ("frozen main model", "module, forward", "module, backward", "update")
+PARTS = ("frozen main model", "modules and loss, forward", "modules, backward", "update")
+SHIPPED, RATE = "shipped", 2e-4
 
 
 def train(args: argparse.Namespace) -> Report:
-    """Times training steps of a model's first MTP module on random tokens, part by part; the main model is frozen.
+    """Times training steps of MTP modules on random tokens, part by part; the main model is frozen.
 
     Weights are float32, products bfloat16 on a GPU and float32 on a CPU. Every step trains on the same batch, so the
     loss of the last one, which is told, must be below that of the first.
     """
-    device = args.device
-    check_device(device)
-    depths = args.depths
-    if args.context <= depths:
-        raise OptionError(f"--context {args.context}: give more tokens than the {depths} that --depths takes")
-    checkpoint = open_checkpoint(args.model or Path(str(files("mtp_spec.configs") / "demo")))
-    if not checkpoint.config.num_nextn_predict_layers:
-        raise OptionError(f"{args.model} has no MTP module to train")
-    if args.context > checkpoint.config.max_position_embeddings:
-        raise OptionError(f"--context {args.context}: the model's limit is {checkpoint.config.max_position_embeddings}")
-    if device == "cpu":
-        check_host(checkpoint.config, torch.float32)
-    model = load_checkpoint(checkpoint, dtype=torch.float32, device=device)
-    step = Step(model, args.batch, args.context, depths, args.compile)
-    for _ in range(2):  # warm-up: allocates memory and compiles code
+    check_device(args.device)
+    if args.context <= args.depths:
+        raise OptionError(f"--context {args.context}: give more tokens than the {args.depths} that --depths takes")
+    folder = args.model or Path(str(files("mtp_spec.configs") / "demo"))
+    checkpoint = open_checkpoint(folder)
+    if args.block == SHIPPED and not checkpoint.config.num_nextn_predict_layers:
+        raise OptionError(f"{folder} has no MTP module to train: give --block dense or moe for a new one")
+    if args.context > context_limit(folder, None):
+        raise OptionError(f"--context {args.context}: the model's limit is {context_limit(folder, None)}")
+    step = Step(folder, args)
+    for _ in range(2):  # warm-up: allocates memory and compiles kernels
         step.run()
     taken: list[list[float]] = [step.run() for _ in range(args.repeats)]
     whole, tokens = median(map(sum, taken)), args.batch * args.context
@@ -61,12 +54,13 @@ def train(args: argparse.Namespace) -> Report:
         for name, seconds in [*parts, ("a step", whole)]
     ]
     facts = {
-        "device": device,
+        "device": args.device,
         "batch": args.batch,
         "context": args.context,
-        "depths": depths,
-        "compiled": args.compile,
-        "trained parameters": sum(p.numel() for p in step.trained),
+        "depths": args.depths,
+        "block": args.block,
+        "optimiser": step.options.optimiser,
+        "trained parameters": sum(p.numel() for p in step.modules.parameters()),
         "loss first": step.losses[0],
         "loss last": step.losses[-1],
         "steps ms": [[1e3 * seconds for seconds in parts] for parts in taken],
@@ -75,7 +69,7 @@ def train(args: argparse.Namespace) -> Report:
         f"the loss went from {step.losses[0]:.3f} to {step.losses[-1]:.3f} in {len(step.losses)} steps on one "
         "batch of random tokens"
     )
-    title = f"Training steps of {args.batch} rows of {args.context} tokens, the module reused to depth {depths}"
+    title = f"Training steps of {args.batch} x {args.context} tokens, {args.block} modules, to depth {args.depths}"
     return Report(title, rows, facts, failed=not step.losses[-1] < step.losses[0], notes=[note])
 
 
@@ -87,11 +81,14 @@ BENCHMARK = Benchmark(
         MODEL,
         JSON,
         Option("--device", "cpu (default) or cuda", default="cpu"),
+        Option(
+            "--block", "the checkpoint's modules (default), or a new one", choices=(SHIPPED, *BLOCKS), default=SHIPPED
+        ),
+        Option("--optimiser", "adamw (default) or muon", choices=OPTIMISERS, default="adamw"),
         Option("--batch", "rows a step (2)", type=parsing.count, default=2, metavar="N"),
         Option("--context", "tokens a row (128)", type=parsing.count, default=128, metavar="N"),
-        Option("--depths", "the module is reused to (4)", type=parsing.count, default=4, metavar="N"),
+        Option("--depths", "drafts are trained to (4)", type=parsing.count, default=4, metavar="N"),
         Option("--repeats", "steps that are timed (7)", type=parsing.count, default=7),
-        Switch("--compile", "compile the loss, as the trainer does"),
     ),
 )
 
@@ -99,49 +96,53 @@ BENCHMARK = Benchmark(
 class Step:
     """Repeated training steps on the same batch.
 
-    Args:
-        model: float32; its first MTP module is trained, everything else frozen.
-        batch: number of rows.
-        context: tokens of each row.
-        depths: depth to which the module is reused on its own output.
-        compiled: whether to use torch.compile, as the trainer does.
     Attributes:
-        trained: the module's parameters.
+        modules: what is trained.
         losses: loss of each step so far.
     """
 
-    def __init__(self, model: Transformer, batch: int, context: int, depths: int, compiled: bool) -> None:
-        model.requires_grad_(False)
-        model.mtp[0].requires_grad_(True)
-        self.forward, self.device = TrainingForward(model), model.device
-        self.trained = [parameter for parameter in model.mtp.parameters() if parameter.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.trained, LEARNING_RATE, fused=model.device.type == "cuda")
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        start, block = ("shipped", "dense") if args.block == SHIPPED else ("random", args.block)
+        self.options = TrainOptions(
+            texts=folder / "config.json",
+            start=start,
+            block=block,
+            depth=args.depths,
+            optimiser=args.optimiser,
+            rate=RATE,
+        )
+        checkpoint = open_checkpoint(folder)
+        self.lm = mtp_spec.load(folder, device=args.device, max_context=args.context, measure=False)
+        self.modules = ready_modules(self.options, checkpoint, self.lm.model.device)
+        most = args.context + args.depths
+        self.forward, _ = shared_weights(self.lm.model, checkpoint, self.modules, most)
+        self.backbone, self.objective = Backbone(self.lm.model, args.context), self.options.objective()
+        self.optimiser = optimiser_for(self.options, self.modules, args.device)
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (batch, context), generator=generator)
-        self.ids, self.weights = ids.to(model.device), torch.ones(batch, context, device=model.device)
-        self.depth_weights = (1 / depths,) * depths
-        self.loss: Callable[..., Tensor] = torch.compile(distil_loss, dynamic=False) if compiled else distil_loss
+        texts = torch.randint(checkpoint.config.vocab_size, (args.batch, args.context), generator=generator)
+        self.texts, device = texts.tolist(), self.lm.model.device
+        self.ids = torch.nn.functional.pad(texts, (0, args.depths)).to(device)
+        self.weights = torch.zeros(self.ids.shape, device=device)
+        self.weights[:, : args.context - 1] = 1
         self.losses: list[float] = []
 
     def run(self) -> list[float]:
         """Runs a step; returns the seconds of each of PARTS."""
         marks = [self._now()]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            with torch.no_grad():
-                hidden = self.forward.hidden(self.ids)
-                target = self.forward.logits(hidden).float().log_softmax(-1)
-            marks.append(self._now())
-            loss = self.loss(self.forward, self.ids, self.weights, hidden, target, self.depth_weights)
+        hidden = torch.stack(self.backbone.hidden(self.texts))
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, self.ids.shape[1] - hidden.shape[1]))
+        marks.append(self._now())
+        with autocast(self.forward):
+            loss = draft_loss(self.forward, self.objective, self.ids, hidden, self.weights).loss
         marks.append(self._now())
         loss.backward()
         marks.append(self._now())
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimiser.step(1.0)
         marks.append(self._now())
         self.losses.append(loss.item())
         return [after - before for before, after in pairwise(marks)]
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.weights.is_cuda:
+            torch.cuda.synchronize(self.weights.device)
         return time.perf_counter()

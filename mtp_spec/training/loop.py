@@ -68,11 +68,7 @@ class Trainer:
         numbers = [number for number, text in enumerate(corpus.texts) if not text.held]
         batches = Batches(corpus, numbers, batch_tokens(options, device), options.seed)
         steps = options.steps or max(1, round(options.epochs * batches.count(0)))
-        name, rate = optimiser_of(options, device)
-        muon = name == "muon"
-        optimiser = Optimiser(
-            modules.named_parameters(), rate if muon else 0.0, MUON_DECAY, rate * ADAM_SHARE if muon else rate
-        )
+        optimiser = optimiser_for(options, modules, device)
         return cls(options, options.objective(), forward, modules, corpus, states, batches, optimiser, steps, [])
 
     def largest(self) -> tuple[int, int]:
@@ -181,6 +177,15 @@ def optimiser_of(options: TrainOptions, device: str) -> tuple[str, float]:
     """Returns the optimiser and its learning rate."""
     name = options.optimiser or OPTIMISER[device.split(":")[0]]
     return name, options.rate or RATES[name]
+
+
+def optimiser_for(options: TrainOptions, modules: nn.ModuleList, device: str) -> Optimiser:
+    """Returns the optimiser of modules."""
+    name, rate = optimiser_of(options, device)
+    trained = [(name, parameter) for name, parameter in modules.named_parameters() if parameter.requires_grad]
+    if name == "muon":
+        return Optimiser(trained, rate, MUON_DECAY, rate * ADAM_SHARE)
+    return Optimiser(trained, 0.0, 0.0, rate)
 
 
 def autocast(forward: ModulesForward) -> torch.autocast:

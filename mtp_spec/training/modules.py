@@ -13,14 +13,55 @@ from torch import Tensor, nn
 
 from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.checkpoint.folder import Checkpoint, square_block
-from mtp_spec.model.checkpoint.found import module_prefix
+from mtp_spec.model.checkpoint.found import EMBEDDING, HEAD, module_prefix
 from mtp_spec.model.config import ModelConfig, ModuleShape
+from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.files.formats import SCALE
 from mtp_spec.model.files.tensors import read_tensor, widen_scales
+from mtp_spec.model.host import HostModel
+from mtp_spec.model.rope import rope_table
+from mtp_spec.model.training import ModulesForward
 from mtp_spec.model.transformer import MTPModule
+from mtp_spec.training.options import TrainOptions
 
 INNER = 0.5  # standard deviation of a random matrix's entries, times the square root of its inputs
 BRANCH = 0.2  # of the last matrix of a branch, relative to that
+
+
+def ready_modules(options: TrainOptions, checkpoint: Checkpoint, device: torch.device | str) -> nn.ModuleList:
+    """Returns the modules that the options ask for; everything that is trained has gradients."""
+    if options.start == "shipped":
+        modules = shipped_modules(checkpoint, device)
+    else:
+        width = (options.width or checkpoint.config.intermediate_size) if options.block == "dense" else None
+        modules = new_modules(checkpoint.config, width, options.modules, options.seed, device)
+    for module in modules:
+        assert isinstance(module, MTPModule)
+        for own in (module.embed_tokens, module.head):
+            if own is not None:
+                own.requires_grad_(False)
+    return modules
+
+
+def shared_weights(
+    model: HostModel | DeviceModel, checkpoint: Checkpoint, modules: nn.ModuleList, most: int
+) -> tuple[ModulesForward, list[Tensor]]:
+    """Returns the modules with the model's embedding and head, and those of its tensors that were copied.
+
+    Args:
+        most: most positions of a text.
+    """
+    table, copies = rope_table(checkpoint.config, most + 8, model.device), list[Tensor]()
+    if isinstance(model, DeviceModel):
+        embedding, head = model.embed_tokens, model.lm_head
+    else:
+        embedding = head = read_weight(checkpoint, EMBEDDING).to(model.device)
+        copies.append(embedding)
+        if not checkpoint.config.tie_word_embeddings:
+            head = read_weight(checkpoint, HEAD).to(model.device)
+            copies.append(head)
+    own = [module for module in modules if isinstance(module, MTPModule)]
+    return ModulesForward(own, embedding, head, lambda length: table), copies
 
 
 def new_modules(

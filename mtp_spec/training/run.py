@@ -20,7 +20,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, OptionError
@@ -29,17 +28,13 @@ from mtp_spec.loading import load
 from mtp_spec.machine import processor_name
 from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_modules
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
-from mtp_spec.model.checkpoint.found import EMBEDDING, HEAD
 from mtp_spec.model.checkpoint.writer import PART, as_json
-from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.model.rope import rope_table
-from mtp_spec.model.training import ModulesForward
 from mtp_spec.training.backbone import Backbone, States
 from mtp_spec.training.card import card, verdict
 from mtp_spec.training.collecting import collect
 from mtp_spec.training.heldout import Comparison, Texts, compare, measure
 from mtp_spec.training.loop import Trainer, batch_tokens, optimiser_of
-from mtp_spec.training.modules import new_modules, read_weight, rounded, shipped_modules, slots_of, trained_config
+from mtp_spec.training.modules import ready_modules, rounded, shared_weights, slots_of, trained_config
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.picture import picture
 from mtp_spec.training.plan import plan_of
@@ -217,20 +212,8 @@ class _Run:
     def _train(self, lm: LM, corpus: Corpus) -> tuple[Trainer, int | None]:
         """Returns the trainer after its last step, and the most bytes that a GPU held."""
         options, config, device = self.options, self.checkpoint.config, lm.model.device
-        if options.start == "shipped":
-            modules = shipped_modules(self.checkpoint, device)
-        else:
-            width = (options.width or config.intermediate_size) if options.block == "dense" else None
-            modules = new_modules(config, width, options.modules, options.seed, device)
-        for parameter in modules.parameters():
-            parameter.requires_grad_(True)
-        for module in modules:
-            for own in (module.embed_tokens, module.head):
-                if isinstance(own, Tensor):
-                    own.requires_grad_(False)
-        embedding, head, copies = self._shared(lm)
-        table = rope_table(config, options.max_tokens + options.depth + 8, device)
-        forward = ModulesForward(list(modules), embedding, head, lambda length: table)  # type: ignore[arg-type]
+        modules = ready_modules(options, self.checkpoint, device)
+        forward, copies = shared_weights(lm.model, self.checkpoint, modules, options.max_tokens + options.depth)
         file = self.part / "states.bin"
         disk = min(int(options.cache_gigabytes * 1e9), corpus.tokens * config.hidden_size * 4)
         states = States(Backbone(lm.model, options.max_tokens), corpus, file, disk)
@@ -249,17 +232,6 @@ class _Run:
         with lm.backend.exclusive():
             trainer.run(self.part / STATE, self.say)
         return trainer, torch.cuda.max_memory_allocated(device) if cuda else None
-
-    def _shared(self, lm: LM) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Returns the model's embedding and head `[V, D]` for products of training, and those that are copies."""
-        model = lm.model
-        if isinstance(model, DeviceModel):
-            return model.embed_tokens, model.lm_head, []
-        embedding = read_weight(self.checkpoint, EMBEDDING)
-        if self.checkpoint.config.tie_word_embeddings:
-            return embedding, embedding, [embedding]
-        head = read_weight(self.checkpoint, HEAD)
-        return embedding, head, [embedding, head]
 
 
 def held_prompts(corpus: Corpus, options: TrainOptions) -> dict[str, list[list[int]]]:

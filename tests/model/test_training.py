@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from mtp_spec.analysis.scoring import score_ids
+from mtp_spec.bench.train import PARTS
 from mtp_spec.cli.main import main
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.checkpoint.folder import load_checkpoint
@@ -325,13 +326,14 @@ def test_a_ranks_part_is_refused() -> None:
         TrainingForward(part)
 
 
-def test_bench_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("block", ["shipped", "dense"])
+def test_bench_train(tmp_path: Path, capsys: pytest.CaptureFixture[str], block: str) -> None:
     tiny.make(tmp_path / "model", "v3")
-    few = ["--batch", "2", "--context", "16", "--depths", "3", "--repeats", "3"]
+    few = ["--batch", "2", "--context", "16", "--depths", "3", "--repeats", "3", "--block", block]
     main(["bench", "train", "--model", str(tmp_path / "model"), *few, "--json", str(tmp_path / "train.json")])
     document = json.loads((tmp_path / "train.json").read_text())
     *parts, whole = document["rows"]
-    assert [row["part"] for row in parts] == ["frozen main model", "module, forward", "module, backward", "update"]
+    assert [row["part"] for row in parts] == list(PARTS)
     assert document["loss last"] < document["loss first"]
     assert len(document["steps ms"]) == 3
     assert whole["tokens a second"] == pytest.approx(2 * 16 / whole["ms"] * 1e3)
@@ -341,7 +343,7 @@ def test_bench_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("v2", [], "has no MTP module"),
+        ("v2", [], "has no MTP module to train: give --block dense or moe"),
         ("v3", ["--context", "4"], "give more tokens than the 4"),
         ("v3", ["--context", "257"], "the model's limit is 256"),
     ],
@@ -351,7 +353,7 @@ def test_bench_train_refuses_before_it_reads_weights(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     tiny.make(tmp_path / "model", kind)
-    monkeypatch.delattr("mtp_spec.bench.train.load_checkpoint")
+    monkeypatch.delattr("mtp_spec.load")
     with pytest.raises(SystemExit):
         main(["bench", "train", "--model", str(tmp_path / "model"), *arguments])
     assert message in capsys.readouterr().err
