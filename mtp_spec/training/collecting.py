@@ -83,9 +83,15 @@ def _answered(lm: LM, options: TrainOptions, prompts: list[tuple[int, list[int],
         temperature = options.temperatures[number % len(options.temperatures)]
         room = min(options.answer_tokens, options.max_tokens - len(ids))
         handles.append(lm.submit(ids, max_new_tokens=room, temperature=temperature, seed=options.seed + number))
+    own = None if lm.tokenizer is None else lm.tokenizer.eos_id
+    end = [min(lm.stop_ids()) if own is None else own] if lm.stop_ids() else []
     for handle, (number, ids, domain) in zip(handles, prompts, strict=True):
-        whole = [*ids, *handle.result().token_ids]
-        yield number, whole, [(len(ids), len(whole))], domain
+        answer = handle.result()
+        # an answer's ids do not contain the token that ended it, but drafts should learn to end, too
+        ended = end if answer.finish_reason == "stop" and len(ids) + len(answer.token_ids) < options.max_tokens else []
+        whole = [*ids, *answer.token_ids, *ended]
+        if len(whole) > len(ids):
+            yield number, whole, [(len(ids), len(whole))], domain
 
 
 def _has_answer(entry: dict[str, Any]) -> bool:

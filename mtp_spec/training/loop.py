@@ -23,7 +23,7 @@ from mtp_spec.training.backbone import States
 from mtp_spec.training.batches import Batches, tensors
 from mtp_spec.training.objective import Objective, Outcome, draft_loss
 from mtp_spec.training.optim import Optimiser
-from mtp_spec.training.options import BATCH_TOKENS, OPTIMISER, RATES, TrainOptions
+from mtp_spec.training.options import BATCH_TOKENS, GENTLE, OPTIMISER, RATES, TrainOptions
 from mtp_spec.training.texts import Corpus
 
 WARM_UP = 20  # steps, at most a tenth of all, until the learning rate is whole
@@ -31,7 +31,7 @@ DECAY = 0.6  # share of the steps over which it falls to nothing, at the end
 MUON_DECAY = 0.02  # weight decay, in units of Muon's rate
 ADAM_SHARE = 0.13  # AdamW's rate beside Muon, relative to Muon's
 BALANCE_EVERY, BALANCE_STEP = 8, 1e-3
-SAID_SECONDS = 5.0
+SAID_SECONDS, SAVED_SECONDS = 5.0, 60.0
 CHECKED = 32  # held-out texts that the loss is checked on
 Log = list[dict[str, Any]]
 Say = Callable[[str], None]
@@ -80,21 +80,24 @@ class Trainer:
         return most
 
     def run(self, state: Path, say: Say) -> None:
-        """Runs the remaining steps, saving the state now and then.
+        """Runs the remaining steps; the state is saved at each check and each minute.
 
         Raises:
             MTPSpecError: the loss is no number any more.
         """
-        begin, first, said, tokens = perf_counter(), self.step, perf_counter(), 0
+        begin, first, tokens = perf_counter(), self.step, 0
+        said = saved = begin
         if not self.step:
             self.check(say)
         while self.step < self.steps:
             outcome, count = self.one()
             tokens += count
             last = self.step == self.steps
-            if last or self.step % self.options.save_every == 0:
+            if last or self.step % self.options.check_every == 0:
                 self.check(say)
+            if last or self.step % self.options.check_every == 0 or perf_counter() - saved > SAVED_SECONDS:
                 self.save(state)
+                saved = perf_counter()
             if last or perf_counter() - said > SAID_SECONDS:
                 said = perf_counter()
                 seconds = said - begin
@@ -176,7 +179,7 @@ def batch_tokens(options: TrainOptions, device: str) -> int:
 def optimiser_of(options: TrainOptions, device: str) -> tuple[str, float]:
     """Returns the optimiser and its learning rate."""
     name = options.optimiser or OPTIMISER[device.split(":")[0]]
-    return name, options.rate or RATES[name]
+    return name, options.rate or RATES[name] * (GENTLE if options.start == "shipped" else 1)
 
 
 def optimiser_for(options: TrainOptions, modules: nn.ModuleList, device: str) -> Optimiser:

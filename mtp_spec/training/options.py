@@ -18,6 +18,7 @@ OPTIMISERS = ("muon", "adamw")
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 OPTIMISER = {"cpu": "adamw", "cuda": "muon"}
 RATES = {"muon": 7.5e-3, "adamw": 2e-3}
+GENTLE = 0.2  # rate of modules that go on learning, relative to new ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class TrainOptions:
         check_tokens: most tokens of each answer that they are measured on.
         check_temperatures: at which.
         batch: texts that are generated side by side.
-        save_every: steps from one saved state to the next.
+        check_every: steps from one check on held-out texts to the next.
         cache_gigabytes: of disk, at most, for hidden states that are used again.
         seed: of everything random.
     """
@@ -74,7 +75,7 @@ class TrainOptions:
     check_tokens: int = 128
     check_temperatures: tuple[float, ...] = (0.0, 0.8)
     batch: int = 16
-    save_every: int = 100
+    check_every: int = 100
     cache_gigabytes: float = 8.0
     seed: int = 0
 
@@ -92,7 +93,7 @@ class TrainOptions:
                 kinds = ", ".join(repr(one) for one in allowed if one is not None)
                 raise OptionError(f"{name}={getattr(self, name)!r}: allowed are {kinds}")
         counts = ("modules", "depth", "max_tokens", "answer_tokens", "check_prompts", "check_tokens", "batch",
-                  "save_every")  # fmt: skip
+                  "check_every")  # fmt: skip
         for name in counts:
             self._check_count(name, 1)
         for name in ("width", "steps", "batch_tokens"):

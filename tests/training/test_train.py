@@ -33,7 +33,7 @@ from mtp_spec.training.texts import Corpus
 
 FEW: dict[str, Any] = {
     "depth": 2, "steps": 6, "batch_tokens": 128, "max_tokens": 80, "check_prompts": 2, "check_tokens": 8, "batch": 4,
-    "held_out": 0.25, "save_every": 2,
+    "held_out": 0.25, "check_every": 2,
 }  # fmt: skip
 PROMPTS = Path(str(files("mtp_spec.configs") / "prompts.jsonl"))
 
@@ -62,7 +62,7 @@ def test_a_random_module_learns_to_draft_on_two_cores(tmp_path: Path) -> None:
     made = mtp_spec.train(
         None, tmp_path / "head", prompts=some, depth=1, loss="kl", steps=36, batch_tokens=512, answer_tokens=64,
         max_tokens=160, held_out=0.1, check_tokens=48, check_temperatures=(0.0,), temperatures=(0.0,), batch=16,
-        save_every=1000,
+        check_every=1000,
     )  # fmt: skip
     first, *_, last = [line for line in made.log if line.get("held_out")]
     assert first["greedy"][0] < 0.1
