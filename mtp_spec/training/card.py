@@ -94,6 +94,6 @@ def card(facts: Mapping[str, Any], after: Sequence[Texts], comparisons: Sequence
         "## Recipe",
         recipe,
     ]
-    if trained.get("picture"):
+    if facts["picture"]:
         lines += ["", "![loss and acceptance](loss.png)"]
     return "\n".join(lines) + "\n"

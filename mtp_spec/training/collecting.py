@@ -46,7 +46,7 @@ def collect(lm: LM, options: TrainOptions, folder: Path, say: Say) -> Corpus:
     if len(trained) == len(corpus.texts):
         way = f"a larger share than {options.held_out}" if held is None else f"other texts than those of {held}"
         raise OptionError(f"no text is held out, so nothing could be measured: give held_out={way}")
-    (folder / COMPLETE).write_text(json.dumps({"texts": len(corpus.texts), "tokens": corpus.tokens}))
+    (folder / COMPLETE).write_text(json.dumps({"left out": corpus.left_out}))
     return corpus
 
 

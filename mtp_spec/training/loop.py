@@ -24,6 +24,7 @@ from mtp_spec.training.batches import Batches, tensors
 from mtp_spec.training.objective import Objective, Outcome, draft_loss
 from mtp_spec.training.optim import Optimiser
 from mtp_spec.training.options import BATCH_TOKENS, GENTLE, OPTIMISER, RATES, TrainOptions
+from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
 
 WARM_UP = 20  # steps, at most a tenth of all, until the learning rate is whole
@@ -58,18 +59,19 @@ class Trainer:
     optimiser: Optimiser
     steps: int
     log: Log
+    team: Team
     step: int = 0
 
     @classmethod
     def of(
         cls, options: TrainOptions, forward: ModulesForward, modules: nn.ModuleList, corpus: Corpus, states: States,
-        device: str,
+        team: Team,
     ) -> Trainer:  # fmt: skip
         numbers = [number for number, text in enumerate(corpus.texts) if not text.held]
-        batches = Batches(corpus, numbers, batch_tokens(options, device), options.seed)
+        batches = Batches(corpus, numbers, batch_tokens(options, team.device), options.seed)
         steps = options.steps or max(1, round(options.epochs * batches.count(0)))
-        optimiser = optimiser_for(options, modules, device)
-        return cls(options, options.objective(), forward, modules, corpus, states, batches, optimiser, steps, [])
+        optimiser = optimiser_for(options, modules, team.device)
+        return cls(options, options.objective(), forward, modules, corpus, states, batches, optimiser, steps, [], team)
 
     def largest(self) -> tuple[int, int]:
         """Returns sequences and tokens of the largest batch of the first pass."""
@@ -107,10 +109,17 @@ class Trainer:
 
     def one(self) -> tuple[Outcome, int]:
         """Runs a step; returns its outcome and its number of tokens."""
-        ids, hidden, weights = tensors(self.corpus, self.states, self.batches.of(self.step), self.options.depth)
+        batch = self.batches.of(self.step)
+        own = self.team.part(batch)
+        ids, hidden, weights = tensors(self.corpus, self.states, own or batch[:1], self.options.depth)
+        if not own:
+            weights.zero_()
         with autocast(self.forward):
-            outcome = draft_loss(self.forward, self.objective, ids, hidden, weights)
+            outcome = draft_loss(self.forward, self.objective, ids, hidden, weights, self.team.sum)
         outcome.loss.backward()
+        self.team.sum_gradients(self.modules.parameters())
+        parts = (outcome.loss, outcome.greedy, outcome.overlap)
+        outcome = Outcome(self.team.sum(parts[0]), outcome.rows, self.team.sum(parts[1]), self.team.sum(parts[2]))
         loss = outcome.loss.item()
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise MTPSpecError(f"step {self.step + 1}: the loss is {loss}; train again with a smaller rate")
@@ -119,7 +128,7 @@ class Trainer:
         if self.options.start == "random" and self.step % BALANCE_EVERY == 0:
             self._balance()
         self.log.append({"step": self.step, "loss": loss, **_rates(outcome)})
-        return outcome, ids.numel()
+        return outcome, ids.numel() * self.team.size
 
     def schedule(self) -> float:
         """Returns the share of the learning rate at the next step."""
@@ -130,11 +139,16 @@ class Trainer:
     def _balance(self) -> None:
         biased = [module.block.mlp for module in self.modules if isinstance(module, MTPModule)]
         if all(getattr(getattr(mlp, "gate", None), "e_score_correction_bias", None) is not None for mlp in biased):
+            for load in self.forward.load:
+                if load is not None:
+                    load.copy_(self.team.sum(load))
             self.forward.balance(BALANCE_STEP)
 
     @torch.no_grad()
     def check(self, say: Say) -> None:
-        """Notes the loss and acceptance on held-out texts."""
+        """Notes the loss and acceptance on held-out texts; the first process does it for all."""
+        if self.team.rank:
+            return
         held = [number for number, text in enumerate(self.corpus.texts) if text.held][:CHECKED]
         whole: list[Tensor] = []
         for first in range(0, len(held), 8):
@@ -148,7 +162,9 @@ class Trainer:
         say(f"step {self.step}/{self.steps}  held out: {_figures(outcome)}")
 
     def save(self, file: Path) -> None:
-        """Writes the state under a temporary name and renames it."""
+        """Writes the state, which all processes share, under a temporary name and renames it."""
+        if self.team.rank:
+            return
         part = file.with_name(file.name + ".part")
         values = {
             "step": self.step, "modules": self.modules.state_dict(), "optimiser": self.optimiser.state(),

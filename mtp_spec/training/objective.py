@@ -12,7 +12,7 @@ Legend: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary, `K` depths, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,10 @@ class Outcome:
     overlap: Tensor
 
 
-def draft_loss(forward: ModulesForward, objective: Objective, ids: Tensor, hidden: Tensor, weights: Tensor) -> Outcome:
+def draft_loss(
+    forward: ModulesForward, objective: Objective, ids: Tensor, hidden: Tensor, weights: Tensor,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Outcome:  # fmt: skip
     """Returns the loss of modules along a text, recursive to the objective's depth.
 
     Args:
@@ -95,6 +98,7 @@ def draft_loss(forward: ModulesForward, objective: Objective, ids: Tensor, hidde
         ids: `[B, T]` the text, followed by as many padding tokens as there are depths.
         hidden: `[B, T, D]` the main model's normed hidden states.
         weights: `[B, T]` of each row of the main model as a target: row t predicts token t + 1; 0 leaves it out.
+        total: sums the weights `[K]` over all processes that share a batch; each then has its part of the loss.
     """
     depths, shape = len(objective.depths), ids.shape
     chosen = weights.flatten().nonzero().squeeze(1)
@@ -109,8 +113,12 @@ def draft_loss(forward: ModulesForward, objective: Objective, ids: Tensor, hidde
     own = weights.flatten()[chosen]
     rows = torch.stack([own * (place >= depth) for depth in range(1, depths + 1)])
     target = hidden.flatten(0, 1)[chosen]
-    loss, greedy, overlap = _Loss.apply(torch.stack(aligned), target, tokens, rows, forward.head, heads, objective)
-    return Outcome(loss, rows.sum(1), greedy, overlap)
+    whole = total(rows.sum(1))
+    each = torch.tensor(objective.depths, dtype=rows.dtype, device=rows.device) / whole.clamp_min(1e-30)
+    loss, greedy, overlap = _Loss.apply(
+        torch.stack(aligned), target, tokens, rows, each, forward.head, heads, objective
+    )
+    return Outcome(loss, whole, greedy, overlap)
 
 
 class _Loss(torch.autograd.Function):
@@ -122,12 +130,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, drafts: Tensor, target: Tensor, tokens: Tensor, rows: Tensor,
-        head: Tensor, heads: Sequence[Tensor], objective: Objective,
+        each: Tensor, head: Tensor, heads: Sequence[Tensor], objective: Objective,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Returns the loss, greedy matches `[K]` and overlaps `[K]` of drafts `[K, N, D]` and targets `[N, D]`."""
-        depths = len(drafts)
-        each = torch.tensor(objective.depths, dtype=rows.dtype, device=rows.device)
-        scale = rows * (each / rows.sum(1).clamp_min(1e-30))[:, None]  # of every row in the mean
+        """Returns the loss, greedy matches `[K]` and overlaps `[K]` of drafts `[K, N, D]` and targets `[N, D]`; a row
+        counts in the loss as its weight in `rows` `[K, N]` times `each` `[K]`."""
+        depths, scale = len(drafts), rows * each[:, None]
         gradient = torch.empty_like(drafts)
         loss, greedy, overlap = rows.new_zeros(()), rows.new_zeros(depths), rows.new_zeros(depths)
         size = max(1, CHUNK[drafts.device.type] // len(head))
@@ -166,7 +173,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *above: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return (gradient * above[0].to(gradient.dtype), *[None] * 6)
+        return (gradient * above[0].to(gradient.dtype), *[None] * 7)
 
 
 def _wide(x: Tensor) -> Tensor:

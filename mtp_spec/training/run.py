@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, OptionError
@@ -31,13 +32,14 @@ from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
 from mtp_spec.model.checkpoint.writer import PART, as_json
 from mtp_spec.training.backbone import Backbone, States
 from mtp_spec.training.card import card, verdict
-from mtp_spec.training.collecting import collect
+from mtp_spec.training.collecting import COMPLETE, collect
 from mtp_spec.training.heldout import Comparison, Texts, compare, measure
-from mtp_spec.training.loop import Trainer, batch_tokens, optimiser_of
+from mtp_spec.training.loop import Log, Trainer, batch_tokens, optimiser_of
 from mtp_spec.training.modules import ready_modules, rounded, shared_weights, slots_of, trained_config
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.picture import picture
 from mtp_spec.training.plan import plan_of
+from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus, check_file
 
 IDENTITY, STATE, BEFORE, AFTER, LOCK = "run.json", "state.pt", "before.json", "after.json", "lock"
@@ -121,8 +123,9 @@ def train(
     for name, kinds in (("texts", ("text",)), ("prompts", ("prompt",)), ("held_out", ("text", "prompt"))):
         if isinstance(getattr(chosen, name), Path):
             check_file(getattr(chosen, name), kinds)
-    with _part(target, _identity(chosen, checkpoint, model)) as part:
-        return _Run(chosen, checkpoint, folder, model, target, part, say).run()
+    team = Team(device)
+    with _part(target, _identity(chosen, checkpoint, model), team) as part:
+        return _Run(chosen, checkpoint, folder, model, target, part, team, say).run()
 
 
 class _Run:
@@ -130,52 +133,78 @@ class _Run:
 
     def __init__(
         self, options: TrainOptions, checkpoint: Checkpoint, folder: Path, model: dict[str, Any], target: Path,
-        part: Path, say: Say,
+        part: Path, team: Team, say: Say,
     ) -> None:  # fmt: skip
-        self.options, self.checkpoint, self.folder, self.model = options, checkpoint, folder, model
-        self.target, self.part, self.say, self.device = target, part, say, str(model["device"])
+        self.options, self.checkpoint, self.folder = options, checkpoint, folder
+        self.model = {**model, "device": team.device, "parallel": None}
+        self.target, self.part, self.team, self.device = target, part, team, team.device
+        self.say: Say = (lambda line: None) if team.rank else say
 
     def run(self) -> Trained:
-        begin, options = perf_counter(), self.options
+        """Returns the result, the first process's on all of them."""
+        begin = perf_counter()
+        stored, log, prompts, before, facts = self._trained()
+        gc.collect()  # reference cycles keep the model alive, and the next one needs its memory
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+        def finished() -> Trained:
+            after = self._after(stored, prompts)
+            facts["training"]["seconds"] = round(perf_counter() - begin, 1)
+            return self._written(stored, log, facts, before, after)
+
+        return self.team.first(finished)
+
+    def _trained(self) -> tuple[dict[str, Tensor], Log, dict[str, list[list[int]]], list[Texts], dict[str, Any]]:
+        """Returns the modules as they are stored, the log, held-out prompts, how drafts did on them before, and facts
+        on texts and training; nothing that holds the model."""
+        options, team, texts = self.options, self.team, self.part / "texts"
         lm = self._load(None)
-        corpus = collect(lm, options, self.part / "texts", self.say)
+        team.first(lambda: collect(lm, options, texts, self.say).close())
+        corpus = Corpus(texts, 0.0)
         prompts = held_prompts(corpus, options)
-        count = sum(map(len, prompts.values()))
-        tokens, held = corpus.tokens, sum(text.held for text in corpus.texts)
-        self.say(f"{len(corpus.texts):,} texts, {tokens:,} tokens, {held:,} held out; {count} held-out prompts in "
-                 f"{len(prompts)} domains")  # fmt: skip
+        count, held = sum(map(len, prompts.values())), sum(text.held for text in corpus.texts)
+        self.say(f"{len(corpus.texts):,} texts, {corpus.tokens:,} tokens, {held:,} held out; {count} held-out prompts "
+                 f"in {len(prompts)} domains")  # fmt: skip
+        data = {
+            "texts": len(corpus.texts), "tokens": corpus.tokens, "held out": held,
+            **json.loads((texts / COMPLETE).read_text()),
+            "domains": sorted({text.domain for text in corpus.texts}), "checked prompts": count,
+        }  # fmt: skip
         chain = options.depth if self.checkpoint.config.num_nextn_predict_layers else 0
-        before = self._measured(BEFORE, lm, prompts, chain)
+        before = team.first(lambda: self._measured(BEFORE, lm, prompts, chain))
         trainer, peak = self._train(lm, corpus)
-        slots = slots_of(trainer.modules, self.checkpoint.config)
-        stored = rounded(slots)
+        name, rate = optimiser_of(options, self.device)
+        training = {
+            "modules": _kinds(trainer), "steps": trainer.steps, "processes": team.size,
+            "batch_tokens": batch_tokens(options, self.device), "optimiser": name, "rate": rate,
+            "device": torch.cuda.get_device_name(self.device) if self.device != "cpu" else processor_name(),
+            "peak_bytes": peak,
+        }  # fmt: skip
+        stored = rounded(slots_of(trainer.modules, self.checkpoint.config))
+        return stored, trainer.log, prompts, before, {"data": data, "training": training}
+
+    def _after(self, stored: Mapping[str, Tensor], prompts: Mapping[str, list[list[int]]]) -> list[Texts]:
+        """Returns how the modules draft, as they are stored and loaded."""
         made = self.part / "modules"
         shutil.rmtree(made, ignore_errors=True)
         about = {"model": describe(self.checkpoint.config, self.checkpoint.tensors)}
         save_modules(made, stored, {DESCRIPTION: as_json(about)})
-        log, steps = trainer.log, trainer.steps
-        name, rate = optimiser_of(options, self.device)
-        self._shape = ", ".join(str(kind) for kind in _kinds(trainer))
-        del lm, trainer, slots
-        gc.collect()  # reference cycles keep the model alive, and the next one needs its memory
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        after = self._measured(AFTER, self._load(made), prompts, options.depth)
+        return self._measured(AFTER, self._load(made), prompts, self.options.depth)
+
+    def _written(
+        self, stored: Mapping[str, Tensor], log: Log, facts: dict[str, Any], before: list[Texts],
+        after: list[Texts],
+    ) -> Trained:  # fmt: skip
+        """Writes the result."""
         comparisons = compare(before, after)
-        better, sentence = verdict(comparisons, bool(chain))
+        better, sentence = verdict(comparisons, bool(self.checkpoint.config.num_nextn_predict_layers))
         drawn = picture(log)
-        facts = about | {
-            "options": options.to_json(),
-            "data": {
-                "texts": len(corpus.texts), "tokens": tokens, "held out": held, "left out": corpus.left_out,
-                "domains": sorted({text.domain for text in corpus.texts}), "checked prompts": count,
-            },
-            "training": {
-                "modules": self._shape, "steps": steps, "batch_tokens": batch_tokens(options, self.device),
-                "optimiser": name, "rate": rate, "seconds": round(perf_counter() - begin, 1),
-                "device": torch.cuda.get_device_name(self.device) if self.device != "cpu" else processor_name(),
-                "peak_bytes": peak, "picture": drawn is not None,
-            },
+        facts = {
+            "model": describe(self.checkpoint.config, self.checkpoint.tensors),
+            "options": self.options.to_json(),
+            **facts,
+            "picture": drawn is not None,
             "verdict": {"better": better, "said": sentence},
             "before": [one.to_json() for one in before],
             "after": [one.to_json() for one in after],
@@ -214,10 +243,10 @@ class _Run:
         options, config, device = self.options, self.checkpoint.config, lm.model.device
         modules = ready_modules(options, self.checkpoint, device)
         forward, copies = shared_weights(lm.model, self.checkpoint, modules, options.max_tokens + options.depth)
-        file = self.part / "states.bin"
+        file = self.part / f"states{self.team.rank}.bin"
         disk = min(int(options.cache_gigabytes * 1e9), corpus.tokens * config.hidden_size * 4)
         states = States(Backbone(lm.model, options.max_tokens), corpus, file, disk)
-        trainer = Trainer.of(options, forward, modules, corpus, states, self.device)
+        trainer = Trainer.of(options, forward, modules, corpus, states, self.team)
         shape = trainer.largest()
         numbers = 1 if optimiser_of(options, self.device)[0] == "muon" else 2
         plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states.bytes)
@@ -254,9 +283,9 @@ def held_prompts(corpus: Corpus, options: TrainOptions) -> dict[str, list[list[i
     return {domain: [list(ids) for ids in found[domain]] for domain in sorted(found)}
 
 
-def _kinds(trainer: Trainer) -> list[object]:
+def _kinds(trainer: Trainer) -> str:
     config = trained_config(trainer.states.backbone.model.config, trainer.modules)
-    return [f"{len(trainer.modules)} with {config.module(0)}"]
+    return f"{len(trainer.modules)} with {config.module(0)}"
 
 
 def _identity(options: TrainOptions, checkpoint: Checkpoint, model: Mapping[str, Any]) -> str:
@@ -278,13 +307,17 @@ def _digest(file: Path) -> str:
 
 
 @contextmanager
-def _part(target: Path, identity: str) -> Iterator[Path]:
-    """Yields the folder that a run works in, removed when it is complete.
+def _part(target: Path, identity: str, team: Team) -> Iterator[Path]:
+    """Yields the folder that a run works in, removed when it is complete; the first process keeps it for all.
 
     Raises:
         MTPSpecError: another run works in it, or it belongs to a run with other arguments.
     """
     part = target.with_name(target.name + PART)
+    if team.rank:
+        team.first(lambda: None)
+        yield part
+        return
     part.mkdir(parents=True, exist_ok=True)
     with (part / LOCK).open("a") as lock:
         try:
@@ -297,5 +330,10 @@ def _part(target: Path, identity: str) -> Iterator[Path]:
                 f"{part} belongs to a run with other options, texts or weights: delete it, or give another folder"
             )
         file.write_text(identity)
-        yield part
+        team.first(lambda: None)
+        try:
+            yield part
+        except OptionError:  # it takes other options or texts, and then this folder is of no use
+            shutil.rmtree(part)
+            raise
         shutil.rmtree(part)

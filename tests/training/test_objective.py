@@ -137,7 +137,7 @@ def test_a_perfect_draft_has_no_loss() -> None:
     same = torch.randn(1, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
     target, rows, tokens = same[0].detach(), torch.ones(1, 5, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
     loss, greedy, overlap = objective._Loss.apply(
-        same, target, tokens, rows, head, [head], Objective.of("kl,tv", 1, 1.0)
+        same, target, tokens, rows, torch.ones(1), head, [head], Objective.of("kl,tv", 1, 1.0)
     )
     loss.backward()
     assert same.grad is not None

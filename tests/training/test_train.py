@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from importlib.resources import files
@@ -29,6 +30,7 @@ from mtp_spec.training.card import verdict
 from mtp_spec.training.heldout import Comparison, Texts, compare
 from mtp_spec.training.modules import new_modules
 from mtp_spec.training.options import TrainOptions
+from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
 
 FEW: dict[str, Any] = {
@@ -225,6 +227,7 @@ def test_too_little_to_train_or_to_measure_on(plain: Path, tmp_path: Path) -> No
     one = worded.texts(tmp_path / "one.jsonl", count=1)
     with pytest.raises(OptionError, match="leaves no text to train on"):
         mtp_spec.train(plain, tmp_path / "head", texts=one, **FEW)
+    assert not (tmp_path / "head.part").exists()
     short = worded.texts(tmp_path / "short.jsonl", tokens=50)
     with pytest.raises(OptionError, match="no held-out prompt leaves room for check_tokens=8"):
         mtp_spec.train(plain, tmp_path / "other", texts=short, **{**FEW, "max_tokens": 36})
@@ -310,7 +313,7 @@ def test_on_the_kernels_products_have_16_bits_and_weights_32(tmp_path: Path, blo
     table = rope_table(model.config, 64, "cpu")
     forward = ModulesForward(list(modules), model.embed_tokens, model.lm_head, lambda length: table)
     states = States(Backbone(model, 64), corpus, tmp_path / "states.bin", 10**6)
-    trainer = loop.Trainer.of(options, forward, modules, corpus, states, "cpu")
+    trainer = loop.Trainer.of(options, forward, modules, corpus, states, Team("cpu"))
     said: list[str] = []
     trainer.run(tmp_path / "state.pt", said.append)
     assert {parameter.dtype for parameter in modules.parameters()} == {torch.float32}
@@ -318,3 +321,57 @@ def test_on_the_kernels_products_have_16_bits_and_weights_32(tmp_path: Path, blo
     assert len(losses) == 12
     assert losses[-1] < 0.9 * losses[0]
     assert "step 12/12" in said[-1]
+
+
+TOGETHER = """
+import sys, json, torch, mtp_spec
+model, few, *jobs = sys.argv[1:]
+torch.set_num_threads(1)
+said = []
+for texts in jobs:
+    try:
+        made = mtp_spec.train(model, texts + ".head", texts=texts, **json.loads(few))
+        said.append([made.verdict, [line["loss"] for line in made.log]])
+    except mtp_spec.MTPSpecError as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+
+
+def together(*arguments: object) -> list[Any]:
+    """Returns what each of two processes says that train together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    runs = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-c", TOGETHER, *map(str, arguments)]
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **place}))
+    try:
+        return [json.loads(run.communicate(timeout=120)[0].splitlines()[-1]) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+
+
+def test_two_processes_train_what_one_does(v3: Path, lines: Path, tmp_path: Path) -> None:
+    """Each on its part of every batch, with gradients summed; the batch of a single text leaves one without any.
+
+    An error of the first process is the other's, too.
+    """
+    few = {**FEW, "block": "moe", "steps": 10, "batch_tokens": 130, "check_temperatures": [0.0]}
+    alone = mtp_spec.train(v3, tmp_path / "alone", texts=lines, **few)
+    bad = worded.texts(tmp_path / "one.jsonl", count=1)
+    good = tmp_path / "texts.jsonl"
+    good.write_bytes(lines.read_bytes())
+    (refused, one), (likewise, other) = together(v3, json.dumps(few), bad, good)
+    assert "leaves no text to train on" in refused
+    assert likewise == f"the first process ended with OptionError: {refused}"
+    assert one == other  # the first process's result on both
+    assert one[1] == pytest.approx([line["loss"] for line in alone.log], rel=1e-4)
+    both = load_file(tmp_path / "texts.jsonl.head" / "mtp.safetensors")
+    for name, tensor in load_file(alone.folder / "mtp.safetensors").items():
+        torch.testing.assert_close(both[name].float(), tensor.float(), rtol=0.02, atol=0.02)
+    assert json.loads((tmp_path / "texts.jsonl.head" / "mtp.json").read_text())["training"]["processes"] == 2
+    assert not (tmp_path / "texts.jsonl.head.part").exists()
