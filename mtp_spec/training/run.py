@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -112,8 +112,12 @@ def train(
     say: Say = progress if callable(progress) else (print if progress else lambda line: None)
     check_device(device)
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
-    model = {"config": config, "device": device, "dtype": dtype, "weights": weights}
-    checkpoint = open_checkpoint(folder, None if config is None else Path(config))
+    described = None if config is None else Path(config)
+    model = {"config": described, "device": device, "dtype": dtype, "weights": weights}
+    checkpoint = open_checkpoint(folder, described)
+    limit = context_limit(described or folder, None)
+    if chosen.max_tokens > limit:
+        chosen = replace(chosen, max_tokens=limit)
     shipped = checkpoint.config.num_nextn_predict_layers
     if chosen.start == "shipped" and not shipped:
         raise OptionError(f"start='shipped': {folder} has no MTP module to go on with; give start='random'")
@@ -223,8 +227,7 @@ class _Run:
         return Trained(self.target, better, sentence, tuple(comparisons), tuple(after), log)
 
     def _load(self, mtp: Path | None) -> LM:
-        limit = context_limit(self.model["config"] or self.folder, None)
-        most = min(limit, self.options.max_tokens + 1)
+        most = self.options.max_tokens
         return load(self.folder, mtp=mtp, max_context=most, max_batch=self.options.batch, measure=False, **self.model)
 
     def _measured(self, name: str, lm: LM, prompts: Mapping[str, list[list[int]]], depth: int) -> list[Texts]:

@@ -10,10 +10,12 @@ import torch
 
 import tiny
 from device_models import checkpoint
+from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.load_checks import load_model
 from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.training import backbone
 from mtp_spec.training.backbone import Backbone, States
+from mtp_spec.training.batches import tensors
 from mtp_spec.training.texts import Corpus
 
 LENGTHS = (5, 70, 64, 130, 3)
@@ -44,8 +46,6 @@ def test_texts_side_by_side_give_what_they_give_alone(model: Any) -> None:
 
 
 def mtp_logits_of(model: Any, ids: list[int]) -> torch.Tensor:
-    from mtp_spec.analysis.scoring import score_ids
-
     return score_ids(model, ids).logits
 
 
@@ -71,3 +71,18 @@ def test_states_are_kept_within_their_room(model: Any, tmp_path: Path, rows: int
     assert (tmp_path / "states.bin").exists() == bool(rows)
     if rows:
         assert (tmp_path / "states.bin").stat().st_size == states.bytes <= rows * width * size
+
+
+def test_batches_say_which_rows_predict_an_answer(tmp_path: Path) -> None:
+    """Row t predicts token t + 1, so the row before an answer is trained on and its last token's is not."""
+    model = load_model(tiny.make(tmp_path / "model", "v3").folder, None, "cpu", 256, None, None)
+    corpus = Corpus(tmp_path / "texts", 0.0)
+    corpus.add("texts", 0, [5, 6, 7, 8, 9, 10, 11], [(2, 4), (6, 7)], "a")
+    corpus.add("texts", 1, [12, 13, 14], [(1, 3)], "a")
+    own = Backbone(model, 200)
+    ids, hidden, weights = tensors(corpus, States(own, corpus, None, 0), [1, 0], 2)
+    assert ids.tolist() == [[12, 13, 14] + 6 * [0], [5, 6, 7, 8, 9, 10, 11, 0, 0]]
+    assert weights.tolist() == [[1, 1] + 7 * [0], [0, 1, 1, 0, 0, 1, 0, 0, 0]]
+    for row, text in enumerate(([12, 13, 14], [5, 6, 7, 8, 9, 10, 11])):
+        assert torch.equal(hidden[row, : len(text)], own.hidden([text])[0])
+        assert not hidden[row, len(text) :].any()

@@ -25,15 +25,16 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def random_forward(modules: int = 1, width: int | None = None) -> ModulesForward:
-    shapes = () if width is None else (ModuleShape(intermediate_size=width),) * modules
+def random_forward(modules: int = 1, width: int | None = None, own: bool = False) -> ModulesForward:
+    shapes = (ModuleShape(intermediate_size=width, own_embedding=own, own_head=own),) * modules
     model = Transformer(replace(CONFIG, num_nextn_predict_layers=modules, modules=shapes), torch.float32).double()
     torch.manual_seed(3)
     with torch.no_grad():
         for name, slot in model.checkpoint_slots().items():
             slot.normal_(1.0 if "norm" in name else 0.0, 0.1 if "norm" in name else slot.shape[-1] ** -0.5)
-    for weight in (model.embed_tokens, model.lm_head):
-        weight.requires_grad_(False)
+    for weight in (model.embed_tokens, model.lm_head, *(module.head for module in model.mtp)):
+        if weight is not None:
+            weight.requires_grad_(False)
     return ModulesForward(list(model.mtp), model.embed_tokens, model.lm_head, model.table)
 
 
@@ -70,13 +71,14 @@ def plainly(forward: ModulesForward, loss: Objective, ids: Tensor, hidden: Tenso
     return [total, rows, greedy, overlap]
 
 
-@pytest.mark.parametrize("modules", [1, 2])
+@pytest.mark.parametrize(("modules", "own"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("parts", ["ce", "kl", "tv", "tv:0.9,ce:0.1", "kl:2,tv,ce:0.5"])
 def test_values_and_gradients_are_those_of_the_formula(
-    parts: str, modules: int, monkeypatch: pytest.MonkeyPatch
+    parts: str, modules: int, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With heads that modules share with the model, and with their own."""
     monkeypatch.setitem(objective.CHUNK, "cpu", 3 * CONFIG.vocab_size)  # three rows at a time
-    forward, loss = random_forward(modules), Objective.of(parts, 3, 0.7)
+    forward, loss = random_forward(modules, own=own), Objective.of(parts, 3, 0.7)
     given = batch(3)
     outcome = draft_loss(forward, loss, *given)
     expected = plainly(forward, loss, *given)

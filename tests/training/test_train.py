@@ -87,7 +87,7 @@ def test_a_random_module_learns_to_draft_on_two_cores(tmp_path: Path) -> None:
     ("options", "kind"),
     [
         ({}, "a dense block of 64"),
-        ({"width": 24, "modules": 2}, "a dense block of 24"),
+        ({"width": 24, "modules": 2, "max_tokens": 1024}, "a dense block of 24"),
         ({"block": "moe", "optimiser": "muon", "loss": "tv:0.9,ce:0.1"}, "experts"),
     ],
 )
@@ -109,9 +109,11 @@ def test_a_model_without_modules_gets_some(
     assert not (tmp_path / "head.part").exists()
     tensors = load_file(made.folder / "mtp.safetensors")
     assert all(name.startswith("model.layers.3.") or options.get("modules") == 2 for name in tensors)
-    assert {tensor.dtype for name, tensor in tensors.items() if ".mlp.gate." not in name} == {torch.bfloat16}
+    for name, tensor in tensors.items():
+        assert tensor.dtype == (torch.float32 if ".mlp.gate." in name else torch.bfloat16), name
     said = json.loads((made.folder / "mtp.json").read_text())
     assert said["options"]["depth"] == 2
+    assert said["options"]["max_tokens"] == min(options.get("max_tokens", 80), 256)  # the model's limit
     assert said["data"]["domains"] == ["a", "b"]
     assert {(one["domain"], one["temperature"]) for one in said["after"]} == {
         (domain, temperature) for domain in "ab" for temperature in (0.0, 0.8)
@@ -294,6 +296,11 @@ def test_command_line(plain: Path, lines: Path, tmp_path: Path, capsys: pytest.C
     assert "accepted by depth" in out
     main(["generate", "w1 w2", "--model", str(plain), "--mtp", str(tmp_path / "head"), "--depth", "2", "--json"])
     assert json.loads(capsys.readouterr().out)["stats"]["drafted"] > 0
+    asked = worded.lines(tmp_path / "asked.jsonl", [{"prompt": worded.words(5, 1)}])
+    few = ["--depths", "1", "--temperatures", "0", "--max-new-tokens", "6", "--raw", "--json", str(tmp_path / "b.json")]
+    main(["bench", "acceptance", "--model", str(plain), "--mtp", str(tmp_path / "head"), "--set", str(asked), *few])
+    assert json.loads((tmp_path / "b.json").read_text())["options"]["mtp"] == str(tmp_path / "head")
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["train", str(plain), str(tmp_path / "other"), "--texts", str(lines), "--from", "shipped"])
     assert "--from 'shipped': " in capsys.readouterr().err

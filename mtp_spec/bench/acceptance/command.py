@@ -164,7 +164,9 @@ def _identity(lm: LM, questions: QuestionSet, args: argparse.Namespace) -> Row:
     """Returns everything that texts and times depend on; a journal belongs to one such identity."""
     options = {name: value for name, value in vars(args).items() if name not in (*OUTPUTS, "model", "set", "set_kind")}
     here = {name: value for name, value in machine(lm).items() if name != "date"}
-    return {**options, **here, "questions": questions.digest}
+    files = [] if args.mtp is None else sorted(args.mtp.glob("*.safetensors"))
+    modules = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {**options, **here, "mtp": modules, "questions": questions.digest}
 
 
 def _report(groups: list[Group], questions: QuestionSet, runner: Runner, args: argparse.Namespace) -> Report:
