@@ -24,7 +24,7 @@ from mtp_spec.model.training import ModulesForward
 
 PARTS = ("ce", "kl", "tv")
 # logits that are computed at once; their temporaries take about 20 bytes each
-CHUNK = {"cpu": 2**21, "cuda": 2**26}
+CHUNK = {"cpu": 2**20, "cuda": 2**26}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,24 +142,28 @@ class _Loss(torch.autograd.Function):
             part = slice(first, first + size)
             log_p = _wide(F.linear(target[part], head)).log_softmax(-1)
             p, best = log_p.exp(), log_p.argmax(-1)
-            negative_entropy = (p * log_p).sum(-1)
+            negative_entropy = torch.linalg.vecdot(p, log_p)
             for depth in range(depths):
                 log_q = _wide(F.linear(drafts[depth, part], heads[depth])).log_softmax(-1)
                 q = log_q.exp()
-                far = q - p
-                half = 0.5 * far.abs().sum(-1)
+                slope = q - p
+                half = 0.5 * torch.linalg.vector_norm(slope, 1, -1)
                 one = objective.tv * half
-                slope = (objective.ce + objective.kl) * q
                 if objective.kl:
-                    one = one + objective.kl * (negative_entropy - (p * log_q).sum(-1))
-                    slope -= objective.kl * p
+                    one = one + objective.kl * (negative_entropy - torch.linalg.vecdot(p, log_q))
+                # with respect to the logits: q (ce + kl + tv / 2 (sign - sum q sign)) - kl p, and -ce at the own token
+                if objective.tv:
+                    slope.sign_()
+                    slope.sub_(torch.linalg.vecdot(q, slope)[:, None]).mul_(0.5 * objective.tv)
+                    slope.add_(objective.ce + objective.kl).mul_(q)
+                else:
+                    slope = q * (objective.ce + objective.kl)
+                if objective.kl:
+                    slope.sub_(p, alpha=objective.kl)
                 if objective.ce:
                     own = tokens[part, None]
                     one = one - objective.ce * log_q.gather(-1, own).squeeze(-1)
                     slope.scatter_add_(-1, own, torch.full_like(own, -objective.ce, dtype=slope.dtype))
-                if objective.tv:
-                    signed = q * far.sign()
-                    slope += 0.5 * objective.tv * (signed - q * signed.sum(-1, keepdim=True))
                 weight = scale[depth, part]
                 loss += (one * weight).sum()
                 greedy[depth] += (rows[depth, part] * (log_q.argmax(-1) == best)).sum()
