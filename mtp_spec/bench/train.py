@@ -122,7 +122,7 @@ class Step:
         texts = torch.randint(checkpoint.config.vocab_size, (args.batch, args.context), generator=generator)
         self.texts, device = texts.tolist(), self.lm.model.device
         self.ids = torch.nn.functional.pad(texts, (0, args.depths)).to(device)
-        self.weights = torch.zeros(self.ids.shape, device=device)
+        self.weights = torch.zeros(self.ids.shape, dtype=torch.float32, device=device)
         self.weights[:, : args.context - 1] = 1
         self.losses: list[float] = []
 

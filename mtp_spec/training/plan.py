@@ -107,11 +107,12 @@ def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int,
         return tensor
 
     ids = torch.zeros(1, few + rows, dtype=torch.int64, device=device)
-    hidden = torch.zeros(*ids.shape, forward.embedding.shape[1], device=device)
+    hidden = torch.zeros(*ids.shape, forward.embedding.shape[1], dtype=torch.float32, device=device)
+    ones = torch.ones(ids.shape, dtype=torch.float32, device=device)
     own = {p.untyped_storage().data_ptr() for module in forward.modules for p in module.parameters()}
     own |= {tensor.untyped_storage().data_ptr() for tensor in (forward.embedding, forward.head)}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(forward):
-        outcome = draft_loss(forward, objective, ids, hidden, torch.ones(ids.shape, device=device))
+        outcome = draft_loss(forward, objective, ids, hidden, ones)
     del outcome
     each = sum(size for storage, size in seen.items() if storage not in own) / ids.numel()
     mask = shape[1] * shape[1] * len(objective.depths) if len(objective.depths) > 1 else 0

@@ -30,6 +30,7 @@ from mtp_spec.machine import processor_name
 from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_modules
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
 from mtp_spec.model.checkpoint.writer import PART, as_json
+from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.training.backbone import Backbone, States
 from mtp_spec.training.card import card, verdict
 from mtp_spec.training.collecting import COMPLETE, collect
@@ -67,6 +68,7 @@ class Trained:
     log: list[dict[str, Any]]
 
 
+@undisturbed(inference=False)
 def train(
     path: str | Path | None = None,
     out: str | Path = "",
@@ -128,7 +130,7 @@ def train(
         if isinstance(getattr(chosen, name), Path):
             check_file(getattr(chosen, name), kinds)
     team = Team(device)
-    with _part(target, _identity(chosen, checkpoint, model), team) as part:
+    with _part(target, _identity(chosen, checkpoint, model), team) as part, torch.enable_grad():
         return _Run(chosen, checkpoint, folder, model, target, part, team, say).run()
 
 

@@ -35,6 +35,8 @@ QUICK: dict[str, str] = {
     "kernels/test_inputs": "wrong_arguments_are_refused",
     "cuda/test_step": "shape_numbers_nodes_like_the_tree accept_walks_to_the_deepest_match same_experts_as_the_gate",
     "cuda/test_guided": "drafts_are_accepted_and_the_text_is_the_one_without",
+    "training/test_objective": "gradients_are_finite_differences a_perfect_draft_has_no_loss",
+    "training/test_texts": "no_prompt_is_in_both_parts_and_every_domain_has_its_share",
     "distributed/test_ranks": "fewer_blocks_than_ranks_are_refused",
     # the bundled model, the command line, the chat, the documentation
     "api/test_bundled": "stop_string_cuts_text_and_ids",
