@@ -238,7 +238,8 @@ def _up_kernel(
     its = head * (N + V) + N + value
     weights = ()
     for chunk in tl.static_range(0, C, CHUNK):
-        weights = weights + (_up_weight(kv_b, kv_b_scale, its, value < V, chunk, CHUNK, C, kind, PACKED, WIDE),)
+        w = _up_weight(kv_b, kv_b_scale, its, value < V, chunk, CHUNK, C, kind, PACKED, WIDE)
+        weights = weights + (w,)  # type: ignore[assignment]
     if PDL:
         gdc_wait()
     lane = tl.arange(0, ROWS)
