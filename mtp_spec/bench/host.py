@@ -23,7 +23,7 @@ import torch
 from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
 from mtp_spec.bench import parsing
-from mtp_spec.bench.common import Report, Row, spread
+from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.options import JSON, Benchmark, Option
 from mtp_spec.cuda.backend import DeviceBackend
 from mtp_spec.cuda.prefill import Whole
@@ -62,11 +62,16 @@ class Nothing(Graphs):
             return _nothing  # a transition between shapes
         step._outputs = step.ids = step.logits = torch.empty(0)
         records, target = cycle(self._records(step.state.texts, step.shape.depth)), step.state.record
-        return lambda: target.copy_(next(records))
+
+        def leave() -> None:
+            target.copy_(next(records))
+
+        return leave
 
     def later(self, work: Callable[[], None]) -> Callable[[], None]:
         read = getattr(work, "__self__", None)
-        assert isinstance(read, Whole)
+        if not isinstance(read, Whole):
+            return _nothing
         texts = read.state.texts
         read.logits = torch.zeros(texts, read.model.config.vocab_size)
         read.record = torch.stack((torch.full((texts,), int(self._ordinary[0])), torch.zeros(texts))).int()

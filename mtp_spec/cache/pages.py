@@ -257,8 +257,8 @@ class Lease:
         """Number of tokens in pages that others may already share."""
         return max(count for count, _ in self._known.values()) * PAGE
 
-    def publish(self, tokens: Sequence[int], held: int, drafted: bool) -> None:
-        """Lets other sequences share the pages that are full by now.
+    def publish(self, tokens: Sequence[int], held: int, drafted: bool) -> int:
+        """Lets other sequences share the pages that are full by now; returns how many they can share.
 
         Args:
             tokens: of the sequence so far.
@@ -268,12 +268,13 @@ class Lease:
         count, last = known[True] if drafted else max(known.values(), key=lambda pages: pages[0])
         end = min(held - PAGE, len(tokens) - PAGE - store.modules) + 1
         if count * PAGE >= end:
-            return
+            return count
         with store._lock:
             for first in range(count * PAGE, end, PAGE):
                 last = store._name(last, tokens[first : first + PAGE + store.modules], self._pages[count], drafted)
                 count += 1
         known[drafted] = count, last
+        return count
 
     def end(self) -> None:
         """Gives the pages back; may be repeated."""

@@ -140,6 +140,7 @@ class Reader:
         if self.runtime.graphs is None:
             slots, rows = len(texts), max(len(text.tokens) - text.lease.reused for text in texts)
         self._set_biases(texts)
+        self.pages.prepare()
 
         def make() -> Whole:
             return Whole(self.runtime, self.pages.tables, self.state.part(0, slots), rows, drafts, stages)
@@ -157,6 +158,7 @@ class Reader:
         """Prefills the next chunk of a prompt; returns its rows, and at the prompt's end the first token."""
         state, prompt = self._one, text.tokens
         if self._text is not text:
+            self.pages.prepare()
             self._text, self._read = text, text.lease.reused
             state.reset(text.params, prompt, text.lease.reused)
             self._biased = [*{*self._biased, 0}] if text.stages.bias else self._biased

@@ -76,6 +76,15 @@ class StopChecker:
         self._ended = last
         return last
 
+    def pass_by(self, tokens: Sequence[int]) -> bool:
+        """Takes the next tokens if none of them can end the text; else returns false and takes none."""
+        count = self._count + len(tokens)
+        if self._stops or count >= self._limit or not self._stop_ids.isdisjoint(tokens):
+            return False
+        self._count = count
+        self._unread += tokens
+        return True
+
     def ready(self) -> list[str]:
         """Returns the texts of the tokens released since the last call, one for each token."""
         self._read()
