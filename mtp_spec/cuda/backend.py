@@ -366,11 +366,11 @@ class DeviceRunner:
         """
         reader, oldest = self._reader, self._unread[0]
         assert reader is not None
+        reader.pages.prepare()
         rows, drafts = reader.rows(oldest), oldest.drafts
         if rows is None:
             return [oldest], *reader.chunk(oldest, drafts)
-        some = [text for text in self._unread if text.drafts == drafts and reader.fits(text, rows)]
-        some = some[: reader.together(rows)]
+        some = reader.alike(self._unread, rows, drafts)
         return some, *reader.whole(some, rows, drafts)
 
 

@@ -106,7 +106,7 @@ class Group:
         self._chances = Chances(MODEL_MEMORY)
         self._planner: ShapePlanner | None = None
         self.table: ShapeTable | None = None  # of the last step
-        self._stages = Stages(noise=False)
+        self._stages, self._tells = Stages(noise=False), False  # whether any sequence asked for logits
         self.untold = list[tuple[ShapePlan, float]]()  # seconds of steps, until the first rank's replace them
         self._changed = self._disturbed = self._unseen = False
         self._waiting = 0  # most rows of plain steps that are stored for the MTP modules, of any sequence (`shapes`)
@@ -228,6 +228,8 @@ class Group:
 
     def _logits(self, flight: Flight, part: Part) -> dict[int, Tensor]:
         """Returns copies of requested logits, by slot: the next pass overwrites the originals."""
+        if not self._tells:
+            return {}
         rows, room = self.shapes[flight.shape].rows, self.state.logits
         assert room is not None
         own = flight.texts[part.first : part.first + part.state.texts]
@@ -261,7 +263,8 @@ class Group:
         places = [*(text.lease.row for text in texts), *[self.pages.idle_row] * gone]
         self._mail.send(self._inbox, [places, [1] * len(texts) + [0] * gone])
         self._arrange()
-        self._stages = union([text.stages for text in texts])
+        self._stages = union({text.stages for text in texts})
+        self._tells = self.kind.watched or any(text.params.logprobs for text in texts)
         self._changed, self._disturbed = False, True
 
     def _arranged(self) -> None:
@@ -359,8 +362,13 @@ class Group:
         self._disturbed, self._waiting = True, 1
 
     def _learn(self, done: Flight, plan: ShapePlan, planner: ShapePlanner, results: Results) -> None:
-        paths = [None if text.sequence.finished else [row - 1 for row in results.path(slot)[1:]]
-                 for slot, text in enumerate(results.texts)]  # fmt: skip
+        counts = [line[commits.COUNT] for line in results.lines]
+        paths: list[Seq[int] | None] = [range(count - 1) for count in counts]
+        if not results.chain:
+            paths = [[row - 1 for row in results.path(slot)[1:]] for slot in range(len(counts))]
+        for slot, text in enumerate(results.texts):
+            if text.sequence.finished:
+                paths[slot] = None
         seconds = None
         if done.begun is not None and done.ended is not None:
             taken = done.begun.elapsed_time(done.ended) / 1e3

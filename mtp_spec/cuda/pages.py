@@ -26,7 +26,7 @@ from mtp_spec.request import Request
 STEP_ROWS, STEP_TEXTS = 512, 64
 # rows of the table for streams in addition to the sequences that share steps
 EXTRA_ROWS = 16
-READ_TEXTS = 8  # most prompts in one prefill pass
+READ_TEXTS = 32  # most prompts in one prefill pass
 LEASES = 16  # most leases that are prepared at once
 IDLE_PAGES = pages_for(WORK_ROWS)  # an unused slot has one token
 # most padding rows of the prefill pass over a prompt's end

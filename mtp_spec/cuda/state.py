@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -279,6 +279,6 @@ class Mail:
         self._free.append((room, arrived))
 
 
-def union(stages: Sequence[Stages]) -> Stages:
+def union(stages: Collection[Stages]) -> Stages:
     """Returns the sampling stages that any sequence needs: they have no effect on the others."""
     return Stages(**{one.name: any(getattr(its, one.name) for its in stages) for one in fields(Stages)})
