@@ -129,9 +129,13 @@ class Pages(ABC, Generic[L]):
             others: for each running sequence its lease, its prompt, and whether it fills the modules' slots.
         """
         known: int | None = None
+        if len(prompt) <= PAGE:  # its last token is always computed
+            return False
+        first = prompt[:PAGE]
         for lease, other, drafts in others:
-            to_come = max(0, len(other) - self.modules) // PAGE * PAGE > lease.published
-            if not to_come or (drafted and not drafts) or prompt[:PAGE] != other[:PAGE]:
+            if (drafted and not drafts) or other[:PAGE] != first:
+                continue
+            if max(0, len(other) - self.modules) // PAGE * PAGE <= lease.published:
                 continue
             soon = self.will_share(prompt, other)
             if soon <= lease.published:

@@ -191,9 +191,9 @@ class DeviceRunner:
         kind = kind_of(request, sequence.observer is not None)
         with self._runtime.lock, nullcontext() if self._shared else ranks.together():
             # those that have been read have no pages left to fill
-            others = [(text.lease, text.sequence.request.ids, text.drafts) for text in self._unread]
+            others = ((text.lease, text.sequence.request.ids, text.drafts) for text in self._unread)
             drafts = kind.depth > 0
-            if others and self._backend.pool.pages.is_being_read(request.ids, drafts, others):
+            if self._backend.pool.pages.is_being_read(request.ids, drafts, others):
                 return False
             found = self._backend.lease(request, drafts, self._shared)
             if found is None:
