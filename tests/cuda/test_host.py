@@ -72,7 +72,7 @@ def test_tokens_taken_together_are_the_same_as_one_by_one(steps: list[list[int]]
     assert events[0] == events[1]
     assert [event.token_id for event in events[0]] == whole[0].token_ids
     assert checkers[0].reason == checkers[1].reason
-    sources = {event.step: [] for event in events[0]}  # type: dict[int, list[Any]]
+    sources: dict[int, list[Any]] = {event.step: [] for event in events[0]}
     for event in events[0]:
         sources[event.step].append(event.source)
     for number, found in sources.items():
