@@ -156,7 +156,8 @@ class DeviceText:
         if results.prompt:
             stats.record_prefill(self.sequence.prompt_tokens)
             return
-        accepted = min(committed, results.lines[slot][commits.COUNT] - 1)  # more than there are if a stop cut the path
+        # the last token of a step is the target's own, unless the text ended at a draft before it
+        accepted = min(committed, results.lines[slot][commits.COUNT] - 1)
         ranks: Seq[int] = shape.ranks[:accepted]
         if not results.chain:
             ranks = [shape.ranks[row - 1] for row in results.path(slot)[1 : accepted + 1]]
