@@ -168,6 +168,7 @@ class _Run:
         lm = self._load(None)
         team.first(lambda: collect(lm, options, texts, self.say).close())
         corpus = Corpus(texts, 0.0)
+        corpus.close()  # from here on it is only read
         prompts = held_prompts(corpus, options)
         count, held = sum(map(len, prompts.values())), sum(text.held for text in corpus.texts)
         self.say(f"{len(corpus.texts):,} texts, {corpus.tokens:,} tokens, {held:,} held out; {count} held-out prompts "
