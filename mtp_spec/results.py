@@ -10,6 +10,7 @@ from typing import Literal
 from mtp_spec.acceptance.accept import Drawn, TokenLogprob
 from mtp_spec.stats import GenerationStats
 from mtp_spec.text.stopping import StopChecker
+from mtp_spec.tree import MODULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +21,14 @@ class TokenEvent:
         text: the text it adds; empty if it does not complete a character yet.
         token_id: its id.
         step: the verify step that committed it; 0 is the prefill.
-        source: "target", or the depth of the draft that proposed it.
+        source: "target"; the depth of the MTP modules' draft that proposed it; or the name of another drafter, such as
+            "text".
     """
 
     text: str
     token_id: int
     step: int
-    source: Literal["target"] | int
+    source: str | int
 
 
 @dataclass(slots=True)
@@ -78,7 +80,8 @@ class EventLog:
         (drawn, step), text = self._pending.popleft(), self._texts.popleft()
         if not self._whole:
             self._add(text, [drawn])
-        return TokenEvent(text, drawn.token, step, drawn.depth or "target")
+        drafted = drawn.depth if drawn.source == MODULES else drawn.source
+        return TokenEvent(text, drawn.token, step, drafted if drawn.depth else "target")
 
     def finish(self) -> Generation:
         """Returns the result of a sequence that has ended; events can still be popped."""

@@ -19,7 +19,7 @@ from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.planning.fixed_plan import Standing, TreePlan
 from mtp_spec.planning.text_memory import TextMemory
 from mtp_spec.sequence import Sequence
-from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree import MODULES, ROOT, TokenTree
 
 _NONE = torch.empty(0)
 
@@ -163,7 +163,8 @@ class HostState:
         if len(tree) and self.technique != "batched" and not math.isfinite(float(hidden.sum())):
             self.cache.clean(len(tree))  # a rejected draft may have left NaN there
         ranks = [tree.ranks[node] for node in accepted.nodes]
-        self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
+        sources, others = [tree.sources[node] for node in accepted.nodes], [s for s in tree.sources if s != MODULES]
+        self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn), sources, others)
 
     def take(self, accepted: Accepted) -> None:
         """Commits the accepted tokens, and lets other sequences share the pages that are full by now."""
