@@ -58,6 +58,7 @@ class GenerationStats:
         step_tokens: tokens committed by verify steps.
         accepted_by_rank: sibling rank (0 = best) -> accepted tokens.
         drafted_by_source: name of a drafter -> draft tokens proposed.
+        steps_by_source: name of a drafter -> steps with drafts of it.
         phase_seconds: phase -> seconds; see ``seconds``.
         total_seconds: wall-clock seconds of the whole generation.
         planned: expected and measured results of the steps that a planner chose, if they shared no pass with others.
@@ -73,6 +74,7 @@ class GenerationStats:
     step_tokens: int = 0
     accepted_by_rank: Counter[int] = field(default_factory=Counter)
     drafted_by_source: Counter[str] = field(default_factory=Counter)
+    steps_by_source: Counter[str] = field(default_factory=Counter)
     phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     total_seconds: float = 0.0
     planned: Planned = field(default_factory=Planned)
@@ -119,8 +121,10 @@ class GenerationStats:
             self._origins[source, depth] += 1
         if nodes > len(others):
             self.drafted_by_source[MODULES] += nodes - len(others)
-        for source in others:
-            self.drafted_by_source[source] += 1
+            self.steps_by_source[MODULES] += 1
+        if others:
+            self.drafted_by_source.update(others)
+            self.steps_by_source.update(set(others))
         self._outcomes[proposed_depth, accepted] += 1
 
     def record_plan(self, expected_tokens: float, expected_seconds: float, tokens: int, seconds: float) -> None:
@@ -184,10 +188,13 @@ class GenerationStats:
     @property
     def accepted_by_source(self) -> dict[str, int]:
         """Accepted tokens by source: "mtp 1" for the MTP modules' first depth and so on; other drafters by name."""
-        found = Counter[str]()
-        for (source, depth), tokens in sorted(self._origins.items()):
-            found[f"{source} {depth}" if source == MODULES else source] += tokens
-        return dict(found)
+        found = {f"{MODULES} {depth}": tokens for depth, tokens in self.accepted_at(MODULES).items()}
+        others = sorted({source for source, _ in self._origins} - {MODULES})
+        return found | {source: sum(self.accepted_at(source).values()) for source in others}
+
+    def accepted_at(self, source: str) -> dict[int, int]:
+        """Returns the accepted tokens of one drafter by depth."""
+        return {depth: tokens for (name, depth), tokens in sorted(self._origins.items()) if name == source}
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -211,6 +218,7 @@ class GenerationStats:
             merged._outcomes.update(part._outcomes)
             merged._origins.update(part._origins)
             merged.drafted_by_source.update(part.drafted_by_source)
+            merged.steps_by_source.update(part.steps_by_source)
             for name in (one.name for one in fields(Planned)):
                 setattr(merged.planned, name, getattr(merged.planned, name) + getattr(part.planned, name))
             for name, seconds in part.phase_seconds.items():
@@ -232,6 +240,7 @@ class GenerationStats:
             "accepted_by_rank": {str(rank): self.accepted_by_rank[rank] for rank in sorted(self.accepted_by_rank)},
             "drafted_by_source": dict(sorted(self.drafted_by_source.items())),
             "accepted_by_source": self.accepted_by_source,
+            "steps_by_source": dict(sorted(self.steps_by_source.items())),
             "histogram": {str(count): self.histogram[count] for count in sorted(self.histogram)},
             "histogram_by_draft_length": {
                 str(drafted): {str(accepted): steps for accepted, steps in counts.items()}
@@ -250,6 +259,7 @@ class GenerationStats:
             "outcomes": [[*outcome, steps] for outcome, steps in sorted(self._outcomes.items())],
             "origins": [[*origin, tokens] for origin, tokens in sorted(self._origins.items())],
             "drafted_by_source": dict(sorted(self.drafted_by_source.items())),
+            "steps_by_source": dict(sorted(self.steps_by_source.items())),
             "phase_seconds": self.phase_seconds,
             "planned": asdict(self.planned),
         }
@@ -261,6 +271,7 @@ class GenerationStats:
         stats.planned = Planned(**record["planned"])
         stats.accepted_by_rank.update(dict(record["accepted_by_rank"]))
         stats.drafted_by_source.update(record["drafted_by_source"])
+        stats.steps_by_source.update(record["steps_by_source"])
         stats._origins.update({(source, depth): tokens for source, depth, tokens in record["origins"]})
         stats._outcomes.update({(drafted, accepted): steps for drafted, accepted, steps in record["outcomes"]})
         return stats

@@ -115,12 +115,14 @@ class Backend(Protocol):
         technique: how rows are computed, see `model.host`.
         auto: the largest tree that `speculation="auto"` drafts.
         captured: whether steps are captured as CUDA graphs.
+        mixes: whether drafters other than the MTP modules can take part.
     """
 
     model: Any
     technique: Technique
     auto: Speculation
     captured: bool
+    mixes: bool
 
     def runner(self, shared: bool) -> Runner:
         """Returns a runner.

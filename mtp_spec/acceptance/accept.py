@@ -117,7 +117,20 @@ def accept_by_rule(
         laws: for each node the distribution it was drawn from.
     """
 
+    found, impossible = dict[int, Law](), set[int]()
+
     def target(node: int) -> Law:
+        if node not in found:
+            found[node] = law(node)
+        return found[node]
+
+    def law(node: int) -> Law:
+        if node != ROOT:
+            parent = tree.parents[node]
+            above = target(parent)
+            if parent in impossible or above[tree.tokens[node]] == 0.0:
+                impossible.add(node)  # never accepted; processors need not know what would follow
+                return above
         own = history.extend(tree.path_tokens(node))
         depth = 0 if node == ROOT else tree.depths[node]
         return sampler.law(_processed(sampler, logits[node + 1], own, position + depth, node), position + depth)

@@ -109,6 +109,10 @@ class Explainer:
         sampler, decode = sequence.sampler, self._decode
 
         def target(node: int, token: int) -> float:
+            if any(
+                nodes[step].target == 0.0 for step in tree.path(node)
+            ):  # processors need not know what follows such a token
+                return 0.0
             own = sampler.process(logits[node + 1], history.extend(tree.path_tokens(node)))
             return _share(own, token)
 

@@ -94,7 +94,7 @@ class DeviceBackend:
         cache_tokens: tokens that their pages hold; None for the full context of all.
     """
 
-    auto, captured = AUTO, True
+    auto, captured, mixes = AUTO, True, False
     technique: Technique = "batched"
 
     def __init__(

@@ -8,11 +8,12 @@ from typing import Literal
 
 from mtp_spec.request import Request
 from mtp_spec.speculation import Speculation
+from mtp_spec.tree import MODULES
 from mtp_spec.tree_shape import TreeShape
 
 # the deepest chain that "auto" drafts
 PLANNED_DEPTH = 5
-AUTO = Speculation(depth=PLANNED_DEPTH, adaptive=True)
+AUTO = Speculation(depth=PLANNED_DEPTH, adaptive=True, drafters=(MODULES,))
 Guided = Literal["masks", "rows"]
 
 
