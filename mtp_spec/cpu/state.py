@@ -52,7 +52,7 @@ class HostState:
         self.drafter: Drafter | None = None
         self.proposals: Proposals | None = None
         self._given: Seq[Continuation] = ()
-        self._told = len(sequence.tokens)
+        self._told, self._nodes = len(sequence.tokens), 0 if speculation is None else speculation.nodes
         if sequence.request.drafters:
             self.proposals = Proposals(sequence.request.drafters, sequence.tokens, model.config.vocab_size)
         self.laws = list[Law]()
@@ -112,12 +112,13 @@ class HostState:
         Raises:
             Exception: a drafter's own.
         """
-        if self.proposals is None or self.sequence.speculation is None:
+        if self.proposals is None:
             return
-        new, self._told = self.tokens[self._told :], len(self.tokens)
-        if new:
-            self.proposals.commit(new)
-        self._given = self.proposals.propose((), min(self.sequence.speculation.nodes, self._deepest))
+        tokens = self.sequence.tokens
+        if (count := len(tokens)) > self._told:
+            self.proposals.commit(tokens[self._told :])
+            self._told = count
+            self._given = self.proposals.propose((), min(self._nodes, self.sequence.end - count - 1))
 
     @property
     def _deepest(self) -> int:

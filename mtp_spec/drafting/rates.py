@@ -9,8 +9,8 @@ from bisect import bisect_right
 
 # matches of these lengths and up to the next share a rate; the prior of the best match, and of the second best once the
 # best has failed
-LENGTHS = (2, 3, 4, 6, 9, 14, 22)
-PRIORS, SECOND = (0.15, 0.3, 0.45, 0.6, 0.72, 0.8, 0.88), 0.2
+LENGTHS = (3, 4, 6, 9, 14, 22)
+PRIORS, SECOND = (0.3, 0.45, 0.6, 0.72, 0.8, 0.88), 0.2
 # observations remembered for a sequence and for all of them, and the weight of the latter in a new one
 TEXT_MEMORY, ALL_MEMORY, CARRIED = 30.0, 300.0, 6.0
 
@@ -34,6 +34,19 @@ class Rates:
     def chance(self, length: int, rank: int = 0) -> float:
         """Returns the probability that a match is continued; for rank 1 given that the best one is not."""
         return self._chance(bisect_right(LENGTHS, length) - 1, rank)
+
+    def chances(self, length: int, count: int) -> list[float]:
+        """Returns the chances of `count` tokens in turn, each of which makes a match of this length longer by one; from
+        the longest on the last one counts for all."""
+        found = list[float]()
+        for bucket in range(bisect_right(LENGTHS, length) - 1, len(LENGTHS)):
+            last = bucket + 1 == len(LENGTHS)
+            number = 1 if last else min(LENGTHS[bucket + 1] - length, count - len(found))
+            found += [self._chance(bucket, 0)] * number
+            length += number
+            if len(found) >= count:
+                break
+        return found[:count]
 
     def _chance(self, bucket: int, rank: int) -> float:
         won, tried = self._seen.get((bucket, rank), (0.0, 0.0))

@@ -40,37 +40,28 @@ class TextDrafts:
     """
 
     def __init__(self, prompt: Sequence[int], rates: Rates, documents: Repeats | None) -> None:
-        self._own, self._rates = Repeats(prompt), rates
-        self._texts = [self._own] if documents is None else [self._own, documents]
-        self._expected = self._find(self._own.tokens[-LONGEST:])
+        self._own, self._rates, self._documents = Repeats(prompt), rates, documents
+        self._expected = self._with_documents(self._own.find(self._own.tokens[-LONGEST:]), self._own.tokens[-LONGEST:])
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Takes committed tokens, and learns how often matches were continued."""
+        own = self._own
         for token in tokens:
             for rank, (_, match) in enumerate(self._expected):
                 self._rates.learn(match.length, rank, match.token == token)
                 if match.token == token:
                     break
-            self._own.extend((token,))
-            self._expected = self._after(token)
+            self._expected = self._with_documents(own.follow(token), own.tokens)
 
-    def _after(self, token: int) -> list[tuple[Repeats, Match]]:
-        """Returns the matches after a token: a long one that goes on needs no search."""
-        if self._expected and self._expected[0][1].token == token:
-            text, match = self._expected[0]
-            place = match.place + 1
-            if match.length >= LONGEST and place < len(text.tokens) and text.tokens[place] != END:
-                return [(text, Match(place, match.length, text.tokens[place]))]
-        return self._find(self._own.tokens[-LONGEST:])
-
-    def _find(self, end: Sequence[int]) -> list[tuple[Repeats, Match]]:
-        """Returns the best matches with different next tokens."""
-        if len(self._texts) == 1:
-            return [(self._own, match) for match in self._own.find(end)]
-        found = [(text, match) for text in self._texts for match in text.find(end)]
-        found.sort(key=lambda one: -one[1].length)  # stable: the text's own come first
+    def _with_documents(self, found: list[Match], end: Sequence[int]) -> list[tuple[Repeats, Match]]:
+        """Returns the best matches with different next tokens, each with the text that it is in."""
+        matches = [(self._own, match) for match in found]
+        if self._documents is None:
+            return matches
+        matches += [(self._documents, match) for match in self._documents.find(end[-LONGEST:])]
+        matches.sort(key=lambda one: -one[1].length)  # stable: the text's own come first
         best = dict[int, tuple[Repeats, Match]]()
-        for one in found:
+        for one in matches:
             best.setdefault(one[1].token, one)
         return list(best.values())[:FOUND]
 
@@ -78,13 +69,14 @@ class TextDrafts:
         """Returns what followed the longest matches."""
         found = self._expected
         if path:
-            found = self._find([*self._own.tokens[-LONGEST:], *path][-LONGEST:])
+            end = [*self._own.tokens[-LONGEST:], *path]
+            found = self._with_documents(self._own.find(end), end)
         left, proposed = 1.0, list[Continuation]()
         for rank, (text, match) in enumerate(found):
             first = self._rates.chance(match.length, rank)
             tokens = self._continued(text, match.place, path, most)
-            later = (self._rates.chance(match.length + place) for place in range(1, min(len(tokens), LONGEST)))
-            proposed.append(Continuation(tokens, (left * first, *later), Text.name))
+            later = self._rates.chances(match.length + 1, len(tokens) - 1)
+            proposed.append(Continuation(tokens, [left * first, *later], Text.name))
             left *= 1.0 - first
         return proposed
 

@@ -41,10 +41,14 @@ class Proposals:
                 found = best.get(tokens[0])
                 if found is None or one.chances[0] > found.chances[0]:
                     best[tokens[0]] = Continuation(tokens, one.chances, name)
-        return sorted(best.values(), key=lambda one: -one.chances[0])
+        return sorted(best.values(), key=_likelihood) if len(best) > 1 else list(best.values())
 
     def _check(self, name: str, tokens: Sequence[int], chances: Sequence[float]) -> None:
         if min(tokens) < 0 or max(tokens) >= self._vocabulary:
             raise MTPSpecError(f"drafter {name!r} proposed {tokens}: ids are integers from 0 to {self._vocabulary - 1}")
         if not chances or not all(0.0 <= chance <= 1.0 for chance in chances):
             raise MTPSpecError(f"drafter {name!r} proposed the chances {list(chances)}: at least one, each from 0 to 1")
+
+
+def _likelihood(one: Continuation) -> float:
+    return -one.chances[0]

@@ -14,7 +14,7 @@ therefore draft nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
@@ -32,6 +32,7 @@ NEWER, SLOWER = 0.1, 0.02
 # other drafters: how much more than the modules they must promise to draft without them; the least chance of a node
 # that is considered; and at how many of the modules' leaves they are asked
 CLEARLY, LEAST_CHANCE, SPLICED = 1.02, 0.02, 2
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # of chains that are compared
 # the log-ratio of measured to expected time is clipped to this
 MOST_SURPRISE = log(2.0)
 # weight of the initial measurement, in timed plain steps among drafted ones
@@ -150,35 +151,35 @@ class NodePlan:
         Args:
             modules: whether the modules could draft.
         """
-        standing, memory, tree, chances = self.standing, self.memory, TokenTree(), list[float]()
+        memory, given = self.memory, self.standing.given
         modules = modules and not memory.pace.paused
         least = memory.rate if modules else 1.0
-        if not standing.given or standing.given[0].chances[0] < self.row(0) * least:
+        first, row = given[0], self.row(0)
+        if first.chances[0] < least * row:
             return False
-        graft(tree, chances, ROOT, standing.given, self.limits.nodes, LEAST_CHANCE)
-        trust = memory.other_kept / memory.other_promised
-        rate = max(least, max(tokens / time for tokens, time in self._rates(tree, chances, trust)))
-        self.drafting = 0.0
-        kept, tokens, time = self._best(tree, chances, rate)
-        tokens = 1.0 + (tokens - 1.0) * trust
-        if not kept or tokens < CLEARLY * least * time:
+        trust, sums, chance = memory.other_kept / memory.other_promised, [1.0], 1.0
+        for place in range(min(len(first.tokens), self.limits.nodes)):
+            chance *= first.chance(place)
+            if chance < max(LEAST_CHANCE, least * row / 2):
+                break
+            sums.append(sums[-1] + trust * chance)
+        sizes = [size for size in SIZES if size < len(sums)] + [len(sums) - 1]
+        rate, size = max((sums[size] / self._pass(size + 1), size) for size in sizes)
+        if not size or rate < CLEARLY * least:
             return False
-        if modules:
-            missed = 1.0 - trust * sum(chances[child] for child in tree.children(ROOT))
-            if missed * memory.worth > memory.rate * (self._level(1) + self._extending):
-                return False
+        missed = 1.0 - trust * sum(one.chances[0] for one in given)
+        if modules and missed * memory.worth > memory.rate * (self._level(1) + self._extending):
+            return False
         if not memory.others.drafts():
             return False
-        self.tree = self.given = tree.part(sorted(kept))
-        self.tokens, self.seconds = tokens, time * self.plain
+        chances = list[float]()
+        graft(self.tree, chances, ROOT, [first], size)
+        if (branch := self._branch(size)) * rate < max((one.chances[0] for one in given[1:]), default=0.0):
+            graft(self.tree, chances, ROOT, given[1:], self.limits.nodes, rate * branch)
+        self.given, nodes = self.tree, len(self.tree)
+        self.tokens = 1.0 + trust * sum(chances)
+        self.seconds = self._pass(nodes + 1, nodes > size) * self.plain
         return True
-
-    def _rates(self, tree: TokenTree, chances: Sequence[float], trust: float) -> Iterator[tuple[float, float]]:
-        """Yields tokens and time of the likeliest 1, 2, ... nodes."""
-        order, tokens, branches = sorted(range(len(tree)), key=lambda node: (-chances[node], node)), 1.0, False
-        for count, node in enumerate(order, start=1):
-            tokens, branches = tokens + trust * chances[node], branches or tree.ranks[node] > 0
-            yield tokens, self._pass(count + 1, branches)
 
     def graft(self, tree: TokenTree, scores: list[float], propose: Propose) -> None:
         """Adds the other drafters' proposals below the root and below the best drafts at which the modules stopped."""

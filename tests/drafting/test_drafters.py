@@ -106,7 +106,7 @@ def test_the_text_stays_whoever_drafts(lm: mtp_spec.LM, sampling: str) -> None:
                 assert one[found].token_ids == plain[found].token_ids, f"{shape} changed the text"
                 assert one[found].logprobs == plain[found].logprobs
             proposed += sum(one.stats.accepted_by_source.get("text", 0) for one in (*alone, *together))
-    assert proposed > 100
+    assert proposed > 60
 
 
 @pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.lossless])
@@ -122,7 +122,7 @@ def test_lossless_rules_are_greedy_at_temperature_0(lm: mtp_spec.LM, rule: str) 
             out = lm.generate(prompt, speculation=speculation, **options)
             assert out.token_ids == plain.token_ids
             proposed += out.stats.accepted_by_source.get("text", 0)
-    assert proposed > 100
+    assert proposed > 60
 
 
 @pytest.mark.parametrize("rule", ["typical", "relaxed"])
