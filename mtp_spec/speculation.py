@@ -16,7 +16,8 @@ MAX_DEPTH = 8
 MAX_NODES = 64
 DEFAULT_DEPTH = 3
 ACCEPTANCE_RULES = ("coupled", *RULES)
-DRAFTERS = (MODULES, Text.name)  # those that are known by name
+TEXT = Text.name
+DRAFTERS = (MODULES, TEXT)  # those that are known by name
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -108,8 +109,14 @@ class Speculation:
         """
         if self.drafters is not None:
             return self
-        drafters = DRAFTERS if mixes else (MODULES,)
-        return Speculation(self.depth, self.branching, self.budget, self.acceptance, self.adaptive, drafters)
+        return self.drafted_by(DRAFTERS if mixes else (MODULES,))
+
+    def drafted_by(
+        self, drafters: Sequence[str | Drafter], references: Sequence[str | Sequence[int]] = ()
+    ) -> Speculation:
+        """Returns it with other drafters and references."""
+        fixed = self.depth, self.branching, self.budget, self.acceptance, self.adaptive
+        return Speculation(*fixed, drafters, references)
 
     @property
     def nodes(self) -> int:

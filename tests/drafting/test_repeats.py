@@ -54,7 +54,7 @@ def test_matches_are_true_and_the_longest(text: list[int]) -> None:
 
 
 def propose(prompt: Sequence[int], path: Sequence[int] = (), most: int = 6, **options: object) -> list[list[int]]:
-    found = Text(**options).begin(prompt).propose(path, most)  # type: ignore[arg-type]
+    found = Text(**options).begin(prompt).propose(path, most)
     return [list(one.tokens) for one in found]
 
 
