@@ -8,7 +8,7 @@ from hashlib import sha256
 from typing import Literal
 
 from mtp_spec.acceptance import RULES
-from mtp_spec.drafting import Drafter, Text
+from mtp_spec.drafting import Drafter, Replay, Text
 from mtp_spec.option_checks import integer, invalid
 from mtp_spec.tree import MODULES
 
@@ -49,7 +49,7 @@ class Speculation:
     budget: int | None
     acceptance: str
     adaptive: bool
-    drafters: tuple[str | Drafter, ...] | None
+    drafters: tuple[str | Drafter | Replay, ...] | None
     references: tuple[str | tuple[int, ...], ...]
 
     def __init__(
@@ -59,7 +59,7 @@ class Speculation:
         budget: int | None = None,
         acceptance: str = "coupled",
         adaptive: bool = False,
-        drafters: Sequence[str | Drafter] | None = None,
+        drafters: Sequence[str | Drafter | Replay] | None = None,
         references: Sequence[str | Sequence[int]] = (),
     ) -> None:
         documents = _references(references)
@@ -82,6 +82,10 @@ class Speculation:
         values = (depth, widths + (1,) * (depth - len(widths)), budget, acceptance, adaptive, chosen, documents)
         for field, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
+        if self.replay is not None and (self.drafters != (MODULES, self.replay) or acceptance != "coupled" or
+                                        max(self.branching) > 1):  # fmt: skip
+            allowed = f'("{MODULES}", Replay(...)): it replays what the modules draft in a chain, under "coupled"'
+            raise invalid("drafters", self.drafters, allowed)
         if self.budget is None and self._tree > MAX_NODES:
             allowed = f"at most {MAX_NODES} nodes (this tree has {self._tree}); give budget={MAX_NODES} or less"
             raise invalid("branching", self.branching, allowed)
@@ -98,8 +102,14 @@ class Speculation:
 
     @property
     def others(self) -> tuple[str | Drafter, ...]:
-        """The other drafters, as far as they are chosen."""
-        return () if self.drafters is None else tuple(one for one in self.drafters if one != MODULES)
+        """The other drafters that propose tokens, as far as they are chosen."""
+        chosen = self.drafters or ()
+        return tuple(one for one in chosen if one != MODULES and not isinstance(one, Replay))
+
+    @property
+    def replay(self) -> Replay | None:
+        """What replaces the drafts of the MTP modules; None if they draft themselves."""
+        return next((one for one in self.drafters or () if isinstance(one, Replay)), None)
 
     def chosen(self, mixes: bool) -> Speculation:
         """Returns it with the default drafters filled in.
@@ -112,7 +122,7 @@ class Speculation:
         return self.drafted_by(DRAFTERS if mixes else (MODULES,))
 
     def drafted_by(
-        self, drafters: Sequence[str | Drafter], references: Sequence[str | Sequence[int]] = ()
+        self, drafters: Sequence[str | Drafter | Replay], references: Sequence[str | Sequence[int]] = ()
     ) -> Speculation:
         """Returns it with other drafters and references."""
         fixed = self.depth, self.branching, self.budget, self.acceptance, self.adaptive
@@ -162,7 +172,7 @@ def resolve_speculation(value: object) -> Speculation | Literal["auto"] | None:
     return Speculation(depth=depth) if depth else None
 
 
-def _drafters(value: object) -> tuple[str | Drafter, ...]:
+def _drafters(value: object) -> tuple[str | Drafter | Replay, ...]:
     allowed = f'names ("{MODULES}", "{Text.name}") and objects of mtp_spec.drafting.Drafter, at least one, such as '
     allowed += f'("{MODULES}", "{Text.name}")'
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
@@ -180,6 +190,8 @@ def _drafters(value: object) -> tuple[str | Drafter, ...]:
 
 def _is_drafter(value: object) -> bool:
     name = getattr(value, "name", None)
+    if isinstance(value, Replay):
+        return True
     other = isinstance(name, str) and name not in ("", MODULES, "target")
     return other and callable(getattr(value, "begin", None))
 

@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -93,6 +95,8 @@ class Drafter:
         rule: draws the drafts; None for the coupled rule, whose drafts follow from the shared noise.
         choices: the rule's randomness.
         observer: gets every row that drafts come from, see `sequence.Observer`.
+        replay: `[T + 1, D]` of `drafting.Replay`, which replaces the drafts of a chain.
+        prompt: number of tokens before T.
     Attributes:
         laws: for each node of the last tree the distribution it was drawn from; empty without a rule.
         dropped: number of rows so far that gave no draft because they held NaN or infinity.
@@ -105,7 +109,10 @@ class Drafter:
         rule: Rule | None = None,
         choices: Choices | None = None,
         observer: Observer | None = None,
+        replay: npt.NDArray[np.int64] | None = None,
+        prompt: int = 0,
     ) -> None:
+        self._replay, self._prompt = replay, prompt
         self.model, self.rule, self.choices, self.observer = model, rule, choices, observer
         self.laws: list[Law] = []
         self.dropped = 0
@@ -313,6 +320,7 @@ class Drafter:
             if not top:
                 continue
             scores = plan.score(parent.node, parent.score, Best(top, processed, position, sampler), level)
+            top = self._replayed(top, position, level)
             children += [Child(score, len(first) + number, top[number], parent, laws[number])
                          for number, score in enumerate(scores)]  # fmt: skip
         if limits.budget is not None:
@@ -327,6 +335,13 @@ class Drafter:
             given = [] if child.rest is None else [child.rest]
             grown.append(Leaf(node, hidden, parent.history.child(child.token), parent.slots, child.score, given))
         return grown
+
+    def _replayed(self, top: list[int], position: int, level: int) -> list[int]:
+        """Returns what is drafted for a position, which the modules have drafted as `top`."""
+        row = position - level + 1 - self._prompt
+        if self._replay is None or row >= len(self._replay) or (token := int(self._replay[row, level - 1])) < 0:
+            return top
+        return [token]
 
     def _drop(self, level: int, row: Tensor) -> None:
         """Counts a row that no draft can be drawn from, and warns once of the module that computed it."""

@@ -21,6 +21,7 @@ from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.planning.fixed_plan import Standing, TreePlan
 from mtp_spec.planning.text_memory import TextMemory
 from mtp_spec.sequence import Sequence
+from mtp_spec.speculation import MAX_DEPTH
 from mtp_spec.tree import MODULES, ROOT, TokenTree
 
 _NONE = torch.empty(0)
@@ -56,8 +57,11 @@ class HostState:
         if sequence.request.drafters:
             self.proposals = Proposals(sequence.request.drafters, sequence.tokens, model.config.vocab_size)
         self.laws = list[Law]()
+        self.replay = None if speculation is None else speculation.replay
         if sequence.request.modules:
-            self.drafter = Drafter(model, lease.mtp_caches, self.rule, self.choices, sequence.observer)
+            table = None if self.replay is None else self.replay.table(MAX_DEPTH, model.config.vocab_size)
+            self.drafter = Drafter(model, lease.mtp_caches, self.rule, self.choices, sequence.observer, table,
+                                   sequence.prompt_tokens)  # fmt: skip
             self.laws = self.drafter.laws
             if not lease.drafted:
                 self.drafter.leave_out(lease.reused)
@@ -195,6 +199,8 @@ class HostState:
             self.cache.clean(len(tree))  # a rejected draft may have left NaN there
         ranks = [tree.ranks[node] for node in accepted.nodes]
         sources, others = [tree.sources[node] for node in accepted.nodes], [s for s in tree.sources if s != MODULES]
+        if self.replay is not None:
+            sources, others = [self.replay.name] * len(ranks), [self.replay.name] * len(tree)
         self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn), sources, others)
 
     def take(self, accepted: Accepted) -> None:

@@ -32,6 +32,7 @@ from mtp_spec.kernels.sampler import Stages
 from mtp_spec.planning.base import Outcome, Seconds
 from mtp_spec.planning.chances import MODEL_MEMORY, Chances
 from mtp_spec.planning.shape_planner import PLAIN, ShapeBatch, ShapePlan, ShapePlanner, ShapeTable
+from mtp_spec.speculation import MAX_DEPTH
 
 
 @dataclass(slots=True)
@@ -94,6 +95,9 @@ class Group:
         self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
         self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
+        if kind.replay:
+            room = (most, runtime.max_context, MAX_DEPTH)
+            self.state.script = torch.full(room, -1, dtype=torch.int64, device=device)
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
@@ -256,6 +260,8 @@ class Group:
         state.live.copy_(self._inbox[1])
         if gone:
             state.part(len(texts), gone).blank()
+        for slot, text in enumerate(texts) if self.kind.replay else ():
+            state.replay(slot, text.sequence.prompt_tokens - 1, text.script)
         self._stages = union([text.stages for text in texts])
         self._changed, self._disturbed = False, True
 

@@ -27,12 +27,14 @@ class Kind:
         guided: what the host sends between verify and accept (`guided`): masks of the allowed tokens, for a grammar or
             `min_new_tokens`, or rows that a logits processor has changed; None for nothing.
         watched: whether an observer sees drafts and rows, so that steps are not captured.
+        replay: whether drafts are replaced by those of a `drafting.Replay`.
     """
 
     shapes: tuple[TreeShape, ...]
     acceptance: str = "coupled"
     guided: Guided | None = None
     watched: bool = False
+    replay: bool = False
 
     @property
     def depth(self) -> int:
@@ -65,7 +67,9 @@ def kind_of(request: Request, watched: bool = False) -> Kind:
     guided: Guided | None = None
     if sampler.guides:
         guided = "masks" if sampler.masks else "rows"
-    return Kind(_shapes(speculation), "coupled" if speculation is None else speculation.acceptance, guided, watched)
+    rule = "coupled" if speculation is None else speculation.acceptance
+    replay = speculation is not None and speculation.replay is not None
+    return Kind(_shapes(speculation), rule, guided, watched, replay)
 
 
 @lru_cache  # called for every sequence in every round of its prefill

@@ -197,6 +197,8 @@ class Step:
                     feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children
                 )
                 found = drawn.tokens.view(state.texts, -1).index_select(1, places)
+            if state.script is not None:
+                found = _replayed(state.script, state.length, constants, depth, found)
             tokens[:, children[0] : children[-1] + 1] = found
         return tokens
 
@@ -316,6 +318,13 @@ class Graphs:
             replay()
 
         return run
+
+
+def _replayed(script: Tensor, length: Tensor, constants: Constants, depth: int, found: Tensor) -> Tensor:
+    """Returns the drafts `[B, 1]` of a depth as a script has them; those found where it has none."""
+    text = constants.places(range(len(length)))
+    given = script[text, length.long().clamp_max(script.shape[1] - 1), depth - 1][:, None]
+    return torch.where(given >= 0, given, found)
 
 
 def _nothing() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from mtp_spec.acceptance.accept import Accepted, Drawn
@@ -16,6 +19,7 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.sampling.sampler import History
 from mtp_spec.sequence import Sequence
+from mtp_spec.speculation import MAX_DEPTH
 from mtp_spec.tree import ROOT, TokenTree
 from mtp_spec.tree_shape import TreeShape
 
@@ -75,6 +79,7 @@ class DeviceText:
         self.params = self.sampler.params
         self.stages = stages_of(self.params)
         self.history = self.sampler.history(sequence.tokens) if kind.guided or kind.watched else None
+        self.replay = None if sequence.speculation is None else sequence.speculation.replay
         self.errors: dict[int, Exception] = {}
         self.waiting = 1
         self.drafts = kind.depth > 0
@@ -86,6 +91,12 @@ class DeviceText:
     def tokens(self) -> list[int]:
         """The sequence's tokens."""
         return self.sequence.tokens
+
+    @cached_property
+    def script(self) -> npt.NDArray[np.int64]:
+        """`[T + 1, MAX_DEPTH]`, what is drafted if drafts are replayed."""
+        assert self.replay is not None
+        return self.replay.table(MAX_DEPTH, self.model.config.vocab_size)
 
     @property
     def left(self) -> int:
@@ -122,7 +133,9 @@ class DeviceText:
             stats.record_prefill(len(self.tokens))
         else:
             ranks = [record.ranks[row - 1] for row in record.path[1 : len(drawn) + 1]]
-            stats.record_step(record.depth, len(record.ranks), ranks, len(drawn))
+            name = [] if self.replay is None else [self.replay.name]
+            stats.record_step(record.depth, len(record.ranks), ranks, len(drawn), name * len(ranks),
+                              name * len(record.ranks))  # fmt: skip
         self.sequence.commit(drawn, ended)
         held = len(self.tokens) - 1
         self._share(held, held - self._late if self.drafts else held)

@@ -8,8 +8,8 @@ from mtp_spec.drafting import Continuation
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree import MODULES, ROOT, TokenTree
 
-# in a fixed tree a proposal takes the modules' place if it is at least as likely; and any if there are no modules
-LEAST_BESIDE, LEAST_ALONE = 0.5, 0.25
+# in a fixed tree a proposal takes the modules' place if it is at least as likely; if there are no modules any does
+LEAST_BESIDE, LEAST_ALONE = 0.5, 0.0
 MOST_SURE = 0.98  # two drafters that agree are no surer
 
 
