@@ -358,10 +358,9 @@ class LM:
             raise OptionError(
                 f"speculation={value!r} needs a multi-token-prediction module and this checkpoint has none "
                 "(num_nextn_predict_layers is 0 or its tensors are absent): use speculation=None"
-                + (' or Speculation(drafters=("text",))' if self.backend.mixes else "")
+                ' or Speculation(drafters=("text",))'
             )
-        if speculation.others and not self.backend.mixes:
-            raise OptionError(f"drafters={speculation.drafters!r} run on a CPU only: on a GPU allowed is ('mtp',)")
+        self.backend.check(speculation)
         return speculation.chosen(self.backend.mixes)
 
     def _grammar(self, response_format: Mapping[str, Any]) -> GrammarProcessor:

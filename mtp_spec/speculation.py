@@ -115,7 +115,7 @@ class Speculation:
         """Returns it with the default drafters filled in.
 
         Args:
-            mixes: whether drafters other than the MTP modules can take part.
+            mixes: whether drafters other than the MTP modules take part.
         """
         if self.drafters is not None:
             return self

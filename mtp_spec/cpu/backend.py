@@ -57,6 +57,9 @@ class HostBackend:
         self._pages: HostPages | None = None
         self._threads = 0
 
+    def check(self, speculation: Speculation) -> None:
+        """Does nothing: every drafter can take part."""
+
     def exclusive(self) -> AbstractContextManager[None]:
         """Does nothing: on a CPU threads may compute concurrently."""
         return nullcontext()

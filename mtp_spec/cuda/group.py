@@ -23,6 +23,7 @@ from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_bytes
 from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
 from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.script import RING, Script, promised
 from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Switching, table_of
 from mtp_spec.cuda.state import MOST, WAITING, Mail, State, union
 from mtp_spec.cuda.step import Step
@@ -33,6 +34,7 @@ from mtp_spec.planning.base import Outcome, Seconds
 from mtp_spec.planning.chances import MODEL_MEMORY, Chances
 from mtp_spec.planning.shape_planner import PLAIN, ShapeBatch, ShapePlan, ShapePlanner, ShapeTable
 from mtp_spec.speculation import MAX_DEPTH
+from mtp_spec.tree import MODULES
 
 
 @dataclass(slots=True)
@@ -65,6 +67,7 @@ class Flight:
         alone: whether it has only one sequence.
         logits: of the sequences that asked for them, `[E, V]` each, by slot.
         drafts: for an observer.
+        sources: by slot the drafter whose proposals the step verifies, if it is not the MTP modules.
     """
 
     texts: list[DeviceText]
@@ -77,6 +80,7 @@ class Flight:
     record: Tensor = field(default_factory=partial(torch.empty, 0))
     logits: dict[int, Tensor] = field(default_factory=dict)
     drafts: Drafts | None = None
+    sources: list[str] = field(default_factory=list)
 
 
 class Group:
@@ -95,12 +99,13 @@ class Group:
         self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
         self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
-        if kind.replay:
-            room = (most, runtime.max_context, MAX_DEPTH)
+        if kind.replay or kind.text:
+            room = (most, runtime.max_context if kind.replay else RING, MAX_DEPTH)
             self.state.script = torch.full(room, -1, dtype=torch.int64, device=device)
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
+        self._script = Script(most, device) if kind.text else None
         self._slots: list[DeviceText | None] = []
         self._launched: deque[Flight] = deque()
         self._hosts = [torch.empty(most, commits.record_size(MOST), dtype=torch.int32,
@@ -164,6 +169,9 @@ class Group:
         begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
         self._disturbed = False
         flight = Flight(texts, parts, shape, plan, len(texts) == 1, begun)
+        if self._script is not None and shape == len(self.shapes) - 1:
+            assert self.state.script is not None
+            flight.sources = self._script.send(self.state.script, [(len(one.tokens), one.given) for one in texts])
         if self.kind.guided:
             self._begin(flight, parts[0])
         else:
@@ -214,8 +222,9 @@ class Group:
         lines = done.record[: len(done.texts)].tolist()
         for slot, (text, (count, failed, *numbers)) in enumerate(zip(done.texts, lines, strict=True)):
             path = numbers[MOST : MOST + count]
+            source = done.sources[slot] if done.sources else MODULES
             record = Record(numbers[:count], path, bool(failed), shape.ranks, shape.depth, done.logits.get(slot),
-                            drafts=done.drafts)  # fmt: skip
+                            drafts=done.drafts, source=source)  # fmt: skip
             found.append((text, record))
         if self._planner is not None and done.plan is not None:
             self._learn(done, done.plan, self._planner, found)
@@ -286,8 +295,10 @@ class Group:
             kind, guide, rows = self.kind, None, slots * max(shape.rows for shape in self.shapes)
             if kind.guided:
                 guide = Guide(runtime.model.device, rows, runtime.model.config.vocab_size, kind.guided)
-            steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided,
-                          None if guide is None else guide.masks, kind.watched) for shape in self.shapes]  # fmt: skip
+            masks, last = None if guide is None else guide.masks, len(self.shapes) - 1
+            steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided, masks,
+                          kind.watched, kind.text and number == last, kind.replay)
+                     for number, shape in enumerate(self.shapes)]  # fmt: skip
             if runtime.graphs is not None and not kind.watched:
                 if guide is not None:
                     check_room(guided_bytes(runtime.model.config, rows), runtime.model.device,
@@ -312,7 +323,15 @@ class Group:
         if self._planner is None:
             self._planner = ShapePlanner(self.table)
         left, behind = max(text.left for text in texts), max(text.waiting for text in texts)
-        return self._planner.plan(ShapeBatch(self.table, len(texts), left, behind))
+        given = self._promised(texts) if self.kind.text else 1.0
+        return self._planner.plan(ShapeBatch(self.table, len(texts), left, behind, given, self.kind.eager))
+
+    def _promised(self, texts: list[DeviceText]) -> float:
+        """Returns the mean of the tokens that other drafters' proposals promise."""
+        flying = sum(self.shapes[one.shape].depth + 1.0 if one.sources else 1.0 if one.plan is None else one.plan.tokens
+                     for one in self._launched)  # fmt: skip
+        depth = self.shapes[-1].depth
+        return sum(promised(text.given, flying, depth) for text in texts) / len(texts)
 
     def _measured(self, parts: list[Part]) -> ShapeTable:
         """Times the steps on random tokens, whose rows activate as many experts as those of real sequences."""
@@ -327,7 +346,7 @@ class Group:
                 measured.append(part.switching.seconds(state))
         self._disturbed = True
         seconds = [sum(times) for times in zip(*measured, strict=True)]
-        return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances)
+        return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances, self.kind.text)
 
     def _turn(self, parts: list[Switching], shape: int, texts: list[DeviceText]) -> None:
         """Runs the transition to a shape; the sequences' backlogs may differ in rows."""

@@ -59,8 +59,9 @@ class State:
         carried: `[B, modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
         live: `[B]` int32, 0 for an unused slot, which does not advance; None if all are in use.
         logits: buffer for the logits of batched steps; None if each step has its own.
-        script: `[B, S, MAX_DEPTH]` int64, what is drafted after slot s in place of the modules' drafts, see
-            `drafting.Replay`; -1 for nothing else. None if the modules draft themselves.
+        script: `[B, S, MAX_DEPTH]` int64, what is drafted after the root at a position, modulo S, -1 for nothing: other
+            drafters' proposals (`cuda.script`), or what replaces the modules' drafts (`drafting.Replay`). None if only
+            the modules draft.
     """
 
     def __init__(
@@ -252,7 +253,7 @@ class Mail:
             room = torch.empty(MAIL, numbers, dtype=torch.int64, pin_memory=True)
             self._free.extend((part, torch.cuda.Event()) for part in room)
 
-    def send(self, target: Tensor, rows: Sequence[Sequence[int]]) -> None:
+    def send(self, target: Tensor, rows: Sequence[Sequence[int]] | npt.NDArray[np.int64]) -> None:
         """Copies rows of integers to `target` `[len(rows), .]` int64."""
         values = torch.tensor(rows, dtype=torch.int64)
         if not self._cuda:

@@ -14,13 +14,16 @@ from torch import Tensor
 from mtp_spec.acceptance.accept import Accepted, Drawn
 from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.pages import DeviceLease
+from mtp_spec.cuda.script import LONGEST
 from mtp_spec.cuda.state import MOST, WAITING, stages_of
+from mtp_spec.drafting import Continuation
+from mtp_spec.drafting.together import Proposals
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.sampling.sampler import History
 from mtp_spec.sequence import Sequence
 from mtp_spec.speculation import MAX_DEPTH
-from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree import MODULES, ROOT, TokenTree
 from mtp_spec.tree_shape import TreeShape
 
 
@@ -51,6 +54,7 @@ class Record:
         logits: `[E, V]` of the sequence's rows, if requested.
         prompt: whether it is of a prefill.
         drafts: for an observer.
+        source: the drafter of the tree.
     """
 
     tokens: list[int]
@@ -61,6 +65,7 @@ class Record:
     logits: Tensor | None = field(default=None, repr=False)
     prompt: bool = False
     drafts: Drafts | None = field(default=None, repr=False)
+    source: str = MODULES
 
 
 class DeviceText:
@@ -71,6 +76,7 @@ class DeviceText:
         history: of its tokens, if the host guides it or it has an observer.
         errors: errors of the last step's guidance, by row; raised only if the path reaches that row.
         waiting: number of plain steps' rows stored for the MTP modules, see `shapes`.
+        given: what drafters other than the MTP modules expect after the known tokens.
     """
 
     def __init__(self, model: DeviceModel, sequence: Sequence, kind: Kind, lease: DeviceLease) -> None:
@@ -82,7 +88,11 @@ class DeviceText:
         self.replay = None if sequence.speculation is None else sequence.speculation.replay
         self.errors: dict[int, Exception] = {}
         self.waiting = 1
-        self.drafts = kind.depth > 0
+        self.drafts = kind.modules
+        self.given: Continuation | None = None
+        self._proposals: Proposals | None = None
+        if kind.text:
+            self._proposals = Proposals(sequence.request.drafters, sequence.tokens, model.config.vocab_size)
         # most tokens that the MTP modules have not seen: of steps in flight, and stored by plain steps
         self._late = 2 * MOST + (WAITING if kind.takes_turns else 0)
         sequence.stats.reused_tokens = lease.reused
@@ -120,7 +130,7 @@ class DeviceText:
             logprob = None
             if wanted and record.logits is not None:
                 logprob = self.sampler.logprobs(record.logits[record.path[j]], token, wanted)
-            drawn.append(Drawn(token, j + 1 if j + 1 < len(record.tokens) else 0, logprob))
+            drawn.append(Drawn(token, j + 1 if j + 1 < len(record.tokens) else 0, logprob, record.source))
             ended = self.sequence.is_last(token)
             if ended:
                 break
@@ -133,10 +143,14 @@ class DeviceText:
             stats.record_prefill(len(self.tokens))
         else:
             ranks = [record.ranks[row - 1] for row in record.path[1 : len(drawn) + 1]]
-            name = [] if self.replay is None else [self.replay.name]
-            stats.record_step(record.depth, len(record.ranks), ranks, len(drawn), name * len(ranks),
-                              name * len(record.ranks))  # fmt: skip
+            source = record.source if self.replay is None else self.replay.name
+            others = [] if source == MODULES else [source] * len(record.ranks)
+            stats.record_step(record.depth, len(record.ranks), ranks, len(drawn), [source] * len(ranks), others)
         self.sequence.commit(drawn, ended)
+        if self._proposals is not None and not ended:
+            self._proposals.commit([one.token for one in drawn])
+            found = self._proposals.propose((), min(LONGEST, self.left))
+            self.given = found[0] if found else None
         held = len(self.tokens) - 1
         self._share(held, held - self._late if self.drafts else held)
 
