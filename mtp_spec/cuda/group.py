@@ -23,7 +23,7 @@ from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_bytes
 from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
 from mtp_spec.cuda.runtime import DeviceRuntime
-from mtp_spec.cuda.script import RING, Script, promised
+from mtp_spec.cuda.script import NOTHING, RING, Script, promised
 from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Switching, table_of
 from mtp_spec.cuda.state import MOST, WAITING, Mail, State, union
 from mtp_spec.cuda.step import Step
@@ -101,7 +101,7 @@ class Group:
         self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
         if kind.replay or kind.text:
             room = (most, runtime.max_context if kind.replay else RING, MAX_DEPTH)
-            self.state.script = torch.full(room, -1, dtype=torch.int64, device=device)
+            self.state.script = torch.full(room, NOTHING, dtype=torch.int64, device=device)
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
@@ -342,8 +342,12 @@ class Group:
                 vocabulary, state = self.runtime.model.config.vocab_size, part.state
                 state.tokens.copy_(torch.randint(vocabulary, state.tokens.shape, generator=generator))
                 state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator))
+                if self.kind.text and state.script is not None:
+                    state.script.copy_(torch.randint(vocabulary, state.script.shape, generator=generator))
                 assert part.switching is not None
                 measured.append(part.switching.seconds(state))
+                if self.kind.text and state.script is not None:
+                    state.script.fill_(NOTHING)
         self._disturbed = True
         seconds = [sum(times) for times in zip(*measured, strict=True)]
         return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances, self.kind.text)
