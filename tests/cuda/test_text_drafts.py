@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mtp_spec
-from device_models import SAMPLING, batch_lm, checkpoint, device_lm
-from lms import device
+from device_models import SAMPLING, OnceThenAgain, batch_lm, checkpoint, device_lm
+from lms import device, runtime
 from mtp_spec import Speculation
 from mtp_spec.api import LM
 from mtp_spec.cuda import group as device_group
@@ -27,7 +27,9 @@ PROMPTS = [[5, 6, 7, 8, 9, 10], [1, 2, 3] * 5, [9]]
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return batch_lm(checkpoint(tmp_path_factory.mktemp("text"), "v3"), 3)
+    lm = batch_lm(checkpoint(tmp_path_factory.mktemp("text"), "v3"), 3)
+    runtime(lm).graphs = OnceThenAgain()
+    return lm
 
 
 def nearly(ids: Sequence[int]) -> list[int]:
@@ -99,7 +101,9 @@ def test_a_model_without_modules_drafts_from_its_text(tmp_path: Path) -> None:
     assert out.stats.accepted_by_source["text"] > 8
 
 
-def test_processors_grammars_and_observers(lm: LM) -> None:
+def test_processors_grammars_and_observers(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime(lm), "graphs", None)
+
     def avoid(ids: list[int], row: torch.Tensor) -> torch.Tensor:
         row[ids[-1]] = -torch.inf
         return row
