@@ -16,6 +16,7 @@ from mtp_spec.analysis.explain import Explainer, Explanation
 from mtp_spec.analysis.scoring import Scores, score_ids
 from mtp_spec.analysis.watch import Watch
 from mtp_spec.distributed.consistency import check_first
+from mtp_spec.drafting import Drafter, Text
 from mtp_spec.errors import OptionError
 from mtp_spec.handle import Handle
 from mtp_spec.keywords import ChatIdsOptions, ChatOptions, GenerateOptions, StreamOptions
@@ -36,6 +37,7 @@ from mtp_spec.stream import SharedStream, TokenStream
 from mtp_spec.text import Tokenizer
 
 Ids = Seq[int]
+TEXTS = 8  # sets of references that stay indexed
 
 
 class LM:
@@ -60,6 +62,7 @@ class LM:
         self._closed = 0
         self._watch = Watch(backend.technique == "batched")
         self._grammars: Grammars | None = None
+        self._texts: dict[tuple[Any, ...], Text] = {}  # by references, the latest last
 
     @property
     def technique(self) -> Technique:
@@ -298,8 +301,24 @@ class LM:
         processors = () if params.response_format is None else (self._grammar(params.response_format),)
         if params.stop_strings:
             self._asking.text()
+        drafters = () if speculation is None else self._drafters(speculation)
         return new_request(ids, params, speculation, self.config, self.max_context, processors, self.tokenizer,
-                           self.stop_ids())  # fmt: skip
+                           self.stop_ids(), drafters)  # fmt: skip
+
+    def _drafters(self, speculation: Speculation) -> tuple[Drafter, ...]:
+        """Returns the drafters beside the MTP modules; "text" learns from all texts with the same references."""
+        found = list[Drafter]()
+        for drafter in speculation.others:
+            if not isinstance(drafter, str):
+                found.append(drafter)
+            elif drafter == Text.name:
+                references = speculation.references
+                text = self._texts.pop(references, None) or Text(self._asking.references(references))
+                self._texts[references] = text
+                if len(self._texts) > TEXTS:
+                    del self._texts[next(iter(self._texts))]
+                found.append(text)
+        return tuple(found)
 
     def _fresh_seed(self) -> int:
         """Returns a fresh seed, the same on all ranks."""
@@ -331,13 +350,18 @@ class LM:
         speculation = resolve_speculation(value)
         modules = len(self.model.mtp)
         if speculation == "auto":
-            return self.backend.auto if modules and self.drafts_pay else None
-        if speculation is not None and not modules:
+            pays = self.drafts_pay and (modules or not self.backend.auto.modules)
+            return self.backend.auto.chosen(self.backend.mixes) if pays else None
+        if speculation is None:
+            return None
+        if speculation.modules and not modules:
             raise OptionError(
                 f"speculation={value!r} needs a multi-token-prediction module and this checkpoint has none "
                 "(num_nextn_predict_layers is 0 or its tensors are absent): use speculation=None"
+                ' or Speculation(drafters=("text",))'
             )
-        return speculation
+        self.backend.check(speculation)
+        return speculation.chosen(self.backend.mixes)
 
     def _grammar(self, response_format: Mapping[str, Any]) -> GrammarProcessor:
         if self._grammars is None:

@@ -58,6 +58,20 @@ class Asking:
         ids = [self.text().encode(part) if isinstance(part, str) else part for part in parts]
         return [checked_ids(own, part, self.config, self.max_context) for own, part in zip(ids, parts, strict=True)]
 
+    def references(self, references: Sequence[str | tuple[int, ...]]) -> list[list[int]]:
+        """Returns the ids of `Speculation(references=)`.
+
+        Raises:
+            OptionError: an id is outside the vocabulary.
+        """
+        found = [self.text().encode(one) if isinstance(one, str) else list(one) for one in references]
+        for ids in found:
+            if (most := max(ids)) >= self.config.vocab_size:
+                raise OptionError(
+                    f"references hold the id {most}: ids are integers from 0 to {self.config.vocab_size - 1}"
+                )
+        return found
+
     def ids(self, prompt: Any, options: dict[str, Any]) -> list[int]:
         """Returns the ids of one prompt or conversation; removes the chat template's options from `options`."""
         chat = taken(options)

@@ -9,6 +9,7 @@ from typing import Any
 from numpy import ndarray
 from torch import Tensor
 
+from mtp_spec.drafting import Drafter
 from mtp_spec.errors import PromptError
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.sampling.params import SamplingParams
@@ -25,6 +26,7 @@ class Request:
 
     Attributes:
         limit: most new tokens.
+        drafters: those that propose drafts beside the MTP modules.
     """
 
     ids: list[int]
@@ -32,11 +34,17 @@ class Request:
     speculation: Speculation | None
     limit: int
     stops: StopChecker
+    drafters: tuple[Drafter, ...] = ()
+
+    @property
+    def modules(self) -> bool:
+        """Whether the MTP modules draft for it."""
+        return self.speculation is not None and self.speculation.modules
 
     @property
     def strict(self) -> bool:
         """Whether its speculation is fixed, so that the MTP modules need the whole context."""
-        return self.speculation is not None and not self.speculation.adaptive
+        return self.modules and self.speculation is not None and not self.speculation.adaptive
 
     @property
     def room(self) -> int:
@@ -47,12 +55,14 @@ class Request:
 def new_request(
     ids: list[int], params: SamplingParams, speculation: Speculation | None, config: ModelConfig, max_context: int,
     processors: Sequence[LogitsProcessor[Any]], tokenizer: Tokenizer | None, model_ends: frozenset[int],
+    drafters: tuple[Drafter, ...] = (),
 ) -> Request:  # fmt: skip
     """Returns the request for a continuation of checked ids.
 
     Args:
         processors: applied before those of `params`.
         model_ends: the model's own end-of-sequence tokens.
+        drafters: of `speculation`, except the MTP modules.
 
     Raises:
         OptionError: parameters do not fit the vocabulary.
@@ -65,7 +75,7 @@ def new_request(
         raise too_long(len(ids), config, max_context, params.min_new_tokens)
     limit = min(params.max_new_tokens, room)
     stops = StopChecker(tokenizer, ends, params.stop_strings, limit, params.min_new_tokens)
-    return Request(ids, sampler, speculation, limit, stops)
+    return Request(ids, sampler, speculation, limit, stops, drafters)
 
 
 def checked_ids(ids: Any, given: object, config: ModelConfig, max_context: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Literal
 from mtp_spec.acceptance.accept import TokenLogprob
 from mtp_spec.stats import GenerationStats
 from mtp_spec.text.stopping import StopChecker
+from mtp_spec.tree import MODULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +21,14 @@ class TokenEvent:
         text: the text it adds; empty if it does not complete a character yet.
         token_id: its id.
         step: the verify step that committed it; 0 is the prefill.
-        source: "target", or the depth of the draft that proposed it.
+        source: "target"; the depth of the MTP modules' draft that proposed it; or the name of another drafter, such as
+            "text".
     """
 
     text: str
     token_id: int
     step: int
-    source: Literal["target"] | int
+    source: str | int
 
 
 @dataclass(slots=True)
@@ -61,23 +63,28 @@ class EventLog:
     def __init__(self, stops: StopChecker, result: Generation) -> None:
         self.stops, self.result = stops, result
         self._tokens, self._logprobs = list[int](), list[TokenLogprob]()
-        # of each step with tokens that are not popped yet: where they begin and end, how many were drafted, its number
-        self._steps = deque[tuple[int, int, int, int]]()
+        # of each step with tokens that are not popped yet: where they begin and end, how many were drafted, its number,
+        # by whom they were
+        self._steps = deque[tuple[int, int, int, int, Sequence[str]]]()
         self._popped = self._told = 0
         self._whole = False
         self._texts = deque[str]()
 
-    def take(self, tokens: Sequence[int], drafted: int, step: int, logprobs: Sequence[TokenLogprob] = ()) -> None:
+    def take(
+        self, tokens: Sequence[int], drafted: int, step: int, logprobs: Sequence[TokenLogprob] = (),
+        sources: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         """Takes the tokens of a step.
 
         Args:
             drafted: how many of them were drafted: these come first, each one deeper than the one before.
             logprobs: of the tokens, if requested.
+            sources: the drafters of these, by default the MTP modules.
         """
         begin = len(self._tokens)
         self._tokens += tokens
         self._logprobs += logprobs
-        self._steps.append((begin, begin + len(tokens), drafted, step))
+        self._steps.append((begin, begin + len(tokens), drafted, step, sources))
 
     def pop(self) -> TokenEvent | None:
         """Returns the next event, if there is one."""
@@ -89,13 +96,16 @@ class EventLog:
                 return None
         text, place = self._texts.popleft(), self._popped
         self._popped += 1
-        begin, end, drafted, step = self._steps[0]
+        begin, end, drafted, step, sources = self._steps[0]
         if self._popped == end:
             self._steps.popleft()
         if self._told == place:
             self._add(text, 1)
         depth = place - begin + 1
-        return TokenEvent(text, self._tokens[place], step, depth if depth <= drafted else "target")
+        source: str | int = "target"
+        if depth <= drafted:
+            source = depth if not sources or sources[depth - 1] == MODULES else sources[depth - 1]
+        return TokenEvent(text, self._tokens[place], step, source)
 
     def finish(self) -> Generation:
         """Returns the result of a sequence that has ended; events can still be popped."""

@@ -14,7 +14,7 @@ from mtp_spec.request import Request
 from mtp_spec.results import EventLog, Generation
 from mtp_spec.sampling.sampler import History
 from mtp_spec.stats import GenerationStats
-from mtp_spec.tree import TokenTree
+from mtp_spec.tree import MODULES, TokenTree
 
 
 class Observer(Protocol):
@@ -97,22 +97,25 @@ class Sequence:
             ended: whether the last one ends the sequence.
         """
         logprobs = [one.logprob for one in drawn if one.logprob is not None]
-        self._append([one.token for one in drawn], sum(one.depth > 0 for one in drawn), logprobs)
+        sources = [one.source for one in drawn if one.depth > 0]
+        self._append([one.token for one in drawn], len(sources), logprobs, sources)
         self.finished = ended
         if ended:
             self.log.result.finish_reason = self.request.stops.reason
             if self._ended is not None:
                 self._ended(self)
 
-    def extend(self, tokens: list[int]) -> bool:
+    def extend(self, tokens: list[int], source: str = MODULES) -> bool:
         """Appends the tokens of a step, all but the last of them drafted, if none can end the sequence; else returns
         false and changes nothing. Their log-probabilities are not wanted."""
         if not self.request.stops.pass_by(tokens):
             return False
-        self._append(tokens, len(tokens) - 1, ())
+        self._append(tokens, len(tokens) - 1, (), () if source == MODULES else [source] * (len(tokens) - 1))
         return True
 
-    def _append(self, tokens: list[int], drafted: int, logprobs: Seq[TokenLogprob]) -> None:
+    def _append(
+        self, tokens: list[int], drafted: int, logprobs: Seq[TokenLogprob], sources: Seq[str]
+    ) -> None:  # fmt: skip
         self.tokens += tokens
-        self.log.take(tokens, drafted, self.steps, logprobs)
+        self.log.take(tokens, drafted, self.steps, logprobs, sources)
         self.steps += 1

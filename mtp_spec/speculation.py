@@ -4,29 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from hashlib import sha256
 from typing import Literal
 
 from mtp_spec.acceptance import RULES
+from mtp_spec.drafting import Drafter, Replay, Text
 from mtp_spec.option_checks import integer, invalid
+from mtp_spec.tree import MODULES
 
 MAX_DEPTH = 8
 MAX_NODES = 64
 DEFAULT_DEPTH = 3
 ACCEPTANCE_RULES = ("coupled", *RULES)
+TEXT = Text.name
+DRAFTERS = (MODULES, TEXT)  # those that are known by name
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class Speculation:
     """The shape of the tree that is drafted for each verify pass.
 
     Args:
-        depth: how many tokens ahead are drafted, 1 to 8. Default: the length of ``branching``, else 3.
+        depth: how many tokens ahead are drafted, 1 to 8. Default: the length of ``branching``, else 3, or 8 without
+            the MTP modules.
         branching: children of every node, depth by depth; (1, 1, 1) is a chain, (3, 2, 1) a tree of 15 nodes. Missing
             depths are 1.
         budget: at most this many nodes are drafted, the most promising first; up to 64.
         acceptance: the rule that accepts drafts. "coupled" keeps the text identical to plain decoding; "rejection",
             "hybrid", "block" (chains) and "traversal" keep its distribution; "typical" and "relaxed" change it.
-        adaptive: draft deeper only if acceptance is likely; depth and branching are then upper limits.
+        adaptive: draft deeper only if acceptance is likely; depth and branching are then upper limits of what the MTP
+            modules draft, and the others may draft as deep as the budget allows.
+        drafters: who proposes drafts: "mtp", the model's modules; "text", what followed earlier in the prompt and the
+            text; objects of ``mtp_spec.drafting.Drafter``. In a fixed tree the others' confident proposals come first
+            and the modules fill what is left of it. Default: "mtp"; "text" too with ``references``, and with
+            ``adaptive`` where it runs, which is on a CPU.
+        references: texts or lists of token ids in which "text" looks too, such as a document or a file to edit.
 
     Raises:
         OptionError: a value of the wrong kind or outside its range, or a tree of more than 64 nodes.
@@ -37,6 +49,8 @@ class Speculation:
     budget: int | None
     acceptance: str
     adaptive: bool
+    drafters: tuple[str | Drafter | Replay, ...] | None
+    references: tuple[str | tuple[int, ...], ...]
 
     def __init__(
         self,
@@ -45,10 +59,18 @@ class Speculation:
         budget: int | None = None,
         acceptance: str = "coupled",
         adaptive: bool = False,
+        drafters: Sequence[str | Drafter | Replay] | None = None,
+        references: Sequence[str | Sequence[int]] = (),
     ) -> None:
+        documents = _references(references)
+        if drafters is None and (documents or not adaptive):
+            drafters = DRAFTERS if documents else (MODULES,)
+        chosen = None if drafters is None else _drafters(drafters)
+        if documents and chosen is not None and Text.name not in chosen:
+            raise invalid("references", references, f'none unless drafters has "{Text.name}", which looks in them')
         widths = () if branching is None else _branching(branching)
         if depth is None:
-            depth = len(widths) or DEFAULT_DEPTH
+            depth = len(widths) or (DEFAULT_DEPTH if chosen is None or MODULES in chosen else MAX_DEPTH)
         depth = integer("depth", depth, 1, MAX_DEPTH, f"an integer from 1 to {MAX_DEPTH}; speculation=None is off")
         if len(widths) > depth:
             raise invalid("branching", branching, f"at most one number for each of the {depth} depths; raise depth")
@@ -57,21 +79,70 @@ class Speculation:
         if not isinstance(adaptive, bool):
             raise invalid("adaptive", adaptive, "True or False")
         _check_acceptance(acceptance, widths, budget, adaptive)
-        values = (depth, widths + (1,) * (depth - len(widths)), budget, acceptance, adaptive)
+        values = (depth, widths + (1,) * (depth - len(widths)), budget, acceptance, adaptive, chosen, documents)
         for field, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
-        if self.nodes > MAX_NODES:
-            allowed = f"at most {MAX_NODES} nodes (this tree has {self.nodes}); give budget={MAX_NODES} or less"
+        if self.replay is not None and (self.drafters != (MODULES, self.replay) or acceptance != "coupled" or
+                                        max(self.branching) > 1):  # fmt: skip
+            allowed = f'("{MODULES}", Replay(...)): it replays what the modules draft in a chain, under "coupled"'
+            raise invalid("drafters", self.drafters, allowed)
+        if self.budget is None and self._tree > MAX_NODES:
+            allowed = f"at most {MAX_NODES} nodes (this tree has {self._tree}); give budget={MAX_NODES} or less"
             raise invalid("branching", self.branching, allowed)
+
+    def __repr__(self) -> str:
+        given = ((field.name, getattr(self, field.name)) for field in fields(self))
+        shown = ", ".join(f"{name}={value!r}" for name, value in given if name != "references")
+        return f"Speculation({shown}, references={digest(self.references) if self.references else ()})"
+
+    @property
+    def modules(self) -> bool:
+        """Whether the MTP modules draft."""
+        return self.drafters is None or MODULES in self.drafters
+
+    @property
+    def others(self) -> tuple[str | Drafter, ...]:
+        """The other drafters that propose tokens, as far as they are chosen."""
+        chosen = self.drafters or ()
+        return tuple(one for one in chosen if one != MODULES and not isinstance(one, Replay))
+
+    @property
+    def replay(self) -> Replay | None:
+        """What replaces the drafts of the MTP modules; None if they draft themselves."""
+        return next((one for one in self.drafters or () if isinstance(one, Replay)), None)
+
+    def chosen(self, mixes: bool) -> Speculation:
+        """Returns it with the default drafters filled in.
+
+        Args:
+            mixes: whether drafters other than the MTP modules take part.
+        """
+        if self.drafters is not None:
+            return self
+        return self.drafted_by(DRAFTERS if mixes else (MODULES,))
+
+    def drafted_by(
+        self, drafters: Sequence[str | Drafter | Replay], references: Sequence[str | Sequence[int]] = ()
+    ) -> Speculation:
+        """Returns it with other drafters and references."""
+        fixed = self.depth, self.branching, self.budget, self.acceptance, self.adaptive
+        return Speculation(*fixed, drafters, references)
 
     @property
     def nodes(self) -> int:
         """The largest number of nodes that one step drafts."""
+        if self.adaptive and self.others:
+            return MAX_NODES if self.budget is None else self.budget
+        return self._tree if self.budget is None else min(self._tree, self.budget)
+
+    @property
+    def _tree(self) -> int:
+        """Number of nodes of the whole tree."""
         total, width = 0, 1
         for children in self.branching:
             width *= children
             total += width
-        return total if self.budget is None else min(total, self.budget)
+        return total
 
     def room(self, depth: int, drafted: int) -> int:
         """Returns how many nodes a depth may add to those drafted, keeping room for one at every deeper depth."""
@@ -99,6 +170,50 @@ def resolve_speculation(value: object) -> Speculation | Literal["auto"] | None:
     allowed = f'"auto", None (off), a chain depth from 0 to {MAX_DEPTH}, or mtp_spec.Speculation(...)'
     depth = integer("speculation", value, 0, MAX_DEPTH, allowed)
     return Speculation(depth=depth) if depth else None
+
+
+def _drafters(value: object) -> tuple[str | Drafter | Replay, ...]:
+    allowed = f'names ("{MODULES}", "{Text.name}") and objects of mtp_spec.drafting.Drafter, at least one, such as '
+    allowed += f'("{MODULES}", "{Text.name}")'
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+        raise invalid("drafters", value, allowed)
+    names = list[object]()
+    for one in value:
+        known = one in DRAFTERS if isinstance(one, str) else _is_drafter(one)
+        if not known:
+            raise invalid("drafters entry", one, allowed)
+        names.append(one if isinstance(one, str) else one.name)
+    if len(set(names)) < len(names):
+        raise invalid("drafters", value, "drafters with different names")
+    return tuple(value)
+
+
+def _is_drafter(value: object) -> bool:
+    name = getattr(value, "name", None)
+    if isinstance(value, Replay):
+        return True
+    other = isinstance(name, str) and name not in ("", MODULES, "target")
+    return other and callable(getattr(value, "begin", None))
+
+
+def _references(value: object) -> tuple[str | tuple[int, ...], ...]:
+    allowed = "a list of texts or of lists of token ids"
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise invalid("references", value, allowed)
+    found = list[str | tuple[int, ...]]()
+    for one in value:
+        if isinstance(one, str):
+            found.append(one)
+        elif isinstance(one, Sequence) and not isinstance(one, bytes):
+            found.append(tuple(integer("references token", token, 0, None, allowed) for token in one))
+        else:
+            raise invalid("references entry", one, allowed)
+    return tuple(one for one in found if one)
+
+
+def digest(references: Sequence[str | tuple[int, ...]]) -> str:
+    """Returns a short name for references, which may be long."""
+    return f"{len(references)} of digest {sha256(repr(references).encode()).hexdigest()[:12]}"
 
 
 def _branching(value: object) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from mtp_spec.tree import MODULES
+
 PHASES = ("prefill", "draft", "verify", "sample")
 SUMS = (
     "prompt_tokens", "reused_tokens", "new_tokens", "steps", "drafted", "dropped", "accepted", "step_tokens",
@@ -55,6 +57,8 @@ class GenerationStats:
         accepted: draft tokens accepted.
         step_tokens: tokens committed by verify steps.
         accepted_by_rank: sibling rank (0 = best) -> accepted tokens.
+        drafted_by_source: name of a drafter -> draft tokens proposed.
+        steps_by_source: name of a drafter -> steps with drafts of it.
         phase_seconds: phase -> seconds; see ``seconds``.
         total_seconds: wall-clock seconds of the whole generation.
         planned: expected and measured results of the steps that a planner chose, if they shared no pass with others.
@@ -69,18 +73,25 @@ class GenerationStats:
     accepted: int = 0
     step_tokens: int = 0
     accepted_by_rank: Counter[int] = field(default_factory=Counter)
+    drafted_by_source: Counter[str] = field(default_factory=Counter)
+    steps_by_source: Counter[str] = field(default_factory=Counter)
     phase_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     total_seconds: float = 0.0
     planned: Planned = field(default_factory=Planned)
     # (depth proposed, tokens accepted) -> steps: all statistics by depth are summed from it
     _outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    # (drafter, depth) -> tokens accepted
+    _origins: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     def record_prefill(self, prompt_tokens: int) -> None:
         """Count a prompt and the token drawn from its last row."""
         self.prompt_tokens += prompt_tokens
         self.new_tokens += 1
 
-    def record_step(self, proposed_depth: int, nodes: int, accepted_path_ranks: Sequence[int], committed: int) -> None:
+    def record_step(
+        self, proposed_depth: int, nodes: int, accepted_path_ranks: Sequence[int], committed: int,
+        accepted_path_sources: Sequence[str] = (), others: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         """Count one verify step.
 
         Args:
@@ -88,6 +99,8 @@ class GenerationStats:
             nodes: nodes of the tree.
             accepted_path_ranks: sibling ranks along the accepted path, depth 1 first.
             committed: tokens committed, fewer than accepted + 1 if a stop cut them.
+            accepted_path_sources: drafters of the accepted path; by default the MTP modules.
+            others: for each node that is not from the MTP modules, its drafter.
 
         Raises:
             ValueError: more accepted than proposed, or more committed than accepted + 1.
@@ -104,6 +117,14 @@ class GenerationStats:
         self.new_tokens += committed
         for rank in accepted_path_ranks:
             self.accepted_by_rank[rank] += 1
+        for depth, source in enumerate(accepted_path_sources or [MODULES] * accepted, start=1):
+            self._origins[source, depth] += 1
+        if nodes > len(others):
+            self.drafted_by_source[MODULES] += nodes - len(others)
+            self.steps_by_source[MODULES] += 1
+        if others:
+            self.drafted_by_source.update(others)
+            self.steps_by_source.update(set(others))
         self._outcomes[proposed_depth, accepted] += 1
 
     def record_plan(self, expected_tokens: float, expected_seconds: float, tokens: int, seconds: float) -> None:
@@ -165,6 +186,17 @@ class GenerationStats:
         return rates
 
     @property
+    def accepted_by_source(self) -> dict[str, int]:
+        """Accepted tokens by source: "mtp 1" for the MTP modules' first depth and so on; other drafters by name."""
+        found = {f"{MODULES} {depth}": tokens for depth, tokens in self.accepted_at(MODULES).items()}
+        others = sorted({source for source, _ in self._origins} - {MODULES})
+        return found | {source: sum(self.accepted_at(source).values()) for source in others}
+
+    def accepted_at(self, source: str) -> dict[int, int]:
+        """Returns the accepted tokens of one drafter by depth."""
+        return {depth: tokens for (name, depth), tokens in sorted(self._origins.items()) if name == source}
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Seconds by phase, the remainder as "other", and "total"."""
         measured = sum(self.phase_seconds.values())
@@ -184,6 +216,9 @@ class GenerationStats:
                 setattr(merged, name, getattr(merged, name) + getattr(part, name))
             merged.accepted_by_rank.update(part.accepted_by_rank)
             merged._outcomes.update(part._outcomes)
+            merged._origins.update(part._origins)
+            merged.drafted_by_source.update(part.drafted_by_source)
+            merged.steps_by_source.update(part.steps_by_source)
             for name in (one.name for one in fields(Planned)):
                 setattr(merged.planned, name, getattr(merged.planned, name) + getattr(part.planned, name))
             for name, seconds in part.phase_seconds.items():
@@ -203,6 +238,9 @@ class GenerationStats:
             "tokens_per_step": self.tokens_per_step,
             "accepted_per_depth": self.accepted_per_depth,
             "accepted_by_rank": {str(rank): self.accepted_by_rank[rank] for rank in sorted(self.accepted_by_rank)},
+            "drafted_by_source": dict(sorted(self.drafted_by_source.items())),
+            "accepted_by_source": self.accepted_by_source,
+            "steps_by_source": dict(sorted(self.steps_by_source.items())),
             "histogram": {str(count): self.histogram[count] for count in sorted(self.histogram)},
             "histogram_by_draft_length": {
                 str(drafted): {str(accepted): steps for accepted, steps in counts.items()}
@@ -219,6 +257,9 @@ class GenerationStats:
             **{name: getattr(self, name) for name in SUMS},
             "accepted_by_rank": sorted(self.accepted_by_rank.items()),
             "outcomes": [[*outcome, steps] for outcome, steps in sorted(self._outcomes.items())],
+            "origins": [[*origin, tokens] for origin, tokens in sorted(self._origins.items())],
+            "drafted_by_source": dict(sorted(self.drafted_by_source.items())),
+            "steps_by_source": dict(sorted(self.steps_by_source.items())),
             "phase_seconds": self.phase_seconds,
             "planned": asdict(self.planned),
         }
@@ -229,6 +270,9 @@ class GenerationStats:
         stats = cls(**{name: record[name] for name in SUMS}, phase_seconds=record["phase_seconds"])
         stats.planned = Planned(**record["planned"])
         stats.accepted_by_rank.update(dict(record["accepted_by_rank"]))
+        stats.drafted_by_source.update(record["drafted_by_source"])
+        stats.steps_by_source.update(record["steps_by_source"])
+        stats._origins.update({(source, depth): tokens for source, depth, tokens in record["origins"]})
         stats._outcomes.update({(drafted, accepted): steps for drafted, accepted, steps in record["outcomes"]})
         return stats
 

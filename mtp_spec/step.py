@@ -115,12 +115,22 @@ class Backend(Protocol):
         technique: how rows are computed, see `model.host`.
         auto: the largest tree that `speculation="auto"` drafts.
         captured: whether steps are captured as CUDA graphs.
+        mixes: whether drafters other than the MTP modules take part by default.
     """
 
     model: Any
     technique: Technique
     auto: Speculation
     captured: bool
+    mixes: bool
+
+    def check(self, speculation: Speculation) -> None:
+        """Rejects drafters that cannot take part on this device.
+
+        Raises:
+            OptionError: it names what is allowed.
+        """
+        ...
 
     def runner(self, shared: bool) -> Runner:
         """Returns a runner.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 ROOT = -1
+MODULES = "mtp"  # the source of what the MTP modules draft
 
 
 def path_to(node: int, parents: Sequence[int]) -> list[int]:
@@ -24,15 +25,16 @@ def path_to(node: int, parents: Sequence[int]) -> list[int]:
 
 
 class TokenTree:
-    """Drafted tokens with their parents, depths (1 = child of the root) and ranks (0 = best sibling)."""
+    """Drafted tokens with their parents, depths (1 = child of the root), ranks (0 = best sibling) and sources."""
 
-    __slots__ = ("_children", "depths", "parents", "ranks", "tokens")
+    __slots__ = ("_children", "depths", "parents", "ranks", "sources", "tokens")
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
         self.ranks: list[int] = []
+        self.sources: list[str] = []
         self._children: dict[int, dict[int, int]] = {ROOT: {}}
 
     def __len__(self) -> int:
@@ -43,8 +45,11 @@ class TokenTree:
         """Depth of the deepest node; 0 for a tree without nodes."""
         return max(self.depths, default=0)
 
-    def add(self, parent: int, token: int, rank: int) -> int:
+    def add(self, parent: int, token: int, rank: int, source: str = MODULES) -> int:
         """Number of the new node.
+
+        Args:
+            source: name of the drafter that proposed it.
 
         Raises:
             ValueError: the parent does not exist, or it already has a child with this token (a repeated sibling can
@@ -60,6 +65,7 @@ class TokenTree:
         self.parents.append(parent)
         self.depths.append(1 if parent == ROOT else self.depths[parent] + 1)
         self.ranks.append(rank)
+        self.sources.append(source)
         siblings[token] = node
         self._children[node] = {}
         return node
@@ -84,7 +90,8 @@ class TokenTree:
         """Returns the tree of these nodes only, given in ascending order; each node's parent must be among them."""
         tree, numbers = TokenTree(), {ROOT: ROOT}
         for node in nodes:
-            numbers[node] = tree.add(numbers[self.parents[node]], self.tokens[node], self.ranks[node])
+            parent = numbers[self.parents[node]]
+            numbers[node] = tree.add(parent, self.tokens[node], self.ranks[node], self.sources[node])
         return tree
 
     def is_chain(self) -> bool:

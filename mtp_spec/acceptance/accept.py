@@ -19,7 +19,7 @@ from mtp_spec.acceptance import Choices, Rule
 from mtp_spec.acceptance.base import Law
 from mtp_spec.errors import NotFiniteError
 from mtp_spec.sampling.sampler import History, Sampler
-from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree import MODULES, ROOT, TokenTree
 
 TokenLogprob = tuple[float, list[tuple[int, float]]]
 
@@ -32,11 +32,13 @@ class Drawn:
         token: its id.
         depth: draft depth of the node that proposed it, 0 if only the target did.
         logprob: its log-probability under the model and the best alternatives, if requested.
+        source: name of the drafter that proposed it, if one did.
     """
 
     token: int
     depth: int
     logprob: TokenLogprob | None
+    source: str = MODULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,11 @@ def accept_coupled(
         child = tree.child(node, token)
         wanted = sampler.params.logprobs
         logprob = sampler.logprobs(row, token, wanted) if wanted else None
-        drawn.append(Drawn(token, 0 if child is None else tree.depths[child], logprob))
+        drawn.append(
+            Drawn(token, 0, logprob)
+            if child is None
+            else Drawn(token, tree.depths[child], logprob, tree.sources[child])
+        )
         stopped = is_last(token)
         if child is not None:
             nodes.append(child)
@@ -111,7 +117,20 @@ def accept_by_rule(
         laws: for each node the distribution it was drawn from.
     """
 
+    found, impossible = dict[int, Law](), set[int]()
+
     def target(node: int) -> Law:
+        if node not in found:
+            found[node] = law(node)
+        return found[node]
+
+    def law(node: int) -> Law:
+        if node != ROOT:
+            parent = tree.parents[node]
+            above = target(parent)
+            if parent in impossible or above[tree.tokens[node]] == 0.0:
+                impossible.add(node)  # never accepted; processors need not know what would follow
+                return above
         own = history.extend(tree.path_tokens(node))
         depth = 0 if node == ROOT else tree.depths[node]
         return sampler.law(_processed(sampler, logits[node + 1], own, position + depth, node), position + depth)
@@ -119,10 +138,11 @@ def accept_by_rule(
     verdict = rule.judge(tree, laws, target, choices)
     tokens = [*(tree.tokens[node] for node in verdict.nodes), verdict.token]
     rows = [ROOT, *verdict.nodes]
+    sources = [*(tree.sources[node] for node in verdict.nodes), MODULES]
     wanted, drawn, stopped = sampler.params.logprobs, list[Drawn](), False
     for number, (row, token) in enumerate(zip(rows, tokens, strict=True), start=1):
         logprob = sampler.logprobs(logits[row + 1], token, wanted) if wanted else None
-        drawn.append(Drawn(token, number if number < len(tokens) else 0, logprob))
+        drawn.append(Drawn(token, number if number < len(tokens) else 0, logprob, sources[number - 1]))
         stopped = is_last(token)
         if stopped:
             break

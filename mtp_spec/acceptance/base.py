@@ -103,6 +103,35 @@ class Rule(Protocol):
         ...
 
 
+def mixed(
+    rule: Rule, given: Sequence[int], q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices
+) -> list[Proposal]:
+    """Returns up to `width` children of a node, of which another drafter has proposed the first.
+
+    A given token is a draft from a point distribution. The rule draws the others from what q leaves for them, and knows
+    it, so that siblings differ and each has the distribution it was drawn from.
+
+    Args:
+        given: tokens, at most `width`; they must not depend on choices at this node or on its siblings.
+    """
+    if not given:
+        return rule.propose(q, scores, width, choices)
+    proposals = [Proposal(token, certain(token, len(q))) for token in given]
+    rest, left = q.copy(), scores.copy()
+    rest[list(given)], left[list(given)] = 0.0, -np.inf
+    mass = float(rest.sum())
+    if len(given) == width or mass <= 0.0:
+        return proposals
+    return proposals + rule.propose(rest / mass, left, width - len(given), choices)
+
+
+def certain(token: int, vocabulary: int) -> Law:
+    """Returns the distribution that has one token only."""
+    law = np.zeros(vocabulary)
+    law[token] = 1.0
+    return law
+
+
 def positive_part(weights: Law) -> tuple[Law, float]:
     """Returns the positive part of weights and its sum."""
     part = np.maximum(weights, 0.0)
@@ -137,7 +166,5 @@ def best(scores: npt.NDArray[np.float32], width: int) -> list[Proposal]:
     for token in np.argsort(-scores, kind="stable")[:width]:
         if scores[token] == -np.inf:
             break
-        law = np.zeros(len(scores))
-        law[token] = 1.0
-        proposals.append(Proposal(int(token), law))
+        proposals.append(Proposal(int(token), certain(int(token), len(scores))))
     return proposals

@@ -15,7 +15,7 @@ from mtp_spec.acceptance.accept import Accepted
 from mtp_spec.sampling.sampler import History
 from mtp_spec.sequence import Sequence
 from mtp_spec.stream import TokenStream
-from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree import MODULES, ROOT, TokenTree
 
 Decode = Callable[[Seq[int]], str]
 
@@ -27,8 +27,9 @@ class Node:
     Attributes:
         parent: number of the node it follows, -1 for the root.
         draft: its probability under the draft, after temperature, truncation, penalties and bias; at temperature 0,
-            where only the best token counts, that of temperature 1.
+            where only the best token counts, that of temperature 1. 1 if it is not from the MTP modules.
         target: likewise under the target.
+        source: name of the drafter that proposed it, "mtp" for the modules.
     """
 
     token: int
@@ -38,6 +39,7 @@ class Node:
     draft: float
     target: float
     accepted: bool
+    source: str = MODULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +109,23 @@ class Explainer:
         sampler, decode = sequence.sampler, self._decode
 
         def target(node: int, token: int) -> float:
+            if any(
+                nodes[step].target == 0.0 for step in tree.path(node)
+            ):  # processors need not know what follows such a token
+                return 0.0
             own = sampler.process(logits[node + 1], history.extend(tree.path_tokens(node)))
             return _share(own, token)
 
-        def draft(node: int, token: int) -> float:
+        def draft(node: int, token: int, source: str) -> float:
+            if source != MODULES:
+                return 1.0
             return _share(self._rows[self._kept[node] if self._kept and node != ROOT else node], token)
 
         kept, nodes = set(accepted.nodes), list[Node]()
         for node, token in enumerate(tree.tokens):
             parent, depth = tree.parents[node], tree.depths[node]
-            chances = draft(parent, token), target(parent, token)
-            nodes.append(Node(token, decode([token]), parent, depth, *chances, node in kept))
+            chances = draft(parent, token, tree.sources[node]), target(parent, token)
+            nodes.append(Node(token, decode([token]), parent, depth, *chances, node in kept, tree.sources[node]))
         last, row = accepted.drawn[-1].token, [ROOT, *accepted.nodes][len(accepted.drawn) - 1]
         step = Step(decode([sequence.tokens[-1]]), nodes, decode([last]), target(row, last))
         self._found.steps.append(step)
@@ -134,7 +142,8 @@ def _tree(number: int, step: Step) -> Tree:
     for at, node in enumerate(step.nodes):
         style = "green" if node.accepted else "dim"
         mark = "accepted" if node.accepted else "rejected"
-        label = f"{node.text!r}  draft {node.draft:.0%}, target {node.target:.0%}, {mark}"
+        draft = f"draft {node.draft:.0%}" if node.source == MODULES else f"from {node.source}"
+        label = f"{node.text!r}  {draft}, target {node.target:.0%}, {mark}"
         branches[at] = branches[node.parent].add(Text(label, style=style))
         end = at if node.accepted else end
     branches[end].add(Text(f"{step.bonus!r}  target {step.bonus_target:.0%}, its own", style="bold yellow"))

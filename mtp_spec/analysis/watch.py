@@ -6,6 +6,7 @@ import warnings
 
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.stats import GenerationStats
+from mtp_spec.tree import MODULES
 
 # a module trained with its model agrees far more often than this; DeepSeek reports 0.85 to 0.90 (2412.19437)
 SUSPICIOUS = 0.3
@@ -31,10 +32,10 @@ class Watch:
     def ended(self, stats: GenerationStats, params: SamplingParams) -> None:
         """Takes the statistics of a finished sequence with speculation."""
         self._seen = self._seen.merge(stats)
-        steps = sum(sum(counts.values()) for depth, counts in self._seen.histogram_by_draft_length.items() if depth)
+        steps = self._seen.steps_by_source[MODULES]
         if self._seen.steps < STEPS or steps < EVIDENCE:
             return
-        accepted = self._seen.accepted
+        accepted = sum(self._seen.accepted_at(MODULES).values())
         if 1 + accepted / steps < FEW and not self._warned:
             self._warned = True
             warnings.warn(f"{accepted} drafted tokens accepted in {steps} steps: {self._cause(params)}", stacklevel=4)

@@ -12,7 +12,7 @@ from rich.progress import track
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, bundled_prompts, question
 from mtp_spec.bench.options import ModelBenchmark, Option, Switch, text_options
-from mtp_spec.speculation import MAX_DEPTH, Speculation
+from mtp_spec.speculation import DRAFTERS, MAX_DEPTH, TEXT, Speculation
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -27,6 +27,8 @@ SHAPES: dict[str, Speculation] = {
     **{f"chain {depth}": Speculation(depth=depth) for depth in range(1, MAX_DEPTH + 1)},
     **{f"tree {','.join(map(str, tree))}": Speculation(branching=tree) for tree in TREES},
     "adaptive": Speculation(depth=MAX_DEPTH, adaptive=True),
+    "text": Speculation(drafters=(TEXT,)),
+    "adaptive, text": Speculation(depth=MAX_DEPTH, adaptive=True, drafters=DRAFTERS),
     "budget 12 of 3,3,3": Speculation(branching=(3, 3, 3), budget=12),
 }
 

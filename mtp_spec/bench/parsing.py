@@ -43,6 +43,17 @@ def count(text: str) -> int:
     return value
 
 
+def drafters(text: str) -> list[tuple[str, ...]]:
+    """Returns combinations of drafters, such as "mtp,text,mtp+text"."""
+    try:
+        found = [tuple(part.split("+")) for part in text.split(",")]
+        for names in found:
+            Speculation(drafters=names)
+        return found
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def products(text: str) -> list[str]:
     """Returns matrices' names, such as 4096x7168 or "4096x7168 bf16"."""
     names = [name.strip() for name in text.split(",")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -16,11 +15,12 @@ from rich.console import RenderableType
 from rich.markdown import Markdown
 from rich.text import Text
 
-Source = Literal["target"] | int
+Source = str | int
 Piece = tuple[str, Source]
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-# the target's own tokens are not styled; drafts are, by depth, with the last colour for every deeper one
-DEPTH_STYLES = ("green", "cyan", "blue", "magenta", "yellow")
+# the target's own tokens are not styled; the MTP modules' drafts are, by depth, with the last colour for every deeper
+# one, and so are those of other drafters
+DEPTH_STYLES, OTHER_STYLE = ("green", "cyan", "blue", "magenta", "yellow"), "bright_black"
 # html stays visible: rich would drop it
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
@@ -108,5 +108,7 @@ def drawn(pieces: Sequence[Piece], coloured: bool) -> RenderableType:
 
 
 def style_of(source: Source) -> str:
-    """Returns the style of a token proposed by the target (no style) or by a draft of some depth."""
-    return "" if source == "target" else DEPTH_STYLES[min(source, len(DEPTH_STYLES)) - 1]
+    """Returns the style of a token proposed by the target (no style), by a draft of some depth, or by a drafter."""
+    if isinstance(source, str):
+        return "" if source == "target" else OTHER_STYLE
+    return DEPTH_STYLES[min(source, len(DEPTH_STYLES)) - 1]

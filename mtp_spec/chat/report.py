@@ -6,6 +6,7 @@ from rich.table import Table
 
 from mtp_spec.chat.status import speed
 from mtp_spec.stats import GenerationStats
+from mtp_spec.tree import MODULES
 
 
 def statistics(last: GenerationStats | None, totals: GenerationStats) -> Table:
@@ -43,6 +44,9 @@ def _rows(stats: GenerationStats) -> dict[str, str]:
     if len(stats.accepted_by_rank) > 1:
         for rank in sorted(stats.accepted_by_rank):
             rows[f"sibling {rank + 1}"] = str(stats.accepted_by_rank[rank])
+    if set(stats.drafted_by_source) - {MODULES}:
+        for source, tokens in stats.accepted_by_source.items():
+            rows[f"from {source}"] = str(tokens)
     for accepted in sorted(stats.histogram):
         rows[f"{accepted} a step"] = str(stats.histogram[accepted])
     for phase, seconds in stats.seconds.items():

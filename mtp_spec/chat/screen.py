@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
-from mtp_spec.chat.blocks import DEPTH_STYLES, Answer, Blocks, Piece, drawn, style_of
+from mtp_spec.chat.blocks import DEPTH_STYLES, OTHER_STYLE, Answer, Blocks, Piece, drawn, style_of
 from mtp_spec.chat.status import status_line
 from mtp_spec.results import TokenEvent
 from mtp_spec.stream import TokenStream
@@ -109,7 +109,8 @@ class Screen:
         """Returns the legend of the colours."""
         depths = range(1, len(DEPTH_STYLES) + 1)
         names = [Text(f"draft {depth}", style_of(depth)) for depth in depths]
-        return Text.assemble(Text(", ").join([Text("target"), *names]), " or deeper")
+        others = Text("from the text or another drafter", OTHER_STYLE)
+        return Text.assemble(Text(", ").join([Text("target"), *names]), " or deeper, ", others)
 
     def _plain(self, stream: TokenStream, seed: int, stopped: Callable[[], bool]) -> bool:
         interrupted = _each(stream, lambda event: self.console.out(event.text, end="", highlight=False), stopped)

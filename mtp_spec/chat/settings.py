@@ -107,6 +107,8 @@ def shape_text(shape: Shape) -> str:
     """Returns speculation as `/spec` takes it."""
     if shape is None or isinstance(shape, str):
         return shape or "off"
+    if shape.adaptive:
+        return "auto"
     return str(shape.depth) if shape.is_chain else "tree " + ",".join(map(str, shape.branching))
 
 

@@ -27,8 +27,10 @@ from mtp_spec.cli.train import add_train, run_train
 from mtp_spec.model.distributed.joining import join_ranks
 from mtp_spec.sampling.defaults import CHOICES
 from mtp_spec.sampling.seeds import fresh_seed, text_seeds
-from mtp_spec.speculation import ACCEPTANCE_RULES
+from mtp_spec.speculation import ACCEPTANCE_RULES, MAX_DEPTH, MAX_NODES
 
+# the largest tree that is drafted if only the drafters are given
+LARGEST: dict[str, Any] = {"branching": (2,) * MAX_DEPTH, "budget": MAX_NODES, "adaptive": True}
 EXAMPLES = """examples:
   mtp-spec generate "Tell me a story about a fox"
   mtp-spec generate "Tell me a story about a fox" --depth 5 --temperature 0
@@ -145,6 +147,14 @@ def _add_shape(parser: argparse.ArgumentParser, title: str) -> Any:
     drafting.add_argument("--no-speculation", action="store_true", help="plain decoding")
     drafting.add_argument("--depth", type=int, metavar="K", help="draft a chain of K tokens, 1 to 8")
     drafting.add_argument("--branching", metavar="N,N,...", help="draft a tree: children by depth, such as 3,2,1")
+    drafting.add_argument("--drafters", metavar="NAME,...", help="who drafts: mtp, text (as pays best)")
+    drafting.add_argument(
+        "--reference",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help='text in which the drafter "text" looks too; may be repeated',
+    )
     return drafting
 
 
@@ -329,10 +339,12 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         options["stop_token_ids"] = _numbers("--stop-token-ids", args.stop_token_ids, "1,2")
     if (response_format := _response_format(args)) is not None:
         options["response_format"] = response_format
-    if args.no_speculation and (args.depth is not None or args.branching or args.acceptance):
-        raise mtp_spec.OptionError("--no-speculation excludes --depth, --branching and --acceptance")
-    if args.depth == 0 and (args.branching or args.acceptance):
-        raise mtp_spec.OptionError("--depth 0 is plain decoding: it excludes --branching and --acceptance")
+    drafters = _drafters(args)
+    others = "--branching, --acceptance, --drafters and --reference"
+    if args.no_speculation and (args.depth is not None or args.branching or args.acceptance or drafters):
+        raise mtp_spec.OptionError(f"--no-speculation excludes --depth, {others}")
+    if args.depth == 0 and (args.branching or args.acceptance or drafters):
+        raise mtp_spec.OptionError(f"--depth 0 is plain decoding: it excludes {others}")
     if args.max_batch != 1 and (not args.json or args.trace is not None):
         raise mtp_spec.OptionError("--max-batch needs --json: texts that are written side by side cannot be shown so")
     if args.trace is not None and args.json:
@@ -342,13 +354,29 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         options["speculation"] = None
     elif args.branching:
         widths = _numbers("--branching", args.branching, "3,2,1")
-        options["speculation"] = mtp_spec.Speculation(depth=args.depth, branching=widths, acceptance=rule)
+        options["speculation"] = mtp_spec.Speculation(args.depth, widths, acceptance=rule, **drafters)
     elif args.depth is not None or args.acceptance:
-        options["speculation"] = mtp_spec.Speculation(args.depth, acceptance=rule) if args.depth != 0 else None
+        fixed = args.depth != 0
+        options["speculation"] = mtp_spec.Speculation(args.depth, acceptance=rule, **drafters) if fixed else None
+    elif drafters:
+        options["speculation"] = mtp_spec.Speculation(**LARGEST, **drafters)
     # checked before the model is loaded
     own = ("speculation", "defaults")
     mtp_spec.SamplingParams.from_options({name: value for name, value in options.items() if name not in own})
     return options
+
+
+def _drafters(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns `Speculation`'s options for who drafts, as far as they are given."""
+    found: dict[str, Any] = {}
+    if args.drafters is not None:
+        found["drafters"] = tuple(args.drafters.split(","))
+    if args.reference:
+        try:
+            found["references"] = [file.read_text(encoding="utf-8") for file in args.reference]
+        except (OSError, ValueError) as error:
+            raise mtp_spec.OptionError(f"--reference is not a readable text file: {error}") from error
+    return found
 
 
 def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:

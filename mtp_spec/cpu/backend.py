@@ -13,6 +13,7 @@ from mtp_spec.cpu.planners import Planners
 from mtp_spec.cpu.state import HostState
 from mtp_spec.cpu.step import HostStep, TreePlanner
 from mtp_spec.cpu.untold import Untold
+from mtp_spec.drafting import Text
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.errors import RankError
@@ -21,14 +22,15 @@ from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.planning.fixed_plan import FixedPlanner, TreeBatch
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
-from mtp_spec.speculation import MAX_DEPTH, Speculation
+from mtp_spec.speculation import MAX_DEPTH, MAX_NODES, Speculation
 from mtp_spec.step import step
 from mtp_spec.text import Tokenizer
 
 # most prefill rows in a round, unless a single chunk has more
 PROMPT_ROWS = MOST_ROWS
-# the largest tree that "auto" drafts
-AUTO = Speculation(branching=(2,) * MAX_DEPTH, budget=16, adaptive=True)
+# the largest trees that "auto" drafts, with MTP modules and without
+AUTO = Speculation(branching=(2,) * MAX_DEPTH, budget=MAX_NODES, adaptive=True)
+ALONE = Speculation(budget=MAX_NODES, adaptive=True, drafters=(Text.name,))
 
 
 class HostBackend:
@@ -42,17 +44,21 @@ class HostBackend:
         progress: show a bar while measuring.
     """
 
-    auto, captured = AUTO, False
+    captured, mixes = False, True
 
     def __init__(
         self, model: HostModel, tokenizer: Tokenizer | None, max_context: int, max_batch: int = 1,
         cache_tokens: int | None = None, measure: bool = True, progress: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.technique = model, model.technique
+        self.auto = AUTO if model.mtp else ALONE
         self.planners = Planners(model, model.technique, tokenizer, max_context, measure, progress)
         self._sizes = max_context, max_batch, cache_tokens
         self._pages: HostPages | None = None
         self._threads = 0
+
+    def check(self, speculation: Speculation) -> None:
+        """Does nothing: every drafter can take part."""
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Does nothing: on a CPU threads may compute concurrently."""
@@ -162,22 +168,29 @@ class HostRunner:
     @undisturbed()
     def round(self, running: Seq[Sequence]) -> list[Sequence]:
         """Runs a step of all prefilled sequences together with the next prefill chunks; see `mtp_spec.step.Runner`."""
-        states: list[HostState] = [one.state for one in running]
-        stepping = [state for state in states if state.reading is None]
+        states, failed = [one.state for one in running], list[Sequence]()
+        stepping = list[HostState]()
+        for state in (state for state in states if state.reading is None):
+            try:
+                state.ask()
+                stepping.append(state)
+            except Exception as error:  # of this sequence's own drafter
+                state.sequence.fail(error)
+                failed.append(state.sequence)
         planner = self._adaptive if any(state.memory is not None for state in stepping) else self._fixed
         plans = planner.plan(TreeBatch([state.standing() for state in stepping], len(running) == 1))
         batch = [state for state, plan in zip(stepping, plans, strict=True) if state.begins_step(plan)]
         reading = self._next([state for state in states if state.reading is not None])
         try:
-            return step(HostStep(self._passes, batch, reading, planner, self._untold))
+            return failed + step(HostStep(self._passes, batch, reading, planner, self._untold))
         except RankError:  # ends all sequences of all rounds
             raise
         except Exception as error:  # of a shared pass: every sequence in it fails
-            failed = [state.sequence for state in (*batch, *reading)]
-            for one in failed:
+            broken = [state.sequence for state in (*batch, *reading)]
+            for one in broken:
                 if one.error is None:
                     one.fail(error)
-            return failed
+            return failed + broken
 
     def release(self, sequence: Sequence) -> None:
         """Gives the sequence's pages back; see `mtp_spec.step.Runner`."""

@@ -13,21 +13,25 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mtp_spec.acceptance import Choices, Rule
-from mtp_spec.acceptance.base import Law
+from mtp_spec.acceptance.base import Law, certain, mixed
 from mtp_spec.cpu.passes import MOST_ROWS, HeadRows, ModuleRows, Work
+from mtp_spec.drafting import Continuation
 from mtp_spec.model.attention import plan_drafts, plan_rows
 from mtp_spec.model.cache import LatentCache
 from mtp_spec.model.host import HostModel
-from mtp_spec.planning.fixed_plan import TreePlan
+from mtp_spec.planning.fixed_plan import Propose, TreePlan
+from mtp_spec.planning.given import LEAST_BESIDE
 from mtp_spec.sampling.sampler import History, Sampler
 from mtp_spec.sequence import Observer
-from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree import MODULES, ROOT, TokenTree
 
 # If plain steps leave more than MOST_BEHIND tokens that the modules have not seen, only the last KEPT_BEHIND are kept,
 # so that a pause costs nothing: drafts need the recent context most (Windowed-MTP, 2607.21535).
@@ -36,13 +40,33 @@ MOST_BEHIND, KEPT_BEHIND = 48, 24
 
 @dataclass(slots=True)
 class Leaf:
-    """A node that may get children: what its module needs and where its ancestors lie in that module's cache."""
+    """A node that may get children: what its module needs and where its ancestors lie in that module's cache.
+
+    Attributes:
+        hidden: `[1, D]`, the output that predicts this node's children; None if its parent's module did not run.
+        score: given by the plan.
+        given: other drafters' continuations.
+    """
 
     node: int
-    hidden: Tensor  # [1, D], the output that predicts this node's children
+    hidden: Tensor | None
     history: History
     slots: tuple[int, ...]
-    score: float  # given by the plan
+    score: float
+    given: list[Continuation] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A candidate child of a leaf; `rest` is what another drafter proposes after it."""
+
+    score: float
+    rank: int
+    token: int
+    parent: Leaf
+    law: Law | None
+    source: str = MODULES
+    rest: Continuation | None = None
 
 
 class Best:
@@ -71,6 +95,8 @@ class Drafter:
         rule: draws the drafts; None for the coupled rule, whose drafts follow from the shared noise.
         choices: the rule's randomness.
         observer: gets every row that drafts come from, see `sequence.Observer`.
+        replay: `[T + 1, D]` of `drafting.Replay`, which replaces the drafts of a chain.
+        prompt: number of tokens before T.
     Attributes:
         laws: for each node of the last tree the distribution it was drawn from; empty without a rule.
         dropped: number of rows so far that gave no draft because they held NaN or infinity.
@@ -83,7 +109,10 @@ class Drafter:
         rule: Rule | None = None,
         choices: Choices | None = None,
         observer: Observer | None = None,
+        replay: npt.NDArray[np.int64] | None = None,
+        prompt: int = 0,
     ) -> None:
+        self._replay, self._prompt = replay, prompt
         self.model, self.rule, self.choices, self.observer = model, rule, choices, observer
         self.laws: list[Law] = []
         self.dropped = 0
@@ -140,6 +169,7 @@ class Drafter:
         depth: int,
         sampler: Sampler,
         history: History,
+        propose: Propose | None = None,
     ) -> Work[TokenTree]:
         """Returns the tree of drafts that follow `tokens`.
 
@@ -148,6 +178,7 @@ class Drafter:
             plan: decides which nodes the tree has.
             depth: draft no deeper than this.
             history: the sampler's history at the root.
+            propose: the other drafters, if there are any.
         """
         root, limits = len(tokens) - 1, plan.limits
         hidden = yield from self._extend(tokens)
@@ -159,9 +190,22 @@ class Drafter:
                 leaves = [leaves[i] for i in plan.expand([leaf.score for leaf in leaves], len(tree))]
             if not leaves:
                 break
-            logits = yield from self._advance(tree, leaves, level, root) if level > 1 else self._root_scores(hidden)
-            leaves = self._grow(tree, leaves, logits, level, root + level, plan, sampler)
+            width = limits.branching[level - 1]
+            if plan.mixes and propose is not None:
+                for leaf in leaves:
+                    found = leaf.given or propose(tree.path_tokens(leaf.node), min(depth, limits.depth) - level + 1)
+                    leaf.given = [one for one in found if one.chances[0] >= LEAST_BESIDE][:width]
+            feeding = [leaf for leaf in leaves if leaf.hidden is not None and len(leaf.given) < width]
+            rows = dict[int, Tensor]()
+            if feeding:
+                logits = (
+                    yield from self._advance(tree, feeding, level, root) if level > 1 else self._root_scores(hidden)
+                )
+                rows = {leaf.node: row for leaf, row in zip(feeding, logits, strict=True)}
+            leaves = self._grow(tree, leaves, rows, level, root + level, plan, sampler)
             scores += [leaf.score for leaf in leaves]
+        if propose is not None:
+            plan.graft(tree, scores, lambda path, most: propose(path, min(most, depth - len(path))))
         if self.dropped > dropped:
             for cache in self.caches:
                 cache.clean(limits.nodes)
@@ -228,7 +272,7 @@ class Drafter:
         ancestors = [leaf.slots for leaf in leaves]
         plan = plan_drafts(table, start, cache.length, root + level - 1, ancestors)
         ids = [tree.tokens[leaf.node] for leaf in leaves]
-        hidden = torch.cat([leaf.hidden for leaf in leaves])
+        hidden = torch.cat([leaf.hidden for leaf in leaves if leaf.hidden is not None])
         drafted = ModuleRows(module, ids, hidden, cache, plan, prompt=False, scored=len(ids))
         yield drafted
         for row, leaf in enumerate(leaves):
@@ -239,35 +283,65 @@ class Drafter:
         self,
         tree: TokenTree,
         leaves: list[Leaf],
-        logits: Tensor,
+        rows: dict[int, Tensor],
         level: int,
         position: int,
         plan: TreePlan,
         sampler: Sampler,
     ) -> list[Leaf]:
-        """Adds this level's children, the best ones if there is a budget; returns the new leaves."""
+        """Adds this level's children, the best ones if there is a budget; returns the new leaves.
+
+        Args:
+            rows: the modules' logits `[V]` for leaves whose children are not all given.
+        """
         width, limits = plan.limits.branching[level - 1], plan.limits
-        children: list[tuple[float, int, int, Leaf, Law | None]] = []
-        for row, parent in zip(logits, leaves, strict=True):
-            processed = sampler.process(row, parent.history)
+        children: list[Child] = []
+        for parent in leaves:
+            processed = None
+            if (row := rows.get(parent.node)) is not None:
+                processed = sampler.process(row, parent.history)
+                if sampler.guides:  # the modules cannot go on below a token that is not allowed
+                    parent.given = [one for one in parent.given if float(processed[one.tokens[0]]) != -math.inf]
+            first = [one.tokens[0] for one in parent.given]
+            for rank, one in enumerate(parent.given):
+                law = None if self.rule is None else certain(first[rank], self.model.config.vocab_size)
+                rest = one.rest() if len(one.tokens) > 1 else None
+                score = plan.proposed(parent.score, one)
+                children.append(Child(score, rank, first[rank], parent, law, one.source, rest))
+            if processed is None or row is None:
+                continue
             if self.observer is not None:
                 self.observer.drafted(parent.node, processed)
             if sampler.leaves_nothing(processed):
                 if float(processed.max()) != -math.inf:
                     self._drop(level, row)
                 continue
-            top, laws = self._propose(processed, position, width, sampler)
+            top, laws = self._propose(processed, position, width, sampler, first)
+            if not top:
+                continue
             scores = plan.score(parent.node, parent.score, Best(top, processed, position, sampler), level)
-            children += [(score, rank, top[rank], parent, laws[rank]) for rank, score in enumerate(scores)]
+            top = self._replayed(top, position, level)
+            children += [Child(score, len(first) + number, top[number], parent, laws[number])
+                         for number, score in enumerate(scores)]  # fmt: skip
         if limits.budget is not None:
-            children = sorted(children, key=lambda child: -child[0])[: limits.room(level, len(tree))]
+            children = sorted(children, key=lambda child: -child.score)[: limits.room(level, len(tree))]
         grown = []
-        for score, rank, token, parent, law in children:
-            node = tree.add(parent.node, token, rank)
-            if law is not None:
-                self.laws.append(law)
-            grown.append(Leaf(node, parent.hidden, parent.history.child(token), parent.slots, score))
+        for child in children:
+            parent = child.parent
+            node = tree.add(parent.node, child.token, child.rank, child.source)
+            if child.law is not None:
+                self.laws.append(child.law)
+            hidden = parent.hidden if parent.node in rows else None
+            given = [] if child.rest is None else [child.rest]
+            grown.append(Leaf(node, hidden, parent.history.child(child.token), parent.slots, child.score, given))
         return grown
+
+    def _replayed(self, top: list[int], position: int, level: int) -> list[int]:
+        """Returns what is drafted for a position, which the modules have drafted as `top`."""
+        row = position - level + 1 - self._prompt
+        if self._replay is None or row >= len(self._replay) or (token := int(self._replay[row, level - 1])) < 0:
+            return top
+        return [token]
 
     def _drop(self, level: int, row: Tensor) -> None:
         """Counts a row that no draft can be drawn from, and warns once of the module that computed it."""
@@ -284,12 +358,13 @@ class Drafter:
         )  # fmt: skip
 
     def _propose(
-        self, processed: Tensor, position: int, width: int, sampler: Sampler
+        self, processed: Tensor, position: int, width: int, sampler: Sampler, given: Sequence[int]
     ) -> tuple[list[int], list[Law | None]]:
-        """Returns the children's tokens, best first, and the distributions they were drawn from."""
+        """Returns the modules' children beside those given, best first, and the distributions they were drawn from."""
         if self.rule is None or self.choices is None:
-            top = sampler.top(processed, position, width)
+            top = [token for token in sampler.top(processed, position, width) if token not in given]
+            top = top[: width - len(given)]
             return top, [None] * len(top)
         law = sampler.law(processed, position)
-        proposals = self.rule.propose(law, processed.numpy(), width, self.choices)
+        proposals = mixed(self.rule, given, law, processed.numpy(), width, self.choices)[len(given) :]
         return [proposal.token for proposal in proposals], [proposal.law for proposal in proposals]

@@ -101,6 +101,9 @@ def calibrated(times: StepTimes, model: HostModel, technique: Technique, tokeniz
             seconds.append(perf_counter() - start)
         return median(seconds[WARM:])
 
+    if not model.mtp:
+        (plain,) = model.ranks.first([taken(None)])
+        return times.scaled(plain, MARGIN * plain / times.verify(1, NEAR))
     plain, drafted = model.ranks.first([taken(None), taken(Speculation(depth=CHAIN))])
     expected = times.extend(2, NEAR) + (CHAIN - 1) * times.level(1, NEAR) + times.verify(1 + CHAIN, NEAR)
     # the first level is the last appended row and the head's pass over it

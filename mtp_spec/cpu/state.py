@@ -10,16 +10,19 @@ from torch import Tensor
 
 from mtp_spec.acceptance import RULES
 from mtp_spec.acceptance.accept import Accepted, accept_by_rule, accept_coupled
-from mtp_spec.acceptance.base import SeededChoices
+from mtp_spec.acceptance.base import Law, SeededChoices, certain
 from mtp_spec.cache.pages import HostLease
 from mtp_spec.cpu.draft import MOST_BEHIND, Drafter
 from mtp_spec.cpu.passes import MOST_ROWS, MainRows, Pass, Work
+from mtp_spec.drafting import Continuation
+from mtp_spec.drafting.together import Proposals
 from mtp_spec.errors import MTPSpecError, NotFiniteError
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.planning.fixed_plan import Standing, TreePlan
 from mtp_spec.planning.text_memory import TextMemory
 from mtp_spec.sequence import Sequence
-from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.speculation import MAX_DEPTH
+from mtp_spec.tree import MODULES, ROOT, TokenTree
 
 _NONE = torch.empty(0)
 
@@ -48,8 +51,18 @@ class HostState:
         self.rule = None if speculation is None else RULES.get(speculation.acceptance)
         self.choices = SeededChoices(self.sampler.params.known_seed)
         self.drafter: Drafter | None = None
-        if speculation is not None:
-            self.drafter = Drafter(model, lease.mtp_caches, self.rule, self.choices, sequence.observer)
+        self.proposals: Proposals | None = None
+        self._given: Seq[Continuation] = ()
+        self._told, self._nodes = len(sequence.tokens), 0 if speculation is None else speculation.nodes
+        if sequence.request.drafters:
+            self.proposals = Proposals(sequence.request.drafters, sequence.tokens, model.config.vocab_size)
+        self.laws = list[Law]()
+        self.replay = None if speculation is None else speculation.replay
+        if sequence.request.modules:
+            table = None if self.replay is None else self.replay.table(MAX_DEPTH, model.config.vocab_size)
+            self.drafter = Drafter(model, lease.mtp_caches, self.rule, self.choices, sequence.observer, table,
+                                   sequence.prompt_tokens)  # fmt: skip
+            self.laws = self.drafter.laws
             if not lease.drafted:
                 self.drafter.leave_out(lease.reused)
         self.stats.reused_tokens = lease.reused
@@ -97,11 +110,31 @@ class HostState:
             self.reading = self.wanted = None
             return accepted
 
+    def ask(self) -> None:
+        """Asks the other drafters what may follow, for the next step.
+
+        Raises:
+            Exception: a drafter's own.
+        """
+        if self.proposals is None:
+            return
+        tokens = self.sequence.tokens
+        if (count := len(tokens)) > self._told:
+            self.proposals.commit(tokens[self._told :])
+            self._told = count
+            self._given = self.proposals.propose((), min(self._nodes, self.sequence.end - count - 1))
+
+    @property
+    def _deepest(self) -> int:
+        """Depth of the deepest useful draft: the target adds a token of its own, so it is one short of the limit."""
+        return self.sequence.end - len(self.tokens) - 1
+
     def standing(self) -> Standing:
         """Returns the state that the planner needs."""
-        drafter, count = self.drafter, len(self.tokens)
-        limits, pending = (None, 0) if drafter is None else (self.sequence.speculation, drafter.pending)
-        return Standing(limits, self.memory, count, pending, self.sequence.end - count, self.rows, self.plan)
+        drafter, count, left = self.drafter, len(self.tokens), self.sequence.end - len(self.tokens)
+        pending = 0 if drafter is None else drafter.pending
+        return Standing(self.sequence.speculation, self.memory, count, pending, left, self.rows, self.plan,
+                        drafter is not None, self._given)  # fmt: skip
 
     def begins_step(self, plan: TreePlan) -> bool:
         """Takes the plan of the next step; returns false if the MTP modules have to catch up first.
@@ -119,16 +152,18 @@ class HostState:
 
     def draft(self) -> Work[TokenTree]:
         """Returns the tree of the next step, empty for a plain one."""
-        plan, drafter = self.plan, self.drafter
-        if plan is None or drafter is None:
+        plan, drafter, proposals = self.plan, self.drafter, self.proposals
+        if plan is None:
             return TokenTree()
-        if not plan.drafts:
-            drafter.skip()
-            return TokenTree()
-        # the target adds a token of its own, so the deepest useful draft is one short of the limit
-        depth = self.sequence.end - len(self.tokens) - 1
+        if not plan.drafts or drafter is None:
+            if drafter is not None:
+                drafter.skip()
+            if self.rule is not None:
+                self.laws[:] = [certain(token, self.model.config.vocab_size) for token in plan.given.tokens]
+            return plan.given
+        propose = None if proposals is None else proposals.propose
         with self.stats.phase("draft"):
-            tree = yield from drafter.draft(self.tokens, plan, depth, self.sampler, self.history)
+            tree = yield from drafter.draft(self.tokens, plan, self._deepest, self.sampler, self.history, propose)
             self.stats.dropped = drafter.dropped
             return tree
 
@@ -145,10 +180,10 @@ class HostState:
         with self.stats.phase("sample"):
             common = (logits, self.sampler, self.history, position, sequence.is_last)
             try:
-                if self.rule is None or self.drafter is None or not len(tree):
+                if self.rule is None or not len(tree):
                     accepted = accept_coupled(tree, *common)
                 else:
-                    accepted = accept_by_rule(self.rule, self.choices, tree, self.drafter.laws, *common)
+                    accepted = accept_by_rule(self.rule, self.choices, tree, self.laws, *common)
                 for node in (ROOT, *accepted.nodes):
                     self.sampler.check(logits[node + 1], position)
             except NotFiniteError as error:
@@ -163,7 +198,10 @@ class HostState:
         if len(tree) and self.technique != "batched" and not math.isfinite(float(hidden.sum())):
             self.cache.clean(len(tree))  # a rejected draft may have left NaN there
         ranks = [tree.ranks[node] for node in accepted.nodes]
-        self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn))
+        sources, others = [tree.sources[node] for node in accepted.nodes], [s for s in tree.sources if s != MODULES]
+        if self.replay is not None:
+            sources, others = [self.replay.name] * len(ranks), [self.replay.name] * len(tree)
+        self.stats.record_step(tree.depth, len(tree), ranks, len(accepted.drawn), sources, others)
 
     def take(self, accepted: Accepted) -> None:
         """Commits the accepted tokens, and lets other sequences share the pages that are full by now."""

@@ -15,7 +15,7 @@ from time import perf_counter
 
 from mtp_spec.cache.pages import check_pages
 from mtp_spec.cuda.group import Group
-from mtp_spec.cuda.kinds import AUTO, Kind, kind_of
+from mtp_spec.cuda.kinds import AUTO, Kind, check_mixed, kind_of
 from mtp_spec.cuda.memory import check_room, pages_bytes
 from mtp_spec.cuda.pages import DeviceLease, DevicePages, planned_pages, room_of
 from mtp_spec.cuda.prefill import First, Reader
@@ -30,6 +30,7 @@ from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
+from mtp_spec.speculation import Speculation
 from mtp_spec.tree_shape import TreeShape
 
 # most prefill rows in a round, unless a single pass has more; and likewise while more sequences wait for their prefill
@@ -96,7 +97,8 @@ class DeviceBackend:
         cache_tokens: tokens that their pages hold; None for the full context of all.
     """
 
-    auto, captured = AUTO, True
+    # drafters other than the modules take part by name: what they bring has not been timed on a GPU
+    auto, captured, mixes = AUTO, True, False
     technique: Technique = "batched"
 
     def __init__(
@@ -106,6 +108,10 @@ class DeviceBackend:
         self.runtime = DeviceRuntime(model, max_context)
         self.total = planned_pages(max_context, max_batch, cache_tokens)
         self._pools = list[Pool]()
+
+    def check(self, speculation: Speculation) -> None:
+        """Rejects drafters that cannot take part; see `mtp_spec.step.Backend`."""
+        check_mixed(speculation)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Returns the lock: only one thread at a time may run captured work."""
@@ -192,7 +198,7 @@ class DeviceRunner:
         with self._runtime.lock, nullcontext() if self._shared else ranks.together():
             # those that have been read have no pages left to fill
             others = ((text.lease, text.sequence.request.ids, text.drafts) for text in self._unread)
-            drafts = kind.depth > 0
+            drafts = kind.modules
             if self._backend.pool.pages.is_being_read(request.ids, drafts, others):
                 return False
             found = self._backend.lease(request, drafts, self._shared)

@@ -23,6 +23,7 @@ from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_bytes
 from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
 from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.script import NOTHING, RING, Script, promised
 from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Switching, table_of
 from mtp_spec.cuda.state import MOST, WAITING, Mail, State, copy_states, union
 from mtp_spec.cuda.step import Step
@@ -32,6 +33,7 @@ from mtp_spec.kernels.sampler import Stages
 from mtp_spec.planning.base import Outcome, Seconds
 from mtp_spec.planning.chances import MODEL_MEMORY, Chances
 from mtp_spec.planning.shape_planner import PLAIN, ShapeBatch, ShapePlan, ShapePlanner, ShapeTable
+from mtp_spec.speculation import MAX_DEPTH
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class Flight:
         alone: whether it has only one sequence.
         logits: of the sequences that asked for them, `[E, V]` each, by slot.
         drafts: for an observer.
+        sources: by slot the drafter whose proposals the step verifies, if it is not the MTP modules.
     """
 
     texts: list[DeviceText]
@@ -76,6 +79,7 @@ class Flight:
     record: Tensor = field(default_factory=partial(torch.empty, 0))
     logits: dict[int, Tensor] = field(default_factory=dict)
     drafts: Drafts | None = None
+    sources: list[str] = field(default_factory=list)
 
 
 class Group:
@@ -94,9 +98,13 @@ class Group:
         self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
         self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
+        if kind.replay or kind.text:
+            room = (most, runtime.max_context if kind.replay else RING, MAX_DEPTH)
+            self.state.script = torch.full(room, NOTHING, dtype=torch.int64, device=device)
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
+        self._script = Script(most, device) if kind.text else None
         self._arrange = self._arranged if runtime.graphs is None else runtime.graphs.later(self._arranged)
         self._slots: list[DeviceText | None] = []
         self._present: list[DeviceText] | None = []  # the sequences in them; None until it is asked for
@@ -168,6 +176,9 @@ class Group:
         begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
         self._disturbed = False
         flight = Flight(texts, parts, shape, plan, len(texts) == 1, begun)
+        if self._script is not None and shape == len(self.shapes) - 1:
+            assert self.state.script is not None
+            flight.sources = self._script.send(self.state.script, [(len(one.tokens), one.given) for one in texts])
         if self.kind.guided:
             self._begin(flight, parts[0])
         else:
@@ -217,7 +228,7 @@ class Group:
         shape = self.shapes[done.shape]
         used = commits.HEADER + shape.depth + 1 if shape.is_chain else None
         lines = done.record[: len(done.texts), :used].tolist()
-        results = Results(done.texts, lines, shape, done.logits, drafts=done.drafts)
+        results = Results(done.texts, lines, shape, done.logits, drafts=done.drafts, sources=done.sources)
         if self._planner is not None and done.plan is not None:
             self._learn(done, done.plan, self._planner, results)
         return results
@@ -263,6 +274,8 @@ class Group:
         places = [*(text.lease.row for text in texts), *[self.pages.idle_row] * gone]
         self._mail.send(self._inbox, [places, [1] * len(texts) + [0] * gone])
         self._arrange()
+        for slot, text in enumerate(texts) if self.kind.replay else ():
+            self.state.replay(slot, text.sequence.prompt_tokens - 1, text.script)
         self._stages = union({text.stages for text in texts})
         self._tells = self.kind.watched or any(text.params.logprobs for text in texts)
         self._changed, self._disturbed = False, True
@@ -297,8 +310,10 @@ class Group:
             kind, guide, rows = self.kind, None, slots * max(shape.rows for shape in self.shapes)
             if kind.guided:
                 guide = Guide(runtime.model.device, rows, runtime.model.config.vocab_size, kind.guided)
-            steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided,
-                          None if guide is None else guide.masks, kind.watched) for shape in self.shapes]  # fmt: skip
+            masks, last = None if guide is None else guide.masks, len(self.shapes) - 1
+            steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided, masks,
+                          kind.watched, kind.text and number == last, kind.replay)
+                     for number, shape in enumerate(self.shapes)]  # fmt: skip
             if runtime.graphs is not None and not kind.watched:
                 if guide is not None:
                     check_room(guided_bytes(runtime.model.config, rows), runtime.model.device,
@@ -323,7 +338,15 @@ class Group:
         if self._planner is None:
             self._planner = ShapePlanner(self.table)
         left = max(text.left for text in texts)
-        return self._planner.plan(ShapeBatch(self.table, len(texts), left, self._waiting))
+        given = self._promised(texts) if self.kind.text else 1.0
+        return self._planner.plan(ShapeBatch(self.table, len(texts), left, self._waiting, given, self.kind.eager))
+
+    def _promised(self, texts: list[DeviceText]) -> float:
+        """Returns the mean of the tokens that other drafters' proposals promise."""
+        flying = sum(self.shapes[one.shape].depth + 1.0 if one.sources else 1.0 if one.plan is None else one.plan.tokens
+                     for one in self._launched)  # fmt: skip
+        depth = self.shapes[-1].depth
+        return sum(promised(text.given, flying, depth) for text in texts) / len(texts)
 
     def _measured(self, parts: list[Part]) -> ShapeTable:
         """Times the steps on random tokens, whose rows activate as many experts as those of real sequences."""
@@ -334,11 +357,15 @@ class Group:
                 vocabulary, state = self.runtime.model.config.vocab_size, part.state
                 state.tokens.copy_(torch.randint(vocabulary, state.tokens.shape, generator=generator))
                 state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator))
+                if self.kind.text and state.script is not None:
+                    state.script.copy_(torch.randint(vocabulary, state.script.shape, generator=generator))
                 assert part.switching is not None
                 measured.append(part.switching.seconds(state))
+                if self.kind.text and state.script is not None:
+                    state.script.fill_(NOTHING)
         self._disturbed = True
         seconds = [sum(times) for times in zip(*measured, strict=True)]
-        return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances)
+        return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances, self.kind.text)
 
     def _turn(self, parts: list[Switching], shape: int) -> None:
         """Runs the transition to a shape; the sequences' backlogs may differ in rows."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from mtp_spec.option_checks import invalid
 from mtp_spec.request import Request
-from mtp_spec.speculation import Speculation
+from mtp_spec.speculation import MAX_DEPTH, Speculation
+from mtp_spec.tree import MODULES
 from mtp_spec.tree_shape import TreeShape
 
 # the deepest chain that "auto" drafts
@@ -26,22 +28,25 @@ class Kind:
         guided: what the host sends between verify and accept (`guided`): masks of the allowed tokens, for a grammar or
             `min_new_tokens`, or rows that a logits processor has changed; None for nothing.
         watched: whether an observer sees drafts and rows, so that steps are not captured.
+        replay: whether drafts are replaced by those of a `drafting.Replay`.
+        modules: whether the MTP modules draft.
+        text: whether the drafts of the last shape are other drafters' (`script`); plain decoding is first then.
+        eager: whether that shape is taken whenever there are such drafts.
     """
 
     shapes: tuple[TreeShape, ...]
     acceptance: str = "coupled"
     guided: Guided | None = None
     watched: bool = False
-
-    @property
-    def depth(self) -> int:
-        """Depth of the deepest tree."""
-        return max(shape.depth for shape in self.shapes)
+    replay: bool = False
+    modules: bool = False
+    text: bool = False
+    eager: bool = False
 
     @property
     def extend(self) -> int:
-        """Most tokens that a step may commit and the MTP modules then have to process; 0 without drafts."""
-        return self.depth + 1 if self.depth else 0
+        """Most tokens that a step may commit and the MTP modules then have to process; 0 if they do not draft."""
+        return max(shape.depth for shape in self.shapes) + 1 if self.modules else 0
 
     @property
     def takes_turns(self) -> bool:
@@ -64,16 +69,47 @@ def kind_of(request: Request, watched: bool = False) -> Kind:
     guided: Guided | None = None
     if sampler.guides:
         guided = "masks" if sampler.masks else "rows"
-    return Kind(_shapes(speculation), "coupled" if speculation is None else speculation.acceptance, guided, watched)
+    rule = "coupled" if speculation is None else speculation.acceptance
+    replay = speculation is not None and speculation.replay is not None
+    # an observer wants rows that drafts come from
+    text, modules = bool(request.drafters) and not watched, request.modules
+    eager = text and not modules and speculation is not None and not speculation.adaptive
+    return Kind(_shapes(speculation, modules, text), rule, guided, watched, replay, modules, text, eager)
+
+
+def check_mixed(speculation: Speculation) -> None:
+    """Rejects drafters that cannot take part in captured steps.
+
+    Raises:
+        OptionError: it names what is allowed.
+    """
+    if not speculation.others:
+        return
+    if speculation.acceptance != "coupled":
+        allowed = f'("{MODULES}",) with acceptance="{speculation.acceptance}" on a GPU; others need "coupled", or a CPU'
+        raise invalid("drafters", speculation.drafters, allowed)
+    if speculation.modules and not speculation.adaptive:
+        allowed = "the MTP modules alone in a fixed tree on a GPU; give adaptive=True for both, or leave them out"
+        raise invalid("drafters", speculation.drafters, allowed)
+    if not speculation.modules and not speculation.is_chain:
+        raise invalid("branching", speculation.branching, "a chain on a GPU, if the MTP modules do not draft")
 
 
 @lru_cache  # called for every sequence in every round of its prefill
-def _shapes(speculation: Speculation | None) -> tuple[TreeShape, ...]:
-    """Returns the shapes of steps; for adaptive speculation plain decoding, then trees of growing depth."""
-    if speculation is None or not speculation.adaptive:
+def _shapes(speculation: Speculation | None, modules: bool, text: bool) -> tuple[TreeShape, ...]:
+    """Returns the shapes of steps; for adaptive speculation plain decoding, then trees of growing depth, then the chain
+    of other drafters."""
+    if speculation is None or not (modules or text):
+        return (TreeShape(),)
+    if not modules:
+        chain = Speculation(depth=MAX_DEPTH if speculation.adaptive else speculation.depth)
+        return (TreeShape(), TreeShape.of(chain))
+    if not speculation.adaptive:
         return (TreeShape.of(speculation),)
     trees = [
         Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
         for depth in range(1, speculation.depth + 1)
     ]
+    if text:
+        trees.append(Speculation(depth=MAX_DEPTH))
     return tuple(TreeShape.of(tree) for tree in (None, *trees))

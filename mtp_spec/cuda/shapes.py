@@ -59,6 +59,8 @@ class Switching:
             return run if runtime.graphs is None else runtime.graphs.capture(run)
 
         constants = Constants(runtime.model.device)
+        if not steps[-1].extend:  # without the modules there is nothing to catch up on
+            return cls(steps, _nothing, dict.fromkeys(CATCH_UP_ROWS, _nothing), constants)
         passes = dict[int, Callable[[], None]]()
         for rows in CATCH_UP_ROWS:
             some = [state.part(first, min(most // rows, state.texts - first))
@@ -70,13 +72,24 @@ class Switching:
     def seconds(self, state: State) -> list[float]:
         """Returns the seconds of each step, of settling, and of catching up by each number of rows."""
         works: list[Callable[[], None]] = [*self.steps, self.settle, *self.catch_up.values()]
-        return [_time(state, work) for work in works]
+        return [0.0 if work is _nothing else _time(state, work) for work in works]
 
 
-def table_of(shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None) -> ShapeTable:
-    """Returns the table of measured times, in the order of `Switching.seconds`."""
+def table_of(
+    shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None, text: bool = False
+) -> ShapeTable:
+    """Returns the table of measured times, in the order of `Switching.seconds`.
+
+    Args:
+        text: whether the last shape is that of other drafters.
+    """
     steps, (settling, *reading) = seconds[: len(shapes)], seconds[len(shapes) :]
-    return ShapeTable(shapes, steps, settling, dict(zip(CATCH_UP_ROWS, reading, strict=True)), chances)
+    catching_up = dict(zip(CATCH_UP_ROWS, reading, strict=True))
+    return ShapeTable(shapes, steps, settling, catching_up, chances, len(shapes) - 1 if text else None)
+
+
+def _nothing() -> None:
+    """Stands for a transition that takes nothing."""
 
 
 def _one_by_one(works: list[Callable[[], None]]) -> Callable[[], None]:

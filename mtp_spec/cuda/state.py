@@ -59,6 +59,9 @@ class State:
         carried: `[B, modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
         live: `[B]` int32, 0 for an unused slot, which does not advance; None if all are in use.
         logits: buffer for the logits of batched steps; None if each step has its own.
+        script: `[B, S, MAX_DEPTH]` int64, what is drafted after the root at a position, modulo S, -1 for nothing: other
+            drafters' proposals (`cuda.script`), or what replaces the modules' drafts (`drafting.Replay`). None if only
+            the modules draft.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class State:
         self.store, self.pages = held[0].store, pages
         self.live: Tensor | None = None
         self.logits: Tensor | None = None
+        self.script: Tensor | None = None
         model.table(held[0].capacity + MOST)
         texts, width = 1 if pages is None else len(pages), config.hidden_size
         self.length = torch.zeros(texts, dtype=torch.int32, device=device)
@@ -108,13 +112,20 @@ class State:
             return found
         part = copy.copy(self)
         part._parts, part._held = {}, None
-        for name in (*KEPT, "pages", "live"):
+        for name in (*KEPT, "pages", "live", "script"):
             setattr(part, name, some(getattr(self, name)))
         settings = self.settings
         part.settings = Settings(settings.values[first : first + count], settings.seed[first : first + count],
                                  some(settings.bias), some(settings.seen))  # fmt: skip
         self._parts[first, count] = part
         return part
+
+    def replay(self, text: int, first: int, drafts: npt.NDArray[np.int64]) -> None:
+        """Sets what is drafted for a sequence after slot `first` and the following ones, `[T, MAX_DEPTH]`."""
+        assert self.script is not None
+        self.script[text] = -1
+        rows = min(len(drafts), self.script.shape[1] - first)
+        self.script[text, first : first + rows] = self.sent(drafts[:rows], torch.int64)
 
     def reset(self, params: SamplingParams, prompt: list[int], reused: int = 0) -> None:
         """Prepares for a new sequence, the only one.

@@ -21,6 +21,7 @@ from mtp_spec.cuda.draft import feed_modules, run_module
 from mtp_spec.cuda.guided import masked, remaining
 from mtp_spec.cuda.kinds import Guided
 from mtp_spec.cuda.rules import DeviceRule
+from mtp_spec.cuda.script import replaced, scripted
 from mtp_spec.cuda.state import State
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels import mla
@@ -40,6 +41,8 @@ class Step:
         guided: what the host sends between verify and accept, see `kinds.Kind`: the parts are captured separately.
         masks: the buffer that receives it, see `guided.Guide`.
         watched: keep the rows that drafts come from.
+        text: the drafts are those of the state's script, not the modules'.
+        replay: the script replaces the tokens that the modules draft.
     Attributes:
         logits: `[M, V]` float32 of the last call, root first; after "accept" without the tokens a guide has removed.
         ids: `[M]` int64, the tokens of its rows. A captured step of a state with its own logits buffer keeps nothing
@@ -56,6 +59,8 @@ class Step:
     guided: Guided | None = None
     masks: Tensor | None = None
     watched: bool = False
+    text: bool = False
+    replay: bool = False
     logits: Tensor = field(init=False)
     ids: Tensor = field(init=False)
     drafted: list[tuple[list[int], Tensor]] = field(init=False, default_factory=list)
@@ -104,7 +109,11 @@ class Step:
 
     def _propose(self) -> None:
         root = self.state.tokens[:, -1:]  # the last committed token: tokens are padded with it
-        ids = torch.cat((root, self._draft(self.show())), 1) if self.shape.parents else root
+        ids = root
+        if self.shape.parents:
+            hidden = self.show() if self.extend else None
+            drafts = self._given(root) if self.text or hidden is None else self._draft(hidden)
+            ids = torch.cat((root, drafts), 1)
         self.ids = ids.flatten().contiguous()
 
     def _verify(self) -> None:
@@ -163,6 +172,13 @@ class Step:
         state.fed.copy_(state.length)
         return out[text, count.long() - 1]
 
+    def _given(self, root: Tensor) -> Tensor:
+        """Returns the drafts `[B, N]` of the script; the root's token where it has none."""
+        state = self.state
+        assert state.script is not None
+        given = scripted(state.script, state.length, self._constants, self.shape.depth)
+        return replaced(root.expand_as(given), given)
+
     def _draft(self, hidden: Tensor) -> Tensor:
         """Returns the drafted tokens of all nodes `[B, N]` int64; hidden `[B, D]` are the roots' outputs."""
         state, shape, constants = self.state, self.shape, self._constants
@@ -197,6 +213,8 @@ class Step:
                     feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children
                 )
                 found = drawn.tokens.view(state.texts, -1).index_select(1, places)
+            if self.replay and state.script is not None:
+                found = replaced(found, scripted(state.script, state.length, constants, depth)[:, depth - 1 :])
             tokens[:, children[0] : children[-1] + 1] = found
         return tokens
 

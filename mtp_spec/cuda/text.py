@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from mtp_spec.acceptance.accept import Accepted, Drawn
 from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.pages import DeviceLease
+from mtp_spec.cuda.script import LONGEST
 from mtp_spec.cuda.state import MOST, WAITING, stages_of
+from mtp_spec.drafting import Continuation
+from mtp_spec.drafting.together import Proposals
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import commit as commits
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.sampling.sampler import History
 from mtp_spec.sequence import Sequence
-from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.speculation import MAX_DEPTH
+from mtp_spec.tree import MODULES, ROOT, TokenTree
 from mtp_spec.tree_shape import TreeShape
 
 
@@ -48,6 +55,7 @@ class Results:
         logits: by slot, `[E, V]` of the sequence's rows, if requested.
         prompt: whether they are of a prefill.
         drafts: for an observer.
+        sources: by slot the drafter of the tree, if it is not the MTP modules.
     """
 
     texts: Seq[DeviceText]
@@ -56,6 +64,7 @@ class Results:
     logits: Mapping[int, Tensor] = field(default_factory=dict)
     prompt: bool = False
     drafts: Drafts | None = None
+    sources: Seq[str] = ()
     chain: bool = field(init=False)
     depth: int = field(init=False)
 
@@ -66,6 +75,10 @@ class Results:
         """Returns the committed tokens."""
         line = self.lines[slot]
         return line[commits.HEADER : commits.HEADER + line[commits.COUNT]]
+
+    def source(self, slot: int) -> str:
+        """Returns the drafter of the tree."""
+        return self.sources[slot] if self.sources else MODULES
 
     def path(self, slot: int) -> Seq[int]:
         """Returns the row that drew each of them; row 0 is the root."""
@@ -81,6 +94,7 @@ class DeviceText:
         stages: the sampling stages that it needs.
         history: of its tokens, if the host guides it or it has an observer.
         errors: errors of the last step's guidance, by row; raised only if the path reaches that row.
+        given: what drafters other than the MTP modules expect after the known tokens.
     """
 
     def __init__(self, model: DeviceModel, sequence: Sequence, kind: Kind, lease: DeviceLease) -> None:
@@ -89,8 +103,13 @@ class DeviceText:
         self.params = self.sampler.params
         self.stages = stages_of(self.params)
         self.history = self.sampler.history(sequence.tokens) if kind.guided or kind.watched else None
+        self.replay = None if sequence.speculation is None else sequence.speculation.replay
         self.errors: dict[int, Exception] = {}
-        self.drafts = kind.depth > 0
+        self.drafts = kind.modules
+        self.given: Continuation | None = None
+        self._proposals: Proposals | None = None
+        if kind.text:
+            self._proposals = Proposals(sequence.request.drafters, sequence.tokens, model.config.vocab_size)
         # most tokens that the MTP modules have not seen: of steps in flight, and stored by plain steps
         self._late = 2 * MOST + (WAITING if kind.takes_turns else 0)
         self._due = 0  # tokens from which on another page can be shared
@@ -102,6 +121,12 @@ class DeviceText:
     def tokens(self) -> list[int]:
         """The sequence's tokens."""
         return self.sequence.tokens
+
+    @cached_property
+    def script(self) -> npt.NDArray[np.int64]:
+        """`[T + 1, MAX_DEPTH]`, what is drafted if drafts are replayed."""
+        assert self.replay is not None
+        return self.replay.table(MAX_DEPTH, self.model.config.vocab_size)
 
     @property
     def left(self) -> int:
@@ -119,10 +144,14 @@ class DeviceText:
             MTPSpecError: a row had no token to draw.
         """
         tokens, failed = results.tokens(slot), results.lines[slot][commits.FAILED] > 0
-        if failed or self._asks or not self.sequence.extend(tokens):
+        if failed or self._asks or not self.sequence.extend(tokens, results.source(slot)):
             self._take_each(results, slot, tokens, failed)
         else:
             self._count(results, slot, len(tokens))
+        if self._proposals is not None and self.sequence.alive:
+            self._proposals.commit(tokens)
+            found = self._proposals.propose((), min(LONGEST, self.left))
+            self.given = found[0] if found else None
         if len(self.tokens) >= self._due:
             held = len(self.tokens) - 1
             self._share(held, held - self._late if self.drafts else held)
@@ -137,7 +166,7 @@ class DeviceText:
             logprob = None
             if wanted and logits is not None:
                 logprob = self.sampler.logprobs(logits[path[j]], token, wanted)
-            drawn.append(Drawn(token, j + 1 if j + 1 < len(tokens) else 0, logprob))
+            drawn.append(Drawn(token, j + 1 if j + 1 < len(tokens) else 0, logprob, results.source(slot)))
             ended = self.sequence.is_last(token)
             if ended:
                 break
@@ -161,7 +190,12 @@ class DeviceText:
         ranks: Seq[int] = shape.ranks[:accepted]
         if not results.chain:
             ranks = [shape.ranks[row - 1] for row in results.path(slot)[1 : accepted + 1]]
-        stats.record_step(results.depth, len(shape.parents), ranks, committed)
+        source = results.source(slot) if self.replay is None else self.replay.name
+        if source == MODULES:
+            stats.record_step(results.depth, len(shape.parents), ranks, committed)
+        else:
+            nodes = len(shape.parents)
+            stats.record_step(results.depth, nodes, ranks, committed, [source] * accepted, [source] * nodes)
 
     def _show(self, drafts: Drafts, path: Seq[int], logits: Tensor, history: History, accepted: Accepted) -> None:
         """Passes a step to the sequence's observer; `history` is that of its root, and the nodes are filled in here."""

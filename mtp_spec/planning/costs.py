@@ -87,7 +87,8 @@ class StepTimes:
         verify: the main model over a chain's rows, with logits; one row is a plain step.
         tree: the same over a tree's rows.
         level: an MTP module over the leaves of a level, with head and sampling.
-        extend: an MTP module over the tokens committed since it last ran.
+        extend: an MTP module over the tokens committed since it last ran; like `level` that of `verify`, and not used,
+            if the model has no module.
     """
 
     verify: Curve
@@ -171,7 +172,9 @@ def measure(
     ids = (ids * -(-need // len(ids)))[:need]
     contexts = (NEAR, max(2 * NEAR, min(FAR, longest)))
     passes = {context: _passes(model, technique, ids, context) for context in contexts}
-    taken: dict[tuple[str, int, int], list[float]] = {key: [] for key in _points(contexts)}
+    taken: dict[tuple[str, int, int], list[float]] = {
+        key: [] for key in _points(contexts) if key[0] in passes[contexts[0]]
+    }
     clock = thread_time if get_clock_info("thread_time").resolution <= FINE else perf_counter
     start, ranks = perf_counter(), model.ranks
     for number, key in product(range(ROUNDS), taken):
@@ -212,7 +215,7 @@ def _curves(taken: dict[tuple[str, int, int], float], contexts: tuple[int, int])
         counts = [rows for name, rows, context in taken if name == kind and context == contexts[0]]
         points = {rows: (taken[kind, rows, contexts[0]], taken[kind, rows, contexts[1]]) for rows in counts}
         curves[kind] = Curve.rising(contexts, points)
-    return StepTimes(**curves)
+    return StepTimes(**{name: curves.get(name, curves["verify"]) for name in ("verify", "tree", "level", "extend")})
 
 
 def _passes(
@@ -222,10 +225,11 @@ def _passes(
     most = max(VERIFY_ROWS + EXTEND_ROWS)
     cache, drafts = model.new_cache(context + most), model.new_mtp_cache(context + most)
     hidden = model.rows(ids[:NEAR], cache, range(-1, NEAR - 1))
-    plan = plan_rows(model.table(context + most + 2), 0, range(-1, NEAR - 1), offset=1)
-    model.mtp_rows(0, ids[1 : NEAR + 1], hidden, drafts, plan)
-    for one in (cache, drafts):
-        _repeat(one, context)
+    _repeat(cache, context)
+    if model.mtp:
+        plan = plan_rows(model.table(context + most + 2), 0, range(-1, NEAR - 1), offset=1)
+        model.mtp_rows(0, ids[1 : NEAR + 1], hidden, drafts, plan)
+        _repeat(drafts, context)
     taken = 0
 
     def some(rows: int) -> Sequence[int]:
@@ -251,10 +255,11 @@ def _passes(
             scores = sampler.process(row, history)
             sampler.lead(scores, context, sampler.top(scores, context, 2)[0])
 
-    return {
-        # a chain with a sibling of its first node
-        "verify": verify, "tree": lambda rows: verify(rows, [*range(-1, rows - 2), 0]), "level": level, "extend": extend
+    # a tree is a chain with a sibling of its first node
+    found: dict[str, Callable[[int], object]] = {
+        "verify": verify, "tree": lambda rows: verify(rows, [*range(-1, rows - 2), 0])
     }  # fmt: skip
+    return found | {"level": level, "extend": extend} if model.mtp else found
 
 
 def _repeat(cache: LatentCache, context: int) -> None:

@@ -6,14 +6,21 @@ which nodes are verified.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Protocol
 
+from mtp_spec.drafting import Continuation
 from mtp_spec.planning.base import Outcome
+from mtp_spec.planning.given import fixed_tree
 from mtp_spec.planning.text_memory import TextMemory
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree import TokenTree
+
+# path below the root and most tokens -> proposals, see `drafting.together.Proposals`
+Propose = Callable[[Sequence[int], int], Sequence[Continuation]]
+LEAST_CHANCE = 1e-6  # of a proposal, where its logarithm is needed
 
 
 class Children(Protocol):
@@ -39,7 +46,9 @@ class TreePlan(Protocol):
 
     Attributes:
         standing: of the sequence when the step was planned.
-        drafts: whether anything is drafted.
+        drafts: whether the MTP modules draft.
+        given: the tree of other drafters' proposals that is verified instead; empty if the modules draft.
+        mixes: whether other drafters' proposals come before the modules' children of a node.
         limits: the largest tree.
         root: the root's score.
         tokens: expected number of tokens from the step.
@@ -50,6 +59,8 @@ class TreePlan(Protocol):
 
     standing: Standing
     drafts: bool
+    given: TokenTree
+    mixes: bool
     root: float
     tokens: float
     seconds: float
@@ -77,6 +88,14 @@ class TreePlan(Protocol):
         """
         ...
 
+    def proposed(self, score: float, one: Continuation) -> float:
+        """Returns the score of another drafter's child of a node with this score, if the plan `mixes`."""
+        ...
+
+    def graft(self, tree: TokenTree, scores: list[float], propose: Propose) -> None:
+        """Adds other drafters' proposals to the modules' tree."""
+        ...
+
     def choose(self, tree: TokenTree, scores: Sequence[float]) -> list[int]:
         """Returns the nodes that are verified, ascending; a node's parent is always among them."""
         ...
@@ -94,6 +113,8 @@ class Standing:
         left: most tokens that it may still generate.
         rows: its rows in the last pass that verified.
         planned: an earlier plan that has not been run.
+        modules: whether the MTP modules may draft.
+        given: what other drafters propose after the committed tokens, likeliest first.
     """
 
     limits: Speculation | None
@@ -103,6 +124,8 @@ class Standing:
     left: int
     rows: int = 1
     planned: TreePlan | None = None
+    modules: bool = True
+    given: Sequence[Continuation] = ()
 
     @property
     def may_draft(self) -> bool:
@@ -130,11 +153,14 @@ class FixedPlan:
         seconds: expected time.
     """
 
-    root, tokens = 0.0, 1.0
+    root, tokens, mixes = 0.0, 1.0, True
 
     def __init__(self, standing: Standing, drafts: bool, seconds: float = 0.0) -> None:
-        self.standing, self.drafts, self.seconds = standing, drafts, seconds
-        self.levels, self.nodes = list[int](), 0
+        self.standing, self.seconds, self.given = standing, seconds, TokenTree()
+        if drafts and standing.given:
+            self.given = fixed_tree(standing.given, self.limits, standing.left - 1, standing.modules)
+        self.drafts = drafts and standing.modules and not len(self.given)
+        self.levels, self.nodes = list[int](), len(self.given)
 
     @property
     def limits(self) -> Speculation:
@@ -152,6 +178,13 @@ class FixedPlan:
         if self.limits.budget is None:
             return [score] * children.count
         return [score + logprob for logprob in children.logprobs()]
+
+    def proposed(self, score: float, one: Continuation) -> float:
+        """Returns the log-probability of a path, likewise."""
+        return score if self.limits.budget is None else score + log(max(one.chances[0], LEAST_CHANCE))
+
+    def graft(self, tree: TokenTree, scores: list[float], propose: Propose) -> None:
+        """Adds nothing: the proposals are in the tree."""
 
     def choose(self, tree: TokenTree, scores: Sequence[float]) -> list[int]:
         """Returns all nodes."""

@@ -18,15 +18,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
+from mtp_spec.drafting import Continuation
 from mtp_spec.planning.correction import Correction, surprise
 from mtp_spec.planning.costs import StepTimes
-from mtp_spec.planning.fixed_plan import Children, Standing
+from mtp_spec.planning.fixed_plan import Children, Propose, Standing
+from mtp_spec.planning.given import graft
 from mtp_spec.planning.text_memory import TextMemory
 from mtp_spec.speculation import MAX_DEPTH, Speculation
-from mtp_spec.tree import ROOT, TokenTree
+from mtp_spec.tree import MODULES, ROOT, TokenTree
 
 # weight of a step in the running means of a sequence, and of all sequences of a model
 NEWER, SLOWER = 0.1, 0.02
+# other drafters: how much more than the modules they must promise to draft without them; the least chance of a node
+# that is considered; and at how many of the modules' leaves they are asked
+CLEARLY, LEAST_CHANCE, SPLICED = 1.02, 0.02, 2
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # of chains that are compared
 # the log-ratio of measured to expected time is clipped to this
 MOST_SURPRISE = log(2.0)
 # weight of the initial measurement, in timed plain steps among drafted ones
@@ -90,6 +96,8 @@ class NodePlan:
     """One step of one sequence; see `fixed_plan.TreePlan`. Scores are the nodes' acceptance probabilities.
 
     Attributes:
+        drafts: whether the MTP modules draft.
+        given: the tree of other drafters' proposals that is verified if the modules do not draft.
         doubted: whether drafting has to prove that it pays.
         probing: whether the step is plain only in order to time it.
         drafting: time of drafting so far, in plain steps.
@@ -99,7 +107,7 @@ class NodePlan:
         tree: the tree that is verified, once chosen.
     """
 
-    root = 1.0
+    root, mixes = 1.0, False
 
     def __init__(
         self, standing: Standing, memory: TextMemory, beside: Beside, times: StepTimes, speed: Speed
@@ -121,7 +129,7 @@ class NodePlan:
         self.catching_up = factor * max(0.0, extending - times.extend(several * MAX_DEPTH, self._context))
         self.drafting, self.leads = 0.0, dict[int, tuple[float, int]]()
         self.tokens, self.seconds = 1.0, self.plain
-        self.levels, self.tree = list[int](), TokenTree()
+        self.levels, self.tree, self.given = list[int](), TokenTree(), TokenTree()
 
     @property
     def limits(self) -> Speculation:
@@ -133,6 +141,61 @@ class NodePlan:
     def nodes(self) -> int:
         """Number of nodes that are verified."""
         return len(self.tree)
+
+    def without_modules(self, modules: bool) -> bool:
+        """Plans a step without the MTP modules if the other drafters' proposals promise more; returns whether it did.
+
+        They do if their tokens per second are more than the modules' have been, and the modules would add less than
+        their own time: they can only be right where the proposals are wrong.
+
+        Args:
+            modules: whether the modules could draft.
+        """
+        memory, given = self.memory, self.standing.given
+        modules = modules and not memory.pace.paused
+        least = memory.rate if modules else 1.0
+        first, row = given[0], self.row(0)
+        if first.chances[0] < least * row:
+            return False
+        trust, sums, chance = memory.other_kept / memory.other_promised, [1.0], 1.0
+        for place in range(min(len(first.tokens), self.limits.nodes)):
+            chance *= first.chance(place)
+            if chance < max(LEAST_CHANCE, least * row / 2):
+                break
+            sums.append(sums[-1] + trust * chance)
+        sizes = [size for size in SIZES if size < len(sums)] + [len(sums) - 1]
+        rate, size = max((sums[size] / self._pass(size + 1), size) for size in sizes)
+        if not size or rate < CLEARLY * least:
+            return False
+        missed = 1.0 - trust * sum(one.chances[0] for one in given)
+        if modules and missed * memory.worth > memory.rate * (self._level(1) + self._extending):
+            return False
+        if not memory.others.drafts():
+            return False
+        chances = list[float]()
+        graft(self.tree, chances, ROOT, [first], size)
+        if (branch := self._branch(size)) * rate < max((one.chances[0] for one in given[1:]), default=0.0):
+            graft(self.tree, chances, ROOT, given[1:], self.limits.nodes, rate * branch)
+        self.given, nodes = self.tree, len(self.tree)
+        self.tokens = 1.0 + trust * sum(chances)
+        self.seconds = self._pass(nodes + 1, nodes > size) * self.plain
+        return True
+
+    def graft(self, tree: TokenTree, scores: list[float], propose: Propose) -> None:
+        """Adds the other drafters' proposals below the root and below the best drafts at which the modules stopped."""
+        memory, limits = self.memory, self.limits
+        if memory.others.paused:
+            return
+        least, most = memory.rate * self.row(0), limits.nodes
+        order = sorted(range(len(tree)), key=lambda node: (-scores[node], node))
+        leaves = [node for node in order if not tree.children(node) and scores[node] > least][:SPLICED]
+        for node in (ROOT, *leaves):
+            given = self.standing.given if node == ROOT else propose(tree.path_tokens(node), most - len(tree))
+            graft(tree, scores, node, given, most, least / 2)
+
+    def proposed(self, score: float, one: Continuation) -> float:
+        """Is not called: proposals join the modules' tree in `graft`."""
+        raise NotImplementedError
 
     def expand(self, scores: Sequence[float], nodes: int) -> list[int]:
         """Returns the leaves whose children are expected to pay."""
@@ -169,10 +232,8 @@ class NodePlan:
 
     def choose(self, tree: TokenTree, scores: Sequence[float]) -> list[int]:
         """Returns the nodes worth verifying, and sets the expected tokens and time of the step."""
-        order = sorted(range(len(tree)), key=lambda node: (-scores[node], node))
-        chain = [node for node in order if not any(tree.ranks[step] for step in tree.path(node))]
-        found = [self._prefix(nodes, scores, chain) for nodes in (chain, order)]
-        kept, self.tokens, time = max(found, key=lambda one: one[1] - self.memory.rate * one[2])
+        kept, self.tokens, time = self._best(tree, scores, self.memory.rate)
+        chain = [node for node in range(len(tree)) if not any(tree.ranks[step] for step in tree.path(node))]
         if self.doubted and chain and not kept:  # only a verified draft gives evidence, and the best child gives most
             kept, self.tokens, time = chain[:1], 1.0 + scores[chain[0]], self.drafting + self._pass(2)
         self.seconds, kept = time * self.plain, sorted(kept)
@@ -181,11 +242,21 @@ class NodePlan:
         self.tree = tree.part(kept)
         return kept
 
+    def _best(self, tree: TokenTree, chances: Sequence[float], rate: float) -> tuple[list[int], float, float]:
+        """Returns the nodes with the largest gain at a rate, and the tokens and time of their step."""
+        order = sorted(range(len(tree)), key=lambda node: (-chances[node], node))
+        chains = [[node for node in order if not any(tree.ranks[step] for step in tree.path(node))]]
+        if any(source != MODULES for source in tree.sources):  # the likeliest path may be another drafter's
+            deepest = max(range(len(tree)), key=lambda node: (tree.depths[node], chances[node], -node))
+            chains.append(tree.path(deepest))
+        found = [self._prefix(nodes, chances, chain, rate) for chain in chains for nodes in (chain, order)]
+        return max(found, key=lambda one: one[1] - rate * one[2])
+
     def _prefix(
-        self, nodes: list[int], chances: Sequence[float], chain: Sequence[int]
+        self, nodes: list[int], chances: Sequence[float], chain: Sequence[int], rate: float
     ) -> tuple[list[int], float, float]:
         """Returns the prefix of nodes with the largest gain, and the tokens and time of its step."""
-        rate, tokens, found, tree = self.memory.rate, 1.0, (list[int](), 1.0, 1.0 + self.drafting), False
+        tokens, found, tree = 1.0, (list[int](), 1.0, 1.0 + self.drafting), False
         for count, node in enumerate(nodes, start=1):
             tree = tree or node not in chain
             tokens += chances[node]

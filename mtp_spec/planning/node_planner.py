@@ -18,10 +18,11 @@ from mtp_spec.planning.governor import Pace
 from mtp_spec.planning.node_plan import ALONE, NEWER, SLOWER, Beside, NodePlan, Speed
 from mtp_spec.planning.text_memory import TextMemory
 from mtp_spec.speculation import MAX_DEPTH
-from mtp_spec.tree import ROOT
+from mtp_spec.tree import MODULES, ROOT
 
-# priors: tokens in the time of a plain step, and the probability of the best child
-FIRST_RATE, FIRST_CHANCE = 1.3, 0.7
+# priors: tokens in the time of a plain step, the probability of the best child, and what drafts gain before the time of
+# drafting, in tokens
+FIRST_RATE, FIRST_CHANCE, FIRST_WORTH = 1.3, 0.7, 0.6
 # in a batch: how much faster than plain decoding drafting must seem, as times are extrapolated from fewer rows; the
 # deepest chain considered for that; and the steps within which catching up must pay off
 CLEAR_GAIN, TRIED_DEPTH, SOON = 1.05, 4, 32
@@ -41,18 +42,20 @@ class NodePlanner:
         saved: what has been saved for tries while drafting is paused.
         unseen: drafted steps since a plain step was timed.
         best: running mean of the best child's probability.
+        worth: running mean of what the MTP modules' drafts gain before the time of drafting.
     """
 
     def __init__(self, times: StepTimes) -> None:
         self.times, self.speed, self.confidence = times, Speed(), Confidence()
         self.rate, self.debt, self.saved, self.best = FIRST_RATE, 0.0, inf, FIRST_CHANCE
+        self.worth = FIRST_WORTH
         self.unseen = round(PROBED * FIRST_RATE**4) - FIRST_PROBE
 
     def begin(self) -> TextMemory:
         """Returns the initial memory of a new sequence."""
         # savings for tries are shared by all sequences: a short one could not pay for a try of its own
         pace, plain = Pace(self.debt, saved=self.saved), self.times.verify(1, 0) * self.speed.factor("plain")
-        return TextMemory(pace, self.confidence.for_text(), self.rate, self.best, plain)
+        return TextMemory(pace, self.confidence.for_text(), self.rate, self.best, plain, self.worth)
 
     # what to draft
 
@@ -70,10 +73,10 @@ class NodePlanner:
                 plans.append(one.planned)
             elif one.memory is None:
                 plans.append(FixedPlan(one, one.may_draft))
-            elif not one.may_draft or hopeless:
+            elif not one.may_draft or ((hopeless or not one.modules) and not one.given):
                 plans.append(FixedPlan(one, False, one.memory.plain))
             else:
-                plans.append(self._plan(one, one.memory, beside))
+                plans.append(self._plan(one, one.memory, beside, one.modules and not hopeless))
         return plans
 
     def _pays(self, sequences: Sequence[Standing]) -> bool:
@@ -94,15 +97,21 @@ class NodePlanner:
                 return True
         return False
 
-    def _plan(self, one: Standing, memory: TextMemory, beside: Beside) -> TreePlan:
+    def _plan(self, one: Standing, memory: TextMemory, beside: Beside, modules: bool) -> TreePlan:
         """Returns the plan of one sequence's step; a `FixedPlan` if nothing is to be learned from it."""
         pace = memory.pace
         memory.steps += 1
+        plan = NodePlan(one, memory, beside, self.times, self.speed) if one.given else None
+        if plan is not None and plan.without_modules(modules):
+            memory.plain = plan.plain
+            return plan
+        if not modules:
+            return FixedPlan(one, False, memory.plain)
         idle = memory.steps % LOOKED > 0 and pace.saving()
         self.saved = pace.saved
         if idle:
             return FixedPlan(one, False, memory.plain)
-        plan = NodePlan(one, memory, beside, self.times, self.speed)
+        plan = plan or NodePlan(one, memory, beside, self.times, self.speed)
         memory.plain = plan.plain
         if pace.paused:
             memory.rate = 1.0  # the alternative use of the time is plain decoding
@@ -142,6 +151,8 @@ class NodePlanner:
             if seconds is not None:
                 self.speed.learn("draft", seconds.drafting, plan.drafting * plan.plain)
             self._judge(plan, path)
+        elif len(plan.given):
+            self._judge_others(plan, path)
         if seconds is None:
             return
         rest, expected = seconds.step - seconds.drafting, plan.seconds - plan.drafting * plan.plain
@@ -154,12 +165,14 @@ class NodePlanner:
         """Learns acceptance probabilities, and whether drafting pays."""
         memory, tree, judged = plan.memory, plan.tree, list[Judged]()
         for node in (ROOT, *path):
-            children = tree.children(node)
+            children = [child for child in tree.children(node) if tree.sources[child] == MODULES]
             if children and node in plan.leads:
                 ranks = [tree.ranks[child] for child in children if child in path]
                 judged.append(Judged(*plan.leads[node], len(children), ranks[0] if ranks else None))
         memory.confidence.learn(judged)
         self.confidence.learn(judged)
+        if any(source != MODULES for source in tree.sources):  # says nothing of what the modules gain alone
+            return
         time, promised = plan.seconds / plan.plain, plan.tokens - 1.0
         memory.promised += promised - NEWER * memory.promised
         memory.kept += len(path) - NEWER * memory.kept
@@ -170,6 +183,17 @@ class NodePlanner:
         rate = max(1.0, tokens / time)
         memory.rate, self.rate = _mean(memory.rate, rate, NEWER), _mean(self.rate, rate, SLOWER)
         self.best = _mean(self.best, memory.best, SLOWER)
+        worth = tokens - 1.0 - rate * (time - 1.0 - plan.drafting)
+        memory.worth, self.worth = _mean(memory.worth, worth, NEWER), _mean(self.worth, worth, SLOWER)
+
+    def _judge_others(self, plan: NodePlan, path: Sequence[int]) -> None:
+        """Learns whether the other drafters' proposals are worth the time that verifying them takes."""
+        memory, trust = plan.memory, plan.memory.other_kept / plan.memory.other_promised
+        promised = (plan.tokens - 1.0) / trust
+        memory.other_promised += promised - NEWER * memory.other_promised
+        memory.other_kept += len(path) - NEWER * memory.other_kept
+        trust = memory.other_kept / memory.other_promised
+        memory.others.record(1.0 + promised * trust - plan.seconds / plan.plain)
 
     def _learn_times(self, plans: Sequence[TreePlan], seconds: Seconds) -> None:
         """Learns from the times of a batch's step."""

@@ -30,6 +30,8 @@ LOSING = 0.95
 # a batch ends with its slowest sequence, which accepts less than average: the additional gain that drafting must
 # promise for each doubling of the batch
 LAG = 0.02
+# how much more tokens per second other drafters' proposals must promise than the MTP modules' drafts
+CLEARLY = 1.02
 # weights of a step's time in the corrections of its shape and of all shapes; and the bound to which its log-ratio to
 # the expected time is clipped
 OWN, COMMON, MOST_SURPRISE = 0.1, 0.01, log(1.5)
@@ -44,6 +46,7 @@ class ShapeTable:
         settling: seconds for the switch from drafting to plain steps.
         catching_up: seconds for the switch back, by the most rows that the MTP modules then read.
         chances: acceptance rates learned earlier, with other step times; None if there are none yet.
+        text: the shape whose drafts are those of drafters other than the MTP modules; None if there is none.
 
     Raises:
         ValueError: the first shape has nodes, or the numbers do not match.
@@ -51,11 +54,13 @@ class ShapeTable:
 
     def __init__(
         self, shapes: Sequence[TreeShape], seconds: Sequence[float], settling: float, catching_up: Mapping[int, float],
-        chances: Chances | None = None,
+        chances: Chances | None = None, text: int | None = None,
     ) -> None:  # fmt: skip
         if shapes[PLAIN].parents or len(shapes) != len(seconds) or len(shapes) < 2 or min(seconds) <= 0:
             raise ValueError("shapes are plain decoding, then trees, each with its seconds")
-        self.shapes, self._seconds = tuple(shapes), tuple(seconds)
+        self.shapes, self._seconds, self.text = tuple(shapes), tuple(seconds), text
+        # those of the MTP modules
+        self.drafting = [shape for shape in range(1, len(self.shapes)) if shape != text]
         self._settling, self._catching_up = settling, sorted(catching_up.items())
         self.chances, self.debt = chances or Chances(MODEL_MEMORY), 0.0
         # one factor is common to all shapes (longer contexts are slower), another is each shape's own
@@ -95,12 +100,16 @@ class ShapeBatch:
         texts: number of sequences.
         left: most tokens that any of them may still generate.
         behind: their rows that the MTP modules have not processed.
+        given: expected tokens of a step with other drafters' proposals; 1 if they have none.
+        eager: whether they are taken without comparing.
     """
 
     table: ShapeTable
     texts: int = 1
     left: float = inf
     behind: int = 0
+    given: float = 1.0
+    eager: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +145,19 @@ class ShapePlanner:
         """Returns the shape of the next step."""
         table = batch.table
         tokens = self._chances.tokens(*table.shapes)
+        if table.text is not None:
+            tokens[table.text] = batch.given
         shape = self._choose(batch, tokens)
         return ShapePlan(table, shape, tokens[shape], table.seconds(shape))
 
     def _choose(self, batch: ShapeBatch, tokens: Sequence[float]) -> int:
-        table, drafting = batch.table, range(1, len(batch.table.shapes))
+        table, drafting = batch.table, batch.table.drafting
+        if table.text is not None and batch.given > 1.0:
+            others = [tokens[shape] / table.relative(shape) for shape in drafting if not self._pace.paused]
+            if batch.eager or batch.given > CLEARLY * table.relative(table.text) * max(1.0, *others, 1.0):
+                return table.text
+        if not drafting:
+            return PLAIN
         rate, best = max((tokens[shape] / table.relative(shape), -shape) for shape in drafting)
         best = -best
         least = LOSING if batch.texts == 1 else 1.0 + LAG * log2(batch.texts)
@@ -149,7 +166,7 @@ class ShapePlanner:
             return PLAIN  # the rest is too short to win back the cost of the switch
         if not self._pace.drafts(switching, losing):
             return PLAIN
-        if best + 1 < len(table.shapes):
+        if best + 1 in drafting:
             forgone = rate * table.relative(best + 1) - tokens[best + 1]
             self._saved += ALLOWED
             if self._saved >= max(forgone, LEAST_PRICE):
@@ -163,7 +180,7 @@ class ShapePlanner:
         if outcome.seconds is not None:
             table.learn(plan.shape, outcome.seconds.step)
         paths = [tuple(path) for path in outcome.paths if path is not None]
-        if plan.shape == PLAIN or not paths:
+        if plan.shape in (PLAIN, table.text) or not paths:
             return
         seen = Seen.of(shape, Counter(paths))
         for chances in (self._chances, table.chances):

@@ -20,9 +20,15 @@ class TextMemory:
         steps: number of steps planned so far.
         promised: running sum of the expected accepted tokens.
         kept: running sum of the accepted tokens.
+        worth: running mean of what the MTP modules' drafts gain, before the time of drafting, in tokens.
+        others: whether the other drafters' proposals pay.
+        other_promised, other_kept: the same sums for steps without the modules.
     """
 
-    def __init__(self, pace: Pace, confidence: Confidence, rate: float, best: float, plain: float) -> None:
+    def __init__(
+        self, pace: Pace, confidence: Confidence, rate: float, best: float, plain: float, worth: float
+    ) -> None:  # fmt: skip
         self.pace, self.confidence, self.rate, self.best, self.plain = pace, confidence, rate, best, plain
-        self.promised = self.kept = TRUSTED
+        self.promised = self.kept = self.other_promised = self.other_kept = TRUSTED
+        self.worth, self.others = worth, Pace()
         self.steps = 0

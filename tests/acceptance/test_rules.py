@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,33 @@ def test_any_tree_has_the_targets_law(
     toy = Toy(random_rows(seed, kinds[0]), random_rows(seed + 1, kinds[1]), **SAMPLING[way])
     shape = lambda path: widths.get(path, 1 if not path else 0)  # noqa: E731
     assert error_and_length(RULES[name], shape, toy, depth=3)[0] < 1e-12
+
+
+GIVEN: dict[str, Callable[[Context], list[int]]] = {  # what another drafter proposes after a path
+    "one at the root": lambda path: [2] if not path else [],
+    "a chain": lambda path: [1] if path in ((), (1,), (1, 1)) else [],
+    "after what was drawn": lambda path: [path[-1]] if path else [],
+    "two branches": lambda path: [0, 2],
+    "all there is": lambda path: [2, 0, 1],
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("proposed", GIVEN)
+def test_drafts_of_another_drafter_keep_the_law(name: str, proposed: str) -> None:
+    """They come from point distributions, alone, as siblings of the modules' drafts, above and below them."""
+    for kinds in (("full", "full"), ("certain", "full"), ("truncated", "certain")):
+        toy = Toy(random_rows(21, kinds[0]), random_rows(71, kinds[1]), given=GIVEN[proposed])
+        for shape in shapes_of(name, (1, 1, 1), (2,), (3,), (2, 2)):
+            assert error_and_length(RULES[name], shape, toy)[0] < 1e-12, shape
+    toy = Toy(random_rows(11), random_rows(61), given=GIVEN[proposed], **SAMPLING["all"])
+    assert error_and_length(RULES[name], (1, 1), toy)[0] < 1e-12
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_a_proposal_is_accepted_as_often_as_the_target_draws_it(name: str) -> None:
+    toy = Toy(random_rows(1), random_rows(2), given=lambda path: [1])
+    assert error_and_length(RULES[name], (1,), toy)[1] == pytest.approx(1 + toy.target(())[1])
 
 
 @settings(max_examples=20, deadline=None)

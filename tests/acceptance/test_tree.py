@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -61,6 +62,19 @@ def test_rates_by_depth_and_merging() -> None:
     assert stats.accepted_per_depth["conditional"] == pytest.approx([2 / 3, 1 / 2, 1.0])
     assert stats.accepted_per_depth["unconditional"] == pytest.approx([2 / 3, 1 / 2, 1 / 2])
     assert stats.histogram == {3: 1, 1: 1, 0: 1}
+    stats.record_step(4, 5, [0, 1, 0], 4, ["mtp", "text", "text"], ["text"] * 4)
+    assert stats.accepted_by_source == {"mtp 1": 3, "mtp 2": 1, "mtp 3": 1, "text": 2}
+    assert stats.drafted_by_source == {"mtp": 10, "text": 4}
+    again = GenerationStats.from_record(json.loads(json.dumps(stats.to_record())))
+    assert again.to_json() == stats.to_json()
+    assert stats.merge(again).accepted_by_source["text"] == 4
+
+
+def test_merging_and_steps_that_cannot_be() -> None:
+    stats = GenerationStats()
+    stats.record_step(3, 3, [0, 0, 0], 4)
+    stats.record_step(3, 5, [1], 2)
+    stats.record_step(1, 1, [], 1)
     twice = stats.merge(stats)
     assert (twice.steps, twice.drafted, twice.tokens_per_step) == (6, 18, stats.tokens_per_step)
     assert stats.steps == 3

@@ -110,3 +110,31 @@ def test_statistics_survive_their_record() -> None:
     with stats.phase("verify"):
         pass
     assert GenerationStats.from_record(json.loads(json.dumps(stats.to_record()))) == stats
+
+
+def test_drafters_are_compared_on_edits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "edits.json"
+    main(["bench", "acceptance", "--suite", "edits", "--prompts", "4", "--max-new-tokens", "24", "--json", str(file)])
+    cells = json.loads(file.read_text())["details"]
+    assert list(cells) == [f"{name} at 0.0" for name in ("plain", "auto mtp", "auto text", "auto mtp+text")]
+    assert all(cell["parity"]["same"] == 4 for cell in cells.values())
+    assert set(cells["auto text at 0.0"]["accepted_by_source"]) == {"text"}
+    assert cells["auto text at 0.0"]["tokens_by_source"]["text"] > 10
+    main(
+        [
+            "bench",
+            "acceptance",
+            "--prompts",
+            "1",
+            "--max-new-tokens",
+            "8",
+            "--depths",
+            "2",
+            "--drafters",
+            "text,mtp+text",
+        ]
+    )
+    assert "chain 2 mtp+text" in " ".join(capsys.readouterr().out.split())
+    for wrong in (["--drafters", "retrieval"], ["--suite", "edits", "--set", "mine.jsonl"]):
+        with pytest.raises(SystemExit):
+            main(["bench", "acceptance", *wrong])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from transformers import modeling_layers
 
 import mtp_spec
@@ -362,3 +363,17 @@ def test_options_of_no_meaning_are_named(given: list[str], cause: str, capsys: p
     told = capsys.readouterr().err
     assert given[1] in told
     assert cause in told
+
+
+def test_a_given_acceptance_is_replayed(tmp_path: Path) -> None:
+    options = ["--prompts", "2", "--context", "6", "--max-new-tokens", "12", "--depths", "2", "--acceptance", "1"]
+    document = run(["replay", *options], tmp_path)
+    plain, chain, auto = document["rows"]
+    assert [row["way"] for row in (plain, chain, auto)] == ["plain", "chain 2, replay", "auto, replay"]
+    assert (plain["tokens/step"], chain["accepted by depth"]) == (1.0, "1.00 1.00")
+    assert chain["tokens/step"] > 2.5
+    with pytest.raises(SystemExit):
+        main(["bench", "replay", "--acceptance", "1.5"])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            main(["bench", "replay", "--shape", "GLM-4.7-Flash"])

@@ -110,3 +110,17 @@ def test_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl.gz").write_bytes(b"not gzip")
     with pytest.raises(OptionError, match="cannot be read"):
         read_questions(str(tmp_path / "bad.jsonl.gz"), None, None)
+
+
+def test_the_suite_of_edits_has_documents(tmp_path: Path) -> None:
+    edits = read_questions("edits", None, None)
+    assert edits.name == "edits"
+    kinds = [question.category for question in edits.questions]
+    assert sorted(set(kinds)) == ["document", "edit", "table"]
+    assert all(bool(question.references) == (question.category != "table") for question in edits.questions)
+    records = [{"prompt": "Hi", "references": ["Hello", "there"]}]
+    (question,) = read_questions(write(tmp_path, records, "mine.jsonl"), None, None).questions
+    assert question.references == ("Hello", "there")
+    for wrong in ("Hello", [1]):
+        with pytest.raises(OptionError, match="references"):
+            read_questions(write(tmp_path, [{"prompt": "Hi", "references": wrong}]), None, None)

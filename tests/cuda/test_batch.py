@@ -123,7 +123,7 @@ def test_a_step_that_fails_ends_its_texts_only(folder: Path, monkeypatch: pytest
     capture = Group._capture
 
     def fails(group: Group, first: int, slots: int) -> Any:
-        if group.kind.depth:
+        if group.kind.modules:
             raise MemoryError("no room")
         return capture(group, first, slots)
 

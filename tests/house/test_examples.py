@@ -49,6 +49,7 @@ def test_an_example_runs_as_its_first_line_says() -> None:
         ("json_mode", '"pages"'),
         ("read_statistics", "tokens per second"),
         ("explore_tree", "the target's own token"),
+        ("canned_answers", "'canned'"),
     ],
 )
 def test_short_examples(

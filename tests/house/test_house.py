@@ -15,7 +15,7 @@ from places import ROOT
 PACKAGES = ("kernels", "model", "mtp_spec")  # from the lowest to the highest
 # A module or folder of mtp_spec/ imports only what stands before it; "mtp_spec" is the package's face.
 ORDER = """
-    errors _version machine console shapes progress text option_checks sampling tree acceptance speculation
+    errors _version machine console shapes progress text option_checks sampling tree acceptance drafting speculation
     tree_shape stats results handle distributed keywords request cache sequence step scheduler planning host_memory
     memory cpu serving stream prompt analysis cuda weights load_checks backends api loading training mtp_spec evaluation
     chat bench cli __main__

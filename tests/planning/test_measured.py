@@ -13,6 +13,7 @@ import mtp_spec
 import tiny
 from mtp_spec.api import LM
 from mtp_spec.cpu import planners
+from mtp_spec.cpu.planners import calibrated
 from mtp_spec.planning import costs as times
 from mtp_spec.planning import store
 from mtp_spec.planning.costs import StepTimes
@@ -146,3 +147,12 @@ def test_measuring_measures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert reports[-1][0] == reports[-1][1] == len(reports)
     monkeypatch.setattr(times, "STEADY", 0.0)
     assert times.measure(lm.model, lm.technique, None, 200) is None
+
+
+def test_a_model_without_modules_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = mtp_spec.load(tiny.make(tmp_path / "model", "v2").folder, dtype="bfloat16", measure=False)
+    monkeypatch.setattr(times, "_steady", lambda _: True)  # however busy this machine is
+    found = times.measure(lm.model, lm.technique, None, 200)
+    assert found is not None
+    assert found.level == found.extend == found.verify
+    assert calibrated(found, lm.model, lm.technique, None).verify(1, 32) > 0

@@ -13,14 +13,16 @@ import torch
 import mtp_spec
 import tiny
 from lms import host
+from mtp_spec.drafting import Continuation
 from mtp_spec.planning.confidence import Confidence, Judged
 from mtp_spec.planning.costs import Curve, StepTimes
 from mtp_spec.planning.fixed_plan import Standing, TreeBatch
+from mtp_spec.planning.given import graft
 from mtp_spec.planning.governor import ALLOWED, MOST_DEBT, Pace
 from mtp_spec.planning.node_plan import NodePlan, Speed
 from mtp_spec.planning.node_planner import NodePlanner
 from mtp_spec.tree import ROOT, TokenTree
-from simulated import CONTEXT, LIMITS, MACHINES, PROCESSES, Process, fixed, flat, run
+from simulated import CHEAP_ROWS, CONTEXT, DEAR_ROWS, LIMITS, MACHINES, PROCESSES, Process, fixed, flat, run
 
 
 def test_curves_pass_through_their_points_and_never_fall() -> None:
@@ -217,3 +219,41 @@ def test_times_are_positive_wherever_they_are_asked_for() -> None:
             assert min(seconds) > 0
             assert seconds == sorted(seconds)
             assert seconds[1] >= 1.0 or context < 32
+
+
+def given_alone(times: StepTimes, chance: float, tokens: int = 40, modules: bool = True) -> NodePlan | None:
+    """Plans a step in which another drafter proposes a chain; None if the modules are to draft, or nobody."""
+    planner, given = NodePlanner(times), [Continuation(list(range(tokens)), [chance], "text")]
+    standing = Standing(LIMITS, planner.begin(), CONTEXT, 1, 100, modules=modules, given=given)
+    (plan,) = planner.plan(TreeBatch([standing], alone=True))
+    return plan if isinstance(plan, NodePlan) and len(plan.given) else None
+
+
+def test_proposals_are_verified_as_far_as_they_pay() -> None:
+    for modules in (True, False):
+        cheap, dear = given_alone(CHEAP_ROWS, 0.95, modules=modules), given_alone(DEAR_ROWS, 0.95, modules=modules)
+        assert cheap is not None
+        assert not cheap.drafts
+        assert len(cheap.given) > 12
+        assert cheap.tokens == pytest.approx(1 + sum(0.95**depth for depth in range(1, len(cheap.given) + 1)))
+        assert dear is None or len(dear.given) < len(cheap.given)
+        assert given_alone(DEAR_ROWS, 0.1, modules=modules) is None
+    assert given_alone(CHEAP_ROWS, 0.3) is None  # the modules promise more
+    alone = given_alone(CHEAP_ROWS, 0.3, modules=False)
+    assert alone is not None
+    assert 1 <= len(alone.given) < 8
+
+
+def test_proposals_join_the_modules_tree() -> None:
+    tree, chances = TokenTree(), [0.6, 0.3, 0.3]
+    for parent, token in ((ROOT, 5), (ROOT, 6), (0, 7)):
+        tree.add(parent, token, len(tree.children(parent)))
+    graft(tree, chances, ROOT, [Continuation([5, 7, 8, 9], [0.5, 0.9], "text"), Continuation([4], [0.2], "text")], 64)
+    assert tree.path_tokens(len(tree) - 2) == [5, 7, 8, 9]
+    assert tree.sources == ["mtp"] * 3 + ["text"] * 3
+    assert chances[0] > 0.6  # two drafters agree
+    assert chances[-1] < 0.2  # and here they contradict each other
+    assert all(chances[node] <= (1.0 if parent == ROOT else chances[parent])
+               for node, parent in enumerate(tree.parents))  # fmt: skip
+    graft(tree, chances, 1, [Continuation(list(range(20, 60)), [0.9], "text")], 12)
+    assert len(tree) == len(chances) == 12

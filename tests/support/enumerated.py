@@ -19,7 +19,7 @@ from torch import Tensor
 from mtp_spec import SamplingParams
 from mtp_spec.acceptance import Choices, Rule
 from mtp_spec.acceptance.accept import accept_by_rule
-from mtp_spec.acceptance.base import Law
+from mtp_spec.acceptance.base import Law, mixed
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -53,10 +53,14 @@ def fixed(branching: Sequence[int]) -> Widths:
 
 
 class Toy:
-    """A target and a drafter, both a row of logits for every context, with one way of sampling."""
+    """A target and a drafter, both a row of logits for every context, with one way of sampling; `given` are the tokens
+    that another drafter proposes after a path."""
 
-    def __init__(self, p: Rows, q: Rows, vocab: int = VOCAB, **options: Any) -> None:
-        self.vocab, self.p, self.q = vocab, p, q
+    def __init__(
+        self, p: Rows, q: Rows, vocab: int = VOCAB, given: Callable[[Context], list[int]] = lambda path: [],
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.vocab, self.p, self.q, self.given = vocab, p, q, given
         self.sampler = Sampler(SamplingParams(**{"temperature": 1.0, **options}), vocab)
         self.target = lru_cache(None)(lambda context: self._law(p, context))
         self.draft = lru_cache(None)(lambda context: self._law(q, context))
@@ -82,7 +86,8 @@ class Toy:
                     continue
                 row = self.sampler.process(self.q(path), self.start.extend(path))
                 law = self.sampler.law(row, 0)
-                for rank, proposal in enumerate(rule.propose(law, row.numpy(), width, choices)):
+                given = self.given(path)[:width]
+                for rank, proposal in enumerate(mixed(rule, given, law, row.numpy(), width, choices)):
                     level.append(tree.add(parent, proposal.token, rank))
                     laws.append(proposal.law)
         rows = torch.stack([self.p(tuple(tree.path_tokens(node))) for node in range(ROOT, len(tree))])

@@ -15,6 +15,8 @@ QUICK: dict[str, str] = {
     "planning/test_planner": "curves_pass_through_their_points_and_never_fall the_chosen_nodes_gain_most "
                              "auto_drafts_nothing_where_rows_run_one_by_one",
     "planning/test_shape_planner": "a_text_near_its_end_does_not_begin_again chances_are_learned_by_depth_and_rank",
+    "drafting/test_repeats": "the_continuation_is_what_followed matches_are_true_and_the_longest",
+    "drafting/test_drafters": "options_are_checked_by_name what_always_fails_is_soon_left_alone",
     # the model, its files and its texts
     "model/test_oracle": "main_logits mtp_logits",
     "contract/test_same_text": "caches_after_rollback_equal_a_fresh_run",

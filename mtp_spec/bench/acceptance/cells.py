@@ -8,18 +8,26 @@ prompt by prompt, together with those of plain decoding, the baseline of speed-u
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Final, Literal
 
+from mtp_spec.bench.acceptance.questions import EDITS
 from mtp_spec.bench.peer import MTP
 from mtp_spec.bench.peer import PLAIN as PEER_PLAIN
+from mtp_spec.drafting import Text
 from mtp_spec.errors import OptionError
-from mtp_spec.speculation import Speculation
+from mtp_spec.speculation import DRAFTERS, Speculation
+from mtp_spec.tree import MODULES
 
 PLAIN = "plain"
 AUTO: Final = "auto"
+Drafters = tuple[str, ...]
 COUPLED = "coupled"
+# of edits only greedy texts repeat their documents
+TEMPERATURES, EDIT_TEMPERATURES = (0.0, 0.8), (0.0,)
+EDIT_DRAFTERS = ((MODULES,), (Text.name,), DRAFTERS)
 DEPTHS = (1, 2, 3, 4, 5)
 TREES = ((2, 1, 1), (3, 2, 1), (2, 2, 2, 1))
 # default shapes for comparing rules
@@ -33,7 +41,7 @@ class Cell:
     """One line of the result.
 
     Attributes:
-        draft: "plain", "chain 3", "tree 3,2,1", "auto", or a way of transformers.
+        draft: "plain", "chain 3", "tree 3,2,1", "auto", these with drafters, or a way of transformers.
         rule: the acceptance rule.
         context: tokens that prompts are cut or padded to; None leaves them unchanged.
         batch: batch size.
@@ -57,6 +65,16 @@ class Cell:
         return f"{', '.join(parts)} at {self.temperature}"
 
 
+@dataclass(frozen=True, slots=True)
+class AutoBy:
+    """The largest tree of "auto", with these drafters."""
+
+    drafters: Drafters
+
+
+Way = Speculation | AutoBy | Literal["auto"] | None
+
+
 @dataclass(slots=True)
 class Group:
     """Cells whose texts are generated in turn; the first is plain decoding.
@@ -69,9 +87,9 @@ class Group:
     context: int | None
     vocabulary: int | str | None
     batch: int = 1
-    ways: dict[Cell, Speculation | Literal["auto"] | None] = field(default_factory=dict)
+    ways: dict[Cell, Way] = field(default_factory=dict)
 
-    def add(self, draft: str, speculation: Speculation | Literal["auto"] | None, rule: str = COUPLED) -> None:
+    def add(self, draft: str, speculation: Way, rule: str = COUPLED) -> None:
         cell = Cell(
             temperature=self.temperature,
             draft=draft,
@@ -90,28 +108,31 @@ def sweep(args: argparse.Namespace) -> tuple[list[Group], dict[str, str]]:
         OptionError: no combination is possible.
     """
     groups, left_out = [], dict[str, str]()
-    axes = (args.draft_vocabulary, args.temperatures, args.contexts, sorted(set(args.batch)))
+    temperatures = args.temperatures or (EDIT_TEMPERATURES if args.suite == EDITS else TEMPERATURES)
+    axes = (args.draft_vocabulary, temperatures, args.contexts, sorted(set(args.batch)))
     for vocabulary, temperature, context, batch in product(*axes):
         group = Group(temperature, context, vocabulary, batch)
         group.add(PLAIN, None)
-        for rule, (draft, shape) in product(args.rules or [COUPLED], _shapes(args).items()):
+        every = product(args.rules or [COUPLED], _shapes(args).items(), _drafters(args))
+        for rule, (draft, shape), drafters in every:
+            name = draft if drafters is None else f"{draft} {'+'.join(drafters)}"
             if draft == AUTO:
                 if rule == COUPLED:
-                    group.add(AUTO, AUTO)
+                    group.add(name, AUTO if drafters is None else AutoBy(drafters))
                 else:
-                    left_out[f"{AUTO}, {rule}"] = "auto plans for the coupled rule"
+                    left_out[f"{name}, {rule}"] = "auto plans for the coupled rule"
                 continue
             try:
-                group.add(draft, Speculation(**shape, acceptance=rule), rule)
+                group.add(name, Speculation(**shape, acceptance=rule, drafters=drafters), rule)
             except OptionError as error:
-                left_out[f"{draft}, {rule}"] = str(error)
+                left_out[f"{name}, {rule}"] = str(error)
         if len(group.ways) == 1:
             raise OptionError("nothing to measure: " + "; ".join(left_out.values()))
         if args.transformers and temperature == 0 and batch == 1:
             for name in PEERS:
                 group.add(name, None)
         groups.append(group)
-    if args.transformers and not (0 in args.temperatures and 1 in args.batch):
+    if args.transformers and not (0 in temperatures and 1 in args.batch):
         raise OptionError("--transformers compares single greedy texts: it needs 0 among --temperatures, 1 in --batch")
     if args.bound and max(args.batch) > 1:
         raise OptionError("--bound watches one text at a time: leave --batch out")
@@ -121,8 +142,18 @@ def sweep(args: argparse.Namespace) -> tuple[list[Group], dict[str, str]]:
 def _shapes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns what is drafted: the options of `Speculation` by name, chains first; "auto" last."""
     depths, trees, auto = args.depths, args.trees, args.auto
+    if depths is trees is None and args.suite == EDITS:
+        auto = True
     if depths is trees is None and not auto:
         depths, trees, auto = (RULE_DEPTHS, RULE_TREES, False) if args.rules else (DEPTHS, TREES, True)
     shapes: dict[str, dict[str, Any]] = {f"chain {depth}": {"depth": depth} for depth in depths or ()}
     shapes |= {f"tree {','.join(map(str, tree))}": {"branching": tree} for tree in trees or ()}
     return {**shapes, **({AUTO: {}} if auto else {})}
+
+
+def _drafters(args: argparse.Namespace) -> Sequence[Drafters | None]:
+    """Returns who drafts; None is the default."""
+    if args.drafters is not None:
+        found: Sequence[Drafters] = args.drafters
+        return found
+    return EDIT_DRAFTERS if args.suite == EDITS else (None,)

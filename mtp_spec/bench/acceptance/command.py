@@ -19,7 +19,7 @@ from mtp_spec.bench.acceptance.journal import Journal, Text
 from mtp_spec.bench.acceptance.metrics import cell_metrics
 from mtp_spec.bench.acceptance.page import page
 from mtp_spec.bench.acceptance.plots import draw, need_matplotlib, png
-from mtp_spec.bench.acceptance.questions import BUNDLED, KINDS, QuestionSet, read_questions
+from mtp_spec.bench.acceptance.questions import BUNDLED, CHATS, EDITS, KINDS, QuestionSet, read_questions
 from mtp_spec.bench.acceptance.report import csv_text, screen, table_rows
 from mtp_spec.bench.acceptance.running import Runner, check_model
 from mtp_spec.bench.common import Report, Row, document, machine, write
@@ -43,7 +43,9 @@ def acceptance(args: argparse.Namespace) -> None:
     for option, file in (("--html", args.html), ("--png", args.png)):
         if file is not None:
             need_matplotlib(option)
-    questions = read_questions(args.set, args.set_kind, args.prompts)
+    if args.suite == EDITS and args.set != BUNDLED:
+        raise OptionError(f"--suite {EDITS} and --set {args.set} are two sets: give one of them")
+    questions = read_questions(EDITS if args.suite == EDITS else args.set, args.set_kind, args.prompts)
     groups, left_out = sweep(args)
     models = _Models(args)
     check_model(models.load(groups[0].vocabulary), groups, args)
@@ -84,6 +86,13 @@ BENCHMARK = Benchmark(
                 default=BUNDLED,
                 metavar="FILE",
             ),
+            Option(
+                "--suite",
+                "bundled questions: chats, or edits, whose answers repeat a document or themselves; "
+                "edits compare drafters (chats)",
+                choices=(CHATS, EDITS),
+                default=CHATS,
+            ),
             Option("--set-kind", f"{', '.join(KINDS)} (default: by fields)", choices=KINDS, metavar="KIND"),
             Option("--prompts", "so many, chosen at random (60; of a file: all)", type=int, metavar="N"),
             Switch("--raw", "continue prompts instead of answering them as a chat"),
@@ -100,7 +109,13 @@ BENCHMARK = Benchmark(
                 type=parsing.rules,
                 metavar="RULE,...",
             ),
-            Option("--temperatures", "(0,0.8)", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,..."),
+            Option(
+                "--drafters",
+                "who drafts: mtp, text, mtp+text (the default of the shape)",
+                type=parsing.drafters,
+                metavar="NAME+NAME,...",
+            ),
+            Option("--temperatures", "(0,0.8; of edits: 0)", type=parsing.numbers, metavar="T,T,..."),
             Option(
                 "--contexts",
                 "cut or pad prompts to so many tokens (default: as they are)",

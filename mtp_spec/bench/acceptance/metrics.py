@@ -18,6 +18,7 @@ from mtp_spec.bench.acceptance.cells import Cell
 from mtp_spec.bench.acceptance.journal import Text
 from mtp_spec.bench.common import Row, interval, over, resampled, spread
 from mtp_spec.stats import GenerationStats
+from mtp_spec.tree import MODULES
 
 # a row's batch is identified by its first question
 BATCH = "first_of_batch"
@@ -169,11 +170,8 @@ def _aliases(total: GenerationStats) -> Row:
 
 
 def _sources(total: GenerationStats) -> Row:
-    """Returns how many tokens the target chose itself, and how many each draft depth proposed."""
-    drafts = {
-        str(depth): sum(steps for accepted, steps in total.histogram.items() if accepted >= depth)
-        for depth in range(1, max(total.histogram, default=0) + 1)
-    }
+    """Returns how many tokens the target chose itself, and how many each draft depth or drafter proposed."""
+    drafts = {source.removeprefix(f"{MODULES} "): tokens for source, tokens in total.accepted_by_source.items()}
     return {"target": total.steps + total.new_tokens - total.step_tokens, **drafts}
 
 

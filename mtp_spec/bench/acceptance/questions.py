@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mtp_spec.sampling.seeds import derived_seed
 
 Record = Mapping[str, Any]
 BUNDLED, BUNDLED_COUNT = "bundled", 60
+CHATS, EDITS = "chats", "edits"  # bundled suites
 ROLES = ("system", "user", "assistant")
 # the two sets share their fields; Spec-Bench reports these eight kinds as one
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -34,12 +36,14 @@ class Question:
         turns: what the user says; each follows the answer to the one before.
         before: messages that come first.
         seed: of the texts.
+        references: texts in which the drafter "text" looks too.
     """
 
     category: str
     turns: tuple[str, ...]
     before: tuple[dict[str, str], ...] = ()
     seed: int = 0
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,8 @@ class QuestionSet:
     @property
     def digest(self) -> str:
         """A digest that identifies the questions."""
-        return digest([asdict(question) for question in self.questions])
+        fields = [asdict(question) for question in self.questions]
+        return digest([{name: value for name, value in one.items() if name != "references" or value} for one in fields])
 
 
 def read_questions(file: str, kind: str | None, count: int | None) -> QuestionSet:
@@ -81,6 +86,9 @@ def read_questions(file: str, kind: str | None, count: int | None) -> QuestionSe
         items = bundled_prompts(BUNDLED_COUNT if count is None else count)
         return QuestionSet(BUNDLED, BUNDLED, [Question(i["category"], (i["prompt"],), seed=i["seed"]) for i in items])
     path = Path(file)
+    if file == EDITS:
+        with as_file(files("mtp_spec.configs") / "edits.jsonl") as path:
+            return replace(read_questions(str(path), kind, count), name=EDITS)
     lines = _lines(path)
     if kind == "text" or (kind is None and path.suffix == ".txt"):
         kind, found = "text", [Question(path.stem, (line.strip(),)) for _, line in lines]
@@ -161,7 +169,16 @@ def _spec_bench(record: Record, name: str) -> Question:
 
 
 def _field(field: str, category: str | None = None) -> Callable[[Record, str], Question]:
-    return lambda record, name: Question(category or _category(record, name), (_text(record, field),))
+    return lambda record, name: Question(
+        category or _category(record, name), (_text(record, field),), references=_references(record)
+    )
+
+
+def _references(record: Record) -> tuple[str, ...]:
+    found = record.get("references", [])
+    if not isinstance(found, list):
+        raise ValueError("references must be a list of strings")
+    return tuple(_text({"references": one}, "references") for one in found)
 
 
 def _messages(record: Record, name: str) -> Question:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mtp_spec.acceptance import RULES
 from mtp_spec.api import LM
-from mtp_spec.bench.acceptance.cells import PEERS, Cell, Group
+from mtp_spec.bench.acceptance.cells import PEERS, AutoBy, Cell, Group, Way
 from mtp_spec.bench.acceptance.contexts import Message, prompt_ids
 from mtp_spec.bench.acceptance.journal import Journal, Text
 from mtp_spec.bench.acceptance.questions import Question
@@ -23,7 +23,7 @@ from mtp_spec.bench.peer import MTP, counted_steps, transformers_ways
 from mtp_spec.bench.turns import Generate, check_kept, prefills, settled, warm_tokens
 from mtp_spec.errors import OptionError
 from mtp_spec.progress import Report
-from mtp_spec.speculation import Speculation
+from mtp_spec.speculation import TEXT, Speculation
 from mtp_spec.stats import GenerationStats
 
 Load = Callable[[int | str | None], LM]
@@ -124,17 +124,20 @@ class Runner:
         self, lm: LM, group: Group, cell: Cell, prompts: dict[int, list[int]], turn: int, tokens: Sequence[int]
     ) -> list[Text]:
         """Returns the texts after prompts by their question, each of at most its number of tokens."""
-        shape = group.ways[cell]
+        ways = {number: _way(lm, group.ways[cell], self.questions[number]) for number in prompts}
         options: dict[int, dict[str, Any]] = {
             number: {"temperature": group.temperature, "seed": self.questions[number].seed, "max_new_tokens": most}
             for number, most in zip(prompts, tokens, strict=True)
         }
         if group.batch == 1:
-            return [self._text(lm, cell, shape, ids, options[number], number, turn) for number, ids in prompts.items()]
+            return [
+                self._text(lm, cell, ways[number], ids, options[number], number, turn)
+                for number, ids in prompts.items()
+            ]
         lm.close()  # so that no batch finds an earlier batch's prompts in the cache
         start = settled(lm)
         try:
-            handles = [lm.submit(ids, speculation=shape, **options[number]) for number, ids in prompts.items()]
+            handles = [lm.submit(ids, speculation=ways[number], **options[number]) for number, ids in prompts.items()]
             texts = [handle.result() for handle in handles]
         except BaseException:
             lm.close()  # cancels the others
@@ -166,6 +169,17 @@ class Runner:
         step_ms = [round(1000 * (marks[step] - marks[before]) / (step - before), 3) for before, step in pairwise(steps)]
         sums = None if first is None else {name: getattr(first, name) for name in FIRST_DEPTH}
         return Text(cell.name, number, turn, stream.result.token_ids, seconds, step_ms, stream.result.stats, sums)
+
+
+def _way(lm: LM, way: Way, question: Question) -> Any:
+    """Returns what `speculation=` is for a question."""
+    if isinstance(way, AutoBy):
+        way = lm.backend.auto.drafted_by(way.drafters)
+    if not question.references or way is None:
+        return way
+    shape = lm.backend.auto if way == "auto" else way
+    drafters = shape.chosen(lm.backend.mixes).drafters or ()
+    return shape.drafted_by(drafters, question.references) if TEXT in drafters else way
 
 
 FIRST_DEPTH = ("nodes", "accepted", "bound", "redrawn")

@@ -1,0 +1,153 @@
+"""Drafts that the host sends to captured steps: the text stays, and they are accepted where it repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mtp_spec
+from device_models import SAMPLING, OnceThenAgain, batch_lm, checkpoint, device_lm
+from lms import device, runtime
+from mtp_spec import Speculation
+from mtp_spec.api import LM
+from mtp_spec.cuda import group as device_group
+from mtp_spec.cuda.constants import Constants
+from mtp_spec.cuda.script import RING, ROOTS, promised, replaced, ring_of, scripted
+from mtp_spec.drafting import Continuation
+from mtp_spec.planning.shape_planner import ShapeTable
+from mtp_spec.speculation import MAX_DEPTH
+from scripted import Script
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [1, 2, 3] * 5, [9]]
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    lm = batch_lm(checkpoint(tmp_path_factory.mktemp("text"), "v3"), 3)
+    runtime(lm).graphs = OnceThenAgain()
+    return lm
+
+
+def nearly(ids: Sequence[int]) -> list[int]:
+    """Returns a text with every ninth token changed."""
+    return [(token + 1) % 160 if place % 9 == 0 else token for place, token in enumerate(ids)]
+
+
+@pytest.mark.parametrize("sampling", [0, 2])
+def test_the_text_stays(lm: LM, sampling: int) -> None:
+    options = {"max_new_tokens": 18, "logprobs": 1, "ignore_eos": True, **SAMPLING[sampling]}
+    plain = [lm.generate(prompt, seed=seed, speculation=None, **options) for seed, prompt in enumerate(PROMPTS)]
+    documents = [nearly(prompt + one.token_ids) for prompt, one in zip(PROMPTS, plain, strict=True)]
+    found = []
+    for speculation in (Speculation(drafters=("text",), references=documents),
+                        Speculation(3, adaptive=True, drafters=("mtp", "text"), references=documents)):  # fmt: skip
+        alone = [lm.generate(prompt, seed=seed, speculation=speculation, **options)
+                 for seed, prompt in enumerate(PROMPTS)]  # fmt: skip
+        together = lm.generate(PROMPTS, seed=list(range(3)), speculation=speculation, **options)
+        for out in (alone, together):
+            assert [one.token_ids for one in out] == [one.token_ids for one in plain]
+            assert [one.logprobs for one in out] == [one.logprobs for one in plain]
+        found.append(sum(one.stats.accepted_by_source.get("text", 0) for one in (*alone, *together)))
+    assert found[0] > 12
+    speculation = Speculation(drafters=("text",), references=documents)
+    events = list(lm.stream(PROMPTS[0], seed=0, speculation=speculation, **options))
+    assert {event.source for event in events} == {"target", "text"}
+
+
+def test_modules_and_proposals_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order the modules' caches are what they are without proposals, so their drafts are the same."""
+    lm = device_lm(checkpoint(tmp_path, "v3"))
+    options: dict[str, Any] = {"max_new_tokens": 30, "seed": 1, "temperature": 0.0, "ignore_eos": True,
+                               "logit_bias": {token: -float("inf") for token in range(6, 160)}}  # fmt: skip
+    plain = lm.generate([5, 3], speculation=None, **options)
+    references = [nearly([5, 3, *plain.token_ids])]
+    speculation = Speculation(2, adaptive=True, drafters=("mtp", "text"), references=references)
+    held = list[list[torch.Tensor]]()
+    for shapes in ([1], [3], [3, 1], [0, 3, 2], [0, 0, 3, 3, 2]):  # plain, chains of 1 and 2, proposals
+
+        def make(_: ShapeTable, shapes: list[int] = shapes) -> Script:
+            return Script(shapes)
+
+        monkeypatch.setattr(device_group, "ShapePlanner", make)
+        out = lm.generate([5, 3], speculation=speculation, **options)
+        assert out.token_ids == plain.token_ids, shapes
+        group = next(one for one in device(lm).pool.known if one.kind.text and one.kind.modules)
+        assert group.state.pages is not None
+        slots = (group.state.pages[0].long()[:, None] + torch.arange(64)).flatten()
+        held.append([cache.slots[slots[: int(group.state.fed[0]) - 1]].clone() for cache in group.state.mtp_caches])
+    for other in held[1:]:
+        for ours, theirs in zip(held[0], other, strict=True):
+            both = min(len(ours), len(theirs), 24)
+            assert both > 15
+            assert torch.equal(ours[:both], theirs[:both])
+
+
+def test_a_model_without_modules_drafts_from_its_text(tmp_path: Path) -> None:
+    lm = batch_lm(checkpoint(tmp_path, "v2"), 1)
+    assert lm.speculation_for("auto") is None  # on a GPU proposals take part by name
+    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "ignore_eos": True, "seed": 0}
+    plain = lm.generate([1, 2, 3], speculation=None, **options)
+    document = nearly([1, 2, 3, *plain.token_ids])
+    for speculation in (
+        Speculation(adaptive=True, drafters=("text",)),
+        Speculation(4, drafters=("text",), references=[document]),
+    ):
+        assert lm.generate([1, 2, 3], speculation=speculation, **options).token_ids == plain.token_ids
+    out = lm.generate([1, 2, 3], speculation=Speculation(drafters=("text",), references=[document]), **options)
+    assert out.stats.accepted_by_source["text"] > 8
+
+
+def test_processors_grammars_and_observers(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime(lm), "graphs", None)
+
+    def avoid(ids: list[int], row: torch.Tensor) -> torch.Tensor:
+        row[ids[-1]] = -torch.inf
+        return row
+
+    for options in ({"logits_processor": avoid}, {"min_new_tokens": 12}):
+        given: dict[str, Any] = {"max_new_tokens": 16, "temperature": 0.0, **options}
+        plain = lm.generate([7, 8, 9], speculation=None, **given)
+        references = [nearly([7, 8, 9, *plain.token_ids])]
+        out = lm.generate([7, 8, 9], speculation=Speculation(drafters=("text",), references=references), **given)
+        assert out.token_ids == plain.token_ids
+        assert out.stats.accepted > 3
+    explained = lm.explain([7, 8, 9], steps=2, speculation=Speculation(drafters=("text",)), temperature=0.0)
+    assert len(explained.steps) == 2
+
+
+def test_what_cannot_take_part_is_named(lm: LM) -> None:
+    for speculation, message in (
+        (Speculation(2, acceptance="rejection", drafters=("text",)), 'need "coupled"'),
+        (Speculation(2, drafters=("mtp", "text")), "adaptive=True"),
+        (Speculation(branching=(2, 1), drafters=("text",)), "a chain on a GPU"),
+    ):
+        with pytest.raises(mtp_spec.OptionError, match=message):
+            lm.generate([1], speculation=speculation)
+
+
+def test_drafts_are_sent_by_position() -> None:
+    constants = Constants(torch.device("cpu"))
+    tokens = list(range(100, 100 + ROOTS + MAX_DEPTH))
+    for known in (1, 30, RING, 1000):
+        script = torch.from_numpy(ring_of(known, tokens))[None]
+        for ahead in range(ROOTS):  # tokens that the step in flight commits
+            length = torch.tensor([known - 1 + ahead], dtype=torch.int32)
+            assert scripted(script, length, constants, 5).tolist() == [tokens[ahead : ahead + 5]]
+        beyond = torch.tensor([known - 1 + ROOTS], dtype=torch.int32)
+        assert scripted(script, beyond, constants, 3).tolist() == [[-1] * 3]
+    short = torch.from_numpy(ring_of(5, [7, 8]))[None]
+    given = scripted(short, torch.tensor([5], dtype=torch.int32), constants, 3)
+    assert given.tolist() == [[8, -1, -1]]
+    assert replaced(torch.tensor([[1, 2, 3]]), given).tolist() == [[8, 2, 3]]
+
+
+def test_a_step_in_flight_makes_proposals_less_sure() -> None:
+    one = Continuation(list(range(20)), [0.5], "text")
+    assert promised(None, 3, 8) == 1.0
+    assert promised(one, 0, 3) == pytest.approx(1 + 0.5 + 0.25 + 0.125)
+    assert promised(one, 2, 3) == pytest.approx(1 + 0.125 + 0.0625 + 0.03125)
+    assert promised(one, 40, 8) == 1.0
