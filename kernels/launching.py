@@ -91,6 +91,11 @@ def shared_memory(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"])
 
 
+def on_hopper(device: torch.device) -> bool:
+    """Whether the device is a Hopper GPU, which has warpgroups."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER[0]
+
+
 @lru_cache
 def overlaps(device: torch.device) -> bool:
     """Whether kernels on this device overlap: from compute capability 9.0, and not in the interpreter."""
