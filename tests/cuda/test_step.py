@@ -276,6 +276,9 @@ def test_every_kernel_of_a_step_compiles_for_hopper(name: str) -> None:
     for main in [*mains, "_attend_kernel"] if name == "v3" else mains:  # the last one reads a packed cache
         assert all(kernel["wgmma"] and kernel["tma"] for kernel in by_name[main]), main
         assert all(kernel["spilled"] <= _spared(kernel) for kernel in by_name[main]), main
+    if name == "v3":  # the others are too small for passes of many rows
+        for main in ("gemm_kernel", "gate_up_kernel", "down_kernel", "attend_prompt_kernel"):
+            assert all(kernel["wgmma"] and kernel["tma"] and not kernel["spilled"] for kernel in by_name[main]), main
 
 
 @pytest.mark.gpu  # not for its card: it takes minutes of the processors that CI has two of
