@@ -77,12 +77,12 @@ def step(args: argparse.Namespace) -> Report:
     full = load_config(args.shape)
     named = full.num_nextn_predict_layers
     full = replace(with_module(full), fp8_block=(128, 128) if args.dtype == "fp8" else None)
-    config = _slice(full, args.context, args.layers, ranks)
+    config = slice_of(full, args.context, args.layers, ranks)
     planned = plan_memory(DeviceModel(config, "meta", ranks=ranks), args.context + ROWS)
     before = torch.cuda.memory_allocated()
     model = DeviceModel(config, device, ranks=ranks)
     torch.manual_seed(0)
-    _fill(model)
+    fill(model)
     state = State(model, args.context + ROWS)
     rows, found, notes = measure(model, state, full, rate, args)
     torch.cuda.synchronize()
@@ -213,7 +213,7 @@ def _verified(rows: int) -> str:
     return f"decode and verify, {rows} rows"
 
 
-def _slice(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) -> ModelConfig:
+def slice_of(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) -> ModelConfig:
     """Returns the largest slice that fits, or one with `layers` MoE layers."""
     (free,) = ranks.first((torch.cuda.mem_get_info()[0],))
     most = full.num_hidden_layers - full.first_k_dense_replace
@@ -224,7 +224,7 @@ def _slice(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) ->
     raise OptionError(f"bench step needs room for one MoE layer: {free / 1e9:.1f} GB are free")
 
 
-def _fill(model: DeviceModel) -> None:
+def fill(model: DeviceModel) -> None:
     """Fills in random weights that keep activations of order one."""
     for name, slot in model.checkpoint_slots().items():
         if name.endswith("_scale_inv"):
