@@ -7,8 +7,10 @@ cache by the time the previous kernel ends. Three rules preserve the order of a 
   writes anything at all: buffers, workspaces and arrival counts are reused by the next kernel.
 - `gdc_wait` returns when the previous kernel has ended and its writes are visible. Every kernel of a chain waits, so
   that kernel ended after all earlier ones. A kernel launched without the attribute waits automatically.
-- Only two things may come before the wait: a prefetch, which changes no value, whoever wrote the bytes and when; and a
-  read of weights, which no kernel of a chain writes.
+- Only three things may come before the wait: a prefetch, which changes no value, whoever wrote the bytes and when; a
+  read of weights, which no kernel of a chain writes; and a read of committed slots of a cache and of the numbers that
+  say where they are. Those were written before the pass, which begins with a kernel launched without the attribute
+  (looking up embeddings).
 """
 
 from __future__ import annotations

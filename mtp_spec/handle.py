@@ -23,15 +23,17 @@ class Handle:
     Args:
         owner: the model.
         log: of the sequence.
+        leave: called once the request is cancelled, in the thread that cancels it.
     Attributes:
         events: those created so far.
     """
 
-    def __init__(self, owner: object, log: EventLog) -> None:
+    def __init__(self, owner: object, log: EventLog, leave: Callable[[], object]) -> None:
         self._owner: object = owner  # keeps the model alive while the sequence is generated
         self._future: Future[Generation] = Future()
         self.events: list[TokenEvent] = []
         self._log = log
+        self._leave: Callable[[], object] | None = leave
         self._lock, self._listeners = Lock(), list[Callable[[], object]]()
         self._heard = False  # whether anyone listens: else no events are created
         self._future.add_done_callback(self._ended)
@@ -123,8 +125,10 @@ class Handle:
                 self.events.append(event)
         return len(self.events) > before
 
-    def _ended(self, _: Future[Generation]) -> None:
-        self._owner = None
+    def _ended(self, future: Future[Generation]) -> None:
+        leave, self._owner, self._leave = self._leave, None, None
+        if leave is not None and future.cancelled():
+            leave()
         self._wake()
 
     def _wake(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Literal
 
-from mtp_spec.acceptance.accept import Drawn, TokenLogprob
+from mtp_spec.acceptance.accept import TokenLogprob
 from mtp_spec.stats import GenerationStats
 from mtp_spec.text.stopping import StopChecker
 
@@ -60,40 +60,58 @@ class EventLog:
 
     def __init__(self, stops: StopChecker, result: Generation) -> None:
         self.stops, self.result = stops, result
-        self._pending, self._texts = deque[tuple[Drawn, int]](), deque[str]()
+        self._tokens, self._logprobs = list[int](), list[TokenLogprob]()
+        # of each step with tokens that are not popped yet: where they begin and end, how many were drafted, its number
+        self._steps = deque[tuple[int, int, int, int]]()
+        self._popped = self._told = 0
         self._whole = False
+        self._texts = deque[str]()
 
-    def take(self, drawn: list[Drawn], step: int) -> None:
-        """Takes the tokens of a step."""
-        self._pending.extend([(one, step) for one in drawn])
+    def take(self, tokens: Sequence[int], drafted: int, step: int, logprobs: Sequence[TokenLogprob] = ()) -> None:
+        """Takes the tokens of a step.
+
+        Args:
+            drafted: how many of them were drafted: these come first, each one deeper than the one before.
+            logprobs: of the tokens, if requested.
+        """
+        begin = len(self._tokens)
+        self._tokens += tokens
+        self._logprobs += logprobs
+        self._steps.append((begin, begin + len(tokens), drafted, step))
 
     def pop(self) -> TokenEvent | None:
         """Returns the next event, if there is one."""
-        if not self._pending:  # the stop checker has seen more if a step failed halfway
+        if not self._steps:  # the stop checker has seen more if a step failed halfway
             return None
         if not self._texts:
             self._texts.extend(self.stops.ready())
             if not self._texts:
                 return None
-        (drawn, step), text = self._pending.popleft(), self._texts.popleft()
-        if not self._whole:
-            self._add(text, [drawn])
-        return TokenEvent(text, drawn.token, step, drawn.depth or "target")
+        text, place = self._texts.popleft(), self._popped
+        self._popped += 1
+        begin, end, drafted, step = self._steps[0]
+        if self._popped == end:
+            self._steps.popleft()
+        if self._told == place:
+            self._add(text, 1)
+        depth = place - begin + 1
+        return TokenEvent(text, self._tokens[place], step, depth if depth <= drafted else "target")
 
     def finish(self) -> Generation:
         """Returns the result of a sequence that has ended; events can still be popped."""
-        whole = self.stops.whole()
-        if whole is None:
-            self._texts.extend(self.stops.ready())
-            whole = "".join(self._texts), len(self._texts)
-        text, count = whole
-        self._add(text, [drawn for drawn, _ in islice(self._pending, count)])
-        self._whole = True
+        if not self._whole:
+            self._whole, whole = True, self.stops.whole()
+            if whole is None:
+                self._texts.extend(self.stops.ready())
+                whole = "".join(self._texts), len(self._texts)
+            self._add(*whole)
         return self.result
 
-    def _add(self, text: str, drawn: list[Drawn]) -> None:
-        result = self.result
+    def _add(self, text: str, count: int) -> None:
+        """Adds the next `count` tokens to the result."""
+        result, some = self.result, slice(self._told, self._told + count)
+        self._told += count
         result.text += text
-        result.token_ids += [one.token for one in drawn]
+        result.token_ids += self._tokens[some]
         if result.logprobs is not None:
-            result.logprobs += [one.logprob for one in drawn if one.logprob is not None]
+            result.logprobs += self._logprobs[some]

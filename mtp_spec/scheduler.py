@@ -8,7 +8,7 @@ each gets all the memory that it may need before it starts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from time import perf_counter
 
@@ -30,6 +30,7 @@ class Scheduler:
     def __init__(self, runner: Runner, max_batch: int = 1) -> None:
         self.runner, self.max_batch = runner, max_batch
         self.waiting, self.running = deque[Sequence](), list[Sequence]()
+        self._cancelled = list[Sequence]()
 
     @property
     def idle(self) -> bool:
@@ -40,12 +41,17 @@ class Scheduler:
         """Puts a sequence in the queue."""
         self.waiting.append(sequence)
 
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence in the next round."""
+        sequence.cancelled = True
+        self._cancelled.append(sequence)
+
     def round(self) -> list[Sequence]:
         """Admits the sequences that fit and advances every running one by a step.
 
         Returns the sequences that changed: new tokens, finished, failed, or cancelled.
         """
-        gone = [one for one in (*self.running, *self.waiting) if one.cancelled]
+        gone, self._cancelled = self._cancelled, []
         self._leave(gone)
         news = gone + self._admit()
         if self.running:
@@ -56,7 +62,7 @@ class Scheduler:
             for one in running:
                 one.stats.total_seconds += seconds
         news = list(dict.fromkeys(news))  # a sequence may be reported twice in a round: first token, then a step's
-        self._leave(one for one in news if not one.alive)
+        self._leave([one for one in news if not one.alive])
         return news
 
     def close(self) -> None:
@@ -83,8 +89,8 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
         return failed
 
-    def _leave(self, sequences: Iterable[Sequence]) -> None:
-        for one in list(sequences):
+    def _leave(self, sequences: Seq[Sequence]) -> None:
+        for one in sequences:
             if one in self.running:
                 self.running.remove(one)
             elif one in self.waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -95,11 +96,23 @@ class Sequence:
         Args:
             ended: whether the last one ends the sequence.
         """
-        self.tokens += [one.token for one in drawn]
-        self.log.take(drawn, self.steps)
-        self.steps += 1
+        logprobs = [one.logprob for one in drawn if one.logprob is not None]
+        self._append([one.token for one in drawn], sum(one.depth > 0 for one in drawn), logprobs)
         self.finished = ended
         if ended:
             self.log.result.finish_reason = self.request.stops.reason
             if self._ended is not None:
                 self._ended(self)
+
+    def extend(self, tokens: list[int]) -> bool:
+        """Appends the tokens of a step, all but the last of them drafted, if none can end the sequence; else returns
+        false and changes nothing. Their log-probabilities are not wanted."""
+        if not self.request.stops.pass_by(tokens):
+            return False
+        self._append(tokens, len(tokens) - 1, ())
+        return True
+
+    def _append(self, tokens: list[int], drafted: int, logprobs: Seq[TokenLogprob]) -> None:
+        self.tokens += tokens
+        self.log.take(tokens, drafted, self.steps, logprobs)
+        self.steps += 1

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class Worker:
     def __init__(self, runner: Runner, max_batch: int, ranks: Ranks) -> None:
         self.runner, self._ranks, self._channel = runner, ranks, ranks.channel()
         self.scheduler = Scheduler(runner, max_batch)
-        self._inbox, self._handles = deque[Submitted | Call](), dict[Sequence, Handle]()
+        self._inbox, self._texts = deque[Submitted | Call](), dict[int, Submitted]()  # texts by number
+        self._cancelled = deque[Sequence]()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed, self._resting = False, True
@@ -76,7 +78,7 @@ class Worker:
         """
         for sequence in sequences:
             self.runner.check(sequence.request)
-        handles = [Handle(owner, sequence.log) for sequence in sequences]
+        handles = [Handle(owner, sequence.log, partial(self._cancelled.append, sequence)) for sequence in sequences]
         self._put([Submitted(sequence, handle) for sequence, handle in zip(sequences, handles, strict=True)])
         return handles
 
@@ -131,7 +133,7 @@ class Worker:
 
     def _left(self) -> list[Handle]:
         """Returns the handles of all queued and running sequences."""
-        return [one.handle for one in self._inbox if isinstance(one, Submitted)] + list(self._handles.values())
+        return [one.handle for one in (*self._inbox, *self._texts.values()) if isinstance(one, Submitted)]
 
     def _serve(self) -> None:
         error: BaseException | None = None
@@ -166,23 +168,25 @@ class Worker:
         arrived, cancelled = self._decided()
         while self._taken < arrived:
             self._take()
-        for sequence in self._handles:
-            sequence.cancelled = sequence.cancelled or sequence.number in cancelled
+        for number in cancelled:
+            if number in self._texts:  # else it has ended meanwhile
+                self.scheduler.cancel(self._texts[number].sequence)
         for sequence in self.scheduler.round():
-            handle = self._handles[sequence]
+            handle = self._texts[sequence.number].handle
+            if sequence.alive:
+                handle.written()
+                continue
             if sequence.error is not None:
                 handle.fail(sequence.error)
             elif sequence.cancelled:
                 handle.cancel()  # by the first rank
             else:
                 handle.written()
-                if sequence.finished:
-                    handle.finish()
-            if not sequence.alive:
-                with self._wake:
-                    del self._handles[sequence]
+                handle.finish()
+            with self._wake:
+                del self._texts[sequence.number]
 
-    def _decided(self) -> tuple[int, set[int]]:
+    def _decided(self) -> tuple[int, list[int]]:
         """Returns how many submissions the first rank has received, and which sequences were cancelled there.
 
         Raises:
@@ -191,9 +195,7 @@ class Worker:
         """
         ranks, times = self._ranks, self.runner.measured()
         with self._wake:
-            left = [one for one in self._inbox if isinstance(one, Submitted)]
-            states = [(one.sequence, one.handle) for one in left] + list(self._handles.items())
-            mine = [sequence.number for sequence, handle in states if handle.cancelled()]
+            mine = [self._cancelled.popleft().number for _ in range(len(self._cancelled))]
             here = self._arrived
         arrived, count, *times = ranks.first([here, len(mine), *times])
         cancelled = ranks.first(mine if ranks.rank == 0 else [0] * int(count))
@@ -202,7 +204,7 @@ class Worker:
         with self._wake:
             if not self._wake.wait_for(lambda: self._arrived >= arrived, patience):
                 raise MTPSpecError(f"a text that rank 0 was asked for did not come here within {patience:.0f} s")
-        return int(arrived), {int(number) for number in cancelled}
+        return int(arrived), [int(number) for number in cancelled]
 
     def _take(self) -> None:
         """Takes the next submission out of the inbox."""
@@ -210,7 +212,7 @@ class Worker:
             one = self._inbox.popleft()
             self._taken += 1
             if isinstance(one, Submitted):
-                self._handles[one.sequence] = one.handle
+                self._texts[one.sequence.number] = one
         if isinstance(one, Submitted):
             one.sequence.failing = self._failing
             self.scheduler.add(one.sequence)
@@ -263,7 +265,8 @@ class Worker:
         try:
             self.scheduler.close()
         finally:
-            self._handles.clear()
+            self._texts.clear()
+            self._cancelled.clear()
             with self._wake:
                 self._resting = True
                 self._wake.notify_all()

@@ -53,6 +53,7 @@ WARPS = 8  # per program of `attend`, except Hopper's; not part of the arithmeti
 STEPS = ((220 * 1024, 2, KEYS), (120 * 1024, 1, KEYS // 2), (0, 1, KEYS // 4))
 GATHERED = 16  # keys per program when tails are put in order
 ROW_TILE = 16  # rows of the small products per head
+WEIGHT_WARPS = 8  # per program of those, whose registers hold its weights
 
 
 def prepare(
@@ -115,7 +116,8 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
         plan.offset, head.padded, plan.each, PAGED=plan.pages is not None, N=head.nope, V=head.value, C=head.latent,
         R=head.rope,
         WIDE_N=max(16, triton.next_power_of_2(head.nope)), WIDE_R=triton.next_power_of_2(head.rope), ROWS=ROW_TILE,
-        PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=interpreted(), **late(q),
+        PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=interpreted(),
+        num_warps=WEIGHT_WARPS, **late(q),
     )  # fmt: skip
     return out
 
@@ -139,7 +141,7 @@ def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, qua
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads, N=head.nope,
         V=head.value, C=head.latent, VALUES=values, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
         ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, POWER=head.power_of_two, LARGEST=E4M3_MAX,
-        WIDE=interpreted(), **late(context),
+        WIDE=interpreted(), num_warps=WEIGHT_WARPS, **late(context),
     )  # fmt: skip
     if whole:
         return out, scales

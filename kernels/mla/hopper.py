@@ -97,17 +97,16 @@ def _paged_row(block, walk, pages, row, at, BLOCK: gl.constexpr, CHAIN: gl.const
 def _copy_in(
     q_half, q_rope, k_half, k_rope, sm, bars, place, splits, table,
     C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The copying warpgroup: loads queries once, then every block as soon as its buffer is free."""
+    """The copying warpgroup: loads queries once, and every block as soon as its buffer is free.
+
+    The first blocks of committed slots are read before the queries are ready: no kernel of the pass writes them.
+    """
     queries, handed, keys, key_ropes = sm
     q_bar, full, free = bars
     half: gl.constexpr = C // 2
-    q_row = place[6]
-    mbarrier.expect(q_bar, ROWS * (C + R) * 2)
-    load_tile(q_half, [q_row, 0], q_bar, queries.index(0))
-    load_tile(q_half, [q_row, half], q_bar, queries.index(1))
-    load_tile(q_rope, [q_row, C], q_bar, handed.index(1))
+    start, q_row = place[0], place[6]
     turn = 0
     for split in range(splits[0], splits[1], splits[2]):
         walk, blocks = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
@@ -119,11 +118,21 @@ def _copy_in(
                 if PAGED:  # look up the page while the buffer is still in use
                     row = _paged_row(block, walk, table, row, at, BLOCK, CHAIN)
                 mbarrier.wait(free.index(slot), (turn & 1) ^ 1)
+                if PDL:
+                    if at + BLOCK > start:  # it has slots that are written in this pass
+                        gdc_wait()
                 bar = full.index(slot)
                 mbarrier.expect(bar, BLOCK * (C + R) * 2)
                 load_tile(k_half, [row, 0], bar, keys.index(2 * slot))
                 load_tile(k_half, [row, half], bar, keys.index(2 * slot + 1))
                 load_tile(k_rope, [row, C], bar, key_ropes.index(slot))
+            if turn == 0:  # every tile has a first block
+                if PDL:
+                    gdc_wait()
+                mbarrier.expect(q_bar, ROWS * (C + R) * 2)
+                load_tile(q_half, [q_row, 0], q_bar, queries.index(0))
+                load_tile(q_half, [q_row, half], q_bar, queries.index(1))
+                load_tile(q_rope, [q_row, C], q_bar, handed.index(1))
             turn += 1
 
 
@@ -177,9 +186,11 @@ def _hand_over(weights, peak, total, handed, stats, bar, SLOT: gl.constexpr):
 def _multiply(
     parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
     OWN: gl.constexpr, C: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    HEADS: gl.constexpr, CHAIN: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: scores of its own blocks, sums of its own columns."""
+    if PDL:
+        gdc_wait()  # before it writes
     queries, handed, keys, key_ropes, stats = sm
     q_bar, full, free, shown, taken = bars
     half: gl.constexpr = C // 2
@@ -326,7 +337,6 @@ def attend_kernel(
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     tiles = padded // ROWS
     tile, turn = gl.program_id(0) % tiles, gl.program_id(0) // tiles
     row = tile * ROWS
@@ -368,11 +378,11 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (_copy_in, (q_half, q_rope, k_half, k_rope, (queries, handed, keys, key_ropes), (q_bar, full, free),
-                            place, splits, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED)),
+                            place, splits, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED, PDL)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
-                             0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN)),
+                             0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
-                             1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN)),
+                             1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL)),
             ],
             [4, 4],
             [240, 240],

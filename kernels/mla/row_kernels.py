@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mtp_spec.kernels.launching import follow, pull
+from mtp_spec.kernels.launching import follow
 from mtp_spec.kernels.mla.kernels import paged_rows, start_of
 from mtp_spec.kernels.quant import _store_quantised, block_scaled
 
@@ -226,29 +226,34 @@ def _up_kernel(
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = context @ W_UV.T for VALUES of one head, quantised if they are a whole block of the next product."""
+    """out = context @ W_UV.T for VALUES of one head, quantised if they are a whole block of the next product.
+
+    Weights, which no kernel writes, are read before the context is ready.
+    """
     head = tl.program_id(0)
-    first_value = tl.program_id(1) * VALUES
     if PDL:
         gdc_launch_dependents()
-        pull(kv_b, head * (N + V) + N + first_value, 0, heads * (N + V), C, VALUES, (C + 127) // 128)
-        gdc_wait()
-    value = first_value + tl.arange(0, VALUES)
-    lane = tl.arange(0, ROWS)
+    value = tl.program_id(1) * VALUES + tl.arange(0, VALUES)
     kind: tl.constexpr = context.dtype.element_ty
+    its = head * (N + V) + N + value
+    weights = ()
+    for chunk in tl.static_range(0, C, CHUNK):
+        w = _up_weight(kv_b, kv_b_scale, its, value < V, chunk, CHUNK, C, kind, PACKED, WIDE)
+        weights = weights + (w,)  # type: ignore[assignment]
+    if PDL:
+        gdc_wait()
+    lane = tl.arange(0, ROWS)
     for first in range(0, rows, ROWS):
         row = first + lane
         real = row < rows
         total = tl.zeros((VALUES, ROWS), dtype=tl.float32)
-        for chunk in tl.range(0, C, CHUNK):
-            its = head * (N + V) + N + value
-            w = _up_weight(kv_b, kv_b_scale, its, value < V, chunk, CHUNK, C, kind, PACKED, WIDE)
-            column = chunk + tl.arange(0, CHUNK)
+        for part in tl.static_range(C // CHUNK):
+            column = part * CHUNK + tl.arange(0, CHUNK)
             source = context + (row.to(tl.int64) * heads + head)[None, :] * C + column[:, None]
             x = tl.load(source, mask=real[None, :] & (column < C)[:, None], other=0.0)
             if WIDE:
                 x = x.to(tl.float32)
-            total = tl.dot(w, x, total)
+            total = tl.dot(weights[part], x, total)
         kept = real[None, :] & (value < V)[:, None]
         target = out + row.to(tl.int64)[None, :] * (heads * V) + head * V + value[:, None]
         values = total.to(kind)

@@ -173,7 +173,7 @@ def _shapes(table: ShapeTable) -> list[Row]:
     rows = []
     for number, shape in enumerate(table.shapes):
         name = "plain" if not shape.parents else f"{'chain' if shape.is_chain else 'tree'} {shape.depth}"
-        tokens, steps = table.chances.tokens(shape), table.relative(number)
+        (tokens,), steps = table.chances.tokens(shape), table.relative(number)
         rows.append(
             {
                 "step": name,

@@ -24,6 +24,7 @@ from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.launches import launches
 from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.timing import copy_rate, graph_time, kernel_times, read_rate
@@ -58,14 +59,15 @@ ACCEPTED = {
 # shares of the time of a step
 SLICE, WHOLE = "accept, share of this slice's step", "accept, share of a whole model's step"
 TEXT = "text"
-PARTS = ("passes", "layers", "accepting", TEXT)
+PARTS = ("passes", "layers", "launches", "accepting", TEXT)
 FINITE = 0xBF  # clears e4m3's highest exponent bit: no NaN, magnitudes below 2
 
 
 def step(args: argparse.Namespace) -> Report:
     """Times a slice of a model at full width. Passes: decode, verify and draft against the bytes they must read.
-    Layers: one of either kind and the head, and the whole model from these. Accepting: which share of a step sampling
-    and acceptance take at the whole vocabulary. Text: whether speculation changes it."""
+    Layers: one of either kind and the head, and the whole model from these. Launches: what each costs in a MoE layer.
+    Accepting: which share of a step sampling and acceptance take at the whole vocabulary. Text: whether speculation
+    changes it."""
     if not torch.cuda.is_available():
         raise OptionError("bench step needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
     ranks = join_ranks("auto", "cuda")
@@ -174,6 +176,9 @@ def measure(
         elif part == "layers":
             rows += _layers(model, state, context, args.rows, rate)
             facts["extrapolated"] = _extrapolated(rows, full, args.rows)
+        elif part == "launches":
+            facts["launches"] = launches(model, state, context)
+            notes += [f"a MoE layer at one row, {name}: {us:.2f} us" for name, us in facts["launches"].items()]
         else:
             accepting, layers = _accepting(model, state, full, context, rate)
             rows += [row for row in layers if row["pass"] not in {known["pass"] for known in rows}]

@@ -143,9 +143,13 @@ class Pages(ABC, Generic[L]):
             others: for each running sequence its lease, its prompt, and whether it fills the modules' slots.
         """
         known: int | None = None
+        if len(prompt) <= PAGE:  # its last token is always computed
+            return False
+        first = prompt[:PAGE]
         for lease, other, drafts in others:
-            to_come = max(0, len(other) - self.modules) // PAGE * PAGE > lease.published
-            if not to_come or (drafted and not drafts) or prompt[:PAGE] != other[:PAGE]:
+            if (drafted and not drafts) or other[:PAGE] != first:
+                continue
+            if max(0, len(other) - self.modules) // PAGE * PAGE <= lease.published:
                 continue
             soon = self.will_share(prompt, other)
             if soon <= lease.published:
@@ -273,8 +277,8 @@ class Lease:
         """Number of tokens in pages that others may already share."""
         return max(count for count, _ in self._known.values()) * PAGE
 
-    def publish(self, tokens: Sequence[int], held: int, drafted: bool) -> None:
-        """Lets other sequences share the pages that are full by now.
+    def publish(self, tokens: Sequence[int], held: int, drafted: bool) -> int:
+        """Lets other sequences share the pages that are full by now; returns how many they can share.
 
         Args:
             tokens: of the sequence so far.
@@ -284,13 +288,14 @@ class Lease:
         count, last = known[True] if drafted else max(known.values(), key=lambda pages: pages[0])
         end = min(held - PAGE, len(tokens) - PAGE - store.modules) + 1
         if count * PAGE >= end:
-            return
+            return count
         with store._lock:
             for first in range(count * PAGE, end, PAGE):
                 name = tokens[first : first + PAGE + store.modules]
                 last = store._name(last, name, first < self.expanded, self._pages[count], drafted)
                 count += 1
         known[drafted] = count, last
+        return count
 
     def end(self) -> None:
         """Gives the pages back; may be repeated."""

@@ -21,7 +21,7 @@ from mtp_spec.cuda.pages import DeviceLease, DevicePages, planned_pages, room_of
 from mtp_spec.cuda.prefill import First, Reader
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.step import Step
-from mtp_spec.cuda.text import DeviceText, Record
+from mtp_spec.cuda.text import DeviceText, Results
 from mtp_spec.model.cache import pages_for
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.errors import RankError
@@ -30,6 +30,7 @@ from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.request import Request
 from mtp_spec.sequence import Sequence
+from mtp_spec.tree_shape import TreeShape
 
 # most prefill rows in a round, unless a single pass has more; and likewise while more sequences wait for their prefill
 # than take steps
@@ -38,6 +39,7 @@ PROMPT_ROWS, HURRIED_ROWS = 256, 2048
 BESIDE_ROWS = 1024
 # most idle groups that are kept, with the steps that were captured for them
 GROUPS = 8
+FIRST = TreeShape()  # of a prompt's first token
 
 
 class Pool:
@@ -190,10 +192,10 @@ class DeviceRunner:
         request, ranks = sequence.request, self._backend.model.ranks
         kind = kind_of(request, sequence.observer is not None)
         with self._runtime.lock, nullcontext() if self._shared else ranks.together():
-            others = [(one.lease, one.request.ids, one.state.drafts) for one in running
-                      if isinstance(one.lease, DeviceLease)]  # fmt: skip
+            # those that have been read have no pages left to fill
+            others = ((text.lease, text.sequence.request.ids, text.drafts) for text in self._unread)
             drafts = kind.depth > 0
-            if others and self._backend.pool.pages.is_being_read(request.ids, drafts, others):
+            if self._backend.pool.pages.is_being_read(request.ids, drafts, others):
                 return False
             found = self._backend.lease(request, drafts, self._shared)
             if found is None:
@@ -210,8 +212,9 @@ class DeviceRunner:
     def round(self, running: Seq[Sequence]) -> list[Sequence]:
         """Runs a step of all prefilled sequences, and the next prefill passes; see `mtp_spec.step.Runner`."""
         with self._runtime.lock:
-            start, sampled = perf_counter(), [_sampled(one) for one in running]
+            start = perf_counter()
             self._changed, begun = [], [one.steps > 0 for one in running]
+            sampled = [_sampled(one) for one in running] if self._guides() else None
             self._draw_first()
             read = self._read(len(running))
             groups = [group for group in self._groups if group.texts]
@@ -222,8 +225,9 @@ class DeviceRunner:
             for group in groups:
                 self._step(group, alone and len(groups) == 1)
             seconds = perf_counter() - start
-            for one, steps, before in zip(running, begun, sampled, strict=True):
-                one.stats.add_seconds("step" if steps else "prefill", seconds - (_sampled(one) - before))
+            for number, (one, steps) in enumerate(zip(running, begun, strict=True)):
+                other = 0.0 if sampled is None else _sampled(one) - sampled[number]
+                one.stats.add_seconds("step" if steps else "prefill", seconds - other)
             return self._changed
 
     def release(self, sequence: Sequence) -> None:
@@ -258,13 +262,19 @@ class DeviceRunner:
         if self._pool is not None:
             self._pool.give_back(None, groups)
 
+    def _guides(self) -> bool:
+        """Whether the host guides any of the sequences."""
+        kinds = (*(group.kind for group in self._groups), *(text.kind for text in self._unread))
+        return any(kind.guided for kind in kinds)
+
     # steps
 
     def _step(self, group: Group, alone: bool) -> None:
         texts = group.texts
         try:
             group.launch(alone)
-            self._take(group.finish())
+            if (results := group.finish()) is not None:
+                self._take(results)
             if group.kind.guided:
                 self._draw_first()  # the guidance of this step needs the first tokens
                 for text, error in group.guide():
@@ -274,14 +284,15 @@ class DeviceRunner:
         except Exception as error:
             self._fail([text for text in texts if text.sequence.alive], error)
 
-    def _take(self, done: Seq[tuple[DeviceText, Record]]) -> None:
-        for text, record in done:
-            if text.sequence.state is not text or not text.sequence.alive:  # it ended while the step was in flight
+    def _take(self, results: Results) -> None:
+        for slot, text in enumerate(results.texts):
+            sequence = text.sequence
+            if sequence.state is not text or not sequence.alive:  # it ended while the step was in flight
                 continue
             try:
-                text.take(record)
-                self._changed.append(text.sequence)
-                if text.sequence.finished:
+                text.take(results, slot)
+                self._changed.append(sequence)
+                if sequence.finished:
                     self._leave(text)
             except Exception as error:
                 self._fail([text], error)
@@ -311,13 +322,9 @@ class DeviceRunner:
             first = self._first.popleft()
             assert self._reader is not None
             self._runtime.model.ranks.wait(first.ended)
-            tokens, failed = self._reader.done(first)
-            records = [
-                Record([token], [0], bool(fails), prompt=True,
-                       logits=None if first.logits is None else first.logits[slot : slot + 1])
-                for slot, (token, fails) in enumerate(zip(tokens, failed, strict=True))
-            ]  # fmt: skip
-            self._take(list(zip(first.texts, records, strict=True)))
+            lines = [[1, failed, token] for token, failed in zip(*self._reader.done(first), strict=True)]
+            logits = {} if first.logits is None else dict(enumerate(first.logits[: len(lines), None]))
+            self._take(Results(first.texts, lines, FIRST, logits, prompt=True))
 
     def _read(self, running: int) -> int:
         """Runs some prefill passes; returns their number of rows."""
@@ -366,13 +373,13 @@ class DeviceRunner:
         """
         reader, oldest = self._reader, self._unread[0]
         assert reader is not None
+        reader.pages.prepare()
         rows, drafts = reader.rows(oldest), oldest.drafts
         if rows is None:
-            alike = [text for text in self._unread if text.drafts == drafts]
-            more, read, first = reader.chunk(alike, most, drafts)
+            others = [text for text in self._unread if text.drafts == drafts]
+            more, read, first = reader.chunk(others, most, drafts)
             return read or [oldest], more, first
-        some = [text for text in self._unread if text.drafts == drafts and reader.fits(text, rows)]
-        some = some[: reader.together(rows)]
+        some = reader.alike(self._unread, rows, drafts)
         return some, *reader.whole(some, rows, drafts)
 
 

@@ -24,9 +24,9 @@ from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_byt
 from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Switching, table_of
-from mtp_spec.cuda.state import MOST, WAITING, Mail, State, union
+from mtp_spec.cuda.state import MOST, WAITING, Mail, State, copy_states, union
 from mtp_spec.cuda.step import Step
-from mtp_spec.cuda.text import DeviceText, Drafts, Record
+from mtp_spec.cuda.text import DeviceText, Drafts, Results
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages
 from mtp_spec.planning.base import Outcome, Seconds
@@ -97,40 +97,48 @@ class Group:
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
+        self._arrange = self._arranged if runtime.graphs is None else runtime.graphs.later(self._arranged)
         self._slots: list[DeviceText | None] = []
+        self._present: list[DeviceText] | None = []  # the sequences in them; None until it is asked for
         self._launched: deque[Flight] = deque()
         self._hosts = [torch.empty(most, commits.record_size(MOST), dtype=torch.int32,
                                    pin_memory=device.type == "cuda") for _ in range(2)]  # fmt: skip
         self._chances = Chances(MODEL_MEMORY)
         self._planner: ShapePlanner | None = None
         self.table: ShapeTable | None = None  # of the last step
-        self._stages = Stages(noise=False)
+        self._stages, self._tells = Stages(noise=False), False  # whether any sequence asked for logits
         self.untold = list[tuple[ShapePlan, float]]()  # seconds of steps, until the first rank's replace them
         self._changed = self._disturbed = self._unseen = False
+        self._waiting = 0  # most rows of plain steps that are stored for the MTP modules, of any sequence (`shapes`)
         self._ended: torch.cuda.Event | None = None
 
     @property
     def texts(self) -> list[DeviceText]:
         """The sequences that take its steps."""
-        return [text for text in self._slots if text is not None]
+        if self._present is None:
+            self._present = [text for text in self._slots if text is not None]
+        return self._present
 
     def join(self, texts: Seq[DeviceText], state: State) -> None:
         """Assigns slots to prefilled sequences; their state is copied from `state`."""
-        if None not in self._slots:
-            self.state.part(len(self._slots), len(texts)).take(state)
-            self._slots += texts
+        count, end = len(texts), len(self._slots)
+        free = [place for place, text in enumerate(self._slots) if text is None]
+        places = [*free, *range(end, end + count)][:count]
+        self._slots += [None] * (max(places) + 1 - end)
+        for place, text in zip(places, texts, strict=True):
+            self._slots[place] = text
+        if free:
+            copy_states([self.state.part(place, 1) for place in places], [state.part(i, 1) for i in range(count)])
         else:
-            for number, text in enumerate(texts):
-                place = self._slots.index(None) if None in self._slots else len(self._slots)
-                self._slots[place : place + 1] = [text]
-                self.state.part(place, 1).take(state.part(number, 1))
-        self._changed = True
+            copy_states([self.state.part(end, count)], [state.part(0, count)])
+        self._changed, self._present = True, None
+        self._waiting = max(self._waiting, 1)
 
     def leave(self, text: DeviceText) -> None:
         """Removes a sequence, if it is there."""
         if text in self._slots:
             self._slots[self._slots.index(text)] = None
-            self._changed = True
+            self._changed, self._present = True, None
 
     @property
     def full(self) -> bool:
@@ -139,7 +147,7 @@ class Group:
 
     def clear(self) -> None:
         """Removes all sequences, and waits for launched steps."""
-        self._slots, self._changed, self._planner = [], True, None
+        self._slots, self._present, self._changed, self._planner, self._waiting = [], [], True, None, 0
         while self._launched:
             self.runtime.model.ranks.wait(self._launched.popleft().ended)
 
@@ -156,7 +164,7 @@ class Group:
         plan = self._plan(parts) if self.kind.takes_turns else None
         shape = PLAIN if plan is None else plan.shape
         if plan is not None:
-            self._turn([part.switching for part in parts if part.switching is not None], shape, texts)
+            self._turn([part.switching for part in parts if part.switching is not None], shape)
         begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
         self._disturbed = False
         flight = Flight(texts, parts, shape, plan, len(texts) == 1, begun)
@@ -200,22 +208,19 @@ class Group:
             places = ((node, row) for nodes, rows in step.drafted for node, row in zip(nodes, rows.cpu(), strict=True))
             flight.drafts = Drafts(step.shape, step.proposed(), dict(places))
 
-    def finish(self) -> list[tuple[DeviceText, Record]]:
-        """Waits for the step before the one launched last; returns its records."""
+    def finish(self) -> Results | None:
+        """Waits for the step before the one launched last; returns its results."""
         if len(self._launched) < 2:
-            return []
+            return None
         done = self._launched.popleft()
         self.runtime.model.ranks.wait(done.ended)
-        shape, found = self.shapes[done.shape], list[tuple[DeviceText, Record]]()
-        lines = done.record[: len(done.texts)].tolist()
-        for slot, (text, (count, failed, *numbers)) in enumerate(zip(done.texts, lines, strict=True)):
-            path = numbers[MOST : MOST + count]
-            record = Record(numbers[:count], path, bool(failed), shape.ranks, shape.depth, done.logits.get(slot),
-                            drafts=done.drafts)  # fmt: skip
-            found.append((text, record))
+        shape = self.shapes[done.shape]
+        used = commits.HEADER + shape.depth + 1 if shape.is_chain else None
+        lines = done.record[: len(done.texts), :used].tolist()
+        results = Results(done.texts, lines, shape, done.logits, drafts=done.drafts)
         if self._planner is not None and done.plan is not None:
-            self._learn(done, done.plan, self._planner, found)
-        return found
+            self._learn(done, done.plan, self._planner, results)
+        return results
 
     def steps(self) -> list[Step]:
         """Returns the steps, one for each shape, for its current sequences."""
@@ -223,6 +228,8 @@ class Group:
 
     def _logits(self, flight: Flight, part: Part) -> dict[int, Tensor]:
         """Returns copies of requested logits, by slot: the next pass overwrites the originals."""
+        if not self._tells:
+            return {}
         rows, room = self.shapes[flight.shape].rows, self.state.logits
         assert room is not None
         own = flight.texts[part.first : part.first + part.state.texts]
@@ -240,24 +247,34 @@ class Group:
 
     def _settle_down(self) -> None:
         """Moves the last sequences into free slots, and updates the slots' page tables on the device."""
-        for place in range(len(self._slots)):
-            while self._slots and self._slots[-1] is None:
-                self._slots.pop()
-            if place < len(self._slots) and self._slots[place] is None:
-                self.state.part(place, 1).take(self.state.part(len(self._slots) - 1, 1))
-                self._slots[place] = self._slots.pop()
-        state, texts = self.state, self.texts
-        assert state.pages is not None
-        assert state.live is not None
+        slots, targets, sources = self._slots, list[State](), list[State]()
+        for place in range(len(slots)):
+            while slots and slots[-1] is None:
+                slots.pop()
+            if place < len(slots) and slots[place] is None:
+                targets.append(self.state.part(place, 1))
+                sources.append(self.state.part(len(slots) - 1, 1))
+                slots[place] = slots.pop()
+        if targets:
+            copy_states(targets, sources)
+        self._present = None
+        texts = self.texts
         gone = self.most - len(texts)
         places = [*(text.lease.row for text in texts), *[self.pages.idle_row] * gone]
         self._mail.send(self._inbox, [places, [1] * len(texts) + [0] * gone])
+        self._arrange()
+        self._stages = union({text.stages for text in texts})
+        self._tells = self.kind.watched or any(text.params.logprobs for text in texts)
+        self._changed, self._disturbed = False, True
+
+    def _arranged(self) -> None:
+        """Takes what was sent of the slots: their pages, and which of them are in use."""
+        state = self.state
+        assert state.pages is not None
+        assert state.live is not None
         torch.index_select(self.pages.tables, 0, self._inbox[0], out=state.pages)
         state.live.copy_(self._inbox[1])
-        if gone:
-            state.part(len(texts), gone).blank()
-        self._stages = union([text.stages for text in texts])
-        self._changed, self._disturbed = False, True
+        state.blank_unused()
 
     def _together(self) -> int:
         """Returns the most slots of a captured step: the largest power of two that fits."""
@@ -305,8 +322,8 @@ class Group:
         self.table, texts = self.runtime.kept(key, lambda: self._measured(parts)), self.texts
         if self._planner is None:
             self._planner = ShapePlanner(self.table)
-        left, behind = max(text.left for text in texts), max(text.waiting for text in texts)
-        return self._planner.plan(ShapeBatch(self.table, len(texts), left, behind))
+        left = max(text.left for text in texts)
+        return self._planner.plan(ShapeBatch(self.table, len(texts), left, self._waiting))
 
     def _measured(self, parts: list[Part]) -> ShapeTable:
         """Times the steps on random tokens, whose rows activate as many experts as those of real sequences."""
@@ -323,47 +340,41 @@ class Group:
         seconds = [sum(times) for times in zip(*measured, strict=True)]
         return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances)
 
-    def _turn(self, parts: list[Switching], shape: int, texts: list[DeviceText]) -> None:
+    def _turn(self, parts: list[Switching], shape: int) -> None:
         """Runs the transition to a shape; the sequences' backlogs may differ in rows."""
-        behind = max(text.waiting for text in texts)
         if shape == PLAIN:
             if self._unseen:  # the next step would overwrite what a drafting step committed
                 for one in parts:
                     one.settle()
-                self._unseen, self._disturbed = False, True
-                behind = self._set_waiting(texts, 0)
-            if behind == WAITING:
-                behind = self._catch_up(parts, behind, texts)
-            for text in texts:
-                text.waiting += 1
+                self._unseen, self._disturbed, self._waiting = False, True, 0
+            if self._waiting == WAITING:
+                self._catch_up(parts)
+            self._waiting += 1
         else:
-            if behind > 1:  # the step itself processes the last row
-                self._catch_up(parts, behind, texts)
-            self._unseen = True
-            self._set_waiting(texts, 0)
+            if self._waiting > 1:  # the step itself processes the last row
+                self._catch_up(parts)
+            self._unseen, self._waiting = True, 0
 
-    def _catch_up(self, parts: list[Switching], behind: int, texts: list[DeviceText]) -> int:
-        rows = next(rows for rows in CATCH_UP_ROWS if behind - 1 <= rows)
+    def _catch_up(self, parts: list[Switching]) -> None:
+        rows = next(rows for rows in CATCH_UP_ROWS if self._waiting - 1 <= rows)
         for one in parts:
             one.catch_up[rows]()
-        self._disturbed = True
-        return self._set_waiting(texts, 1)
+        self._disturbed, self._waiting = True, 1
 
-    def _set_waiting(self, texts: list[DeviceText], rows: int) -> int:
-        for text in texts:
-            text.waiting = rows
-        return rows
-
-    def _learn(
-        self, done: Flight, plan: ShapePlan, planner: ShapePlanner, found: Seq[tuple[DeviceText, Record]]
-    ) -> None:  # fmt: skip
-        paths = [None if text.sequence.finished else [row - 1 for row in record.path[1:]] for text, record in found]
+    def _learn(self, done: Flight, plan: ShapePlan, planner: ShapePlanner, results: Results) -> None:
+        counts = [line[commits.COUNT] for line in results.lines]
+        paths: list[Seq[int] | None] = [range(count - 1) for count in counts]
+        if not results.chain:
+            paths = [[row - 1 for row in results.path(slot)[1:]] for slot in range(len(counts))]
+        for slot, text in enumerate(results.texts):
+            if text.sequence.finished:
+                paths[slot] = None
         seconds = None
         if done.begun is not None and done.ended is not None:
             taken = done.begun.elapsed_time(done.ended) / 1e3
             if done.alone:
-                ((text, record),) = found
-                text.sequence.stats.record_plan(plan.tokens, plan.seconds, len(record.tokens), taken)
+                (text,) = results.texts
+                text.sequence.stats.record_plan(plan.tokens, plan.seconds, len(results.tokens(0)), taken)
             if self.runtime.model.ranks.size == 1:
                 seconds = Seconds(taken)
             else:

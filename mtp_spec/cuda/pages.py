@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ from mtp_spec.request import Request
 STEP_ROWS, STEP_TEXTS = 512, 64
 # rows of the table for streams in addition to the sequences that share steps
 EXTRA_ROWS = 16
-READ_TEXTS = 8  # most prompts in one prefill pass
+READ_TEXTS = 32  # most prompts in one prefill pass
+LEASES = 16  # most leases that are prepared at once
 IDLE_PAGES = pages_for(WORK_ROWS)  # an unused slot has one token
 # most padding rows of the prefill pass over a prompt's end
 PADDING = max(rows - smaller for smaller, rows in pairwise(PREFILL_ROWS)) - 1
@@ -54,20 +56,35 @@ class DevicePages(Pages["DeviceLease"]):
         self._rows = list(reversed(range(self.idle_row)))
         idle = torch.arange(total, total + columns).clamp_max(total + IDLE_PAGES - 1) * KEYS
         self.tables = idle.int().repeat(self.idle_row + 1, 1).to(model.device)
-        self._inbox = torch.zeros(1, columns, dtype=torch.int64, device=model.device)
-        self._mail = Mail(columns, model.device)
+        self._new = dict[int, tuple[list[int], int]]()  # by row: the pages of a lease, and how many others share
+        numbers = LEASES * (2 * columns + 1)
+        self._inbox = torch.zeros(numbers, dtype=torch.int64, device=model.device)
+        self._mail = Mail(numbers, model.device)
 
     def lease(self, prompt: Sequence[int], tokens: int, drafted: bool) -> DeviceLease | None:
         return super().lease(prompt, tokens, drafted) if self._rows else None
 
     def _leased(self, pages: list[int], shared: int, drafted: bool) -> DeviceLease:
-        row, sent = self._rows.pop(), self._inbox[:, : len(pages)]
-        self._mail.send(sent, [pages])
-        commit.clean(self.caches, sent[0, shared:])
-        # entries past the end are only read for fully masked blocks; they point to a page of the sequence itself
-        self.tables[row].fill_(pages[-1] * KEYS)
-        self.tables[row, : len(pages)] = sent[0] * KEYS
+        row = self._rows.pop()
+        self._new[row] = pages, shared
         return DeviceLease(self, pages, shared, drafted, row)
+
+    def prepare(self) -> None:
+        """Zeroes the pages of all new leases and writes their rows of the table; call it before any of them is used."""
+        while self._new:
+            leases = dict(self._new.popitem() for _ in range(min(LEASES, len(self._new))))
+            own = [page for pages, shared in leases.values() for page in pages[shared:]]
+            table = np.empty((len(leases), self.tables.shape[1]), dtype=np.int64)
+            for line, (pages, _) in zip(table, leases.values(), strict=True):
+                line[: len(pages)] = pages
+                # entries past the end are only read for fully masked blocks; they point to a page of the sequence
+                line[len(pages) :] = pages[-1]
+            numbers = np.concatenate((own, [*leases], table.ravel() * KEYS))
+            sent = self._inbox[: len(numbers)]
+            self._mail.send(sent, numbers)
+            zeroed, rows, lines = sent.split((len(own), len(leases), table.size))
+            commit.clean(self.caches, zeroed)
+            self.tables.index_copy_(0, rows, lines.view(table.shape).int())
 
     def take_back(self, row: int) -> None:
         """Takes back the row of a sequence that has ended."""

@@ -8,6 +8,7 @@ wait for a first token: it reads it after the sequence's first step was launched
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
@@ -132,9 +133,13 @@ class Reader:
             return False
         return len(text.tokens) - lease.reused <= rows <= lease.slots - lease.reused
 
-    def together(self, rows: int) -> int:
-        """Returns how many prompts with up to `rows` uncached tokens share one pass."""
-        return min(self._most, STEP_ROWS // rows)
+    def alike(self, texts: Iterable[DeviceText], rows: int, drafts: bool) -> list[DeviceText]:
+        """Returns those that can share a pass of `rows` rows; if there are too many, those that need so many first."""
+        some = [text for text in texts if text.drafts == drafts and self.fits(text, rows)]
+        most, fewer = min(self._most, STEP_ROWS // rows), [size for size in PREFILL_ROWS if size < rows]
+        if len(some) > most and fewer:
+            some.sort(key=lambda text: self.fits(text, fewer[-1]))
+        return some[:most]
 
     def whole(self, texts: Seq[DeviceText], rows: int, drafts: bool) -> tuple[int, First]:
         """Prefills prompts with up to `rows` uncached tokens in one pass; returns its rows and the first tokens.
@@ -142,7 +147,7 @@ class Reader:
         Args:
             drafts: whether the MTP modules run too.
         """
-        slots, stages = min(self._most, 1 << (len(texts) - 1).bit_length()), union([text.stages for text in texts])
+        slots, stages = min(self._most, 1 << (len(texts) - 1).bit_length()), union({text.stages for text in texts})
         if self.runtime.graphs is None:
             slots, rows = len(texts), max(len(text.tokens) - text.lease.reused for text in texts)
         self._set_biases(texts)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -89,6 +90,7 @@ class State:
         )
         self.drawn = torch.zeros(texts, dtype=torch.int64, device=device)
         self._parts: dict[tuple[int, int], State] = {}
+        self._held: list[Tensor] | None = None
 
     @property
     def texts(self) -> int:
@@ -105,7 +107,7 @@ class State:
         if found is not None:
             return found
         part = copy.copy(self)
-        part._parts = {}
+        part._parts, part._held = {}, None
         for name in (*KEPT, "pages", "live"):
             setattr(part, name, some(getattr(self, name)))
         settings = self.settings
@@ -124,7 +126,7 @@ class State:
             # old slots could hold NaN, which masks do not remove
             torch._foreach_zero_([cache.slots[reused:] for cache in (*self.caches, *self.mtp_caches)])
             self.store[self.caches[0].spare :].zero_()
-        torch._foreach_zero_(self._tensors())
+        torch._foreach_zero_(self._words())
         self.begun.fill_(reused)
         settings = self.settings
         settings.values.copy_(self.sent([settings_of(params)], torch.float64))
@@ -182,14 +184,29 @@ class State:
             if self.settings.seen is not None and seen is not None:
                 self.settings.seen.copy_(seen)
 
-    def take(self, other: State) -> None:
-        """Copies another state with as many sequences, except its pages."""
-        torch._foreach_copy_(self._tensors(), other._tensors())  # one call, because this runs between steps
+    def blank_unused(self) -> None:
+        """Does the same for unused slots only."""
+        assert self.live is not None
+        unused = self.live == 0
+        self.record.masked_fill_(unused[:, None], 0)
+        self.record[:, commits.COUNT].masked_fill_(unused, 1)
+        self.length.masked_fill_(unused, 1)
+        self.fed.masked_fill_(unused, 0)
+        self.begun.masked_fill_(unused, 0)
 
-    def _tensors(self) -> list[Tensor]:
-        settings = self.settings
-        parts = (settings.values, settings.seed, settings.bias, settings.seen)
-        return [*(getattr(self, name) for name in KEPT), *(part for part in parts if part is not None)]
+    def _words(self) -> list[Tensor]:
+        """Returns what is held of every sequence, except its pages, as int32: one kernel copies tensors of one type."""
+        if self._held is None:
+            settings = self.settings
+            parts = [
+                *(getattr(self, name) for name in KEPT),
+                settings.values,
+                settings.seed,
+                settings.bias,
+                settings.seen,
+            ]
+            self._held = [part.view(torch.int32) for part in parts if part is not None and part.numel()]
+        return self._held
 
     def start(self, token: Tensor, hidden: Tensor, length: Tensor, seen: bool) -> None:
         """Starts decoding from first tokens `[B]` int64, drawn from the last hidden states `[B, D]` of prompts of
@@ -228,6 +245,12 @@ def stages_of(params: SamplingParams) -> Stages:
     )  # fmt: skip
 
 
+def copy_states(targets: Sequence[State], sources: Sequence[State]) -> None:
+    """Copies states, except their pages, to others with as many sequences, in one call: this runs between steps."""
+    torch._foreach_copy_([words for state in targets for words in state._words()],
+                         [words for state in sources for words in state._words()])  # fmt: skip
+
+
 class Mail:
     """Sends numbers to the device through pinned buffers, so that the host does not wait.
 
@@ -241,9 +264,9 @@ class Mail:
             room = torch.empty(MAIL, numbers, dtype=torch.int64, pin_memory=True)
             self._free.extend((part, torch.cuda.Event()) for part in room)
 
-    def send(self, target: Tensor, rows: Sequence[Sequence[int]]) -> None:
-        """Copies rows of integers to `target` `[len(rows), .]` int64."""
-        values = torch.tensor(rows, dtype=torch.int64)
+    def send(self, target: Tensor, numbers: Sequence[Sequence[int]] | npt.NDArray[np.int64]) -> None:
+        """Copies as many integers as `target`, int64 of any shape, holds."""
+        values = torch.from_numpy(np.asarray(numbers, dtype=np.int64)).view(target.shape)
         if not self._cuda:
             target.copy_(values)
             return
@@ -256,6 +279,6 @@ class Mail:
         self._free.append((room, arrived))
 
 
-def union(stages: Sequence[Stages]) -> Stages:
+def union(stages: Collection[Stages]) -> Stages:
     """Returns the sampling stages that any sequence needs: they have no effect on the others."""
     return Stages(**{one.name: any(getattr(its, one.name) for its in stages) for one in fields(Stages)})

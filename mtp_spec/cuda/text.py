@@ -13,6 +13,8 @@ from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.pages import DeviceLease
 from mtp_spec.cuda.state import MOST, WAITING, stages_of
 from mtp_spec.errors import MTPSpecError
+from mtp_spec.kernels import commit as commits
+from mtp_spec.model.cache import PAGE
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.sampling.sampler import History
 from mtp_spec.sequence import Sequence
@@ -35,28 +37,41 @@ class Drafts:
 
 
 @dataclass(slots=True)
-class Record:
-    """The result of a step, or of a prefill, for one sequence.
+class Results:
+    """The results of a step, or of a prefill pass, for its sequences.
 
     Attributes:
-        tokens: committed tokens.
-        path: the row that drew each of them; row 0 is the root.
-        failed: whether a row had no token to draw.
-        ranks: of the tree's nodes.
-        depth: of the tree.
-        logits: `[E, V]` of the sequence's rows, if requested.
-        prompt: whether it is of a prefill.
+        texts: the sequences, by slot.
+        lines: of each the record (`kernels.commit.accept`); of a chain's, whose rows are 0, 1, 2, ..., at least the
+            first part.
+        shape: of the tree.
+        logits: by slot, `[E, V]` of the sequence's rows, if requested.
+        prompt: whether they are of a prefill.
         drafts: for an observer.
     """
 
-    tokens: list[int]
-    path: list[int]
-    failed: bool = False
-    ranks: Seq[int] = ()
-    depth: int = 0
-    logits: Tensor | None = field(default=None, repr=False)
+    texts: Seq[DeviceText]
+    lines: Seq[list[int]]
+    shape: TreeShape
+    logits: Mapping[int, Tensor] = field(default_factory=dict)
     prompt: bool = False
-    drafts: Drafts | None = field(default=None, repr=False)
+    drafts: Drafts | None = None
+    chain: bool = field(init=False)
+    depth: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chain, self.depth = self.shape.is_chain, self.shape.depth  # once, not for every sequence
+
+    def tokens(self, slot: int) -> list[int]:
+        """Returns the committed tokens."""
+        line = self.lines[slot]
+        return line[commits.HEADER : commits.HEADER + line[commits.COUNT]]
+
+    def path(self, slot: int) -> Seq[int]:
+        """Returns the row that drew each of them; row 0 is the root."""
+        line, first = self.lines[slot], commits.HEADER + MOST
+        count = line[commits.COUNT]
+        return range(count) if self.chain else line[first : first + count]
 
 
 class DeviceText:
@@ -66,7 +81,6 @@ class DeviceText:
         stages: the sampling stages that it needs.
         history: of its tokens, if the host guides it or it has an observer.
         errors: errors of the last step's guidance, by row; raised only if the path reaches that row.
-        waiting: number of plain steps' rows stored for the MTP modules, see `shapes`.
     """
 
     def __init__(self, model: DeviceModel, sequence: Sequence, kind: Kind, lease: DeviceLease) -> None:
@@ -76,10 +90,12 @@ class DeviceText:
         self.stages = stages_of(self.params)
         self.history = self.sampler.history(sequence.tokens) if kind.guided or kind.watched else None
         self.errors: dict[int, Exception] = {}
-        self.waiting = 1
         self.drafts = kind.depth > 0
         # most tokens that the MTP modules have not seen: of steps in flight, and stored by plain steps
         self._late = 2 * MOST + (WAITING if kind.takes_turns else 0)
+        self._due = 0  # tokens from which on another page can be shared
+        # whether something is wanted of every token or row
+        self._asks = self.history is not None or self.params.logprobs > 0
         sequence.stats.reused_tokens = lease.reused
 
     @property
@@ -96,63 +112,85 @@ class DeviceText:
         """Lets others share the first `count` tokens of the prompt, whose prefill is done or launched."""
         self._share(count, min(count, len(self.tokens) - 1))
 
-    def take(self, record: Record) -> None:
-        """Commits tokens one by one until the sequence ends.
+    def take(self, results: Results, slot: int) -> None:
+        """Commits the tokens of a step or a prefill, up to the one that ends the sequence.
 
         Raises:
             MTPSpecError: a row had no token to draw.
         """
+        tokens, failed = results.tokens(slot), results.lines[slot][commits.FAILED] > 0
+        if failed or self._asks or not self.sequence.extend(tokens):
+            self._take_each(results, slot, tokens, failed)
+        else:
+            self._count(results, slot, len(tokens))
+        if len(self.tokens) >= self._due:
+            held = len(self.tokens) - 1
+            self._share(held, held - self._late if self.drafts else held)
+
+    def _take_each(self, results: Results, slot: int, tokens: list[int], failed: bool) -> None:
+        """Commits the tokens one by one."""
         wanted, drawn, ended = self.params.logprobs, list[Drawn](), False
-        for j, token in enumerate(record.tokens):
-            if record.failed and j + 1 == len(record.tokens):
-                self._fail(record, len(self.tokens) + j)
+        path, logits = results.path(slot), results.logits.get(slot)
+        for j, token in enumerate(tokens):
+            if failed and j + 1 == len(tokens):
+                self._fail(path[j], logits, results.prompt, len(self.tokens) + j)
             logprob = None
-            if wanted and record.logits is not None:
-                logprob = self.sampler.logprobs(record.logits[record.path[j]], token, wanted)
-            drawn.append(Drawn(token, j + 1 if j + 1 < len(record.tokens) else 0, logprob))
+            if wanted and logits is not None:
+                logprob = self.sampler.logprobs(logits[path[j]], token, wanted)
+            drawn.append(Drawn(token, j + 1 if j + 1 < len(tokens) else 0, logprob))
             ended = self.sequence.is_last(token)
             if ended:
                 break
-        before, stats = self.history, self.sequence.stats
+        before = self.history
         if before is not None:
             self.history = before.extend(one.token for one in drawn)
-            if record.drafts is not None:
-                self._show(record, record.drafts, before, Accepted([], drawn, self.history, ended))
-        if record.prompt:
-            stats.record_prefill(len(self.tokens))
-        else:
-            ranks = [record.ranks[row - 1] for row in record.path[1 : len(drawn) + 1]]
-            stats.record_step(record.depth, len(record.ranks), ranks, len(drawn))
+            if results.drafts is not None and logits is not None:
+                accepted = Accepted([], drawn, self.history, ended)
+                self._show(results.drafts, path, logits, before, accepted)
+        self._count(results, slot, len(drawn))
         self.sequence.commit(drawn, ended)
-        held = len(self.tokens) - 1
-        self._share(held, held - self._late if self.drafts else held)
 
-    def _show(self, record: Record, drafts: Drafts, history: History, accepted: Accepted) -> None:
+    def _count(self, results: Results, slot: int, committed: int) -> None:
+        """Adds to the statistics."""
+        stats, shape = self.sequence.stats, results.shape
+        if results.prompt:
+            stats.record_prefill(self.sequence.prompt_tokens)
+            return
+        # the last token of a step is the target's own, unless the text ended at a draft before it
+        accepted = min(committed, results.lines[slot][commits.COUNT] - 1)
+        ranks: Seq[int] = shape.ranks[:accepted]
+        if not results.chain:
+            ranks = [shape.ranks[row - 1] for row in results.path(slot)[1 : accepted + 1]]
+        stats.record_step(results.depth, len(shape.parents), ranks, committed)
+
+    def _show(self, drafts: Drafts, path: Seq[int], logits: Tensor, history: History, accepted: Accepted) -> None:
         """Passes a step to the sequence's observer; `history` is that of its root, and the nodes are filled in here."""
         observer = self.sequence.observer
         assert observer is not None
-        assert record.logits is not None
         tree, rows = tree_of(drafts)
         nodes = {0: ROOT, **{row: node for node, row in enumerate(rows)}}
         for parent, row in drafts.rows.items():
             if parent + 1 in nodes:
                 observer.drafted(nodes[parent + 1], row)
-        accepted.nodes[:] = [nodes[row] for row in record.path[1 : len(accepted.drawn) + 1]]
-        observer.verified(tree, record.logits[[0, *rows]].cpu(), history, accepted)
+        accepted.nodes[:] = [nodes[row] for row in path[1 : len(accepted.drawn) + 1]]
+        observer.verified(tree, logits[[0, *rows]].cpu(), history, accepted)
 
     def _share(self, held: int, fed: int) -> None:
         """Lets others share pages with these slots of the main model, and of the first MTP module if it drafts."""
-        self.lease.publish(self.tokens, fed - len(self.model.mtp) + 1 if self.drafts else held, self.drafts)
+        modules = len(self.model.mtp)
+        filled = fed - modules + 1 if self.drafts else held
+        pages = self.lease.publish(self.tokens, filled, self.drafts)
+        behind = self._late + modules if self.drafts else 1
+        self._due = (pages + 1) * PAGE + max(behind, modules)
 
-    def _fail(self, record: Record, position: int) -> None:
-        row = record.path[-1]
-        if row in self.errors and not record.prompt:
+    def _fail(self, row: int, logits: Tensor | None, prompt: bool, position: int) -> None:
+        if row in self.errors and not prompt:
             raise self.errors[row]
         reason = "no token is left after logit_bias, or the logits hold NaN or infinity"
         if self.kind.guided:
             reason = ("no token is left after logit_bias, logits_processor, response_format and min_new_tokens, or the "
                       "logits hold NaN or infinity")  # fmt: skip
-        if record.logits is not None and not bool(record.logits[row].isfinite().any()):
+        if logits is not None and not bool(logits[row].isfinite().any()):
             reason = "the logits hold no finite number"
         raise MTPSpecError(
             f"no token can be drawn at position {position}: {reason}; check the weights, or allow more tokens"

@@ -5,7 +5,9 @@ On a GPU the host does not see the lead of a draft (`confidence`), only which no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
 from mtp_spec.tree import ROOT
 from mtp_spec.tree_shape import TreeShape
@@ -14,6 +16,44 @@ from mtp_spec.tree_shape import TreeShape
 FIRST_CHANCE, FIRST_SHARE = 0.7, 0.4
 # observations remembered for a sequence and for all sequences of a model, and the weight of the latter in a new one
 TEXT_MEMORY, MODEL_MEMORY, CARRIED = 40.0, 400.0, 8.0
+
+
+Key = tuple[int, int]  # depth (1 is below the root) and rank (0 is the best)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a step shows.
+
+    Attributes:
+        tries: by depth and rank, how many of these children were accepted and how many could have been: their parent
+            was, and no better sibling.
+        texts: number of sequences in the step.
+    """
+
+    tries: dict[Key, tuple[int, int]]
+    texts: int
+
+    @classmethod
+    def of(cls, shape: TreeShape, paths: Mapping[tuple[int, ...], int]) -> Seen:
+        """Returns what accepted paths of nodes, depth 1 first, each with its number of sequences, show of a tree."""
+        tries, children = dict[Key, tuple[int, int]](), _children(shape)
+        for path, times in paths.items():
+            for parent, child in zip((ROOT, *path), (*path, None), strict=True):
+                for node, key in children.get(parent, ()):
+                    won, tried = tries.get(key, (0, 0))
+                    tries[key] = won + times * (node == child), tried + times
+                    if node == child:
+                        break
+        return cls(tries, sum(paths.values()))
+
+
+@lru_cache
+def _children(shape: TreeShape) -> dict[int, list[tuple[int, Key]]]:
+    found = dict[int, list[tuple[int, Key]]]()
+    for node, parent in enumerate(shape.parents):
+        found.setdefault(parent, []).append((node, (shape.depths[node], shape.ranks[node])))
+    return found
 
 
 class Chances:
@@ -26,10 +66,10 @@ class Chances:
 
     def __init__(self, memory: float, before: Chances | None = None) -> None:
         self._keep, self._before = 1.0 - 1.0 / memory, before
-        self._seen: dict[tuple[int, int], tuple[float, float]] = {}
+        self._seen: dict[Key, tuple[float, float]] = {}
 
     def chance(self, depth: int, rank: int) -> float:
-        """Returns the probability of the child of this rank (0 is the best) at this depth (1 is below the root)."""
+        """Returns the probability of the child of this rank at this depth."""
         won, tried = self._seen.get((depth, rank), (0.0, 0.0))
         return (won + CARRIED * self._expected(depth, rank)) / (tried + CARRIED)
 
@@ -38,29 +78,24 @@ class Chances:
             return self._before.chance(depth, rank)
         return FIRST_SHARE if rank else FIRST_CHANCE
 
-    def learn(self, shape: TreeShape, path: Sequence[int], times: int = 1, texts: int = 1) -> None:
-        """Learns from an accepted path of nodes, depth 1 first.
+    def learn(self, step: Seen) -> None:
+        """Learns from a step; its sequences together age older observations by one."""
+        for key, (more_won, more_tried) in step.tries.items():
+            keep = self._keep ** (more_tried / step.texts)
+            won, tried = self._seen.get(key, (0.0, 0.0))
+            self._seen[key] = (won * keep + more_won, tried * keep + more_tried)
 
-        Args:
-            times: number of sequences with this path.
-            texts: number of sequences in the step; together they age older observations by one.
-        """
-        keep = self._keep ** (times / texts)
-        for parent in (ROOT, *path):
-            for node, its_parent in enumerate(shape.parents):
-                if its_parent != parent:
-                    continue
-                key, accepted = (shape.depths[node], shape.ranks[node]), node in path
-                won, tried = self._seen.get(key, (0.0, 0.0))
-                self._seen[key] = (won * keep + accepted * times, tried * keep + times)
-                if accepted:
-                    break
-
-    def tokens(self, shape: TreeShape) -> float:
-        """Returns the expected tokens of a step, the bonus token included."""
-        reached, left = {ROOT: 1.0}, dict[int, float]()
-        for node, parent in enumerate(shape.parents):
-            open_to = left.get(parent, reached[parent])  # a sibling counts only if the better ones failed
-            reached[node] = open_to * self.chance(shape.depths[node], shape.ranks[node])
-            left[parent] = open_to - reached[node]
-        return sum(reached.values())
+    def tokens(self, *shapes: TreeShape) -> list[float]:
+        """Returns the expected tokens of a step of each shape, the bonus token included."""
+        chances, found = dict[Key, float](), list[float]()
+        for shape in shapes:
+            reached, left = {ROOT: 1.0}, dict[int, float]()
+            for node, parent in enumerate(shape.parents):
+                key = shape.depths[node], shape.ranks[node]
+                if key not in chances:
+                    chances[key] = self.chance(*key)
+                open_to = left.get(parent, reached[parent])  # a sibling counts only if the better ones failed
+                reached[node] = open_to * chances[key]
+                left[parent] = open_to - reached[node]
+            found.append(sum(reached.values()))
+        return found

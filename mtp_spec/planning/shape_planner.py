@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import inf, log, log2
 
 from mtp_spec.planning.base import Outcome
-from mtp_spec.planning.chances import MODEL_MEMORY, TEXT_MEMORY, Chances
+from mtp_spec.planning.chances import MODEL_MEMORY, TEXT_MEMORY, Chances, Seen
 from mtp_spec.planning.correction import Correction, surprise
 from mtp_spec.planning.governor import ALLOWED, LEAST_PRICE, Pace
 from mtp_spec.tree_shape import TreeShape
@@ -135,7 +135,7 @@ class ShapePlanner:
     def plan(self, batch: ShapeBatch) -> ShapePlan:
         """Returns the shape of the next step."""
         table = batch.table
-        tokens = [self._chances.tokens(shape) for shape in table.shapes]
+        tokens = self._chances.tokens(*table.shapes)
         shape = self._choose(batch, tokens)
         return ShapePlan(table, shape, tokens[shape], table.seconds(shape))
 
@@ -165,10 +165,11 @@ class ShapePlanner:
         paths = [tuple(path) for path in outcome.paths if path is not None]
         if plan.shape == PLAIN or not paths:
             return
-        for path, times in Counter(paths).items():
-            for chances in (self._chances, table.chances):
-                chances.learn(shape, path, times, len(paths))
+        seen = Seen.of(shape, Counter(paths))
+        for chances in (self._chances, table.chances):
+            chances.learn(seen)
+        (expected,) = self._chances.tokens(shape)
         # the mean of actual and expected tokens: either alone pauses too early or too late
-        tokens = (1.0 + sum(map(len, paths)) / len(paths) + self._chances.tokens(shape)) / 2.0
+        tokens = (1.0 + sum(map(len, paths)) / len(paths) + expected) / 2.0
         self._pace.record(tokens - table.relative(plan.shape))
         table.debt = max(0.0, self._pace.debt)

@@ -2,10 +2,12 @@
 
 Text, ids, log-probabilities and both caches are cut at the same token, because the decision is made when a token is
 drawn, and nothing is drawn after the last. Tokens are released for streaming once their text is final: no stop string
-may have begun in it and no character may be incomplete. Without stop strings, text is decoded on demand: all at once if
-it is only read at the end.
+may have begun in it and no character may be incomplete. Text is decoded on demand: all at once if it is only read at
+the end.
 
-Stop strings are searched for twice: in the visible text, and in the text with its special tokens written out.
+Stop strings are searched for twice: in the visible text, and in the text with its special tokens written out. That
+takes the text of every token, so as long as nobody reads and there is no special token, a simple search comes first: a
+step's text, and as much before it as a stop string is long, must hold none.
 """
 
 from __future__ import annotations
@@ -55,6 +57,9 @@ class StopChecker:
         self._held: list[_Piece] = []  # of tokens not yet released
         self._released: list[str] = []
         self._gone = 0  # tokens released so far
+        # for the simple search: all tokens so far, and the end of their text; None once it does not suffice
+        self._ahead = None if tokenizer is None or not stops else TextStream(tokenizer)
+        self._tail, self._reach = "", max(map(len, stops), default=1) - 1
 
     def push(self, token: int) -> bool:
         """Takes the next token; returns whether the text ends with it."""
@@ -65,7 +70,8 @@ class StopChecker:
         else:
             self._unread.append(token)
             last = self._count == self._limit
-        if self._stops:
+        if self._stops and not self._is_clear([] if ends else [token], last, self._special(token)):
+            self._ahead = None
             self._read()
             if last:  # incomplete bytes hold back text that may contain a stop string
                 self._flush()
@@ -76,8 +82,37 @@ class StopChecker:
         self._ended = last
         return last
 
+    def pass_by(self, tokens: Sequence[int]) -> bool:
+        """Takes the next tokens if none of them can end the text; else returns false and takes none."""
+        count = self._count + len(tokens)
+        if count >= self._limit or not self._stop_ids.isdisjoint(tokens):
+            return False
+        if self._stops and not self._is_clear(tokens, False, "".join(map(self._special, tokens))):
+            return False
+        self._count = count
+        self._unread += tokens
+        return True
+
+    def _is_clear(self, tokens: Sequence[int], last: bool, special: str) -> bool:
+        """Takes the next tokens for the simple search if it shows that they complete no stop string; else takes none.
+
+        Args:
+            last: whether the text ends after them.
+            special: text of the special tokens among them, or of the one that ends the text.
+        """
+        if self._ahead is None or (special and not last):
+            return False
+        ahead = self._ahead.copy()
+        text = self._tail + ahead.push(*tokens)
+        whole = text + ahead.flush() + special if last else text
+        if any(stop in whole for stop in self._stops):
+            return False
+        self._ahead, self._tail = ahead, text[max(0, len(text) - self._reach) :]
+        return True
+
     def ready(self) -> list[str]:
         """Returns the texts of the tokens released since the last call, one for each token."""
+        self._ahead = None  # every token's text is decoded now
         self._read()
         if self._ended:
             self._flush()
@@ -89,7 +124,8 @@ class StopChecker:
 
     def whole(self) -> tuple[str, int] | None:
         """Returns the finished text and its number of tokens; None if parts of it were already released."""
-        if self._stops or self._count - len(self._unread) > (self.reason == "stop"):
+        read = self._stops and self._ahead is None
+        if read or self._count - len(self._unread) > (self.reason == "stop"):
             return None
         return "" if self._tokenizer is None else self._tokenizer.decode(self._unread), len(self._unread)
 

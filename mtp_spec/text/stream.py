@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,20 +16,21 @@ class TextStream:
         pending: whether bytes are held back.
     """
 
-    # ids kept as context, because some tokenizers decode a token differently at the start of a text
-    CONTEXT = 4
+    # ids kept as context, because some tokenizers decode a token differently at the start of a text; and at how many
+    # they are reduced to so few, which takes another call of the tokenizer
+    CONTEXT, MOST = 4, 16
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._known = 0  # ids whose text was returned
-        self._shown = 0  # characters already returned of the text of the ids after
+        self._known = 0  # characters of the ids whose text was returned
+        self._shown = 0  # characters already returned of the text after
         self.pending = False
 
-    def push(self, token: int) -> str:
-        """Returns the text that this token completes, possibly none."""
-        self._ids.append(token)
-        text = self._new_text()
+    def push(self, *tokens: int) -> str:
+        """Returns the text that the next tokens complete, possibly none."""
+        self._ids += tokens
+        text = self._tokenizer.decode(self._ids)[self._known :]
         # a replacement character at the end may be the beginning of a character that spans several tokens
         whole = text.rstrip("\ufffd")
         self.pending = len(whole) < len(text)
@@ -36,20 +38,27 @@ class TextStream:
         if self.pending:
             self._shown += len(new)
         else:
-            self._forget()
+            self._forget(text)
         return new
+
+    def copy(self) -> TextStream:
+        """Returns a stream at the same place."""
+        other = copy.copy(self)
+        other._ids = list(self._ids)
+        return other
 
     def flush(self) -> str:
         """Returns the held-back text; unfinished characters appear as the replacement character."""
-        text = self._new_text()[self._shown :] if self.pending else ""
+        if not self.pending:
+            return ""
+        text, shown = self._tokenizer.decode(self._ids)[self._known :], self._shown
         self.pending = False
-        self._forget()
-        return text
+        self._forget(text)
+        return text[shown:]
 
-    def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._known])
-        return self._tokenizer.decode(self._ids)[len(before) :]
-
-    def _forget(self) -> None:
-        self._ids = self._ids[-self.CONTEXT :]
-        self._known, self._shown = len(self._ids), 0
+    def _forget(self, text: str) -> None:
+        """Takes the text after the known one as returned."""
+        self._known, self._shown = self._known + len(text), 0
+        if len(self._ids) > self.MOST:
+            self._ids = self._ids[-self.CONTEXT :]
+            self._known = len(self._tokenizer.decode(self._ids))

@@ -85,6 +85,16 @@ def test_batch(tmp_path: Path) -> None:
     assert document["texts unlike plain"] == 0
 
 
+def test_host(tmp_path: Path) -> None:
+    document = run(["host", "--sizes", "2", "--temperatures", "0", "--acceptance", "1", "--repeats", "1",
+                    "--max-new-tokens", "9"], tmp_path)  # fmt: skip
+    assert [(row["asked for"], row["way"]) for row in document["rows"]] == [
+        (asked, way) for asked in ("nothing", "a stop string", "logprobs") for way in ("plain", "chain of 3", "auto")
+    ]
+    # of 9 tokens the first comes from the prompt
+    assert [row["tokens a step"] for row in document["rows"] if row["way"] != "auto"] == [1, 4] * 3
+
+
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_spec.bench.rows.COUNTS", (1, 2, 7, 33))
     monkeypatch.setattr("mtp_spec.bench.rows.CONTEXTS", (1, 250))

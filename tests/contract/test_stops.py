@@ -140,24 +140,36 @@ def naive(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str], least:
 def test_any_stop_string_in_any_text(data: st.DataObject) -> None:
     tokenizer = Tokenizer(DEMO)
     letters = [tokenizer.raw.encode(letter, add_special_tokens=False).ids[0] for letter in "ab."]
-    ids = data.draw(st.lists(st.sampled_from([*letters, 2, 3]), min_size=1, max_size=12))
+    special = data.draw(st.sampled_from([[], [2, 3]]))
+    ids = data.draw(st.lists(st.sampled_from([*letters, *special]), min_size=1, max_size=12))
     part = st.sampled_from(["a", "b", ".", "<|user|>", "<|assistant|>", "<|us", "er|>", "|"])
     stops = data.draw(st.lists(st.lists(part, min_size=1, max_size=4).map("".join), min_size=1, max_size=2))
     least = data.draw(st.integers(0, 3))
     expected = naive(tokenizer, ids, stops, least)
     found = []
-    for streams in (True, False):
-        finisher, pieces, count = StopChecker(tokenizer, frozenset(), stops, len(ids), least), list[str](), 0
-        for token in ids:
-            count += 1
-            ended = finisher.push(token)
-            if streams:
+    for streams, together in ((True, False), (False, False), (False, True), (True, True)):
+        finisher, pieces, count, ended = (
+            StopChecker(tokenizer, frozenset(), stops, len(ids), least),
+            list[str](),
+            0,
+            False,
+        )
+        while not ended:
+            step = ids[count : count + (data.draw(st.integers(1, 5)) if together else 1)]
+            if together and finisher.pass_by(step):
+                count += len(step)
+            else:
+                for token in step:
+                    count += 1
+                    if ended := finisher.push(token):
+                        break
+            if streams and data.draw(st.booleans()):
                 pieces += finisher.ready()
-            if ended:
-                break
+        whole = finisher.whole()
         pieces += finisher.ready()
         found.append(("".join(pieces), len(pieces), count, finisher.reason))
-    assert found[0] == found[1]
+        assert whole in (None, found[-1][:2])
+    assert found[1:] == found[:-1]
     text, tokens, count, reason = found[0]
     if expected is None:
         assert (text, tokens, reason) == (tokenizer.decode(ids), len(ids), "length")

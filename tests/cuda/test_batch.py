@@ -236,6 +236,7 @@ def test_memory_of_pages_and_groups(folder: Path) -> None:
     assert one is not None
     assert two is not None
     assert pages.lease([], 2 * PAGE, True) is None
+    pages.prepare()
     clean = store[: pages.caches[0].spare].isfinite().all(1).view(len(pages.caches), -1)
     # what was leased, in every layer, and nothing else
     assert clean[:, : 6 * PAGE].all()
@@ -246,6 +247,7 @@ def test_memory_of_pages_and_groups(folder: Path) -> None:
     third = pages.lease([], 4 * PAGE, True)
     assert third is not None
     assert third.row == one.row
+    pages.prepare()
     assert not {*pages.tables[third.row].tolist()} & {*pages.tables[two.row].tolist()}
     assert min(pages.tables[pages.idle_row].tolist()) == 7 * PAGE
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from mtp_spec.planning.base import Outcome, Seconds
-from mtp_spec.planning.chances import Chances
+from mtp_spec.planning.chances import Chances, Seen
 from mtp_spec.planning.shape_planner import PLAIN, ShapeBatch, ShapePlan, ShapePlanner, ShapeTable
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree import ROOT
@@ -147,10 +147,23 @@ def test_chances_are_learned_by_depth_and_rank() -> None:
                 break
             path.append(hit[0])
         tokens += 1 + len(path)
-        chances.learn(shape, path)
+        chances.learn(Seen.of(shape, {tuple(path): 1}))
     for key, chance in truth.items():
         assert chances.chance(*key) == pytest.approx(chance, abs=0.05)
-    assert chances.tokens(shape) == pytest.approx(tokens / 4000, rel=0.04)
+    assert chances.tokens(shape)[0] == pytest.approx(tokens / 4000, rel=0.04)
+
+
+def test_a_step_of_several_texts_shows_what_each_of_them_does() -> None:
+    shape = TreeShape.of(Speculation(branching=(2, 1)))
+    assert shape.parents == (ROOT, ROOT, 0, 1)
+    seen = Seen.of(shape, {(0, 2): 2, (): 1, (1,): 1})
+    assert seen == Seen({(1, 0): (2, 4), (1, 1): (1, 2), (2, 0): (2, 3)}, 4)
+    together, singly = Chances(1e9), Chances(1e9)  # so long a memory that the order does not matter
+    together.learn(seen)
+    for path in ((0, 2), (), (1,), (0, 2)):
+        singly.learn(Seen.of(shape, {path: 1}))
+    for key in seen.tries:
+        assert together.chance(*key) == pytest.approx(singly.chance(*key))
 
 
 def test_shapes_must_fit() -> None:
@@ -220,5 +233,5 @@ def certain() -> Chances:
 def learned(path: list[int]) -> Chances:
     chances = Chances(400.0)
     for _ in range(400):
-        chances.learn(SHAPES[-1], path)
+        chances.learn(Seen.of(SHAPES[-1], {tuple(path): 1}))
     return chances

@@ -46,7 +46,9 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
 }  # fmt: skip
 TOUCHES = r"\b((ld|st|red|atom)\.(global|v\d)|bulk\.tensor)"
-WEIGHTS_FIRST = ("_absorb_kernel",)  # read what no kernel writes before they wait
+# kernels that read what no kernel of a pass writes, before they wait
+READS_FIRST = ("_absorb_kernel", "_up_kernel", "attend_kernel")
+WRITES = r"\b(st|red|atom)\.(global|v\d)"
 done: set[str] = set()
 ARCH = int(sys.argv[2]) if len(sys.argv) > 2 else 90
 # bytes that a program can have, by compute capability
@@ -99,7 +101,7 @@ def _late(name: str, ptx: str) -> bool | None:
     if "griddepcontrol" not in ptx:
         return None
     before = ptx[: ptx.index("griddepcontrol.wait")]
-    touches = r"\b((st|red|atom)\.(global|v\d)|bulk\.tensor)" if name in WEIGHTS_FIRST else TOUCHES
+    touches = WRITES if name in READS_FIRST else TOUCHES
     return "launch_dependents" in ptx and not re.search(touches, before)
 
 

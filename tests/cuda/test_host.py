@@ -1,0 +1,186 @@
+"""What the host does for many texts at once is what it does for each of them: tokens, events, pages, places.
+
+On a CPU by the kernels' references.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from device_models import FEW, batch_lm, checkpoint
+from lms import assert_same, device
+from mtp_spec.acceptance.accept import Drawn
+from mtp_spec.api import LM
+from mtp_spec.cuda.group import Group
+from mtp_spec.cuda.pages import LEASES, DevicePages
+from mtp_spec.cuda.prefill import Reader
+from mtp_spec.cuda.state import State, copy_states
+from mtp_spec.cuda.text import DeviceText, Results
+from mtp_spec.model.cache import PAGE
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.results import EventLog, Generation, TokenEvent
+from mtp_spec.text.stopping import StopChecker
+
+END = 3
+# tokens of steps: how many of each were drafted follows
+STEPS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("model"), "two modules", num_hidden_layers=2, eos_token_ids=(END,))
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS, st.integers(1, 20), st.data())
+def test_tokens_taken_together_are_the_same_as_one_by_one(steps: list[list[int]], limit: int, data: Any) -> None:
+    """However often somebody reads in between."""
+    checkers = [StopChecker(None, frozenset({END}), (), limit) for _ in range(2)]
+    logs = [EventLog(checker, Generation()) for checker in checkers]
+    events: list[list[TokenEvent]] = [[], []]
+    for number, tokens in enumerate(steps):
+        singly = list[Drawn]()
+        for place, token in enumerate(tokens):
+            singly.append(Drawn(token, place + 1 if place + 1 < len(tokens) else 0, None))
+            if ended := checkers[1].push(token):
+                break
+        logs[1].take([one.token for one in singly], sum(one.depth > 0 for one in singly), number)
+        assert checkers[0].pass_by(tokens) == (not ended)
+        if ended:  # then one by one here, too
+            assert [checkers[0].push(one.token) for one in singly][-1]
+            logs[0].take([one.token for one in singly], sum(one.depth > 0 for one in singly), number)
+        else:
+            logs[0].take(tokens, len(tokens) - 1, number)
+        for log, seen in zip(logs, events, strict=True):
+            for _ in range(data.draw(st.integers(0, 6))):
+                if (event := log.pop()) is not None:
+                    seen.append(event)
+        if ended:
+            break
+    whole = [log.finish() for log in logs]
+    assert whole[0] == whole[1] == logs[0].finish()
+    for log, seen in zip(logs, events, strict=True):
+        while (event := log.pop()) is not None:
+            seen.append(event)
+    assert events[0] == events[1]
+    assert [event.token_id for event in events[0]] == whole[0].token_ids
+    assert checkers[0].reason == checkers[1].reason
+    sources: dict[int, list[Any]] = {event.step: [] for event in events[0]}
+    for event in events[0]:
+        sources[event.step].append(event.source)
+    for number, found in sources.items():
+        assert found == [*range(1, len(steps[number])), "target"][: len(found)]
+
+
+def test_pages_are_offered_as_soon_as_they_are_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, asks, seen = DeviceText.take, {"after every step": False}, list[tuple[int, int]]()
+
+    def watched(text: DeviceText, results: Results, slot: int) -> None:
+        text._due = 0 if asks["after every step"] else text._due
+        take(text, results, slot)
+        seen.append((len(text.tokens), text.lease.published))
+
+    monkeypatch.setattr(DeviceText, "take", watched)
+    options: dict[str, Any] = {"seed": 1, "logit_bias": {**FEW, END: -float("inf")}}
+    for prompt, speculation, new in ((60, None, 72), (125, 2, 30)):
+        found = list[list[tuple[int, int]]]()
+        for asks["after every step"] in (False, True):
+            seen.clear()
+            batch_lm(folder, 1, 320).generate([5] * prompt, max_new_tokens=new, speculation=speculation, **options)
+            found.append(list(seen))
+        assert {published for _, published in found[0]} == {0 if prompt < PAGE else PAGE, PAGE, 2 * PAGE}
+        assert found[0] == found[1]
+
+
+def test_a_round_of_leases_is_prepared_together(folder: Path) -> None:
+    model = load_device_model(folder, "cpu")
+    count = LEASES + 3
+    pages = DevicePages(model, 100, 2 * count, count)
+    store = pages.caches[0].store
+    store.fill_(float("nan"))
+    leases = [pages.lease([], PAGE + 1 - number % 2, True) for number in range(count)]
+    # one that goes before it was prepared leaves its row and pages to the next
+    gone, leases[4] = leases[4], None
+    assert gone is not None
+    gone.end()
+    leases[4] = pages.lease([], 2 * PAGE, True)
+    pages.prepare()
+    used = [place for lease in leases if lease is not None for place in sorted({*pages.tables[lease.row].tolist()})]
+    assert len(used) == len({*used}) == sum(1 + (number % 2 == 0) for number in range(count))
+    clean = store[: pages.caches[0].spare].isfinite().all(1).view(len(pages.caches), -1)
+    for place in used:
+        assert clean[:, place : place + PAGE].all()
+    before = pages.tables.clone()
+    store.fill_(1.0)
+    pages.prepare()
+    assert torch.equal(before, pages.tables)
+    assert store.min() == 1.0
+
+
+def test_copied_states_are_equal_in_every_part(folder: Path) -> None:
+    model, dice = load_device_model(folder, "cpu"), torch.Generator().manual_seed(0)
+    pages = DevicePages(model, 100, 4, 4)
+    several, others = (State(model, 100, pages.caches, pages.tables[:4]) for _ in range(2))
+    for words in others._words():
+        words.random_(generator=dice)
+    kept = [words.clone() for words in several._words()]
+    copy_states([several.part(2, 1), several.part(0, 1)], [others.part(3, 1), others.part(1, 1)])
+    for own, other, before in zip(several._words(), others._words(), kept, strict=True):
+        rows, given, old = own.view(4, -1), other.view(4, -1), before.view(4, -1)
+        assert torch.equal(rows, torch.stack((given[1], old[1], given[3], old[3])))
+    assert torch.equal(several.settings.values[2].view(torch.int64), others.settings.values[3].view(torch.int64))
+
+
+def test_texts_that_come_and_go_at_random(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many more texts than places, of all lengths; some are cancelled in the queue, some while they run."""
+    moved = list[int]()
+    settle = Group._settle_down
+
+    def counted(group: Group) -> None:
+        moved.append(group._slots.count(None))
+        settle(group)
+
+    monkeypatch.setattr(Group, "_settle_down", counted)
+    lm, dice = batch_lm(folder, 6), random.Random(3)
+    asked: list[tuple[list[int], dict[str, Any]]] = [
+        ([dice.randrange(4, 160) for _ in range(dice.randrange(1, 40))],
+         {"max_new_tokens": dice.randrange(1, 14), "seed": number, "speculation": dice.choice((None, 2, 2)),
+          "logprobs": dice.choice((0, 0, 1)), "logit_bias": FEW})
+        for number in range(30)
+    ]  # fmt: skip
+    handles = [lm.submit(prompt, **options) for prompt, options in asked]
+    left = {number for number in range(30) if number % 7 == 5 and handles[number].cancel()}
+    alone = batch_lm(folder, 1)
+    for number, (handle, (prompt, options)) in enumerate(zip(handles, asked, strict=True)):
+        if number not in left:
+            assert_same(handle.result(300), alone.generate(prompt, **options))
+    lm.generate([1, 2], max_new_tokens=1)
+    assert max(moved) > 0
+    store = device(lm).pool.pages
+    lm.close()
+    assert not store.leased
+
+
+def test_prompts_of_one_size_are_read_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a few longer ones would make every pass of short ones long."""
+    read, passes = Reader.whole, list[tuple[int, list[int]]]()
+
+    def watched(reader: Reader, texts: Any, rows: int, drafts: bool) -> Any:
+        passes.append((rows, [len(text.tokens) for text in texts]))
+        return read(reader, texts, rows, drafts)
+
+    monkeypatch.setattr(Reader, "whole", watched)
+    monkeypatch.setattr("mtp_spec.cuda.prefill.STEP_ROWS", 128)  # two long prompts or eight short ones
+    lm: LM = batch_lm(folder, 12)
+    lengths = [20, 3, 4, 5, 21, 6, 22, 7, 23]
+    texts = lm.generate([[9] * length for length in lengths], max_new_tokens=2, seed=1, speculation=None)
+    assert passes == [(64, [20, 21]), (16, [3, 4, 5, 6, 7]), (64, [22, 23])]
+    for text, length in zip(texts, lengths, strict=True):
+        assert_same(text, lm.generate([9] * length, max_new_tokens=2, seed=text.seed, speculation=None))
