@@ -8,8 +8,9 @@ rows by matrices that are read once, so the time is bytes of weights over bandwi
   to finish adds the parts in ascending order, so the sum does not depend on which one that was.
 - Sums leave the tensor core every 128 of K, where the scales change, and go on in float32.
 
-A row's bits depend only on its own numbers: tiles, splits and order are chosen by (N, K), never by the rows. Prefill
-uses the same kernel: more rows are more tiles, scheduled next to each other so that they share weights in the cache.
+A row's bits depend only on its own numbers: tiles, splits and order are chosen by (N, K), never by the rows. More rows
+are more tiles, scheduled next to each other so that they share weights in the cache. Many rows on Hopper are limited by
+arithmetic and have a kernel of their own (`gemm_hopper`), with the same order of sums and the same bits.
 
 Legend: `M` rows, `N` outputs, `K` inputs.
 """
@@ -20,6 +21,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from mtp_spec.kernels.launching import (
     described,
     interpreted,
     late,
+    many_rows_run,
     runs_triton,
     stages_that_fit,
     tuned_name,
@@ -48,6 +51,7 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 ROW_TILES = (16, 32, 64)
+MANY_ROWS = 513  # from which Hopper has a kernel of its own, with the same bits; a step has fewer
 PARTS, ARRIVALS = Workspace(torch.float32), Workspace(torch.int32, zeros=True)
 
 
@@ -238,6 +242,9 @@ def _launch(
     a: Tensor, w: Tensor, a_scale: Tensor | None, w_scale: Tensor | None, out: Tensor, launch: Launch
 ) -> Tensor:
     (rows, inputs), outputs = a.shape, w.shape[0]
+    if rows >= MANY_ROWS and many_rows_run(a.device) and outputs * out.element_size() % 16 == 0 and _hopper():
+        _hopper().gemm(a, w, a_scale, w_scale, out, launch.splits, MULTIPROCESSORS)
+        return out
     row_tile = next((size for size in ROW_TILES if rows <= size), ROW_TILES[-1])
     tiles = -(-outputs // launch.tile) * -(-rows // row_tile)
     step = launch.unroll * BLOCK * a.element_size() * (launch.tile + row_tile)
@@ -266,6 +273,16 @@ def _launch(
         **late(a),
     )
     return out
+
+
+@lru_cache
+def _hopper() -> Any:
+    """Returns the Gluon kernel's module, or None if this Triton has no Gluon for Hopper."""
+    try:
+        from mtp_spec.kernels import gemm_hopper
+    except ImportError:
+        return None
+    return gemm_hopper
 
 
 def _check(a: Tensor, w: Tensor) -> tuple[int, int]:

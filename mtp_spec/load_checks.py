@@ -10,9 +10,10 @@ import torch
 
 from mtp_spec.cpu.foresight import check_engine
 from mtp_spec.cuda.memory import check_memory
+from mtp_spec.cuda.state import PREFILL_ROWS
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.cpu import engine
-from mtp_spec.kernels.launching import triton_obstacle
+from mtp_spec.kernels.launching import allow_many_rows, triton_obstacle
 from mtp_spec.memory import check_host
 from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
@@ -25,7 +26,7 @@ from mtp_spec.model.cuda.checkpoint import (
     stored_dtype,
 )
 from mtp_spec.model.cuda.checkpoint import obstacle as kernels_obstacle
-from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.cuda.model import LEAST_HIDDEN, DeviceModel
 from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.host import HostModel
@@ -39,6 +40,7 @@ DTYPES = {
 CACHE_DTYPES = ("bfloat16", "float8_e4m3fn")  # the first is the default
 # dtypes of the kernels' 16-bit products, and the least compute capabilities for them and for FP8
 HALVES, HALF_CAPABILITY, FP8_CAPABILITY = (torch.bfloat16, torch.float16), (8, 0), (8, 9)
+MOST_PREFILL, AUTO_PREFILL = 32768, "auto"  # prompt tokens in a pass
 DraftVocabulary = int | str | Path | None
 
 
@@ -55,7 +57,7 @@ def context_limit(path: Path, max_context: int | None) -> int:
 def load_model(
     source: Path | Checkpoint, dtype: torch.dtype | None, device: str, limit: int, drafts: DraftVocabulary, report: Any,
     cache_dtype: str | torch.dtype | None = None, ranks: Ranks = ALONE, max_batch: int = 1,
-    cache_tokens: int | None = None, weights: str | None = None,
+    cache_tokens: int | None = None, weights: str | None = None, prefill_tokens: int | str | None = None,
 ) -> HostModel | DeviceModel:  # fmt: skip
     """Returns the model on the GPU kernels, or on a CPU on the engine, if they can run it; else by torch."""
     packed, checkpoint = packs_cache(cache_dtype), open_checkpoint(source) if isinstance(source, Path) else source
@@ -72,9 +74,13 @@ def load_model(
     if packed and torch.float16 in (dtype, stored_dtype(checkpoint)) and dtype != torch.bfloat16:
         obstacle = obstacle or "float16 cannot hold all that FP8 latents with their scales can"
     if obstacle is None:
-        return _on_kernels(checkpoint, dtype, device, limit, ids, report, packed, ranks, max_batch, cache_tokens)
+        return _on_kernels(
+            checkpoint, dtype, device, limit, ids, report, packed, ranks, max_batch, cache_tokens, prefill_tokens
+        )  # fmt: skip
     if cache_dtype is not None:
         raise cache_refused(cache_dtype, obstacle)
+    if isinstance(prefill_tokens, int):
+        raise OptionError(f"prefill_tokens={prefill_tokens!r} is for the kernels: {obstacle}; leave it out")
     if device != "cpu" and cache_tokens is not None:
         raise OptionError(f"cache_tokens={cache_tokens!r} on a GPU is for the kernels: {obstacle}; leave it out")
     if dtype is None:
@@ -100,7 +106,7 @@ def load_model(
 
 def _on_kernels(
     checkpoint: Checkpoint, dtype: torch.dtype | None, device: str, limit: int, ids: list[int] | None, report: Any,
-    packed_cache: bool, ranks: Ranks, max_batch: int, cache_tokens: int | None,
+    packed_cache: bool, ranks: Ranks, max_batch: int, cache_tokens: int | None, prefill_tokens: int | str | None,
 ) -> DeviceModel:  # fmt: skip
     """Returns the model on the kernels; FP8 weights stay FP8 if the GPU can multiply them and `dtype` allows it."""
     wide, no_fp8 = dtype if dtype in HALVES else None, _no_kernels(device, FP8_CAPABILITY)
@@ -110,8 +116,19 @@ def _on_kernels(
         warnings.warn(f"{checkpoint.folder} has FP8 weights, which become 16 bits wide: {widened}", stacklevel=5)
     empty = empty_device_model(checkpoint, "meta", ids, packed_cache, ranks, wide, no_fp8 is None)
     remedy = 'load with weights="fp8", ' if not stored_packed and runs_as_fp8(checkpoint) else ""
-    check_memory(empty, limit, device, max_batch, cache_tokens, remedy)
-    return load_device_model(checkpoint, device, report, ids, packed_cache, ranks, wide, no_fp8 is None)
+    if prefill_tokens is not None:
+        empty.expanded = empty.expanded_on(device)
+        if empty.expanded:
+            allow_many_rows()
+        if isinstance(prefill_tokens, int):
+            empty.prefill_tokens = prefill_tokens
+            if not empty.expanded:
+                raise OptionError(f"prefill_tokens={prefill_tokens!r} is for models of hidden_size {LEAST_HIDDEN} and "
+                                  'more, on a Hopper GPU; leave it out, or give "auto"')  # fmt: skip
+    check_memory(empty, limit, device, max_batch, cache_tokens, remedy, prefill_tokens == AUTO_PREFILL)
+    model = load_device_model(checkpoint, device, report, ids, packed_cache, ranks, wide, no_fp8 is None)
+    model.expanded, model.prefill_tokens = empty.expanded, empty.prefill_tokens
+    return model
 
 
 def draft_ids(drafts: DraftVocabulary, config: ModelConfig) -> list[int] | None:
@@ -201,6 +218,20 @@ def check_batch(max_batch: int, cache_tokens: int | None, device: str) -> None:
         raise OptionError(f"cache_tokens={cache_tokens!r}: an integer, 1 or more")
     if max_batch == 1 and str(device).split(":")[0] != "cpu":
         raise OptionError(f"cache_tokens={cache_tokens!r} is for texts side by side: give max_batch too")
+
+
+def check_prefill(prefill_tokens: int | str | None, device: str) -> None:
+    """Rejects an impossible number of prompt tokens per pass."""
+    if prefill_tokens is None:
+        return
+    least, most, given = PREFILL_ROWS[-1], MOST_PREFILL, f"prefill_tokens={prefill_tokens!r}"
+    if prefill_tokens != AUTO_PREFILL:
+        if isinstance(prefill_tokens, bool | str) or not isinstance(prefill_tokens, int):
+            raise OptionError(f'{given}: an integer from {least} to {most}, or "{AUTO_PREFILL}"')
+        if not least <= prefill_tokens <= most:
+            raise OptionError(f'{given}: an integer from {least} to {most}, or "{AUTO_PREFILL}"')
+    if str(device).split(":")[0] == "cpu":
+        raise OptionError(f"{given} is for a Hopper GPU: leave it out on a CPU")
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -13,8 +13,17 @@ from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
 from mtp_spec.distributed.consistency import start_facts
 from mtp_spec.errors import OptionError
-from mtp_spec.load_checks import check_batch, check_device, check_ends, context_limit, dtype_of, load_model
+from mtp_spec.load_checks import (
+    check_batch,
+    check_device,
+    check_ends,
+    check_prefill,
+    context_limit,
+    dtype_of,
+    load_model,
+)
 from mtp_spec.model.checkpoint.folder import open_checkpoint
+from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.distributed.joining import join_ranks, local_device, open_rooms
 from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.progress import Report, byte_progress
@@ -35,6 +44,7 @@ def load(
     max_context: int | None = None,
     max_batch: int = 1,
     cache_tokens: int | None = None,
+    prefill_tokens: int | str | None = None,
     draft_vocabulary: int | str | Path | None = None,
     cache_dtype: str | torch.dtype | None = None,
     defaults: str = "library",
@@ -63,6 +73,9 @@ def load(
         max_batch: most sequences that are generated in a batch, for a list of prompts or `LM.submit`.
         cache_tokens: tokens that the batch's cache holds, prompts, generated tokens and drafts included. Requests wait
             for free cache; one that could never fit raises an error. None is `max_batch` times `max_context`.
+        prefill_tokens: reads long prompts in passes of up to this many tokens, on a Hopper GPU: "auto" is 8,192, or
+            fewer where memory is short. The number does not change the text. None reads 256 tokens at a time, which
+            rounds differently (docs/howto/gpu.md).
         draft_vocabulary: restricts drafts to the first tokens, given their number, or to ids in a file, one a line; it
             reads less of the head when drafting, and the text does not change. None allows any token.
         cache_dtype: of the latent cache on this library's kernels: "bfloat16", the default, or "float8_e4m3fn", which
@@ -82,8 +95,8 @@ def load(
             its generation_config.json has values that are not possible and are asked for, or the processes of
             `parallel` cannot divide it.
         RankError: another rank failed, differs or does not answer.
-        OptionError: an impossible device, dtype, weights, max_context, max_batch, cache_tokens, draft_vocabulary,
-            cache_dtype, defaults or progress.
+        OptionError: an impossible device, dtype, weights, max_context, max_batch, cache_tokens, prefill_tokens,
+            draft_vocabulary, cache_dtype, defaults or progress.
         MTPSpecError: weights and caches do not fit in memory. It is the base of the others too.
     """
     if path is not None and not isinstance(path, str | Path):
@@ -102,6 +115,7 @@ def load(
     with ranks.together():
         device = local_device(str(device), ranks)
         check_batch(max_batch, cache_tokens, device)
+        check_prefill(prefill_tokens, device)
         limit = context_limit(config_file or folder, max_context)
         chosen = dtype_of(dtype)
         check_weights(weights)
@@ -112,7 +126,8 @@ def load(
         tokenizer = open_tokenizer(folder)
         ends = end_ids(folder, checkpoint.config.vocab_size)
         check_ends(tokenizer, checkpoint.config, folder)
-    facts = {"max_context": limit, "max_batch": max_batch, "cache_tokens": cache_tokens, "dtype": chosen,
+    facts = {"max_context": limit, "max_batch": max_batch, "cache_tokens": cache_tokens,
+             "prefill_tokens": prefill_tokens, "dtype": chosen,
              "weights of load": weights, "draft_vocabulary": draft_vocabulary, "cache_dtype": cache_dtype,
              "defaults": defaults}  # fmt: skip
     ranks.agree(facts | start_facts(checkpoint, device))
@@ -121,6 +136,8 @@ def load(
     with ranks.together(), byte_progress(bar and ranks.rank == 0) as shown:
         report = progress if callable(progress) else shown
         model = load_model(checkpoint, chosen, device, limit, draft_vocabulary, report, cache_dtype, ranks, max_batch,
-                           cache_tokens, weights)  # fmt: skip
+                           cache_tokens, weights, prefill_tokens)  # fmt: skip
+    if isinstance(model, DeviceModel):  # ranks with less memory read fewer rows in a pass: all must act alike
+        model.expanded, model.prefill_tokens = map(min, zip(*ranks.everyone(model.passes), strict=True))
     backend = open_backend(model, tokenizer, limit, max_batch, cache_tokens, measure, bar)
     return LM(backend, tokenizer, limit, max_batch, own, ends)

@@ -24,11 +24,11 @@ from torch import Tensor
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import (
-    HOPPER,
     MULTIPROCESSORS,
     described,
     interpreted,
     late,
+    on_hopper,
     runs_triton,
     shared_memory,
 )
@@ -224,11 +224,6 @@ def _attend(
         HEADS=head.padded, C=head.latent,
         COLUMNS=columns, CHUNK=COMBINED, num_warps=1, **late(q),
     )  # fmt: skip
-
-
-def on_hopper(device: torch.device) -> bool:
-    """Whether the device is a Hopper GPU, which has warpgroups."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER[0]
 
 
 @lru_cache

@@ -21,7 +21,7 @@ def prepare_reference(
 ) -> Operand | None:  # fmt: skip
     """`prepare` in plain torch."""
     q, latent, rope = down.split((down.shape[1] - head.width, head.latent, head.rope), dim=-1)
-    turned = _rotate(rope, table[_positions(plan)], head.interleaved)
+    turned = rotate(rope, table[_positions(plan)], head.interleaved)
     row = torch.cat((normed(latent, kv_norm, eps), turned), -1)
     for rows, alone, own in plan.apart(cache):
         own.write(alone.length.long() + alone.slots.long(), row[rows])
@@ -38,7 +38,7 @@ def absorb_reference(
     nope, rope = q.unflatten(-1, (head.heads, -1)).split((head.nope, head.rope), dim=-1)
     w_uk = _wide(kv_b, kv_b_scale).view(head.heads, -1, head.latent)[:, : head.nope]
     latent = ordered.products(nope.float().transpose(0, 1), w_uk.mT).transpose(0, 1)
-    turned = _rotate(rope, table[_positions(plan)].unsqueeze(1), head.interleaved)
+    turned = rotate(rope, table[_positions(plan)].unsqueeze(1), head.interleaved)
     absorbed = torch.cat((latent.to(q.dtype), turned.to(q.dtype)), -1)
     return torch.nn.functional.pad(absorbed, (0, 0, 0, head.padded - head.heads))
 
@@ -73,7 +73,8 @@ def _positions(plan: Plan) -> Tensor:
     return (plan.length[:, None] + plan.depths + plan.offset).long().flatten()
 
 
-def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    """Returns x `[..., R]` rotated by rows of a table `[..., 2, R]`, float32."""
     wide = x.float()
     half = wide.shape[-1] // 2
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else wide.roll(half, -1)

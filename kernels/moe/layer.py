@@ -4,7 +4,7 @@
 with activation and quantisation, down with the weighted sum. None waits for the host, so a step fits one CUDA graph.
 Weights are read once for each chosen expert. A row's bits do not depend on the other rows; launch configurations come
 from tuned/moe.json by (D, I) and never change with the rows, except `tokens`, the width of the tensor core's narrow
-side, which does not affect a column's sum.
+side, which does not affect a column's sum. Many rows take other launches on Hopper (`many`), with the same bits.
 
 Legend: `M` rows, `D` channels, `I` expert width, `E` experts including the shared ones, `K` experts a row including
 the shared ones, `P` = M K pairs.
@@ -26,6 +26,7 @@ from torch import Tensor
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3_MAX
 from mtp_spec.kernels.launching import described, interpreted, late, runs_triton, stages_that_fit, tuned_name
+from mtp_spec.kernels.moe import many
 from mtp_spec.kernels.moe.grouping import MOST_ROWS, group
 from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups, Routing, most_slots
 from mtp_spec.kernels.moe.reference import experts_reference, moe_reference
@@ -103,6 +104,7 @@ def moe(
     weights: Experts,
     launch: Launch | None = None,
     exchange: Exchange | None = None,
+    long: Sequence[slice] = (),
 ) -> Tensor:
     """Returns shared(x) + sum over chosen experts of weight * expert(x), `[M, D]` in x's dtype.
 
@@ -111,6 +113,7 @@ def moe(
         router: `[E - shared, D]`.
         bias: `[E - shared]` float32 or None.
         exchange: completes hidden values `[P, I]`, and their scales if any, with the columns of other ranks.
+        long: rows whose scores are computed by a matrix product, see `route`.
     """
     if weights.count != routing.experts + routing.shared:
         raise ValueError(f"{weights.count} experts given, the gate has {routing.experts} + {routing.shared} shared")
@@ -118,9 +121,13 @@ def moe(
     if not runs_triton(x):
         return moe_reference(x, router, bias, routing, weights, exchange)
     launch = launch or launch_of(weights)
-    routed = route(x, router, bias, routing, weights.scaled, launch.slot(x.shape[0]), weights.power_of_two)
+    sorts = many.chosen(x.shape[0], weights)
+    tokens = many.TOKENS if sorts else launch.slot(x.shape[0])
+    routed = route(x, router, bias, routing, weights.scaled, tokens, weights.power_of_two, long)
     assert routed.groups is not None
     given = x if routed.quantised is None else routed.quantised
+    if sorts:
+        return many.many(given, routed.scales, routed.groups, routed.weights, weights, x.dtype, exchange)
     hidden = gate_up(given, routed.scales, routed.groups, routing.per_row, weights, launch, routing.shared)
     if exchange is not None:
         hidden = exchange(*hidden)
@@ -148,6 +155,9 @@ def experts(
         return experts_reference(x, indices, pair_weights, weights)
     launch = launch or launch_of(weights)
     given, scales = quant(x, weights.power_of_two) if weights.scaled else (x, None)
+    if many.chosen(rows, weights):
+        groups = group(indices, weights.count, many.TOKENS)
+        return many.many(given, scales, groups, pair_weights, weights, x.dtype)
     groups = group(indices, weights.count, launch.slot(rows))
     hidden = gate_up(given, scales, groups, indices.shape[1], weights, launch)
     return down(hidden, groups, pair_weights, weights, launch, x.dtype)

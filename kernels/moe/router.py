@@ -8,7 +8,8 @@ weight 1: each row ends with `shared` more indices, from `experts` on. So it nee
 1. router: every program multiplies a few experts by a stretch of D for all rows, and quantises its share of the rows.
 2. select: one program per row adds the stretches in order and chooses; the last to finish groups the pairs by expert.
 
-A row's bits depend only on its own numbers: stretches are chosen by D, never by the rows.
+A row's bits depend only on its own numbers: stretches are chosen by D, never by the rows. Rows of long prompts may be
+multiplied on tensor cores instead (`scored`), whose sums have another order.
 
 Legend: `M` rows, `D` channels, `E` routed experts, `K` chosen plus shared experts per row, `P` = M K pairs, pair
 m K + j is row m with its j-th expert. A slot is one expert with up to `tokens` of its pairs, the work of one GEMM
@@ -17,15 +18,19 @@ program.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels import gemm
 from mtp_spec.kernels.checks import FLOATS, expect
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import late, runs_triton
 from mtp_spec.kernels.moe.grouping import ARRIVALS, MOST_ROWS, empty_groups, group
 from mtp_spec.kernels.moe.operands import Routed, Routing, most_slots
 from mtp_spec.kernels.moe.reference import route_reference
+from mtp_spec.kernels.quant import quant
 
 try:
     import triton
@@ -59,13 +64,15 @@ def gate(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> tu
 
 def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing, quantise: bool = True, tokens: int | None = 16,
-    power_of_two: bool = False,
+    power_of_two: bool = False, long: Sequence[slice] = (),
 ) -> Routed:  # fmt: skip
     """Returns the experts' inputs, in two launches; CPU tensors use the reference, except in Triton's interpreter.
 
     Args:
         quantise: also quantise x, 1x128; `power_of_two` as for `fp8.act_quant`.
         tokens: also group the pairs, up to this many per slot; None not to. Beyond 64 rows it takes another launch.
+        long: rows, in ascending order, whose scores are computed by a matrix product: faster for many rows, in another
+            order of sums.
     """
     _check(x, weight, bias, routing)
     if not runs_triton(x):
@@ -76,12 +83,17 @@ def route(
     parts = torch.empty(rows, stretches, routing.experts, dtype=torch.float32, device=device)
     quantised = torch.empty(rows if quantise else 0, channels, dtype=E4M3 if quantise else x.dtype, device=device)
     scales = torch.empty(rows if quantise else 0, -(-channels // BLOCK), dtype=torch.float32, device=device)
-    row_parts = -(-rows // MOST_ROWS)
-    _router_kernel[(-(-routing.experts // ROUTER_EXPERTS), stretches, row_parts)](
-        x, weight, parts, quantised, scales, rows, channels, routing.experts, scales.shape[1],
-        EXPERTS=ROUTER_EXPERTS, STRETCH=STRETCH, ROWS=MOST_ROWS, QUANTISE=quantise, POWER=power_of_two,
-        LARGEST=E4M3_MAX, **late(x),
-    )  # fmt: skip
+    if long and quantise:
+        quantised, scales = quant(x, power_of_two)
+    for part in _others(long, rows):
+        _router_kernel[(-(-routing.experts // ROUTER_EXPERTS), stretches, -(-(part.stop - part.start) // MOST_ROWS))](
+            x[part], weight, parts[part], quantised, scales, part.stop - part.start, channels, routing.experts,
+            scales.shape[1], EXPERTS=ROUTER_EXPERTS, STRETCH=STRETCH, ROWS=MOST_ROWS, QUANTISE=quantise and not long,
+            POWER=power_of_two, LARGEST=E4M3_MAX, **late(x),
+        )  # fmt: skip
+    for part in long:
+        parts[part, 1:] = 0.0
+        parts[part, 0] = scored(x[part], weight)
     indices = torch.empty(rows, per_row, dtype=torch.int32, device=device)
     weights = torch.empty(rows, per_row, dtype=torch.float32, device=device)
     in_kernel = tokens is not None and _groups_itself(indices, routing)
@@ -101,6 +113,33 @@ def route(
         groups = group(indices, routing.experts + routing.shared, tokens)
     return Routed(indices, weights, quantised if quantise else None, scales if quantise else None,
                   groups if tokens is not None else None)  # fmt: skip
+
+
+def scored(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns the logits `[M, E]` float32 of rows x `[M, D]` bf16 or fp16 by matrix products.
+
+    A float32 router is the sum of three numbers in the type of x, each the rest of the one before: then products lose
+    no more than sums in float32 do.
+    """
+    parts, rest = list[Tensor](), weight
+    for _ in range(1 if weight.dtype == x.dtype else 3):
+        parts.append(rest.to(x.dtype))
+        rest = rest.float() - parts[-1].float()
+    found = gemm.bf16_gemm(x, torch.cat(parts), dtype=torch.float32, launch=gemm.Launch())
+    total, *others = found.split(len(weight), 1)
+    for other in others:
+        total = total + other
+    return total
+
+
+def _others(long: Sequence[slice], rows: int) -> list[slice]:
+    """Returns the rows that are in none of these ranges."""
+    found, begin = list[slice](), 0
+    for part in (*long, slice(rows, rows)):
+        if begin < part.start:
+            found.append(slice(begin, part.start))
+        begin = part.stop
+    return found
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, routing: Routing) -> None:

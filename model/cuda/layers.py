@@ -8,7 +8,7 @@ Legend: `M` rows, `D` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,16 +144,51 @@ class Attention:
         outputs, columns = len(ranks.part(hidden, BLOCK)), config.num_attention_heads * self.head.value
         self.o = store.matrix(outputs, columns, store.all_packed(prefix, "o_proj"), hidden)
 
-    def __call__(self, x: Operand, table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
+    def __call__(self, x: Operand, table: Tensor, cache: Cache, plan: mla.Plan | mla.Spans) -> Tensor:
         """Appends rows x (as `a` takes them) to the cache and returns their outputs `[M, D]`."""
         down = self.a(x) if self.fused else torch.cat((self.a(x), self.kv_a(x)), -1)
+        values: Operand
+        if isinstance(plan, mla.Plan):
+            values = self._absorbed(self._query(down, table, cache, plan), table, cache, plan, self.o.packed)
+        else:
+            wide = self._values(down, table, cache, plan)
+            values = quant.quant(wide, self.head.power_of_two) if self.o.packed else wide
+        return self.ranks.gather_parts(self.o(_gathered(values, self.ranks)), self.hidden, BLOCK)
+
+    def _latent(self, down: Tensor, table: Tensor, cache: Cache, plan: mla.Plan) -> Operand | None:
+        """Writes the rows' latents to the cache; returns the query's, if it has one."""
         quantise = self.q_rank is not None and self.q_b.packed
-        latent = mla.prepare(down, self.q_norm, self.kv_norm, table, cache, plan, self.head, LATENT_NORM_EPS, quantise)
-        q = down[:, : self.a_rows] if latent is None else self.q_b(latent)
+        return mla.prepare(down, self.q_norm, self.kv_norm, table, cache, plan, self.head, LATENT_NORM_EPS, quantise)
+
+    def _query(self, down: Tensor, table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
+        """Writes the rows' latents to the cache; returns their queries `[M, H (N + R)]`, not rotated yet."""
+        latent = self._latent(down, table, cache, plan)
+        return down[:, : self.a_rows] if latent is None else self.q_b(latent)
+
+    def _absorbed(self, q: Tensor, table: Tensor, cache: Cache, plan: mla.Plan, quantise: bool) -> Operand:
+        """Returns the values `[M, H V]` of queries, by attention in the latent space."""
         q = mla.absorb(q, self.kv_b.weight, self.kv_b.scale, table, plan, self.head)
         context = mla.attend(q, cache, plan, self.head)
-        values = mla.up(context, self.kv_b.weight, self.kv_b.scale, self.head, self.o.packed)
-        return self.ranks.gather_parts(self.o(_gathered(values, self.ranks)), self.hidden, BLOCK)
+        return mla.up(context, self.kv_b.weight, self.kv_b.scale, self.head, quantise)
+
+    def _values(self, down: Tensor, table: Tensor, cache: Cache, spans: mla.Spans) -> Tensor:
+        """Returns the values `[M, H V]` of prompts' rows: products for all of them, attention for one after another."""
+        latents = [self._latent(down[span.first : span.end], table, cache, span.plan) for span in spans]
+        q = down[:, : self.a_rows] if self.q_norm is None else self.q_b(_joined([x for x in latents if x is not None]))
+        out = q.new_empty(len(q), self.head.heads * self.head.value)
+        for span in spans:
+            middle = span.first + span.expanded
+            if span.expanded:
+                mla.attend_prompt(
+                    q[span.first : middle], self.kv_b.weight, self.kv_b.scale, table, cache, span.plan, span.start,
+                    self.head, out[span.first : middle],
+                )  # fmt: skip
+            if middle < span.end:
+                rest = span.plan.part(span.expanded, span.plan.each)
+                tail = self._absorbed(q[middle : span.end], table, cache, rest, False)
+                assert isinstance(tail, Tensor)
+                out[middle : span.end] = tail
+        return out
 
     def slots(self, prefix: str) -> Slots:
         first = "q_proj" if self.q_rank is None else "q_a_proj"
@@ -245,9 +280,14 @@ class Mixture:
         """Whether the second product is FP8."""
         return self.experts.scaled
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, long: Sequence[slice] = ()) -> Tensor:
+        """Returns the outputs `[M, D]` of rows x.
+
+        Args:
+            long: rows whose gates are computed by matrix products, see `moe.route`.
+        """
         exchange = self.ranks.gather_all if self.ranks.size > 1 else None
-        out = moe.moe(x, self.router, self.bias, self.routing, self.experts, exchange=exchange)
+        out = moe.moe(x, self.router, self.bias, self.routing, self.experts, exchange=exchange, long=long)
         return self.ranks.gather_parts(out, self.hidden, BLOCK)
 
     def slots(self, prefix: str) -> Slots:
@@ -293,14 +333,14 @@ class Layer:
         )
 
     def __call__(
-        self, x: Tensor, branch: Tensor | None, table: Tensor, cache: Cache, plan: mla.Plan
+        self, x: Tensor, branch: Tensor | None, table: Tensor, cache: Cache, plan: mla.Plan | mla.Spans
     ) -> tuple[Tensor, Tensor]:
         """Takes and returns the residual stream and the branch still to be added to it, `[M, D]` each."""
         normed, x = self._normed(x, 0, branch, self.attention.a.packed)
         branch = self.attention(normed, table, cache, plan)
         if isinstance(self.mlp, Mixture):
             rows, x = quant.rms_norm(x, self.norms[1], self.eps, branch)
-            return x, self.mlp(rows)
+            return x, self.mlp(rows, () if isinstance(plan, mla.Plan) else mla.long_rows(plan))
         normed, x = self._normed(x, 1, branch, self.mlp.packed)
         return x, self.mlp(normed)
 
@@ -331,6 +371,16 @@ def _gathered(x: Operand, ranks: Ranks) -> Operand:
         return ranks.gather_all(x)[0]
     numbers, scales = ranks.gather_all(*x)
     return numbers, scales
+
+
+def _joined(parts: list[Operand]) -> Operand:
+    """Returns the rows of several operands of one form."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    numbers, scales = zip(*parts, strict=True)
+    return torch.cat([part.view(torch.uint8) for part in numbers]).view(fp8.E4M3), torch.cat(scales)
 
 
 def _blocks(size: int) -> int:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.kernels import fp8, gemm, mla, quant
-from mtp_spec.kernels.mla import Cache, Layout, new_caches
+from mtp_spec.kernels.mla import EXPANDED_ROWS, Cache, Layout, new_caches, prompt
 from mtp_spec.model.config import ModelConfig, ModuleShape
 from mtp_spec.model.cuda.layers import BLOCK, Layer, Matrix, Slots, Store
 from mtp_spec.model.distributed.group import ALONE, Ranks
@@ -26,6 +26,8 @@ from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.rope import rope_table
 
 HEAD_ROWS = 64 * BLOCK  # rows of the head quantised at once
+LEAST_HIDDEN = 1024  # from which prompts are attended in the expanded form
+PREFILL_TOKENS = 8192
 
 
 def why_not(config: ModelConfig) -> str | None:
@@ -65,7 +67,9 @@ class Module:
         self.head = self.norms.new_empty(rows, hidden) if shape.own_head else None
         self.draft_head: Matrix | None = None
 
-    def __call__(self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
+    def __call__(
+        self, embedding: Tensor, hidden: Tensor, table: Tensor, cache: Cache, plan: mla.Plan | mla.Spans
+    ) -> Tensor:
         first, _ = quant.rms_norm(embedding, self.norms[0], self.eps)
         second, _ = quant.rms_norm(hidden, self.norms[1], self.eps)
         mixed = self.ranks.gather_parts(self.eh(torch.cat((first, second), -1)), first.shape[-1], BLOCK)
@@ -139,9 +143,32 @@ class DeviceModel:
                 one.draft_head = heads.matrix(rows, config.hidden_size, fp8_products)
         slots = self.checkpoint_slots().values()
         self.dtype = next((slot.dtype for slot in slots if slot.dtype == fp8.E4M3), dtype)
+        # a prompt's rows are attended in the expanded form in whole runs of this many, 0 for none; most rows of a pass
+        self.expanded, self.prefill_tokens = 0, PREFILL_TOKENS
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, dtype=torch.float32, device=self.device)
 
-    def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan) -> Tensor:
+    def expanded_on(self, device: torch.device | str) -> int:
+        """Returns what `expanded` may be on a device, 0 if the kernels do not run there.
+
+        Small models are bound by launches, and only short passes are captured.
+        """
+        fits = self.config.hidden_size >= LEAST_HIDDEN and prompt.fits(self.layers[0].attention.head)
+        return EXPANDED_ROWS if fits and prompt.available(torch.device(device)) else 0
+
+    @property
+    def passes(self) -> list[int]:
+        """`expanded` and `prefill_tokens`."""
+        return [self.expanded, self.prefill_tokens]
+
+    def expanded_rows(self, tokens: int) -> int:
+        """Returns how many rows of a prompt of `tokens` tokens, the first ones, are attended in the expanded form.
+
+        It depends on nothing else, so that the bits of a row depend neither on the pass nor on what is cached. All
+        slots of these rows in the MTP modules' caches are filled from the prompt's own tokens.
+        """
+        return mla.expanded_rows(max(0, tokens - len(self.mtp)), self.expanded)
+
+    def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan | mla.Spans) -> Tensor:
         """Appends tokens ids `[M]` int64 to the caches and returns their normed hidden states `[M, D]`."""
         x, branch = F.embedding(ids, self.embed_tokens), None
         table = self.table(caches[0].capacity)
@@ -149,7 +176,7 @@ class DeviceModel:
             x, branch = layer(x, branch, table, cache, plan)
         return quant.rms_norm(x, self.norm, self.config.rms_norm_eps, branch)[0]
 
-    def mtp_rows(self, module: int, ids: Tensor, hidden: Tensor, cache: Cache, plan: mla.Plan) -> Tensor:
+    def mtp_rows(self, module: int, ids: Tensor, hidden: Tensor, cache: Cache, plan: mla.Plan | mla.Spans) -> Tensor:
         """Returns a module's normed outputs `[M, D]` for tokens ids `[M]` after hidden states `[M, D]`."""
         own = self.mtp[module].embed_tokens
         embedding = F.embedding(ids, self.embed_tokens if own is None else own)

@@ -15,7 +15,7 @@ from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.host import HostModel
 from mtp_spec.model.undisturbed import undisturbed
 
-# rows of a pass
+# rows of a pass, except of those over long texts' expanded rows
 CHUNK = 256
 
 
@@ -67,12 +67,20 @@ def _of_device(model: DeviceModel, ids: Sequence[int]) -> Scores:
     caches = model.new_caches(count, 0)
     own = caches[: len(model.layers)]
     length = torch.zeros(1, dtype=torch.int32, device=model.device)
+    expanded = model.expanded_rows(count)
 
-    def chunks(rows: Tensor, offset: int) -> Iterator[tuple[slice, mla.Plan]]:
-        for first in range(0, len(rows), CHUNK):
+    def chunks(rows: Tensor, offset: int) -> Iterator[tuple[slice, mla.Plan | mla.Spans]]:
+        first = 0
+        while first < len(rows):
+            most = model.prefill_tokens if first < expanded else CHUNK
+            part = slice(first, min(first + most, len(rows)))
             length.fill_(first)
-            part = slice(first, min(first + CHUNK, len(rows)))
-            yield part, mla.chain(length, part.stop - first, offset)
+            plan = mla.chain(length, part.stop - first, offset)
+            if first < expanded:
+                yield part, (mla.Span(0, first, plan, min(expanded, part.stop) - first),)
+            else:
+                yield part, plan
+            first = part.stop
 
     hidden = torch.cat([model.rows(tokens[part], own, plan) for part, plan in chunks(tokens, 0)])
     scores = _empty(model, count)

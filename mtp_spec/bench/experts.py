@@ -22,7 +22,7 @@ from mtp_spec.bench.timing import graph_time
 from mtp_spec.bench.tuning import expert_rounds, label, search
 from mtp_spec.kernels import fp8, moe, quant
 from mtp_spec.kernels.launching import tuned_name
-from mtp_spec.kernels.moe import Groups, group
+from mtp_spec.kernels.moe import Groups, group, many
 
 SHARED = 1
 DEFAULT = "7168x2048:8/64"
@@ -166,10 +166,14 @@ def _tune(layer: Layer, prepared: dict[int, list[Prepared]], launch: moe.Launch,
 
 
 def _up(layer: Layer, p: Prepared, launch: moe.Launch) -> tuple[Tensor, ...]:
+    if many.chosen(len(p.indices), layer.weights):
+        return many.gate_up(*p.x, p.groups, layer.weights)
     return moe.gate_up(*p.x, p.groups, layer.mix.chosen, layer.weights, launch)
 
 
 def _down(layer: Layer, p: Prepared, launch: moe.Launch) -> Tensor:
+    if many.chosen(len(p.indices), layer.weights):
+        return many.down(p.hidden, p.groups, p.pair_weights, layer.weights, torch.bfloat16)
     return moe.down(p.hidden, p.groups, p.pair_weights, layer.weights, launch, torch.bfloat16)
 
 
@@ -200,9 +204,14 @@ def _prepared(layer: Layer, m: int) -> list[Prepared]:
     for x in layer.inputs:
         indices = torch.rand(m, mix.experts, generator=generator).argsort(1)[:, : mix.chosen].int().cuda()
         pair_weights = torch.rand(m, mix.chosen, device="cuda") + 0.1
-        groups, rows = group(indices, mix.experts + SHARED, launch.slot(m)), x[:m].contiguous()
+        sorts, rows = many.chosen(m, layer.weights), x[:m].contiguous()
+        groups = group(indices, mix.experts + SHARED, many.TOKENS if sorts else launch.slot(m))
         given: tuple[Tensor, Tensor | None] = quant.quant(rows) if mix.packed else (rows, None)
-        hidden = moe.gate_up(given[0], given[1], groups, mix.chosen, layer.weights, launch)
+        if sorts:
+            given = many.sort(*given, groups.order, mix.chosen)
+            hidden = many.gate_up(*given, groups, layer.weights)
+        else:
+            hidden = moe.gate_up(given[0], given[1], groups, mix.chosen, layer.weights, launch)
         pair_weights /= pair_weights.sum(1, keepdim=True)
         out.append(Prepared(given, indices, pair_weights, groups, hidden))
     return out
@@ -235,4 +244,6 @@ def _row(
 ) -> Row:
     hit = sum(chosen.unique().numel() for chosen in indices) / len(indices)
     speed = hit * 3 * mix.inner * mix.channels * (1 if mix.packed else 2) * share / micro / 1e6
-    return kernel_row("experts", f"{mix.name}, {kind}", m, micro, speed, rate, error, exact, label(launch))
+    operations = 6 * indices[0].numel() * mix.inner * mix.channels * share
+    name = f"{mix.name}, {kind}"
+    return kernel_row("experts", name, m, micro, speed, rate, error, exact, label(launch), operations)

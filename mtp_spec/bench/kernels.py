@@ -1,4 +1,7 @@
-"""`bench kernels`: products, experts and attention, of DeepSeek-V3's shapes or others, against the copy rate."""
+"""`bench kernels`: products, experts and attention, of DeepSeek-V3's shapes or others, against the copy rate.
+
+From 513 `--rows` on the kernels for many rows run, and "prompts" is attention over whole prompts.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ from mtp_spec.bench.experts import DEFAULT, Mix, experts
 from mtp_spec.bench.layers import attention
 from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
 from mtp_spec.bench.products import SHAPES, products
+from mtp_spec.bench.prompts import prompts
 from mtp_spec.bench.timing import copy_rate
 from mtp_spec.bench.tuning import write
 from mtp_spec.errors import OptionError
+from mtp_spec.kernels.launching import allow_many_rows
 
-WHAT = ("products", "experts", "attention")
+WHAT = ("products", "experts", "attention", "prompts")
 TOLERANCE = 2e-2  # relative to the reference, whose activations round elsewhere
 
 
@@ -30,6 +35,7 @@ def kernels(args: argparse.Namespace) -> Report:
         raise OptionError("--tune is for products and experts: add them to --what")
     if args.write is not None and not args.tune:
         raise OptionError("--write writes what --tune finds: give both")
+    allow_many_rows()
     rate = copy_rate()
     rows: list[Row] = []
     facts: dict[str, Any] = {"copy_TB_per_s": rate, "tried": {}, "errors": {}}
@@ -41,6 +47,8 @@ def kernels(args: argparse.Namespace) -> Report:
             rows += lines
     if "attention" in args.what:
         rows += attention(args.rows, rate)
+    if "prompts" in args.what:
+        rows += prompts(rate)
     if "products" in args.what:
         lines, found["gemm.json"] = products(args, rate, facts)
         rows += lines
@@ -57,7 +65,13 @@ BENCHMARK = Benchmark(
     options=(
         JSON,
         Option("--rows", "rows to time", type=parsing.integers, default=[1, 4, 8, 16, 64], metavar="M,..."),
-        Option("--what", ", ".join(WHAT), type=parsing.chosen(WHAT), default=list(WHAT), metavar="NAME,..."),
+        Option(
+            "--what",
+            f"{', '.join(WHAT)} (all but the last)",
+            type=parsing.chosen(WHAT),
+            default=list(WHAT[:-1]),
+            metavar="NAME,...",
+        ),
         Option(
             "--shapes",
             "products to time (DeepSeek-V3's)",

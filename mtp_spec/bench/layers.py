@@ -82,7 +82,7 @@ def _row(kernel: str, shape: str, m: int, micro: float, size: float, rate: float
 
 def kernel_row(
     kernel: str, shape: str, m: int, micro: float, speed: float, rate: float, error: float, exact: bool,
-    launch: str = "",
+    launch: str = "", operations: float = float("nan"), torch_time: float = float("nan"),
 ) -> Row:  # fmt: skip
     """Returns a line of `bench kernels` without a peer's time.
 
@@ -93,6 +93,8 @@ def kernel_row(
         error: relative to the reference.
         exact: whether a row alone has the same bits.
         launch: how it ran.
+        operations: arithmetic operations.
+        torch_time: microseconds of torch's.
     """
     return {
         "kernel": kernel,
@@ -101,7 +103,8 @@ def kernel_row(
         "us": micro,
         "TB/s": speed,
         "of copy": speed / rate,
-        "torch us": float("nan"),
+        "TFLOP/s": operations / micro / 1e6,
+        "torch us": torch_time,
         "bf16 us": float("nan"),
         "error": error,
         "rows exact": exact,

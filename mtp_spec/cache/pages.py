@@ -25,7 +25,7 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cache import PAGE, LatentCache, pages_for
 from mtp_spec.request import Request
 
-Name = tuple[int, tuple[int, ...]]
+Name = tuple[int, tuple[int, ...], bool]
 L = TypeVar("L", bound="Lease")
 
 
@@ -35,7 +35,7 @@ class _Node:
 
     Attributes:
         number: of the node; 0 is the root, which is not a page.
-        name: the number of the node before, and the tokens.
+        name: the number of the node before, the tokens, and whether the page is expanded (`Pages.expanded`).
         drafted: whether the modules' slots are filled too.
         after: how many nodes have this one as `before`.
     """
@@ -58,10 +58,15 @@ class Pages(ABC, Generic[L]):
         modules: number of MTP modules whose slots they hold too.
         unit: pages are shared in runs of this many; 1 if a row's bits do not depend on the pass that computed it.
         most_idle: most pages that are kept for later sequences; None keeps all.
+        run: tokens at the start of a prompt are computed with other bits than generated ones, in whole runs of this
+            many, a multiple of `PAGE`; 0 if all have the same. A page is shared with sequences that would compute the
+            same bits.
     """
 
-    def __init__(self, total: int, modules: int, unit: int = 1, most_idle: int | None = None) -> None:
-        self.total, self.modules, self.unit, self._most_idle = total, modules, unit, most_idle
+    def __init__(
+        self, total: int, modules: int, unit: int = 1, most_idle: int | None = None, run: int = 0
+    ) -> None:  # fmt: skip
+        self.total, self.modules, self.unit, self._most_idle, self.run = total, modules, unit, most_idle, run
         self._lock, self._returned = Lock(), deque[list[int]]()
         self._free, self._uses = list(range(self.total)), [0] * self.total
         self._nodes: dict[Name, _Node] = {}
@@ -97,7 +102,13 @@ class Pages(ABC, Generic[L]):
             for page in own:
                 self._hold(page)
             pages = [node.page for node in shared] + own
-            return self._leased(pages, len(shared), all(node.drafted for node in shared))
+            lease = self._leased(pages, len(shared), all(node.drafted for node in shared))
+            lease.expanded = self.expanded(len(prompt))
+            return lease
+
+    def expanded(self, tokens: int) -> int:
+        """Returns how many tokens of a prompt of `tokens` are in whole runs, with the modules' slots."""
+        return max(0, tokens - self.modules) // self.run * self.run if self.run else 0
 
     def give_back(self, pages: list[int]) -> None:
         """Takes back the pages of a lease that has ended; the garbage collector may call this at any point."""
@@ -117,6 +128,9 @@ class Pages(ABC, Generic[L]):
     def will_share(self, prompt: Sequence[int], other: Sequence[int]) -> int:
         """Returns how many tokens of a prompt are in pages that the prefill of another prompt will have filled."""
         last = min(common(prompt, other) - self.modules, len(prompt) - 1)
+        own, others = self.expanded(len(prompt)), self.expanded(len(other))
+        if own != others:  # in between they compute different bits
+            last = min(last, own, others)
         return max(0, last) // PAGE * PAGE
 
     def is_being_read(
@@ -165,9 +179,10 @@ class Pages(ABC, Generic[L]):
 
     def shared(self, prompt: Sequence[int], drafted: bool) -> list[_Node]:
         """Returns the known pages of a prompt's prefix; the prompt's last token is always computed."""
-        found, number = list[_Node](), 0
+        found, number, expanded = list[_Node](), 0, self.expanded(len(prompt))
         for first in range(0, len(prompt) - PAGE - max(self.modules, 1) + 1, PAGE):
-            node = self._nodes.get((number, tuple(prompt[first : first + PAGE + self.modules])))
+            tokens = tuple(prompt[first : first + PAGE + self.modules])
+            node = self._nodes.get((number, tokens, first < expanded))
             if node is None or (drafted and not node.drafted):
                 break
             found.append(node)
@@ -220,9 +235,9 @@ class Pages(ABC, Generic[L]):
             else:
                 insort(self._free, page)
 
-    def _name(self, before: _Node | None, tokens: Sequence[int], page: int, drafted: bool) -> _Node:
+    def _name(self, before: _Node | None, tokens: Sequence[int], expanded: bool, page: int, drafted: bool) -> _Node:
         """Records a page's content; returns its node, which may be an earlier page with the same content."""
-        name = (before.number if before is not None else 0, tuple(tokens))
+        name = (before.number if before is not None else 0, tuple(tokens), expanded)
         node = self._nodes.get(name)
         if node is None:
             self._numbers += 1
@@ -248,13 +263,14 @@ class Lease:
     Attributes:
         reused: tokens in the shared pages.
         drafted: whether the modules' slots of the shared pages are filled too.
+        expanded: how many of the prompt's tokens are in whole runs, see `Pages`.
     """
 
     def __init__(self, store: Pages[L], pages: list[int], shared: int, drafted: bool) -> None:
         self._store, self._pages, self.drafted = store, pages, drafted
         # number of published pages without and with the modules' slots, and the last node of each
         self._known: dict[bool, tuple[int, _Node | None]] = {False: (0, None), True: (0, None)}
-        self.reused = shared * PAGE
+        self.reused, self.expanded = shared * PAGE, 0
 
     @property
     def published(self) -> int:
@@ -275,7 +291,8 @@ class Lease:
             return count
         with store._lock:
             for first in range(count * PAGE, end, PAGE):
-                last = store._name(last, tokens[first : first + PAGE + store.modules], self._pages[count], drafted)
+                name = tokens[first : first + PAGE + store.modules]
+                last = store._name(last, name, first < self.expanded, self._pages[count], drafted)
                 count += 1
         known[drafted] = count, last
         return count

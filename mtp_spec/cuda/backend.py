@@ -36,6 +36,8 @@ from mtp_spec.tree_shape import TreeShape
 # most prefill rows in a round, unless a single pass has more; and likewise while more sequences wait for their prefill
 # than take steps
 PROMPT_ROWS, HURRIED_ROWS = 256, 2048
+# most rows of a long prompt's chunk beside steps of other sequences, unless more sequences wait than take steps
+BESIDE_ROWS = 1024
 # most idle groups that are kept, with the steps that were captured for them
 GROUPS = 8
 FIRST = TreeShape()  # of a prompt's first token
@@ -333,13 +335,15 @@ class DeviceRunner:
     def _read(self, running: int) -> int:
         """Runs some prefill passes; returns their number of rows."""
         rows, unread = 0, self._unread
+        # sequences that take steps wait for the pass
+        most = BESIDE_ROWS if 2 * len(unread) <= running else self._backend.model.prefill_tokens
         while unread and (rows < PROMPT_ROWS or (2 * len(unread) > running and rows < HURRIED_ROWS)):
             some = [unread[0]]
             try:
-                some, more, first = self._read_some()
+                some, more, first = self._read_some(most)
                 if first is not None:
                     self._first.append(first)
-                    self._join(some, first)
+                    self._join(first)
             except RankError:
                 raise
             except Exception as error:  # of these sequences only: the others continue
@@ -351,13 +355,13 @@ class DeviceRunner:
             rows += more
         return rows
 
-    def _join(self, some: Seq[DeviceText], first: First) -> None:
+    def _join(self, first: First) -> None:
         """Moves prefilled sequences into groups."""
         assert self._reader is not None
         state, slot = self._reader.state, 0
-        for text in some:
+        for text in first.texts:
             self._unread.remove(text)
-        for kind, own in groupby(some, lambda text: text.kind):
+        for kind, own in groupby(first.texts, lambda text: text.kind):
             end = slot + len(list(own))
             while slot < end:
                 group = self._group_of(kind)
@@ -365,17 +369,22 @@ class DeviceRunner:
                 group.join(first.texts[slot : slot + count], state.part(slot, count))
                 slot += count
 
-    def _read_some(self) -> tuple[list[DeviceText], int, First | None]:
+    def _read_some(self, most: int) -> tuple[list[DeviceText], int, First | None]:
         """Prefills the sequence that has waited longest, with others that fit into the same pass, or a chunk of it.
 
-        Returns the sequences, the pass's rows, and the first tokens if the prompts are complete.
+        Args:
+            most: most rows of a chunk.
+
+        Returns the sequences, the pass's rows, and the first tokens of those whose prompts are complete.
         """
         reader, oldest = self._reader, self._unread[0]
         assert reader is not None
         reader.pages.prepare()
         rows, drafts = reader.rows(oldest), oldest.drafts
         if rows is None:
-            return [oldest], *reader.chunk(oldest, drafts)
+            others = [text for text in self._unread if text.drafts == drafts]
+            more, read, first = reader.chunk(others, most, drafts)
+            return read or [oldest], more, first
         some = reader.alike(self._unread, rows, drafts)
         return some, *reader.whole(some, rows, drafts)
 

@@ -9,7 +9,7 @@ import torch
 from mtp_spec.cuda.pages import EXTRA_ROWS, IDLE_PAGES, READ_TEXTS, STEP_TEXTS, planned_pages, step_rows
 from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WAITING
 from mtp_spec.errors import MTPSpecError
-from mtp_spec.kernels import mla
+from mtp_spec.kernels import mla, moe
 from mtp_spec.kernels.mla import cache_bytes, whole_blocks
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.config import SHARED, ModelConfig
@@ -70,10 +70,13 @@ def plan_memory(
     logits = config.vocab_size * 4
     settings = 4 * capacity // PAGE * (2 * max_batch + EXTRA_ROWS + READ_TEXTS)  # page tables
     settings += group_bytes(model, max_batch)
-    largest = max(pass_bytes(model, PREFILL_ROWS[-1]), pass_bytes(model, rows) + rows * logits)
+    largest = COPIES * max(pass_bytes(model, PREFILL_ROWS[-1]), pass_bytes(model, rows) + rows * logits)
+    if model.expanded:
+        largest += prompt_pass_bytes(model, min(model.prefill_tokens, max_context), capacity)
     weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
-    room = mla.room_bytes(capacity, head, max(PREFILL_ROWS[-1], rows), min(max_batch, STEP_TEXTS))
-    return MemoryPlan(weights, drafts, caches, room + table + settings + COPIES * largest)
+    absorbed = max(PREFILL_ROWS[-1] + model.expanded, rows)
+    room = mla.room_bytes(capacity, head, absorbed, min(max_batch, STEP_TEXTS))
+    return MemoryPlan(weights, drafts, caches, room + table + settings + largest)
 
 
 def pages_bytes(model: DeviceModel, max_context: int, max_batch: int, count: int) -> int:
@@ -107,6 +110,28 @@ def pass_bytes(model: DeviceModel, rows: int) -> int:
     return rows * (HIDDEN_STATES * hidden * 2 + max(attention, dense, experts))
 
 
+def prompt_pass_bytes(model: DeviceModel, rows: int, keys: int) -> int:
+    """Returns the peak bytes of a pass of `rows` rows over long prompts that attend up to `keys` slots."""
+    config, head, hidden = model.config, model.layers[0].attention.head, model.config.hidden_size
+    attention = model.layers[0].attention
+    each, wide = (1 if attention.o.packed else 2), 2 if model.wide else 1
+    values, queries = head.heads * head.value, head.heads * (head.nope + head.rope)
+    down = 2 * (attention.a_rows + head.width)
+    tail = min(rows, model.expanded + config.num_nextn_predict_layers)
+    attended = rows * (down + 2 * queries + (2 + each) * values) + mla.prompt_bytes(keys, rows, head)
+    attended += tail * (head.padded * head.width * 2 + head.heads * (head.latent * 2 + head.value))
+    dense = (4 + wide) * max(
+        config.intermediate_size if config.first_k_dense_replace else 0,
+        *(shape.intermediate_size or 0 for shape in (*config.modules, SHARED)),
+    )
+    per_row = config.num_experts_per_tok + config.n_shared_experts
+    mixed = rows * (per_row * (hidden + config.moe_intermediate_size) * wide + hidden * wide) + moe.most_bytes(
+        rows * per_row
+    )
+    gates = rows * -(-hidden // moe.STRETCH) * config.n_routed_experts * 4
+    return rows * HIDDEN_STATES * hidden * 2 + max(attended, rows * dense, mixed + gates)
+
+
 def rule_bytes(config: ModelConfig, nodes: int) -> int:
     """Returns the peak bytes of an acceptance rule other than the coupled one for a tree."""
     return COPIES * RULE_ROWS * (nodes + 1) * config.vocab_size * 8
@@ -119,17 +144,21 @@ def guided_bytes(config: ModelConfig, rows: int) -> int:
 
 def check_memory(
     model: DeviceModel, max_context: int, device: str, max_batch: int = 1, cache_tokens: int | None = None,
-    remedy: str = "",
+    remedy: str = "", shrinks: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """Returns the memory plan if it fits.
 
     Args:
+        shrinks: whether the model's `prefill_tokens` are halved until it does.
         remedy: further advice for weights that do not fit, ending in a comma.
 
     Raises:
         MTPSpecError: the device has too little free memory; the message says what would fit.
     """
     plan, free = plan_memory(model, max_context, max_batch, cache_tokens), _free(torch.device(device))
+    while shrinks and model.expanded and model.prefill_tokens > PREFILL_ROWS[-1] and plan.total + OVERHEAD_BYTES > free:
+        model.prefill_tokens //= 2
+        plan = plan_memory(model, max_context, max_batch, cache_tokens)
     needed = plan.total + OVERHEAD_BYTES
     if needed <= free:
         return plan

@@ -1,8 +1,9 @@
 """Prefill on a GPU: processes prompts and draws their first tokens.
 
 Short prompts are processed whole, several in a pass that also draws their first tokens: all inputs go to the device in
-one copy, and one graph does the rest. A long prompt is processed in chunks, between the steps of other sequences. The
-host does not wait for a first token: it reads it after the sequence's first step was launched.
+one copy, and one graph does the rest. A long prompt is processed in chunks, between the steps of other sequences; where
+its rows are attended in the expanded form (`prompts`), in few long ones, the last with other prompts. The host does not
+wait for a first token: it reads it after the sequence's first step was launched.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from mtp_spec.cuda.constants import Constants
 from mtp_spec.cuda.guided import guide_first, remaining
 from mtp_spec.cuda.pages import READ_TEXTS, STEP_ROWS, DevicePages
+from mtp_spec.cuda.prompts import Piece, read_pieces
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.state import PREFILL_ROWS, Mail, State, settings_of, union
 from mtp_spec.cuda.step import Prefill
@@ -109,7 +112,8 @@ class Reader:
         self.state = State(runtime.model, runtime.max_context, pages.caches, places)
         self._one = self.state.part(0, 1)
         self._text: DeviceText | None = None
-        self._read, self._ids = 0, torch.empty(0)
+        self._read = 0
+        self._ids: Tensor | None = None
         self._mail = Mail(self._most * (PREFILL_ROWS[-1] + 1 + SENT), device)
         self._rooms: list[Tensor] = []
         self._constants = Constants(device)
@@ -122,6 +126,8 @@ class Reader:
     def fits(self, text: DeviceText, rows: int) -> bool:
         """Whether a pass of `rows` rows holds the uncached part of a prompt and writes only to its own pages."""
         lease = text.lease
+        if lease.reused < lease.expanded:
+            return False
         # penalties count the cached tokens too, which are not sent
         if text.kind.guided or (lease.reused and text.stages.penalty):
             return False
@@ -158,32 +164,80 @@ class Reader:
             text.has_read(len(text.tokens))
         return slots * rows, self._first(texts, one.record, one.logits)
 
-    def chunk(self, text: DeviceText, drafts: bool) -> tuple[int, First | None]:
-        """Prefills the next chunk of a prompt; returns its rows, and at the prompt's end the first token."""
-        state, prompt = self._one, text.tokens
+    def chunk(self, texts: Seq[DeviceText], most: int, drafts: bool) -> tuple[int, list[DeviceText], First | None]:
+        """Prefills the next chunk of the first prompt, and others in the same pass.
+
+        Args:
+            texts: the prompt that has waited longest, then others that may share its last pass.
+            most: most rows, if the chunk is attended in the expanded form.
+            drafts: whether the MTP modules run too.
+
+        Returns the pass's rows, the sequences it completed, and their first tokens.
+        """
+        text = texts[0]
         if self._text is not text:
-            self._text, self._read = text, text.lease.reused
-            state.reset(text.params, prompt, text.lease.reused)
-            self._biased = [*{*self._biased, 0}] if text.stages.bias else self._biased
-            assert state.pages is not None
-            state.pages.copy_(self.pages.tables[text.lease.row])
+            self._text, self._read, self._ids = text, text.lease.reused, None
+            self._biased = [slot for slot in self._biased if slot]
+            self._begin(text, 0)
+        if self._read < text.lease.expanded:
+            return self._long(texts, most, drafts)
+        state, prompt = self._one, text.tokens
+        if self._ids is None:
             self._ids = state.sent(prompt, torch.int64)
         read = self.runtime.prefill(self, state, len(prompt), self._read, drafts)
         hidden = read(self._ids, self._read)
         self._read += len(hidden)
         text.has_read(self._read)
         if self._read < len(prompt):
-            return read.rows, None
+            return read.rows, [], None
         self._text = None
-        last, count = hidden[-1:], state.sent([len(prompt)], torch.int64)
-        logits = self.runtime.model.logits(last)
-        raw, stages = logits, remaining(text.stages, text.kind.guided)
-        if text.kind.guided:
-            if text.kind.guided == "rows":
-                self.runtime.model.ranks.wait()
-            logits = guide_first(text, raw, state, self._constants)
-        record = draw(logits, state, last, torch.zeros_like(count), count, stages, text.stages.penalty)
-        return read.rows, self._first([text], record, raw)
+        return read.rows, [text], self._draw([text], hidden[-1:])
+
+    def _long(self, texts: Seq[DeviceText], most: int, drafts: bool) -> tuple[int, list[DeviceText], First | None]:
+        """Prefills as many rows as a pass may have."""
+        text = texts[0]
+        rows = min(most, len(text.tokens) - self._read)
+        pieces, read, left = [Piece(text.tokens, self._read, rows, text.lease.reused)], [text], most - rows
+        if pieces[0].end == len(text.tokens) and not text.kind.guided:
+            for other in texts[1:]:
+                unread = len(other.tokens) - other.lease.reused
+                if len(read) < self._most and unread <= left and not other.kind.guided:
+                    self._begin(other, len(read))
+                    pieces.append(Piece(other.tokens, other.lease.reused, unread, other.lease.reused))
+                    read.append(other)
+                    left -= unread
+        hidden = read_pieces(self.runtime.model, self.state.part(0, len(read)), pieces, drafts)
+        for one, piece in zip(read, pieces, strict=True):
+            one.has_read(piece.end)
+        self._read = pieces[0].end
+        if self._read < len(text.tokens):
+            return most - left, [], None
+        self._text = None
+        lasts = self.state.sent([*accumulate(piece.rows for piece in pieces)], torch.int64) - 1
+        return most - left, read, self._draw(read, hidden[lasts])
+
+    def _begin(self, text: DeviceText, slot: int) -> None:
+        """Prepares a slot of the state for a prompt."""
+        state = self.state.part(slot, 1)
+        state.reset(text.params, text.tokens, text.lease.reused)
+        if text.stages.bias:
+            self._biased = [*{*self._biased, slot}]
+        assert state.pages is not None
+        state.pages.copy_(self.pages.tables[text.lease.row])
+
+    def _draw(self, texts: Seq[DeviceText], last: Tensor) -> First:
+        """Draws the first tokens after prompts, from their last hidden states `[B, D]`."""
+        state, model = self.state.part(0, len(texts)), self.runtime.model
+        count = state.sent([len(text.tokens) for text in texts], torch.int64)
+        raw = logits = model.logits(last.contiguous())
+        stages = union([remaining(text.stages, text.kind.guided) for text in texts])
+        if texts[0].kind.guided:
+            if texts[0].kind.guided == "rows":
+                model.ranks.wait()
+            logits = guide_first(texts[0], raw, state, self._constants)
+        places = torch.arange(len(texts), device=count.device)
+        record = draw(logits, state, last, places, count, stages, any(text.stages.penalty for text in texts))
+        return self._first(texts, record, raw)
 
     def drop(self, text: DeviceText) -> None:
         """Drops a sequence whose prefill is not complete."""

@@ -27,11 +27,12 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mtp_spec.cuda.pages import STEP_ROWS
+from mtp_spec.cuda.prompts import Piece, read_pieces
 from mtp_spec.cuda.state import SLACK, State, stages_of
 from mtp_spec.cuda.step import Prefill, Step
-from mtp_spec.kernels import commit, exchange, fp8, gemm, launching, quant
-from mtp_spec.kernels.mla import KEYS, attention
-from mtp_spec.kernels.moe import grouping, layer, router
+from mtp_spec.kernels import commit, exchange, fp8, gemm, launching, mla, quant
+from mtp_spec.kernels.mla import KEYS, attention, prompt
+from mtp_spec.kernels.moe import grouping, layer, many, router
 from mtp_spec.kernels.sampler import sampling, uniform
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.model import DeviceModel
@@ -104,15 +105,20 @@ def _late(name: str, ptx: str) -> bool | None:
     return "launch_dependents" in ptx and not re.search(touches, before)
 
 
-def main(name: str, kind: str) -> None:
+def main(name: str, kind: str, whole: bool) -> None:
+    """Compiles the kernels of a chain, of batches and of prompts; with `whole` those of all rules and caches."""
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # the cache keeps no log
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)
-    modules: list[Any] = [commit, gemm, attention, layer, grouping, router, quant, sampling, uniform]
+    modules: list[Any] = [commit, gemm, attention, prompt, layer, grouping, router, quant, sampling, uniform]
     for module in modules:
         module.runs_triton = lambda _: True
     places: list[Any] = [launching, attention]
-    places[0].overlaps, places[1].on_hopper = (lambda _: ARCH >= 90), (lambda _: ARCH == 90)
+    places[0].overlaps = lambda _: ARCH >= 90
+    for module in (attention, prompt):
+        module.on_hopper = lambda _: ARCH == 90
+    for module in (gemm, many):
+        module.many_rows_run = lambda _: ARCH == 90
     for place in places:
         place.shared_memory = lambda _: SHARED[ARCH]
     folder = files("mtp_spec.configs")
@@ -127,7 +133,6 @@ def main(name: str, kind: str) -> None:
         config = replace(config, fp8_block=None)
     params = SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, logit_bias={1: 1.0})
     chain, tree = Speculation(depth=2), Speculation(branching=(2, 2))
-    whole = name == "v3" and kind == "fp8" and ARCH == 90
     for packed in (False, True) if whole else (False,):
         dtype = torch.float16 if kind == "fp16" else torch.bfloat16
         model = DeviceModel(config, "meta", packed_cache=packed, dtype=dtype, fp8_products=ARCH > 86)
@@ -148,6 +153,9 @@ def main(name: str, kind: str) -> None:
             shape = TreeShape.of(speculation)
             Step(model, several, shape, stages_of(params), 4 if speculation else 0)()
         Step(model, several, TreeShape.of(None), stages_of(params), extend=4)()
+        if packed == whole and model.expanded_on(model.device):
+            model.expanded = mla.EXPANDED_ROWS
+            read_pieces(model, several.part(0, 2), [Piece([1] * 900, 64, 700, 64), Piece([1] * 300, 0, 300)], True)
     given = [torch.empty(8, size, dtype=kind, device="meta") for size, kind in ((8192, fp8.E4M3), (64, torch.float32))]
     counts = [torch.empty(1, dtype=torch.int32, device="meta") for _ in range(2)]
     exchange.exchange(given, exchange.Rooms(0, torch.empty(2, dtype=torch.int64, device="meta"), *counts))
@@ -155,5 +163,5 @@ def main(name: str, kind: str) -> None:
 
 if __name__ == "__main__":
     assert tl
-    main(sys.argv[1], sys.argv[3] if len(sys.argv) > 3 else "fp8")
+    main(sys.argv[1], sys.argv[3] if len(sys.argv) > 3 else "fp8", "whole" in sys.argv)
     print("passed")

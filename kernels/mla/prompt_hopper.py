@@ -1,0 +1,190 @@
+"""Attention of prompts for Hopper, in Gluon: two multiplying warpgroups of 64 queries each, fed by a third.
+
+A warpgroup starts the scores of the next block of keys, and then the product of the previous block's weights and
+values, before it computes the softmax of the scores: so the tensor core works meanwhile (Shah et al., FlashAttention-3,
+2407.08608, section 3.2).
+
+Legend: as in `prompt`; heads are read in pieces of 64 columns, `PIECES` of them, the last one being the rotated part.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mtp_spec.kernels.gemm_hopper import described, load_tile, next_stage
+
+__all__ = ["attend_prompt_kernel", "described"]
+
+
+@gluon.jit
+def _place(row_tiles, heads):
+    """Returns the program's tile of 128 rows and head: late rows, which have the most keys, come first."""
+    number = gl.program_id(0)
+    return row_tiles - 1 - number // heads, number % heads
+
+
+@gluon.jit
+def _copy_in(
+    q_desc, k_desc, rope_desc, v_desc, buffers, bars, place, blocks,
+    PIECES: gl.constexpr, NOPE: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warpgroup: queries once, then every block of keys and of values."""
+    queries, keys, values = buffers
+    q_bar, k_full, k_free, v_full, v_free = bars
+    row, head = place
+    q_bytes: gl.constexpr = q_desc.block_type.nbytes * 2 * PIECES
+    k_bytes: gl.constexpr = k_desc.block_type.nbytes * PIECES
+    mbarrier.expect(q_bar, q_bytes)
+    for half in gl.static_range(2):
+        for piece in gl.static_range(PIECES):
+            load_tile(q_desc, [row + 64 * half, head * 64 * PIECES + 64 * piece], q_bar,
+                      queries.index(half * PIECES + piece))  # fmt: skip
+    stage, phase = 0, 1
+    for block in range(blocks):
+        mbarrier.wait(k_free.index(stage), phase)
+        bar = k_full.index(stage)
+        mbarrier.expect(bar, k_bytes)
+        for piece in gl.static_range(PIECES - 1):
+            load_tile(k_desc, [block * BLOCK, head * (NOPE + V) + 64 * piece], bar,
+                      keys.index(stage * PIECES + piece))  # fmt: skip
+        load_tile(rope_desc, [block * BLOCK, 0], bar, keys.index(stage * PIECES + PIECES - 1))
+        mbarrier.wait(v_free.index(stage), phase)
+        bar = v_full.index(stage)
+        mbarrier.expect(bar, v_desc.block_type.nbytes)
+        load_tile(v_desc, [block * BLOCK, head * (NOPE + V) + NOPE], bar, values.index(stage))
+        stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def _scores(queries, keys, stage, OWN: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """Starts queries @ keys.T of a block."""
+    scores = gl.zeros([64, BLOCK], gl.float32, layout)
+    for piece in gl.static_range(PIECES):
+        key = keys.index(stage * PIECES + piece).permute((1, 0))
+        scores = warpgroup_mma(queries.index(OWN * PIECES + piece), key, scores, use_acc=piece > 0, is_async=True)
+    return scores
+
+
+@gluon.jit
+def _weighed(scores, position, first, peak, total, scale, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """One step of the online softmax: returns weights, the peak that they refer to, the sum so far, and the factor."""
+    key = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    scores = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(position, 1), scores, float("-inf"))
+    higher = gl.maximum(peak, gl.max(scores, 1) * scale)
+    weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
+    factor = gl.exp2(peak - higher)
+    return weights, higher, total * factor + gl.sum(weights, 1), factor
+
+
+@gluon.jit
+def _attend(
+    out, m, stride, scale, buffers, bars, place, blocks, start,
+    OWN: gl.constexpr, PIECES: gl.constexpr, V: gl.constexpr, WIDE_V: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """A multiplying warpgroup: 64 queries of one head."""
+    queries, keys, values = buffers
+    q_bar, k_full, k_free, v_full, v_free = bars
+    kind: gl.constexpr = keys.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_V, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    row = place[0] + OWN * 64 + gl.arange(0, 64, layout=rows)
+    position = start + row
+    peak = gl.full([64], float("-inf"), gl.float32, rows)
+    total = gl.zeros([64], gl.float32, rows)
+    mbarrier.wait(q_bar, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    scores = _scores(queries, keys, 0, OWN, PIECES, BLOCK, s_layout)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_free.index(0), count=1)
+    weights, peak, total, factor = _weighed(scores, position, 0, peak, total, scale, BLOCK, s_layout)
+    p = gl.convert_layout(weights.to(kind), a_layout)
+    acc = gl.zeros([64, WIDE_V], gl.float32, o_layout)
+    stage, phase = 0, 0
+    for block in range(1, blocks):
+        k_stage, k_phase = next_stage(stage, phase, STAGES)
+        mbarrier.wait(k_full.index(k_stage), k_phase)
+        scores = _scores(queries, keys, k_stage, OWN, PIECES, BLOCK, s_layout)
+        mbarrier.wait(v_full.index(stage), phase)
+        acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        mbarrier.arrive(k_free.index(k_stage), count=1)
+        weights, peak, total, factor = _weighed(scores, position, block * BLOCK, peak, total, scale, BLOCK, s_layout)
+        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+        mbarrier.arrive(v_free.index(stage), count=1)
+        acc = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, o_layout)), 1)
+        p = gl.convert_layout(weights.to(kind), a_layout)
+        stage, phase = k_stage, k_phase
+    mbarrier.wait(v_full.index(stage), phase)
+    acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_free.index(stage), count=1)
+    acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, o_layout)), 1)
+    row = place[0] + OWN * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
+    column = gl.arange(0, WIDE_V, layout=gl.SliceLayout(0, o_layout))
+    at = gl.expand_dims(row.to(gl.int64) * stride + place[1] * V, 1) + gl.expand_dims(column, 0)
+    gl.store(out + at, acc.to(kind), mask=gl.expand_dims(row < m, 1) & gl.expand_dims(column < V, 0))
+
+
+@gluon.jit(do_not_specialize=["m", "row_tiles", "start", "heads"])
+def attend_prompt_kernel(
+    q_desc,  # [M, H (N + R)], tiles [64, 64]
+    k_desc,  # [T, H (N + V)], tiles [BLOCK, 64]
+    rope_desc,  # [T, R], tiles [BLOCK, 64]
+    v_desc,  # as k_desc, tiles [BLOCK, WIDE_V]; columns past V belong to others
+    out,  # [M, H V], rows `stride` apart
+    m,
+    row_tiles,
+    heads,
+    start,  # position of row 0
+    stride,
+    scale,  # of the scores, times log2(e)
+    PIECES: gl.constexpr,
+    NOPE: gl.constexpr,
+    V: gl.constexpr,
+    WIDE_V: gl.constexpr,
+    BLOCK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Causal attention of M rows over T keys; the last row is the last key."""
+    tile, head = _place(row_tiles, heads)
+    last = gl.minimum(tile * 128 + 127, m - 1)
+    blocks = (start + last) // BLOCK + 1
+    queries = gl.allocate_shared_memory(q_desc.dtype, [2 * PIECES, 64, 64], q_desc.layout)
+    keys = gl.allocate_shared_memory(q_desc.dtype, [STAGES * PIECES, BLOCK, 64], k_desc.layout)
+    values = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, WIDE_V], v_desc.layout)
+    q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_bar, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_free.index(stage), count=2)
+    fence_async_shared()
+    buffers, bars = (queries, keys, values), (q_bar, k_full, k_free, v_full, v_free)
+    place = (tile * 128, head)
+    gl.warp_specialize(
+        [
+            (_copy_in, (q_desc, k_desc, rope_desc, v_desc, buffers, bars, place, blocks, PIECES, NOPE, V, BLOCK,
+                        STAGES)),
+            (_attend, (out, m, stride, scale, buffers, bars, place, blocks, start, 0, PIECES, V, WIDE_V, BLOCK,
+                       STAGES)),
+            (_attend, (out, m, stride, scale, buffers, bars, place, blocks, start, 1, PIECES, V, WIDE_V, BLOCK,
+                       STAGES)),
+        ],
+        [4, 4],
+        [240, 240],
+    )  # fmt: skip

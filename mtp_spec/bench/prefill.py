@@ -1,0 +1,146 @@
+"""`bench prefill`: how long a prompt takes, on a model's shape at full width.
+
+The model is that of `bench step`: dense layers, some MoE layers, embedding, head and the MTP module, with random
+weights. Time to first token is that of `generate` with a draft, so the module's cache is filled too; every prompt is
+new, so nothing is shared. Arithmetic is counted once for what the model defines, in the expanded form, whatever runs:
+2 operations per weight and token (of the chosen experts, and no head), and per pair of tokens and head.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from mtp_spec.api import LM
+from mtp_spec.backends import open_backend
+from mtp_spec.bench import parsing
+from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.options import JSON, Benchmark, Option
+from mtp_spec.bench.step import fill, slice_of
+from mtp_spec.bench.synthetic import with_module
+from mtp_spec.errors import OptionError
+from mtp_spec.kernels.launching import allow_many_rows
+from mtp_spec.model.config import ModelConfig, load_config
+from mtp_spec.model.cuda.layers import Dense, Layer
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.distributed.group import ALONE
+
+TOKENS = [1024, 4096, 16384, 32768]
+FORMS = ("expanded", "absorbed")
+SPARE = 256  # slots for what is generated
+
+
+def prefill(args: argparse.Namespace) -> Report:
+    """Times the first token of prompts on a slice of a model at full width. Forms: "expanded" as the library reads
+    long prompts; "absorbed" as it reads short ones, 256 tokens at a time, which was the only way before."""
+    if not torch.cuda.is_available():
+        raise OptionError("bench prefill needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
+    allow_many_rows()
+    full = replace(with_module(load_config(args.shape)), fp8_block=(128, 128) if args.dtype == "fp8" else None)
+    context = max(args.tokens) + SPARE
+    full = replace(full, max_position_embeddings=max(context, full.max_position_embeddings))
+    config = slice_of(full, context, args.layers, ALONE)
+    model = DeviceModel(config, "cuda")
+    torch.manual_seed(0)
+    fill(model)
+    run, rows = model.expanded_on("cuda"), list[Row]()
+    if args.prefill_tokens is not None:
+        model.prefill_tokens = args.prefill_tokens
+    notes = [] if run else ["this card or shape has no expanded form: prompts are read 256 tokens at a time"]
+    for tokens in args.tokens:
+        for form in args.forms:
+            model.expanded = run if form == "expanded" else 0
+            lm = LM(open_backend(model, None, context), None, context)
+            seconds = _first_token(lm, tokens, args.repeats)
+            operations = _operations(model, tokens)
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "form": form,
+                    "ms": 1e3 * seconds,
+                    "tokens/s": tokens / seconds,
+                    "TFLOP/s": operations / seconds / 1e12,
+                    "peak GB": torch.cuda.max_memory_allocated() / 1e9,
+                }
+            )
+            del lm
+            torch.cuda.empty_cache()
+    facts = {
+        "shape": args.shape.stem,
+        "dtype": args.dtype,
+        "dense layers": config.first_k_dense_replace,
+        "moe layers": config.num_hidden_layers - config.first_k_dense_replace,
+        "prefill_tokens": model.prefill_tokens,
+        "GFLOP per token without attention": _operations(model, 1) / 1e9,
+    }
+    title = (
+        f"{args.shape.stem} at full width, {args.dtype}, {facts['dense layers']} dense and {facts['moe layers']} MoE "
+        "layers and the module: time to first token"
+    )
+    return Report(title, rows, facts, notes=notes)
+
+
+BENCHMARK = Benchmark(
+    name="prefill",
+    help="time to first token of long prompts on a slice at full width on a GPU",
+    run=prefill,
+    options=(
+        JSON,
+        Option(
+            "--shape",
+            "a published model or a config.json (671B)",
+            type=parsing.shape_file,
+            default="671B",
+            metavar="NAME",
+        ),
+        Option("--tokens", "lengths of prompts", type=parsing.integers, default=TOKENS, metavar="N,..."),
+        Option(
+            "--forms",
+            f"of attention: {', '.join(FORMS)}",
+            type=parsing.chosen(FORMS),
+            default=list(FORMS),
+            metavar="NAME,...",
+        ),
+        Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16"), default="fp8"),
+        Option("--layers", "MoE layers (4)", type=parsing.count, default=4),
+        Option("--prefill-tokens", "most tokens in a pass (as load)", type=parsing.count, metavar="N"),
+        Option("--repeats", "prompts of each length, the median of which is taken (3)", type=parsing.count, default=3),
+    ),
+)
+
+
+def _first_token(lm: LM, tokens: int, repeats: int) -> float:
+    """Returns the median seconds to the first token of new prompts; the first prompt warms up."""
+    torch.cuda.reset_peak_memory_stats()
+    taken = []
+    for _ in range(repeats + 1):
+        prompt: Any = torch.randint(0, lm.config.vocab_size, (tokens,)).tolist()
+        start = perf_counter()
+        lm.generate(prompt, max_new_tokens=1, temperature=0.8, seed=1, speculation=1, ignore_eos=True)
+        taken.append(perf_counter() - start)
+    return median(taken[1:])
+
+
+def _operations(model: DeviceModel, tokens: int) -> float:
+    """Returns the operations that a prompt takes by the model's definition."""
+    config = model.config
+    layers = [*model.layers, *(module.layer for module in model.mtp)]
+    weights = sum(_active(layer, config) for layer in layers) + sum(module.eh.weight.numel() for module in model.mtp)
+    pairs = tokens * (tokens + 1) / 2
+    each = config.qk_head_dim + config.v_head_dim
+    return 2.0 * weights * tokens + 2.0 * pairs * each * config.num_attention_heads * len(layers)
+
+
+def _active(layer: Layer, config: ModelConfig) -> int:
+    """Returns the number of a layer's weights that a token meets."""
+    found = sum(slot.numel() for name, slot in layer.attention.slots("").items() if "weight" in name and slot.ndim == 2
+                and not name.endswith("_scale_inv"))  # fmt: skip
+    if isinstance(layer.mlp, Dense):
+        return found + 3 * config.hidden_size * layer.mlp.inner
+    chosen = config.num_experts_per_tok + config.n_shared_experts
+    return found + layer.mlp.router.numel() + 3 * config.hidden_size * config.moe_intermediate_size * chosen
