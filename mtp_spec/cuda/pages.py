@@ -120,6 +120,11 @@ def step_rows(max_batch: int) -> int:
     return min(STEP_ROWS, max_batch * ROWS)
 
 
+def read_rows(max_batch: int) -> int:
+    """Returns the most rows of a prefill pass that reads several prompts, see `prefill.Reader`."""
+    return max(rows * min(max_batch, READ_TEXTS, STEP_ROWS // rows) for rows in PREFILL_ROWS)
+
+
 def room_of(request: Request, max_context: int) -> int:
     """Returns the slots that a sequence may write to, by steps past its end and by padded prefill passes too."""
     return min(len(request.ids) + max(request.limit + SLACK, PADDING), max_context + SLACK)
