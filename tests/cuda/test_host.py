@@ -5,7 +5,10 @@ On a CPU by the kernels' references.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,13 @@ from device_models import FEW, batch_lm, checkpoint
 from lms import assert_same, device
 from mtp_spec.acceptance.accept import Drawn
 from mtp_spec.api import LM
+from mtp_spec.cuda import backend
+from mtp_spec.cuda.backend import Pool
 from mtp_spec.cuda.group import Group
+from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.pages import LEASES, DevicePages
 from mtp_spec.cuda.prefill import Reader
+from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.state import State, copy_states
 from mtp_spec.cuda.text import DeviceText, Results
 from mtp_spec.kernels import commit
@@ -28,6 +35,7 @@ from mtp_spec.model.cache import PAGE
 from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.results import EventLog, Generation, TokenEvent
 from mtp_spec.text.stopping import StopChecker
+from mtp_spec.tree_shape import TreeShape
 
 END = 3
 # tokens of steps: how many of each were drafted follows
@@ -160,6 +168,37 @@ def test_any_number_of_pages_is_zeroed_in_one_launch(folder: Path, monkeypatch: 
     monkeypatch.setattr(commit, "_clean_kernel", Kernel(), raising=False)
     commit.clean(caches, torch.zeros(70_000, dtype=torch.int64))
     assert grids == [(70_000, len(caches))]
+
+
+def test_memory_of_a_dropped_group_is_free_for_the_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait for the garbage collector."""
+    runtime = DeviceRuntime(load_device_model(folder, "cpu"), 100)
+    pool, dropped = Pool(runtime, 8, 2), list[bool]()
+    runtime.graphs = Once()  # type: ignore[assignment]
+    monkeypatch.setattr(backend, "GROUPS", 1)
+    gc.disable()
+    try:
+        group = pool.group(Kind((TreeShape(),)), False)
+        pool.give_back(None, [group])
+        state = weakref.ref(group.state)
+        del group
+
+        def made(*given: Any) -> Group:
+            dropped.append(state() is None)
+            return Group(*given)
+
+        monkeypatch.setattr(backend, "Group", made)
+        pool.group(Kind((TreeShape(),), watched=True), False)
+        assert dropped == [True]
+    finally:
+        gc.enable()
+
+
+class Once:
+    """In place of `Graphs`, which need a GPU."""
+
+    def later(self, work: Callable[[], None]) -> Callable[[], None]:
+        return lambda: work()
 
 
 def test_copied_states_are_equal_in_every_part(folder: Path) -> None:
