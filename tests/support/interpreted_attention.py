@@ -67,9 +67,10 @@ def attention() -> None:
             values = mla.up(seen, kv_b, kv_b_scale, head, quantise)
             expected = mla.up_reference(seen, kv_b, kv_b_scale, head, quantise)
             close(values_of(values), values_of(expected), 0.08 if quantise else 0.01)
-            before, mla_attention.__dict__["shared_memory"] = mla_attention.shared_memory, lambda _: 0
+            names = mla_attention.__dict__
+            before, names["shared_memory"] = names["shared_memory"], lambda _: 0
             again = mla.up(seen, kv_b, kv_b_scale, head, quantise)  # its weights are not held in shared memory
-            mla_attention.__dict__["shared_memory"] = before
+            names["shared_memory"] = before
             assert torch.equal(values_of(values), values_of(again))
             for quantised in (got, values) if quantise else ():
                 assert isinstance(quantised, tuple)
