@@ -129,7 +129,8 @@ def clean(caches: list[Cache], pages: Tensor) -> None:
     if not runs_triton(store):
         return clean_reference(caches, pages)
     width = store.shape[1]
-    _clean_kernel[(len(caches), len(pages))](
+    # pages first: there may be more than a grid's other dimensions have, 65,535
+    _clean_kernel[(len(pages), len(caches))](
         store, pages, apart, caches[0].base, width, ROWS=KEYS, COLUMNS=CLEANED_COLUMNS, **late(store),
     )  # fmt: skip
 
@@ -281,7 +282,7 @@ if triton is not None:
         store, pages, apart, base, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         follow(PDL)
-        row = base + tl.program_id(0) * apart + tl.load(pages + tl.program_id(1)) * ROWS
+        row = base + tl.program_id(1) * apart + tl.load(pages + tl.program_id(0)) * ROWS
         column, words = tl.arange(0, COLUMNS), width * ROWS
         for first in range(0, words, COLUMNS):
             target = store + row.to(tl.int64) * width + first + column

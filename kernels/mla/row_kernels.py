@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mtp_spec.kernels.launching import follow
+from mtp_spec.kernels.launching import follow, pull
 from mtp_spec.kernels.mla.kernels import paged_rows, start_of
 from mtp_spec.kernels.quant import _store_quantised, block_scaled
 
@@ -204,6 +204,17 @@ def _absorb_kernel(
             tl.store(target, tl.dot(x, w).to(kind), mask=(row < rows)[:, None] & (column < C)[None, :])
 
 
+@triton.jit
+def _up_input(context, row, real, heads, head, first, SIZE: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
+    """Returns SIZE columns of one head's context [SIZE, ROWS]."""
+    column = first + tl.arange(0, SIZE)
+    source = context + (row.to(tl.int64) * heads + head)[None, :] * C + column[:, None]
+    x = tl.load(source, mask=real[None, :] & (column < C)[:, None], other=0.0)
+    if WIDE:
+        x = x.to(tl.float32)
+    return x
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _up_kernel(
     context,  # [M, H, C] bf16 or fp16
@@ -224,36 +235,43 @@ def _up_kernel(
     POWER: tl.constexpr,
     LARGEST: tl.constexpr,
     WIDE: tl.constexpr,
+    HELD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out = context @ W_UV.T for VALUES of one head, quantised if they are a whole block of the next product.
 
-    Weights, which no kernel writes, are read before the context is ready.
+    With HELD, weights, which no kernel writes, are read before the context is ready and kept for all rows.
     """
     head = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
-    value = tl.program_id(1) * VALUES + tl.arange(0, VALUES)
+    first_value = tl.program_id(1) * VALUES
+    value = first_value + tl.arange(0, VALUES)
     kind: tl.constexpr = context.dtype.element_ty
     its = head * (N + V) + N + value
     weights = ()
-    for chunk in tl.static_range(0, C, CHUNK):
-        w = _up_weight(kv_b, kv_b_scale, its, value < V, chunk, CHUNK, C, kind, PACKED, WIDE)
-        weights = weights + (w,)  # type: ignore[assignment]
+    if HELD:
+        for chunk in tl.static_range(0, C, CHUNK):
+            w = _up_weight(kv_b, kv_b_scale, its, value < V, chunk, CHUNK, C, kind, PACKED, WIDE)
+            weights = weights + (w,)  # type: ignore[assignment]
     if PDL:
+        if not HELD:
+            pull(kv_b, head * (N + V) + N + first_value, 0, heads * (N + V), C, VALUES, (C + 127) // 128)
         gdc_wait()
     lane = tl.arange(0, ROWS)
     for first in range(0, rows, ROWS):
         row = first + lane
         real = row < rows
         total = tl.zeros((VALUES, ROWS), dtype=tl.float32)
-        for part in tl.static_range(C // CHUNK):
-            column = part * CHUNK + tl.arange(0, CHUNK)
-            source = context + (row.to(tl.int64) * heads + head)[None, :] * C + column[:, None]
-            x = tl.load(source, mask=real[None, :] & (column < C)[:, None], other=0.0)
-            if WIDE:
-                x = x.to(tl.float32)
-            total = tl.dot(weights[part], x, total)
+        if HELD:
+            for part in tl.static_range(C // CHUNK):
+                x = _up_input(context, row, real, heads, head, part * CHUNK, CHUNK, C, WIDE)
+                total = tl.dot(weights[part], x, total)
+        else:
+            for chunk in tl.range(0, C, CHUNK):
+                w = _up_weight(kv_b, kv_b_scale, its, value < V, chunk, CHUNK, C, kind, PACKED, WIDE)
+                x = _up_input(context, row, real, heads, head, chunk, CHUNK, C, WIDE)
+                total = tl.dot(w, x, total)
         kept = real[None, :] & (value < V)[:, None]
         target = out + row.to(tl.int64)[None, :] * (heads * V) + head * V + value[:, None]
         values = total.to(kind)

@@ -77,6 +77,7 @@ class Pool:
             self._whole.discard(oldest.kind)
             self.known.remove(oldest)
             self.runtime.forget(oldest)
+            del oldest  # its memory is free for the new one
         if kind.shared and kind not in self._whole:  # later sequences will share it
             self._whole.add(kind)
             least = self.most

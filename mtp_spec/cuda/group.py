@@ -105,7 +105,9 @@ class Group:
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
         self._script = Script(most, device) if kind.text else None
-        self._arrange = self._arranged if runtime.graphs is None else runtime.graphs.later(self._arranged)
+        # without a reference to this group: in a cycle, the memory of a dropped one would wait for a collection
+        work = partial(_arrange, self.state, pages.tables, self._inbox)
+        self._arrange = work if runtime.graphs is None else runtime.graphs.later(work)
         self._slots: list[DeviceText | None] = []
         self._present: list[DeviceText] | None = []  # the sequences in them; None until it is asked for
         self._launched: deque[Flight] = deque()
@@ -280,15 +282,6 @@ class Group:
         self._tells = self.kind.watched or any(text.params.logprobs for text in texts)
         self._changed, self._disturbed = False, True
 
-    def _arranged(self) -> None:
-        """Takes what was sent of the slots: their pages, and which of them are in use."""
-        state = self.state
-        assert state.pages is not None
-        assert state.live is not None
-        torch.index_select(self.pages.tables, 0, self._inbox[0], out=state.pages)
-        state.live.copy_(self._inbox[1])
-        state.blank_unused()
-
     def _together(self) -> int:
         """Returns the most slots of a captured step: the largest power of two that fits."""
         rows = max(self.extend, *(shape.rows for shape in self.shapes))
@@ -413,3 +406,12 @@ class Group:
         for (plan, _), taken in zip(self.untold, seconds, strict=True):
             plan.table.learn(plan.shape, taken)
         self.untold.clear()
+
+
+def _arrange(state: State, tables: Tensor, inbox: Tensor) -> None:
+    """Takes what was sent of the slots, `[2, B]`: their rows of the page tables, and which of them are in use."""
+    assert state.pages is not None
+    assert state.live is not None
+    torch.index_select(tables, 0, inbox[0], out=state.pages)
+    state.live.copy_(inbox[1])
+    state.blank_unused()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mtp_spec.cuda.pages import EXTRA_ROWS, IDLE_PAGES, READ_TEXTS, STEP_TEXTS, planned_pages, step_rows
+from mtp_spec.cuda.pages import EXTRA_ROWS, IDLE_PAGES, READ_TEXTS, STEP_TEXTS, planned_pages, read_rows, step_rows
 from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WAITING
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla, moe
@@ -62,7 +62,7 @@ def plan_memory(
         max_batch: most sequences that share steps.
         cache_tokens: tokens that their pages hold; None for the full context of all.
     """
-    config, rows = model.config, step_rows(max_batch)
+    config, rows, read = model.config, step_rows(max_batch), read_rows(max_batch)
     capacity = whole_blocks(max_context + SLACK)
     caches = pages_bytes(model, max_context, max_batch, planned_pages(max_context, max_batch, cache_tokens))
     head = model.layers[0].attention.head
@@ -70,11 +70,11 @@ def plan_memory(
     logits = config.vocab_size * 4
     settings = 4 * capacity // PAGE * (2 * max_batch + EXTRA_ROWS + READ_TEXTS)  # page tables
     settings += group_bytes(model, max_batch)
-    largest = COPIES * max(pass_bytes(model, PREFILL_ROWS[-1]), pass_bytes(model, rows) + rows * logits)
+    largest = COPIES * max(pass_bytes(model, read), pass_bytes(model, rows) + rows * logits)
     if model.expanded:
         largest += prompt_pass_bytes(model, min(model.prefill_tokens, max_context), capacity)
     weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
-    absorbed = max(PREFILL_ROWS[-1] + model.expanded, rows)
+    absorbed = max(read, PREFILL_ROWS[-1] + model.expanded, rows)
     room = mla.room_bytes(capacity, head, absorbed, min(max_batch, STEP_TEXTS))
     return MemoryPlan(weights, drafts, caches, room + table + settings + largest)
 

@@ -8,7 +8,7 @@ are sequences, its unused slots write there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class DevicePages(Pages["DeviceLease"]):
     def prepare(self) -> None:
         """Zeroes the pages of all new leases and writes their rows of the table; call it before any of them is used."""
         while self._new:
-            leases = dict(self._new.popitem() for _ in range(min(LEASES, len(self._new))))
+            leases = dict(islice(self._new.items(), LEASES))
             own = [page for pages, shared in leases.values() for page in pages[shared:]]
             table = np.empty((len(leases), self.tables.shape[1]), dtype=np.int64)
             for line, (pages, _) in zip(table, leases.values(), strict=True):
@@ -85,6 +85,8 @@ class DevicePages(Pages["DeviceLease"]):
             zeroed, rows, lines = sent.split((len(own), len(leases), table.size))
             commit.clean(self.caches, zeroed)
             self.tables.index_copy_(0, rows, lines.view(table.shape).int())
+            for row in leases:  # after an error above, the next call prepares them
+                del self._new[row]
 
     def take_back(self, row: int) -> None:
         """Takes back the row of a sequence that has ended."""
@@ -116,6 +118,11 @@ class DeviceLease(Lease):
 def step_rows(max_batch: int) -> int:
     """Returns the most rows of a step's pass."""
     return min(STEP_ROWS, max_batch * ROWS)
+
+
+def read_rows(max_batch: int) -> int:
+    """Returns the most rows of a prefill pass that reads several prompts, see `prefill.Reader`."""
+    return max(rows * min(max_batch, READ_TEXTS, STEP_ROWS // rows) for rows in PREFILL_ROWS)
 
 
 def room_of(request: Request, max_context: int) -> int:

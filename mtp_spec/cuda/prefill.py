@@ -94,6 +94,7 @@ class Whole:
         prefill.following.copy_(end)
         prefill.run()
         last = prefill.hidden.unflatten(0, (state.texts, prefill.rows))[self._text, end]
+        del prefill.hidden  # lets the captured passes reuse this memory
         self.logits = self.model.logits(last)
         self.record = draw(self.logits, state, last, self._text, count, self.stages, self.stages.penalty)
 

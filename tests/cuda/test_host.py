@@ -5,7 +5,10 @@ On a CPU by the kernels' references.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,21 @@ from device_models import FEW, batch_lm, checkpoint
 from lms import assert_same, device
 from mtp_spec.acceptance.accept import Drawn
 from mtp_spec.api import LM
+from mtp_spec.cuda import backend
+from mtp_spec.cuda.backend import Pool
 from mtp_spec.cuda.group import Group
+from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.pages import LEASES, DevicePages
 from mtp_spec.cuda.prefill import Reader
+from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.state import State, copy_states
 from mtp_spec.cuda.text import DeviceText, Results
+from mtp_spec.kernels import commit
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.results import EventLog, Generation, TokenEvent
 from mtp_spec.text.stopping import StopChecker
+from mtp_spec.tree_shape import TreeShape
 
 END = 3
 # tokens of steps: how many of each were drafted follows
@@ -122,6 +131,74 @@ def test_a_round_of_leases_is_prepared_together(folder: Path) -> None:
     pages.prepare()
     assert torch.equal(before, pages.tables)
     assert store.min() == 1.0
+
+
+def test_leases_are_prepared_after_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They belong to several texts, of which the error ends one: the others must not use unprepared pages."""
+    model = load_device_model(folder, "cpu")
+    pages = DevicePages(model, 100, 8, 4)
+    leases = [pages.lease([], 2 * PAGE, True) for _ in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "clean", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            pages.prepare()
+    store = pages.caches[0].store
+    store.fill_(float("nan"))
+    pages.prepare()
+    clean = store[: pages.caches[0].spare].isfinite().all(1).view(len(pages.caches), -1)
+    for lease in leases:
+        assert lease is not None
+        own = sorted({*pages.tables[lease.row].tolist()})
+        assert len(own) == 2
+        assert all(bool(clean[:, place : place + PAGE].all()) for place in own)
+    assert int(clean.sum()) == 6 * PAGE * len(pages.caches)
+
+
+def test_any_number_of_pages_is_zeroed_in_one_launch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first dimension of a grid may have more than 65,535 programs."""
+    grids = list[tuple[int, ...]]()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    caches = DevicePages(load_device_model(folder, "cpu"), 100, 4, 2).caches
+    monkeypatch.setattr(commit, "runs_triton", lambda _: True)
+    monkeypatch.setattr(commit, "_clean_kernel", Kernel(), raising=False)
+    commit.clean(caches, torch.zeros(70_000, dtype=torch.int64))
+    assert grids == [(70_000, len(caches))]
+
+
+def test_memory_of_a_dropped_group_is_free_for_the_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait for the garbage collector."""
+    runtime = DeviceRuntime(load_device_model(folder, "cpu"), 100)
+    pool, dropped = Pool(runtime, 8, 2), list[bool]()
+    runtime.graphs = Once()  # type: ignore[assignment]
+    monkeypatch.setattr(backend, "GROUPS", 1)
+    gc.disable()
+    try:
+        group = pool.group(Kind((TreeShape(),)), False)
+        pool.give_back(None, [group])
+        state = weakref.ref(group.state)
+        del group
+
+        def made(*given: Any) -> Group:
+            dropped.append(state() is None)
+            return Group(*given)
+
+        monkeypatch.setattr(backend, "Group", made)
+        pool.group(Kind((TreeShape(),), watched=True), False)
+        assert dropped == [True]
+    finally:
+        gc.enable()
+
+
+class Once:
+    """In place of `Graphs`, which need a GPU."""
+
+    def later(self, work: Callable[[], None]) -> Callable[[], None]:
+        return lambda: work()
 
 
 def test_copied_states_are_equal_in_every_part(folder: Path) -> None:

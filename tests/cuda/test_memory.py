@@ -17,15 +17,18 @@ import mtp_spec
 import small
 from device_models import DEMO
 from mtp_spec import host_memory, memory
-from mtp_spec.cuda.memory import COPIES, check_memory, check_room, pass_bytes, plan_memory, rule_bytes
-from mtp_spec.cuda.pages import DevicePages, planned_pages
-from mtp_spec.cuda.state import ROWS, State, stages_of
+from mtp_spec.cuda.memory import COPIES, check_memory, check_room, group_bytes, pass_bytes, plan_memory, rule_bytes
+from mtp_spec.cuda.pages import READ_TEXTS, STEP_ROWS, DevicePages, planned_pages
+from mtp_spec.cuda.prefill import Whole
+from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, State, stages_of
 from mtp_spec.cuda.step import Prefill, Step
 from mtp_spec.errors import MTPSpecError
-from mtp_spec.kernels import commit, gemm, quant
+from mtp_spec.kernels import commit, gemm, mla, quant
 from mtp_spec.kernels.mla import attention
 from mtp_spec.kernels.moe import grouping, layer, router
-from mtp_spec.kernels.sampler import sampling, uniform
+from mtp_spec.kernels.sampler import Stages, sampling, uniform
+from mtp_spec.model.cache import PAGE
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.checkpoint import empty_device_model, load_device_model
@@ -103,6 +106,24 @@ def test_passes_hold_what_is_planned(no_launches: None, model: DeviceModel) -> N
         tree = TreeShape.of(shape)
         peak = held(Step(model, state, tree, stages_of(params), tree.depth + 1, rule))
         assert COPIES * (peak - pass_bytes(model, len(tree.parents) + 1)) <= rule_bytes(model.config, len(tree.parents))
+
+
+@pytest.mark.parametrize("model", models(), ids=["bundled", "V3"])
+@pytest.mark.parametrize("batch", [1, 2, 5, 32])
+def test_reading_several_prompts_is_planned(no_launches: None, model: DeviceModel, batch: int) -> None:
+    plan, head, vocabulary = plan_memory(model, 1000, batch), model.layers[0].attention.head, model.config.vocab_size
+    for rows in PREFILL_ROWS:
+        texts = min(batch, READ_TEXTS, STEP_ROWS // rows)
+        caches = model.new_caches(1000 + SLACK, 0, 40)
+        tables = torch.zeros(texts, caches[0].capacity // PAGE, dtype=torch.int32, device="meta")
+        one = Whole(DeviceRuntime(model, 1000), tables, State(model, 1000, caches, tables), rows, True, Stages())
+        peak = held(one.read)
+        room = mla.room_bytes(caches[0].capacity, head, texts * rows, texts)
+        assert COPIES * peak + room + group_bytes(model, batch) <= 1.01 * plan.passes
+        with Held() as counted:
+            one.read()
+        # every captured pass keeps what it has made
+        assert sum(size for made, size in counted._live.values() if not made.expired()) <= texts * (4 * vocabulary + 64)
 
 
 def test_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,6 +299,18 @@ def test_every_kernel_of_a_step_compiles_for_other_cards(card: int, kind: str, r
     assert all(kernel["shared"] <= room * 1024 for kernel in kernels)
 
 
+def test_products_that_hold_weights_fit_into_little_shared_memory() -> None:
+    """The kernels of the test above that use most of it, which is quick enough for CI."""
+    pytest.importorskip("triton")
+    names = ["_up_kernel", "_absorb_kernel"]
+    program = [sys.executable, str(SUPPORT / "compiled.py"), "GLM-4.7-Flash", "89", "fp8", *names]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ})
+    assert "passed" in done.stdout.splitlines(), done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {kernel["kernel"] for kernel in kernels} == {*names}
+    assert all(kernel["shared"] <= 99 * 1024 and not kernel["spilled"] for kernel in kernels)
+
+
 def _spared(kernel: dict[str, Any]) -> int:
     """Returns bytes that may be spilled: outside the loop over keys or inner dimensions, which only reads some back.
 

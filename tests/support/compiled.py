@@ -51,11 +51,14 @@ READS_FIRST = ("_absorb_kernel", "_up_kernel", "attend_kernel")
 WRITES = r"\b(st|red|atom)\.(global|v\d)"
 done: set[str] = set()
 ARCH = int(sys.argv[2]) if len(sys.argv) > 2 else 90
+ONLY = [name for name in sys.argv[4:] if name.startswith("_")]  # kernels; all if none are named
 # bytes that a program can have, by compute capability
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 def _compile(kernel: JITFunction[Any], *args: Any, **options: Any) -> None:
+    if ONLY and kernel.fn.__name__ not in ONLY:
+        return
     passed = {name: value for name, value in options.items() if name not in OPTIONS}
     bound = inspect.signature(kernel.fn).bind(*args, **passed).arguments
     signature, constants = {}, {}
@@ -116,9 +119,9 @@ def main(name: str, kind: str, whole: bool) -> None:
     places: list[Any] = [launching, attention]
     places[0].overlaps = lambda _: ARCH >= 90
     for module in (attention, prompt):
-        module.on_hopper = lambda _: ARCH == 90
+        module.__dict__["on_hopper"] = lambda _: ARCH == 90
     for module in (gemm, many):
-        module.many_rows_run = lambda _: ARCH == 90
+        module.__dict__["many_rows_run"] = lambda _: ARCH == 90
     for place in places:
         place.shared_memory = lambda _: SHARED[ARCH]
     folder = files("mtp_spec.configs")

@@ -67,6 +67,11 @@ def attention() -> None:
             values = mla.up(seen, kv_b, kv_b_scale, head, quantise)
             expected = mla.up_reference(seen, kv_b, kv_b_scale, head, quantise)
             close(values_of(values), values_of(expected), 0.08 if quantise else 0.01)
+            names = mla_attention.__dict__
+            before, names["shared_memory"] = names["shared_memory"], lambda _: 0
+            again = mla.up(seen, kv_b, kv_b_scale, head, quantise)  # its weights are not held in shared memory
+            names["shared_memory"] = before
+            assert torch.equal(values_of(values), values_of(again))
             for quantised in (got, values) if quantise else ():
                 assert isinstance(quantised, tuple)
                 assert (quantised[1].frexp().mantissa == 0.5).all().item() == power
