@@ -102,6 +102,11 @@ def train(
     """
     if not isinstance(out, str | Path) or not str(out):
         raise OptionError(f"out={out!r}: give the name of a new folder for the modules")
+    for name, file in (("path", path), ("texts", texts), ("prompts", prompts), ("config", config)):
+        if file is not None and not isinstance(file, str | Path):
+            raise OptionError(f"{name}={file!r}: give the name of a {'folder' if name == 'path' else 'file'}, or None")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise OptionError(f"progress={progress!r}: allowed are True, False or a function of a line")
     known = set(TrainOptions.__dataclass_fields__)
     if unknown := sorted(set(options) - known):
         raise OptionError(f"{unknown[0]} is no option of training: allowed are {', '.join(sorted(known))}")

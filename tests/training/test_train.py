@@ -207,15 +207,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(v3: Path, lines: Path, tmp_path: 
         ({"colour": "red"}, "colour is no option of training"),
         ({"device": "cuda:9" if not torch.cuda.is_available() else "tpu"}, "device="),
         ({"out": ""}, "give the name of a new folder"),
+        ({"texts": 3}, "texts=3: give the name of a file"),
+        ({"path": 3}, "path=3: give the name of a folder"),
+        ({"progress": 3}, "progress=3: allowed are True, False"),
+        ({"loss": 3}, "loss=3: give some of ce, kl, tv"),
+        ({"check_temperatures": 0.5}, "check_temperatures=0.5: one or more numbers"),
+        ({"held_out": 0.0}, "held_out=0.0: a share above 0"),
     ],
 )
 def test_bad_options_are_named_before_weights_are_read(
     plain: Path, lines: Path, tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("mtp_spec.training.run.load")
-    given = {"out": tmp_path / "head", "texts": lines, **options}
+    given = {"path": plain, "out": tmp_path / "head", "texts": lines, **options}
     with pytest.raises(OptionError, match=message):
-        mtp_spec.train(plain, **given)
+        mtp_spec.train(**given)
     assert list(tmp_path.iterdir()) == []
 
 
