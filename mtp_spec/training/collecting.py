@@ -42,7 +42,8 @@ def collect(lm: LM, options: TrainOptions, folder: Path, say: Say) -> Corpus:
                 say(f"texts: {len(corpus.texts):,}, {corpus.tokens:,} tokens, {said - start:.0f} s")
     trained = [text for text in corpus.texts if not text.held]
     if not trained:
-        raise OptionError(f"{options.texts or options.prompts} leaves no text to train on")
+        few = f"all {len(corpus.texts)} are held out" if corpus.texts else "none has a token to learn"
+        raise OptionError(f"{options.texts or options.prompts} leaves no text to train on: {few}; give more or others")
     if len(trained) == len(corpus.texts):
         way = f"a larger share than {options.held_out}" if held is None else f"other texts than those of {held}"
         raise OptionError(f"no text is held out, so nothing could be measured: give held_out={way}")

@@ -233,7 +233,7 @@ def test_a_folder_is_not_overwritten(plain: Path, lines: Path, tmp_path: Path) -
 
 def test_too_little_to_train_or_to_measure_on(plain: Path, tmp_path: Path) -> None:
     one = worded.texts(tmp_path / "one.jsonl", count=1)
-    with pytest.raises(OptionError, match="leaves no text to train on"):
+    with pytest.raises(OptionError, match="leaves no text to train on: all 1 are held out; give more"):
         mtp_spec.train(plain, tmp_path / "head", texts=one, **FEW)
     assert not (tmp_path / "head.part").exists()
     short = worded.texts(tmp_path / "short.jsonl", tokens=50)
