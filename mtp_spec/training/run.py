@@ -322,6 +322,7 @@ def _part(target: Path, identity: str, team: Team) -> Iterator[Path]:
     """Yields the folder that a run works in, removed when it is complete; the first process keeps it for all.
 
     Raises:
+        OptionError: the folder cannot be made, or holds something else.
         MTPSpecError: another run works in it, or it belongs to a run with other arguments.
     """
     part = target.with_name(target.name + PART)
@@ -329,8 +330,14 @@ def _part(target: Path, identity: str, team: Team) -> Iterator[Path]:
         team.first(lambda: None)
         yield part
         return
-    part.mkdir(parents=True, exist_ok=True)
-    with (part / LOCK).open("a") as lock:
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        if not (part / IDENTITY).is_file() and any(file.name != LOCK for file in part.iterdir()):
+            raise OptionError(f"{part} is no folder of a run, and would be deleted: move it, or give another out")
+        opened = (part / LOCK).open("a")
+    except OSError as error:
+        raise OptionError(f"out={str(target)!r}: a folder cannot be made there ({error}); give another one") from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -231,6 +231,18 @@ def test_a_folder_is_not_overwritten(plain: Path, lines: Path, tmp_path: Path) -
         mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
 
 
+def test_only_a_folder_of_its_own_is_worked_in(plain: Path, lines: Path, tmp_path: Path) -> None:
+    """The folder is deleted at the end, so nobody else's may be taken."""
+    own = tmp_path / "head.part" / "notes.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(OptionError, match=r"head\.part is no folder of a run"):
+        mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
+    assert [file.name for file in own.parent.iterdir()] == ["notes.txt"]
+    with pytest.raises(OptionError, match=r"out='.*/mine': a folder cannot be made there \(.*Not a directory"):
+        mtp_spec.train(plain, own / "mine", texts=lines, **FEW)
+
+
 def test_too_little_to_train_or_to_measure_on(plain: Path, tmp_path: Path) -> None:
     one = worded.texts(tmp_path / "one.jsonl", count=1)
     with pytest.raises(OptionError, match="leaves no text to train on: all 1 are held out; give more"):
