@@ -304,6 +304,9 @@ def test_a_head_that_lost_a_domain_is_not_called_better() -> None:
     better, said = verdict([gained, comparison("all domains", 2.0, 2.01, 0.9)], False)
     assert not better
     assert "within the noise" in said
+    better, said = verdict([comparison("a", 0.0, 0.0), gained], False)
+    assert not better
+    assert said.startswith("Nothing was measured on a at temperature 0.0: ")
 
 
 def test_comparisons_are_of_sums_and_their_intervals_cover_them() -> None:
