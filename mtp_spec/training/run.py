@@ -35,11 +35,11 @@ from mtp_spec.training.backbone import Backbone, States
 from mtp_spec.training.card import card, verdict
 from mtp_spec.training.collecting import COMPLETE, collect
 from mtp_spec.training.heldout import Comparison, Texts, compare, measure
-from mtp_spec.training.loop import Log, Trainer, batch_tokens, optimiser_of
-from mtp_spec.training.modules import ready_modules, rounded, shared_weights, slots_of, trained_config
+from mtp_spec.training.loop import Log, Trainer, batch_tokens, optimiser_numbers, optimiser_of
+from mtp_spec.training.modules import ready_modules, rounded, shared_weights, slots_of, trained_config, trained_numbers
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.picture import picture
-from mtp_spec.training.plan import plan_of
+from mtp_spec.training.plan import check_modules, plan_of
 from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus, check_file
 
@@ -135,6 +135,8 @@ def train(
         if isinstance(getattr(chosen, name), Path):
             check_file(getattr(chosen, name), kinds)
     team = Team(device)
+    numbers = optimiser_numbers(chosen, team.device)
+    check_modules(trained_numbers(chosen, checkpoint.config), numbers, torch.device(team.device))
     with _part(target, _identity(chosen, checkpoint, model), team) as part, torch.enable_grad():
         return _Run(chosen, checkpoint, folder, model, target, part, team, say).run()
 
@@ -259,7 +261,7 @@ class _Run:
         states = States(Backbone(lm.model, options.max_tokens), corpus, file, disk)
         trainer = Trainer.of(options, forward, modules, corpus, states, self.team)
         shape = trainer.largest()
-        numbers = 1 if optimiser_of(options, self.device)[0] == "muon" else 2
+        numbers = optimiser_numbers(options, self.device)
         plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states.bytes)
         self.say(f"{trainer.steps:,} steps of up to {batch_tokens(options, self.device):,} tokens; {plan}")
         plan.check(device, self.part)

@@ -256,9 +256,16 @@ def test_too_little_to_train_or_to_measure_on(plain: Path, tmp_path: Path) -> No
 def test_too_little_memory_and_disk_are_said_before_the_start(
     plain: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wide = {**FEW, "width": 10**9}
+    with monkeypatch.context() as patch:
+        patch.delattr("mtp_spec.training.run.load")
+        with pytest.raises(MTPSpecError, match=r"modules of 144,000,.* numbers take .* a smaller width"):
+            mtp_spec.train(plain, tmp_path / "head", texts=lines, **wide)
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(loop.Trainer, "run", lambda *_: pytest.fail("it started"))
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "free_memory", lambda: 10**5)
+        free = iter([10**12, 10**5])
+        patch.setattr(plan, "free_memory", lambda: next(free))
         with pytest.raises(MTPSpecError, match=r"training takes .* give fewer batch_tokens"):
             mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
