@@ -10,6 +10,7 @@ from typing import Any
 
 from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
+from mtp_spec.model.checkpoint.writer import write_file
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.texts import HELD, Corpus, Span, domain_of, prompt_of, read_lines, text_of
 
@@ -47,7 +48,7 @@ def collect(lm: LM, options: TrainOptions, folder: Path, say: Say) -> Corpus:
     if len(trained) == len(corpus.texts):
         way = f"a larger share than {options.held_out}" if held is None else f"other texts than those of {held}"
         raise OptionError(f"no text is held out, so nothing could be measured: give held_out={way}")
-    (folder / COMPLETE).write_text(json.dumps({"left out": corpus.left_out}))
+    write_file(folder / COMPLETE, json.dumps({"left out": corpus.left_out}).encode())
     return corpus
 
 

@@ -29,7 +29,7 @@ from mtp_spec.loading import load
 from mtp_spec.machine import processor_name
 from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_modules
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
-from mtp_spec.model.checkpoint.writer import PART, as_json
+from mtp_spec.model.checkpoint.writer import PART, as_json, write_file
 from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.training.backbone import Backbone, States
 from mtp_spec.training.card import card, verdict
@@ -44,6 +44,7 @@ from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus, check_file
 
 IDENTITY, STATE, BEFORE, AFTER, LOCK = "run.json", "state.pt", "before.json", "after.json", "lock"
+BEGUN = {LOCK, IDENTITY + PART}  # what a run that was killed at once may leave
 Say = Callable[[str], None]
 
 
@@ -246,9 +247,7 @@ class _Run:
         if file.is_file():
             return [Texts.from_json(values) for values in json.loads(file.read_text())]
         found = measure(lm, prompts, depth, options.check_temperatures, options.check_tokens, options.seed)
-        part = file.with_name(name + PART)
-        part.write_bytes(as_json([one.to_json() for one in found]))
-        part.replace(file)
+        write_file(file, as_json([one.to_json() for one in found]))
         return found
 
     def _train(self, lm: LM, corpus: Corpus) -> tuple[Trainer, int | None]:
@@ -266,7 +265,11 @@ class _Run:
         self.say(f"{trainer.steps:,} steps of up to {batch_tokens(options, self.device):,} tokens; {plan}")
         plan.check(device, self.part)
         if (self.part / STATE).is_file():
-            trainer.restore(self.part / STATE)
+            try:
+                trainer.restore(self.part / STATE)
+            except Exception as error:  # of any kind that torch has for a damaged file
+                raise MTPSpecError(f"{self.part / STATE} cannot be read ({error}): delete it to train from the first "
+                                   "step") from error  # fmt: skip
             self.say(f"going on after step {trainer.step}")
         cuda = device.type == "cuda"
         if cuda:
@@ -334,7 +337,7 @@ def _part(target: Path, identity: str, team: Team) -> Iterator[Path]:
         return
     try:
         part.mkdir(parents=True, exist_ok=True)
-        if not (part / IDENTITY).is_file() and any(file.name != LOCK for file in part.iterdir()):
+        if not (part / IDENTITY).is_file() and {file.name for file in part.iterdir()} - BEGUN:
             raise OptionError(f"{part} is no folder of a run, and would be deleted: move it, or give another out")
         opened = (part / LOCK).open("a")
     except OSError as error:
@@ -349,7 +352,7 @@ def _part(target: Path, identity: str, team: Team) -> Iterator[Path]:
             raise MTPSpecError(
                 f"{part} belongs to a run with other options, texts or weights: delete it, or give another folder"
             )
-        file.write_text(identity)
+        write_file(file, identity.encode())
         team.first(lambda: None)
         try:
             yield part

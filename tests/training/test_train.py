@@ -173,9 +173,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(v3: Path, lines: Path, tmp_path: 
                 break
     assert run.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
-    assert torch.load(tmp_path / "killed.part" / "state.pt")["step"] == 4
+    state = tmp_path / "killed.part" / "state.pt"
+    assert torch.load(state)["step"] == 4
     with pytest.raises(MTPSpecError, match="belongs to a run with other options"):
         mtp_spec.train(v3, tmp_path / "killed", texts=lines, **{**few, "seed": 1})
+    saved = state.read_bytes()
+    state.write_bytes(saved[:999])
+    with pytest.raises(MTPSpecError, match=r"state\.pt cannot be read .* delete it to train from the first step"):
+        mtp_spec.train(v3, tmp_path / "killed", texts=lines, **few)
+    state.write_bytes(saved)
     again = mtp_spec.train(v3, tmp_path / "killed", texts=lines, **few)
     assert again.log == whole.log
     for name, tensor in load_file(whole.folder / "mtp.safetensors").items():
