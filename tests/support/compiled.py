@@ -115,9 +115,11 @@ def main(name: str, kind: str, whole: bool) -> None:
         module.runs_triton = lambda _: True
     places: list[Any] = [launching, attention]
     places[0].overlaps = lambda _: ARCH >= 90
-    for module in (attention, prompt):
+    of_prompts: list[Any] = [attention, prompt]
+    for module in of_prompts:
         module.on_hopper = lambda _: ARCH == 90
-    for module in (gemm, many):
+    of_many_rows: list[Any] = [gemm, many]
+    for module in of_many_rows:
         module.many_rows_run = lambda _: ARCH == 90
     for place in places:
         place.shared_memory = lambda _: SHARED[ARCH]
