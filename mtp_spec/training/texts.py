@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -78,7 +79,7 @@ class Corpus:
     def __init__(self, folder: Path, share: float) -> None:
         self.folder, self.left_out = folder, 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._every = round(1 / share) if share else 0
+        self._share = share
         self._known: set[bytes] = set()
         self._prompts: dict[bytes, bool] = {}
         self._counts: dict[str, int] = {}
@@ -139,7 +140,9 @@ class Corpus:
         elif begin not in self._prompts:
             count = self._counts.get(domain, 0)
             self._counts[domain] = count + 1
-            self._prompts[begin] = bool(self._every) and count % self._every == 0
+            # the first of a domain, and then as many as keep the share
+            before, after = (ceil(round(prompts * self._share, 9)) for prompts in (count, count + 1))
+            self._prompts[begin] = after > before
         return new, self._prompts[begin]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
 import os
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def test_no_prompt_is_in_both_parts_and_every_domain_has_its_share(tmp_path: Pat
     assert not prompts[True] & prompts[False]
     assert sorted(domain for domain, _ in prompts[True]) == [0] * 5 + [1] * 5
     assert len(prompts[False]) == 30
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.05, [0, 20, 40]), (0.3, [0, 3, 6, 10]), (0.4, [0, 2, 5, 7, 10])])
+def test_a_share_is_kept_that_is_no_whole_fraction(tmp_path: Path, share: float, held: list[int]) -> None:
+    corpus = Corpus(tmp_path / "texts", share)
+    fill(corpus, [([number, 1, 2], 2, "a") for number in range(50)])
+    assert [line for line, text in enumerate(corpus.texts) if text.held][: len(held)] == held
+    assert sum(text.held for text in corpus.texts) == math.ceil(50 * share)
 
 
 def test_texts_that_occur_again_are_left_out(tmp_path: Path) -> None:
