@@ -307,6 +307,9 @@ class LM:
 
     def _drafters(self, speculation: Speculation) -> tuple[Drafter, ...]:
         """Returns the drafters beside the MTP modules; "text" learns from all texts with the same references."""
+        replay, vocabulary = speculation.replay, self.config.vocab_size
+        if replay is not None and (most := max(replay.tokens, default=0)) >= vocabulary:
+            raise OptionError(f"Replay's tokens hold the id {most}: ids are integers from 0 to {vocabulary - 1}")
         found = list[Drafter]()
         for drafter in speculation.others:
             if not isinstance(drafter, str):

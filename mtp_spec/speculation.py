@@ -9,6 +9,7 @@ from typing import Literal
 
 from mtp_spec.acceptance import RULES
 from mtp_spec.drafting import Drafter, Replay, Text
+from mtp_spec.errors import OptionError
 from mtp_spec.option_checks import integer, invalid
 from mtp_spec.tree import MODULES
 
@@ -67,7 +68,10 @@ class Speculation:
             drafters = DRAFTERS if documents else (MODULES,)
         chosen = None if drafters is None else _drafters(drafters)
         if documents and chosen is not None and Text.name not in chosen:
-            raise invalid("references", references, f'none unless drafters has "{Text.name}", which looks in them')
+            raise OptionError(
+                f'references are what the drafter "{Text.name}" looks in, and drafters={drafters!r} does not have it: '
+                "add it, or leave out references"
+            )
         widths = () if branching is None else _branching(branching)
         if depth is None:
             depth = len(widths) or (DEFAULT_DEPTH if chosen is None or MODULES in chosen else MAX_DEPTH)

@@ -41,7 +41,8 @@ def with_modules(
     if not folder.is_dir():
         raise CheckpointError(f"mtp={str(folder)!r}: no such folder; give one with the tensors of MTP modules")
     layers, notes = config.num_hidden_layers, list[str]()
-    if (folder / DESCRIPTION).is_file():
+    # a whole checkpoint may have a file of that name about something else
+    if (folder / TENSORS).is_file() and (folder / DESCRIPTION).is_file():
         notes = _compared(read_object(folder / DESCRIPTION), config, tensors, folder)
     modules = {name: info for name, info in read_headers(folder).items() if layer_of(name) >= layers}
     if not modules:

@@ -166,16 +166,16 @@ class Assembly:
                 (self._path / (name + PART)).rename(self._path / name)
         for name, data in files.items():
             if name != "config.json":
-                _write_file(self._path / name, data)
+                write_file(self._path / name, data)
         sums: dict[str, dict[str, str]] = {}
         for file, name in sorted(self._outputs):
             sums.setdefault(file, {})[name] = f"{self._sums[file, name]:08x}"
-        _write_file(self._path / CHECKSUMS, as_json({"algorithm": "crc32", "files": sums}))
+        write_file(self._path / CHECKSUMS, as_json({"algorithm": "crc32", "files": sums}))
         if index:
             total = sum(output.bytes for output in self._outputs.values())
             names = {name: file for file, name in sorted(self._outputs, key=lambda key: key[1])}
-            _write_file(self._path / INDEX, as_json({"metadata": {"total_size": total}, "weight_map": names}))
-        _write_file(self._path / "config.json", files["config.json"])
+            write_file(self._path / INDEX, as_json({"metadata": {"total_size": total}, "weight_map": names}))
+        write_file(self._path / "config.json", files["config.json"])
         _sync_folder(self._path)
         self._path.rename(self._target)
         _sync_folder(self._target.parent)
@@ -245,7 +245,8 @@ def _write_all(descriptor: int, data: bytes | memoryview, start: int | None) -> 
         done += os.write(descriptor, rest) if start is None else pwrite(descriptor, rest, start + done)
 
 
-def _write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that it is there whole or not at all."""
     part = path.with_name(path.name + PART)
     with part.open("wb") as stream:
         stream.write(data)

@@ -328,7 +328,7 @@ def statistics_line(stats: mtp_spec.GenerationStats, seed: int) -> str:
         rates = "/".join(f"{rate:.2f}" for rate in stats.accepted_per_depth["conditional"])
         parts += [f"{stats.tokens_per_step:.2f} tokens per step", f"accepted by depth {rates}"]
     else:
-        parts.append("no speculation")
+        parts.append("no drafts")
     return "[" + ", ".join([*parts, f"seed {seed}"]) + "]"
 
 

@@ -30,8 +30,10 @@ def _held_out(text: str) -> float | Path:
 OPTIONS = (
     OptionGroup(
         "texts: one of the first two, or both",
-        Option("--texts", "texts to train on, a JSON object a line", type=Path, metavar="FILE"),
-        Option("--prompts", "prompts that the model answers itself", type=Path, metavar="FILE"),
+        Option("--texts", 'texts to train on, each a line {"text": ...} or {"messages": [...]}', type=Path,
+               metavar="FILE"),
+        Option("--prompts", 'prompts that the model answers itself, each a line {"prompt": ...} or {"messages": [...]}',
+               type=Path, metavar="FILE"),
         Option("--held-out", "share of each domain's prompts kept from training, or a file of those (0.05)",
                type=_held_out, metavar="SHARE|FILE"),
         Option("--temperatures", "at which prompts are answered, in turn (0,0.7,1)", type=parsing.numbers,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mtp_spec.option_checks import integer, invalid, real
 
 DRAWN = 8  # numbers drawn for a place, so that they do not depend on how deep a tree is
+IDS = "a list of token ids"
 PROBABILITIES = "probabilities from 0 to 1, at least one"
 
 
@@ -38,7 +39,10 @@ class Replay:
         if isinstance(acceptance, (str, bytes)) or not isinstance(acceptance, Sequence) or not acceptance:
             raise invalid("acceptance", acceptance, PROBABILITIES)
         self.acceptance = tuple(real("acceptance", one, PROBABILITIES, low=0.0, high=1.0) for one in acceptance)
-        self.tokens, self.seed = list(tokens), integer("seed", seed, 0, 2**63 - 1, "an integer from 0 to 2**63 - 1")
+        if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Sequence):
+            raise invalid("tokens", tokens, IDS)
+        self.tokens = [integer("tokens entry", token, 0, None, IDS) for token in tokens]
+        self.seed = integer("seed", seed, 0, 2**63 - 1, "an integer from 0 to 2**63 - 1")
 
     def __repr__(self) -> str:
         return f"Replay({len(self.tokens)} tokens, {self.acceptance}, seed={self.seed})"

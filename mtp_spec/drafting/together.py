@@ -46,7 +46,7 @@ class Proposals:
     def _check(self, name: str, tokens: Sequence[int], chances: Sequence[float]) -> None:
         if min(tokens) < 0 or max(tokens) >= self._vocabulary:
             raise MTPSpecError(f"drafter {name!r} proposed {tokens}: ids are integers from 0 to {self._vocabulary - 1}")
-        if not len(chances) or not (min(chances) >= 0.0 and max(chances) <= 1.0):
+        if not len(chances) or not all(0.0 <= chance <= 1.0 for chance in chances):  # NaN is not
             raise MTPSpecError(f"drafter {name!r} proposed the chances {list(chances)}: at least one, each from 0 to 1")
 
 

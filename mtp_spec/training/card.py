@@ -22,6 +22,9 @@ def verdict(comparisons: Sequence[Comparison], shipped: bool) -> tuple[bool, str
             f"{one.domain} at temperature {one.temperature} ({one.before:.3f} -> {one.after:.3f})" for one in lost
         )
         return False, f"Not better than {what}: lost on {listed}."
+    if silent := [f"{one.domain} at temperature {one.temperature}" for one in comparisons if not one.before]:
+        listed = ", ".join(silent)
+        return False, f"Nothing was measured on {listed}: these texts end with their first token. Give other prompts."
     per_temperature = {one.temperature: one for one in comparisons}  # the last of each is the whole
     unsure = [one for one in per_temperature.values() if not one.low > 1]
     if unsure:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
+from mtp_spec.model.checkpoint.writer import write_file
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.texts import HELD, Corpus, Span, domain_of, prompt_of, read_lines, text_of
 
@@ -42,11 +43,12 @@ def collect(lm: LM, options: TrainOptions, folder: Path, say: Say) -> Corpus:
                 say(f"texts: {len(corpus.texts):,}, {corpus.tokens:,} tokens, {said - start:.0f} s")
     trained = [text for text in corpus.texts if not text.held]
     if not trained:
-        raise OptionError(f"{options.texts or options.prompts} leaves no text to train on")
+        few = f"all {len(corpus.texts)} are held out" if corpus.texts else "none has a token to learn"
+        raise OptionError(f"{options.texts or options.prompts} leaves no text to train on: {few}; give more or others")
     if len(trained) == len(corpus.texts):
         way = f"a larger share than {options.held_out}" if held is None else f"other texts than those of {held}"
         raise OptionError(f"no text is held out, so nothing could be measured: give held_out={way}")
-    (folder / COMPLETE).write_text(json.dumps({"left out": corpus.left_out}))
+    write_file(folder / COMPLETE, json.dumps({"left out": corpus.left_out}).encode())
     return corpus
 
 

@@ -198,6 +198,11 @@ def optimiser_of(options: TrainOptions, device: str) -> tuple[str, float]:
     return name, options.rate or RATES[name] * (GENTLE if options.start == "shipped" else 1)
 
 
+def optimiser_numbers(options: TrainOptions, device: str) -> int:
+    """Returns how many float32 numbers the optimiser keeps for each weight."""
+    return 1 if optimiser_of(options, device)[0] == "muon" else 2
+
+
 def optimiser_for(options: TrainOptions, modules: nn.ModuleList, device: str) -> Optimiser:
     """Returns the optimiser of modules."""
     name, rate = optimiser_of(options, device)

@@ -33,7 +33,7 @@ def ready_modules(options: TrainOptions, checkpoint: Checkpoint, device: torch.d
     if options.start == "shipped":
         modules = shipped_modules(checkpoint, device)
     else:
-        width = (options.width or checkpoint.config.intermediate_size) if options.block == "dense" else None
+        width = _width(options, checkpoint.config)
         modules = new_modules(checkpoint.config, width, options.modules, options.seed, device)
     for module in modules:
         assert isinstance(module, MTPModule)
@@ -41,6 +41,19 @@ def ready_modules(options: TrainOptions, checkpoint: Checkpoint, device: torch.d
             if own is not None:
                 own.requires_grad_(False)
     return modules
+
+
+def trained_numbers(options: TrainOptions, config: ModelConfig) -> int:
+    """Returns how many numbers the modules have that the options ask for, without making them."""
+    shapes = [ModuleShape(intermediate_size=_width(options, config))] * options.modules
+    if options.start == "shipped":
+        shapes = [config.module(number) for number in range(config.num_nextn_predict_layers)]
+    modules = [MTPModule(config, shape, torch.float32, "meta") for shape in shapes]
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _width(options: TrainOptions, config: ModelConfig) -> int | None:
+    return (options.width or config.intermediate_size) if options.block == "dense" else None
 
 
 def shared_weights(

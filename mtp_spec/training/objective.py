@@ -54,7 +54,7 @@ class Objective:
             OptionError: an unknown part, or a weight that is no positive number.
         """
         weights: dict[str, float] = {}
-        for part in loss.split(","):
+        for part in str(loss).split(","):
             name, _, number = part.strip().partition(":")
             try:
                 weight = float(number) if number else 1.0

@@ -111,10 +111,10 @@ class TrainOptions:
         if self.rate is not None and not (_is_number(self.rate) and self.rate > 0):
             raise OptionError(f"rate={self.rate!r}: a number above 0, or None to choose it")
         if not isinstance(self.held_out, Path) and not (_is_number(self.held_out) and 0 < self.held_out <= 0.5):
-            raise OptionError(f"held_out={self.held_out!r}: a share from 0 to 0.5, or a file of held-out texts")
+            raise OptionError(f"held_out={self.held_out!r}: a share above 0 and up to 0.5, or a file of held-out texts")
         for name in ("temperatures", "check_temperatures"):
             values = getattr(self, name)
-            if not values or not all(_is_number(value) and value >= 0 for value in values):
+            if not isinstance(values, tuple | list) or not values or not all(map(_is_temperature, values)):
                 raise OptionError(f"{name}={values!r}: one or more numbers of 0 or more")
         if self.start == "shipped":
             given = [name for name in ("block", "width", "modules") if getattr(self, name) != _default(name)]
@@ -143,6 +143,10 @@ class TrainOptions:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_temperature(value: Any) -> bool:
+    return _is_number(value) and value >= 0
 
 
 def _default(name: str) -> Any:

@@ -52,11 +52,7 @@ class Plan:
         Raises:
             MTPSpecError: it does not; the message says what to give less of.
         """
-        if device.type == "cuda":
-            free: int | None = torch.cuda.mem_get_info(device)[0]
-        else:
-            free = free_memory()
-        held = self.step + self.loss + self.modules
+        free, held = _free(device), self.step + self.loss + self.modules
         if free is not None and held > free:
             raise MTPSpecError(
                 f"training takes {_size(held)} of memory and {_size(free)} are free ({self}): give fewer batch_tokens "
@@ -68,6 +64,24 @@ class Plan:
                 f"the hidden states take {_size(self.disk)} of disk and {_size(room)} are free: give "
                 f"cache_gigabytes={room / 2e9:.1f} or less; without room they are computed again at each use"
             )
+
+
+def check_modules(weights: int, numbers: int, device: torch.device) -> None:
+    """Rejects modules that alone take more memory than there is, before the model is loaded and texts are read.
+
+    Args:
+        weights: how many numbers they have.
+        numbers: float32 numbers of the optimiser for each of them.
+
+    Raises:
+        MTPSpecError: they do.
+    """
+    size, free = (2 + numbers) * 4 * weights, _free(device)
+    if free is not None and size > free:
+        raise MTPSpecError(
+            f"modules of {weights:,} numbers take {_size(size)} of memory to train and {_size(free)} are free: give "
+            "block='dense', a smaller width or fewer modules"
+        )
 
 
 def plan_of(
@@ -117,6 +131,12 @@ def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int,
     each = sum(size for storage, size in seen.items() if storage not in own) / ids.numel()
     mask = shape[1] * shape[1] * len(objective.depths) if len(objective.depths) > 1 else 0
     return int(each * shape[0] * shape[1]) + mask
+
+
+def _free(device: torch.device) -> int | None:
+    """Returns the free bytes of a device's memory, None if they are not known."""
+    free: int | None = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return free
 
 
 def _size(size: int) -> str:

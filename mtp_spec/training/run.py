@@ -29,21 +29,22 @@ from mtp_spec.loading import load
 from mtp_spec.machine import processor_name
 from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_modules
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
-from mtp_spec.model.checkpoint.writer import PART, as_json
+from mtp_spec.model.checkpoint.writer import PART, as_json, write_file
 from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.training.backbone import Backbone, States
 from mtp_spec.training.card import card, verdict
 from mtp_spec.training.collecting import COMPLETE, collect
 from mtp_spec.training.heldout import Comparison, Texts, compare, measure
-from mtp_spec.training.loop import Log, Trainer, batch_tokens, optimiser_of
-from mtp_spec.training.modules import ready_modules, rounded, shared_weights, slots_of, trained_config
+from mtp_spec.training.loop import Log, Trainer, batch_tokens, optimiser_numbers, optimiser_of
+from mtp_spec.training.modules import ready_modules, rounded, shared_weights, slots_of, trained_config, trained_numbers
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.picture import picture
-from mtp_spec.training.plan import plan_of
+from mtp_spec.training.plan import check_modules, plan_of
 from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus, check_file
 
 IDENTITY, STATE, BEFORE, AFTER, LOCK = "run.json", "state.pt", "before.json", "after.json", "lock"
+BEGUN = {LOCK, IDENTITY + PART}  # what a run that was killed at once may leave
 Say = Callable[[str], None]
 
 
@@ -102,6 +103,11 @@ def train(
     """
     if not isinstance(out, str | Path) or not str(out):
         raise OptionError(f"out={out!r}: give the name of a new folder for the modules")
+    for name, file in (("path", path), ("texts", texts), ("prompts", prompts), ("config", config)):
+        if file is not None and not isinstance(file, str | Path):
+            raise OptionError(f"{name}={file!r}: give the name of a {'folder' if name == 'path' else 'file'}, or None")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise OptionError(f"progress={progress!r}: allowed are True, False or a function of a line")
     known = set(TrainOptions.__dataclass_fields__)
     if unknown := sorted(set(options) - known):
         raise OptionError(f"{unknown[0]} is no option of training: allowed are {', '.join(sorted(known))}")
@@ -130,6 +136,8 @@ def train(
         if isinstance(getattr(chosen, name), Path):
             check_file(getattr(chosen, name), kinds)
     team = Team(device)
+    numbers = optimiser_numbers(chosen, team.device)
+    check_modules(trained_numbers(chosen, checkpoint.config), numbers, torch.device(team.device))
     with _part(target, _identity(chosen, checkpoint, model), team) as part, torch.enable_grad():
         return _Run(chosen, checkpoint, folder, model, target, part, team, say).run()
 
@@ -239,9 +247,7 @@ class _Run:
         if file.is_file():
             return [Texts.from_json(values) for values in json.loads(file.read_text())]
         found = measure(lm, prompts, depth, options.check_temperatures, options.check_tokens, options.seed)
-        part = file.with_name(name + PART)
-        part.write_bytes(as_json([one.to_json() for one in found]))
-        part.replace(file)
+        write_file(file, as_json([one.to_json() for one in found]))
         return found
 
     def _train(self, lm: LM, corpus: Corpus) -> tuple[Trainer, int | None]:
@@ -254,12 +260,16 @@ class _Run:
         states = States(Backbone(lm.model, options.max_tokens), corpus, file, disk)
         trainer = Trainer.of(options, forward, modules, corpus, states, self.team)
         shape = trainer.largest()
-        numbers = 1 if optimiser_of(options, self.device)[0] == "muon" else 2
+        numbers = optimiser_numbers(options, self.device)
         plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states.bytes)
         self.say(f"{trainer.steps:,} steps of up to {batch_tokens(options, self.device):,} tokens; {plan}")
         plan.check(device, self.part)
         if (self.part / STATE).is_file():
-            trainer.restore(self.part / STATE)
+            try:
+                trainer.restore(self.part / STATE)
+            except Exception as error:  # of any kind that torch has for a damaged file
+                raise MTPSpecError(f"{self.part / STATE} cannot be read ({error}): delete it to train from the first "
+                                   "step") from error  # fmt: skip
             self.say(f"going on after step {trainer.step}")
         cuda = device.type == "cuda"
         if cuda:
@@ -317,6 +327,7 @@ def _part(target: Path, identity: str, team: Team) -> Iterator[Path]:
     """Yields the folder that a run works in, removed when it is complete; the first process keeps it for all.
 
     Raises:
+        OptionError: the folder cannot be made, or holds something else.
         MTPSpecError: another run works in it, or it belongs to a run with other arguments.
     """
     part = target.with_name(target.name + PART)
@@ -324,8 +335,14 @@ def _part(target: Path, identity: str, team: Team) -> Iterator[Path]:
         team.first(lambda: None)
         yield part
         return
-    part.mkdir(parents=True, exist_ok=True)
-    with (part / LOCK).open("a") as lock:
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        if not (part / IDENTITY).is_file() and {file.name for file in part.iterdir()} - BEGUN:
+            raise OptionError(f"{part} is no folder of a run, and would be deleted: move it, or give another out")
+        opened = (part / LOCK).open("a")
+    except OSError as error:
+        raise OptionError(f"out={str(target)!r}: a folder cannot be made there ({error}); give another one") from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -335,7 +352,7 @@ def _part(target: Path, identity: str, team: Team) -> Iterator[Path]:
             raise MTPSpecError(
                 f"{part} belongs to a run with other options, texts or weights: delete it, or give another folder"
             )
-        file.write_text(identity)
+        write_file(file, identity.encode())
         team.first(lambda: None)
         try:
             yield part

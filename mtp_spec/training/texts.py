@@ -14,9 +14,11 @@ import gzip
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -77,12 +79,17 @@ class Corpus:
     def __init__(self, folder: Path, share: float) -> None:
         self.folder, self.left_out = folder, 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._every = round(1 / share) if share else 0
+        self._share = share
         self._known: set[bytes] = set()
         self._prompts: dict[bytes, bool] = {}
         self._counts: dict[str, int] = {}
         self.texts, size = _read_index(folder / INDEX)
         end = max((text.start + text.length for text in self.texts), default=0)
+        stored = (folder / IDS).stat().st_size if (folder / IDS).is_file() else 0
+        if stored < 4 * end:
+            raise MTPSpecError(
+                f"{folder / IDS} has {stored} bytes of {4 * end}: delete {folder.parent} and start again"
+            )
         self._ids, self._index = (folder / IDS).open("ab"), (folder / INDEX).open("a", encoding="utf-8")
         self._ids.truncate(4 * end)
         self._index.truncate(size)
@@ -133,7 +140,9 @@ class Corpus:
         elif begin not in self._prompts:
             count = self._counts.get(domain, 0)
             self._counts[domain] = count + 1
-            self._prompts[begin] = bool(self._every) and count % self._every == 0
+            # the first of a domain, and then as many as keep the share
+            before, after = (ceil(round(prompts * self._share, 9)) for prompts in (count, count + 1))
+            self._prompts[begin] = after > before
         return new, self._prompts[begin]
 
 
@@ -153,8 +162,10 @@ def read_lines(file: Path, first: int = 0) -> Iterator[tuple[int, dict[str, Any]
                 if not isinstance(entry, dict):
                     raise ValueError("no object")
                 yield number, entry
-    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
-        where = f"{file}, line {number + 1}," if isinstance(error, ValueError) else f"{file}"
+    except (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError, zlib.error) as error:
+        # characters are decoded many lines at a time, so only a line's own error has a number
+        of_line = isinstance(error, ValueError | RecursionError) and not isinstance(error, UnicodeError)
+        where = f"{file}, line {number + 1}," if of_line else f"{file}"
         raise OptionError(f"{where} cannot be read ({error}): give one JSON object a line") from error
 
 
@@ -179,8 +190,9 @@ def prompt_length(first: int, length: int) -> int:
 
 
 def domain_of(entry: Mapping[str, Any]) -> str:
-    """Returns what kind of text a line is."""
-    return next((str(entry[name]) for name in DOMAINS if entry.get(name)), OTHER)
+    """Returns what kind of text a line is, as one line of a table."""
+    named = (" ".join(str(entry[name]).replace("|", "/").split()) for name in DOMAINS if entry.get(name))
+    return next(filter(None, named), OTHER)
 
 
 def text_of(lm: LM, entry: Mapping[str, Any], where: str) -> tuple[list[int], list[Span]]:
@@ -189,14 +201,14 @@ def text_of(lm: LM, entry: Mapping[str, Any], where: str) -> tuple[list[int], li
     Raises:
         OptionError: the line has no text.
     """
-    if isinstance(entry.get("text"), str):
-        ids = lm.encode(entry["text"])
-        return ids, [(1, len(ids))] if len(ids) > 1 else []
-    messages = _messages(entry, where, '"text" or "messages"')
+    messages = None if isinstance(entry.get("text"), str) else _messages(entry, where, '"text" or "messages"')
     try:
-        return _chat(lm, messages)
+        if messages is not None:
+            return _chat(lm, messages)
+        ids = lm.encode(entry["text"])
     except MTPSpecError as error:
         raise OptionError(f"{where}: {error}") from error
+    return ids, [(1, len(ids))] if len(ids) > 1 else []
 
 
 def prompt_of(lm: LM, entry: Mapping[str, Any], where: str) -> list[int]:
@@ -205,16 +217,15 @@ def prompt_of(lm: LM, entry: Mapping[str, Any], where: str) -> list[int]:
     Raises:
         OptionError: the line has no prompt.
     """
-    if isinstance(entry.get("prompt"), str):
-        messages: list[Any] = [{"role": "user", "content": entry["prompt"]}]
-        if lm.tokenizer is not None and not lm.tokenizer.templates:
-            return lm.encode(entry["prompt"])
-    else:
+    messages: list[Any] = [{"role": "user", "content": entry.get("prompt")}]
+    if not isinstance(entry.get("prompt"), str):
         messages = _messages(entry, where, '"prompt" or "messages"')
     asked = max((number for number, message in enumerate(messages) if message.get("role") == "user"), default=-1)
     if asked < 0:
         raise OptionError(f"{where}: none of its messages is the user's, so there is nothing to answer")
     try:
+        if isinstance(entry.get("prompt"), str) and lm.tokenizer is not None and not lm.tokenizer.templates:
+            return lm.encode(entry["prompt"])
         return lm.chat_ids(messages[: asked + 1])
     except MTPSpecError as error:
         raise OptionError(f"{where}: {error}") from error

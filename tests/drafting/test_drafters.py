@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -179,8 +180,12 @@ def test_a_wrong_proposal_fails_its_own_text_by_name(lm: mtp_spec.LM) -> None:
         def propose(self, path: Sequence[int], most: int) -> list[Continuation]:
             raise RuntimeError("no answers today")
 
+    class Unsure(Fixed):
+        def propose(self, path: Sequence[int], most: int) -> list[Continuation]:
+            return [Continuation([1, 2], [0.9, math.nan], self.name)]
+
     for drafter, message in ((Fixed([VOCAB], name="mine"), "'mine' proposed"), (Fixed([1], chance=1.5), "chances"),
-                             (Broken(), "no answers today")):  # fmt: skip
+                             (Unsure(), "chances"), (Broken(), "no answers today")):  # fmt: skip
         good = lm.submit([1, 2, 3], max_new_tokens=8, seed=0, speculation=2)
         for drafters in ((drafter,), ("mtp", drafter)):
             bad = lm.submit([1, 2, 3], max_new_tokens=8, seed=0, speculation=Speculation(2, drafters=drafters))
@@ -228,7 +233,7 @@ def test_options_are_checked_by_name(lm: mtp_spec.LM) -> None:
         ({"references": "a document"}, "list of texts"),
         ({"references": [3]}, "references entry=3"),
         ({"references": [[1, -1]]}, "references token=-1"),
-        ({"references": ["a"], "drafters": ("mtp",)}, "looks in them"),
+        ({"references": ["a" * 999], "drafters": ("mtp",)}, r"looks in, and drafters=\('mtp',\) does not"),
     ]
     for options, message in bad:
         with pytest.raises(mtp_spec.OptionError, match=message):

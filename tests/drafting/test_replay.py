@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,12 +89,19 @@ def test_draws_depend_on_place_depth_and_seed_only() -> None:
     assert np.array_equal(Replay([9], [0.0]).table(1, 10), [[0], [-1]])  # a wrong token is a token
 
 
-def test_wrong_laws_and_shapes_are_named(tmp_path: Path) -> None:
+def test_wrong_laws_ids_and_shapes_are_named(lm: LM) -> None:
     for law in ((), "0.5", [1.5], [-0.1], [float("nan")], 0.5):
         with pytest.raises(mtp_spec.OptionError, match="acceptance="):
             Replay([1], law)
     with pytest.raises(mtp_spec.OptionError, match="seed="):
         Replay([1], [0.5], seed=-1)
+    wrong: list[Any] = ["ab", None, [1.5], [-1], [True]]
+    for tokens in wrong:
+        with pytest.raises(mtp_spec.OptionError, match="a list of token ids"):
+            Replay(tokens, [0.5])
+    most = lm.config.vocab_size
+    with pytest.raises(mtp_spec.OptionError, match=f"Replay's tokens hold the id {most}: "):
+        lm.generate([1], speculation=Speculation(2, drafters=("mtp", Replay([1, most], [0.5]))))
     replay = Replay([1], [0.5])
     for options in ({"drafters": (replay,)}, {"drafters": ("mtp", "text", replay)}, {"drafters": (replay, "mtp")},
                     {"drafters": ("mtp", replay), "branching": (2, 1)},

@@ -118,10 +118,12 @@ def main(name: str, kind: str, whole: bool) -> None:
         module.runs_triton = lambda _: True
     places: list[Any] = [launching, attention]
     places[0].overlaps = lambda _: ARCH >= 90
-    for module in (attention, prompt):
-        module.__dict__["on_hopper"] = lambda _: ARCH == 90
-    for module in (gemm, many):
-        module.__dict__["many_rows_run"] = lambda _: ARCH == 90
+    of_prompts: list[Any] = [attention, prompt]
+    for module in of_prompts:
+        module.on_hopper = lambda _: ARCH == 90
+    of_many_rows: list[Any] = [gemm, many]
+    for module in of_many_rows:
+        module.many_rows_run = lambda _: ARCH == 90
     for place in places:
         place.shared_memory = lambda _: SHARED[ARCH]
     folder = files("mtp_spec.configs")

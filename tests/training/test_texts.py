@@ -5,15 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
+import os
 from pathlib import Path
 
 import pytest
 
 import mtp_spec
 import worded
-from mtp_spec.errors import OptionError
+from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.training.batches import Batches
-from mtp_spec.training.texts import INDEX, Corpus, check_file, prompt_of, read_lines, text_of
+from mtp_spec.training.texts import INDEX, Corpus, check_file, domain_of, prompt_of, read_lines, text_of
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,18 @@ def test_lines_without_a_prompt_are_refused(demo: mtp_spec.LM, entry: dict[str, 
         prompt_of(demo, entry, "questions.jsonl, line 3")
 
 
+def test_a_text_that_is_no_unicode_is_named_by_its_line(demo: mtp_spec.LM) -> None:
+    for read, kind in ((text_of, "text"), (prompt_of, "prompt")):
+        with pytest.raises(OptionError, match=r"texts\.jsonl, line 3: .*surrogates"):
+            read(demo, {kind: "\ud800"}, "texts.jsonl, line 3")
+
+
+def test_a_domain_is_one_line_of_a_table() -> None:
+    assert domain_of({"domain": " a|b \n c"}) == "a/b c"
+    assert domain_of({"domain": " ", "category": "d"}) == "d"
+    assert domain_of({"domain": "\n"}) == "all"
+
+
 def test_files_are_read_packed_or_not(tmp_path: Path) -> None:
     lines = '{"text": "a"}\n\n{"text": "b"}\n'
     (tmp_path / "x.jsonl").write_text(lines)
@@ -71,16 +85,19 @@ def test_files_are_read_packed_or_not(tmp_path: Path) -> None:
         (b'{"text": "a"}\n{"text"', "line 2, cannot be read"),
         (b'{"text": 3}\n', 'line 1 has no "text" or "messages"'),
         (b"", "is empty"),
-        (b"\xff\xfe", "cannot be read"),
+        (b'{"text": "a"}\n\xff\xfe', r"x\.jsonl cannot be read"),
+        (b"[" * 100_000, "line 1, cannot be read"),
     ],
 )
 def test_files_are_checked_before_work_starts(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(OptionError, match=message):
         check_file(tmp_path / "x.jsonl", ["text"])
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n')[:-9])
-    with pytest.raises(OptionError, match="cannot be read"):
-        check_file(tmp_path / "x.jsonl.gz", ["text"])
+    packed = gzip.compress(b'{"text": "a"}\n')
+    for torn in (packed[:-9], packed[:10] + b"\xff" * 20):
+        (tmp_path / "x.jsonl.gz").write_bytes(torn)
+        with pytest.raises(OptionError, match="cannot be read"):
+            check_file(tmp_path / "x.jsonl.gz", ["text"])
 
 
 def fill(corpus: Corpus, entries: list[tuple[list[int], int, str]]) -> None:
@@ -102,6 +119,14 @@ def test_no_prompt_is_in_both_parts_and_every_domain_has_its_share(tmp_path: Pat
     assert not prompts[True] & prompts[False]
     assert sorted(domain for domain, _ in prompts[True]) == [0] * 5 + [1] * 5
     assert len(prompts[False]) == 30
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.05, [0, 20, 40]), (0.3, [0, 3, 6, 10]), (0.4, [0, 2, 5, 7, 10])])
+def test_a_share_is_kept_that_is_no_whole_fraction(tmp_path: Path, share: float, held: list[int]) -> None:
+    corpus = Corpus(tmp_path / "texts", share)
+    fill(corpus, [([number, 1, 2], 2, "a") for number in range(50)])
+    assert [line for line, text in enumerate(corpus.texts) if text.held][: len(held)] == held
+    assert sum(text.held for text in corpus.texts) == math.ceil(50 * share)
 
 
 def test_texts_that_occur_again_are_left_out(tmp_path: Path) -> None:
@@ -132,6 +157,15 @@ def test_what_a_crash_leaves_goes_on_to_the_same(tmp_path: Path, kept: int) -> N
     assert again.texts == whole.texts
     assert [again.ids(text).tolist() for text in again.texts] == [whole.ids(text).tolist() for text in whole.texts]
     assert (tmp_path / "part" / INDEX).read_bytes() == (tmp_path / "whole" / INDEX).read_bytes()
+
+
+def test_lost_ids_are_not_taken_as_zeros(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path / "texts", 0.25)
+    fill(corpus, ENTRIES)
+    corpus.close()
+    os.truncate(tmp_path / "texts" / "ids.bin", 4 * corpus.tokens - 1)
+    with pytest.raises(MTPSpecError, match=f"has {4 * corpus.tokens - 1} bytes of {4 * corpus.tokens}: delete"):
+        Corpus(tmp_path / "texts", 0.25)
 
 
 def test_each_pass_takes_every_text_once_in_batches_of_like_lengths(tmp_path: Path) -> None:

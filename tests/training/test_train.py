@@ -173,9 +173,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(v3: Path, lines: Path, tmp_path: 
                 break
     assert run.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
-    assert torch.load(tmp_path / "killed.part" / "state.pt")["step"] == 4
+    state = tmp_path / "killed.part" / "state.pt"
+    assert torch.load(state)["step"] == 4
     with pytest.raises(MTPSpecError, match="belongs to a run with other options"):
         mtp_spec.train(v3, tmp_path / "killed", texts=lines, **{**few, "seed": 1})
+    saved = state.read_bytes()
+    state.write_bytes(saved[:999])
+    with pytest.raises(MTPSpecError, match=r"state\.pt cannot be read .* delete it to train from the first step"):
+        mtp_spec.train(v3, tmp_path / "killed", texts=lines, **few)
+    state.write_bytes(saved)
     again = mtp_spec.train(v3, tmp_path / "killed", texts=lines, **few)
     assert again.log == whole.log
     for name, tensor in load_file(whole.folder / "mtp.safetensors").items():
@@ -207,15 +213,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(v3: Path, lines: Path, tmp_path: 
         ({"colour": "red"}, "colour is no option of training"),
         ({"device": "cuda:9" if not torch.cuda.is_available() else "tpu"}, "device="),
         ({"out": ""}, "give the name of a new folder"),
+        ({"texts": 3}, "texts=3: give the name of a file"),
+        ({"path": 3}, "path=3: give the name of a folder"),
+        ({"progress": 3}, "progress=3: allowed are True, False"),
+        ({"loss": 3}, "loss=3: give some of ce, kl, tv"),
+        ({"check_temperatures": 0.5}, "check_temperatures=0.5: one or more numbers"),
+        ({"held_out": 0.0}, "held_out=0.0: a share above 0"),
     ],
 )
 def test_bad_options_are_named_before_weights_are_read(
     plain: Path, lines: Path, tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("mtp_spec.training.run.load")
-    given = {"out": tmp_path / "head", "texts": lines, **options}
+    given = {"path": plain, "out": tmp_path / "head", "texts": lines, **options}
     with pytest.raises(OptionError, match=message):
-        mtp_spec.train(plain, **given)
+        mtp_spec.train(**given)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,9 +237,21 @@ def test_a_folder_is_not_overwritten(plain: Path, lines: Path, tmp_path: Path) -
         mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
 
 
+def test_only_a_folder_of_its_own_is_worked_in(plain: Path, lines: Path, tmp_path: Path) -> None:
+    """The folder is deleted at the end, so nobody else's may be taken."""
+    own = tmp_path / "head.part" / "notes.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(OptionError, match=r"head\.part is no folder of a run"):
+        mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
+    assert [file.name for file in own.parent.iterdir()] == ["notes.txt"]
+    with pytest.raises(OptionError, match=r"out='.*/mine': a folder cannot be made there \(.*Not a directory"):
+        mtp_spec.train(plain, own / "mine", texts=lines, **FEW)
+
+
 def test_too_little_to_train_or_to_measure_on(plain: Path, tmp_path: Path) -> None:
     one = worded.texts(tmp_path / "one.jsonl", count=1)
-    with pytest.raises(OptionError, match="leaves no text to train on"):
+    with pytest.raises(OptionError, match="leaves no text to train on: all 1 are held out; give more"):
         mtp_spec.train(plain, tmp_path / "head", texts=one, **FEW)
     assert not (tmp_path / "head.part").exists()
     short = worded.texts(tmp_path / "short.jsonl", tokens=50)
@@ -238,9 +262,16 @@ def test_too_little_to_train_or_to_measure_on(plain: Path, tmp_path: Path) -> No
 def test_too_little_memory_and_disk_are_said_before_the_start(
     plain: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wide = {**FEW, "width": 10**9}
+    with monkeypatch.context() as patch:
+        patch.delattr("mtp_spec.training.run.load")
+        with pytest.raises(MTPSpecError, match=r"modules of 144,000,.* numbers take .* a smaller width"):
+            mtp_spec.train(plain, tmp_path / "head", texts=lines, **wide)
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(loop.Trainer, "run", lambda *_: pytest.fail("it started"))
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "free_memory", lambda: 10**5)
+        free = iter([10**12, 10**5])
+        patch.setattr(plan, "free_memory", lambda: next(free))
         with pytest.raises(MTPSpecError, match=r"training takes .* give fewer batch_tokens"):
             mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
@@ -286,6 +317,9 @@ def test_a_head_that_lost_a_domain_is_not_called_better() -> None:
     better, said = verdict([gained, comparison("all domains", 2.0, 2.01, 0.9)], False)
     assert not better
     assert "within the noise" in said
+    better, said = verdict([comparison("a", 0.0, 0.0), gained], False)
+    assert not better
+    assert said.startswith("Nothing was measured on a at temperature 0.0: ")
 
 
 def test_comparisons_are_of_sums_and_their_intervals_cover_them() -> None:

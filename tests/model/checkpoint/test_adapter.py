@@ -51,7 +51,8 @@ def test_modules_replace_those_of_the_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(drafts(mtp_spec.load(tmp_path / "joined", measure=False)), drafts(swapped))
     texts = [lm.generate(IDS, max_new_tokens=30, seed=3, speculation=3).token_ids for lm in (plain, swapped)]
     assert texts[0] == texts[1]
-    # a whole checkpoint may be given, too
+    # a whole checkpoint may be given, too, whatever else lies in its folder
+    (other / DESCRIPTION).write_text("[]")
     assert torch.equal(drafts(mtp_spec.load(one, mtp=other, measure=False)), drafts(swapped))
 
 
