@@ -7,9 +7,6 @@ such as another whole checkpoint, whose other tensors are left aside.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -19,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtp_spec.model.checkpoint.new_folder import new_folder
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.errors import CheckpointError
 from mtp_spec.model.files.deepseek import layer_of
@@ -92,23 +90,11 @@ def save_modules(folder: Path, tensors: Mapping[str, Tensor], files: Mapping[str
     Raises:
         CheckpointError: the folder exists.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists: give a new folder, nothing is overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as part:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
                   part / TENSORS, metadata={"format": "pt"})  # fmt: skip
         for name, data in files.items():
             (part / name).write_bytes(data)
-        for file in part.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        part.chmod(0o755)
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def module_slots(slots: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

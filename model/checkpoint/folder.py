@@ -8,8 +8,6 @@ and FP8 dequantised on the way. DeepSeek's per-rank folders are read like Huggin
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -25,6 +23,7 @@ from mtp_spec.kernels.fp8_cpu import dequantise
 from mtp_spec.model.checkpoint.adapter import with_modules
 from mtp_spec.model.checkpoint.found import PIECE_BYTES, found_modules, own_copies, shared_copies
 from mtp_spec.model.checkpoint.narrow import narrow
+from mtp_spec.model.checkpoint.new_folder import new_folder
 from mtp_spec.model.config import ModelConfig, config_of, read_config
 from mtp_spec.model.distributed.group import ALONE, Ranks
 from mtp_spec.model.errors import CheckpointError
@@ -306,11 +305,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the folder exists.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists: give a new folder, nothing is overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as part:
         weight_map: dict[str, str] = {}
         total = 0
         shards = list(_shards(_stored(model, fp8), max_shard_bytes))
@@ -325,11 +320,6 @@ def save_checkpoint(
         _write_json(part / "config.json", config.to_hf_dict())
         for name, text in (extra_files or {}).items():
             (part / name).write_text(text, encoding="utf-8")
-        part.chmod(0o755)
-        part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -55,6 +55,9 @@ def add_options(parser: argparse._ActionsContainer, options: Iterable[Option | O
 
 JSON = Option("--json", "write one JSON document", type=Path, metavar="FILE")
 MODEL = Option("--model", "checkpoint folder (default: the bundled model)", type=Path, metavar="PATH")
+SHAPE = Option(
+    "--shape", "a published model or a config.json (671B)", type=parsing.shape_file, default="671B", metavar="NAME"
+)
 WEIGHTS = Option("--weights", "fp8: make a bfloat16 folder FP8 while it loads", metavar="KIND")
 CACHE = (
     Option("--cache-dtype", f"of the latent cache on a GPU: {' or '.join(CACHE_DTYPES)}"),

@@ -20,7 +20,7 @@ from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
-from mtp_spec.bench.options import JSON, Benchmark, Option
+from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option
 from mtp_spec.bench.step import fill, slice_of
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.errors import OptionError
@@ -91,13 +91,7 @@ BENCHMARK = Benchmark(
     run=prefill,
     options=(
         JSON,
-        Option(
-            "--shape",
-            "a published model or a config.json (671B)",
-            type=parsing.shape_file,
-            default="671B",
-            metavar="NAME",
-        ),
+        SHAPE,
         Option("--tokens", "lengths of prompts", type=parsing.integers, default=TOKENS, metavar="N,..."),
         Option(
             "--forms",

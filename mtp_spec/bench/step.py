@@ -25,7 +25,7 @@ from mtp_spec.backends import open_backend
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.launches import launches
-from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
+from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option, Switch
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.timing import copy_rate, graph_time, kernel_times, read_rate
 from mtp_spec.cuda.memory import plan_memory
@@ -123,13 +123,7 @@ BENCHMARK = Benchmark(
     run=step,
     options=(
         JSON,
-        Option(
-            "--shape",
-            "a published model or a config.json (671B)",
-            type=parsing.shape_file,
-            default="671B",
-            metavar="NAME",
-        ),
+        SHAPE,
         Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 3, 4, 8, 16], metavar="M,..."),
         Option("--context", "committed tokens (1024)", type=parsing.count, default=1024),
         Option(
