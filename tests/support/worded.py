@@ -11,6 +11,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tiny
 
+# options of a short run of `train`
+FEW: dict[str, Any] = {
+    "depth": 2, "steps": 6, "batch_tokens": 128, "max_tokens": 80, "check_prompts": 2, "check_tokens": 8, "batch": 4,
+    "held_out": 0.25, "check_every": 2,
+}  # fmt: skip
+
 
 def make(folder: Path, kind: str = "v3", seed: int = 0) -> Path:
     """Writes a checkpoint of `tiny` with a tokenizer."""

@@ -20,11 +20,11 @@ import mtp_spec
 import worded
 from device_models import checkpoint
 from mtp_spec.cli.main import main
-from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.model.rope import rope_table
 from mtp_spec.model.training import ModulesForward
-from mtp_spec.training import loop, plan
+from mtp_spec.training import loop
 from mtp_spec.training.backbone import Backbone, States
 from mtp_spec.training.card import verdict
 from mtp_spec.training.heldout import Comparison, Texts, compare
@@ -33,28 +33,7 @@ from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
 
-FEW: dict[str, Any] = {
-    "depth": 2, "steps": 6, "batch_tokens": 128, "max_tokens": 80, "check_prompts": 2, "check_tokens": 8, "batch": 4,
-    "held_out": 0.25, "check_every": 2,
-}  # fmt: skip
 PROMPTS = Path(str(files("mtp_spec.configs") / "prompts.jsonl"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model without MTP modules."""
-    return worded.make(tmp_path_factory.mktemp("plain") / "model", "moonlight")
-
-
-@pytest.fixture(scope="module")
-def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with one."""
-    return worded.make(tmp_path_factory.mktemp("v3") / "model", "v3")
-
-
-@pytest.fixture(scope="module")
-def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worded.texts(tmp_path_factory.mktemp("lines") / "texts.jsonl")
 
 
 def test_a_random_module_learns_to_draft_on_two_cores(tmp_path: Path) -> None:
@@ -95,7 +74,7 @@ def test_a_model_without_modules_gets_some(
     plain: Path, lines: Path, tmp_path: Path, options: dict[str, Any], kind: str
 ) -> None:
     before = {file.name: file.read_bytes() for file in plain.iterdir()}
-    made = mtp_spec.train(plain, tmp_path / "head", texts=lines, **{**FEW, **options})
+    made = mtp_spec.train(plain, tmp_path / "head", texts=lines, **{**worded.FEW, **options})
     assert {file.name: file.read_bytes() for file in plain.iterdir()} == before
     lm = mtp_spec.load(plain, mtp=made.folder, measure=False)
     assert len(lm.model.mtp) == options.get("modules", 1)
@@ -124,7 +103,7 @@ def test_a_model_without_modules_gets_some(
 
 
 def test_shipped_modules_go_on_learning(v3: Path, lines: Path, tmp_path: Path) -> None:
-    made = mtp_spec.train(v3, tmp_path / "head", texts=lines, start="shipped", rate=1e-9, **FEW)
+    made = mtp_spec.train(v3, tmp_path / "head", texts=lines, start="shipped", rate=1e-9, **worded.FEW)
     lm, own = mtp_spec.load(v3, mtp=made.folder, measure=False), mtp_spec.load(v3, measure=False)
     ids = list(range(20))
     same = torch.nn.functional.cosine_similarity(lm.score(ids).mtp_logits[0, :-1], own.score(ids).mtp_logits[0, :-1])
@@ -137,7 +116,9 @@ def test_answers_are_the_models_own(v3: Path, tmp_path: Path, monkeypatch: pytes
     prompts = worded.lines(tmp_path / "prompts.jsonl", entries)
     monkeypatch.setattr(loop.Trainer, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        mtp_spec.train(v3, tmp_path / "head", prompts=prompts, seed=5, temperatures=(0.0, 1.0), answer_tokens=9, **FEW)
+        mtp_spec.train(
+            v3, tmp_path / "head", prompts=prompts, seed=5, temperatures=(0.0, 1.0), answer_tokens=9, **worded.FEW
+        )
     corpus, lm = Corpus(tmp_path / "head.part" / "texts", 0.25), mtp_spec.load(v3, measure=False)
     assert len(corpus.texts) == 20
     for text in corpus.texts:
@@ -162,7 +143,7 @@ mtp_spec.train(model, out, texts=texts, **json.loads(few))
 
 def test_a_killed_run_goes_on_to_the_same_bits(v3: Path, lines: Path, tmp_path: Path) -> None:
     """kill -9 between two saved states: the same losses and weights as in one go."""
-    few = {**FEW, "steps": 7, "block": "moe", "check_temperatures": [0.0]}
+    few = {**worded.FEW, "steps": 7, "block": "moe", "check_temperatures": [0.0]}
     whole = mtp_spec.train(v3, tmp_path / "whole", texts=lines, **few)
     arguments = [sys.executable, "-c", SCRIPT, str(v3), str(tmp_path / "killed"), str(lines), json.dumps(few)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as run:
@@ -189,111 +170,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(v3: Path, lines: Path, tmp_path: 
     assert again.accepted == whole.accepted
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"texts": None}, "give texts, a file of texts, or prompts"),
-        ({"prompts": "nowhere.jsonl"}, "no such file"),
-        ({"texts": "nowhere.jsonl"}, "no such file"),
-        ({"block": "thin"}, "block='thin': allowed are 'dense', 'moe'"),
-        ({"start": "shipped", "block": "moe"}, "start='shipped' excludes block"),
-        ({"start": "shipped"}, "has no MTP module to go on with"),
-        ({"optimiser": "sgd"}, "allowed are 'muon', 'adamw'"),
-        ({"depth": 9}, "depth=9"),
-        ({"depth": 2, "modules": 3}, "no more modules than that"),
-        ({"steps": 0}, "steps=0: an integer of 1 or more"),
-        ({"epochs": float("nan")}, "epochs=nan"),
-        ({"rate": -1.0}, "rate=-1.0"),
-        ({"held_out": 0.9}, "held_out=0.9"),
-        ({"held_out": "nowhere.jsonl"}, "no such file"),
-        ({"temperatures": ()}, "one or more numbers"),
-        ({"block": "moe", "width": 8}, "width=8 is of a dense block"),
-        ({"loss": "mse"}, "some of ce, kl, tv"),
-        ({"max_tokens": 9}, "max_tokens=9: more than check_tokens"),
-        ({"colour": "red"}, "colour is no option of training"),
-        ({"device": "cuda:9" if not torch.cuda.is_available() else "tpu"}, "device="),
-        ({"out": ""}, "give the name of a new folder"),
-        ({"texts": 3}, "texts=3: give the name of a file"),
-        ({"path": 3}, "path=3: give the name of a folder"),
-        ({"progress": 3}, "progress=3: allowed are True, False"),
-        ({"loss": 3}, "loss=3: give some of ce, kl, tv"),
-        ({"check_temperatures": 0.5}, "check_temperatures=0.5: one or more numbers"),
-        ({"held_out": 0.0}, "held_out=0.0: a share above 0"),
-    ],
-)
-def test_bad_options_are_named_before_weights_are_read(
-    plain: Path, lines: Path, tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr("mtp_spec.training.run.load")
-    given = {"path": plain, "out": tmp_path / "head", "texts": lines, **options}
-    with pytest.raises(OptionError, match=message):
-        mtp_spec.train(**given)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_is_not_overwritten(plain: Path, lines: Path, tmp_path: Path) -> None:
-    (tmp_path / "head").mkdir()
-    with pytest.raises(OptionError, match="exists: give a new folder"):
-        mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
-
-
-def test_only_a_folder_of_its_own_is_worked_in(plain: Path, lines: Path, tmp_path: Path) -> None:
-    """The folder is deleted at the end, so nobody else's may be taken."""
-    own = tmp_path / "head.part" / "notes.txt"
-    own.parent.mkdir()
-    own.write_text("mine")
-    with pytest.raises(OptionError, match=r"head\.part is no folder of a run"):
-        mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
-    assert [file.name for file in own.parent.iterdir()] == ["notes.txt"]
-    with pytest.raises(OptionError, match=r"out='.*/mine': a folder cannot be made there \(.*Not a directory"):
-        mtp_spec.train(plain, own / "mine", texts=lines, **FEW)
-
-
-def test_too_little_to_train_or_to_measure_on(plain: Path, tmp_path: Path) -> None:
-    one = worded.texts(tmp_path / "one.jsonl", count=1)
-    with pytest.raises(OptionError, match="leaves no text to train on: all 1 are held out; give more"):
-        mtp_spec.train(plain, tmp_path / "head", texts=one, **FEW)
-    assert not (tmp_path / "head.part").exists()
-    short = worded.texts(tmp_path / "short.jsonl", tokens=50)
-    with pytest.raises(OptionError, match="no held-out prompt leaves room for check_tokens=8"):
-        mtp_spec.train(plain, tmp_path / "other", texts=short, **{**FEW, "max_tokens": 36})
-
-
-def test_too_little_memory_and_disk_are_said_before_the_start(
-    plain: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wide = {**FEW, "width": 10**9}
-    with monkeypatch.context() as patch:
-        patch.delattr("mtp_spec.training.run.load")
-        with pytest.raises(MTPSpecError, match=r"modules of 144,000,.* numbers take .* a smaller width"):
-            mtp_spec.train(plain, tmp_path / "head", texts=lines, **wide)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(loop.Trainer, "run", lambda *_: pytest.fail("it started"))
-    with monkeypatch.context() as patch:
-        free = iter([10**12, 10**5])
-        patch.setattr(plan, "free_memory", lambda: next(free))
-        with pytest.raises(MTPSpecError, match=r"training takes .* give fewer batch_tokens"):
-            mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(MTPSpecError, match=r"the hidden states take .* of disk"):
-        mtp_spec.train(plain, tmp_path / "head", texts=lines, **FEW)
-
-
-def test_a_loss_that_is_no_number_ends_the_run(plain: Path, lines: Path, tmp_path: Path) -> None:
-    with pytest.raises(MTPSpecError, match="smaller rate"):
-        mtp_spec.train(plain, tmp_path / "head", texts=lines, **{**FEW, "rate": 1e30})
-
-
 def test_held_out_texts_may_have_a_file_of_their_own(plain: Path, lines: Path, tmp_path: Path) -> None:
     """A text to train on that begins like a held-out one is held out, too."""
     held = worded.texts(tmp_path / "held.jsonl", count=3)
-    made = mtp_spec.train(plain, tmp_path / "head", texts=lines, **{**FEW, "held_out": held, "steps": 1})
+    made = mtp_spec.train(plain, tmp_path / "head", texts=lines, **{**worded.FEW, "held_out": held, "steps": 1})
     said = json.loads((made.folder / "mtp.json").read_text())["data"]
     assert (said["texts"], said["held out"], said["left out"]) == (24, 3, 3)
 
 
 def test_settings_of_the_caller_change_nothing(v3: Path, lines: Path, tmp_path: Path) -> None:
-    few = {**FEW, "steps": 3, "check_temperatures": (0.0,)}
+    few = {**worded.FEW, "steps": 3, "check_temperatures": (0.0,)}
     one = mtp_spec.train(v3, tmp_path / "one", texts=lines, **few)
     torch.set_default_dtype(torch.float64)
     try:
@@ -334,7 +220,7 @@ def test_comparisons_are_of_sums_and_their_intervals_cover_them() -> None:
 
 
 def test_command_line(plain: Path, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = [f"--{name.replace('_', '-')}={value}" for name, value in FEW.items()]
+    few = [f"--{name.replace('_', '-')}={value}" for name, value in worded.FEW.items()]
     main(["train", str(plain), str(tmp_path / "head"), "--texts", str(lines), "--check-temperatures", "0.5", *few])
     out = capsys.readouterr().out
     assert "memory beside the model" in out
@@ -413,7 +299,7 @@ def test_two_processes_train_what_one_does(v3: Path, lines: Path, tmp_path: Path
 
     An error of the first process is the other's, too.
     """
-    few = {**FEW, "block": "moe", "steps": 10, "batch_tokens": 130, "check_temperatures": [0.0]}
+    few = {**worded.FEW, "block": "moe", "steps": 10, "batch_tokens": 130, "check_temperatures": [0.0]}
     alone = mtp_spec.train(v3, tmp_path / "alone", texts=lines, **few)
     bad = worded.texts(tmp_path / "one.jsonl", count=1)
     good = tmp_path / "texts.jsonl"
