@@ -21,7 +21,6 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.kernels.launching import (
     MULTIPROCESSORS,
     described,
+    hopper_module,
     interpreted,
     late,
     many_rows_run,
@@ -242,8 +242,13 @@ def _launch(
     a: Tensor, w: Tensor, a_scale: Tensor | None, w_scale: Tensor | None, out: Tensor, launch: Launch
 ) -> Tensor:
     (rows, inputs), outputs = a.shape, w.shape[0]
-    if rows >= MANY_ROWS and many_rows_run(a.device) and outputs * out.element_size() % 16 == 0 and _hopper():
-        _hopper().gemm(a, w, a_scale, w_scale, out, launch.splits, MULTIPROCESSORS)
+    if (
+        rows >= MANY_ROWS
+        and many_rows_run(a.device)
+        and outputs * out.element_size() % 16 == 0
+        and hopper_module("gemm_hopper")
+    ):
+        hopper_module("gemm_hopper").gemm(a, w, a_scale, w_scale, out, launch.splits, MULTIPROCESSORS)
         return out
     row_tile = next((size for size in ROW_TILES if rows <= size), ROW_TILES[-1])
     tiles = -(-outputs // launch.tile) * -(-rows // row_tile)
@@ -273,16 +278,6 @@ def _launch(
         **late(a),
     )
     return out
-
-
-@lru_cache
-def _hopper() -> Any:
-    """Returns the Gluon kernel's module, or None if this Triton has no Gluon for Hopper."""
-    try:
-        from mtp_spec.kernels import gemm_hopper
-    except ImportError:
-        return None
-    return gemm_hopper
 
 
 def _check(a: Tensor, w: Tensor) -> tuple[int, int]:

@@ -98,6 +98,15 @@ def on_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER[0]
 
 
+@lru_cache
+def hopper_module(name: str) -> Any:
+    """Returns the module of Gluon kernels `mtp_spec.kernels.NAME`, or None if this Triton has no Gluon for Hopper."""
+    try:
+        return import_module(f"mtp_spec.kernels.{name}")
+    except ImportError:
+        return None
+
+
 _many_rows = False
 
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +24,7 @@ from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import (
     MULTIPROCESSORS,
     described,
+    hopper_module,
     interpreted,
     late,
     on_hopper,
@@ -203,7 +202,7 @@ def _attend(
              "CHAIN": plan.ancestors is None} | late(q)  # fmt: skip
     tiles = padded // TILE
     packed = cache.layout.packed
-    hopper = _hopper() if on_hopper(q.device) and not packed else None
+    hopper = hopper_module("mla.hopper") if on_hopper(q.device) and not packed else None
     if hopper is not None and hopper.fits(head.latent, head.rope):
         programs = min(splits, max(1, MULTIPROCESSORS // tiles))
         hopper.attend_kernel[(tiles * programs,)](
@@ -227,16 +226,6 @@ def _attend(
         HEADS=head.padded, C=head.latent,
         COLUMNS=columns, CHUNK=COMBINED, num_warps=1, **late(q),
     )  # fmt: skip
-
-
-@lru_cache
-def _hopper() -> Any:
-    """Returns the Gluon kernel's module, or None if this Triton has no Gluon for Hopper."""
-    try:
-        from mtp_spec.kernels.mla import hopper
-    except ImportError:
-        return None
-    return hopper
 
 
 def _check_cache(cache: Cache, head: Head) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch import Tensor
 from mtp_spec.kernels import gemm, ordered
 from mtp_spec.kernels.checks import expect
 from mtp_spec.kernels.fp8 import weight_dequant
-from mtp_spec.kernels.launching import late, on_hopper, runs_triton
+from mtp_spec.kernels.launching import hopper_module, late, on_hopper, runs_triton
 from mtp_spec.kernels.mla.cache import KEYS, Cache
 from mtp_spec.kernels.mla.plan import Head, Plan
 from mtp_spec.kernels.mla.reference import rotate
@@ -92,7 +91,7 @@ def fits(head: Head) -> bool:
 
 def available(device: torch.device) -> bool:
     """Whether the kernel runs on a device."""
-    return triton is not None and on_hopper(device) and _hopper() is not None
+    return triton is not None and on_hopper(device) and hopper_module("mla.prompt_hopper") is not None
 
 
 def attend_prompt(
@@ -205,7 +204,7 @@ def _attend(q: Tensor, expanded: Tensor, ropes: Tensor, start: int, heads: int, 
         ropes: `[T, R]`.
         out: `[M, .]`, the heads' columns first.
     """
-    hopper, rows = _hopper(), q.shape[0]
+    hopper, rows = hopper_module("mla.prompt_hopper"), q.shape[0]
     assert hopper is not None
     pieces, values = head.nope // PIECE + 1, triton.next_power_of_2(head.value)
     block, stages = _blocks(pieces, values)
@@ -224,13 +223,3 @@ def _blocks(pieces: int, values: int) -> tuple[int, int]:
     block = 128 if values <= 128 else 64  # sums of 64 rows fill half of the registers
     left = SHARED - 2 * TILE * PIECE * pieces
     return block, max(1, min(4, left // (2 * block * (PIECE * pieces + values))))
-
-
-@lru_cache
-def _hopper() -> Any:
-    """Returns the Gluon kernel's module, or None if this Triton has no Gluon for Hopper."""
-    try:
-        from mtp_spec.kernels.mla import prompt_hopper
-    except ImportError:
-        return None
-    return prompt_hopper

@@ -9,14 +9,11 @@ Legend: as in `layer`.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3_MAX
-from mtp_spec.kernels.launching import MULTIPROCESSORS, late, many_rows_run
+from mtp_spec.kernels.launching import MULTIPROCESSORS, hopper_module, late, many_rows_run
 from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups
 
 try:
@@ -36,7 +33,9 @@ PARTS_BYTES = 2**30  # memory limit for the second product's outputs; more colum
 def chosen(rows: int, weights: Experts) -> bool:
     """Whether these launches run for a number of rows."""
     device = weights.down.device
-    return rows >= LEAST_ROWS and triton is not None and many_rows_run(device) and hopper() is not None
+    return (
+        rows >= LEAST_ROWS and triton is not None and many_rows_run(device) and hopper_module("moe.hopper") is not None
+    )
 
 
 def many(
@@ -103,7 +102,7 @@ def add(parts: Tensor, pair_weights: Tensor, out: Tensor, first: int) -> None:
 
 def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts) -> tuple[Tensor, ...]:
     """Launches silu(gate) * up of sorted pairs: x `[P, D]` to `[P, I]`, both e4m3 with scales, or 16 bits without."""
-    kernels, (pairs, channels), inner = hopper(), x.shape, weights.inner
+    kernels, (pairs, channels), inner = hopper_module("moe.hopper"), x.shape, weights.inner
     scaled, step = x_scale is not None, kernels.STEP // x.element_size()
     hidden, tokens, halves = x.new_empty(pairs, inner), TOKENS // 2, BLOCK // 2
     scales = x.new_empty(pairs if scaled else 0, -(-inner // BLOCK), dtype=torch.float32)
@@ -118,7 +117,7 @@ def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts)
 
 
 def _down(hidden: tuple[Tensor, ...], groups: Groups, weights: Experts, parts: Tensor, first: int) -> None:
-    kernels, x, inner = hopper(), hidden[0], hidden[0].shape[1]
+    kernels, x, inner = hopper_module("moe.hopper"), hidden[0], hidden[0].shape[1]
     scaled, step = len(hidden) > 1, kernels.STEP // x.element_size()
     kernels.down_kernel[(MULTIPROCESSORS,)](
         kernels.described(x, TOKENS // 2, step), kernels.described(weights.down.view(-1, inner), BLOCK, step),
@@ -126,16 +125,6 @@ def _down(hidden: tuple[Tensor, ...], groups: Groups, weights: Experts, parts: T
         groups.count, parts, groups.count.shape[0], weights.outputs, first, parts.shape[1], -(-inner // step),
         STAGES=kernels.stages(kernels.STEP * (TOKENS + BLOCK), 0), SCALED=scaled, num_warps=4,
     )  # fmt: skip
-
-
-@lru_cache
-def hopper() -> Any:
-    """Returns the Gluon kernels' module, or None if this Triton has no Gluon for Hopper."""
-    try:
-        from mtp_spec.kernels.moe import hopper as module
-    except ImportError:
-        return None
-    return module
 
 
 if triton is not None:

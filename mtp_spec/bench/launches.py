@@ -18,8 +18,7 @@ from torch import Tensor
 from mtp_spec.bench.timing import graph_time
 from mtp_spec.cuda.state import State
 from mtp_spec.kernels import gemm, mla, quant
-from mtp_spec.kernels.launching import on_hopper
-from mtp_spec.kernels.mla import attention
+from mtp_spec.kernels.launching import hopper_module, on_hopper
 from mtp_spec.kernels.moe import layer as mixture
 from mtp_spec.kernels.moe import route
 from mtp_spec.model.cuda.layers import Mixture
@@ -50,7 +49,7 @@ def launches(model: DeviceModel, state: State, context: int) -> dict[str, float]
     shapes = _products(run)
     names = {"norms": [(quant, "_rms_norm_quant_kernel")], "prepare": [(row_kernels, "_prepare_kernel")]}
     names |= {"absorb": [(row_kernels, "_absorb_kernel")], "up": [(row_kernels, "_up_kernel")]}
-    hopper = attention._hopper() if on_hopper(model.device) else None
+    hopper = hopper_module("mla.hopper") if on_hopper(model.device) else None
     names |= {"attend": [(kernels, "_attend_kernel"), *([(hopper, "attend_kernel")] if hopper else [])]}
     names |= {"combine": [(kernels, "_combine_kernel")]}
     names |= {"gate and up": [(mixture, "_gate_up_kernel")], "down": [(mixture, "_down_kernel")]}
