@@ -67,6 +67,13 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _stage_before(stage, STAGES: gl.constexpr):
+    """Returns the buffer before one; a variable that a loop sets to `stage` is not carried by Triton 3.6's compiler if
+    it begins as the same number."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
 def _tile_at(number, row_tiles, column_tiles, BAND: gl.constexpr):
     """Returns a tile's place: bands of rows; within a band, column after column."""
     band = number // (BAND * column_tiles)
@@ -163,17 +170,15 @@ def summed(
             total = _added(total, even, even_scales, HALVES)
             stage, phase = next_stage(stage, phase, STAGES)
     else:
-        before = stage
         for step in range(steps):
             mbarrier.wait(full.index(stage), phase)
             w = w_tiles.index(stage).permute((1, 0))
             total = warpgroup_mma(x_tiles.index(2 * stage + OWN), w, total, is_async=True)
             total = warpgroup_mma_wait(1, deps=[total])
-            mbarrier.arrive(free.index(before), count=1, pred=step > 0)
-            before = stage
+            mbarrier.arrive(free.index(_stage_before(stage, STAGES)), count=1, pred=step > 0)
             stage, phase = next_stage(stage, phase, STAGES)
         total = warpgroup_mma_wait(0, deps=[total])
-        mbarrier.arrive(free.index(before), count=1)
+        mbarrier.arrive(free.index(_stage_before(stage, STAGES)), count=1)
     return total, stage, phase
 
 

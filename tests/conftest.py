@@ -43,7 +43,7 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _cache(_threads: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is kept in the user's own directory, and no test waits for times to be measured: they are typical.
 
     So they are for the bundled model in processes that tests start, which find them in that directory.
