@@ -34,7 +34,7 @@ from mtp_spec.kernels.launching import (
     hopper_module,
     interpreted,
     late,
-    many_rows_run,
+    on_hopper,
     runs_triton,
     stages_that_fit,
     tuned_name,
@@ -244,7 +244,7 @@ def _launch(
     (rows, inputs), outputs = a.shape, w.shape[0]
     if (
         rows >= MANY_ROWS
-        and many_rows_run(a.device)
+        and on_hopper(a.device)
         and outputs * out.element_size() % 16 == 0
         and hopper_module("gemm_hopper")
     ):

@@ -107,24 +107,6 @@ def hopper_module(name: str) -> Any:
         return None
 
 
-_many_rows = False
-
-
-def allow_many_rows() -> None:
-    """Lets the kernels for many rows on Hopper run in this process.
-
-    They should have the bits of those for few rows, but no GPU has compared the present ones, so only a caller who asks
-    for them gets them (`load(prefill_tokens=)`).
-    """
-    global _many_rows
-    _many_rows = True
-
-
-def many_rows_run(device: torch.device) -> bool:
-    """Whether the kernels for many rows may run on a device."""
-    return _many_rows and on_hopper(device)
-
-
 @lru_cache
 def overlaps(device: torch.device) -> bool:
     """Whether kernels on this device overlap: from compute capability 9.0, and not in the interpreter."""

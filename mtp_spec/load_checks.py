@@ -13,7 +13,7 @@ from mtp_spec.cuda.memory import check_memory
 from mtp_spec.cuda.state import PREFILL_ROWS
 from mtp_spec.errors import OptionError
 from mtp_spec.kernels.cpu import engine
-from mtp_spec.kernels.launching import allow_many_rows, triton_obstacle
+from mtp_spec.kernels.launching import triton_obstacle
 from mtp_spec.memory import check_host
 from mtp_spec.model.checkpoint.folder import Checkpoint, load_checkpoint, open_checkpoint
 from mtp_spec.model.config import ModelConfig, load_config
@@ -118,8 +118,6 @@ def _on_kernels(
     remedy = 'load with weights="fp8", ' if not stored_packed and runs_as_fp8(checkpoint) else ""
     if prefill_tokens is not None:
         empty.expanded = empty.expanded_on(device)
-        if empty.expanded:
-            allow_many_rows()
         if isinstance(prefill_tokens, int):
             empty.prefill_tokens = prefill_tokens
             if not empty.expanded:

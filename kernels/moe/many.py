@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.fp8 import BLOCK, E4M3_MAX
-from mtp_spec.kernels.launching import MULTIPROCESSORS, hopper_module, late, many_rows_run
+from mtp_spec.kernels.launching import MULTIPROCESSORS, hopper_module, late, on_hopper
 from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups
 
 try:
@@ -33,9 +33,7 @@ PARTS_BYTES = 2**30  # memory limit for the second product's outputs; more colum
 def chosen(rows: int, weights: Experts) -> bool:
     """Whether these launches run for a number of rows."""
     device = weights.down.device
-    return (
-        rows >= LEAST_ROWS and triton is not None and many_rows_run(device) and hopper_module("moe.hopper") is not None
-    )
+    return rows >= LEAST_ROWS and triton is not None and on_hopper(device) and hopper_module("moe.hopper") is not None
 
 
 def many(

@@ -21,7 +21,6 @@ from mtp_spec.bench.prompts import prompts
 from mtp_spec.bench.timing import copy_rate
 from mtp_spec.bench.tuning import write
 from mtp_spec.errors import OptionError
-from mtp_spec.kernels.launching import allow_many_rows
 
 WHAT = ("products", "experts", "attention", "prompts")
 TOLERANCE = 2e-2  # relative to the reference, whose activations round elsewhere
@@ -35,7 +34,6 @@ def kernels(args: argparse.Namespace) -> Report:
         raise OptionError("--tune is for products and experts: add them to --what")
     if args.write is not None and not args.tune:
         raise OptionError("--write writes what --tune finds: give both")
-    allow_many_rows()
     rate = copy_rate()
     rows: list[Row] = []
     facts: dict[str, Any] = {"copy_TB_per_s": rate, "tried": {}, "errors": {}}

@@ -24,7 +24,6 @@ from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option
 from mtp_spec.bench.step import fill, slice_of
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.errors import OptionError
-from mtp_spec.kernels.launching import allow_many_rows
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cuda.layers import Dense, Layer
 from mtp_spec.model.cuda.model import DeviceModel
@@ -40,7 +39,6 @@ def prefill(args: argparse.Namespace) -> Report:
     long prompts; "absorbed" as it reads short ones, 256 tokens at a time, which was the only way before."""
     if not torch.cuda.is_available():
         raise OptionError("bench prefill needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
-    allow_many_rows()
     full = replace(with_module(load_config(args.shape)), fp8_block=(128, 128) if args.dtype == "fp8" else None)
     context = max(args.tokens) + SPARE
     full = replace(full, max_position_embeddings=max(context, full.max_position_embeddings))

@@ -27,7 +27,7 @@ class DeviceRuntime:
 
     def __init__(self, model: DeviceModel, max_context: int) -> None:
         self.model, self.max_context, self.lock = model, max_context, FairLock()
-        self.graphs = Graphs(model.device, model.ranks.size > 1) if model.device.type == "cuda" else None
+        self.graphs = Graphs(model.device) if model.device.type == "cuda" else None
         self._kept: dict[Hashable, object] = {}
 
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -293,14 +292,11 @@ class Graphs:
     This is safe because they run one after another on one stream, and results in a graph's memory are read before the
     next graph is launched: whatever has to last longer is in a `State`.
 
-    Args:
-        shared: other processes take part, so that the communication library makes CUDA calls from another thread
-            during a capture.
+    During a capture other threads may use the GPU: the user's, that of another model, the communication library's.
     """
 
-    def __init__(self, device: torch.device, shared: bool = False) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        self._mode: Literal["global", "thread_local"] = "thread_local" if shared else "global"
 
     def capture(self, work: Callable[[], None], ran: bool = False) -> Callable[[], None]:
         """Returns the replay of work from a CUDA graph.
@@ -314,7 +310,7 @@ class Graphs:
                 work()
             torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self._mode):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
 

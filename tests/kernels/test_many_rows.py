@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels import fp8, gemm, launching, mla, moe, quant
+from mtp_spec.kernels import fp8, gemm, mla, moe, quant
 from mtp_spec.kernels.mla import KEYS, new_caches, prompt
 from mtp_spec.kernels.moe import many
 
@@ -21,11 +21,6 @@ HEADS = {
     "demo": (8, 64, 64, 64),
 }
 CUTS = (1, 63, 64, 129, 700)
-
-
-@pytest.fixture(autouse=True)
-def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "_many_rows", True)
 
 
 @pytest.fixture

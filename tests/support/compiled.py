@@ -118,12 +118,9 @@ def main(name: str, kind: str, whole: bool) -> None:
         module.runs_triton = lambda _: True
     places: list[Any] = [launching, attention]
     places[0].overlaps = lambda _: ARCH >= 90
-    of_prompts: list[Any] = [attention, prompt]
-    for module in of_prompts:
+    of_hopper: list[Any] = [attention, gemm, many, prompt]
+    for module in of_hopper:
         module.on_hopper = lambda _: ARCH == 90
-    of_many_rows: list[Any] = [gemm, many]
-    for module in of_many_rows:
-        module.many_rows_run = lambda _: ARCH == 90
     for place in places:
         place.shared_memory = lambda _: SHARED[ARCH]
     folder = files("mtp_spec.configs")
