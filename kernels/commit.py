@@ -52,19 +52,19 @@ def accept(
         record: `[B, 2 + 2 A]` int32, receives count, failure, tokens and path.
         seen: `[B, V]` int32, counts each committed token, if given.
     """
-    (texts, most), rows = path.shape, parents.shape[0]
-    expect("ids", ids, (texts * rows,), torch.int64)
+    (sequences, most), rows = path.shape, parents.shape[0]
+    expect("ids", ids, (sequences * rows,), torch.int64)
     for name, x in (("drawn", drawn), ("failed", failed)):
-        expect(name, x, (texts * rows,), torch.int32, beside=ids)
+        expect(name, x, (sequences * rows,), torch.int32, beside=ids)
     expect("parents", parents, (rows,), torch.int32, beside=ids)
-    expect("path", path, (texts, most), torch.int64, beside=ids)
-    expect("tokens", tokens, (texts, most), torch.int64, beside=ids)
-    expect("record", record, (texts, record_size(most)), torch.int32, beside=ids)
+    expect("path", path, (sequences, most), torch.int64, beside=ids)
+    expect("tokens", tokens, (sequences, most), torch.int64, beside=ids)
+    expect("record", record, (sequences, record_size(most)), torch.int32, beside=ids)
     if seen is not None:
-        expect("seen", seen, (texts, None), torch.int32, beside=ids)
+        expect("seen", seen, (sequences, None), torch.int32, beside=ids)
     if not runs_triton(ids):
         return accept_reference(drawn, failed, ids, parents, path, tokens, record, seen)
-    _accept_kernel[(texts,)](
+    _accept_kernel[(sequences,)](
         drawn, failed, ids, parents, path, tokens, record, record if seen is None else seen, rows,
         0 if seen is None else seen.shape[1], MOST=most, WIDE=triton.next_power_of_2(rows), COUNTED=seen is not None,
         num_warps=1, **late(ids),
@@ -82,16 +82,16 @@ def keep(outputs: Tensor, tokens: Tensor, length: Tensor, hidden: Tensor, ring: 
         ring: `[B, W, D]`, receives it at its position modulo W.
         ring_tokens: `[B, W]` int64, the token there.
     """
-    (texts, width), (rows, places) = outputs.shape, (hidden.shape[1], ring.shape[1])
-    expect("outputs", outputs, (texts, width), outputs.dtype)
-    expect("tokens", tokens, (texts, None), torch.int64, beside=outputs)
-    expect("length", length, (texts,), torch.int32, beside=outputs)
-    expect("hidden", hidden, (texts, rows, width), outputs.dtype, beside=outputs)
-    expect("ring", ring, (texts, places, width), outputs.dtype, beside=outputs)
-    expect("ring_tokens", ring_tokens, (texts, places), torch.int64, beside=outputs)
+    (sequences, width), (rows, places) = outputs.shape, (hidden.shape[1], ring.shape[1])
+    expect("outputs", outputs, (sequences, width), outputs.dtype)
+    expect("tokens", tokens, (sequences, None), torch.int64, beside=outputs)
+    expect("length", length, (sequences,), torch.int32, beside=outputs)
+    expect("hidden", hidden, (sequences, rows, width), outputs.dtype, beside=outputs)
+    expect("ring", ring, (sequences, places, width), outputs.dtype, beside=outputs)
+    expect("ring_tokens", ring_tokens, (sequences, places), torch.int64, beside=outputs)
     if not runs_triton(outputs):
         return keep_reference(outputs, tokens, length, hidden, ring, ring_tokens)
-    _keep_kernel[(-(-width // KEPT_COLUMNS), texts)](
+    _keep_kernel[(-(-width // KEPT_COLUMNS), sequences)](
         outputs, tokens, length, hidden, ring, ring_tokens, width, rows, places, tokens.shape[1],
         COLUMNS=KEPT_COLUMNS, **late(outputs),
     )  # fmt: skip
@@ -105,17 +105,17 @@ def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pa
         record: `[B, 2 + 2 A]` int32.
         pages: `[B, P]` int32, see `mla.Plan`.
     """
-    store, (texts, most) = caches[0].words, path.shape
-    expect("length", length, (texts,), torch.int32, beside=store)
-    expect("path", path, (texts, most), torch.int64, beside=store)
-    expect("record", record, (texts, record_size(most)), torch.int32, beside=store)
+    store, (sequences, most) = caches[0].words, path.shape
+    expect("length", length, (sequences,), torch.int32, beside=store)
+    expect("path", path, (sequences, most), torch.int64, beside=store)
+    expect("record", record, (sequences, record_size(most)), torch.int32, beside=store)
     if pages is not None:
-        expect("pages", pages, (texts, caches[0].capacity // KEYS), torch.int32, beside=store)
+        expect("pages", pages, (sequences, caches[0].capacity // KEYS), torch.int32, beside=store)
     apart = _distance(caches)
     if not runs_triton(store):
         return commit_reference(caches, length, path, record, pages)
     width = store.shape[1]
-    _commit_kernel[(len(caches), -(-width // COLUMNS), texts)](
+    _commit_kernel[(len(caches), -(-width // COLUMNS), sequences)](
         store, length, length if pages is None else pages, 0 if pages is None else pages.shape[1], path, record, apart,
         caches[0].base, width, PAGED=pages is not None, BLOCK=KEYS, MOST=triton.next_power_of_2(most), ROWS=most,
         COLUMNS=COLUMNS, **late(store),
@@ -149,10 +149,10 @@ def accept_reference(
 ) -> None:  # fmt: skip
     """`accept` in plain torch, one sequence at a time."""
     rows = parents.shape[0]
-    for text in range(path.shape[0]):
-        part = slice(text * rows, (text + 1) * rows)
-        _walk(drawn[part], failed[part], ids[part], parents, path[text], tokens[text], record[text],
-              None if seen is None else seen[text])  # fmt: skip
+    for sequence in range(path.shape[0]):
+        part = slice(sequence * rows, (sequence + 1) * rows)
+        _walk(drawn[part], failed[part], ids[part], parents, path[sequence], tokens[sequence], record[sequence],
+              None if seen is None else seen[sequence])  # fmt: skip
 
 
 def keep_reference(
@@ -168,11 +168,11 @@ def commit_reference(
     caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pages: Tensor | None = None
 ) -> None:
     """`commit` in plain torch, one sequence and layer at a time."""
-    for text in range(path.shape[0]):
-        slots = int(length[text]) + torch.arange(int(record[text, COUNT]), device=path.device)
+    for sequence in range(path.shape[0]):
+        slots = int(length[sequence]) + torch.arange(int(record[sequence, COUNT]), device=path.device)
         for cache in caches:
-            own = cache if pages is None else replace(cache, pages=pages[text])
-            cache.store[own.rows(slots)] = cache.store[own.rows(length[text] + path[text, : len(slots)])]
+            own = cache if pages is None else replace(cache, pages=pages[sequence])
+            cache.store[own.rows(slots)] = cache.store[own.rows(length[sequence] + path[sequence, : len(slots)])]
 
 
 def clean_reference(caches: list[Cache], pages: Tensor) -> None:
@@ -212,10 +212,10 @@ if triton is not None:
     ):  # fmt: skip
         """One program per sequence."""
         follow(PDL)
-        text = tl.program_id(0)
-        drawn, failed, ids = drawn + text * rows, failed + text * rows, ids + text * rows
-        path, tokens, record = path + text * MOST, tokens + text * MOST, record + text * (2 + 2 * MOST)
-        seen += text.to(tl.int64) * vocabulary
+        sequence = tl.program_id(0)
+        drawn, failed, ids = drawn + sequence * rows, failed + sequence * rows, ids + sequence * rows
+        path, tokens, record = path + sequence * MOST, tokens + sequence * MOST, record + sequence * (2 + 2 * MOST)
+        seen += sequence.to(tl.int64) * vocabulary
         lane = tl.arange(0, WIDE)
         its_parent = tl.load(parents + lane, mask=lane < rows, other=-2)
         its_token = tl.load(ids + lane, mask=lane < rows, other=-1)
@@ -242,15 +242,15 @@ if triton is not None:
         COLUMNS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         follow(PDL)
-        text = tl.program_id(1).to(tl.int64)
+        sequence = tl.program_id(1).to(tl.int64)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         mask = column < width
-        place = text * places + tl.load(length + text) % places
-        values = tl.load(outputs + text * width + column, mask=mask)
-        tl.store(hidden + text * rows * width + column, values, mask=mask)
+        place = sequence * places + tl.load(length + sequence) % places
+        values = tl.load(outputs + sequence * width + column, mask=mask)
+        tl.store(hidden + sequence * rows * width + column, values, mask=mask)
         tl.store(ring + place * width + column, values, mask=mask)
         if tl.program_id(0) == 0:
-            tl.store(ring_tokens + place, tl.load(tokens + text * most))
+            tl.store(ring_tokens + place, tl.load(tokens + sequence * most))
 
     @triton.jit
     def _commit_kernel(
@@ -259,19 +259,19 @@ if triton is not None:
         PDL: tl.constexpr,
     ):  # fmt: skip
         follow(PDL)
-        text = tl.program_id(2)
+        sequence = tl.program_id(2)
         lane = tl.arange(0, MOST)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        row = tl.load(path + text * ROWS + lane, mask=lane < ROWS, other=0)
-        moves = (lane < tl.load(record + text * (2 + 2 * ROWS))) & (row != lane)
+        row = tl.load(path + sequence * ROWS + lane, mask=lane < ROWS, other=0)
+        moves = (lane < tl.load(record + sequence * (2 + 2 * ROWS))) & (row != lane)
         mask = moves[:, None] & (column < width)[None, :]
         if PAGED:
-            start, own = tl.load(length + text), pages + text * page_count
+            start, own = tl.load(length + sequence), pages + sequence * page_count
             first = store + (base + tl.program_id(0) * apart).to(tl.int64) * width
             source = paged_rows(start + row, moves, own, BLOCK).to(tl.int64)
             target = paged_rows(start + lane, moves, own, BLOCK).to(tl.int64)
         else:
-            first = store + (base + tl.program_id(0) * apart + tl.load(length + text)).to(tl.int64) * width
+            first = store + (base + tl.program_id(0) * apart + tl.load(length + sequence)).to(tl.int64) * width
             source, target = row, lane
         values = tl.load(first + source[:, None] * width + column[None, :], mask=mask, other=0)
         tl.debug_barrier()  # a slot may be both read and written

@@ -166,7 +166,7 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     out = q.new_empty(plan.rows, head.heads, head.latent)
     splits = split_of(cache.capacity - 1) + 1
     turns = list(_turns(plan, head, splits))
-    pairs = splits * max(part.texts * _pairs(part.each, head) for _, part in turns)
+    pairs = splits * max(part.sequences * _pairs(part.each, head) for _, part in turns)
     parts = PARTS.room(q.device, pairs * head.latent).view(head.dtype)
     numbers = PEAKS_AND_SUMS.room(q.device, 2 * pairs)
     for rows, part in turns:
@@ -174,11 +174,11 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     return out
 
 
-def room_bytes(capacity: int, head: Head, rows: int, texts: int = 1) -> int:
-    """Returns the bytes that `attend` keeps for passes of up to `rows` rows of up to `texts` sequences over caches of
+def room_bytes(capacity: int, head: Head, rows: int, sequences: int = 1) -> int:
+    """Returns the bytes that `attend` keeps for passes of up to `rows` rows of `sequences` sequences over caches of
     `capacity` slots."""
     splits = split_of(capacity - 1) + 1
-    pairs = min(_pairs(rows, head) + (texts - 1) * TILE, max(_at_once(splits, head) + TILE, _pairs(1, head)))
+    pairs = min(_pairs(rows, head) + (sequences - 1) * TILE, max(_at_once(splits, head) + TILE, _pairs(1, head)))
     return splits * pairs * (2 * head.latent + 8)
 
 
@@ -186,7 +186,7 @@ def _attend(
     q: Tensor, cache: Cache, plan: Plan, head: Head, parts: Tensor, numbers: Tensor, splits: int, out: Tensor,
 ) -> None:  # fmt: skip
     each, paged = _pairs(plan.each, head), plan.pages is not None
-    padded = plan.texts * each
+    padded = plan.sequences * each
     peaks, totals = numbers[: 2 * splits * padded].split(splits * padded)
     if plan.ancestors is not None:
         words = cache.words.shape[1]
@@ -197,7 +197,7 @@ def _attend(
         )  # fmt: skip
     flat = q.view(-1, head.width)
     given = (*_where(plan), plan.depths, peaks, totals, cache.base, cache.spare, plan.each, padded, plan.deepest,
-             head.scale * math.log2(math.e), plan.texts)  # fmt: skip
+             head.scale * math.log2(math.e), plan.sequences)  # fmt: skip
     sizes = {"PAGED": paged, "HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
              "CHAIN": plan.ancestors is None} | late(q)  # fmt: skip
     tiles = padded // TILE
@@ -245,7 +245,7 @@ def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
         raise ValueError(f"q {tuple(q.shape)} {q.dtype}: a contiguous [{plan.rows}, {head.padded}, {head.width}] "
                          f"{head.dtype} expected")  # fmt: skip
     if plan.pages is not None:
-        expect("pages", plan.pages, (plan.texts, cache.capacity // KEYS), torch.int32, beside=q)
+        expect("pages", plan.pages, (plan.sequences, cache.capacity // KEYS), torch.int32, beside=q)
     if cache.capacity % KEYS or (plan.pages is None and cache.base + cache.capacity > cache.spare):
         raise ValueError(f"capacity {cache.capacity}: a multiple of {KEYS} expected, with room for tails behind it")
     if plan.ancestors is not None:
@@ -276,10 +276,10 @@ def _at_once(splits: int, head: Head) -> int:
 def _turns(plan: Plan, head: Head, splits: int) -> Iterator[tuple[slice, Plan]]:
     """Yields parts of a pass whose partial results fit: some sequences at once, or some rows of one."""
     fit, each = _at_once(splits, head), _pairs(plan.each, head)
-    texts, rows = max(1, fit // each), plan.each if fit >= each else max(1, fit // head.padded)
-    for first in range(0, plan.texts, texts):
-        some = plan.some(first, min(first + texts, plan.texts))
+    sequences, rows = max(1, fit // each), plan.each if fit >= each else max(1, fit // head.padded)
+    for first in range(0, plan.sequences, sequences):
+        some = plan.some(first, min(first + sequences, plan.sequences))
         for begin in range(0, plan.each, rows):
             end = min(begin + rows, plan.each)
             start = first * plan.each + begin
-            yield slice(start, start + some.texts * (end - begin)), some.part(begin, end)
+            yield slice(start, start + some.sequences * (end - begin)), some.part(begin, end)

@@ -299,7 +299,7 @@ def _layout_with(together, rows, columns):
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, columns])
 
 
-@gluon.jit(do_not_specialize=["nodes", "deepest", "texts", "each"])
+@gluon.jit(do_not_specialize=["nodes", "deepest", "sequences", "each"])
 def attend_kernel(
     q_half,  # [M H, W] in tiles [ROWS, C / 2]
     q_rope,  # [M H, W] in tiles [ROWS, R]
@@ -314,11 +314,11 @@ def attend_kernel(
     totals,  # [S, padded] float32
     base,  # first row of the layer
     spare,  # first row of the nodes' tails; unused for a chain
-    nodes,  # a text
+    nodes,  # of a sequence
     padded,  # node-head pairs of all sequences, each in whole tiles
     deepest,  # largest depth
     scale,
-    texts,  # B
+    sequences,  # B
     each,  # programs per tile
     PAGED: gl.constexpr,
     HEADS: gl.constexpr,
@@ -342,12 +342,12 @@ def attend_kernel(
     row = tile * ROWS
     q_row = row
     if PAGED:  # no tile has nodes of two sequences
-        text = tile // (tiles // texts)
-        tile = tile % (tiles // texts)
-        q_row = text * nodes * HEADS + tile * ROWS
-        spare += text * nodes * TAIL
-        table = pages + text * page_count
-        start = gl.load(length + text)
+        sequence = tile // (tiles // sequences)
+        tile = tile % (tiles // sequences)
+        q_row = sequence * nodes * HEADS + tile * ROWS
+        spare += sequence * nodes * TAIL
+        table = pages + sequence * page_count
+        start = gl.load(length + sequence)
     else:
         table = pages
         start = gl.load(length)

@@ -90,10 +90,10 @@ def _widened(x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def start_of(length, text, PAGED: tl.constexpr):
+def start_of(length, sequence, PAGED: tl.constexpr):
     """Returns the number of committed slots of a sequence."""
     if PAGED:
-        start = tl.load(length + text)
+        start = tl.load(length + sequence)
     else:
         start = tl.load(length)
     return start
@@ -116,7 +116,7 @@ def _gather_kernel(
     base,  # first row of the layer
     spare,  # first of the rows for tails
     columns,  # A
-    each,  # nodes a text
+    each,  # nodes of a sequence
     PAGED: tl.constexpr,
     BLOCK: tl.constexpr,
     WORDS: tl.constexpr,
@@ -128,8 +128,8 @@ def _gather_kernel(
     """Copies a node's last keys in position order: from the last whole block of committed slots to its own."""
     follow(PDL)
     row = tl.program_id(0)
-    text, node = row // each, row % each
-    start = start_of(length, text, PAGED)
+    sequence, node = row // each, row % each
+    start = start_of(length, sequence, PAGED)
     whole = start // BLOCK * BLOCK
     at = whole + tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     lane = tl.arange(0, WIDE)
@@ -138,14 +138,14 @@ def _gather_kernel(
     slot = tl.where(drafted, start + tl.load(ancestors + node * columns + at - start, mask=drafted, other=0), at)
     mask = held[:, None] & (lane < WORDS)[None, :]
     if PAGED:
-        slot = paged_rows(slot, held, pages + text * page_count, BLOCK)
+        slot = paged_rows(slot, held, pages + sequence * page_count, BLOCK)
     # slots beyond are masked later, but a NaN would survive a weight of zero
     keys = tl.load(store + (base + slot).to(tl.int64)[:, None] * WORDS + lane[None, :], mask=mask, other=0)
     target = store + (spare + row * TAIL + at - whole).to(tl.int64)[:, None] * WORDS + lane[None, :]
     tl.store(target, keys, mask=(lane < WORDS)[None, :])
 
 
-@triton.jit(do_not_specialize=["nodes", "deepest", "texts"])
+@triton.jit(do_not_specialize=["nodes", "deepest", "sequences"])
 def _attend_kernel(
     q_latent_desc,  # [M H, W] in tiles [ROWS, WIDTH]
     q_rope_desc,  # [M H, W] in tiles [ROWS, R]
@@ -161,11 +161,11 @@ def _attend_kernel(
     totals,  # [S, padded] float32
     base,  # first row of the layer
     spare,  # first row of the nodes' tails; unused for a chain
-    nodes,  # a text
+    nodes,  # of a sequence
     padded,  # node-head pairs of all sequences, each in whole tiles
     deepest,  # largest depth
     scale,
-    texts,  # B
+    sequences,  # B
     PAGED: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
@@ -194,12 +194,12 @@ def _attend_kernel(
     in_block, lane = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     tiles = padded // ROWS
     place, tile, q_row = tl.program_id(0) % tiles, tl.program_id(0) % tiles, (tl.program_id(0) % tiles) * ROWS
-    text = 0
+    sequence = 0
     if PAGED:  # no tile has nodes of two sequences
-        text, tile = place // (tiles // texts), place % (tiles // texts)
-        q_row = text * nodes * HEADS + tile * ROWS
-        spare += text * nodes * TAIL
-    start = start_of(length, text, PAGED)
+        sequence, tile = place // (tiles // sequences), place % (tiles // sequences)
+        q_row = sequence * nodes * HEADS + tile * ROWS
+        spare += sequence * nodes * TAIL
+    start = start_of(length, sequence, PAGED)
     splits = split_of(start + deepest) + 1
     whole = start // PAGE * PAGE
     # the long splits come first; programs past the last split have nothing to do
@@ -234,7 +234,7 @@ def _attend_kernel(
             at0 = tl.where(block < shared, at0, tail + (late - member * own) * BLOCK)
             key0 = tl.where(block < shared, base + at0, spare + (node0 + member) * TAIL + at0 - whole)
         if PAGED:
-            page = base + tl.load(pages + text * page_count + at0 // PAGE) + at0 % PAGE
+            page = base + tl.load(pages + sequence * page_count + at0 // PAGE) + at0 % PAGE
             if CHAIN:
                 key0 = page
             else:
@@ -265,7 +265,7 @@ def _combine_kernel(
     depths,  # [each] int32
     out,  # [M, H, C] bf16 or fp16
     count,  # padded
-    each,  # nodes a text
+    each,  # nodes of a sequence
     pairs,  # of a sequence, in whole tiles
     PAGED: tl.constexpr,
     HEADS: tl.constexpr,
@@ -279,9 +279,9 @@ def _combine_kernel(
     node, head = tl.program_id(0), tl.program_id(1)
     row, place = node * HEADS + head, node
     if PAGED:
-        text, place = node // each, node % each
-        row = text * pairs + place * HEADS + head
-        length += text
+        sequence, place = node // each, node % each
+        row = sequence * pairs + place * HEADS + head
+        length += sequence
     splits = split_of(tl.load(length) + tl.load(depths + place)) + 1
     chunk, column = tl.arange(0, CHUNK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     peak, total = float("-inf"), 0.0

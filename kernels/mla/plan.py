@@ -79,10 +79,10 @@ class Plan:
     @property
     def rows(self) -> int:
         """M = B E."""
-        return self.texts * self.each
+        return self.sequences * self.each
 
     @property
-    def texts(self) -> int:
+    def sequences(self) -> int:
         """B."""
         return self.length.shape[0]
 
@@ -108,9 +108,9 @@ class Plan:
 
     def apart(self, cache: Cache) -> Iterator[tuple[slice, Plan, Cache]]:
         """Yields each sequence's rows in the pass, and its own plan and cache."""
-        for text in range(self.texts):
-            alone, pages = self.some(text, text + 1), None if self.pages is None else self.pages[text]
-            yield slice(text * self.each, (text + 1) * self.each), alone, replace(cache, pages=pages)
+        for sequence in range(self.sequences):
+            alone, pages = self.some(sequence, sequence + 1), None if self.pages is None else self.pages[sequence]
+            yield slice(sequence * self.each, (sequence + 1) * self.each), alone, replace(cache, pages=pages)
 
 
 def chain(length: Tensor, rows: int, offset: int = 0) -> Plan:

@@ -112,8 +112,8 @@ def attend_prompt(
         ValueError: sizes that do not fit.
     """
     rows, keys = q.shape[0], start + q.shape[0]
-    if plan.texts != 1 or keys > cache.capacity:
-        raise ValueError(f"{plan.texts} sequences with {keys} of {cache.capacity} slots: one that fits is expected")
+    if plan.sequences != 1 or keys > cache.capacity:
+        raise ValueError(f"{plan.sequences} sequences with {keys} of {cache.capacity} slots: one that fits is expected")
     expect("out", out, (rows, head.heads * head.value), head.dtype, beside=q)
     if not runs_triton(q):
         out.copy_(attend_prompt_reference(q, kv_b, kv_b_scale, table, cache, plan, start, head))

@@ -52,7 +52,7 @@ def _prepare_kernel(
     base,  # first row of the layer
     offset,
     eps,
-    each,  # rows a text
+    each,  # rows of a sequence
     PAGED: tl.constexpr,
     A_ROWS: tl.constexpr,
     C: tl.constexpr,
@@ -148,7 +148,7 @@ def _absorb_kernel(
     stride,
     offset,
     heads,  # of the output, padded
-    each,  # rows a text
+    each,  # rows of a sequence
     PAGED: tl.constexpr,
     N: tl.constexpr,
     V: tl.constexpr,

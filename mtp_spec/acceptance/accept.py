@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mtp_spec.acceptance import Choices, Rule
-from mtp_spec.acceptance.base import Law
+from mtp_spec.acceptance.base import Distribution
 from mtp_spec.errors import NotFiniteError
 from mtp_spec.sampling.sampler import History, Sampler
 from mtp_spec.tree import MODULES, ROOT, TokenTree
@@ -103,7 +103,7 @@ def accept_by_rule(
     rule: Rule,
     choices: Choices,
     tree: TokenTree,
-    laws: Sequence[Law],
+    distributions: Sequence[Distribution],
     logits: Tensor,
     sampler: Sampler,
     history: History,
@@ -114,17 +114,17 @@ def accept_by_rule(
 
     Args:
         choices: the source of the rule's randomness.
-        laws: for each node the distribution it was drawn from.
+        distributions: for each node the distribution it was drawn from.
     """
 
-    found, impossible = dict[int, Law](), set[int]()
+    found, impossible = dict[int, Distribution](), set[int]()
 
-    def target(node: int) -> Law:
+    def target(node: int) -> Distribution:
         if node not in found:
-            found[node] = law(node)
+            found[node] = distribution(node)
         return found[node]
 
-    def law(node: int) -> Law:
+    def distribution(node: int) -> Distribution:
         if node != ROOT:
             parent = tree.parents[node]
             above = target(parent)
@@ -133,9 +133,11 @@ def accept_by_rule(
                 return above
         own = history.extend(tree.path_tokens(node))
         depth = 0 if node == ROOT else tree.depths[node]
-        return sampler.law(_processed(sampler, logits[node + 1], own, position + depth, node), position + depth)
+        return sampler.distribution(
+            _processed(sampler, logits[node + 1], own, position + depth, node), position + depth
+        )
 
-    verdict = rule.judge(tree, laws, target, choices)
+    verdict = rule.judge(tree, distributions, target, choices)
     tokens = [*(tree.tokens[node] for node in verdict.nodes), verdict.token]
     rows = [ROOT, *verdict.nodes]
     sources = [*(tree.sources[node] for node in verdict.nodes), MODULES]

@@ -3,7 +3,7 @@
 All randomness passes through `Choices`, so that a test can replace it by an enumerator and compute the exact
 distribution of the output.
 
-Legend: law = probability distribution over tokens; `p` the target's and `q` the draft's, both after temperature,
+Legend: a distribution is over tokens; `p` is the target's and `q` the draft's, both after temperature,
 truncation, penalties and bias; `V` vocabulary.
 """
 
@@ -18,13 +18,15 @@ import numpy.typing as npt
 
 from mtp_spec.tree import TokenTree
 
-Law = npt.NDArray[np.float64]  # [V], sums to 1
+Distribution = npt.NDArray[np.float64]  # [V], sums to 1
+Drafted = Sequence[Distribution]  # by node, what it was drawn from
+Target = Callable[[int], Distribution]  # of the token after a node
 
 
 class Choices(Protocol):
     """A source of random choices."""
 
-    def pick(self, law: Law) -> int:
+    def pick(self, distribution: Distribution) -> int:
         """Returns a token drawn from a distribution."""
         ...
 
@@ -40,11 +42,11 @@ class SeededChoices:
         # the noise of coupled sampling has the key (seed, 0)
         self._generator = np.random.Generator(np.random.Philox(key=np.array([seed, 1], dtype=np.uint64)))
 
-    def pick(self, law: Law) -> int:
-        mass = np.cumsum(law)
+    def pick(self, distribution: Distribution) -> int:
+        mass = np.cumsum(distribution)
         token = int(np.searchsorted(mass, self._generator.random() * mass[-1], side="right"))
         # a number close to the total mass can round past the last token with probability
-        return min(token, int(np.flatnonzero(law)[-1]))
+        return min(token, int(np.flatnonzero(distribution)[-1]))
 
     def happens(self, chance: float) -> bool:
         return bool(self._generator.random() < chance)
@@ -56,11 +58,11 @@ class Proposal:
 
     Attributes:
         token: its id.
-        law: the distribution that it was drawn from; a point mass if it was not drawn.
+        distribution: that it was drawn from; a point mass if it was not drawn.
     """
 
     token: int
-    law: Law
+    distribution: Distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Rule(Protocol):
     chains_only: bool
     samples: bool
 
-    def propose(self, q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
+    def propose(self, q: Distribution, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
         """Returns up to `width` children with distinct tokens, in the order of their ranks.
 
         Args:
@@ -93,18 +95,19 @@ class Rule(Protocol):
         """
         ...
 
-    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
+    def judge(self, tree: TokenTree, q: Drafted, p: Target, choices: Choices) -> Verdict:
         """Returns the accepted path and the token after it.
 
         Args:
-            laws: for each node the distribution it was drawn from.
-            target: returns p after a node, -1 for the root; called only when needed, as each call costs a pass over V.
+            q: for each node the distribution it was drawn from.
+            p: returns the target's distribution after a node, -1 for the root; called only when needed, as each call
+                costs a pass over V.
         """
         ...
 
 
 def mixed(
-    rule: Rule, given: Sequence[int], q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices
+    rule: Rule, given: Sequence[int], q: Distribution, scores: npt.NDArray[np.float32], width: int, choices: Choices
 ) -> list[Proposal]:
     """Returns up to `width` children of a node, of which another drafter has proposed the first.
 
@@ -125,14 +128,14 @@ def mixed(
     return proposals + rule.propose(rest / mass, left, width - len(given), choices)
 
 
-def certain(token: int, vocabulary: int) -> Law:
+def certain(token: int, vocabulary: int) -> Distribution:
     """Returns the distribution that has one token only."""
-    law = np.zeros(vocabulary)
-    law[token] = 1.0
-    return law
+    distribution = np.zeros(vocabulary)
+    distribution[token] = 1.0
+    return distribution
 
 
-def positive_part(weights: Law) -> tuple[Law, float]:
+def positive_part(weights: Distribution) -> tuple[Distribution, float]:
     """Returns the positive part of weights and its sum."""
     part = np.maximum(weights, 0.0)
     return part, float(part.sum())
@@ -145,18 +148,18 @@ class WithoutReplacement:
     chains_only = False
     samples = True
 
-    def propose(self, q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
+    def propose(self, q: Distribution, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
         """Returns `width` draws; fewer if the support of q is exhausted."""
-        law, drawn = q, list[Proposal]()
+        distribution, drawn = q, list[Proposal]()
         while len(drawn) < width:
-            token = choices.pick(law)
-            drawn.append(Proposal(token, law))
-            rest = law.copy()
+            token = choices.pick(distribution)
+            drawn.append(Proposal(token, distribution))
+            rest = distribution.copy()
             rest[token] = 0.0
             mass = float(rest.sum())
             if mass <= 0.0:
                 break
-            law = rest / mass
+            distribution = rest / mass
         return drawn
 
 

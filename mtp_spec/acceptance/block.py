@@ -8,9 +8,7 @@ next token is drawn from `norm((P_i p_{i+1} - q_{i+1})+)`, or from p after all K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from mtp_spec.acceptance.base import Choices, Law, Verdict, WithoutReplacement, positive_part
+from mtp_spec.acceptance.base import Choices, Drafted, Target, Verdict, WithoutReplacement, positive_part
 from mtp_spec.tree import ROOT, TokenTree
 
 
@@ -19,18 +17,18 @@ class Block(WithoutReplacement):
 
     chains_only = True
 
-    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
+    def judge(self, tree: TokenTree, q: Drafted, p: Target, choices: Choices) -> Verdict:
         if not tree.is_chain():
             raise ValueError("block verification judges chains")
         count, weights = len(tree), [1.0]
-        targets = [target(node) for node in range(ROOT, count)]
+        targets = [p(node) for node in range(ROOT, count)]
         for node, token in enumerate(tree.tokens):
-            weights.append(min(1.0, weights[-1] * float(targets[node][token] / laws[node][token])))
+            weights.append(min(1.0, weights[-1] * float(targets[node][token] / q[node][token])))
         if choices.happens(weights[count]):
             return Verdict(list(range(count)), choices.pick(targets[count]))
         # from the end, so that the first success is the largest
         for length in range(count - 1, -1, -1):
-            rest, mass = positive_part(weights[length] * targets[length] - laws[length])
+            rest, mass = positive_part(weights[length] * targets[length] - q[length])
             missing = mass + 1.0 - weights[length]
             if length == 0 or choices.happens(mass / missing if missing > 0.0 else 1.0):
                 token = choices.pick(rest / mass if mass > 0.0 else targets[length])

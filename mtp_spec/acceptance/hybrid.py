@@ -8,12 +8,10 @@ accept less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 import numpy.typing as npt
 
-from mtp_spec.acceptance.base import Choices, Law, Proposal, Verdict, best, positive_part
+from mtp_spec.acceptance.base import Choices, Distribution, Drafted, Proposal, Target, Verdict, best, positive_part
 from mtp_spec.tree import ROOT, TokenTree
 
 
@@ -24,31 +22,31 @@ class Hybrid:
     chains_only = False
     samples = True
 
-    def propose(self, q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
+    def propose(self, q: Distribution, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
         certain = best(scores, width - 1)
         rest = q.copy()
         rest[[proposal.token for proposal in certain]] = 0.0
         mass = float(rest.sum())
         if mass <= 0.0:  # as at temperature 0
             return best(scores, width)
-        law = rest / mass
-        return [*certain, Proposal(choices.pick(law), law)]
+        rest /= mass
+        return [*certain, Proposal(choices.pick(rest), rest)]
 
-    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
+    def judge(self, tree: TokenTree, q: Drafted, p: Target, choices: Choices) -> Verdict:
         node, nodes = ROOT, list[int]()
         while True:
-            p, children = target(node), tree.children(node)
+            own, children = p(node), tree.children(node)
             if not children:
-                return Verdict(nodes, choices.pick(p))
+                return Verdict(nodes, choices.pick(own))
             # The last sibling is the drawn one. A certain token in its place (q had nothing left) is judged in the same
             # way: its distribution is a point mass, and `(p - q')+` then differs from p on that token alone.
             drawn = children[-1]
-            token, law = tree.tokens[drawn], laws[drawn]
+            token, drafted = tree.tokens[drawn], q[drawn]
             child = drawn
-            if not choices.happens(min(1.0, float(p[token] / law[token]))):
+            if not choices.happens(min(1.0, float(own[token] / drafted[token]))):
                 # off H the residual; on H, where q' has no mass, p itself: one formula for both
-                rest, mass = positive_part(p - law)
-                token = choices.pick(rest / mass if mass > 0.0 else p)
+                rest, mass = positive_part(own - drafted)
+                token = choices.pick(rest / mass if mass > 0.0 else own)
                 certain = tree.child(node, token)
                 if certain is None:
                     return Verdict(nodes, token)

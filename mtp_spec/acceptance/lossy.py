@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from mtp_spec.acceptance.base import Choices, Law, Proposal, Verdict, best
+from mtp_spec.acceptance.base import Choices, Distribution, Drafted, Proposal, Target, Verdict, best
 from mtp_spec.tree import ROOT, TokenTree
 
 
@@ -24,21 +23,21 @@ class _Lossy(ABC):
     chains_only = False
     samples = False
 
-    def propose(self, q: Law, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
+    def propose(self, q: Distribution, scores: npt.NDArray[np.float32], width: int, choices: Choices) -> list[Proposal]:
         return best(scores, width)
 
     @abstractmethod
-    def accepts(self, p: Law, token: int) -> bool:
+    def accepts(self, p: Distribution, token: int) -> bool:
         """Returns whether a draft is acceptable."""
 
-    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
+    def judge(self, tree: TokenTree, q: Drafted, p: Target, choices: Choices) -> Verdict:
         node, nodes = ROOT, list[int]()
         while True:
-            p = target(node)
-            fitting = [child for child in tree.children(node) if self.accepts(p, tree.tokens[child])]
+            own = p(node)
+            fitting = [child for child in tree.children(node) if self.accepts(own, tree.tokens[child])]
             if not fitting:
-                return Verdict(nodes, choices.pick(p))
-            node = max(fitting, key=lambda child: p[tree.tokens[child]])
+                return Verdict(nodes, choices.pick(own))
+            node = max(fitting, key=lambda child: own[tree.tokens[child]])
             nodes.append(node)
 
 
@@ -48,7 +47,7 @@ class Typical(_Lossy):
     def __init__(self, epsilon: float = 0.09, delta: float = 0.3) -> None:
         self.epsilon, self.delta = epsilon, delta
 
-    def accepts(self, p: Law, token: int) -> bool:
+    def accepts(self, p: Distribution, token: int) -> bool:
         held = p[p > 0.0]
         entropy = -float((held * np.log(held)).sum())
         return bool(p[token] > min(self.epsilon, self.delta * math.exp(-entropy)))
@@ -60,6 +59,6 @@ class Relaxed(_Lossy):
     def __init__(self, among: int = 10, delta: float = 0.6) -> None:
         self.among, self.delta = among, delta
 
-    def accepts(self, p: Law, token: int) -> bool:
+    def accepts(self, p: Distribution, token: int) -> bool:
         better = int((p > p[token]).sum())
         return bool(p[token] > 0.0 and better < self.among and p[token] >= p.max() - self.delta)

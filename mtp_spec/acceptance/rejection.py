@@ -8,24 +8,22 @@ and the next sibling is tried. If none is left the token is drawn from r. A sing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from mtp_spec.acceptance.base import Choices, Law, Verdict, WithoutReplacement, positive_part
+from mtp_spec.acceptance.base import Choices, Drafted, Target, Verdict, WithoutReplacement, positive_part
 from mtp_spec.tree import ROOT, TokenTree
 
 
 class Rejection(WithoutReplacement):
     """See the module."""
 
-    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
+    def judge(self, tree: TokenTree, q: Drafted, p: Target, choices: Choices) -> Verdict:
         node, nodes = ROOT, list[int]()
         while True:
-            left = target(node)
+            left = p(node)
             for child in tree.children(node):
                 token = tree.tokens[child]
-                if choices.happens(min(1.0, float(left[token] / laws[child][token]))):
+                if choices.happens(min(1.0, float(left[token] / q[child][token]))):
                     break
-                rest, mass = positive_part(left - laws[child])
+                rest, mass = positive_part(left - q[child])
                 # without mass the two distributions were equal, and only rounding can have rejected
                 left = rest / mass if mass > 0.0 else left
             else:

@@ -9,18 +9,16 @@ accepted and the next token drawn from its r. Else it is removed and its parent 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from mtp_spec.acceptance.base import Choices, Law, Verdict, WithoutReplacement, positive_part
+from mtp_spec.acceptance.base import Choices, Drafted, Target, Verdict, WithoutReplacement, positive_part
 from mtp_spec.tree import ROOT, TokenTree
 
 
 class Traversal(WithoutReplacement):
     """See the module."""
 
-    def judge(self, tree: TokenTree, laws: Sequence[Law], target: Callable[[int], Law], choices: Choices) -> Verdict:
+    def judge(self, tree: TokenTree, q: Drafted, p: Target, choices: Choices) -> Verdict:
         # a node's weight is fixed when the walk first reaches it: its parent's changes only when the node is removed
-        weight, left = {ROOT: 1.0}, {ROOT: target(ROOT)}
+        weight, left = {ROOT: 1.0}, {ROOT: p(ROOT)}
         children = {node: tree.children(node) for node in range(ROOT, len(tree))}
         while True:
             node, path = ROOT, list[int]()
@@ -28,15 +26,15 @@ class Traversal(WithoutReplacement):
                 child = children[node][0]
                 if child not in weight:
                     token = tree.tokens[child]
-                    weight[child] = min(1.0, weight[node] * float(left[node][token] / laws[child][token]))
-                    left[child] = target(child)
+                    weight[child] = min(1.0, weight[node] * float(left[node][token] / q[child][token]))
+                    left[child] = p(child)
                 node = child
                 path.append(node)
             if node == ROOT or choices.happens(weight[node]):
                 return Verdict(path, choices.pick(left[node]))
             parent = tree.parents[node]
             children[parent].pop(0)
-            rest, mass = positive_part(weight[parent] * left[parent] - laws[node])
+            rest, mass = positive_part(weight[parent] * left[parent] - q[node])
             missing = mass + 1.0 - weight[parent]
             # no mass: nothing is left for the parent, unless only rounding has rejected
             left[parent] = rest / mass if mass > 0.0 else left[parent]

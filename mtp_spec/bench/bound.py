@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from mtp_spec.acceptance.accept import Accepted
-from mtp_spec.acceptance.base import Law
+from mtp_spec.acceptance.base import Distribution
 from mtp_spec.sampling.sampler import History, Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -28,12 +28,12 @@ from mtp_spec.tree import ROOT, TokenTree
 REDRAWS = 32
 
 
-def best_single(p: Law, q: Law) -> float:
+def best_single(p: Distribution, q: Distribution) -> float:
     """Returns 1 - TV(p, q)."""
     return float(np.minimum(p, q).sum())
 
 
-def best_pair(p: Law, q: Law) -> float:
+def best_pair(p: Distribution, q: Distribution) -> float:
     """Returns the bound for two drafts drawn from q without replacement."""
     first = int(q.argmax())
     others = q.copy()
@@ -51,7 +51,7 @@ def best_pair(p: Law, q: Law) -> float:
     return 1.0 + min(0.0, float((p[order].cumsum() - both).min()))
 
 
-def best_hybrid(p: Law, q: Law) -> float:
+def best_hybrid(p: Distribution, q: Distribution) -> float:
     """Returns the bound for the best token of q and one drawn from the others."""
     first = int(q.argmax())
     others = q.copy()
@@ -94,7 +94,7 @@ class FirstDepth:
             return
         assert self._root is not None
         target, draft = sampler.process(logits[0], history), self._root
-        p, q = sampler.law(target, 0), sampler.law(draft, 0)
+        p, q = sampler.distribution(target, 0), sampler.distribution(draft, 0)
         self.nodes += 1
         self.accepted += len(accepted.nodes) > 0
         if sampler.params.greedy:

@@ -61,7 +61,7 @@ class Nothing(Graphs):
         if not isinstance(step, Step):
             return _nothing  # a transition between shapes
         step._outputs = step.ids = step.logits = torch.empty(0)
-        records, target = cycle(self._records(step.state.texts, step.shape.depth)), step.state.record
+        records, target = cycle(self._records(step.state.sequences, step.shape.depth)), step.state.record
 
         def leave() -> None:
             target.copy_(next(records))
@@ -72,7 +72,7 @@ class Nothing(Graphs):
         read = getattr(work, "__self__", None)
         if not isinstance(read, Whole):
             return _nothing
-        texts = read.state.texts
+        texts = read.state.sequences
         read.logits = torch.zeros(texts, read.model.config.vocab_size)
         read.record = torch.stack((torch.full((texts,), int(self._ordinary[0])), torch.zeros(texts))).int()
         return _nothing

@@ -9,10 +9,10 @@ import torch
 
 from mtp_spec.cache.pages import HostLease, HostPages, Lease, check_pages
 from mtp_spec.cpu.passes import MOST_ROWS, Passes
+from mtp_spec.cpu.pending_times import PendingTimes
 from mtp_spec.cpu.planners import Planners
 from mtp_spec.cpu.state import HostState
 from mtp_spec.cpu.step import HostStep, TreePlanner
-from mtp_spec.cpu.untold import Untold
 from mtp_spec.drafting import Text
 from mtp_spec.memory import PagePlan
 from mtp_spec.model.cache import PAGE, pages_for
@@ -126,7 +126,7 @@ class HostRunner:
         self._passes = Passes(backend.model, backend.technique)
         self._fixed: TreePlanner = FixedPlanner()
         self._adaptive: TreePlanner = self._fixed  # for rounds with adaptive speculation, once there is one
-        self._untold = Untold(backend.model.ranks.size == 1)
+        self._pending = PendingTimes(backend.model.ranks.size == 1)
         self._rounds = 0
 
     def check(self, request: Request) -> None:
@@ -147,11 +147,11 @@ class HostRunner:
 
     def measured(self) -> list[float]:
         """Returns the measured seconds of steps; see `mtp_spec.step.Runner`."""
-        return self._untold.measured()
+        return self._pending.measured()
 
     def learn(self, times: Seq[float]) -> None:
         """Learns the first rank's times in place of its own."""
-        self._untold.learn(times)
+        self._pending.learn(times)
 
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
         """Leases pages for a sequence; see `mtp_spec.step.Runner`."""
@@ -182,7 +182,7 @@ class HostRunner:
         batch = [state for state, plan in zip(stepping, plans, strict=True) if state.begins_step(plan)]
         reading = self._next([state for state in states if state.reading is not None])
         try:
-            return failed + step(HostStep(self._passes, batch, reading, planner, self._untold))
+            return failed + step(HostStep(self._passes, batch, reading, planner, self._pending))
         except RankError:  # ends all sequences of all rounds
             raise
         except Exception as error:  # of a shared pass: every sequence in it fails

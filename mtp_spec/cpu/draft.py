@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.acceptance import Choices, Rule
-from mtp_spec.acceptance.base import Law, certain, mixed
+from mtp_spec.acceptance.base import Distribution, certain, mixed
 from mtp_spec.cpu.passes import MOST_ROWS, HeadRows, ModuleRows, Work
 from mtp_spec.drafting import Continuation
 from mtp_spec.model.attention import plan_drafts, plan_rows
@@ -64,7 +64,7 @@ class Child:
     rank: int
     token: int
     parent: Leaf
-    law: Law | None
+    distribution: Distribution | None
     source: str = MODULES
     rest: Continuation | None = None
 
@@ -98,7 +98,7 @@ class Drafter:
         replay: `[T + 1, D]` of `drafting.Replay`, which replaces the drafts of a chain.
         prompt: number of tokens before T.
     Attributes:
-        laws: for each node of the last tree the distribution it was drawn from; empty without a rule.
+        distributions: for each node of the last tree the distribution it was drawn from; empty without a rule.
         dropped: number of rows so far that gave no draft because they held NaN or infinity.
     """
 
@@ -114,7 +114,7 @@ class Drafter:
     ) -> None:
         self._replay, self._prompt = replay, prompt
         self.model, self.rule, self.choices, self.observer = model, rule, choices, observer
-        self.laws: list[Law] = []
+        self.distributions: list[Distribution] = []
         self.dropped = 0
         self.caches = list(caches)
         # per module: inputs not yet in its cache, hidden states of consecutive positions
@@ -184,7 +184,7 @@ class Drafter:
         hidden = yield from self._extend(tokens)
         tree, scores, dropped = TokenTree(), list[float](), self.dropped
         leaves = [Leaf(ROOT, hidden, history, (), plan.root)]
-        self.laws.clear()
+        self.distributions.clear()
         for level in range(1, min(depth, limits.depth) + 1):
             if leaves:
                 leaves = [leaves[i] for i in plan.expand([leaf.score for leaf in leaves], len(tree))]
@@ -304,10 +304,10 @@ class Drafter:
                     parent.given = [one for one in parent.given if float(processed[one.tokens[0]]) != -math.inf]
             first = [one.tokens[0] for one in parent.given]
             for rank, one in enumerate(parent.given):
-                law = None if self.rule is None else certain(first[rank], self.model.config.vocab_size)
+                distribution = None if self.rule is None else certain(first[rank], self.model.config.vocab_size)
                 rest = one.rest() if len(one.tokens) > 1 else None
                 score = plan.proposed(parent.score, one)
-                children.append(Child(score, rank, first[rank], parent, law, one.source, rest))
+                children.append(Child(score, rank, first[rank], parent, distribution, one.source, rest))
             if processed is None or row is None:
                 continue
             if self.observer is not None:
@@ -316,12 +316,12 @@ class Drafter:
                 if float(processed.max()) != -math.inf:
                     self._drop(level, row)
                 continue
-            top, laws = self._propose(processed, position, width, sampler, first)
+            top, distributions = self._propose(processed, position, width, sampler, first)
             if not top:
                 continue
             scores = plan.score(parent.node, parent.score, Best(top, processed, position, sampler), level)
             top = self._replayed(top, position, level)
-            children += [Child(score, len(first) + number, top[number], parent, laws[number])
+            children += [Child(score, len(first) + number, top[number], parent, distributions[number])
                          for number, score in enumerate(scores)]  # fmt: skip
         if limits.budget is not None:
             children = sorted(children, key=lambda child: -child.score)[: limits.room(level, len(tree))]
@@ -329,8 +329,8 @@ class Drafter:
         for child in children:
             parent = child.parent
             node = tree.add(parent.node, child.token, child.rank, child.source)
-            if child.law is not None:
-                self.laws.append(child.law)
+            if child.distribution is not None:
+                self.distributions.append(child.distribution)
             hidden = parent.hidden if parent.node in rows else None
             given = [] if child.rest is None else [child.rest]
             grown.append(Leaf(node, hidden, parent.history.child(child.token), parent.slots, child.score, given))
@@ -359,12 +359,12 @@ class Drafter:
 
     def _propose(
         self, processed: Tensor, position: int, width: int, sampler: Sampler, given: Sequence[int]
-    ) -> tuple[list[int], list[Law | None]]:
+    ) -> tuple[list[int], list[Distribution | None]]:
         """Returns the modules' children beside those given, best first, and the distributions they were drawn from."""
         if self.rule is None or self.choices is None:
             top = [token for token in sampler.top(processed, position, width) if token not in given]
             top = top[: width - len(given)]
             return top, [None] * len(top)
-        law = sampler.law(processed, position)
-        proposals = mixed(self.rule, given, law, processed.numpy(), width, self.choices)[len(given) :]
-        return [proposal.token for proposal in proposals], [proposal.law for proposal in proposals]
+        distribution = sampler.distribution(processed, position)
+        proposals = mixed(self.rule, given, distribution, processed.numpy(), width, self.choices)[len(given) :]
+        return [proposal.token for proposal in proposals], [proposal.distribution for proposal in proposals]

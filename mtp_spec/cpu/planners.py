@@ -9,9 +9,9 @@ import torch
 
 from mtp_spec.cache.pages import HostPages
 from mtp_spec.cpu.passes import Passes
+from mtp_spec.cpu.pending_times import PendingTimes
 from mtp_spec.cpu.state import HostState
 from mtp_spec.cpu.step import HostStep
-from mtp_spec.cpu.untold import Untold
 from mtp_spec.model.cache import pages_for
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.model.undisturbed import undisturbed
@@ -92,12 +92,17 @@ def calibrated(times: StepTimes, model: HostModel, technique: Technique, tokeniz
         lease = HostPages(model.new_layers(pages_for(request.room)), len(model.mtp)).lease([], request.room, True)
         assert lease is not None
         state = HostState(model, technique, Sequence(request), lease, None)
-        passes, seconds, planner, untold = Passes(model, technique), list[float](), FixedPlanner(), Untold(alone=True)
-        step(HostStep(passes, [], [state], planner, untold))
+        passes, seconds, planner, pending = (
+            Passes(model, technique),
+            list[float](),
+            FixedPlanner(),
+            PendingTimes(alone=True),
+        )
+        step(HostStep(passes, [], [state], planner, pending))
         for _ in range(STEPS):
             start = perf_counter()
             state.begins_step(*planner.plan(TreeBatch([state.standing()], alone=True)))
-            step(HostStep(passes, [state], [], planner, untold))
+            step(HostStep(passes, [state], [], planner, pending))
             seconds.append(perf_counter() - start)
         return median(seconds[WARM:])
 

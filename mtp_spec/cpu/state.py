@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtp_spec.acceptance import RULES
 from mtp_spec.acceptance.accept import Accepted, accept_by_rule, accept_coupled
-from mtp_spec.acceptance.base import Law, SeededChoices, certain
+from mtp_spec.acceptance.base import Distribution, SeededChoices, certain
 from mtp_spec.cache.pages import HostLease
 from mtp_spec.cpu.draft import MOST_BEHIND, Drafter
 from mtp_spec.cpu.passes import MOST_ROWS, MainRows, Pass, Work
@@ -19,7 +19,7 @@ from mtp_spec.drafting.together import Proposals
 from mtp_spec.errors import MTPSpecError, NotFiniteError
 from mtp_spec.model.host import HostModel, Technique
 from mtp_spec.planning.fixed_plan import Standing, TreePlan
-from mtp_spec.planning.text_memory import TextMemory
+from mtp_spec.planning.sequence_memory import SequenceMemory
 from mtp_spec.sequence import Sequence
 from mtp_spec.speculation import MAX_DEPTH
 from mtp_spec.tree import MODULES, ROOT, TokenTree
@@ -42,7 +42,8 @@ class HostState:
     """
 
     def __init__(
-        self, model: HostModel, technique: Technique, sequence: Sequence, lease: HostLease, memory: TextMemory | None
+        self, model: HostModel, technique: Technique, sequence: Sequence, lease: HostLease,
+        memory: SequenceMemory | None,
     ) -> None:  # fmt: skip
         self.model, self.technique, self.sequence, self.memory = model, technique, sequence, memory
         self.lease, self.cache, speculation = lease, lease.cache, sequence.speculation
@@ -56,13 +57,13 @@ class HostState:
         self._told, self._nodes = len(sequence.tokens), 0 if speculation is None else speculation.nodes
         if sequence.request.drafters:
             self.proposals = Proposals(sequence.request.drafters, sequence.tokens, model.config.vocab_size)
-        self.laws = list[Law]()
+        self.distributions = list[Distribution]()
         self.replay = None if speculation is None else speculation.replay
         if sequence.request.modules:
             table = None if self.replay is None else self.replay.table(MAX_DEPTH, model.config.vocab_size)
             self.drafter = Drafter(model, lease.mtp_caches, self.rule, self.choices, sequence.observer, table,
                                    sequence.prompt_tokens)  # fmt: skip
-            self.laws = self.drafter.laws
+            self.distributions = self.drafter.distributions
             if not lease.drafted:
                 self.drafter.leave_out(lease.reused)
         self.stats.reused_tokens = lease.reused
@@ -159,7 +160,7 @@ class HostState:
             if drafter is not None:
                 drafter.skip()
             if self.rule is not None:
-                self.laws[:] = [certain(token, self.model.config.vocab_size) for token in plan.given.tokens]
+                self.distributions[:] = [certain(token, self.model.config.vocab_size) for token in plan.given.tokens]
             return plan.given
         propose = None if proposals is None else proposals.propose
         with self.stats.phase("draft"):
@@ -183,7 +184,7 @@ class HostState:
                 if self.rule is None or not len(tree):
                     accepted = accept_coupled(tree, *common)
                 else:
-                    accepted = accept_by_rule(self.rule, self.choices, tree, self.laws, *common)
+                    accepted = accept_by_rule(self.rule, self.choices, tree, self.distributions, *common)
                 for node in (ROOT, *accepted.nodes):
                     self.sampler.check(logits[node + 1], position)
             except NotFiniteError as error:

@@ -14,8 +14,8 @@ from time import perf_counter
 
 from mtp_spec.acceptance.accept import Accepted
 from mtp_spec.cpu.passes import Failed, MainRows, Passes
+from mtp_spec.cpu.pending_times import PendingTimes
 from mtp_spec.cpu.state import HostState
-from mtp_spec.cpu.untold import Untold
 from mtp_spec.planning.base import Outcome, Planner, Seconds
 from mtp_spec.planning.fixed_plan import TreeBatch, TreePlan
 from mtp_spec.sequence import Sequence
@@ -31,13 +31,18 @@ class HostStep:
         batch: the sequences that take the step, each with its plan.
         reading: the sequences in prefill that join its pass.
         planner: the one that made the plans.
-        untold: takes the times that the planner learns.
+        pending: takes the times that the planner learns.
     """
 
     def __init__(
-        self, passes: Passes, batch: list[HostState], reading: list[HostState], planner: TreePlanner, untold: Untold
+        self,
+        passes: Passes,
+        batch: list[HostState],
+        reading: list[HostState],
+        planner: TreePlanner,
+        pending: PendingTimes,
     ) -> None:
-        self._passes, self._batch, self._reading, self._untold = passes, batch, reading, untold
+        self._passes, self._batch, self._reading, self._pending = passes, batch, reading, pending
         self._planner, self._alone = planner, len(batch) == 1 and not reading
         self._timed = not reading and any(state.memory is not None for state in batch)
         self._start = self._drafted = perf_counter()
@@ -93,7 +98,7 @@ class HostStep:
         self._read_on()
         if self._timed:
             taken = (perf_counter() - self._start, self._drafted - self._start, self._verifying)
-            self._untold.add(taken, partial(_learn, self._planner, plans, paths))
+            self._pending.add(taken, partial(_learn, self._planner, plans, paths))
         else:
             self._planner.learn(plans, Outcome(paths))
         return self._changed

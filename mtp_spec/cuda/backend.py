@@ -20,8 +20,8 @@ from mtp_spec.cuda.memory import check_room, pages_bytes
 from mtp_spec.cuda.pages import DeviceLease, DevicePages, planned_pages, room_of
 from mtp_spec.cuda.prefill import First, Reader
 from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.sequence import DeviceSequence, Results
 from mtp_spec.cuda.step import Step
-from mtp_spec.cuda.text import DeviceText, Results
 from mtp_spec.model.cache import pages_for
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.errors import RankError
@@ -49,7 +49,7 @@ class Pool:
     def __init__(self, runtime: DeviceRuntime, total: int, most: int) -> None:
         model, tokens = runtime.model, runtime.max_context
         if model.device.type == "cuda":
-            what = f"A batch of {most} texts" if most > 1 else "A text beside others"
+            what = f"A batch of {most} sequences" if most > 1 else "A sequence beside others"
             check_room(pages_bytes(model, tokens, most, total), model.device, what)
         self.runtime, self.most, self.pages = runtime, most, DevicePages(model, tokens, total, most)
         self._readers, self._groups = deque[Reader](), deque[Group]()
@@ -126,7 +126,7 @@ class DeviceBackend:
 
     def steps_of(self, sequence: Sequence) -> list[Step]:
         """Returns the captured steps of a sequence that runs alone: one for each shape."""
-        return next(group for group in self.pool.known if sequence.state in group.texts).steps()
+        return next(group for group in self.pool.known if sequence.state in group.sequences).steps()
 
     def trim(self) -> None:
         """Does nothing: captured work, and the caches that it reads, are kept."""
@@ -167,7 +167,7 @@ class DeviceRunner:
         self._pool: Pool | None = None
         self._reader: Reader | None = None
         self._groups = list[Group]()
-        self._unread, self._first = deque[DeviceText](), deque[First]()
+        self._unread, self._first = deque[DeviceSequence](), deque[First]()
         self._changed = list[Sequence]()
 
     def check(self, request: Request) -> None:
@@ -185,13 +185,13 @@ class DeviceRunner:
 
     def measured(self) -> list[float]:
         """Returns the measured seconds of steps; see `mtp_spec.step.Runner`."""
-        return [seconds for group in self._groups for *_, seconds in group.untold]
+        return [seconds for group in self._groups for *_, seconds in group.pending]
 
     def learn(self, times: Seq[float]) -> None:
         """Learns the first rank's times in place of its own."""
         told = iter(times)
         for group in self._groups:
-            group.learn([next(told) for _ in group.untold])
+            group.learn([next(told) for _ in group.pending])
 
     @undisturbed()
     def admit(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
@@ -200,7 +200,7 @@ class DeviceRunner:
         kind = kind_of(request, sequence.observer is not None)
         with self._runtime.lock, nullcontext() if self._shared else ranks.together():
             # those that have been read have no pages left to fill
-            others = ((text.lease, text.sequence.request.ids, text.drafts) for text in self._unread)
+            others = ((sequence.lease, sequence.core.request.ids, sequence.drafts) for sequence in self._unread)
             drafts = kind.modules
             if self._backend.pool.pages.is_being_read(request.ids, drafts, others):
                 return False
@@ -209,10 +209,10 @@ class DeviceRunner:
                 return False
             self._pool, lease = found
             sequence.lease = lease
-            sequence.state = text = DeviceText(self._backend.model, sequence, kind, lease)
+            sequence.state = state = DeviceSequence(self._backend.model, sequence, kind, lease)
             if self._reader is None:
                 self._reader = self._pool.reader()
-            self._unread.append(text)
+            self._unread.append(state)
             return True
 
     @undisturbed()
@@ -224,11 +224,11 @@ class DeviceRunner:
             sampled = [_sampled(one) for one in running] if self._guides() else None
             self._draw_first()
             read = self._read(len(running))
-            groups = [group for group in self._groups if group.texts]
+            groups = [group for group in self._groups if group.sequences]
             for group in self._groups:
-                if not group.texts:
+                if not group.sequences:
                     group.clear()
-            alone = not read and sum(len(group.texts) for group in groups) == len(running)
+            alone = not read and sum(len(group.sequences) for group in groups) == len(running)
             for group in groups:
                 self._step(group, alone and len(groups) == 1)
             seconds = perf_counter() - start
@@ -239,13 +239,13 @@ class DeviceRunner:
 
     def release(self, sequence: Sequence) -> None:
         """Gives the sequence's pages back; see `mtp_spec.step.Runner`."""
-        text, sequence.state = sequence.state, None
-        if isinstance(text, DeviceText):
-            if text in self._unread:
-                self._unread.remove(text)
+        state, sequence.state = sequence.state, None
+        if isinstance(state, DeviceSequence):
+            if state in self._unread:
+                self._unread.remove(state)
             if self._reader is not None:
-                self._reader.drop(text)
-            self._leave(text)
+                self._reader.drop(state)
+            self._leave(state)
         if sequence.lease is not None:
             sequence.lease.end()
 
@@ -258,9 +258,9 @@ class DeviceRunner:
             reader, self._reader = self._reader, None
             self._pool.give_back(reader, ())
 
-    def _leave(self, text: DeviceText) -> None:
-        for group in [one for one in self._groups if text in one.texts]:
-            group.leave(text)
+    def _leave(self, sequence: DeviceSequence) -> None:
+        for group in [one for one in self._groups if sequence in one.sequences]:
+            group.leave(sequence)
             if not group.kind.shared:
                 self._groups.remove(group)
                 self._give_back([group])
@@ -271,49 +271,49 @@ class DeviceRunner:
 
     def _guides(self) -> bool:
         """Whether the host guides any of the sequences."""
-        kinds = (*(group.kind for group in self._groups), *(text.kind for text in self._unread))
+        kinds = (*(group.kind for group in self._groups), *(sequence.kind for sequence in self._unread))
         return any(kind.guided for kind in kinds)
 
     # steps
 
     def _step(self, group: Group, alone: bool) -> None:
-        texts = group.texts
+        sequences = group.sequences
         try:
             group.launch(alone)
             if (results := group.finish()) is not None:
                 self._take(results)
             if group.kind.guided:
                 self._draw_first()  # the guidance of this step needs the first tokens
-                for text, error in group.guide():
-                    self._fail([text], error)
+                for sequence, error in group.guide():
+                    self._fail([sequence], error)
         except RankError:  # ends all sequences of all rounds
             raise
         except Exception as error:
-            self._fail([text for text in texts if text.sequence.alive], error)
+            self._fail([sequence for sequence in sequences if sequence.core.alive], error)
 
     def _take(self, results: Results) -> None:
-        for slot, text in enumerate(results.texts):
-            sequence = text.sequence
-            if sequence.state is not text or not sequence.alive:  # it ended while the step was in flight
+        for slot, state in enumerate(results.sequences):
+            sequence = state.core
+            if sequence.state is not state or not sequence.alive:  # it ended while the step was in flight
                 continue
             try:
-                text.take(results, slot)
+                state.take(results, slot)
                 self._changed.append(sequence)
                 if sequence.finished:
-                    self._leave(text)
+                    self._leave(state)
             except Exception as error:
-                self._fail([text], error)
+                self._fail([state], error)
 
-    def _fail(self, texts: Seq[DeviceText], error: Exception) -> None:
-        for text in texts:
-            text.sequence.fail(error)
-            self._changed.append(text.sequence)
+    def _fail(self, sequences: Seq[DeviceSequence], error: Exception) -> None:
+        for sequence in sequences:
+            sequence.core.fail(error)
+            self._changed.append(sequence.core)
 
     def _group_of(self, kind: Kind) -> Group:
         found = next((one for one in self._groups if one.kind == kind and not one.full), None)
         if found is None:
             assert self._pool is not None
-            empty = [one for one in self._groups if not one.texts]
+            empty = [one for one in self._groups if not one.sequences]
             for idle in empty[: 1 - GROUPS or None]:
                 self._groups.remove(idle)
                 self._give_back([idle])
@@ -331,7 +331,7 @@ class DeviceRunner:
             self._runtime.model.ranks.wait(first.ended)
             lines = [[1, failed, token] for token, failed in zip(*self._reader.done(first), strict=True)]
             logits = {} if first.logits is None else dict(enumerate(first.logits[: len(lines), None]))
-            self._take(Results(first.texts, lines, FIRST, logits, prompt=True))
+            self._take(Results(first.sequences, lines, FIRST, logits, prompt=True))
 
     def _read(self, running: int) -> int:
         """Runs some prefill passes; returns their number of rows."""
@@ -348,9 +348,9 @@ class DeviceRunner:
             except RankError:
                 raise
             except Exception as error:  # of these sequences only: the others continue
-                for text in some:
-                    if text in unread:
-                        unread.remove(text)
+                for sequence in some:
+                    if sequence in unread:
+                        unread.remove(sequence)
                 self._fail(some, error)
                 continue
             rows += more
@@ -360,17 +360,17 @@ class DeviceRunner:
         """Moves prefilled sequences into groups."""
         assert self._reader is not None
         state, slot = self._reader.state, 0
-        for text in first.texts:
-            self._unread.remove(text)
-        for kind, own in groupby(first.texts, lambda text: text.kind):
+        for sequence in first.sequences:
+            self._unread.remove(sequence)
+        for kind, own in groupby(first.sequences, lambda sequence: sequence.kind):
             end = slot + len(list(own))
             while slot < end:
                 group = self._group_of(kind)
-                count = min(end - slot, group.most - len(group.texts))
-                group.join(first.texts[slot : slot + count], state.part(slot, count))
+                count = min(end - slot, group.most - len(group.sequences))
+                group.join(first.sequences[slot : slot + count], state.part(slot, count))
                 slot += count
 
-    def _read_some(self, most: int) -> tuple[list[DeviceText], int, First | None]:
+    def _read_some(self, most: int) -> tuple[list[DeviceSequence], int, First | None]:
         """Prefills the sequence that has waited longest, with others that fit into the same pass, or a chunk of it.
 
         Args:
@@ -383,7 +383,7 @@ class DeviceRunner:
         reader.pages.prepare()
         rows, drafts = reader.rows(oldest), oldest.drafts
         if rows is None:
-            others = [text for text in self._unread if text.drafts == drafts]
+            others = [sequence for sequence in self._unread if sequence.drafts == drafts]
             more, read, first = reader.chunk(others, most, drafts)
             return read or [oldest], more, first
         some = reader.alike(self._unread, rows, drafts)

@@ -34,25 +34,25 @@ def feed_modules(
         first: `[B]` int32.
         count: `[B]` int64, number of valid rows; the others are padding, whose slots are overwritten later.
     """
-    (texts, rows), outputs = ids.shape, None
-    order, text = constants.integers(range(rows)), constants.places(range(texts))
+    (sequences, rows), outputs = ids.shape, None
+    order, sequence = constants.integers(range(rows)), constants.places(range(sequences))
     for module, cache in enumerate(state.mtp_caches):
         begin = torch.maximum(first - module, state.begun)
         plan = mla.Plan(begin, order, order, None, rows - 1, module + 1, state.pages)
         if module == 0:
             own = model.mtp_rows(0, ids.flatten(), hidden.flatten(0, 1), cache, plan)
-            outputs = own = own.unflatten(0, (texts, rows))
+            outputs = own = own.unflatten(0, (sequences, rows))
         else:
             # rows without a slot are moved to the end, as padding
             lacking = (begin - first + module)[:, None]
-            there = text[:, None], (order + lacking).clamp_max(rows - 1)
-            back = text[:, None], (order - lacking).clamp_min(0)
+            there = sequence[:, None], (order + lacking).clamp_max(rows - 1)
+            back = sequence[:, None], (order - lacking).clamp_min(0)
             own = model.mtp_rows(module, ids[there].flatten(), hidden[there].flatten(0, 1), cache, plan)
-            own = own.unflatten(0, (texts, rows))[back]
+            own = own.unflatten(0, (sequences, rows))[back]
         if module + 1 < len(state.mtp_caches):
             shifted = torch.cat((state.carried[:, module : module + 1], own), 1)
             hidden = shifted[:, :-1]
-            state.carried[:, module] = shifted[text, count]
+            state.carried[:, module] = shifted[sequence, count]
     assert outputs is not None
     return outputs
 

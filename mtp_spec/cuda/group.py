@@ -21,13 +21,13 @@ from torch import Tensor
 from mtp_spec.cuda.guided import Guide
 from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_bytes
-from mtp_spec.cuda.pages import STEP_ROWS, STEP_TEXTS, DevicePages, step_rows
+from mtp_spec.cuda.pages import STEP_ROWS, STEP_SEQUENCES, DevicePages, step_rows
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.script import NOTHING, RING, Script, promised
+from mtp_spec.cuda.sequence import DeviceSequence, Drafts, Results
 from mtp_spec.cuda.shapes import CATCH_UP_ROWS, Switching, table_of
 from mtp_spec.cuda.state import MOST, WAITING, Mail, State, copy_states, union
 from mtp_spec.cuda.step import Step
-from mtp_spec.cuda.text import DeviceText, Drafts, Results
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels.sampler import Stages
 from mtp_spec.planning.base import Outcome, Seconds
@@ -59,7 +59,7 @@ class Flight:
     """A launched step.
 
     Attributes:
-        texts: its sequences, by slot.
+        sequences: by slot.
         parts: the captured work of their slots.
         shape: index of its shape.
         plan: the plan that chose it, if there are several shapes.
@@ -69,7 +69,7 @@ class Flight:
         sources: by slot the drafter whose proposals the step verifies, if it is not the MTP modules.
     """
 
-    texts: list[DeviceText]
+    sequences: list[DeviceSequence]
     parts: list[Part]
     shape: int
     plan: ShapePlan | None
@@ -94,22 +94,22 @@ class Group:
         self.shapes, self.extend = kind.shapes, kind.extend
         model, device = runtime.model, runtime.model.device
         if device.type == "cuda":
-            check_room(group_bytes(model, most), device, f"A step of {most} texts")
+            check_room(group_bytes(model, most), device, f"A step of {most} sequences")
         self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
         self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
-        if kind.replay or kind.text:
+        if kind.replay or kind.scripted:
             room = (most, runtime.max_context if kind.replay else RING, MAX_DEPTH)
             self.state.script = torch.full(room, NOTHING, dtype=torch.int64, device=device)
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
-        self._script = Script(most, device) if kind.text else None
+        self._script = Script(most, device) if kind.scripted else None
         # without a reference to this group: in a cycle, the memory of a dropped one would wait for a collection
         work = partial(_arrange, self.state, pages.tables, self._inbox)
         self._arrange = work if runtime.graphs is None else runtime.graphs.later(work)
-        self._slots: list[DeviceText | None] = []
-        self._present: list[DeviceText] | None = []  # the sequences in them; None until it is asked for
+        self._slots: list[DeviceSequence | None] = []
+        self._present: list[DeviceSequence] | None = []  # the sequences in them; None until it is asked for
         self._launched: deque[Flight] = deque()
         self._hosts = [torch.empty(most, commits.record_size(MOST), dtype=torch.int32,
                                    pin_memory=device.type == "cuda") for _ in range(2)]  # fmt: skip
@@ -117,26 +117,26 @@ class Group:
         self._planner: ShapePlanner | None = None
         self.table: ShapeTable | None = None  # of the last step
         self._stages, self._tells = Stages(noise=False), False  # whether any sequence asked for logits
-        self.untold = list[tuple[ShapePlan, float]]()  # seconds of steps, until the first rank's replace them
+        self.pending = list[tuple[ShapePlan, float]]()  # seconds of steps, until the first rank's replace them
         self._changed = self._disturbed = self._unseen = False
         self._waiting = 0  # most rows of plain steps that are stored for the MTP modules, of any sequence (`shapes`)
         self._ended: torch.cuda.Event | None = None
 
     @property
-    def texts(self) -> list[DeviceText]:
+    def sequences(self) -> list[DeviceSequence]:
         """The sequences that take its steps."""
         if self._present is None:
-            self._present = [text for text in self._slots if text is not None]
+            self._present = [sequence for sequence in self._slots if sequence is not None]
         return self._present
 
-    def join(self, texts: Seq[DeviceText], state: State) -> None:
+    def join(self, sequences: Seq[DeviceSequence], state: State) -> None:
         """Assigns slots to prefilled sequences; their state is copied from `state`."""
-        count, end = len(texts), len(self._slots)
-        free = [place for place, text in enumerate(self._slots) if text is None]
+        count, end = len(sequences), len(self._slots)
+        free = [place for place, sequence in enumerate(self._slots) if sequence is None]
         places = [*free, *range(end, end + count)][:count]
         self._slots += [None] * (max(places) + 1 - end)
-        for place, text in zip(places, texts, strict=True):
-            self._slots[place] = text
+        for place, sequence in zip(places, sequences, strict=True):
+            self._slots[place] = sequence
         if free:
             copy_states([self.state.part(place, 1) for place in places], [state.part(i, 1) for i in range(count)])
         else:
@@ -144,16 +144,16 @@ class Group:
         self._changed, self._present = True, None
         self._waiting = max(self._waiting, 1)
 
-    def leave(self, text: DeviceText) -> None:
+    def leave(self, sequence: DeviceSequence) -> None:
         """Removes a sequence, if it is there."""
-        if text in self._slots:
-            self._slots[self._slots.index(text)] = None
+        if sequence in self._slots:
+            self._slots[self._slots.index(sequence)] = None
             self._changed, self._present = True, None
 
     @property
     def full(self) -> bool:
         """Whether all slots are taken."""
-        return len(self.texts) == self.most
+        return len(self.sequences) == self.most
 
     def clear(self) -> None:
         """Removes all sequences, and waits for launched steps."""
@@ -169,18 +169,18 @@ class Group:
         """
         if self._changed:
             self._settle_down()
-        texts = self.texts
-        parts = self._parts(len(texts))
+        sequences = self.sequences
+        parts = self._parts(len(sequences))
         plan = self._plan(parts) if self.kind.takes_turns else None
         shape = PLAIN if plan is None else plan.shape
         if plan is not None:
             self._turn([part.switching for part in parts if part.switching is not None], shape)
         begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
         self._disturbed = False
-        flight = Flight(texts, parts, shape, plan, len(texts) == 1, begun)
+        flight = Flight(sequences, parts, shape, plan, len(sequences) == 1, begun)
         if self._script is not None and shape == len(self.shapes) - 1:
             assert self.state.script is not None
-            flight.sources = self._script.send(self.state.script, [(len(one.tokens), one.given) for one in texts])
+            flight.sources = self._script.send(self.state.script, [(len(one.tokens), one.given) for one in sequences])
         if self.kind.guided:
             self._begin(flight, parts[0])
         else:
@@ -190,15 +190,15 @@ class Group:
             self._end(flight)
         self._launched.append(flight)
 
-    def guide(self) -> list[tuple[DeviceText, Exception]]:
+    def guide(self) -> list[tuple[DeviceSequence, Exception]]:
         """Completes the guided step launched last, after all earlier tokens have been committed; returns the sequences
         that failed."""
-        flight, failed = self._launched[-1], list[tuple[DeviceText, Exception]]()
+        flight, failed = self._launched[-1], list[tuple[DeviceSequence, Exception]]()
         for part in flight.parts:
             if part is not flight.parts[0]:
                 self._begin(flight, part)
             assert part.guide is not None
-            own = flight.texts[part.first : part.first + part.state.texts]
+            own = flight.sequences[part.first : part.first + part.state.sequences]
             failed += part.guide.end(part.steps[flight.shape], own, self.runtime.model.ranks.wait)
         self._end(flight)
         return failed
@@ -229,15 +229,15 @@ class Group:
         self.runtime.model.ranks.wait(done.ended)
         shape = self.shapes[done.shape]
         used = commits.HEADER + shape.depth + 1 if shape.is_chain else None
-        lines = done.record[: len(done.texts), :used].tolist()
-        results = Results(done.texts, lines, shape, done.logits, drafts=done.drafts, sources=done.sources)
+        lines = done.record[: len(done.sequences), :used].tolist()
+        results = Results(done.sequences, lines, shape, done.logits, drafts=done.drafts, sources=done.sources)
         if self._planner is not None and done.plan is not None:
             self._learn(done, done.plan, self._planner, results)
         return results
 
     def steps(self) -> list[Step]:
         """Returns the steps, one for each shape, for its current sequences."""
-        return self._parts(len(self.texts))[0].steps
+        return self._parts(len(self.sequences))[0].steps
 
     def _logits(self, flight: Flight, part: Part) -> dict[int, Tensor]:
         """Returns copies of requested logits, by slot: the next pass overwrites the originals."""
@@ -245,9 +245,9 @@ class Group:
             return {}
         rows, room = self.shapes[flight.shape].rows, self.state.logits
         assert room is not None
-        own = flight.texts[part.first : part.first + part.state.texts]
+        own = flight.sequences[part.first : part.first + part.state.sequences]
         return {part.first + slot: room[slot * rows : (slot + 1) * rows].clone()
-                for slot, text in enumerate(own) if text.params.logprobs or self.kind.watched}  # fmt: skip
+                for slot, sequence in enumerate(own) if sequence.params.logprobs or self.kind.watched}  # fmt: skip
 
     def _mark(self) -> torch.cuda.Event | None:
         if self.runtime.model.device.type != "cuda":
@@ -271,21 +271,21 @@ class Group:
         if targets:
             copy_states(targets, sources)
         self._present = None
-        texts = self.texts
-        gone = self.most - len(texts)
-        places = [*(text.lease.row for text in texts), *[self.pages.idle_row] * gone]
-        self._mail.send(self._inbox, [places, [1] * len(texts) + [0] * gone])
+        sequences = self.sequences
+        gone = self.most - len(sequences)
+        places = [*(sequence.lease.row for sequence in sequences), *[self.pages.idle_row] * gone]
+        self._mail.send(self._inbox, [places, [1] * len(sequences) + [0] * gone])
         self._arrange()
-        for slot, text in enumerate(texts) if self.kind.replay else ():
-            self.state.replay(slot, text.sequence.prompt_tokens - 1, text.script)
-        self._stages = union({text.stages for text in texts})
-        self._tells = self.kind.watched or any(text.params.logprobs for text in texts)
+        for slot, sequence in enumerate(sequences) if self.kind.replay else ():
+            self.state.replay(slot, sequence.core.prompt_tokens - 1, sequence.script)
+        self._stages = union({sequence.stages for sequence in sequences})
+        self._tells = self.kind.watched or any(sequence.params.logprobs for sequence in sequences)
         self._changed, self._disturbed = False, True
 
     def _together(self) -> int:
         """Returns the most slots of a captured step: the largest power of two that fits."""
         rows = max(self.extend, *(shape.rows for shape in self.shapes))
-        return min(STEP_TEXTS, 1 << (max(1, STEP_ROWS // rows).bit_length() - 1))
+        return min(STEP_SEQUENCES, 1 << (max(1, STEP_ROWS // rows).bit_length() - 1))
 
     def _parts(self, count: int) -> list[Part]:
         """Returns the captured work of the first `count` slots, rounded up to sizes that are captured."""
@@ -305,7 +305,7 @@ class Group:
                 guide = Guide(runtime.model.device, rows, runtime.model.config.vocab_size, kind.guided)
             masks, last = None if guide is None else guide.masks, len(self.shapes) - 1
             steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided, masks,
-                          kind.watched, kind.text and number == last, kind.replay)
+                          kind.watched, kind.scripted and number == last, kind.replay)
                      for number, shape in enumerate(self.shapes)]  # fmt: skip
             if runtime.graphs is not None and not kind.watched:
                 if guide is not None:
@@ -326,20 +326,20 @@ class Group:
     # several shapes
 
     def _plan(self, parts: list[Part]) -> ShapePlan:
-        key = (self, "table", tuple(part.state.texts for part in parts), self._stages)
-        self.table, texts = self.runtime.kept(key, lambda: self._measured(parts)), self.texts
+        key = (self, "table", tuple(part.state.sequences for part in parts), self._stages)
+        self.table, sequences = self.runtime.kept(key, lambda: self._measured(parts)), self.sequences
         if self._planner is None:
             self._planner = ShapePlanner(self.table)
-        left = max(text.left for text in texts)
-        given = self._promised(texts) if self.kind.text else 1.0
-        return self._planner.plan(ShapeBatch(self.table, len(texts), left, self._waiting, given, self.kind.eager))
+        left = max(sequence.left for sequence in sequences)
+        given = self._promised(sequences) if self.kind.scripted else 1.0
+        return self._planner.plan(ShapeBatch(self.table, len(sequences), left, self._waiting, given, self.kind.eager))
 
-    def _promised(self, texts: list[DeviceText]) -> float:
+    def _promised(self, sequences: list[DeviceSequence]) -> float:
         """Returns the mean of the tokens that other drafters' proposals promise."""
         flying = sum(self.shapes[one.shape].depth + 1.0 if one.sources else 1.0 if one.plan is None else one.plan.tokens
                      for one in self._launched)  # fmt: skip
         depth = self.shapes[-1].depth
-        return sum(promised(text.given, flying, depth) for text in texts) / len(texts)
+        return sum(promised(sequence.given, flying, depth) for sequence in sequences) / len(sequences)
 
     def _measured(self, parts: list[Part]) -> ShapeTable:
         """Times the steps on random tokens, whose rows activate as many experts as those of real sequences."""
@@ -350,15 +350,15 @@ class Group:
                 vocabulary, state = self.runtime.model.config.vocab_size, part.state
                 state.tokens.copy_(torch.randint(vocabulary, state.tokens.shape, generator=generator))
                 state.hidden.copy_(torch.randn(state.hidden.shape, generator=generator))
-                if self.kind.text and state.script is not None:
+                if self.kind.scripted and state.script is not None:
                     state.script.copy_(torch.randint(vocabulary, state.script.shape, generator=generator))
                 assert part.switching is not None
                 measured.append(part.switching.seconds(state))
-                if self.kind.text and state.script is not None:
+                if self.kind.scripted and state.script is not None:
                     state.script.fill_(NOTHING)
         self._disturbed = True
         seconds = [sum(times) for times in zip(*measured, strict=True)]
-        return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances, self.kind.text)
+        return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances, self.kind.scripted)
 
     def _turn(self, parts: list[Switching], shape: int) -> None:
         """Runs the transition to a shape; the sequences' backlogs may differ in rows."""
@@ -386,26 +386,26 @@ class Group:
         paths: list[Seq[int] | None] = [range(count - 1) for count in counts]
         if not results.chain:
             paths = [[row - 1 for row in results.path(slot)[1:]] for slot in range(len(counts))]
-        for slot, text in enumerate(results.texts):
-            if text.sequence.finished:
+        for slot, sequence in enumerate(results.sequences):
+            if sequence.core.finished:
                 paths[slot] = None
         seconds = None
         if done.begun is not None and done.ended is not None:
             taken = done.begun.elapsed_time(done.ended) / 1e3
             if done.alone:
-                (text,) = results.texts
-                text.sequence.stats.record_plan(plan.tokens, plan.seconds, len(results.tokens(0)), taken)
+                (sequence,) = results.sequences
+                sequence.core.stats.record_plan(plan.tokens, plan.seconds, len(results.tokens(0)), taken)
             if self.runtime.model.ranks.size == 1:
                 seconds = Seconds(taken)
             else:
-                self.untold.append((plan, taken))
+                self.pending.append((plan, taken))
         planner.learn(plan, Outcome(paths, seconds))
 
     def learn(self, seconds: Seq[float]) -> None:
-        """Learns the first rank's seconds in place of the untold ones."""
-        for (plan, _), taken in zip(self.untold, seconds, strict=True):
+        """Learns the first rank's seconds in place of the pending ones."""
+        for (plan, _), taken in zip(self.pending, seconds, strict=True):
             plan.table.learn(plan.shape, taken)
-        self.untold.clear()
+        self.pending.clear()
 
 
 def _arrange(state: State, tables: Tensor, inbox: Tensor) -> None:

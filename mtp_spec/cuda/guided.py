@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mtp_spec.cuda.constants import Constants
 from mtp_spec.cuda.kinds import Guided
-from mtp_spec.cuda.text import DeviceText
+from mtp_spec.cuda.sequence import DeviceSequence
 from mtp_spec.kernels.sampler import Stages
 from mtp_spec.tree import ROOT
 from mtp_spec.tree_shape import TreeShape
@@ -67,28 +67,28 @@ class Guide:
             self._mark()
 
     def end(
-        self, step: Step, texts: Seq[DeviceText], wait: Callable[[torch.cuda.Event | None], None]
-    ) -> list[tuple[DeviceText, Exception]]:
+        self, step: Step, sequences: Seq[DeviceSequence], wait: Callable[[torch.cuda.Event | None], None]
+    ) -> list[tuple[DeviceSequence, Exception]]:
         """Computes the guidance and launches accept; returns the sequences that failed, with unguided rows.
 
         Args:
-            texts: of the first slots; all their tokens before this step have been committed.
+            sequences: of the first slots; all their tokens before this step have been committed.
         """
         wait(self._arrived)
-        shape, failed = step.shape, list[tuple[DeviceText, Exception]]()
+        shape, failed = step.shape, list[tuple[DeviceSequence, Exception]]()
         count = len(step.ids)
         room, ids = self._room[:count], self._ids[:count].view(-1, shape.rows).tolist()
         if self.masks is not None:
             room.fill_(255)
-        for slot, text in enumerate(texts):
-            if text.sequence.state is not text or not text.sequence.alive:  # its tokens are not read any more
+        for slot, sequence in enumerate(sequences):
+            if sequence.core.state is not sequence or not sequence.core.alive:  # its tokens are not read any more
                 continue
             own = room[slot * shape.rows : (slot + 1) * shape.rows].numpy()
             try:
-                with text.sequence.stats.phase("sample"):
-                    guide_rows(text, shape, ids[slot], own)
+                with sequence.core.stats.phase("sample"):
+                    guide_rows(sequence, shape, ids[slot], own)
             except Exception as error:
-                failed.append((text, error))
+                failed.append((sequence, error))
         target = step.logits if self.masks is None else self.masks[:count]
         target.copy_(room, non_blocking=True)
         step.run("accept")
@@ -100,7 +100,7 @@ class Guide:
             self._arrived.record()
 
 
-def guide_rows(text: DeviceText, shape: TreeShape, ids: Seq[int], rows: npt.NDArray[Any]) -> None:
+def guide_rows(sequence: DeviceSequence, shape: TreeShape, ids: Seq[int], rows: npt.NDArray[Any]) -> None:
     """Writes the guidance of each node of a verified tree; forbidden nodes keep their rows.
 
     If the guidance of a draft fails, no token is allowed after it and the error is kept, because the draft may not be
@@ -110,9 +110,9 @@ def guide_rows(text: DeviceText, shape: TreeShape, ids: Seq[int], rows: npt.NDAr
         ids: of the rows, root first.
         rows: `[E, ceil(V / 8)]` uint8 masks, or `[E, V]` float32 rows of the model.
     """
-    assert text.history is not None
-    sampler, paths, masks = text.sampler, {ROOT: text.history}, rows.dtype == np.uint8
-    text.errors.clear()
+    assert sequence.history is not None
+    sampler, paths, masks = sequence.sampler, {ROOT: sequence.history}, rows.dtype == np.uint8
+    sequence.errors.clear()
     for row, token in enumerate(ids):
         node = row - 1
         if node != ROOT:
@@ -128,16 +128,16 @@ def guide_rows(text: DeviceText, shape: TreeShape, ids: Seq[int], rows: npt.NDAr
         except Exception as error:
             if node == ROOT:
                 raise
-            rows[row], text.errors[row] = (0 if masks else -np.inf), error
+            rows[row], sequence.errors[row] = (0 if masks else -np.inf), error
 
 
-def guide_first(text: DeviceText, logits: Tensor, state: State, constants: Constants) -> Tensor:
+def guide_first(sequence: DeviceSequence, logits: Tensor, state: State, constants: Constants) -> Tensor:
     """Returns a prompt's last row `[1, V]`, guided; to be sampled with the `remaining` stages."""
-    assert text.history is not None
-    if text.kind.guided == "masks":
-        mask = state.sent(text.sampler.mask(text.history)[None], torch.uint8)
+    assert sequence.history is not None
+    if sequence.kind.guided == "masks":
+        mask = state.sent(sequence.sampler.mask(sequence.history)[None], torch.uint8)
         return masked(logits.clone(), mask, constants)
-    return state.sent(text.sampler.guided(logits[0].cpu(), text.history).numpy()[None], torch.float32)
+    return state.sent(sequence.sampler.guided(logits[0].cpu(), sequence.history).numpy()[None], torch.float32)
 
 
 def remaining(stages: Stages, guided: Guided | None) -> Stages:

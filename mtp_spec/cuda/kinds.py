@@ -30,7 +30,7 @@ class Kind:
         watched: whether an observer sees drafts and rows, so that steps are not captured.
         replay: whether drafts are replaced by those of a `drafting.Replay`.
         modules: whether the MTP modules draft.
-        text: whether the drafts of the last shape are other drafters' (`script`); plain decoding is first then.
+        scripted: whether the drafts of the last shape are other drafters' (`script`); plain decoding is first then.
         eager: whether that shape is taken whenever there are such drafts.
     """
 
@@ -40,7 +40,7 @@ class Kind:
     watched: bool = False
     replay: bool = False
     modules: bool = False
-    text: bool = False
+    scripted: bool = False
     eager: bool = False
 
     @property
@@ -72,9 +72,9 @@ def kind_of(request: Request, watched: bool = False) -> Kind:
     rule = "coupled" if speculation is None else speculation.acceptance
     replay = speculation is not None and speculation.replay is not None
     # an observer wants rows that drafts come from
-    text, modules = bool(request.drafters) and not watched, request.modules
-    eager = text and not modules and speculation is not None and not speculation.adaptive
-    return Kind(_shapes(speculation, modules, text), rule, guided, watched, replay, modules, text, eager)
+    scripted, modules = bool(request.drafters) and not watched, request.modules
+    eager = scripted and not modules and speculation is not None and not speculation.adaptive
+    return Kind(_shapes(speculation, modules, scripted), rule, guided, watched, replay, modules, scripted, eager)
 
 
 def check_mixed(speculation: Speculation) -> None:
@@ -96,10 +96,10 @@ def check_mixed(speculation: Speculation) -> None:
 
 
 @lru_cache  # called for every sequence in every round of its prefill
-def _shapes(speculation: Speculation | None, modules: bool, text: bool) -> tuple[TreeShape, ...]:
+def _shapes(speculation: Speculation | None, modules: bool, scripted: bool) -> tuple[TreeShape, ...]:
     """Returns the shapes of steps; for adaptive speculation plain decoding, then trees of growing depth, then the chain
     of other drafters."""
-    if speculation is None or not (modules or text):
+    if speculation is None or not (modules or scripted):
         return (TreeShape(),)
     if not modules:
         chain = Speculation(depth=MAX_DEPTH if speculation.adaptive else speculation.depth)
@@ -110,6 +110,6 @@ def _shapes(speculation: Speculation | None, modules: bool, text: bool) -> tuple
         Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
         for depth in range(1, speculation.depth + 1)
     ]
-    if text:
+    if scripted:
         trees.append(Speculation(depth=MAX_DEPTH))
     return tuple(TreeShape.of(tree) for tree in (None, *trees))

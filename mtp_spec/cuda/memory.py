@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from mtp_spec.cuda.pages import EXTRA_ROWS, IDLE_PAGES, READ_TEXTS, STEP_TEXTS, planned_pages, read_rows, step_rows
+from mtp_spec.cuda.pages import (
+    EXTRA_ROWS,
+    IDLE_PAGES,
+    READ_SEQUENCES,
+    STEP_SEQUENCES,
+    planned_pages,
+    read_rows,
+    step_rows,
+)
 from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, WAITING
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.kernels import mla, moe
@@ -68,14 +76,14 @@ def plan_memory(
     head = model.layers[0].attention.head
     table = (capacity + 128) * 2 * config.qk_rope_head_dim * 4
     logits = config.vocab_size * 4
-    settings = 4 * capacity // PAGE * (2 * max_batch + EXTRA_ROWS + READ_TEXTS)  # page tables
+    settings = 4 * capacity // PAGE * (2 * max_batch + EXTRA_ROWS + READ_SEQUENCES)  # page tables
     settings += group_bytes(model, max_batch)
     largest = COPIES * max(pass_bytes(model, read), pass_bytes(model, rows) + rows * logits)
     if model.expanded:
         largest += prompt_pass_bytes(model, min(model.prefill_tokens, max_context), capacity)
     weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
     absorbed = max(read, PREFILL_ROWS[-1] + model.expanded, rows)
-    room = mla.room_bytes(capacity, head, absorbed, min(max_batch, STEP_TEXTS))
+    room = mla.room_bytes(capacity, head, absorbed, min(max_batch, STEP_SEQUENCES))
     return MemoryPlan(weights, drafts, caches, room + table + settings + largest)
 
 
@@ -85,13 +93,13 @@ def pages_bytes(model: DeviceModel, max_context: int, max_batch: int, count: int
     return cache_bytes(layers, max_context + SLACK, step_rows(max_batch), model.layout, count + IDLE_PAGES)
 
 
-def group_bytes(model: DeviceModel, texts: int) -> int:
+def group_bytes(model: DeviceModel, sequences: int) -> int:
     """Returns the bytes of a batch's state other than pages: hidden states, settings, a step's logits."""
     config, vocabulary = model.config, model.config.vocab_size
     hidden = (ROWS + WAITING + config.num_nextn_predict_layers) * config.hidden_size * 2
     # for running sequences and those in prefill, and a copy while steps are captured
-    held = (texts + min(texts, READ_TEXTS)) * (COPIES * hidden + 3 * vocabulary * 4)
-    return held + step_rows(texts) * vocabulary * 4
+    held = (sequences + min(sequences, READ_SEQUENCES)) * (COPIES * hidden + 3 * vocabulary * 4)
+    return held + step_rows(sequences) * vocabulary * 4
 
 
 def pass_bytes(model: DeviceModel, rows: int) -> int:
@@ -190,7 +198,7 @@ def check_room(needed: int, device: torch.device, what: str) -> None:
     free = _free(device)
     if needed > free:
         raise MTPSpecError(
-            f"{what} needs {needed / 1e9:.2f} GB of GPU memory and {free / 1e9:.2f} GB are free: end other texts, "
+            f"{what} needs {needed / 1e9:.2f} GB of GPU memory and {free / 1e9:.2f} GB are free: end other sequences, "
             "draft fewer nodes, or load with a smaller max_context"
         )
 

@@ -23,10 +23,10 @@ from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.request import Request
 
 # most rows and most sequences of a step's pass; if there are more, they step in several passes
-STEP_ROWS, STEP_TEXTS = 512, 64
+STEP_ROWS, STEP_SEQUENCES = 512, 64
 # rows of the table for streams in addition to the sequences that share steps
 EXTRA_ROWS = 16
-READ_TEXTS = 32  # most prompts in one prefill pass
+READ_SEQUENCES = 32  # most prompts in one prefill pass
 LEASES = 16  # most leases that are prepared at once
 IDLE_PAGES = pages_for(WORK_ROWS)  # an unused slot has one token
 # most padding rows of the prefill pass over a prompt's end
@@ -122,7 +122,7 @@ def step_rows(max_batch: int) -> int:
 
 def read_rows(max_batch: int) -> int:
     """Returns the most rows of a prefill pass that reads several prompts, see `prefill.Reader`."""
-    return max(rows * min(max_batch, READ_TEXTS, STEP_ROWS // rows) for rows in PREFILL_ROWS)
+    return max(rows * min(max_batch, READ_SEQUENCES, STEP_ROWS // rows) for rows in PREFILL_ROWS)
 
 
 def room_of(request: Request, max_context: int) -> int:

@@ -7,7 +7,7 @@ order until the first that decides. A node may be missing: if a distribution has
 children, the last children are left out, with everything below them.
 
 Legend: `M` rows (the root is row 0, node n row n + 1), `N` nodes, `F` nodes of one depth that have children, `V`
-vocabulary. A law is a distribution, float64 `[., V]`.
+vocabulary. Distributions are float64 `[., V]`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DeviceRule:
     _constants: Constants = field(init=False)
     _numbers: Tensor = field(init=False)
     _used: Tensor = field(init=False)  # [1] of them
-    _laws: list[Tensor] = field(init=False)
+    _distributions: list[Tensor] = field(init=False)
     _tokens: list[Tensor] = field(init=False)
     _there: list[Tensor] = field(init=False)
 
@@ -69,7 +69,7 @@ class DeviceRule:
         node."""
         self._numbers = uniforms(seed, self.drawn, 3 * len(self.shape.parents) + 2)
         self._used = torch.zeros_like(self.drawn)
-        self._laws, self._tokens, self._there = [], [], []
+        self._distributions, self._tokens, self._there = [], [], []
 
     def propose(self, depth: int, rows: Tensor, failed: Tensor) -> Tensor:
         """Returns the tokens of a depth's nodes, int64; missing nodes have token 0.
@@ -85,17 +85,17 @@ class DeviceRule:
             first = shape.level(depth - 1)[0]
             alive &= self._there[-1].index_select(0, self._constants.places(node - first for node in feeding))
         if self.name == "hybrid":
-            tokens, there, laws = self._best_and_one(rows, width, alive)
+            tokens, there, distributions = self._best_and_one(rows, width, alive)
         elif RULES[self.name].samples:
-            tokens, there, laws = self._without_replacement(_law(rows, self.greedy), width, alive)
+            tokens, there, distributions = self._without_replacement(_distribution(rows, self.greedy), width, alive)
         else:
             tokens, there = _best(rows, width)
-            tokens, there, laws = tokens * there, there & alive[:, None], None
+            tokens, there, distributions = tokens * there, there & alive[:, None], None
         places = self._constants.places(feeding.index(shape.parents[n]) * width + shape.ranks[n] for n in nodes)
         self._tokens.append(tokens.flatten().index_select(0, places))
         self._there.append(there.flatten().index_select(0, places))
-        if laws is not None:
-            self._laws.append(laws)
+        if distributions is not None:
+            self._distributions.append(distributions)
         return self._tokens[-1]
 
     def judge(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class DeviceRule:
         Args:
             rows: `[M, V]` float32, the target's processed rows.
         """
-        p, tokens, there = _law(rows, self.greedy), torch.cat(self._tokens), self.there
+        p, tokens, there = _distribution(rows, self.greedy), torch.cat(self._tokens), self.there
         outcome = _JUDGES[self.name](self, p, tokens, there)
         reached = (self._paths() <= outcome.good).all(-1)
         # nodes are numbered from the root down, so the path ends at the last one reached
@@ -127,36 +127,36 @@ class DeviceRule:
 
     # drafts
 
-    def _without_replacement(self, law: Tensor, width: int, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws siblings without replacement; returns tokens and presence `[F, width]` and laws `[N, V]`."""
-        count = (law > 0).sum(-1).clamp_max(width) * alive
+    def _without_replacement(self, distribution: Tensor, width: int, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws siblings without replacement; returns tokens and presence `[F, width]` and distributions `[N, V]`."""
+        count = (distribution > 0).sum(-1).clamp_max(width) * alive
         first = self._claim(count)
-        tokens, laws = [], []
+        tokens, distributions = [], []
         for rank in range(width):
-            tokens.append(_pick(law, self._number(first + rank)))
-            laws.append(law)
+            tokens.append(_pick(distribution, self._number(first + rank)))
+            distributions.append(distribution)
             if rank + 1 < width:
-                rest = law.scatter(1, tokens[-1][:, None], 0.0)
+                rest = distribution.scatter(1, tokens[-1][:, None], 0.0)
                 mass = rest.sum(-1, keepdim=True)
-                law = rest / torch.where(mass > 0, mass, 1.0)
+                distribution = rest / torch.where(mass > 0, mass, 1.0)
         there = self._constants.places(range(width)) < count[:, None]
-        return torch.stack(tokens, 1) * there, there, torch.stack(laws, 1).flatten(0, 1)
+        return torch.stack(tokens, 1) * there, there, torch.stack(distributions, 1).flatten(0, 1)
 
     def _best_and_one(self, rows: Tensor, width: int, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the best tokens and one drawn from the rest; the laws `[F, V]` are those of the last siblings."""
+        """Returns the best tokens and one drawn from the rest, and the distributions `[F, V]` of the last siblings."""
         tokens, there = _best(rows, width)
-        rest = _law(rows, self.greedy)
+        rest = _distribution(rows, self.greedy)
         if width > 1:
             rest = rest.scatter(1, tokens[:, :-1], 0.0)
         mass = rest.sum(-1)
         draws = mass > 0
-        law = rest / torch.where(draws, mass, 1.0)[:, None]
-        drawn = _pick(law, self._number(self._claim((draws & alive).long())))
+        distribution = rest / torch.where(draws, mass, 1.0)[:, None]
+        drawn = _pick(distribution, self._number(self._claim((draws & alive).long())))
         last = there.sum(-1, keepdim=True) - 1
-        certain = torch.zeros_like(law).scatter(1, tokens.gather(1, last.clamp_min(0)), 1.0)
+        certain = torch.zeros_like(distribution).scatter(1, tokens.gather(1, last.clamp_min(0)), 1.0)
         tokens = torch.cat((tokens[:, :-1], torch.where(draws, drawn, tokens[:, -1])[:, None]), 1)
         there = torch.cat((there[:, :-1], (draws | there[:, -1])[:, None]), 1) & alive[:, None]
-        return tokens * there, there, torch.where(draws[:, None], law, certain)
+        return tokens * there, there, torch.where(draws[:, None], distribution, certain)
 
     def _claim(self, counts: Tensor) -> Tensor:
         """Returns where each node's random numbers begin `[F]`, given how many it uses."""
@@ -201,15 +201,19 @@ class DeviceRule:
         # the last sibling is the drawn one, or, if q had nothing left, a certain one that is judged the same way
         final = constants.places(shape.parents.index(node) for node in parents) + counts.index_select(0, rows) - 1
         token = tokens.index_select(0, final.clamp_min(0))[:, None]
-        own, law, some = p.index_select(0, rows), torch.cat(self._laws), counts.index_select(0, rows)[:, None] > 0
-        rest = (own - law).clamp_min(0)
+        own, distribution, some = (
+            p.index_select(0, rows),
+            torch.cat(self._distributions),
+            counts.index_select(0, rows)[:, None] > 0,
+        )
+        rest = (own - distribution).clamp_min(0)
         mass = rest.sum(-1, keepdim=True)
         rest = torch.where(some & (mass > 0), rest / mass, own)
         above = constants.places(parent + 1 for parent in shape.parents)
         takes = 2 - (constants.places(shape.ranks) + 1 == counts.index_select(0, above)).long()
         begins = self._used + torch.nn.functional.pad((self._paths() * takes).sum(-1), (1, 0))
         number = begins.index_select(0, rows)
-        passes = self._number(number) < (own.gather(1, token) / law.gather(1, token))[:, 0]
+        passes = self._number(number) < (own.gather(1, token) / distribution.gather(1, token))[:, 0]
         chosen = torch.where(passes, token[:, 0], _pick(rest, self._number(number + 1)))
         wanted = torch.full_like(counts, -1).index_copy(0, rows, chosen)
         good = there & (tokens == wanted.index_select(0, above))
@@ -245,16 +249,16 @@ class DeviceRule:
         Returns each node's acceptance probability when it is first tried `[N]`, and the residuals after all nodes:
         distributions `[M, V]` and, for rules such as traversal in which later nodes count, weights `[M]`.
         """
-        laws, left, weight = torch.cat(self._laws), p.clone(), torch.ones_like(p[:, 0])
+        distributions, left, weight = torch.cat(self._distributions), p.clone(), torch.ones_like(p[:, 0])
         chance = torch.zeros_like(weight[1:])
         for nodes in groups:
             here = self._constants.places(nodes)
             above = self._constants.places(self.shape.parents[node] + 1 for node in nodes)
-            own, law, heavy = left[above], laws[here], weight[above][:, None]
+            own, distribution, heavy = left[above], distributions[here], weight[above][:, None]
             token, exists = tokens[here][:, None], there[here][:, None]
-            share = (heavy * (own.gather(1, token) / law.gather(1, token))).clamp_max(1.0)
+            share = (heavy * (own.gather(1, token) / distribution.gather(1, token))).clamp_max(1.0)
             chance[here] = share[:, 0]
-            rest = (heavy * own - law).clamp_min(0)
+            rest = (heavy * own - distribution).clamp_min(0)
             mass = rest.sum(-1, keepdim=True)
             left[above] = torch.where(exists & (mass > 0), rest / mass, own)
             if self.name != "rejection":
@@ -304,8 +308,8 @@ _JUDGES: dict[str, Callable[[DeviceRule, Tensor, Tensor, Tensor], Outcome]] = {
 }
 
 
-def _law(rows: Tensor, greedy: bool) -> Tensor:
-    """Returns the distributions of processed rows, as `Sampler.law` does."""
+def _distribution(rows: Tensor, greedy: bool) -> Tensor:
+    """Returns the distributions of processed rows, as `Sampler.distribution` does."""
     if greedy:
         best = rows.argmax(-1, keepdim=True)
         return torch.zeros_like(rows, dtype=torch.float64).scatter(1, best, 1.0)
@@ -315,10 +319,10 @@ def _law(rows: Tensor, greedy: bool) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(1.0)
 
 
-def _pick(law: Tensor, number: Tensor) -> Tensor:
+def _pick(distribution: Tensor, number: Tensor) -> Tensor:
     """Returns tokens `[F]` drawn from distributions `[F, V]` with numbers `[F]`, as `SeededChoices.pick` does."""
-    mass, count = law.cumsum(-1), law.shape[1]
-    token, held = torch.arange(count, device=law.device), law > 0
+    mass, count = distribution.cumsum(-1), distribution.shape[1]
+    token, held = torch.arange(count, device=distribution.device), distribution > 0
     # parallel sums may decrease where nothing is added, so the drawn token's own probability is checked too
     drawn = torch.where(held & (mass > number[:, None] * mass[:, -1:]), token, count).amin(-1)
     return torch.minimum(drawn, torch.where(held, token, 0).amax(-1))

@@ -1,10 +1,10 @@
 """Drafts that the host sends to a captured step: proposals of drafters other than the MTP modules.
 
-The host knows a text up to the step before the one in flight, so it does not know where the next step begins. But it
-knows what it expects: if the step in flight commits m tokens of the expected continuation, the next drafts are those
+The host knows a sequence up to the step before the one in flight, so it does not know where the next step begins. But
+it knows what it expects: if the step in flight commits m tokens of the expected continuation, the next drafts are those
 after the m-th. So it sends the continuation by position, and the captured step takes the drafts that belong to the
-position at which it finds itself. If the text has left the continuation meanwhile, the drafts are wrong, which costs
-their rows and nothing else. The host never waits.
+position at which it finds itself. If the sequence has left the continuation meanwhile, the drafts are wrong, which
+costs their rows and nothing else. The host never waits.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def scripted(script: Tensor, length: Tensor, constants: Constants, depth: int) -
     Args:
         script: `[B, S, MAX_DEPTH]`, by position modulo S.
     """
-    text = constants.places(range(len(length)))
-    return script[text, length.long() % script.shape[1]][:, :depth]
+    sequence = constants.places(range(len(length)))
+    return script[sequence, length.long() % script.shape[1]][:, :depth]
 
 
 def replaced(found: Tensor, given: Tensor) -> Tensor:

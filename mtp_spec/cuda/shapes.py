@@ -63,8 +63,8 @@ class Switching:
             return cls(steps, _nothing, dict.fromkeys(CATCH_UP_ROWS, _nothing), constants)
         passes = dict[int, Callable[[], None]]()
         for rows in CATCH_UP_ROWS:
-            some = [state.part(first, min(most // rows, state.texts - first))
-                    for first in range(0, state.texts, most // rows)]  # fmt: skip
+            some = [state.part(first, min(most // rows, state.sequences - first))
+                    for first in range(0, state.sequences, most // rows)]  # fmt: skip
             passes[rows] = _one_by_one([captured(partial(_catch_up, runtime.model, part, constants, rows))
                                         for part in some])  # fmt: skip
         return cls(steps, captured(steps[-1].show), passes, constants)
@@ -76,16 +76,16 @@ class Switching:
 
 
 def table_of(
-    shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None, text: bool = False
+    shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None, scripted: bool = False
 ) -> ShapeTable:
     """Returns the table of measured times, in the order of `Switching.seconds`.
 
     Args:
-        text: whether the last shape is that of other drafters.
+        scripted: whether the last shape is that of other drafters.
     """
     steps, (settling, *reading) = seconds[: len(shapes)], seconds[len(shapes) :]
     catching_up = dict(zip(CATCH_UP_ROWS, reading, strict=True))
-    return ShapeTable(shapes, steps, settling, catching_up, chances, len(shapes) - 1 if text else None)
+    return ShapeTable(shapes, steps, settling, catching_up, chances, len(shapes) - 1 if scripted else None)
 
 
 def _nothing() -> None:
@@ -103,9 +103,9 @@ def _one_by_one(works: list[Callable[[], None]]) -> Callable[[], None]:
 def _catch_up(model: DeviceModel, state: State, constants: Constants, rows: int) -> None:
     """Runs the MTP modules over the rows of plain steps, except the last one."""
     count = (state.length - 1 - state.fed).long()
-    order, text = constants.places(range(rows)), constants.places(range(len(count)))[:, None]
+    order, sequence = constants.places(range(rows)), constants.places(range(len(count)))[:, None]
     places = (state.fed[:, None] + torch.minimum(order, (count - 1).clamp_min(0)[:, None])) % WAITING
-    tokens, hidden = state.ring_tokens[text, places], state.ring[text, places]
+    tokens, hidden = state.ring_tokens[sequence, places], state.ring[sequence, places]
     feed_modules(model, state, constants, tokens, hidden, state.fed, count)
     state.fed.copy_(state.length - 1)
 

@@ -75,29 +75,32 @@ class State:
         self.logits: Tensor | None = None
         self.script: Tensor | None = None
         model.table(held[0].capacity + MOST)
-        texts, width = 1 if pages is None else len(pages), config.hidden_size
-        self.length = torch.zeros(texts, dtype=torch.int32, device=device)
-        self.hidden = torch.zeros(texts, ROWS, width, dtype=model.activations, device=device)
+        sequences, width = 1 if pages is None else len(pages), config.hidden_size
+        self.length = torch.zeros(sequences, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(sequences, ROWS, width, dtype=model.activations, device=device)
         self.begun, self.fed = torch.zeros_like(self.length), torch.zeros_like(self.length)
-        self.ring = self.hidden.new_zeros(texts, WAITING, width)
-        self.ring_tokens = torch.zeros(texts, WAITING, dtype=torch.int64, device=device)
-        self.carried = self.hidden.new_zeros(texts, max(0, len(self.mtp_caches) - 1), width)
-        self.path = torch.zeros(texts, MOST, dtype=torch.int64, device=device)
+        self.ring = self.hidden.new_zeros(sequences, WAITING, width)
+        self.ring_tokens = torch.zeros(sequences, WAITING, dtype=torch.int64, device=device)
+        self.carried = self.hidden.new_zeros(sequences, max(0, len(self.mtp_caches) - 1), width)
+        self.path = torch.zeros(sequences, MOST, dtype=torch.int64, device=device)
         self.tokens = torch.zeros_like(self.path)
-        self.record = torch.zeros(texts, commits.record_size(MOST), dtype=torch.int32, device=device)
+        self.record = torch.zeros(sequences, commits.record_size(MOST), dtype=torch.int32, device=device)
         vocabulary = config.vocab_size
         self.settings = Settings(
-            values=torch.tensor([settings_row()], dtype=torch.float64).expand(texts, COLUMNS).contiguous().to(device),
-            seed=torch.zeros(texts, dtype=torch.int64, device=device),
-            bias=torch.zeros(texts, vocabulary, dtype=torch.float32, device=device),
-            seen=torch.zeros(texts, vocabulary, dtype=torch.int32, device=device),
+            values=torch.tensor([settings_row()], dtype=torch.float64)
+            .expand(sequences, COLUMNS)
+            .contiguous()
+            .to(device),
+            seed=torch.zeros(sequences, dtype=torch.int64, device=device),
+            bias=torch.zeros(sequences, vocabulary, dtype=torch.float32, device=device),
+            seen=torch.zeros(sequences, vocabulary, dtype=torch.int32, device=device),
         )
-        self.drawn = torch.zeros(texts, dtype=torch.int64, device=device)
+        self.drawn = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._parts: dict[tuple[int, int], State] = {}
         self._held: list[Tensor] | None = None
 
     @property
-    def texts(self) -> int:
+    def sequences(self) -> int:
         """B."""
         return self.length.shape[0]
 
@@ -120,12 +123,12 @@ class State:
         self._parts[first, count] = part
         return part
 
-    def replay(self, text: int, first: int, drafts: npt.NDArray[np.int64]) -> None:
+    def replay(self, sequence: int, first: int, drafts: npt.NDArray[np.int64]) -> None:
         """Sets what is drafted for a sequence after slot `first` and the following ones, `[T, MAX_DEPTH]`."""
         assert self.script is not None
-        self.script[text] = -1
+        self.script[sequence] = -1
         rows = min(len(drafts), self.script.shape[1] - first)
-        self.script[text, first : first + rows] = self.sent(drafts[:rows], torch.int64)
+        self.script[sequence, first : first + rows] = self.sent(drafts[:rows], torch.int64)
 
     def reset(self, params: SamplingParams, prompt: list[int], reused: int = 0) -> None:
         """Prepares for a new sequence, the only one.
@@ -146,12 +149,12 @@ class State:
         self.add_bias(0, params)
         settings.seen[0, self.sent(sorted(set(prompt)), torch.int64)] = IN_PROMPT
 
-    def add_bias(self, text: int, params: SamplingParams) -> None:
+    def add_bias(self, sequence: int, params: SamplingParams) -> None:
         """Writes a sequence's `logit_bias` into a row of zeros."""
         if params.logit_bias:
             assert self.settings.bias is not None
             ids, amounts = zip(*params.logit_bias.items(), strict=True)
-            self.settings.bias[text, self.sent(ids, torch.int64)] = self.sent(amounts, torch.float32)
+            self.settings.bias[sequence, self.sent(ids, torch.int64)] = self.sent(amounts, torch.float32)
 
     def forget(self) -> None:
         """Zeroes the state of earlier sequences, except caches and settings."""
@@ -222,13 +225,13 @@ class State:
     def start(self, token: Tensor, hidden: Tensor, length: Tensor, seen: bool) -> None:
         """Starts decoding from first tokens `[B]` int64, drawn from the last hidden states `[B, D]` of prompts of
         `length` `[B]` int64 tokens."""
-        text, place = torch.arange(self.texts, device=length.device), (length - 1) % WAITING
+        sequence, place = torch.arange(self.sequences, device=length.device), (length - 1) % WAITING
         self.length.copy_(length)
         self.fed.copy_(length - 1)  # the modules process a token once the next one is known
-        self.hidden[:, 0] = self.ring[text, place] = hidden  # as a plain step would leave it
+        self.hidden[:, 0] = self.ring[sequence, place] = hidden  # as a plain step would leave it
         self.path.zero_()
         self.tokens[:] = token[:, None]
-        self.ring_tokens[text, place] = token
+        self.ring_tokens[sequence, place] = token
         self.record.zero_()
         self.record[:, commits.COUNT] = 1
         if seen and self.settings.seen is not None:

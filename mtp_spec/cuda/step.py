@@ -40,7 +40,7 @@ class Step:
         guided: what the host sends between verify and accept, see `kinds.Kind`: the parts are captured separately.
         masks: the buffer that receives it, see `guided.Guide`.
         watched: keep the rows that drafts come from.
-        text: the drafts are those of the state's script, not the modules'.
+        scripted: the drafts are those of the state's script, not the modules'.
         replay: the script replaces the tokens that the modules draft.
     Attributes:
         logits: `[M, V]` float32 of the last call, root first; after "accept" without the tokens a guide has removed.
@@ -58,7 +58,7 @@ class Step:
     guided: Guided | None = None
     masks: Tensor | None = None
     watched: bool = False
-    text: bool = False
+    scripted: bool = False
     replay: bool = False
     logits: Tensor = field(init=False)
     ids: Tensor = field(init=False)
@@ -88,7 +88,7 @@ class Step:
             self._graphs = {"all": graphs.capture(self._run)}
         else:  # each part leaves tensors for the next, so no other graph may run between them
             for name, work in self.parts().items():
-                if name == "draft" and not self.shape.parents and self.state.texts == 1:
+                if name == "draft" and not self.shape.parents and self.state.sequences == 1:
                     work()  # the root's token is a view, so nothing is launched, and torch warns of an empty graph
                     replay = _nothing
                 else:
@@ -111,7 +111,7 @@ class Step:
         ids = root
         if self.shape.parents:
             hidden = self.show() if self.extend else None
-            drafts = self._given(root) if self.text or hidden is None else self._draft(hidden)
+            drafts = self._given(root) if self.scripted or hidden is None else self._draft(hidden)
             ids = torch.cat((root, drafts), 1)
         self.ids = ids.flatten().contiguous()
 
@@ -164,12 +164,12 @@ class Step:
     def show(self) -> Tensor:
         """Runs the MTP modules over the tokens of the last step; returns the roots' outputs `[B, D]`."""
         state, rows = self.state, self.extend
-        count, text = state.record[:, commits.COUNT], self._constants.places(range(state.texts))
+        count, sequence = state.record[:, commits.COUNT], self._constants.places(range(state.sequences))
         # rows past the count repeat the last token, so they activate few more experts
-        hidden, first = state.hidden[text[:, None], state.path[:, :rows]], state.length - count
+        hidden, first = state.hidden[sequence[:, None], state.path[:, :rows]], state.length - count
         out = feed_modules(self.model, state, self._constants, state.tokens[:, :rows], hidden, first, count.long())
         state.fed.copy_(state.length)
-        return out[text, count.long() - 1]
+        return out[sequence, count.long() - 1]
 
     def _given(self, root: Tensor) -> Tensor:
         """Returns the drafts `[B, N]` of the script; the root's token where it has none."""
@@ -181,7 +181,7 @@ class Step:
     def _draft(self, hidden: Tensor) -> Tensor:
         """Returns the drafted tokens of all nodes `[B, N]` int64; hidden `[B, D]` are the roots' outputs."""
         state, shape, constants = self.state, self.shape, self._constants
-        tokens = torch.zeros(state.texts, len(shape.parents), dtype=torch.int64, device=self.model.device)
+        tokens = torch.zeros(state.sequences, len(shape.parents), dtype=torch.int64, device=self.model.device)
         feeding = [-1]
         if self._rule is not None:
             self._rule.begin(state.settings.seed)
@@ -211,7 +211,7 @@ class Step:
                 places = constants.places(
                     feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children
                 )
-                found = drawn.tokens.view(state.texts, -1).index_select(1, places)
+                found = drawn.tokens.view(state.sequences, -1).index_select(1, places)
             if self.replay and state.script is not None:
                 found = replaced(found, scripted(state.script, state.length, constants, depth)[:, depth - 1 :])
             tokens[:, children[0] : children[-1] + 1] = found
@@ -220,8 +220,8 @@ class Step:
     def _sample(
         self, logits: Tensor, position: Tensor, path: Tensor | None, stages: Stages, best: int = 1, keep: bool = False
     ) -> Sampled:
-        texts = self.state.texts
-        request = self._constants.integers(row * texts // len(logits) for row in range(len(logits)))
+        sequences = self.state.sequences
+        request = self._constants.integers(row * sequences // len(logits) for row in range(len(logits)))
         return sample(
             logits, request, position, self.state.settings, stages, best, path, keep or self._rule is not None
         )
@@ -260,9 +260,9 @@ class Prefill:
     _run: Callable[[], None] = field(init=False)
 
     def __post_init__(self) -> None:
-        texts, device = self.state.texts, self.model.device
-        self.ids = torch.zeros(texts, self.rows + 1, dtype=torch.int64, device=device)
-        self.following = torch.zeros(texts, dtype=torch.int64, device=device)
+        sequences, device = self.state.sequences, self.model.device
+        self.ids = torch.zeros(sequences, self.rows + 1, dtype=torch.int64, device=device)
+        self.following = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._constants = Constants(self.model.device)
         self._run = self.run if self.graphs is None else self.graphs.later(self.run)
 
@@ -282,7 +282,7 @@ class Prefill:
         plan = mla.Plan(state.length, order, order, None, self.rows - 1, 0, state.pages)
         self.hidden = self.model.rows(self.ids[:, :-1].flatten().contiguous(), state.caches, plan)
         if self.draft:
-            hidden = self.hidden.unflatten(0, (state.texts, self.rows))
+            hidden = self.hidden.unflatten(0, (state.sequences, self.rows))
             feed_modules(self.model, state, self._constants, self.ids[:, 1:], hidden, state.length, self.following)
 
 

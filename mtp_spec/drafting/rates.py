@@ -12,7 +12,7 @@ from bisect import bisect_right
 LENGTHS = (3, 4, 6, 9, 14, 22)
 PRIORS, SECOND = (0.3, 0.45, 0.6, 0.72, 0.8, 0.88), 0.2
 # observations remembered for a sequence and for all of them, and the weight of the latter in a new one
-TEXT_MEMORY, ALL_MEMORY, CARRIED = 30.0, 300.0, 6.0
+SEQUENCE_MEMORY, ALL_MEMORY, CARRIED = 30.0, 300.0, 6.0
 
 
 class Rates:
@@ -27,9 +27,9 @@ class Rates:
         self._keep, self._before = 1.0 - 1.0 / memory, before
         self._seen: dict[tuple[int, int], tuple[float, float]] = {}
 
-    def for_text(self) -> Rates:
+    def for_sequence(self) -> Rates:
         """Returns the rates that a new sequence starts from."""
-        return Rates(TEXT_MEMORY, self)
+        return Rates(SEQUENCE_MEMORY, self)
 
     def chance(self, length: int, rank: int = 0) -> float:
         """Returns the probability that a match is continued; for rank 1 given that the best one is not."""

@@ -29,7 +29,7 @@ class Text:
 
     def begin(self, prompt: Sequence[int]) -> TextDrafts:
         """Returns the proposals for a new sequence."""
-        return TextDrafts(prompt, self.rates.for_text(), self._documents)
+        return TextDrafts(prompt, self.rates.for_sequence(), self._documents)
 
 
 class TextDrafts:

@@ -15,7 +15,7 @@ from mtp_spec.tree_shape import TreeShape
 # priors: the probability of the best child, and of a sibling once the better ones have failed
 FIRST_CHANCE, FIRST_SHARE = 0.7, 0.4
 # observations remembered for a sequence and for all sequences of a model, and the weight of the latter in a new one
-TEXT_MEMORY, MODEL_MEMORY, CARRIED = 40.0, 400.0, 8.0
+SEQUENCE_MEMORY, MODEL_MEMORY, CARRIED = 40.0, 400.0, 8.0
 
 
 Key = tuple[int, int]  # depth (1 is below the root) and rank (0 is the best)
@@ -28,11 +28,11 @@ class Seen:
     Attributes:
         tries: by depth and rank, how many of these children were accepted and how many could have been: their parent
             was, and no better sibling.
-        texts: number of sequences in the step.
+        sequences: number of sequences in the step.
     """
 
     tries: dict[Key, tuple[int, int]]
-    texts: int
+    sequences: int
 
     @classmethod
     def of(cls, shape: TreeShape, paths: Mapping[tuple[int, ...], int]) -> Seen:
@@ -81,7 +81,7 @@ class Chances:
     def learn(self, step: Seen) -> None:
         """Learns from a step; its sequences together age older observations by one."""
         for key, (more_won, more_tried) in step.tries.items():
-            keep = self._keep ** (more_tried / step.texts)
+            keep = self._keep ** (more_tried / step.sequences)
             won, tried = self._seen.get(key, (0.0, 0.0))
             self._seen[key] = (won * keep + more_won, tried * keep + more_tried)
 

@@ -23,7 +23,7 @@ MOST_LEAD = 6.0
 # prior weights (constant, lead, second depth and later, third depth and later), and their precision
 WEIGHTS, SURENESS = (-0.4, 1.3, 0.0, 0.0), (4.0, 8.0, 8.0, 8.0)
 # observations remembered for a sequence and for all sequences of a model, and the weight of the latter in a new one
-TEXT_MEMORY, MODEL_MEMORY, CARRIED = 150.0, 1500.0, 30.0
+SEQUENCE_MEMORY, MODEL_MEMORY, CARRIED = 150.0, 1500.0, 30.0
 # siblings: prior probability of each once the better ones have failed, and its weight in observations
 SHARE, SHARE_SEEN, RANKS = 0.5, 8.0, 3
 
@@ -52,9 +52,9 @@ class Confidence:
         self._seen = 0.0
         self._shares = [[SHARE * SHARE_SEEN, SHARE_SEEN] for _ in range(RANKS)]
 
-    def for_text(self) -> Confidence:
+    def for_sequence(self) -> Confidence:
         """Returns the estimate that a new sequence starts from."""
-        text = Confidence(TEXT_MEMORY)
+        text = Confidence(SEQUENCE_MEMORY)
         text._weights = self._weights.copy()
         text._precision = self._precision * (CARRIED / max(CARRIED, self._seen))
         text._shares = [[SHARE_SEEN * won / tried, SHARE_SEEN] for won, tried in self._shares]

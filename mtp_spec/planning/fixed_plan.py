@@ -14,7 +14,7 @@ from typing import Protocol
 from mtp_spec.drafting import Continuation
 from mtp_spec.planning.base import Outcome
 from mtp_spec.planning.given import fixed_tree
-from mtp_spec.planning.text_memory import TextMemory
+from mtp_spec.planning.sequence_memory import SequenceMemory
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree import TokenTree
 
@@ -118,7 +118,7 @@ class Standing:
     """
 
     limits: Speculation | None
-    memory: TextMemory | None
+    memory: SequenceMemory | None
     context: int
     pending: int
     left: int

@@ -23,7 +23,7 @@ from mtp_spec.planning.correction import Correction, surprise
 from mtp_spec.planning.costs import StepTimes
 from mtp_spec.planning.fixed_plan import Children, Propose, Standing
 from mtp_spec.planning.given import graft
-from mtp_spec.planning.text_memory import TextMemory
+from mtp_spec.planning.sequence_memory import SequenceMemory
 from mtp_spec.speculation import MAX_DEPTH, Speculation
 from mtp_spec.tree import MODULES, ROOT, TokenTree
 
@@ -39,25 +39,25 @@ MOST_SURPRISE = log(2.0)
 KNOWN = 3
 # prior of the cost of drafting in a batch relative to its passes, as the logarithm of a factor; and the rate at which
 # it decays while no sequence drafts, so that drafting is tried again
-FIRST_BESIDE, FADING = 0.2, 0.0002
+FIRST_COMPANY, FADING = 0.2, 0.0002
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class Company:
     """Batch context: who shares a sequence's passes.
 
     Attributes:
-        texts: number of sequences in the step, this one included.
+        sequences: number of sequences in the step, this one included.
         rows: the others' rows in the pass that verifies.
         drafting: number of sequences that draft, this one included.
     """
 
-    texts: int = 1
+    sequences: int = 1
     rows: int = 0
     drafting: int = 1
 
 
-ALONE = Beside()
+ALONE = Company()
 
 
 class Speed:
@@ -65,7 +65,7 @@ class Speed:
 
     def __init__(self) -> None:
         self._verify = Correction()
-        self._ratios = {"plain": Correction(), "draft": Correction(), "beside": Correction(FIRST_BESIDE)}
+        self._ratios = {"plain": Correction(), "draft": Correction(), "beside": Correction(FIRST_COMPANY)}
         self._probes = 0
 
     def factor(self, kind: str) -> float:
@@ -110,18 +110,18 @@ class NodePlan:
     root, mixes = 1.0, False
 
     def __init__(
-        self, standing: Standing, memory: TextMemory, beside: Beside, times: StepTimes, speed: Speed
+        self, standing: Standing, memory: SequenceMemory, beside: Company, times: StepTimes, speed: Speed
     ) -> None:  # fmt: skip
         self.standing, self.memory, self.beside, self._times, self._speed = standing, memory, beside, times, speed
         self.drafts = self.probing = False
         self.doubted = memory.pace.doubted
         self._context, pending = standing.context, standing.pending
-        self.plain = times.verify(beside.texts, self._context) * speed.factor(
-            "plain" if beside.texts == 1 else "verify"
+        self.plain = times.verify(beside.sequences, self._context) * speed.factor(
+            "plain" if beside.sequences == 1 else "verify"
         )
         # the time of a pass with this sequence's root and all rows of the others
         self._given = self.plain
-        if beside.texts > 1:
+        if beside.sequences > 1:
             self._given = times.verify(beside.rows + 1, self._context) * speed.factor("verify")
         several, factor = beside.drafting, self._drafts_share()
         extending = times.extend(several * pending, self._context)
@@ -271,12 +271,12 @@ class NodePlan:
         seconds = self._times.verify(beside.rows + rows, context)
         if tree:
             seconds += self._times.tree(rows, context) - self._times.verify(rows, context)
-        return 1.0 + beside.texts * (seconds * self._speed.factor("verify") - self._given) / self.plain
+        return 1.0 + beside.sequences * (seconds * self._speed.factor("verify") - self._given) / self.plain
 
     def _drafts_share(self) -> float:
         """Returns the factor from seconds of joint drafting to this sequence's share of the cost to the batch."""
         factor = self._speed.factor("draft" if self.beside is ALONE else "beside")
-        return factor / self.plain * self.beside.texts / self.beside.drafting
+        return factor / self.plain * self.beside.sequences / self.beside.drafting
 
     def _level(self, leaves: int) -> float:
         return self._times.level(self.beside.drafting * leaves, self._context) * self._drafts_share()

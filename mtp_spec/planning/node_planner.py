@@ -15,8 +15,8 @@ from mtp_spec.planning.confidence import Confidence, Judged
 from mtp_spec.planning.costs import StepTimes
 from mtp_spec.planning.fixed_plan import FixedPlan, Standing, TreeBatch, TreePlan
 from mtp_spec.planning.governor import Pace
-from mtp_spec.planning.node_plan import ALONE, NEWER, SLOWER, Beside, NodePlan, Speed
-from mtp_spec.planning.text_memory import TextMemory
+from mtp_spec.planning.node_plan import ALONE, NEWER, SLOWER, Company, NodePlan, Speed
+from mtp_spec.planning.sequence_memory import SequenceMemory
 from mtp_spec.speculation import MAX_DEPTH
 from mtp_spec.tree import MODULES, ROOT
 
@@ -51,24 +51,24 @@ class NodePlanner:
         self.worth = FIRST_WORTH
         self.unseen = round(PROBED * FIRST_RATE**4) - FIRST_PROBE
 
-    def begin(self) -> TextMemory:
+    def begin(self) -> SequenceMemory:
         """Returns the initial memory of a new sequence."""
         # savings for tries are shared by all sequences: a short one could not pay for a try of its own
         pace, plain = Pace(self.debt, saved=self.saved), self.times.verify(1, 0) * self.speed.factor("plain")
-        return TextMemory(pace, self.confidence.for_text(), self.rate, self.best, plain, self.worth)
+        return SequenceMemory(pace, self.confidence.for_sequence(), self.rate, self.best, plain, self.worth)
 
     # what to draft
 
     def plan(self, batch: TreeBatch) -> list[TreePlan]:
         """Returns a plan for each sequence."""
         sequences = batch.sequences
-        texts, rows = len(sequences), sum(one.rows for one in sequences)
-        hopeless = texts > 1 and not self._pays(sequences)
+        count, rows = len(sequences), sum(one.rows for one in sequences)
+        hopeless = count > 1 and not self._pays(sequences)
         drafting = sum(one.limits is not None and (one.memory is None or not one.memory.pace.paused)
                        for one in sequences)  # fmt: skip
         plans = list[TreePlan]()
         for one in sequences:
-            beside = ALONE if batch.alone else Beside(texts, rows - one.rows, max(1, drafting))
+            beside = ALONE if batch.alone else Company(count, rows - one.rows, max(1, drafting))
             if one.planned is not None:
                 plans.append(one.planned)
             elif one.memory is None:
@@ -81,23 +81,23 @@ class NodePlanner:
 
     def _pays(self, sequences: Sequence[Standing]) -> bool:
         """Returns whether a batch gains if every sequence drafts the best chain, at the mean probability so far."""
-        times, best, texts, context = self.times, self.best, len(sequences), _context(sequences)
+        times, best, count, context = self.times, self.best, len(sequences), _context(sequences)
         pending = sum(one.pending for one in sequences if one.limits is not None)
         verify, draft = self.speed.factor("verify"), self.speed.factor("beside")
-        plain = times.verify(texts, context) * verify
+        plain = times.verify(count, context) * verify
         tokens, drafting = 1.0, 0.0
-        if pending > texts * MAX_DEPTH:  # after plain steps the modules must catch up, which has to pay off soon
+        if pending > count * MAX_DEPTH:  # after plain steps the modules must catch up, which has to pay off soon
             drafting = draft * times.extend(pending, context) / SOON
         for depth in range(1, TRIED_DEPTH + 1):
             tokens += best**depth
-            drafting += times.level(texts, context) * draft
-            extra = times.extend(round(texts * tokens), context) - times.extend(texts, context)
-            time = drafting + extra * draft + times.verify(texts * (depth + 1), context) * verify
+            drafting += times.level(count, context) * draft
+            extra = times.extend(round(count * tokens), context) - times.extend(count, context)
+            time = drafting + extra * draft + times.verify(count * (depth + 1), context) * verify
             if tokens * plain > CLEAR_GAIN * time:
                 return True
         return False
 
-    def _plan(self, one: Standing, memory: TextMemory, beside: Beside, modules: bool) -> TreePlan:
+    def _plan(self, one: Standing, memory: SequenceMemory, beside: Company, modules: bool) -> TreePlan:
         """Returns the plan of one sequence's step; a `FixedPlan` if nothing is to be learned from it."""
         pace = memory.pace
         memory.steps += 1
@@ -141,11 +141,11 @@ class NodePlanner:
         seconds = outcome.seconds
         for one, path in zip(plan, outcome.paths, strict=True):
             if isinstance(one, NodePlan) and path is not None:
-                self._learn_text(one, path, seconds if one.beside is ALONE else None)
+                self._learn_sequence(one, path, seconds if one.beside is ALONE else None)
         if len(plan) > 1 and seconds is not None and seconds.verifying > 0:
             self._learn_times(plan, seconds)
 
-    def _learn_text(self, plan: NodePlan, path: Sequence[int], seconds: Seconds | None) -> None:
+    def _learn_sequence(self, plan: NodePlan, path: Sequence[int], seconds: Seconds | None) -> None:
         """Learns from one sequence's outcome; `seconds` are given if it ran alone."""
         if plan.levels:
             if seconds is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import inf, log, log2
 
 from mtp_spec.planning.base import Outcome
-from mtp_spec.planning.chances import MODEL_MEMORY, TEXT_MEMORY, Chances, Seen
+from mtp_spec.planning.chances import MODEL_MEMORY, SEQUENCE_MEMORY, Chances, Seen
 from mtp_spec.planning.correction import Correction, surprise
 from mtp_spec.planning.governor import ALLOWED, LEAST_PRICE, Pace
 from mtp_spec.tree_shape import TreeShape
@@ -46,7 +46,7 @@ class ShapeTable:
         settling: seconds for the switch from drafting to plain steps.
         catching_up: seconds for the switch back, by the most rows that the MTP modules then read.
         chances: acceptance rates learned earlier, with other step times; None if there are none yet.
-        text: the shape whose drafts are those of drafters other than the MTP modules; None if there is none.
+        scripted: the shape whose drafts are those of drafters other than the MTP modules; None if there is none.
 
     Raises:
         ValueError: the first shape has nodes, or the numbers do not match.
@@ -54,13 +54,13 @@ class ShapeTable:
 
     def __init__(
         self, shapes: Sequence[TreeShape], seconds: Sequence[float], settling: float, catching_up: Mapping[int, float],
-        chances: Chances | None = None, text: int | None = None,
+        chances: Chances | None = None, scripted: int | None = None,
     ) -> None:  # fmt: skip
         if shapes[PLAIN].parents or len(shapes) != len(seconds) or len(shapes) < 2 or min(seconds) <= 0:
             raise ValueError("shapes are plain decoding, then trees, each with its seconds")
-        self.shapes, self._seconds, self.text = tuple(shapes), tuple(seconds), text
+        self.shapes, self._seconds, self.scripted = tuple(shapes), tuple(seconds), scripted
         # those of the MTP modules
-        self.drafting = [shape for shape in range(1, len(self.shapes)) if shape != text]
+        self.drafting = [shape for shape in range(1, len(self.shapes)) if shape != scripted]
         self._settling, self._catching_up = settling, sorted(catching_up.items())
         self.chances, self.debt = chances or Chances(MODEL_MEMORY), 0.0
         # one factor is common to all shapes (longer contexts are slower), another is each shape's own
@@ -97,7 +97,7 @@ class ShapeBatch:
 
     Attributes:
         table: the shapes for this number of sequences.
-        texts: number of sequences.
+        sequences: number of sequences.
         left: most tokens that any of them may still generate.
         behind: their rows that the MTP modules have not processed.
         given: expected tokens of a step with other drafters' proposals; 1 if they have none.
@@ -105,7 +105,7 @@ class ShapeBatch:
     """
 
     table: ShapeTable
-    texts: int = 1
+    sequences: int = 1
     left: float = inf
     behind: int = 0
     given: float = 1.0
@@ -137,7 +137,7 @@ class ShapePlanner:
     """
 
     def __init__(self, table: ShapeTable) -> None:
-        self._chances = Chances(TEXT_MEMORY, table.chances)
+        self._chances = Chances(SEQUENCE_MEMORY, table.chances)
         self._pace = Pace(table.debt, CREDIT)
         self._saved = 0.0  # for trying deeper shapes
 
@@ -145,22 +145,22 @@ class ShapePlanner:
         """Returns the shape of the next step."""
         table = batch.table
         tokens = self._chances.tokens(*table.shapes)
-        if table.text is not None:
-            tokens[table.text] = batch.given
+        if table.scripted is not None:
+            tokens[table.scripted] = batch.given
         shape = self._choose(batch, tokens)
         return ShapePlan(table, shape, tokens[shape], table.seconds(shape))
 
     def _choose(self, batch: ShapeBatch, tokens: Sequence[float]) -> int:
         table, drafting = batch.table, batch.table.drafting
-        if table.text is not None and batch.given > 1.0:
+        if table.scripted is not None and batch.given > 1.0:
             others = [tokens[shape] / table.relative(shape) for shape in drafting if not self._pace.paused]
-            if batch.eager or batch.given > CLEARLY * table.relative(table.text) * max(1.0, *others, 1.0):
-                return table.text
+            if batch.eager or batch.given > CLEARLY * table.relative(table.scripted) * max(1.0, *others, 1.0):
+                return table.scripted
         if not drafting:
             return PLAIN
         rate, best = max((tokens[shape] / table.relative(shape), -shape) for shape in drafting)
         best = -best
-        least = LOSING if batch.texts == 1 else 1.0 + LAG * log2(batch.texts)
+        least = LOSING if batch.sequences == 1 else 1.0 + LAG * log2(batch.sequences)
         losing, switching = rate < least, table.switching(batch.behind)
         if batch.behind > 1 and not losing and rate > 1.0 and batch.left * (1.0 - 1.0 / rate) < switching:
             return PLAIN  # the rest is too short to win back the cost of the switch
@@ -180,7 +180,7 @@ class ShapePlanner:
         if outcome.seconds is not None:
             table.learn(plan.shape, outcome.seconds.step)
         paths = [tuple(path) for path in outcome.paths if path is not None]
-        if plan.shape in (PLAIN, table.text) or not paths:
+        if plan.shape in (PLAIN, table.scripted) or not paths:
             return
         seen = Seen.of(shape, Counter(paths))
         for chances in (self._chances, table.chances):

@@ -270,7 +270,7 @@ class Sampler:
         scores[best] = _NEGATIVE_INFINITY
         return float(score - scores.max())
 
-    def law(self, processed: torch.Tensor, position: int) -> npt.NDArray[np.float64]:
+    def distribution(self, processed: torch.Tensor, position: int) -> npt.NDArray[np.float64]:
         """Returns the distribution `[V]` for drawing without coupling; at temperature 0 all on the best token.
 
         Raises:

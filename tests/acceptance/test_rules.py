@@ -1,4 +1,4 @@
-"""Acceptance rules: their laws by exact enumeration, and by sampling on the bundled model."""
+"""Acceptance rules: their distributions by exact enumeration, and by sampling on the bundled model."""
 
 from __future__ import annotations
 
@@ -213,13 +213,13 @@ def test_lossy_rules_accept_what_they_say() -> None:
 
 
 def test_seeded_choices_repeat_and_follow_the_law() -> None:
-    law = np.array([0.2, 0.0, 0.5, 0.3])
+    distribution = np.array([0.2, 0.0, 0.5, 0.3])
     first, second = SeededChoices(5), SeededChoices(5)
-    drawn = [first.pick(law) for _ in range(4000)]
-    assert drawn[:50] == [second.pick(law) for _ in range(50)]
+    drawn = [first.pick(distribution) for _ in range(4000)]
+    assert drawn[:50] == [second.pick(distribution) for _ in range(50)]
     counts = np.bincount(drawn, minlength=4)
     assert counts[1] == 0
-    assert chisquare(counts[[0, 2, 3]], 4000 * law[[0, 2, 3]]).pvalue > 1e-4
+    assert chisquare(counts[[0, 2, 3]], 4000 * distribution[[0, 2, 3]]).pvalue > 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +241,8 @@ def test_texts_have_the_targets_law_on_the_bundled_model(lm: mtp_spec.LM, name: 
         pair = tuple(out.token_ids[:2])
         counts[pair] = counts.get(pair, 0) + 1
     exact: dict[tuple[int, ...], float] = {}
-    for first, chance in _law(lm, prompt).items():
-        for second, then in _law(lm, [*prompt, first]).items():
+    for first, chance in _distribution(lm, prompt).items():
+        for second, then in _distribution(lm, [*prompt, first]).items():
             exact[first, second] = chance * then
     assert set(counts) <= set(exact)
     common = [pair for pair, chance in exact.items() if chance * number >= 5]
@@ -255,7 +255,7 @@ def test_texts_have_the_targets_law_on_the_bundled_model(lm: mtp_spec.LM, name: 
     assert chisquare(observed, expected).pvalue > 1e-4
 
 
-def _law(lm: Any, ids: list[int]) -> dict[int, float]:
+def _distribution(lm: Any, ids: list[int]) -> dict[int, float]:
     row = lm.score(ids).logits[-1].double() / 1.5
     top = row.topk(3)
     chances = top.values.softmax(-1)

@@ -1,4 +1,4 @@
-"""The token tree, the count of what was accepted, and the law of coupled acceptance by enumeration."""
+"""The token tree, the count of what was accepted, and the distribution of coupled acceptance by enumeration."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_merging_and_steps_that_cannot_be() -> None:
             stats.record_step(*bad)
 
 
-def law(depth_rows: torch.Tensor, tree: TokenTree, seeds: int) -> np.ndarray:
+def distribution(depth_rows: torch.Tensor, tree: TokenTree, seeds: int) -> np.ndarray:
     """Counts of the first two tokens committed; row 0 predicts the first, every node's row the second."""
     counts = np.zeros((VOCAB, VOCAB))
     for seed in range(seeds):
@@ -106,9 +106,9 @@ def test_coupled_acceptance_keeps_the_law_and_the_draws(drafts: list[int]) -> No
     tree = TokenTree()
     for rank, token in enumerate(drafts):
         tree.add(ROOT, token, rank)
-    counts = law(rows, tree, 3000)
+    counts = distribution(rows, tree, 3000)
     p = rows.softmax(-1).double().numpy()
     expected = p[0][:, None] * p[1:] * counts.sum()
     assert chisquare(counts.ravel(), expected.ravel() * counts.sum() / expected.sum()).pvalue > 1e-4
-    # stronger than the law: every single draw is that of the empty tree
-    assert (counts == law(rows, TokenTree(), 3000)).all()
+    # stronger than the distribution: every single draw is that of the empty tree
+    assert (counts == distribution(rows, TokenTree(), 3000)).all()

@@ -13,7 +13,7 @@ from mtp_spec.acceptance import RULES
 from mtp_spec.bench.bound import best_hybrid, best_pair, best_single
 
 
-def laws(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def distributions(seed: int) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     p = generator.dirichlet([(0.2, 0.5, 1.0)[seed % 3]] * 6)
     if seed % 2:
@@ -24,7 +24,7 @@ def laws(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_set_of_tokens_bounds_a_pair_of_drafts_lower(seed: int) -> None:
-    p, q = laws(seed)
+    p, q = distributions(seed)
     pair = np.outer(q, q) / (1 - q[:, None])
     np.fill_diagonal(pair, 0.0)
     sets = [list(chosen) for size in range(7) for chosen in combinations(range(6), size)]
@@ -34,7 +34,7 @@ def test_no_set_of_tokens_bounds_a_pair_of_drafts_lower(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rules_keep_to_the_bound(seed: int) -> None:
-    p, q = laws(seed)
+    p, q = distributions(seed)
     toy = Toy(lambda _: torch.from_numpy(p).log().float(), lambda _: torch.from_numpy(q).log().float(), vocab=6)
     for name, bound in (("rejection", best_pair), ("traversal", best_pair), ("hybrid", best_hybrid)):
         accepted = error_and_length(RULES[name], (2,), toy)[1] - 1
@@ -50,6 +50,6 @@ def test_bounds_at_the_edge() -> None:
     assert best_hybrid(half, certain) == 0.5
     nearly = np.array([1.0 - 2e-15, 1e-15, 1e-15])
     assert best_pair(nearly, nearly) == pytest.approx(1.0)
-    # the second draft has the law of p: what is left beside the first must not be lost in rounding
+    # the second draft has the distribution p: what is left beside the first must not be lost in rounding
     assert best_pair(np.array([0.0, 0.5, 0.5]), nearly) == pytest.approx(1.0)
     assert best_pair(np.array([0.0, 1.0, 0.0]), nearly) == pytest.approx(0.5)

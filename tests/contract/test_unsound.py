@@ -112,8 +112,8 @@ def test_a_token_that_only_drafts_propose(
     propose = Drafter._propose
 
     def proposes(self: Drafter, *given: Any) -> tuple[list[int], list[Any]]:
-        top, laws = propose(self, *given)
-        return [bad, *(token for token in top if token != bad)][: len(top)], laws
+        top, distributions = propose(self, *given)
+        return [bad, *(token for token in top if token != bad)][: len(top)], distributions
 
     damage(lm, "model.embed_tokens.weight", math.nan, bad)
     monkeypatch.setattr(Drafter, "_propose", proposes)

@@ -23,9 +23,9 @@ from mtp_spec.cuda.group import Group
 from mtp_spec.cuda.lock import FairLock
 from mtp_spec.cuda.memory import group_bytes, pages_bytes
 from mtp_spec.cuda.pages import DevicePages
+from mtp_spec.cuda.sequence import DeviceSequence
 from mtp_spec.cuda.state import State
 from mtp_spec.cuda.step import Prefill
-from mtp_spec.cuda.text import DeviceText
 from mtp_spec.load_checks import check_batch
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.cuda.checkpoint import load_device_model
@@ -186,7 +186,7 @@ def test_turns_change_nothing(folder: Path, scripted: Any, shapes: list[int], mo
     held: list[tuple[list[int], int, list[torch.Tensor]]] = []
     leave = Group.leave
 
-    def watched(group: Group, text: DeviceText) -> None:
+    def watched(group: Group, text: DeviceSequence) -> None:
         if text in group._slots and group.kind.takes_turns:
             fed = int(group.state.fed[group._slots.index(text)])
             table = text.lease.store.tables[text.lease.row]

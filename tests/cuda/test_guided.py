@@ -23,7 +23,7 @@ from mtp_spec.acceptance import RULES
 from mtp_spec.api import LM
 from mtp_spec.cuda import group as device_group
 from mtp_spec.cuda.guided import Guide
-from mtp_spec.cuda.text import Drafts, tree_of
+from mtp_spec.cuda.sequence import Drafts, tree_of
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree_shape import TreeShape

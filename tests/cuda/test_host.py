@@ -28,8 +28,8 @@ from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.pages import LEASES, DevicePages
 from mtp_spec.cuda.prefill import Reader
 from mtp_spec.cuda.runtime import DeviceRuntime
+from mtp_spec.cuda.sequence import DeviceSequence, Results
 from mtp_spec.cuda.state import State, copy_states
-from mtp_spec.cuda.text import DeviceText, Results
 from mtp_spec.kernels import commit
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.cuda.checkpoint import load_device_model
@@ -89,14 +89,14 @@ def test_tokens_taken_together_are_the_same_as_one_by_one(steps: list[list[int]]
 
 
 def test_pages_are_offered_as_soon_as_they_are_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, asks, seen = DeviceText.take, {"after every step": False}, list[tuple[int, int]]()
+    take, asks, seen = DeviceSequence.take, {"after every step": False}, list[tuple[int, int]]()
 
-    def watched(text: DeviceText, results: Results, slot: int) -> None:
+    def watched(text: DeviceSequence, results: Results, slot: int) -> None:
         text._due = 0 if asks["after every step"] else text._due
         take(text, results, slot)
         seen.append((len(text.tokens), text.lease.published))
 
-    monkeypatch.setattr(DeviceText, "take", watched)
+    monkeypatch.setattr(DeviceSequence, "take", watched)
     options: dict[str, Any] = {"seed": 1, "logit_bias": {**FEW, END: -float("inf")}}
     for prompt, speculation, new in ((60, None, 72), (125, 2, 30)):
         found = list[list[tuple[int, int]]]()

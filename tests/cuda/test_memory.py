@@ -18,7 +18,7 @@ import small
 from device_models import DEMO
 from mtp_spec import host_memory, memory
 from mtp_spec.cuda.memory import COPIES, check_memory, check_room, group_bytes, pass_bytes, plan_memory, rule_bytes
-from mtp_spec.cuda.pages import READ_TEXTS, STEP_ROWS, DevicePages, planned_pages
+from mtp_spec.cuda.pages import READ_SEQUENCES, STEP_ROWS, DevicePages, planned_pages
 from mtp_spec.cuda.prefill import Whole
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.state import PREFILL_ROWS, ROWS, SLACK, State, stages_of
@@ -113,7 +113,7 @@ def test_passes_hold_what_is_planned(no_launches: None, model: DeviceModel) -> N
 def test_reading_several_prompts_is_planned(no_launches: None, model: DeviceModel, batch: int) -> None:
     plan, head, vocabulary = plan_memory(model, 1000, batch), model.layers[0].attention.head, model.config.vocab_size
     for rows in PREFILL_ROWS:
-        texts = min(batch, READ_TEXTS, STEP_ROWS // rows)
+        texts = min(batch, READ_SEQUENCES, STEP_ROWS // rows)
         caches = model.new_caches(1000 + SLACK, 0, 40)
         tables = torch.zeros(texts, caches[0].capacity // PAGE, dtype=torch.int32, device="meta")
         one = Whole(DeviceRuntime(model, 1000), tables, State(model, 1000, caches, tables), rows, True, Stages())
@@ -138,8 +138,8 @@ def test_memory_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MTPSpecError, match="max_context="):
         check_memory(model, 200_000, "cuda")
     check_room(10**6, torch.device("cuda"), "A text")
-    with pytest.raises(MTPSpecError, match=r"A text beside 1 more needs 900\.00 GB .* end other texts"):
-        check_room(900 * 10**9, torch.device("cuda"), "A text beside 1 more")
+    with pytest.raises(MTPSpecError, match=r"A sequence beside 1 more needs 900\.00 GB .* end other sequences"):
+        check_room(900 * 10**9, torch.device("cuda"), "A sequence beside 1 more")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 0))
     with pytest.raises(MTPSpecError, match="weights alone"):
         check_memory(model, 300, "cuda")

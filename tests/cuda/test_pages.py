@@ -86,7 +86,7 @@ def test_what_a_text_has_written_is_shared(
 ) -> None:
     """Pages of the answer too, but for what the modules may not have seen of it."""
     scripted([0] * (RING + 4) + [4, 1])
-    monkeypatch.setattr("mtp_spec.cuda.text.WAITING", RING)
+    monkeypatch.setattr("mtp_spec.cuda.sequence.WAITING", RING)
     lm, alone = batch_lm(folder, 2), batch_lm(folder, 1)
     drafts = speculation is not None
     for first, count, known in ((1, 20, 64 if drafts else 128), (2, 60, 128)):

@@ -13,9 +13,9 @@ from device_models import SAMPLING, checkpoint, device_lm
 from lms import device
 from mtp_spec.api import LM
 from mtp_spec.cuda import group as device_group
+from mtp_spec.cuda import sequence as device_sequence
 from mtp_spec.cuda import shapes as device_planned
 from mtp_spec.cuda import state as device_state
-from mtp_spec.cuda import text as device_text
 from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.speculation import Speculation
 from scripted import RING, SMALL, Script
@@ -26,7 +26,7 @@ SCRIPTS = ([4], [0, 4], [0, 0, 3, 1, 0], [2] * 3 + [0] * (RING - 3), [0] * (RING
 
 @pytest.fixture(autouse=True)
 def _small_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (device_state, device_planned, device_group, device_text):
+    for module in (device_state, device_planned, device_group, device_sequence):
         monkeypatch.setattr(module, "WAITING", RING)
     for module in (device_planned, device_group):
         monkeypatch.setattr(module, "CATCH_UP_ROWS", (SMALL, RING))

@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 import mtp_spec
 from device_models import SAMPLING, device_lm
 from mtp_spec.acceptance import RULES
-from mtp_spec.acceptance.base import Law, SeededChoices
+from mtp_spec.acceptance.base import Distribution, SeededChoices
 from mtp_spec.api import LM
 from mtp_spec.cuda.rules import DeviceRule
 from mtp_spec.kernels import commit
@@ -39,7 +39,7 @@ def step_by_rule(
     """
     sampler, rule = Sampler(SamplingParams(temperature=0.0 if greedy else 1.0, seed=seed), VOCAB), RULES[name]
     shape = TreeShape.of(Speculation(branching=branching, acceptance=name, budget=budget))
-    tree, laws, level = TokenTree(), list[Law](), {ROOT: ROOT}
+    tree, distributions, level = TokenTree(), list[Distribution](), {ROOT: ROOT}
     for depth in range(1, shape.depth + 1):
         below = {}
         for place in shape.with_children(depth - 1):
@@ -49,12 +49,14 @@ def step_by_rule(
             if sampler.leaves_nothing(row):
                 continue
             wanted = [node for node in shape.level(depth) if shape.parents[node] == place]
-            proposals = rule.propose(sampler.law(row, 0), row.numpy(), len(wanted), choices)
+            proposals = rule.propose(sampler.distribution(row, 0), row.numpy(), len(wanted), choices)
             for node, proposal in zip(wanted, proposals, strict=False):
                 below[node] = tree.add(level[place], proposal.token, shape.ranks[node])
-                laws.append(proposal.law)
+                distributions.append(proposal.distribution)
         level = below
-    verdict = rule.judge(tree, laws, lambda node: sampler.law(draft_row(targets, tree, node), 0), choices)
+    verdict = rule.judge(
+        tree, distributions, lambda node: sampler.distribution(draft_row(targets, tree, node), 0), choices
+    )
     return tree, verdict.nodes, verdict.token
 
 
@@ -96,7 +98,7 @@ def step_on_device(
 
 def logits(generator: torch.Generator, depth: int, kind: str) -> torch.Tensor:
     rows = torch.randn(depth + 1, VOCAB, generator=generator) * 2
-    if kind == "truncated":  # laws with fewer tokens than a tree has children
+    if kind == "truncated":  # distributions with fewer tokens than a tree has children
         keep = torch.rand(depth + 1, VOCAB, generator=generator).argsort(-1) < 2
         rows = rows.masked_fill(~keep, -torch.inf)
     if kind == "empty":  # no draft follows a draft

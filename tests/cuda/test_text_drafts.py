@@ -75,7 +75,7 @@ def test_modules_and_proposals_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(device_group, "ShapePlanner", make)
         out = lm.generate([5, 3], speculation=speculation, **options)
         assert out.token_ids == plain.token_ids, shapes
-        group = next(one for one in device(lm).pool.known if one.kind.text and one.kind.modules)
+        group = next(one for one in device(lm).pool.known if one.kind.scripted and one.kind.modules)
         assert group.state.pages is not None
         slots = (group.state.pages[0].long()[:, None] + torch.arange(64)).flatten()
         held.append([cache.slots[slots[: int(group.state.fed[0]) - 1]].clone() for cache in group.state.mtp_caches])

@@ -103,12 +103,12 @@ def test_chances_are_those_of_the_text() -> None:
 def test_rates_follow_what_is_seen_and_new_texts_begin_with_it() -> None:
     rates = Rates()
     assert [rates.chance(length) for length in LENGTHS] == sorted(rates.chance(length) for length in LENGTHS)
-    text = rates.for_text()
+    text = rates.for_sequence()
     for number in range(200):
         text.learn(5, 0, number % 4 == 0)
     assert abs(rates.chance(4) - 0.25) < 0.05
     assert rates.chance(4) == rates.chance(5) < rates.chance(3)
-    assert abs(rates.for_text().chance(5) - rates.chance(5)) < 1e-9
+    assert abs(rates.for_sequence().chance(5) - rates.chance(5)) < 1e-9
 
 
 def test_a_continuation_cut_at_its_front() -> None:

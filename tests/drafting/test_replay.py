@@ -31,9 +31,9 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     return lm
 
 
-def replayed(lm: LM, prompt: list[int], seed: int, law: Any = LAW, **shape: Any) -> tuple[Any, Speculation]:
+def replayed(lm: LM, prompt: list[int], seed: int, distribution: Any = LAW, **shape: Any) -> tuple[Any, Speculation]:
     plain = lm.generate(prompt, seed=seed, speculation=None, **OPTIONS)
-    return plain, Speculation(**shape, drafters=("mtp", Replay(plain.token_ids, law, seed=seed)))
+    return plain, Speculation(**shape, drafters=("mtp", Replay(plain.token_ids, distribution, seed=seed)))
 
 
 def test_drafts_are_accepted_by_the_law(lm: LM) -> None:
@@ -61,8 +61,8 @@ def test_drafts_are_accepted_by_the_law(lm: LM) -> None:
 def test_always_and_never_right_alone_and_in_batches(lm: LM) -> None:
     prompts = [[3, 4, 5], [9, 8]]
     options = {**OPTIONS, "max_new_tokens": 18}
-    for law, tokens in ((1.0, 17 / 5), (0.0, 1.0)):
-        made = [replayed(lm, prompt, seed, [law], depth=3) for seed, prompt in enumerate(prompts)]
+    for distribution, tokens in ((1.0, 17 / 5), (0.0, 1.0)):
+        made = [replayed(lm, prompt, seed, [distribution], depth=3) for seed, prompt in enumerate(prompts)]
         handles = [lm.submit(prompt, seed=seed, speculation=speculation, **options)
                    for seed, (prompt, (_, speculation)) in enumerate(zip(prompts, made, strict=True))]  # fmt: skip
         for handle, (plain, speculation), prompt, seed in zip(handles, made, prompts, range(2), strict=True):
@@ -90,9 +90,9 @@ def test_draws_depend_on_place_depth_and_seed_only() -> None:
 
 
 def test_wrong_laws_ids_and_shapes_are_named(lm: LM) -> None:
-    for law in ((), "0.5", [1.5], [-0.1], [float("nan")], 0.5):
+    for distribution in ((), "0.5", [1.5], [-0.1], [float("nan")], 0.5):
         with pytest.raises(mtp_spec.OptionError, match="acceptance="):
-            Replay([1], law)
+            Replay([1], distribution)
     with pytest.raises(mtp_spec.OptionError, match="seed="):
         Replay([1], [0.5], seed=-1)
     wrong: list[Any] = ["ab", None, [1.5], [-1], [True]]

@@ -14,7 +14,7 @@ from mtp_spec.cpu.draft import KEPT_BEHIND, MOST_BEHIND
 from mtp_spec.planning.base import Outcome, Seconds
 from mtp_spec.planning.costs import StepTimes
 from mtp_spec.planning.fixed_plan import Standing, TreeBatch
-from mtp_spec.planning.node_plan import ALONE, Beside, NodePlan, Speed
+from mtp_spec.planning.node_plan import ALONE, Company, NodePlan, Speed
 from mtp_spec.planning.node_planner import NodePlanner
 from mtp_spec.tree import TokenTree
 from simulated import CHEAP_ROWS, CONTEXT, ENDLESS, LIMITS, MACHINES, PROCESSES, Process, draft
@@ -123,7 +123,7 @@ def test_where_rows_cost_little_many_texts_gain_too() -> None:
 def test_a_node_costs_more_beside_more_rows() -> None:
     times = MACHINES["dear rows"]
     memory, costs = NodePlanner(times).begin(), []
-    for beside in (ALONE, Beside(), Beside(4, 3, 4), Beside(16, 15, 16), Beside(16, 60, 16)):
+    for beside in (ALONE, Company(), Company(4, 3, 4), Company(16, 15, 16), Company(16, 60, 16)):
         plan = NodePlan(Standing(LIMITS, memory, CONTEXT, 1, ENDLESS), memory, beside, times, Speed())
         costs.append(plan.row(1))
     assert costs[0] == pytest.approx(costs[1])

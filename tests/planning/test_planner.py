@@ -47,12 +47,12 @@ def test_confidence_learns_leads_depths_and_siblings() -> None:
         draw = draws.random()
         rank = 0 if draw < best else 1 if draw < best + (1 - best) * 0.7 else None
         model.learn([Judged(lead, depth, 2, rank)])
-    for estimate in (model, model.for_text()):
+    for estimate in (model, model.for_sequence()):
         assert estimate.chance(0.2, 1) == pytest.approx(0.3, abs=0.12)
         assert estimate.chance(2.0, 1) == pytest.approx(0.9, abs=0.06)
         assert estimate.chance(2.0, 3) == pytest.approx(0.7, abs=0.1)
         assert estimate.share(1) == pytest.approx(0.7, abs=0.1)
-    text = model.for_text()
+    text = model.for_sequence()
     for _ in range(40):  # a text that differs is soon known to
         text.learn([Judged(2.0, 1, 1, None)])
     assert text.chance(2.0, 1) < 0.35 < model.chance(2.0, 1)

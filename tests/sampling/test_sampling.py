@@ -1,4 +1,4 @@
-"""Noise, sampler law, acceptance walk and text ends."""
+"""Noise, the sampler's distribution, acceptance walk and text ends."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ LAWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("law", list(LAWS))
-def test_draws_follow_the_processed_law(law: str) -> None:
-    options: dict[str, Any] = {"temperature": 1.0, **LAWS[law]}
+@pytest.mark.parametrize("distribution", list(LAWS))
+def test_draws_follow_the_processed_law(distribution: str) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, **LAWS[distribution]}
     logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, 0.7])
     p = (logits / options["temperature"]).softmax(-1)
     order = p.argsort(descending=True)

@@ -1,7 +1,7 @@
-"""The exact law of what a step commits, over a small vocabulary: every random choice is branched on and added up.
+"""The exact distribution of what a step commits, over a small vocabulary: every random choice is branched on.
 
-Drafts and verdicts go through the sampler and `accept_by_rule`, as in the engine; the law they are compared with is
-plain decoding's, its history made anew for every context.
+Drafts and verdicts go through the sampler and `accept_by_rule`, as in the engine; the distribution that they are
+compared with is plain decoding's, its history made anew for every context.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from mtp_spec import SamplingParams
 from mtp_spec.acceptance import Choices, Rule
 from mtp_spec.acceptance.accept import accept_by_rule
-from mtp_spec.acceptance.base import Law, mixed
+from mtp_spec.acceptance.base import Distribution, mixed
 from mtp_spec.sampling.sampler import Sampler
 from mtp_spec.tree import ROOT, TokenTree
 
@@ -62,22 +62,22 @@ class Toy:
     ) -> None:  # fmt: skip
         self.vocab, self.p, self.q, self.given = vocab, p, q, given
         self.sampler = Sampler(SamplingParams(**{"temperature": 1.0, **options}), vocab)
-        self.target = lru_cache(None)(lambda context: self._law(p, context))
-        self.draft = lru_cache(None)(lambda context: self._law(q, context))
+        self.target = lru_cache(None)(lambda context: self._distribution(p, context))
+        self.draft = lru_cache(None)(lambda context: self._distribution(q, context))
 
     @cached_property
     def start(self) -> Any:
         return self.sampler.history(PROMPT)
 
-    def _law(self, rows: Rows, context: Context) -> Law:
+    def _distribution(self, rows: Rows, context: Context) -> Distribution:
         history = self.sampler.history(PROMPT)
         for token in context:
             history = history.child(token)
-        return self.sampler.law(self.sampler.process(rows(context), history), len(PROMPT) + len(context))
+        return self.sampler.distribution(self.sampler.process(rows(context), history), len(PROMPT) + len(context))
 
     def step(self, rule: Rule, widths: Widths, choices: Choices) -> Context:
         """Drafts a tree and judges it as the engine does; returns the tokens committed."""
-        tree, laws, level = TokenTree(), list[Law](), [ROOT]
+        tree, distributions, level = TokenTree(), list[Distribution](), [ROOT]
         while level:
             above, level = level, []
             for parent in above:
@@ -85,13 +85,15 @@ class Toy:
                 if not (width := widths(path)):
                     continue
                 row = self.sampler.process(self.q(path), self.start.extend(path))
-                law = self.sampler.law(row, 0)
+                distribution = self.sampler.distribution(row, 0)
                 given = self.given(path)[:width]
-                for rank, proposal in enumerate(mixed(rule, given, law, row.numpy(), width, choices)):
+                for rank, proposal in enumerate(mixed(rule, given, distribution, row.numpy(), width, choices)):
                     level.append(tree.add(parent, proposal.token, rank))
-                    laws.append(proposal.law)
+                    distributions.append(proposal.distribution)
         rows = torch.stack([self.p(tuple(tree.path_tokens(node))) for node in range(ROOT, len(tree))])
-        out = accept_by_rule(rule, choices, tree, laws, rows, self.sampler, self.start, len(PROMPT), lambda _: False)
+        out = accept_by_rule(
+            rule, choices, tree, distributions, rows, self.sampler, self.start, len(PROMPT), lambda _: False
+        )
         tokens = tuple(drawn.token for drawn in out.drawn)
         assert tokens[:-1] == tuple(tree.path_tokens(out.nodes[-1]) if out.nodes else ())
         return tokens
@@ -114,8 +116,8 @@ class Branching:
         self.taken.append(choice)
         return choice
 
-    def pick(self, law: Law) -> int:
-        return self._choose(law.tolist())
+    def pick(self, distribution: Distribution) -> int:
+        return self._choose(distribution.tolist())
 
     def happens(self, chance: float) -> bool:
         assert -1e-12 <= chance <= 1 + 1e-12
@@ -133,7 +135,7 @@ def every_outcome(run: Callable[[Choices], Any]) -> Iterator[tuple[float, Any]]:
 
 
 def error_and_length(rule: Rule, shape: Sequence[int] | Widths, toy: Toy, depth: int = 0) -> tuple[float, float]:
-    """Returns the total variation between the output's law and plain decoding's, and the mean tokens a step.
+    """Returns the total variation between the output's distribution and plain decoding's, and the mean tokens a step.
 
     Args:
         shape: children by depth, or a function of the path; `depth` is then the most there may be.
@@ -144,13 +146,13 @@ def error_and_length(rule: Rule, shape: Sequence[int] | Widths, toy: Toy, depth:
     for weight, tokens in every_outcome(lambda choices: toy.step(rule, widths, choices)):
         committed[tokens] = committed.get(tokens, 0.0) + weight
     assert sum(committed.values()) == pytest.approx(1.0, abs=1e-12)
-    law: dict[Context, float] = dict.fromkeys(product(range(toy.vocab), repeat=length), 0.0)
+    distribution: dict[Context, float] = dict.fromkeys(product(range(toy.vocab), repeat=length), 0.0)
     for tokens, weight in committed.items():
         # what the step left open is drawn by plain decoding
         for rest in product(range(toy.vocab), repeat=length - len(tokens)):
             whole = (*tokens, *rest)
-            law[whole] += weight * chance(toy, whole, len(tokens))
-    error = sum(abs(share - chance(toy, whole)) for whole, share in law.items()) / 2
+            distribution[whole] += weight * chance(toy, whole, len(tokens))
+    error = sum(abs(share - chance(toy, whole)) for whole, share in distribution.items()) / 2
     return error, sum(weight * len(tokens) for tokens, weight in committed.items())
 
 

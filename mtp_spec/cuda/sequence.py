@@ -48,7 +48,7 @@ class Results:
     """The results of a step, or of a prefill pass, for its sequences.
 
     Attributes:
-        texts: the sequences, by slot.
+        sequences: by slot.
         lines: of each the record (`kernels.commit.accept`); of a chain's, whose rows are 0, 1, 2, ..., at least the
             first part.
         shape: of the tree.
@@ -58,7 +58,7 @@ class Results:
         sources: by slot the drafter of the tree, if it is not the MTP modules.
     """
 
-    texts: Seq[DeviceText]
+    sequences: Seq[DeviceSequence]
     lines: Seq[list[int]]
     shape: TreeShape
     logits: Mapping[int, Tensor] = field(default_factory=dict)
@@ -87,10 +87,11 @@ class Results:
         return range(count) if self.chain else line[first : first + count]
 
 
-class DeviceText:
+class DeviceSequence:
     """One sequence on a GPU.
 
     Attributes:
+        core: the scheduler's sequence, of which this is the `state`.
         stages: the sampling stages that it needs.
         history: of its tokens, if the host guides it or it has an observer.
         errors: errors of the last step's guidance, by row; raised only if the path reaches that row.
@@ -98,7 +99,7 @@ class DeviceText:
     """
 
     def __init__(self, model: DeviceModel, sequence: Sequence, kind: Kind, lease: DeviceLease) -> None:
-        self.model, self.sequence, self.kind, self.lease = model, sequence, kind, lease
+        self.model, self.core, self.kind, self.lease = model, sequence, kind, lease
         self.sampler = sequence.sampler
         self.params = self.sampler.params
         self.stages = stages_of(self.params)
@@ -108,7 +109,7 @@ class DeviceText:
         self.drafts = kind.modules
         self.given: Continuation | None = None
         self._proposals: Proposals | None = None
-        if kind.text:
+        if kind.scripted:
             self._proposals = Proposals(sequence.request.drafters, sequence.tokens, model.config.vocab_size)
         # most tokens that the MTP modules have not seen: of steps in flight, and stored by plain steps
         self._late = 2 * MOST + (WAITING if kind.takes_turns else 0)
@@ -120,7 +121,7 @@ class DeviceText:
     @property
     def tokens(self) -> list[int]:
         """The sequence's tokens."""
-        return self.sequence.tokens
+        return self.core.tokens
 
     @cached_property
     def script(self) -> npt.NDArray[np.int64]:
@@ -131,7 +132,7 @@ class DeviceText:
     @property
     def left(self) -> int:
         """Most tokens that it may still generate."""
-        return self.sequence.end - len(self.sequence.tokens)
+        return self.core.end - len(self.core.tokens)
 
     def has_read(self, count: int) -> None:
         """Lets others share the first `count` tokens of the prompt, whose prefill is done or launched."""
@@ -144,11 +145,11 @@ class DeviceText:
             MTPSpecError: a row had no token to draw.
         """
         tokens, failed = results.tokens(slot), results.lines[slot][commits.FAILED] > 0
-        if failed or self._asks or not self.sequence.extend(tokens, results.source(slot)):
+        if failed or self._asks or not self.core.extend(tokens, results.source(slot)):
             self._take_each(results, slot, tokens, failed)
         else:
             self._count(results, slot, len(tokens))
-        if self._proposals is not None and self.sequence.alive:
+        if self._proposals is not None and self.core.alive:
             self._proposals.commit(tokens)
             found = self._proposals.propose((), min(LONGEST, self.left))
             self.given = found[0] if found else None
@@ -167,7 +168,7 @@ class DeviceText:
             if wanted and logits is not None:
                 logprob = self.sampler.logprobs(logits[path[j]], token, wanted)
             drawn.append(Drawn(token, j + 1 if j + 1 < len(tokens) else 0, logprob, results.source(slot)))
-            ended = self.sequence.is_last(token)
+            ended = self.core.is_last(token)
             if ended:
                 break
         before = self.history
@@ -177,15 +178,15 @@ class DeviceText:
                 accepted = Accepted([], drawn, self.history, ended)
                 self._show(results.drafts, path, logits, before, accepted)
         self._count(results, slot, len(drawn))
-        self.sequence.commit(drawn, ended)
+        self.core.commit(drawn, ended)
 
     def _count(self, results: Results, slot: int, committed: int) -> None:
         """Adds to the statistics."""
-        stats, shape = self.sequence.stats, results.shape
+        stats, shape = self.core.stats, results.shape
         if results.prompt:
-            stats.record_prefill(self.sequence.prompt_tokens)
+            stats.record_prefill(self.core.prompt_tokens)
             return
-        # the last token of a step is the target's own, unless the text ended at a draft before it
+        # the last token of a step is the target's own, unless the sequence ended at a draft before it
         accepted = min(committed, results.lines[slot][commits.COUNT] - 1)
         ranks: Seq[int] = shape.ranks[:accepted]
         if not results.chain:
@@ -199,7 +200,7 @@ class DeviceText:
 
     def _show(self, drafts: Drafts, path: Seq[int], logits: Tensor, history: History, accepted: Accepted) -> None:
         """Passes a step to the sequence's observer; `history` is that of its root, and the nodes are filled in here."""
-        observer = self.sequence.observer
+        observer = self.core.observer
         assert observer is not None
         tree, rows = tree_of(drafts)
         nodes = {0: ROOT, **{row: node for node, row in enumerate(rows)}}

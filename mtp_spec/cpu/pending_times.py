@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 
-class Untold:
+class PendingTimes:
     """Times of a runner's steps that its planners have not learned yet.
 
     Args:

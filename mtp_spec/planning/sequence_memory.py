@@ -9,7 +9,7 @@ from mtp_spec.planning.governor import Pace
 TRUSTED = 3.0
 
 
-class TextMemory:
+class SequenceMemory:
     """Starts from what earlier sequences of the model have taught.
 
     Args:
