@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,26 +24,21 @@ from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.launches import launches
 from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option, Switch
+from mtp_spec.bench.passes import Work, draft_pass, fill, hit, layers_pass, pass_bytes, slice_of, verify_pass
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.timing import copy_rate, graph_time, kernel_times, read_rate
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Step
 from mtp_spec.errors import OptionError
-from mtp_spec.kernels import mla
-from mtp_spec.kernels.moe import layer as mixture
-from mtp_spec.kernels.moe import route
-from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.model.config import ModelConfig, load_config
-from mtp_spec.model.cuda.layers import Dense, Layer, Mixture
+from mtp_spec.model.cuda.layers import Dense, Mixture
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.distributed.joining import join_ranks, local_device, open_rooms
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree_shape import TreeShape
 
-CHUNK = 2**28
 # the chain for timing sampling and acceptance, and its sampling parameters
 CHAIN = 3
 ACCEPTED = {
@@ -60,7 +53,6 @@ ACCEPTED = {
 SLICE, WHOLE = "accept, share of this slice's step", "accept, share of a whole model's step"
 TEXT = "text"
 PARTS = ("passes", "layers", "launches", "accepting", TEXT)
-FINITE = 0xBF  # clears e4m3's highest exponent bit: no NaN, magnitudes below 2
 
 
 def step(args: argparse.Namespace) -> Report:
@@ -162,11 +154,11 @@ def measure(
     for part in [part for part in args.parts if part != TEXT]:
         start, context = time.perf_counter(), args.context
         if part == "passes":
-            rows += [_pass(_verified(m), _verify(model, state, context, m), rate) for m in args.rows]
-            rows.append(_pass("draft, 1 row", _draft(model, state, context), rate))
+            rows += [_pass(_verified(m), verify_pass(model, state, context, m), rate) for m in args.rows]
+            rows.append(_pass("draft, 1 row", draft_pass(model, state, context), rate))
             facts["chains"], told = _chains(rows, args.acceptance)
             notes += told
-            facts["kernels of one row"] = kernel_times(_verify(model, state, context, 1)[0])
+            facts["kernels of one row"] = kernel_times(verify_pass(model, state, context, 1).run)
         elif part == "layers":
             rows += _layers(model, state, context, args.rows, rate)
             facts["extrapolated"] = _extrapolated(rows, full, args.rows)
@@ -212,66 +204,6 @@ def _verified(rows: int) -> str:
     return f"decode and verify, {rows} rows"
 
 
-def slice_of(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) -> ModelConfig:
-    """Returns the largest slice that fits, or one with `layers` MoE layers."""
-    (free,) = ranks.first((torch.cuda.mem_get_info()[0],))
-    most = full.num_hidden_layers - full.first_k_dense_replace
-    for count in range(layers or most, 0, -1):
-        config = replace(full, num_hidden_layers=full.first_k_dense_replace + count)
-        if plan_memory(DeviceModel(config, "meta", ranks=ranks), context + ROWS).total < free:
-            return config
-    raise OptionError(f"bench step needs room for one MoE layer: {free / 1e9:.1f} GB are free")
-
-
-def fill(model: DeviceModel) -> None:
-    """Fills in random weights that keep activations of order one."""
-    for name, slot in model.checkpoint_slots().items():
-        if name.endswith("_scale_inv"):
-            slot.fill_(0.02)  # e4m3 numbers below 2 have a root mean square of about 0.6
-        elif slot.dtype == torch.float8_e4m3fn:
-            flat = slot.view(torch.uint8)
-            flat.random_(0, 256)
-            flat &= FINITE
-        elif "norm" in name:
-            slot.fill_(1.0)
-        else:
-            slot.normal_(0.0, slot.shape[-1] ** -0.5)
-    model.finish()
-
-
-def _plan(model: DeviceModel, state: State, context: int, m: int, offset: int = 0) -> mla.Plan:
-    state.length.fill_(context)
-    return mla.chain(state.length, m, offset)
-
-
-def _verify(model: DeviceModel, state: State, context: int, m: int) -> tuple[Callable[[], Any], list[Any], int]:
-    """Returns a pass of m rows, what it reads other than routed experts, and the number of these."""
-    ids = torch.randint(0, model.config.vocab_size, (m,), device=model.device)
-    plan = _plan(model, state, context, m)
-
-    def run() -> Tensor:
-        return model.logits(model.rows(ids, state.caches, plan))
-
-    reads = [*model.layers, model.lm_head]
-    return run, reads, len(model.layers) * (context + m) * state.store.shape[1] * 2
-
-
-def _draft(model: DeviceModel, state: State, context: int) -> tuple[Callable[[], Any], list[Any], int]:
-    device = model.device
-    ids = torch.randint(0, model.config.vocab_size, (1,), device=device)
-    hidden = torch.randn(1, model.config.hidden_size, device=device).bfloat16()
-    request, position = torch.zeros(1, dtype=torch.int32, device=device), torch.full((1,), context, device=device)
-    plan = _plan(model, state, context, 1, 1)
-
-    def run() -> Tensor:
-        out = model.draft_logits(model.mtp_rows(0, ids, hidden, state.mtp_caches[0], plan))
-        return sample(out, request, position, state.settings, Stages()).tokens
-
-    module, head = model.mtp[0], model.draft_head
-    assert head is not None
-    return run, [module.eh.weight, module.layer, head.weight], (context + 1) * state.store.shape[1] * 2
-
-
 def _accepting(
     model: DeviceModel, state: State, full: ModelConfig, context: int, rate: float
 ) -> tuple[dict[str, Row], list[Row]]:
@@ -312,76 +244,33 @@ def _sentence(name: str, micro: Row, full: ModelConfig) -> str:
 def _layers(model: DeviceModel, state: State, context: int, counts: list[int], rate: float) -> list[Row]:
     """Times layers of both kinds and the head separately; every layer once, so that none is read from the cache."""
     rows = []
-    table = model.table(state.caches[0].capacity)
     for m in counts:
         x = torch.randn(m, model.config.hidden_size, device=model.device).bfloat16()
-        plan = _plan(model, state, context, m)
         for name, kind in (("dense layer", Dense), ("MoE layer", Mixture)):
-            layers = [
-                (layer, cache)
-                for layer, cache in zip(model.layers, state.caches, strict=True)
-                if isinstance(layer.mlp, kind)
-            ]
-
-            def run(layers: list[Any] = layers, x: Tensor = x, plan: mla.Plan = plan) -> None:
-                for layer, cache in layers:
-                    layer(x, None, table, cache, plan)
-
-            kv = len(layers) * (context + m) * state.store.shape[1] * 2
-            row = _pass(f"{name}, {m} rows", (run, [layer for layer, _ in layers], kv), rate)
+            work = layers_pass(model, state, context, m, kind)
+            row = _pass(f"{name}, {m} rows", work, rate)
             for key in ("us", "floor us", "GB", "launches"):
-                row[key] /= len(layers)
+                row[key] /= len(work.reads)
             rows.append(row)
-        rows.append(_pass(f"head, {m} rows", (partial(model.logits, x), [model.lm_head], 0), rate))
+        rows.append(_pass(f"head, {m} rows", Work(partial(model.logits, x), [model.lm_head], 0), rate))
     return rows
 
 
-def _pass(name: str, work: tuple[Callable[[], Any], list[Any], int], rate: float) -> Row:
-    run, reads, cached = work
-    with _routes() as routed:
-        run()
-        per_layer = [int(indices.unique().numel()) for indices in routed]
-    micro = graph_time(run)
-    experts = iter(per_layer)
-    size = cached + sum(_bytes(part, experts) for part in reads)
+def _pass(name: str, work: Work, rate: float) -> Row:
+    experts = hit(work)
+    micro = graph_time(work.run)
+    size = pass_bytes(work, experts)
     floor = size / rate / 1e6
-    hit = sum(per_layer) / len(per_layer) if per_layer else 0.0
-    launches = sum(count for count, _ in kernel_times(run).values())
+    launches = sum(count for count, _ in kernel_times(work.run).values())
     return {
         "pass": name,
         "us": micro,
         "floor us": floor,
         "x floor": micro / floor,
         "GB": size / 1e9,
-        "experts": hit,
+        "experts": sum(experts) / len(experts) if experts else 0.0,
         "launches": launches,
     }
-
-
-@contextmanager
-def _routes() -> Iterator[list[Tensor]]:
-    """Collects the expert indices of every gate that runs inside the block."""
-    found: list[Tensor] = []
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        routed = route(*args, **kwargs)
-        found.append(routed.indices)
-        return routed
-
-    with patch.object(mixture, "route", watched):
-        yield found
-
-
-def _bytes(part: Tensor | Layer, experts: Iterator[int]) -> int:
-    """Returns the bytes that a pass reads of a tensor or layer."""
-    if isinstance(part, Tensor):
-        return part.nbytes
-    size = sum(t.nbytes for t in part.attention.slots("").values()) + part.norms.nbytes
-    if isinstance(part.mlp, Dense):
-        return size + sum(t.nbytes for t in part.mlp.slots("").values())
-    held = part.mlp.experts
-    whole = sum(t.nbytes for t in held.tensors)
-    return size + part.mlp.router.nbytes + whole * next(experts) // held.count
 
 
 def _extrapolated(rows: list[Row], full: ModelConfig, counts: list[int]) -> Row:
