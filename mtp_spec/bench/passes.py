@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ def verify_pass(model: DeviceModel, state: State, context: int, m: int) -> Work:
     def run() -> Tensor:
         return model.logits(model.rows(ids, state.caches, plan))
 
-    return Work(run, [*model.layers, model.lm_head], len(model.layers) * cached_bytes(state, context + m))
+    return Work(run, *verify_reads(model, context, m))
 
 
 def draft_pass(model: DeviceModel, state: State, context: int) -> Work:
@@ -105,9 +105,7 @@ def draft_pass(model: DeviceModel, state: State, context: int) -> Work:
         out = model.draft_logits(model.mtp_rows(0, ids, hidden, state.mtp_caches[0], plan))
         return sample(out, request, position, state.settings, Stages()).tokens
 
-    module, head = model.mtp[0], model.draft_head
-    assert head is not None
-    return Work(run, [module.eh.weight, module.layer, head.weight], cached_bytes(state, context + 1))
+    return Work(run, *draft_reads(model, context))
 
 
 def layers_pass(model: DeviceModel, state: State, context: int, m: int, kind: type[Dense] | type[Mixture]) -> Work:
@@ -122,7 +120,7 @@ def layers_pass(model: DeviceModel, state: State, context: int, m: int, kind: ty
         for layer, cache in layers:
             total, branch = layer(total, branch, table, cache, plan)
 
-    return Work(run, [layer for layer, _ in layers], len(layers) * cached_bytes(state, context + m))
+    return Work(run, [layer for layer, _ in layers], len(layers) * (context + m) * model.layout.row_bytes)
 
 
 def random_ids(model: DeviceModel, count: int) -> Tensor:
@@ -131,9 +129,16 @@ def random_ids(model: DeviceModel, count: int) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (count,), generator=generator).to(model.device)
 
 
-def cached_bytes(state: State, slots: int) -> int:
-    """Returns the bytes of a layer's latents."""
-    return slots * state.store.shape[1] * 2
+def verify_reads(model: DeviceModel, context: int, m: int) -> tuple[list[Any], int]:
+    """Returns what a pass of m rows reads: tensors and layers, and bytes of the cache."""
+    return [*model.layers, model.lm_head], len(model.layers) * (context + m) * model.layout.row_bytes
+
+
+def draft_reads(model: DeviceModel, context: int) -> tuple[list[Any], int]:
+    """Returns what a draft of the first module reads, likewise."""
+    module, head = model.mtp[0], model.draft_head
+    assert head is not None
+    return [module.eh.weight, module.layer, head.weight], (context + 1) * model.layout.row_bytes
 
 
 @contextmanager
@@ -158,11 +163,16 @@ def routes() -> Iterator[list[Tensor]]:
         yield found
 
 
-def hit(work: Work) -> list[int]:
-    """Runs a pass; returns the number of distinct experts that each of its gates chose, shared ones included."""
+def chosen(work: Work) -> list[list[int]]:
+    """Runs a pass; returns the distinct experts that each of its gates chose, shared ones included."""
     with routes() as routed:
         work.run()
-        return [int(indices.unique().numel()) for indices in routed]
+        return [indices.unique().tolist() for indices in routed]
+
+
+def hit(work: Work) -> list[int]:
+    """Runs a pass; returns the number of distinct experts that each of its gates chose, shared ones included."""
+    return [len(experts) for experts in chosen(work)]
 
 
 def read_bytes(part: Tensor | Layer, experts: float) -> float:
@@ -177,14 +187,28 @@ def read_bytes(part: Tensor | Layer, experts: float) -> float:
     return size + part.mlp.router.nbytes + whole * experts / held.count
 
 
-def pass_bytes(work: Work, experts: list[int]) -> float:
+def pass_bytes(work: Work, experts: Sequence[float]) -> float:
     """Returns the bytes that a pass must read on this rank.
 
     Args:
         experts: chosen in each of its MoE layers, as `hit` counts.
     """
-    chosen, size = iter(experts), float(work.cached)
+    counts, size = iter(experts), float(work.cached)
     for part in work.reads:
         mixed = isinstance(part, Layer) and isinstance(part.mlp, Mixture)
-        size += read_bytes(part, next(chosen) if mixed else 0)
+        size += read_bytes(part, next(counts) if mixed else 0)
     return size
+
+
+def chain_tokens(chances: Sequence[float], depth: int) -> float:
+    """Returns the mean tokens of a step with a chain of drafts.
+
+    Args:
+        chances: that a draft of depth 1, 2, ... is accepted if those before it are; the last one counts for deeper
+            drafts too.
+    """
+    tokens = left = 1.0
+    for level in range(depth):
+        left *= chances[min(level, len(chances) - 1)]
+        tokens += left
+    return tokens

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,22 @@ from mtp_spec.backends import open_backend
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.launches import launches
-from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option, Switch
-from mtp_spec.bench.passes import Work, draft_pass, fill, hit, layers_pass, pass_bytes, slice_of, verify_pass
+from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option, OptionGroup, Switch
+from mtp_spec.bench.passes import (
+    Work,
+    chain_tokens,
+    draft_pass,
+    fill,
+    hit,
+    layers_pass,
+    pass_bytes,
+    slice_of,
+    verify_pass,
+)
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.timing import copy_rate, graph_time, kernel_times, read_rate
+from mtp_spec.bench.whole.run import CONTEXTS, DEPTHS, LAW, WHOLE_ROWS, fitted, whole
+from mtp_spec.bench.whole.run import PARTS as WHOLE_PARTS
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Step
@@ -53,13 +66,19 @@ ACCEPTED = {
 SLICE, WHOLE = "accept, share of this slice's step", "accept, share of a whole model's step"
 TEXT = "text"
 PARTS = ("passes", "layers", "launches", "accepting", TEXT)
+SLICE_ROWS, SLICE_LAW = [1, 2, 3, 4, 8, 16], [0.8]
 
 
 def step(args: argparse.Namespace) -> Report:
     """Times a slice of a model at full width. Passes: decode, verify and draft against the bytes they must read.
     Layers: one of either kind and the head, and the whole model from these. Launches: what each costs in a MoE layer.
     Accepting: which share of a step sampling and acceptance take at the whole vocabulary. Text: whether speculation
-    changes it."""
+    changes it. With --whole: all layers on the ranks that torchrun started; --fit predicts other numbers of ranks."""
+    _complete(args)
+    if args.fit:
+        return fitted(args)
+    if args.whole:
+        return whole(args)
     if not torch.cuda.is_available():
         raise OptionError("bench step needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
     ranks = join_ranks("auto", "cuda")
@@ -116,27 +135,75 @@ BENCHMARK = Benchmark(
     options=(
         JSON,
         SHAPE,
-        Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 3, 4, 8, 16], metavar="M,..."),
+        Option("--rows", "rows to time (1,2,3,4,8,16; --whole: 1,2,4,8)", type=parsing.integers, metavar="M,..."),
         Option("--context", "committed tokens (1024)", type=parsing.count, default=1024),
         Option(
             "--parts",
-            f"what to measure (all): {', '.join(PARTS)}",
-            type=parsing.chosen(PARTS),
-            default=list(PARTS),
+            f"what to measure (all): {', '.join(PARTS)}; --whole: {', '.join(WHOLE_PARTS)}",
+            type=parsing.chosen(list(dict.fromkeys(PARTS + WHOLE_PARTS))),
             metavar="NAME,...",
         ),
         Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16"), default="fp8"),
         Option(
             "--acceptance",
-            "chances that a draft of depth 1, 2, ... is accepted, for the notes on chains (0.8)",
+            "chances that a draft of depth 1, 2, ... is accepted, for the notes on chains (0.8) and --whole's replay "
+            f"({','.join(map(str, LAW))})",
             type=parsing.chances,
-            default=[0.8],
             metavar="P,P,...",
         ),
-        Option("--layers", "MoE layers (default: as many as fit)", type=parsing.count),
+        Option("--layers", "MoE layers (default: as many as fit; --whole: all)", type=parsing.count),
         Switch("--library", "ranks exchange through NCCL, not in one another's memory"),
+        OptionGroup(
+            "all layers on ranks",
+            Switch("--whole", "all layers, each rank making its part; with --layers some, and the others extrapolated"),
+            Option(
+                "--contexts",
+                "committed tokens (1024,8192,32768)",
+                type=parsing.integers,
+                default=CONTEXTS,
+                metavar="N,...",
+            ),
+            Option("--depths", "chains to replay (1,2,3)", type=parsing.depths, default=DEPTHS, metavar="K,..."),
+            Option("--max-new-tokens", "tokens a text (96)", type=parsing.count, default=96, metavar="N"),
+            Option(
+                "--device",
+                "cuda, or cpu: the kernels' references, to check the program (cuda)",
+                choices=("cuda", "cpu"),
+                default="cuda",
+            ),
+            Option(
+                "--fit",
+                "measure nothing: fit these documents of --whole, and predict 8 and 16 ranks on two hosts",
+                nargs="+",
+                type=Path,
+                metavar="FILE",
+            ),
+            Option(
+                "--between-hosts",
+                "of --fit: microseconds and GB/s that the network is assumed to have (10,50)",
+                type=parsing.pair,
+                default=(10.0, 50.0),
+                metavar="US,GB/s",
+            ),
+        ),
     ),
 )
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Fills in the defaults that differ with --whole; rejects what has no meaning beside it, or without it."""
+    of_all = args.whole or bool(args.fit)
+    parts = WHOLE_PARTS if of_all else PARTS
+    args.parts = args.parts or list(parts)
+    args.rows = args.rows or (WHOLE_ROWS if of_all else SLICE_ROWS)
+    args.acceptance = args.acceptance or (LAW if of_all else SLICE_LAW)
+    for name in args.parts:
+        if name not in parts:
+            raise OptionError(
+                f"--parts {name}: {'with' if of_all else 'without'} --whole allowed are {', '.join(parts)}"
+            )
+    if args.device == "cpu" and not of_all:
+        raise OptionError("--device cpu goes with --whole: a slice is timed on a GPU")
 
 
 def measure(
@@ -189,10 +256,7 @@ def _chains(rows: list[Row], chances: list[float]) -> tuple[dict[str, float], li
         step = micro.get(_verified(depth + 1))
         if plain is None or step is None:
             continue
-        tokens = left = 1.0
-        for level in range(depth):
-            left *= chances[min(level, len(chances) - 1)]
-            tokens += left
+        tokens = chain_tokens(chances, depth)
         found[f"chain of {depth}"] = tokens * plain / (step + depth * draft)
         notes.append(
             f"a chain of {depth} with {tokens:.2f} tokens a step would be {found[f'chain of {depth}']:.2f} times plain"
