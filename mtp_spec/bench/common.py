@@ -43,7 +43,8 @@ class Report:
         facts: further facts, for the document only.
         failed: whether the claim that the benchmark checks does not hold; the program then exits with 1.
         silent: neither print nor write it, because another process does.
-        notes: lines below the table.
+        notes: lines below the tables.
+        tables: further tables, by title; what the document has of them is in the facts.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Report:
     failed: bool = False
     silent: bool = False
     notes: list[str] = field(default_factory=list)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
 
 
 def bundled_prompts(count: int, seed: int = 0) -> list[Row]:
@@ -156,7 +158,8 @@ def average(values: Sequence[float]) -> float:
 def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
     """Prints the table, writes the document (to a temporary file first), exits with 1 if the report failed."""
     console = Console(quiet=report.silent)
-    console.print(table(report))
+    for title, rows in {report.title: report.rows, **report.tables}.items():
+        console.print(table(title, rows))
     for note in report.notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     if args.json is not None and not report.silent:
@@ -166,26 +169,32 @@ def publish(report: Report, lm: LM | None, args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def table(report: Report) -> Table:
-    """Returns a report as a table."""
+def table(title: str, rows: list[Row]) -> Table:
+    """Returns lines as a table."""
     shown = Table(
-        title=report.title,
+        title=title,
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
         collapse_padding=True,
     )
-    for name in report.rows[0] if report.rows else ():
+    for name in rows[0] if rows else ():
         shown.add_column(name)
-    for row in report.rows:
-        shown.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    for row in rows:
+        shown.add_row(*map(_cell, row.values()))
     return shown
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def document(report: Report, lm: LM | None, args: argparse.Namespace) -> Row:
     """Returns everything about a run, as JSON values."""
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    options = {name: _plain(value) for name, value in vars(args).items()}
     return {
         "benchmark": args.benchmark,
         "command": shlex.join(["mtp-spec", *sys.argv[1:]]) if len(sys.argv) > 1 else "mtp-spec bench",
@@ -194,6 +203,12 @@ def document(report: Report, lm: LM | None, args: argparse.Namespace) -> Row:
         "rows": report.rows,
         **report.facts,
     }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def write(file: Path, content: bytes) -> None:

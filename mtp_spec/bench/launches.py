@@ -29,7 +29,7 @@ Work = Callable[[], Any]
 
 def launches(model: DeviceModel, state: State, context: int) -> dict[str, float]:
     """Returns microseconds of one row in a MoE layer: "layer" the whole, other keys what leaving a launch out saves."""
-    from mtp_spec.kernels.mla import kernels, row_kernels  # needs Triton, which not every platform has
+    from mtp_spec.kernels.mla import kernels, row_kernels  # as `attends`
 
     layers = [
         (layer, cache)
@@ -49,8 +49,7 @@ def launches(model: DeviceModel, state: State, context: int) -> dict[str, float]
     shapes = _products(run)
     names = {"norms": [(quant, "_rms_norm_quant_kernel")], "prepare": [(row_kernels, "_prepare_kernel")]}
     names |= {"absorb": [(row_kernels, "_absorb_kernel")], "up": [(row_kernels, "_up_kernel")]}
-    hopper = hopper_module("mla.hopper") if on_hopper(model.device) else None
-    names |= {"attend": [(kernels, "_attend_kernel"), *([(hopper, "attend_kernel")] if hopper else [])]}
+    names |= {"attend": attends(model.device)}
     names |= {"combine": [(kernels, "_combine_kernel")]}
     names |= {"gate and up": [(mixture, "_gate_up_kernel")], "down": [(mixture, "_down_kernel")]}
     whole = _time(run)
@@ -58,10 +57,26 @@ def launches(model: DeviceModel, state: State, context: int) -> dict[str, float]
     for shape in shapes:
         found[f"product {shape[0]}x{shape[1]}"] = (whole - _time(run, _product_left_out(shape))) / len(layers)
     for name, places in names.items():
-        left_out = [patch.object(module, kernel, _Nothing()) for module, kernel in places]
-        found[name] = (whole - _time(run, *left_out)) / len(layers)
-    found["gate (two launches)"] = (whole - _time(run, _gate_kept(run))) / len(layers)
+        found[name] = (whole - _time(run, without(places))) / len(layers)
+    found["gate (two launches)"] = (whole - _time(run, gate_kept(run))) / len(layers)
     return found
+
+
+def attends(device: torch.device) -> list[tuple[Any, str]]:
+    """Returns the kernels that attend over the cache, as modules and names."""
+    from mtp_spec.kernels.mla import kernels  # needs Triton, which not every platform has
+
+    hopper = hopper_module("mla.hopper") if on_hopper(device) else None
+    return [(kernels, "_attend_kernel"), *([(hopper, "attend_kernel")] if hopper else [])]
+
+
+@contextmanager
+def without(places: list[tuple[Any, str]]) -> Iterator[None]:
+    """Inside the block these kernels, modules and names, are not launched."""
+    with ExitStack() as stack:
+        for module, kernel in places:
+            stack.enter_context(patch.object(module, kernel, _Nothing()))
+        yield
 
 
 class _Nothing:
@@ -103,7 +118,7 @@ def _product_left_out(shape: tuple[int, ...]) -> Any:
 
 
 @contextmanager
-def _gate_kept(run: Work) -> Iterator[None]:
+def gate_kept(run: Work) -> Iterator[None]:
     """Inside the block every gate returns its first choice again, without a launch."""
     kept: dict[int, Any] = {}
 

@@ -31,6 +31,14 @@ def chance(text: str) -> float:
     return value
 
 
+def pair(text: str) -> tuple[float, float]:
+    """Returns two positive numbers."""
+    values = numbers(text)
+    if len(values) != 2 or min(values) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give two numbers above 0, such as 10,50")
+    return values[0], values[1]
+
+
 def integers(text: str) -> list[int]:
     values = [int(part) for part in text.split(",")]
     if min(values) < 1:

@@ -21,7 +21,7 @@ from mtp_spec.backends import open_backend
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option
-from mtp_spec.bench.step import fill, slice_of
+from mtp_spec.bench.passes import fill, slice_of
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.errors import OptionError
 from mtp_spec.model.config import ModelConfig, load_config

@@ -20,7 +20,7 @@ from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row, spread
 from mtp_spec.bench.options import JSON as JSON_OPTION
 from mtp_spec.bench.options import LOADED, Benchmark, Option
-from mtp_spec.bench.step import fill, slice_of
+from mtp_spec.bench.passes import fill, slice_of
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.turns import WARM_TOKENS, Written, check_kept, ours
 from mtp_spec.cuda.kinds import PLANNED_DEPTH

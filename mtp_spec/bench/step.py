@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -25,27 +24,34 @@ from mtp_spec.backends import open_backend
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.launches import launches
-from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option, Switch
+from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option, OptionGroup, Switch
+from mtp_spec.bench.passes import (
+    Work,
+    chain_tokens,
+    draft_pass,
+    fill,
+    hit,
+    layers_pass,
+    pass_bytes,
+    slice_of,
+    verify_pass,
+)
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.timing import copy_rate, graph_time, kernel_times, read_rate
+from mtp_spec.bench.whole.run import CONTEXTS, DEPTHS, LAW, WHOLE_ROWS, fitted, whole
+from mtp_spec.bench.whole.run import PARTS as WHOLE_PARTS
 from mtp_spec.cuda.memory import plan_memory
 from mtp_spec.cuda.state import ROWS, State, stages_of
 from mtp_spec.cuda.step import Step
 from mtp_spec.errors import OptionError
-from mtp_spec.kernels import mla
-from mtp_spec.kernels.moe import layer as mixture
-from mtp_spec.kernels.moe import route
-from mtp_spec.kernels.sampler import Stages, sample
 from mtp_spec.model.config import ModelConfig, load_config
-from mtp_spec.model.cuda.layers import Dense, Layer, Mixture
+from mtp_spec.model.cuda.layers import Dense, Mixture
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.model.distributed.joining import join_ranks, local_device, open_rooms
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree_shape import TreeShape
 
-CHUNK = 2**28
 # the chain for timing sampling and acceptance, and its sampling parameters
 CHAIN = 3
 ACCEPTED = {
@@ -60,14 +66,19 @@ ACCEPTED = {
 SLICE, WHOLE = "accept, share of this slice's step", "accept, share of a whole model's step"
 TEXT = "text"
 PARTS = ("passes", "layers", "launches", "accepting", TEXT)
-FINITE = 0xBF  # clears e4m3's highest exponent bit: no NaN, magnitudes below 2
+SLICE_ROWS, SLICE_LAW = [1, 2, 3, 4, 8, 16], [0.8]
 
 
 def step(args: argparse.Namespace) -> Report:
     """Times a slice of a model at full width. Passes: decode, verify and draft against the bytes they must read.
     Layers: one of either kind and the head, and the whole model from these. Launches: what each costs in a MoE layer.
     Accepting: which share of a step sampling and acceptance take at the whole vocabulary. Text: whether speculation
-    changes it."""
+    changes it. With --whole: all layers on the ranks that torchrun started; --fit predicts other numbers of ranks."""
+    _complete(args)
+    if args.fit:
+        return fitted(args)
+    if args.whole:
+        return whole(args)
     if not torch.cuda.is_available():
         raise OptionError("bench step needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
     ranks = join_ranks("auto", "cuda")
@@ -124,27 +135,75 @@ BENCHMARK = Benchmark(
     options=(
         JSON,
         SHAPE,
-        Option("--rows", "rows to time", type=parsing.integers, default=[1, 2, 3, 4, 8, 16], metavar="M,..."),
+        Option("--rows", "rows to time (1,2,3,4,8,16; --whole: 1,2,4,8)", type=parsing.integers, metavar="M,..."),
         Option("--context", "committed tokens (1024)", type=parsing.count, default=1024),
         Option(
             "--parts",
-            f"what to measure (all): {', '.join(PARTS)}",
-            type=parsing.chosen(PARTS),
-            default=list(PARTS),
+            f"what to measure (all): {', '.join(PARTS)}; --whole: {', '.join(WHOLE_PARTS)}",
+            type=parsing.chosen(list(dict.fromkeys(PARTS + WHOLE_PARTS))),
             metavar="NAME,...",
         ),
         Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16"), default="fp8"),
         Option(
             "--acceptance",
-            "chances that a draft of depth 1, 2, ... is accepted, for the notes on chains (0.8)",
+            "chances that a draft of depth 1, 2, ... is accepted, for the notes on chains (0.8) and --whole's replay "
+            f"({','.join(map(str, LAW))})",
             type=parsing.chances,
-            default=[0.8],
             metavar="P,P,...",
         ),
-        Option("--layers", "MoE layers (default: as many as fit)", type=parsing.count),
+        Option("--layers", "MoE layers (default: as many as fit; --whole: all)", type=parsing.count),
         Switch("--library", "ranks exchange through NCCL, not in one another's memory"),
+        OptionGroup(
+            "all layers on ranks",
+            Switch("--whole", "all layers, each rank making its part; with --layers some, and the others extrapolated"),
+            Option(
+                "--contexts",
+                "committed tokens (1024,8192,32768)",
+                type=parsing.integers,
+                default=CONTEXTS,
+                metavar="N,...",
+            ),
+            Option("--depths", "chains to replay (1,2,3)", type=parsing.depths, default=DEPTHS, metavar="K,..."),
+            Option("--max-new-tokens", "tokens a text (96)", type=parsing.count, default=96, metavar="N"),
+            Option(
+                "--device",
+                "cuda, or cpu: the kernels' references, to check the program (cuda)",
+                choices=("cuda", "cpu"),
+                default="cuda",
+            ),
+            Option(
+                "--fit",
+                "measure nothing: fit these documents of --whole, and predict 8 and 16 ranks on two hosts",
+                nargs="+",
+                type=Path,
+                metavar="FILE",
+            ),
+            Option(
+                "--between-hosts",
+                "of --fit: microseconds and GB/s that the network is assumed to have (10,50)",
+                type=parsing.pair,
+                default=(10.0, 50.0),
+                metavar="US,GB/s",
+            ),
+        ),
     ),
 )
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Fills in the defaults that differ with --whole; rejects what has no meaning beside it, or without it."""
+    of_all = args.whole or bool(args.fit)
+    parts = WHOLE_PARTS if of_all else PARTS
+    args.parts = args.parts or list(parts)
+    args.rows = args.rows or (WHOLE_ROWS if of_all else SLICE_ROWS)
+    args.acceptance = args.acceptance or (LAW if of_all else SLICE_LAW)
+    for name in args.parts:
+        if name not in parts:
+            raise OptionError(
+                f"--parts {name}: {'with' if of_all else 'without'} --whole allowed are {', '.join(parts)}"
+            )
+    if args.device == "cpu" and not of_all:
+        raise OptionError("--device cpu goes with --whole: a slice is timed on a GPU")
 
 
 def measure(
@@ -162,11 +221,11 @@ def measure(
     for part in [part for part in args.parts if part != TEXT]:
         start, context = time.perf_counter(), args.context
         if part == "passes":
-            rows += [_pass(_verified(m), _verify(model, state, context, m), rate) for m in args.rows]
-            rows.append(_pass("draft, 1 row", _draft(model, state, context), rate))
+            rows += [_pass(_verified(m), verify_pass(model, state, context, m), rate) for m in args.rows]
+            rows.append(_pass("draft, 1 row", draft_pass(model, state, context), rate))
             facts["chains"], told = _chains(rows, args.acceptance)
             notes += told
-            facts["kernels of one row"] = kernel_times(_verify(model, state, context, 1)[0])
+            facts["kernels of one row"] = kernel_times(verify_pass(model, state, context, 1).run)
         elif part == "layers":
             rows += _layers(model, state, context, args.rows, rate)
             facts["extrapolated"] = _extrapolated(rows, full, args.rows)
@@ -197,10 +256,7 @@ def _chains(rows: list[Row], chances: list[float]) -> tuple[dict[str, float], li
         step = micro.get(_verified(depth + 1))
         if plain is None or step is None:
             continue
-        tokens = left = 1.0
-        for level in range(depth):
-            left *= chances[min(level, len(chances) - 1)]
-            tokens += left
+        tokens = chain_tokens(chances, depth)
         found[f"chain of {depth}"] = tokens * plain / (step + depth * draft)
         notes.append(
             f"a chain of {depth} with {tokens:.2f} tokens a step would be {found[f'chain of {depth}']:.2f} times plain"
@@ -210,66 +266,6 @@ def _chains(rows: list[Row], chances: list[float]) -> tuple[dict[str, float], li
 
 def _verified(rows: int) -> str:
     return f"decode and verify, {rows} rows"
-
-
-def slice_of(full: ModelConfig, context: int, layers: int | None, ranks: Ranks) -> ModelConfig:
-    """Returns the largest slice that fits, or one with `layers` MoE layers."""
-    (free,) = ranks.first((torch.cuda.mem_get_info()[0],))
-    most = full.num_hidden_layers - full.first_k_dense_replace
-    for count in range(layers or most, 0, -1):
-        config = replace(full, num_hidden_layers=full.first_k_dense_replace + count)
-        if plan_memory(DeviceModel(config, "meta", ranks=ranks), context + ROWS).total < free:
-            return config
-    raise OptionError(f"bench step needs room for one MoE layer: {free / 1e9:.1f} GB are free")
-
-
-def fill(model: DeviceModel) -> None:
-    """Fills in random weights that keep activations of order one."""
-    for name, slot in model.checkpoint_slots().items():
-        if name.endswith("_scale_inv"):
-            slot.fill_(0.02)  # e4m3 numbers below 2 have a root mean square of about 0.6
-        elif slot.dtype == torch.float8_e4m3fn:
-            flat = slot.view(torch.uint8)
-            flat.random_(0, 256)
-            flat &= FINITE
-        elif "norm" in name:
-            slot.fill_(1.0)
-        else:
-            slot.normal_(0.0, slot.shape[-1] ** -0.5)
-    model.finish()
-
-
-def _plan(model: DeviceModel, state: State, context: int, m: int, offset: int = 0) -> mla.Plan:
-    state.length.fill_(context)
-    return mla.chain(state.length, m, offset)
-
-
-def _verify(model: DeviceModel, state: State, context: int, m: int) -> tuple[Callable[[], Any], list[Any], int]:
-    """Returns a pass of m rows, what it reads other than routed experts, and the number of these."""
-    ids = torch.randint(0, model.config.vocab_size, (m,), device=model.device)
-    plan = _plan(model, state, context, m)
-
-    def run() -> Tensor:
-        return model.logits(model.rows(ids, state.caches, plan))
-
-    reads = [*model.layers, model.lm_head]
-    return run, reads, len(model.layers) * (context + m) * state.store.shape[1] * 2
-
-
-def _draft(model: DeviceModel, state: State, context: int) -> tuple[Callable[[], Any], list[Any], int]:
-    device = model.device
-    ids = torch.randint(0, model.config.vocab_size, (1,), device=device)
-    hidden = torch.randn(1, model.config.hidden_size, device=device).bfloat16()
-    request, position = torch.zeros(1, dtype=torch.int32, device=device), torch.full((1,), context, device=device)
-    plan = _plan(model, state, context, 1, 1)
-
-    def run() -> Tensor:
-        out = model.draft_logits(model.mtp_rows(0, ids, hidden, state.mtp_caches[0], plan))
-        return sample(out, request, position, state.settings, Stages()).tokens
-
-    module, head = model.mtp[0], model.draft_head
-    assert head is not None
-    return run, [module.eh.weight, module.layer, head.weight], (context + 1) * state.store.shape[1] * 2
 
 
 def _accepting(
@@ -312,76 +308,33 @@ def _sentence(name: str, micro: Row, full: ModelConfig) -> str:
 def _layers(model: DeviceModel, state: State, context: int, counts: list[int], rate: float) -> list[Row]:
     """Times layers of both kinds and the head separately; every layer once, so that none is read from the cache."""
     rows = []
-    table = model.table(state.caches[0].capacity)
     for m in counts:
         x = torch.randn(m, model.config.hidden_size, device=model.device).bfloat16()
-        plan = _plan(model, state, context, m)
         for name, kind in (("dense layer", Dense), ("MoE layer", Mixture)):
-            layers = [
-                (layer, cache)
-                for layer, cache in zip(model.layers, state.caches, strict=True)
-                if isinstance(layer.mlp, kind)
-            ]
-
-            def run(layers: list[Any] = layers, x: Tensor = x, plan: mla.Plan = plan) -> None:
-                for layer, cache in layers:
-                    layer(x, None, table, cache, plan)
-
-            kv = len(layers) * (context + m) * state.store.shape[1] * 2
-            row = _pass(f"{name}, {m} rows", (run, [layer for layer, _ in layers], kv), rate)
+            work = layers_pass(model, state, context, m, kind)
+            row = _pass(f"{name}, {m} rows", work, rate)
             for key in ("us", "floor us", "GB", "launches"):
-                row[key] /= len(layers)
+                row[key] /= len(work.reads)
             rows.append(row)
-        rows.append(_pass(f"head, {m} rows", (partial(model.logits, x), [model.lm_head], 0), rate))
+        rows.append(_pass(f"head, {m} rows", Work(partial(model.logits, x), [model.lm_head], 0), rate))
     return rows
 
 
-def _pass(name: str, work: tuple[Callable[[], Any], list[Any], int], rate: float) -> Row:
-    run, reads, cached = work
-    with _routes() as routed:
-        run()
-        per_layer = [int(indices.unique().numel()) for indices in routed]
-    micro = graph_time(run)
-    experts = iter(per_layer)
-    size = cached + sum(_bytes(part, experts) for part in reads)
+def _pass(name: str, work: Work, rate: float) -> Row:
+    experts = hit(work)
+    micro = graph_time(work.run)
+    size = pass_bytes(work, experts)
     floor = size / rate / 1e6
-    hit = sum(per_layer) / len(per_layer) if per_layer else 0.0
-    launches = sum(count for count, _ in kernel_times(run).values())
+    launches = sum(count for count, _ in kernel_times(work.run).values())
     return {
         "pass": name,
         "us": micro,
         "floor us": floor,
         "x floor": micro / floor,
         "GB": size / 1e9,
-        "experts": hit,
+        "experts": sum(experts) / len(experts) if experts else 0.0,
         "launches": launches,
     }
-
-
-@contextmanager
-def _routes() -> Iterator[list[Tensor]]:
-    """Collects the expert indices of every gate that runs inside the block."""
-    found: list[Tensor] = []
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        routed = route(*args, **kwargs)
-        found.append(routed.indices)
-        return routed
-
-    with patch.object(mixture, "route", watched):
-        yield found
-
-
-def _bytes(part: Tensor | Layer, experts: Iterator[int]) -> int:
-    """Returns the bytes that a pass reads of a tensor or layer."""
-    if isinstance(part, Tensor):
-        return part.nbytes
-    size = sum(t.nbytes for t in part.attention.slots("").values()) + part.norms.nbytes
-    if isinstance(part.mlp, Dense):
-        return size + sum(t.nbytes for t in part.mlp.slots("").values())
-    held = part.mlp.experts
-    whole = sum(t.nbytes for t in held.tensors)
-    return size + part.mlp.router.nbytes + whole * next(experts) // held.count
 
 
 def _extrapolated(rows: list[Row], full: ModelConfig, counts: list[int]) -> Row:

@@ -26,8 +26,14 @@ def read_rate() -> float:
     return source.nbytes / graph_time(lambda: source.sum()) / 1e6
 
 
-def graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
-    """Returns the median microseconds of one replay; ranks that share the work must all call this."""
+def graph_time(
+    work: Callable[[], Any], replays: int = REPLAYS, settle: Callable[[], None] = torch.cuda.synchronize
+) -> float:
+    """Returns the median microseconds of one replay; ranks that share the work must all call this.
+
+    Args:
+        settle: waits for the GPU.
+    """
     stream = torch.cuda.Stream()
     # earlier work may still run, and communicating work counts its exchanges with other ranks
     stream.wait_stream(torch.cuda.current_stream())
@@ -35,6 +41,7 @@ def graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
         for _ in range(2):
             work()
     torch.cuda.current_stream().wait_stream(stream)
+    settle()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
@@ -46,7 +53,7 @@ def graph_time(work: Callable[[], Any], replays: int = REPLAYS) -> float:
     for event in events[1:]:
         graph.replay()
         event.record()
-    torch.cuda.synchronize()
+    settle()
     times = [start.elapsed_time(end) * 1e3 for start, end in pairwise(events)]
     return sorted(times)[len(times) // 2]
 

@@ -1,7 +1,8 @@
 """Compiles every kernel of a captured step without a GPU, for sm_90 or another card. See cuda/test_step.py.
 
 Tensors live on the meta device and launches are replaced by compilation, so that what is compiled is what a step at
-these sizes launches. Prints one JSON line a kernel: tensor core shapes, shared memory, registers spilled.
+these sizes launches; with "ranks=8", on one of eight GPUs that share the model. Prints one JSON line a kernel: tensor
+core shapes, shared memory, registers spilled.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from mtp_spec.kernels.moe import grouping, layer, many, router
 from mtp_spec.kernels.sampler import sampling, uniform
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.distributed.group import Ranks
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.speculation import Speculation
 from mtp_spec.tree_shape import TreeShape
@@ -51,6 +53,7 @@ READS_FIRST = ("_absorb_kernel", "_up_kernel", "attend_kernel")
 WRITES = r"\b(st|red|atom)\.(global|v\d)"
 done: set[str] = set()
 ARCH = int(sys.argv[2]) if len(sys.argv) > 2 else 90
+SIZE = next((int(name.partition("=")[2]) for name in sys.argv[4:] if name.startswith("ranks=")), 1)
 ONLY = [name for name in sys.argv[4:] if name.startswith("_")]  # kernels; all if none are named
 # bytes that a program can have, by compute capability
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -108,6 +111,22 @@ def _late(name: str, ptx: str) -> bool | None:
     return "launch_dependents" in ptx and not re.search(touches, before)
 
 
+def _let_exchange(size: int) -> None:
+    """Makes a rank of `size` exchange through rooms where it can, by the kernel, and else through nothing."""
+    places = [torch.empty(count, dtype=kind, device="meta")
+              for count, kind in ((size, torch.int64), (exchange.PROGRAMS, torch.int32), (1, torch.int32))]  # fmt: skip
+    rooms = exchange.Rooms(0, *places)
+
+    def gathered(self: Ranks, *tensors: torch.Tensor) -> Any:
+        if self.size == 1:
+            return tensors
+        if exchange.fits(tensors):
+            return tuple(exchange.exchange(tensors, rooms))
+        return tuple(x.new_empty(*x.shape[:-1], size * x.shape[-1]) for x in tensors)
+
+    Ranks.gather_all = gathered  # type: ignore[method-assign]
+
+
 def main(name: str, kind: str, whole: bool) -> None:
     """Compiles the kernels of a chain, of batches and of prompts; with `whole` those of all rules and caches."""
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -133,11 +152,13 @@ def main(name: str, kind: str, whole: bool) -> None:
                          fp8_block=(128, 128))  # fmt: skip
     if kind != "fp8":
         config = replace(config, fp8_block=None)
+    ranks = Ranks(0, SIZE)
+    _let_exchange(SIZE)
     params = SamplingParams(temperature=0.8, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, logit_bias={1: 1.0})
     chain, tree = Speculation(depth=2), Speculation(branching=(2, 2))
     for packed in (False, True) if whole else (False,):
         dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-        model = DeviceModel(config, "meta", packed_cache=packed, dtype=dtype, fp8_products=ARCH > 86)
+        model = DeviceModel(config, "meta", packed_cache=packed, ranks=ranks, dtype=dtype, fp8_products=ARCH > 86)
         state = State(model, 1000)
         rules = [(None, "coupled"), (chain, "coupled"), (tree, "coupled"), (tree, "rejection")]
         # a packed cache changes attention alone: of all that reads it, what captured groups run is enough

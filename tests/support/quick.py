@@ -46,6 +46,8 @@ QUICK: dict[str, str] = {
     "chat/test_screen": "a_pipe_gets_the_bare_text the_line_of_statistics_fits",
     "chat/test_input": "three_quotes history_outlives_the_chat",
     "bench/test_questions": "what_is_wrong_with_a_line",
+    "bench/test_whole": "factors_are_found_and_never_negative the_cost_of_exchanges_is_found_again "
+                        "what_has_no_meaning_is_named",
     "bench/test_benchmarks": "interval_covers_the_ratio a_search_keeps_the_fastest_launch_and_what_failed",
     "house/test_docs": "commands_parse links_lead_somewhere",
     "house/test_packaging": "files_are_short",

@@ -1,0 +1,1 @@
+"""`bench step --whole`: all layers of a published shape on ranks, and a model of more ranks (`--fit`)."""
