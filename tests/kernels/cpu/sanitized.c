@@ -191,7 +191,7 @@ static void products(void) {
 static void attention(void) {
     enum { T = 150, W = 21, V = 17, HEADS = 9, ROWS = 7 };
     float *memory = numbers(192 * W, 1), *q = numbers(ROWS * HEADS * padded(W), 1), scale = 0.3f;
-    float *out = malloc(ROWS * HEADS * padded(V) * 4), *scores = malloc(4 * 8 * 160 * 4);
+    float *out = malloc(ROWS * HEADS * padded(V) * 4), *scores = malloc(AT_ONCE * HEADS_AT_ONCE * 160 * 4);
     int64_t pages[] = {64, 128, 0}, layers[] = {(int64_t)(intptr_t)memory}, further[] = {149, 140, 145};
     Cache cache = {layers, pages};
     Row rows[ROWS];
