@@ -176,7 +176,7 @@ static void products(void) {
                 CALL(product)(&m, first, N, R, x, K, k % 2 ? chosen : 0, y, N - first, n % 2, room);
                 count_in(y, R * (N - first));
                 float *across = numbers(R * N, 1), *up = malloc((size_t)(R * K) * 4);
-                float *own = malloc((size_t)(4 * padded(N)) * 4);
+                float *own = malloc((size_t)room_for(N) * 4);
                 CALL(columns)(&m, first, N - first, R, across, N, up, K, own);
                 count_in(up, R * K);
                 float *factors = numbers(R * blocks_of(K, PIECE), 1), *sums = malloc((size_t)(R * N) * 4);
