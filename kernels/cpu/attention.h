@@ -24,9 +24,18 @@ ALWAYS float *slot_of(const Cache *cache, int64_t layer, int64_t width, int64_t 
 // Scores to weights that still want to be divided by their sum; returns 1 / sum.
 static float soften(float *scores, int64_t count, float scale) {
     float highest = scores[0];
-    for (int64_t t = 1; t < count; t++) highest = scores[t] > highest || highest != highest ? scores[t] : highest;
-    vec sum = {0};
     int64_t t = 0;
+    if (count >= LANES) {  // the greatest number, NaN only where there is none; in any order
+        vec most = load(scores);
+        for (t = LANES; t + LANES <= count; t += LANES) {
+            vec v = load(scores + t);
+            most = pick((v > most) | (most != most), v, most);
+        }
+        for (int l = 0; l < LANES; l++) highest = most[l] > highest || highest != highest ? most[l] : highest;
+    }
+    for (; t < count; t++) highest = scores[t] > highest || highest != highest ? scores[t] : highest;
+    vec sum = {0};
+    t = 0;
     for (; t + LANES <= count; t += LANES) {
         vec v = exponential((load(scores + t) - highest) * scale);
         store(scores + t, v);
@@ -44,31 +53,6 @@ static float soften(float *scores, int64_t count, float scale) {
     return 1.0f / total(sum);
 }
 
-// y[q][c] += weights[q][t] latents[t][c] for `queries` rows.
-static void add_values(const float *latents, int64_t width, int64_t count, int64_t queries, const float *weights,
-                       int64_t pitch, float *y, int64_t ys, int64_t columns) {
-    const char *w = (const char *)latents;
-    const int64_t stride = width * 4;
-    for (int64_t q = 0; q < queries;) {
-        int64_t c = 0, done = queries - q >= 4 ? 4 : 1;
-        const float *p = weights + q * pitch;
-        float *out = y + q * ys;
-        if (done == 4) {
-            for (; c + 4 * LANES <= columns && ONE == 8; c += 4 * LANES)
-                axpy(F32, 4, 4, w + c * 4, stride, count, p, pitch, out + c, ys);
-            for (; c + LANES <= columns; c += LANES) axpy(F32, 4, 1, w + c * 4, stride, count, p, pitch, out + c, ys);
-        } else {
-            for (; c + 4 * LANES <= columns; c += 4 * LANES)
-                axpy(F32, 1, 4, w + c * 4, stride, count, p, pitch, out + c, ys);
-            for (; c + LANES <= columns; c += LANES) axpy(F32, 1, 1, w + c * 4, stride, count, p, pitch, out + c, ys);
-        }
-        if (c < columns)
-            for (int64_t i = 0; i < done; i++)
-                axpy_some(F32, w + c * 4, stride, count, p + i * pitch, out + i * ys + c, columns - c);
-        q += done;
-    }
-}
-
 // Rows first .. end - 1, all of one sequence, heads from `head` on: queries to weighted latents.
 //
 // q: [rows, all heads, width], qs floats a head; out: the same with `latent` columns, os floats a head.
@@ -79,13 +63,14 @@ static void attend(const Cache *cache, int64_t layer, const Row *rows, const int
     int64_t count = end - first, shortest = rows[first].run;
     for (int64_t r = first; r < end; r++) shortest = least(shortest, rows[r].run);
     // slots that all rows see, a few at a time, which stay in the nearest cache for all rows and heads
-    const int64_t tile = 16;
+    const int64_t tile = 16, bands = heads == all_heads ? 1 : count;  // queries that follow one another
     for (int64_t t = 0; t < shortest; t += tile) {
         int64_t some = least(tile, shortest - t);
-        const char *latents = (const char *)slot_of(cache, layer, width, t);
-        for (int64_t r = 0; r < count; r++)
-            dots_of(F32, heads, latents, width * 4, some, width, q + ((first + r) * all_heads + head) * qs, qs,
-                    scores + r * heads * pitch + t, pitch, 0);
+        const float *latents = slot_of(cache, layer, width, t);
+        for (int64_t i = 0; i < width * some; i += LANES) __builtin_prefetch(latents + width * some + i, 0, 2);
+        for (int64_t r = 0; r < bands; r++)
+            dense_dots(count / bands * heads, latents, width, some, width, q + ((first + r) * all_heads + head) * qs, qs,
+                       scores + r * heads * pitch + t, pitch, 1.0f, 0);
     }
     for (int64_t r = 0; r < count; r++) {
         const Row *row = rows + first + r;
@@ -112,21 +97,21 @@ static void attend(const Cache *cache, int64_t layer, const Row *rows, const int
     for (int64_t t = 0; t < shortest; t += PAGE) {
         int64_t some = least(PAGE, shortest - t);
         const float *latents = slot_of(cache, layer, width, t);
-        for (int64_t r = 0; r < count; r++)
-            add_values(latents, width, some, heads, scores + r * heads * pitch + t, pitch,
-                       out + ((first + r) * all_heads + head) * os, os, latent);
+        for (int64_t r = 0; r < bands; r++)
+            dense_columns(count / bands * heads, latents, width, some, scores + r * heads * pitch + t, pitch,
+                          out + ((first + r) * all_heads + head) * os, os, latent);
     }
     for (int64_t r = 0; r < count; r++) {
         const Row *row = rows + first + r;
         float *own = out + ((first + r) * all_heads + head) * os, *place = scores + r * heads * pitch;
         for (int64_t t = shortest; t < row->run;) {
             int64_t some = least(PAGE - t % PAGE, row->run - t);
-            add_values(slot_of(cache, layer, width, t), width, some, heads, place + t, pitch, own, os, latent);
+            dense_columns(heads, slot_of(cache, layer, width, t), width, some, place + t, pitch, own, os, latent);
             t += some;
         }
         for (int64_t i = 0; i < row->more; i++)
-            add_values(slot_of(cache, layer, width, further[row->first_more + i]), width, 1, heads, place + row->run + i,
-                       pitch, own, os, latent);
+            dense_columns(heads, slot_of(cache, layer, width, further[row->first_more + i]), width, 1,
+                          place + row->run + i, pitch, own, os, latent);
         for (int64_t h = 0; h < heads; h++)
             for (int64_t c = 0; c < latent; c++) own[h * os + c] *= share[r * heads + h];
     }

@@ -21,7 +21,7 @@ static int64_t head_pieces_of(const Head *h) {
 }
 
 static void take_head(HeadWork *w, uint64_t number, int64_t thread) {
-    const int64_t columns = grouped(w->head.head.columns);
+    const int64_t columns = w->head.head.columns;
     w->room = room_in(w->head.memory + thread * room_for(columns), columns);
     int64_t pieces = head_pieces_of(&w->head), piece;
     while ((piece = take(&phases[0].taken, number, pieces)) >= 0) {
@@ -45,8 +45,7 @@ static _Atomic int64_t inside, closing;
 static void begin_work(Work *w, const Pass *pass, uint64_t number, int64_t thread) {
     w->pass = pass, w->model = pass->model, w->phase = 0, w->number = number;
     divide(pass->model, pass->memory_rows, pass->memory_context, pass->memory_threads, pass->memory, &w->m);
-    w->room.ordered = w->m.room + thread * w->m.room_size, w->room.rows = w->room.ordered + w->m.room_rows;
-    w->room.weights = w->room.rows + w->m.room_rows;
+    w->room = room_in(w->m.room + thread * w->m.room_size, w->m.widest);
     w->scores = w->m.scores + thread * w->m.score_size;
 }
 
@@ -69,8 +68,7 @@ int64_t EXPORT(memory)(const Model *model, int64_t rows, int64_t context, int64_
 }
 
 int64_t EXPORT(head_memory)(const Matrix *head, int64_t threads) {
-    int64_t columns = grouped(head->columns);
-    return threads * room_for(columns);
+    return threads * room_for(head->columns);
 }
 
 // Runs a pass, with those helpers that come; returns 0 where a rank did not answer.
@@ -95,7 +93,7 @@ void EXPORT(head)(const Head *head) {
         take_head(&work, number, 0);
         wait_for(0, number, head_pieces_of(head));
     } else {
-        work.room = room_in(head->memory, grouped(head->head.columns));
+        work.room = room_in(head->memory, head->head.columns);
         head_piece(&work, 0, 1);
     }
     former_arithmetic(before);

@@ -136,12 +136,16 @@ ALWAYS vec widen_some(int kind, const char *p, int64_t count) {
     return widen(kind, some);
 }
 
+ALWAYS vec8 halves_added(vec v) {
+    vec8 low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, (const char *)&v + 32, sizeof high);
+    return low + high;
+}
+
 // The lanes added by halves.
 ALWAYS float total(vec v) {
-    vec8 a, b;
-    memcpy(&a, &v, sizeof a);
-    memcpy(&b, (const char *)&v + 32, sizeof b);
-    a = a + b;
+    vec8 a = halves_added(v);
     vec4 c, d;
     memcpy(&c, &a, sizeof c);
     memcpy(&d, (const char *)&a + 16, sizeof d);
@@ -149,16 +153,8 @@ ALWAYS float total(vec v) {
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
-// Four of them at once, for fewer instructions; the same bits.
-ALWAYS vec4 totals(vec v0, vec v1, vec v2, vec v3) {
-    vec in[4] = {v0, v1, v2, v3};
-    vec8 half[4];
-    UNROLL for (int i = 0; i < 4; i++) {
-        vec8 low, high;
-        memcpy(&low, &in[i], sizeof low);
-        memcpy(&high, (const char *)&in[i] + 32, sizeof high);
-        half[i] = low + high;
-    }
+// Four of them at once, once halves are added, for fewer instructions; the same bits.
+ALWAYS vec4 totals_of_halves(const vec8 *half) {
     vec8 a = __builtin_shufflevector(half[0], half[1], 0, 1, 2, 3, 8, 9, 10, 11) +
              __builtin_shufflevector(half[0], half[1], 4, 5, 6, 7, 12, 13, 14, 15);
     vec8 b = __builtin_shufflevector(half[2], half[3], 0, 1, 2, 3, 8, 9, 10, 11) +
@@ -166,6 +162,11 @@ ALWAYS vec4 totals(vec v0, vec v1, vec v2, vec v3) {
     vec8 c = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
              __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
     return __builtin_shufflevector(c, c, 0, 4, 2, 6) + __builtin_shufflevector(c, c, 1, 5, 3, 7);
+}
+
+ALWAYS vec4 totals(vec v0, vec v1, vec v2, vec v3) {
+    vec8 half[4] = {halves_added(v0), halves_added(v1), halves_added(v2), halves_added(v3)};
+    return totals_of_halves(half);
 }
 
 // e^x: 2^n times a polynomial (Cephes' coefficients), about 1 ulp; 0 below -87, e^88 above 88, NaN of NaN.

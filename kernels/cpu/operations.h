@@ -6,7 +6,7 @@
 void EXPORT(product)(const Matrix *m, int64_t first, int64_t end, int64_t rows, const float *x, int64_t xs,
                      const int32_t *chosen, float *y, int64_t ys, int64_t add, float *memory) {
     uint64_t before = plain_arithmetic();
-    Room room = room_in(memory, grouped(m->columns));
+    Room room = room_in(memory, m->columns);
     product(m, first, end, rows, x, xs, chosen, y, ys, (int)add, &room);
     former_arithmetic(before);
 }
@@ -14,7 +14,7 @@ void EXPORT(product)(const Matrix *m, int64_t first, int64_t end, int64_t rows, 
 void EXPORT(columns)(const Matrix *m, int64_t first, int64_t count, int64_t rows, const float *x, int64_t xs, float *y,
                      int64_t ys, float *memory) {
     uint64_t before = plain_arithmetic();
-    Room room = {.rows = memory};
+    Room room = room_in(memory, count);
     columns(m, first, count, rows, x, xs, y, ys, &room);
     former_arithmetic(before);
 }

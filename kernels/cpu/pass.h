@@ -64,7 +64,7 @@ typedef struct {
     int32_t *index, *pair_row, *place, *hit, *first;
     int64_t *hits, *failed;
     float *room, *scores;
-    int64_t xs, hs, ds, qas, qs, qls, atts, vs, mids, emids, room_rows, room_weights, room_size, score_size, pitch;
+    int64_t xs, hs, ds, qas, qs, qls, atts, vs, mids, emids, widest, room_size, score_size, pitch, at_once;
 } Memory;
 
 typedef struct {
@@ -82,9 +82,22 @@ typedef struct {
 } Work;
 
 #define HEAD_UNIT 64  // rows of a head that are divided
-#define AT_ONCE 4      // rows of a block of attention
+#define AT_ONCE 8     // rows of a block of attention
+#define FEW_AT_ONCE 4  // the same where contexts are long
+#define LONG_CONTEXT 8192
 #define HEADS_AT_ONCE 8
 #define FUSED 16       // rows up to which a head's queries, attention and values are one piece
+
+// Room for products of so many columns, or by so many rows: floats, and where its parts are.
+static int64_t room_rows(int64_t columns) {
+    return most(TILE * room_pitch(columns), least(2 * TILE * room_pitch(columns), NEAR_ROWS + 2 * TILE * room_pitch(FP8_GROUP)));
+}
+
+static int64_t room_for(int64_t columns) { return room_rows(columns) + GROUP * room_pitch(columns); }
+
+static Room room_in(float *memory, int64_t columns) {
+    return (Room){.rows = memory, .weights = memory + room_rows(columns)};
+}
 
 static float *cut(float **at, int64_t count) {
     float *out = *at;
@@ -99,7 +112,7 @@ static float *divide(const Model *model, int64_t R, int64_t context, int64_t thr
     const int64_t I = model->inner, EI = model->expert_inner, V = H * model->value;
     m->xs = padded(D), m->hs = padded(2 * D), m->ds = padded(A) + padded(W), m->qas = padded(model->q_rank);
     m->qs = padded(QH), m->qls = padded(W), m->atts = padded(model->latent), m->vs = padded(V);
-    m->mids = padded(I), m->emids = padded(EI), m->pitch = padded(context);
+    m->mids = padded(I), m->emids = padded(EI), m->pitch = padded(context) + LANES;
     m->x = cut(&at, R * m->xs), m->h = cut(&at, R * m->hs), m->down = cut(&at, R * m->ds);
     m->qa = cut(&at, R * m->qas), m->q = cut(&at, R * H * QH), m->ql = cut(&at, R * H * m->qls);
     m->att = cut(&at, R * H * m->atts), m->values = cut(&at, R * m->vs), m->logits = cut(&at, R * E);
@@ -109,9 +122,9 @@ static float *divide(const Model *model, int64_t R, int64_t context, int64_t thr
     m->index = (int32_t *)cut(&at, R * K), m->pair_row = (int32_t *)cut(&at, R * K);
     m->place = (int32_t *)cut(&at, R * K), m->hit = (int32_t *)cut(&at, E + 1), m->first = (int32_t *)cut(&at, E + 2);
     m->hits = (int64_t *)cut(&at, 4), m->failed = m->hits + 1;
-    int64_t widest = most(most(2 * D, A), most(most(V, I), most(EI, W)));
-    m->room_rows = TILE * grouped(widest), m->room_weights = GROUP * (grouped(widest) + LANES);
-    m->room_size = 2 * m->room_rows + m->room_weights, m->score_size = AT_ONCE * HEADS_AT_ONCE * m->pitch;
+    int64_t widest = most(most(2 * D, A), most(most(V, I), most(EI, most(W, QH))));
+    m->widest = widest, m->room_size = room_for(widest), m->at_once = context > LONG_CONTEXT ? FEW_AT_ONCE : AT_ONCE;
+    m->score_size = m->at_once * HEADS_AT_ONCE * m->pitch;
     m->room = cut(&at, threads * m->room_size), m->scores = cut(&at, threads * m->score_size);
     return at;
 }
@@ -161,13 +174,6 @@ static int exchange(Work *w, float *data, int64_t rows, int64_t stride, int64_t 
     w->exchanged.data = data, w->exchanged.rows = rows, w->exchanged.stride = stride;
     w->exchanged.n = n, w->exchanged.unit = unit;
     return phase(w, exchange_piece, 0, 1) && !*w->m.failed;
-}
-
-// Room for products of so many columns alone: floats, and where its parts are.
-static int64_t room_for(int64_t columns) { return 2 * TILE * columns + GROUP * (columns + LANES); }
-
-static Room room_in(float *memory, int64_t columns) {
-    return (Room){.ordered = memory, .rows = memory + TILE * columns, .weights = memory + 2 * TILE * columns};
 }
 
 // What the library shows has the name of its level.

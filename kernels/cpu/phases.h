@@ -114,9 +114,11 @@ static void attend_block(const Work *w, int64_t layer, int64_t block, int64_t he
     const Model *model = w->model;
     const Memory *m = &w->m;
     const Pass *p = w->pass;
-    const int64_t first = p->block[block], last = p->block[block + 1], depth = p->module < 0 ? layer : 0;
-    attend(p->cache + p->row[first].sequence, depth, p->row, p->further, first, last, head, end - head, model->heads,
-           model->latent + model->rope, model->latent, model->scale, m->ql, m->qls, m->att, m->atts, w->scores, m->pitch);
+    const int64_t last = p->block[block + 1], depth = p->module < 0 ? layer : 0;
+    for (int64_t first = p->block[block]; first < last; first += m->at_once)
+        attend(p->cache + p->row[first].sequence, depth, p->row, p->further, first, least(first + m->at_once, last), head,
+               end - head, model->heads, model->latent + model->rope, model->latent, model->scale, m->ql, m->qls, m->att,
+               m->atts, w->scores, m->pitch);
 }
 
 static void value(const Work *w, int64_t layer, int64_t head, int64_t end) {
@@ -154,8 +156,14 @@ static int64_t head_pieces(const Work *w) {
     return most(blocks_of(H, HEADS_AT_ONCE), least(H, w->pass->threads));
 }
 
+// The same of a block of rows: where there are many, threads share these alone.
+static int64_t block_pieces(const Work *w) {
+    const int64_t all = head_pieces(w), H = blocks_of(w->model->heads, w->pass->ranks);
+    return w->pass->blocks >= 8 * w->pass->threads ? least(all, blocks_of(H, HEADS_AT_ONCE)) : all;
+}
+
 static void contexts(const Work *w, int64_t layer, int64_t piece, int64_t pieces) {
-    int64_t head, end, each = head_pieces(w);
+    int64_t head, end, each = block_pieces(w);
     heads_of(w, piece % each, each, &head, &end);
     attend_block(w, layer, piece / each, head, end);
     (void)pieces;
@@ -335,7 +343,7 @@ static int all_of(Work *w) {
             DO(whole_heads, head_pieces(w))
         } else {
             DO(queries, head_pieces(w))
-            DO(contexts, p->blocks * head_pieces(w))
+            DO(contexts, p->blocks * block_pieces(w))
             DO(values, head_pieces(w))
         }
         // a head's values are one unit

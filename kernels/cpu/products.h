@@ -9,13 +9,13 @@ typedef struct {
     const float *scale;
 } Matrix;
 
-// What a thread computes with: rows in the order of lanes, the same times a block's scales, and weights widened once for
-// many rows.
+// What a thread computes with: rows in the order of lanes, times a block's scales, and weights widened once for many rows.
 typedef struct {
-    float *ordered, *rows, *weights;
+    float *rows, *weights;
 } Room;
 
-#define TILE 64       // rows that are prepared at once
+#define TILE 64       // rows that are prepared at once, or up to twice as many
+#define NEAR_ROWS 65536  // floats of them, if these are more
 #define WIDEN_FROM 12  // rows from which it pays to widen weights once for all of them
 #define WIDE_COLUMNS 2048  // of rows whose weights are widened
 
@@ -24,6 +24,8 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 static inline int64_t grouped(int64_t n) { return (n + FP8_GROUP - 1) / FP8_GROUP * FP8_GROUP; }
 static inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+// Floats from a row of so many columns to the next: not a power of two, or rows would compete for the same lines.
+static inline int64_t room_pitch(int64_t columns) { return grouped(columns) + LANES; }
 
 // Rows of x by rows of w that are held in registers at once.
 #if defined(__AVX512F__)
@@ -46,6 +48,33 @@ static inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1)
 #ifndef ACROSS
 #define ACROSS 2  // times sixteen columns, for four rows
 #endif
+
+// Lanes that one register holds; rows of x, by four of w, whose sums of so many lanes fit; rows by sixteen columns.
+#if defined(__AVX512F__)
+#define PART 16
+#define DEEP 4
+#define BROAD 4
+#elif defined(__aarch64__)
+#define PART 4
+#define DEEP 4
+#define BROAD 4
+#else
+#define PART 8
+#define DEEP 3
+#define BROAD 6
+#endif
+
+typedef float part __attribute__((vector_size(PART * 4), aligned(4)));
+
+ALWAYS part fused_part(part a, part b, part c) {
+#if defined(__clang__)
+    return __builtin_elementwise_fma(a, b, c);
+#else
+    part out;
+    for (int l = 0; l < PART; l++) out[l] = __builtin_fmaf(a[l], b[l], c[l]);
+    return out;
+#endif
+}
 
 #define BLOCK(R, N)                                                                                                  \
     for (; n + N <= count; n += N) dot(kind, R, N, w + n * stride, stride, K, x, xs, y + n, ys, add);                \
@@ -85,14 +114,86 @@ static void dots(int64_t kind, int64_t R, const char *w, int64_t stride, int64_t
     }
 }
 
+// y[r][j] = x[r] . w[j] times `after` for R rows of x and N rows of w, all float32: the sums of `dot`, some lanes after
+// the others, so that registers hold the sums of more outputs.
+ALWAYS void dense(int R, int N, const float *w, int64_t stride, int64_t K, const float *x, int64_t xs, float *y, int64_t ys,
+                  float after, int add) {
+    const int64_t whole = K / LANES * LANES;
+    float lanes[DEEP][4][LANES];
+    UNROLL for (int64_t p = 0; p < LANES; p += PART) {
+        part sum[DEEP][4];
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = (part){0};
+        for (int64_t k = p; k < whole; k += LANES) {
+            part row[DEEP];
+            UNROLL for (int r = 0; r < R; r++) memcpy(&row[r], x + r * xs + k, sizeof(part));
+            UNROLL for (int j = 0; j < N; j++) {
+                part weights;
+                memcpy(&weights, w + j * stride + k, sizeof(part));
+                UNROLL for (int r = 0; r < R; r++) sum[r][j] = fused_part(row[r], weights, sum[r][j]);
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++)
+            memcpy(lanes[r][j] + p, &sum[r][j], sizeof(part));
+        // else a compiler would keep these in registers too, which there are too few of
+        if (p + PART < LANES) __asm__ volatile("" ::"r"(lanes) : "memory");
+    }
+    for (int r = 0; r < R && whole < K; r++) {
+        for (int j = 0; j < N; j++) {
+            vec weights = widen_some(F32, (const char *)(w + j * stride + whole), K - whole);
+            vec some = widen_some(F32, (const char *)(x + r * xs + whole), K - whole);
+            store(lanes[r][j], fused(some, weights, load(lanes[r][j])));
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        float *out = y + r * ys;
+        if (N == 4) {
+            vec4 values = totals(load(lanes[r][0]), load(lanes[r][1]), load(lanes[r][2]), load(lanes[r][3])) * after, before;
+            memcpy(&before, out, sizeof before);
+            if (add) values = before + values;
+            memcpy(out, &values, sizeof values);
+            continue;
+        }
+        UNROLL for (int j = 0; j < N; j++) {
+            float value = total(load(lanes[r][j])) * after;
+            out[j] = add ? out[j] + value : value;
+        }
+    }
+}
+
+// All of count rows of w with R rows of x.
+static void dense_dots(int64_t R, const float *w, int64_t stride, int64_t count, int64_t K, const float *x, int64_t xs,
+                       float *y, int64_t ys, float after, int add) {
+#define ROWS(N)                                                                                                \
+    {                                                                                                          \
+        const float *own = w + n * stride;                                                                     \
+        if (rows == DEEP) dense(DEEP, N, own, stride, K, x + r * xs, xs, y + r * ys + n, ys, after, add);      \
+        else if (rows == 3) dense(3, N, own, stride, K, x + r * xs, xs, y + r * ys + n, ys, after, add);       \
+        else if (rows == 2) dense(2, N, own, stride, K, x + r * xs, xs, y + r * ys + n, ys, after, add);       \
+        else dense(1, N, own, stride, K, x + r * xs, xs, y + r * ys + n, ys, after, add);                      \
+    }
+    for (int64_t r = 0; r < R;) {
+        const int64_t rows = R - r == 4 && DEEP == 3 ? 2 : least(DEEP, R - r);
+        int64_t n = 0;
+        for (; n + 4 <= count; n += 4) ROWS(4)
+        for (; n < count; n++) ROWS(1)
+        r += rows;
+    }
+}
+
 // Many rows: weights are widened once for all of them; the sums are those of `dots`.
-#define GROUP 8  // rows of w at a time
+#define GROUP 16  // rows of w at a time, at most
+#define NEAR 3072 // floats of them that leave room for others in the nearest cache
 static void many_dots(int64_t kind, int64_t R, const char *w, int64_t stride, int64_t count, int64_t K, const float *x,
                       int64_t xs, float *y, int64_t ys, int add, float *wide) {
-    const int64_t pitch = grouped(K) + LANES, length = kind == FP8 ? grouped(K) : K;
+    const int64_t pitch = room_pitch(K), length = kind == FP8 ? grouped(K) : K;
+    const int64_t group = least(GROUP, most(4, NEAR / most(K, 1) / 4 * 4));
     const float after = kind == FP8 ? FP8_AFTER : 1.0f;
-    for (int64_t n = 0; n < count; n += GROUP) {
-        int64_t some = least(GROUP, count - n);
+    for (int64_t n = 0; n < count; n += group) {
+        int64_t some = least(group, count - n);
+        if (kind == F32) {
+            dense_dots(R, (const float *)(w + n * stride), K, some, K, x, xs, y + n, ys, 1.0f, add);
+            continue;
+        }
         for (int64_t j = 0; j < some; j++) {
             const char *row = w + (n + j) * stride;
             float *out = wide + j * pitch;
@@ -110,73 +211,93 @@ static void many_dots(int64_t kind, int64_t R, const char *w, int64_t stride, in
                 store(out + k, kind == BF16 ? widen(BF16, row + 2 * k) : widen(F16, row + 2 * k));
             if (k < K) store(out + k, widen_some((int)kind, row + k * ITEM[kind], K - k));
         }
-        float part[GROUP * 4];
-        for (int64_t r = 0; r < R; r += 4) {
-            int64_t own = least(4, R - r);
-            dots_of(F32, own, (const char *)wide, pitch * 4, some, length, x + r * xs, xs, part, GROUP, 0);
-            for (int64_t i = 0; i < own; i++) {
-                for (int64_t j = 0; j < some; j++) {
-                    float *place = y + (r + i) * ys + n + j, value = part[i * GROUP + j] * after;
-                    *place = add ? *place + value : value;
-                }
+        dense_dots(R, wide, pitch, some, length, x, xs, y + n, ys, after, add);
+    }
+}
+
+// Rows of x in the order of lanes, times the scales of a block's columns.
+static void scale_rows(const Matrix *m, const float *scale, int64_t rows, const float *x, int64_t xs,
+                       const int32_t *chosen, float *out, int64_t pitch) {
+    const int64_t K = m->columns, wide = m->block_columns;
+    for (int64_t i = 0; i < rows; i++) {
+        const float *from = x + (chosen ? chosen[i] : i) * xs;
+        float *to = out + i * pitch;
+        for (int64_t k = 0; k < K; k += FP8_GROUP) {
+            in_order_of_lanes(from + k, K - k, to + k);
+            if (wide % FP8_GROUP == 0) {
+                const float factor = scale[k / wide];
+                UNROLL for (int c = 0; c < FP8_GROUP; c += LANES) store(to + k + c, load(to + k + c) * factor);
+                continue;
+            }
+            for (int c = 0; c < FP8_GROUP; c++) {
+                int64_t column = least(k + c / 32 * 32 + c % LANES * 2 + c / LANES % 2, K - 1);
+                to[k + c] *= scale[column / wide];
             }
         }
     }
 }
 
-// room->rows = room->ordered times a block's scales.
-static void scale_rows(const Matrix *m, const float *scale, int64_t rows, const Room *room, int64_t pitch) {
-    const int64_t K = m->columns, wide = m->block_columns;
-    for (int64_t i = 0; i < rows; i++) {
-        const float *from = room->ordered + i * pitch;
-        float *to = room->rows + i * pitch;
-        for (int64_t k = 0; k < K; k += FP8_GROUP) {
-            if (wide % FP8_GROUP == 0) {
-                const float factor = scale[k / wide];
-                UNROLL for (int c = 0; c < FP8_GROUP; c += LANES) store(to + k + c, load(from + k + c) * factor);
-                continue;
-            }
-            for (int c = 0; c < FP8_GROUP; c++) {
-                int64_t column = least(k + c / 32 * 32 + c % LANES * 2 + c / LANES % 2, K - 1);
-                to[k + c] = from[k + c] * scale[column / wide];
-            }
-        }
-    }
-}
+// Rows that are prepared at once: as many as stay in the cache of a core, beside others.
+static inline int64_t tile_rows(int64_t columns) { return most(TILE, least(2 * TILE, NEAR_ROWS / most(columns, 1))); }
 
 // y[r][n - first] = x[r] . row n of the matrix, n from first to end - 1.
 //
 // x: R rows, xs floats apart; or, where `chosen` is given, row r is x + chosen[r] xs.
 static void product(const Matrix *m, int64_t first, int64_t end, int64_t R, const float *x, int64_t xs,
                     const int32_t *chosen, float *y, int64_t ys, int add, const Room *room) {
-    const int64_t K = m->columns, kind = m->kind, stride = K * ITEM[kind], pitch = grouped(K);
-    for (int64_t r = 0; r < R; r += TILE) {
-        int64_t rows = least(TILE, R - r);
-        const float *own = x + r * xs;
+    const int64_t K = m->columns, kind = m->kind, stride = K * ITEM[kind], pitch = room_pitch(K);
+    const int64_t tile = blocks_of(R, most(1, blocks_of(R, tile_rows(K))));  // all alike: none is left with few rows
+    for (int64_t r = 0; r < R; r += tile) {
+        const int64_t rows = least(tile, R - r);
+        const int32_t *some = chosen ? chosen + r : 0;
+        const float *from = chosen ? x : x + r * xs, *own = from;
         int64_t own_pitch = xs;
-        for (int64_t i = 0; i < rows && (kind == FP8 || chosen); i++) {
-            const float *from = x + (chosen ? chosen[r + i] : r + i) * xs;
-            if (kind != FP8) memcpy(room->rows + i * pitch, from, (size_t)K * 4);
-            for (int64_t k = 0; k < K && kind == FP8; k += FP8_GROUP)
-                in_order_of_lanes(from + k, K - k, room->ordered + i * pitch + k);
-        }
         if (kind == FP8 || chosen) own = room->rows, own_pitch = pitch;
+        for (int64_t i = 0; i < rows && kind != FP8 && chosen; i++)
+            memcpy(room->rows + i * pitch, x + some[i] * xs, (size_t)K * 4);
         for (int64_t n = first; n < end;) {
             int64_t stop = end;
             if (kind == FP8) {
                 int64_t block = n / m->block_rows;
                 stop = least(end, (block + 1) * m->block_rows);
-                scale_rows(m, m->scale + block * blocks_of(K, m->block_columns), rows, room, pitch);
+                scale_rows(m, m->scale + block * blocks_of(K, m->block_columns), rows, from, xs, some, room->rows, pitch);
             }
             const char *w = m->data + n * stride;
             float *out = y + r * ys + (n - first);
-            if (rows >= WIDEN_FROM && kind != F32)
+            if (rows >= WIDEN_FROM)
                 many_dots(kind, rows, w, stride, stop - n, K, own, own_pitch, out, ys, add, room->weights);
             else
                 dots(kind, rows, w, stride, stop - n, K, own, own_pitch, out, ys, add);
             n = stop;
         }
     }
+}
+
+// y[r][c] += sum over t of p[r][t] w[t][c] for R rows, all float32: the sums of `axpy`.
+static void dense_columns(int64_t R, const float *w, int64_t stride, int64_t T, const float *p, int64_t ps, float *y,
+                          int64_t ys, int64_t columns) {
+#define COLUMNS(R, N) \
+    axpy(F32, R, N, (const char *)(w + c), stride * 4, T, p + r * ps, ps, y + r * ys + c, ys)
+    const int64_t whole = columns / LANES * LANES;
+    int64_t c = 0, r = 0, step;
+    for (; c < whole; c += step) {
+        const int broad = BROAD == 4 && c + 4 * LANES <= whole;
+        step = broad ? 4 * LANES : LANES;
+        for (r = 0; R - r >= 4;) {
+            // eight rows are four and four: the sums of two would wait for one another
+            const int64_t rows = R - r >= BROAD && R - r != 8 ? BROAD : 4;
+            if (BROAD == 4 && broad) COLUMNS(4, 4);
+            else if (rows == BROAD) COLUMNS(BROAD, 1);
+            else COLUMNS(4, 1);
+            r += rows;
+        }
+    }
+    for (; r < R; r++) {
+        for (c = 0; c + 4 * LANES <= whole; c += 4 * LANES) COLUMNS(1, 4);
+        for (; c < whole; c += LANES) COLUMNS(1, 1);
+    }
+    for (r = 0; r < R && whole < columns; r++)
+        axpy_some(F32, (const char *)(w + whole), stride * 4, T, p + r * ps, y + r * ys + whole, columns - whole);
 }
 
 // y[r][c] = sum over n of x[r][n] w[first + n][c]: rows first .. first + N - 1 of the matrix, for R rows of x.
@@ -224,8 +345,57 @@ ALWAYS void columns_of(int kind, const Matrix *m, int64_t first, int64_t N, int6
     }
 }
 
+// The same for many rows: weights are widened once for all of them.
+static void many_columns(const Matrix *m, int64_t first, int64_t N, int64_t R, const float *x, int64_t xs, float *y,
+                         int64_t ys, const Room *room) {
+    const int64_t kind = m->kind, stride = m->columns * ITEM[kind], pitch = padded(N) + LANES;
+    const int64_t wide = kind == FP8 ? m->block_columns : m->columns;
+    for (int64_t c = 0; c < m->columns; c += wide) {
+        const int64_t last = least(m->columns, c + wide);
+        for (int64_t i = 0; i < R; i++) {
+            const float *from = x + i * xs;
+            float *to = room->rows + i * pitch;
+            for (int64_t n = 0; n < N;) {
+                int64_t block = kind == FP8 ? (first + n) / m->block_rows : 0, stop = N;
+                float factor = 1.0f;
+                if (kind == FP8) {
+                    stop = least(N, (block + 1) * m->block_rows - first);
+                    factor = m->scale[block * blocks_of(m->columns, wide) + c / wide];
+                }
+                for (; n < stop; n++) to[n] = from[n] * factor;
+            }
+        }
+        for (int64_t k = c; k < last; k += LANES) {
+            const int64_t some = least(LANES, last - k);
+            const char *w = m->data + first * stride + k * ITEM[kind];
+            for (int64_t n = 0; n < N; n++, w += stride) {
+                vec weights;
+                if (some < LANES) weights = widen_some((int)kind, w, some);
+                else if (kind == FP8) weights = widen(FP8, w);
+                else if (kind == BF16) weights = widen(BF16, w);
+                else if (kind == F16) weights = widen(F16, w);
+                else weights = widen(F32, w);
+                store(room->weights + n * LANES, weights);
+            }
+            float out[TILE * LANES];
+            memset(out, 0, (size_t)(R * LANES) * 4);
+            dense_columns(R, room->weights, LANES, N, room->rows, pitch, out, LANES, LANES);
+            for (int64_t i = 0; i < R; i++) {
+                vec sum = load(out + i * LANES) * (kind == FP8 ? FP8_AFTER : 1.0f);
+                memcpy(y + i * ys + k, &sum, (size_t)some * 4);
+            }
+        }
+    }
+}
+
 static void columns(const Matrix *m, int64_t first, int64_t N, int64_t R, const float *x, int64_t xs, float *y,
                     int64_t ys, const Room *room) {
+    if (R >= WIDEN_FROM) {
+        const int64_t tile = blocks_of(R, blocks_of(R, TILE));
+        for (int64_t r = 0; r < R; r += tile)
+            many_columns(m, first, N, least(tile, R - r), x + r * xs, xs, y + r * ys, ys, room);
+        return;
+    }
     switch (m->kind) {
         case FP8: columns_of(FP8, m, first, N, R, x, xs, y, ys, room); break;
         case BF16: columns_of(BF16, m, first, N, R, x, xs, y, ys, room); break;

@@ -45,7 +45,7 @@ from mtp_spec.model.rope import softmax_scale
 T = TypeVar("T")
 SCALE = "_scale_inv"
 METHODS = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}
-ATTENDED_AT_ONCE = 4  # rows of a sequence, as in pass.h
+ATTENDED_AT_ONCE = 8  # rows of a sequence, as in pass.h
 CONTEXT_STEP = 512  # memory for scores grows in steps of so many slots
 HEAD_UNIT = 64  # ranks divide a head's rows in multiples of this
 PIECE_BLOCKS = 32  # blocks of a head's rows that are widened at once for conversion to FP8

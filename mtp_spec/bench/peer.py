@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -32,22 +32,7 @@ def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[d
     Args:
         folder: for the copy of the weights; it must outlive the ways.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise OptionError("--transformers needs the library: pip install transformers") from None
-    ours = lm.model
-    if not isinstance(ours, Transformer):  # FP8 there needs kernels from a hub
-        source = Path(str(files("mtp_spec.configs") / "demo")) if args.model is None else args.model
-        ours = load_checkpoint(source, dtype=torch.float32 if isinstance(ours, CPUModel) else torch.bfloat16)
-    save_checkpoint(ours, folder / "copy", fp8=False)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    stops = sorted(lm.stop_ids())
-
-    def loaded(dtype: torch.dtype) -> Any:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype=dtype)
-        return model.to(lm.model.device).eval()
+    loaded, stops = transformers_copy(lm, folder, args), sorted(lm.stop_ids())
 
     def way(model: Any, **more: Any) -> Generate:
         def generate(ids: list[int], options: dict[str, Any]) -> Written:
@@ -67,16 +52,54 @@ def transformers_ways(lm: LM, folder: Path, args: argparse.Namespace) -> tuple[d
 
         return generate
 
-    model, ways = loaded(ours.dtype), dict[str, Generate]()
+    dtype = _copied_in(lm)
+    model, ways = loaded(dtype), dict[str, Generate]()
     ways[PLAIN] = way(model)
-    if ours.dtype == torch.float32 and cpu_has_bfloat16():
+    if dtype == torch.float32 and cpu_has_bfloat16():
         ways[BFLOAT16] = way(loaded(torch.bfloat16))
     try:
         _prepare_mtp(model, lm)
         way(model, use_mtp=True)([0, 2, 400], {"max_new_tokens": 4})
     except Exception as error:  # any exception: versions expect different layouts, or have no support
+        import transformers
+
         return ways, {MTP: f"not in transformers {transformers.__version__}: {error}"[:200]}
     return {**ways, MTP: way(model, use_mtp=True)}, {}
+
+
+def transformers_copy(lm: LM, folder: Path, args: argparse.Namespace) -> Callable[[torch.dtype], Any]:
+    """Returns a function that loads transformers' model in a dtype, on the model's device.
+
+    Args:
+        folder: for the copy of the weights; it must outlive the models.
+
+    Raises:
+        OptionError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise OptionError("--transformers needs the library: pip install transformers") from None
+    ours = lm.model
+    if not isinstance(ours, Transformer):  # FP8 there needs kernels from a hub
+        source = Path(str(files("mtp_spec.configs") / "demo")) if args.model is None else args.model
+        ours = load_checkpoint(source, dtype=_copied_in(lm))
+    save_checkpoint(ours, folder / "copy", fp8=False)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    def loaded(dtype: torch.dtype) -> Any:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "copy", dtype=dtype)
+        return model.to(lm.model.device).eval()
+
+    return loaded
+
+
+def _copied_in(lm: LM) -> torch.dtype:
+    """Returns the type of the copy: that of our arithmetic."""
+    if isinstance(lm.model, Transformer):
+        return lm.model.dtype
+    return torch.float32 if isinstance(lm.model, CPUModel) else torch.bfloat16
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""`bench prefill`: how long a prompt takes, on a model's shape at full width.
+"""`bench prefill`: how long a prompt takes, on a model's shape at full width, or on a CPU (`prompts_cpu`).
 
-The model is that of `bench step`: dense layers, some MoE layers, embedding, head and the MTP module, with random
-weights. Time to first token is that of `generate` with a draft, so the module's cache is filled too; every prompt is
-new, so nothing is shared. Arithmetic is counted once for what the model defines, in the expanded form, whatever runs:
-2 operations per weight and token (of the chosen experts, and no head), and per pair of tokens and head.
+On a GPU the model is that of `bench step`: dense layers, some MoE layers, embedding, head and the MTP module, with
+random weights. Time to first token is that of `generate` with a draft, so the module's cache is filled too; every
+prompt is new, so nothing is shared. Arithmetic is counted once for what the model defines, in the expanded form,
+whatever runs: 2 operations per weight and token (of the chosen experts, and no head), and per pair of tokens and head.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 
 from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
-from mtp_spec.bench import parsing
+from mtp_spec.bench import parsing, prompts_cpu
 from mtp_spec.bench.common import Report, Row
-from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option
+from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option, OptionGroup, Switch
 from mtp_spec.bench.passes import fill, slice_of
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.errors import OptionError
@@ -32,13 +32,36 @@ from mtp_spec.model.distributed.group import ALONE
 TOKENS = [1024, 4096, 16384, 32768]
 FORMS = ("expanded", "absorbed")
 SPARE = 256  # slots for what is generated
+REPEATS, CPU_REPEATS = 3, 5
 
 
-def prefill(args: argparse.Namespace) -> Report:
-    """Times the first token of prompts on a slice of a model at full width. Forms: "expanded" as the library reads
-    long prompts; "absorbed" as it reads short ones, 256 tokens at a time, which was the only way before."""
-    if not torch.cuda.is_available():
-        raise OptionError("bench prefill needs an NVIDIA GPU and this machine has none: torch finds no CUDA device")
+# options of one device, and their defaults
+SLICE: dict[str, Any] = {"shape": "671B", "forms": list(FORMS), "dtype": "fp8", "layers": 4, "prefill_tokens": None}
+FOLDER: dict[str, Any] = {"model": None, "transformers": False, "threads": None}
+
+
+def prefill(args: argparse.Namespace) -> Report | None:
+    """Times the first token of prompts. On a GPU: on a slice of a model at full width; of the forms of attention
+    "expanded" is how the library reads long prompts, "absorbed" how it reads short ones, 256 tokens at a time. On a
+    CPU: on a model's folder, plain and with the MTP module's cache filled too, beside transformers if asked for."""
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise OptionError("--device cuda: torch finds no CUDA device; leave it out to time prompts on the CPU")
+    own, other = (SLICE, FOLDER) if on_gpu else (FOLDER, SLICE)
+    for name in other:
+        if getattr(args, name):
+            raise OptionError(f"--{name.replace('_', '-')} belongs to the other device: --device is {args.device}")
+    for name, default in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if not on_gpu:
+        args.tokens, args.repeats = args.tokens or prompts_cpu.TOKENS, args.repeats or CPU_REPEATS
+        prompts_cpu.cpu_prompts(args)
+        return None
+    args.tokens, args.repeats = args.tokens or TOKENS, args.repeats or REPEATS
+    args.shape = parsing.shape_file(args.shape) if isinstance(args.shape, str) else args.shape
     full = replace(with_module(load_config(args.shape)), fp8_block=(128, 128) if args.dtype == "fp8" else None)
     context = max(args.tokens) + SPARE
     full = replace(full, max_position_embeddings=max(context, full.max_position_embeddings))
@@ -85,23 +108,39 @@ def prefill(args: argparse.Namespace) -> Report:
 
 BENCHMARK = Benchmark(
     name="prefill",
-    help="time to first token of long prompts on a slice at full width on a GPU",
+    help="time to first token of prompts: a slice at full width on a GPU, or a model on a CPU",
     run=prefill,
     options=(
         JSON,
-        SHAPE,
-        Option("--tokens", "lengths of prompts", type=parsing.integers, default=TOKENS, metavar="N,..."),
+        Option("--device", "cuda or cpu (cuda where there is one)", choices=("cuda", "cpu")),
         Option(
-            "--forms",
-            f"of attention: {', '.join(FORMS)}",
-            type=parsing.chosen(FORMS),
-            default=list(FORMS),
-            metavar="NAME,...",
+            "--tokens",
+            f"lengths of prompts (GPU: {TOKENS[0]} to {TOKENS[-1]}, CPU: {prompts_cpu.TOKENS[0]} to "
+            f"{prompts_cpu.TOKENS[-1]})",
+            type=parsing.integers,
+            metavar="N,...",
         ),
-        Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16"), default="fp8"),
-        Option("--layers", "MoE layers (4)", type=parsing.count, default=4),
-        Option("--prefill-tokens", "most tokens in a pass (as load)", type=parsing.count, metavar="N"),
-        Option("--repeats", "prompts of each length, the median of which is taken (3)", type=parsing.count, default=3),
+        Option(
+            "--repeats",
+            f"prompts of each length, the median of which is taken (GPU: {REPEATS}, CPU: {CPU_REPEATS})",
+            type=parsing.count,
+        ),
+        OptionGroup(
+            "on a GPU",
+            Option("--shape", "a published model or a config.json (671B)", type=parsing.shape_file, metavar="NAME"),
+            Option(
+                "--forms", f"of attention: {', '.join(FORMS)} (all)", type=parsing.chosen(FORMS), metavar="NAME,..."
+            ),
+            Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16")),
+            Option("--layers", "MoE layers (4)", type=parsing.count),
+            Option("--prefill-tokens", "most tokens in a pass (as load)", type=parsing.count, metavar="N"),
+        ),
+        OptionGroup(
+            "on a CPU",
+            MODEL,
+            Switch("--transformers", "also time transformers' forward pass, in float32 and bfloat16"),
+            Option("--threads", "of both libraries (torch's)", type=parsing.integers, metavar="N,..."),
+        ),
     ),
 )
 

@@ -21,10 +21,15 @@ from mtp_spec.kernels.cpu.engine import LANES, Library, Matrix, RoutingStruct, l
 Array = npt.NDArray[np.float32]
 PAGE = 64
 MARGIN = 37  # floats before and after what is written; no multiple of the lanes, so that nothing is aligned
-TILE, GROUP = 64, 8  # as products.h has them
 E4M3_CODES = [code for code in range(256) if code & 0x7F != 0x7F]
 # numbers at which arithmetic has edges: zeros, subnormal ones, the least normal one, ones whose products are subnormal
 EDGES = np.array([0.0, -0.0, 1e-45, -1e-45, 3e-39, -7e-40, 1.17549435e-38, 1e-20, -3e-23, 1.0, -1.5, 3e18], np.float32)
+
+
+def room_for(columns: int) -> int:
+    """Returns the floats of an operation's working memory, as pass.h has them."""
+    pitch = -(-columns // reference.GROUP) * reference.GROUP + LANES
+    return max(64 * pitch, min(128 * pitch, 65536 + 128 * (reference.GROUP + LANES))) + 16 * pitch
 
 
 class CacheStruct(Structure):
@@ -112,8 +117,7 @@ class Kernels:
         given = Guarded(len(x), x.shape[1], fill=x)
         out = Guarded(rows, end - first, fill=before)
         index = None if chosen is None else np.array(chosen, np.int32)
-        grouped = -(-x.shape[1] // reference.GROUP) * reference.GROUP
-        room = Guarded(1, 2 * TILE * grouped + GROUP * (grouped + LANES))
+        room = Guarded(1, room_for(x.shape[1]))
         self._engine.product(
             byref(m.struct()), c_int64(first), c_int64(end), c_int64(rows), given.address, c_int64(given.pitch),
             None if index is None else c_void_p(index.ctypes.data), out.address, c_int64(out.pitch),
@@ -124,7 +128,7 @@ class Kernels:
 
     def columns(self, m: Matrix, first: int, count: int, x: Array) -> Array:
         given, out = Guarded(len(x), x.shape[1], fill=x), Guarded(len(x), m.data.shape[1])
-        room = Guarded(1, 4 * padded(count))
+        room = Guarded(1, room_for(count))
         self._engine.columns(
             byref(m.struct()), c_int64(first), c_int64(count), c_int64(len(x)), given.address, c_int64(given.pitch),
             out.address, c_int64(out.pitch), room.address,
@@ -159,7 +163,7 @@ class Kernels:
         given = Guarded(rows * heads, width, padded(width), q.reshape(-1, width))
         out = Guarded(rows * heads, values, padded(values))
         pitch = padded(max(own.run + len(own.more) for own in seen))
-        scores = Guarded(1, 4 * 8 * pitch)
+        scores = Guarded(1, 8 * 8 * pitch)
         self._engine.attend(
             structs, c_int64(1), c_void_p(table.ctypes.data), c_void_p(slots.ctypes.data), c_int64(rows),
             c_int64(heads), c_int64(width), c_int64(values), byref(c_float(scale)), given.address, out.address,

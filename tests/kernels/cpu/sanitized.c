@@ -176,7 +176,7 @@ static void products(void) {
                 CALL(product)(&m, first, N, R, x, K, k % 2 ? chosen : 0, y, N - first, n % 2, room);
                 count_in(y, R * (N - first));
                 float *across = numbers(R * N, 1), *up = malloc((size_t)(R * K) * 4);
-                float *own = malloc((size_t)(4 * padded(N)) * 4);
+                float *own = malloc((size_t)room_for(N) * 4);
                 CALL(columns)(&m, first, N - first, R, across, N, up, K, own);
                 count_in(up, R * K);
                 float *factors = numbers(R * blocks_of(K, PIECE), 1), *sums = malloc((size_t)(R * N) * 4);
@@ -191,7 +191,7 @@ static void products(void) {
 static void attention(void) {
     enum { T = 150, W = 21, V = 17, HEADS = 9, ROWS = 7 };
     float *memory = numbers(192 * W, 1), *q = numbers(ROWS * HEADS * padded(W), 1), scale = 0.3f;
-    float *out = malloc(ROWS * HEADS * padded(V) * 4), *scores = malloc(4 * 8 * 160 * 4);
+    float *out = malloc(ROWS * HEADS * padded(V) * 4), *scores = malloc(AT_ONCE * HEADS_AT_ONCE * 160 * 4);
     int64_t pages[] = {64, 128, 0}, layers[] = {(int64_t)(intptr_t)memory}, further[] = {149, 140, 145};
     Cache cache = {layers, pages};
     Row rows[ROWS];

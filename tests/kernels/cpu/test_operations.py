@@ -21,7 +21,7 @@ E4M3 = torch.float8_e4m3fn
 KINDS = (torch.float32, torch.bfloat16, torch.float16, E4M3)
 SIZES = (1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 130, 200, 384)
 BLOCKS = ((128, 128), (64, 64), (32, 128), (128, 32), (48, 80), (1, 16), (5, 7))
-ROWS = st.integers(1, 70) | st.sampled_from((1, 2, 3, 4, 5, 11, 12, 13, 63, 64, 65))
+ROWS = st.integers(1, 70) | st.sampled_from((1, 2, 3, 4, 5, 11, 12, 13, 63, 64, 65, 129))
 SEEDS = st.integers(0, 2**32 - 1)
 NUMBERS = settings(max_examples=60, deadline=None)
 

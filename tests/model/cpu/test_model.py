@@ -238,6 +238,25 @@ def test_prompts_in_chunks_of_any_size(kind: str, stored: torch.dtype) -> None:
             assert torch.equal(own.slots[0][: own.length], expected.slots[0][: own.length])
 
 
+def test_prompts_of_long_contexts() -> None:
+    """Fewer rows are attended at once in memory that was made for a long context: with the same bits."""
+    model, other = (random_model("v3", max_position_embeddings=9000) for _ in range(2))
+    rows = [(7 * i) % 150 for i in range(40)]
+
+    def read(model: CPUModel, context: int, cuts: tuple[int, ...]) -> Tensor:
+        cache, generator, found = model.new_cache(context + len(rows)), torch.Generator().manual_seed(5), list[Tensor]()
+        for slots in cache.slots:
+            slots.normal_(generator=generator)
+        cache.length = context
+        for first, end in zip((0, *cuts), (*cuts, len(rows)), strict=True):
+            found.append(model.rows(rows[first:end], cache, range(-1, end - first - 1)))
+            cache.commit(range(end - first))
+        return torch.cat(found)
+
+    assert all_equal(read(model, 8400, ()), read(other, 8400, (1, 14, 31)))
+    assert all_equal(read(model, 30, ()), read(random_model("v3", max_position_embeddings=9000), 30, ()))
+
+
 def test_pages_out_of_order_and_of_many_sequences() -> None:
     model = random_model()
     memory = model.new_layers(9)[: model.config.num_hidden_layers]
