@@ -11,7 +11,7 @@ import torch
 from mtp_spec.cpu.foresight import check_engine
 from mtp_spec.cuda.memory import check_memory
 from mtp_spec.cuda.state import PREFILL_ROWS
-from mtp_spec.errors import OptionError
+from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.kernels.cpu import engine
 from mtp_spec.kernels.launching import triton_obstacle
 from mtp_spec.memory import check_host
@@ -179,7 +179,13 @@ def _listed_ids(file: Path, whole: int, name: str) -> set[int]:
 
 
 def runs_engine() -> bool:
-    """Whether the library's own engine runs models on this CPU."""
+    """Whether the library's own engine runs models on this CPU.
+
+    Raises:
+        MTPSpecError: it is there, but was compiled from other sources.
+    """
+    if (wrong := engine.stale()) is not None:
+        raise MTPSpecError(wrong)
     return engine.why_not() is None
 
 

@@ -6,6 +6,7 @@ and the system's compiler is never used: the flags that fix the order of sums ar
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 import sys
@@ -42,6 +43,16 @@ def why_not(machine: str, system: str) -> str | None:
     return None
 
 
+def digest() -> int | None:
+    """Returns a number that differs for other C sources, so that a library of earlier ones is not called; None if there
+    are no sources."""
+    sources = sorted(HERE.glob("*.[ch]"))
+    if not sources:
+        return None
+    found = hashlib.sha256(b"".join(source.name.encode() + b"\0" + source.read_bytes() for source in sources))
+    return int.from_bytes(found.digest()[:7], "big")
+
+
 def build(folder: Path = HERE, machine: str = platform.machine(), system: str = sys.platform) -> Path:
     """Compiles the engine; returns the library's file.
 
@@ -52,7 +63,9 @@ def build(folder: Path = HERE, machine: str = platform.machine(), system: str = 
     compiler = [sys.executable, "-m", "ziglang", "cc", "-target", TARGETS[system].format(name)]
     common = [*FLAGS, *(() if system == "win32" else ("-fPIC",))]
     with tempfile.TemporaryDirectory() as room, ThreadPoolExecutor() as pool:
-        jobs: list[tuple[Path, Path, tuple[str, ...]]] = [(HERE / "level.c", Path(room) / "level.o", ())]
+        jobs: list[tuple[Path, Path, tuple[str, ...]]] = [
+            (HERE / "level.c", Path(room) / "level.o", (f"-DSOURCES={digest()}LL",))
+        ]
         for level, flags in LEVELS[name].items():
             jobs.append((HERE / "engine.c", Path(room) / f"{level}.o", (*flags, f"-DLEVEL={level}")))
         commands = [[*compiler, *common, *flags, "-c", str(source), "-o", str(made)] for source, made, flags in jobs]

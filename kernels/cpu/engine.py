@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels.cpu.build import HERE, library_name
+from mtp_spec.kernels.cpu.build import HERE, digest, library_name
 
 # "torch" switches the engine off; a level's name chooses it. For tests and comparisons: results do not depend on it
 SWITCH = "MTP_SPEC_CPU"
 LEVELS = {0: None, 1: "avx2", 2: "avx512"}
 KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: 2, torch.float16: 3}
 LANES = 16
+STALE = "the CPU engine was compiled from other sources than are here"
+REMEDY = "compile it again (pip install -e . or python kernels/cpu/build.py), or set MTP_SPEC_CPU=torch"
 
 
 class MatrixStruct(Structure):
@@ -156,9 +158,15 @@ def _loaded() -> ctypes.CDLL | str:
     if not file.is_file():
         return "the CPU engine was not compiled when this package was installed"
     try:
-        return ctypes.CDLL(str(file))
+        loaded = ctypes.CDLL(str(file))
     except OSError as error:
         return f"the CPU engine cannot be loaded ({error})"
+    if (wanted := digest()) is None:
+        return loaded
+    made_of = getattr(loaded, "mtp_sources", None)  # earlier ones do not tell
+    if made_of is not None:
+        made_of.restype = c_int64
+    return loaded if made_of is not None and made_of() == wanted else STALE
 
 
 def levels() -> tuple[str, ...]:
@@ -171,6 +179,11 @@ def levels() -> tuple[str, ...]:
     if hasattr(loaded, "mtp_neon_pass"):
         return ("neon",)
     return tuple(str(LEVELS[level]) for level in range(highest, 0, -1))
+
+
+def stale() -> str | None:
+    """Returns what is wrong with a library of other sources than are here, and the remedy, or None."""
+    return f"{STALE}; {REMEDY}" if os.environ.get(SWITCH) != "torch" and _loaded() == STALE else None
 
 
 def why_not() -> str | None:

@@ -1,5 +1,12 @@
-// What this processor can do, asked of it and not of the system's files.
+// What this processor can do, asked of it and not of the system's files, and what the engine was made of.
 #include <stdint.h>
+
+#ifndef SOURCES
+#define SOURCES 0
+#endif
+
+// The digest of the sources that this was compiled from; see build.py.
+__attribute__((visibility("default"))) int64_t mtp_sources(void) { return SOURCES; }
 
 // 0: none of the levels, 1: x86-64-v3 (AVX2, FMA, F16C), 2: x86-64-v4 (AVX512 F, BW, CD, DQ, VL); 1 on other processors.
 __attribute__((visibility("default"))) int64_t mtp_level(void) {
