@@ -25,7 +25,8 @@ def other_sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_an_engine_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(mtp_spec.MTPSpecError, match=r"compiled from other sources .*; compile it again .*build\.py"):
         mtp_spec.load()
-    assert "other sources" in (engine.why_not() or "") and engine.levels() == ()
+    assert "other sources" in (engine.why_not() or "")
+    assert engine.levels() == ()
     monkeypatch.setenv(engine.SWITCH, "torch")
     assert mtp_spec.load(max_context=64).generate([1, 2], max_new_tokens=2, speculation=None).token_ids
 
