@@ -25,9 +25,10 @@ class Plan:
 
     Attributes:
         modules: float32 weights, gradients and the optimiser's numbers.
-        shared: copies of the main model's embedding and head.
+        shared: copies of the main model's embedding and head, and its layers where they are widened.
         step: what a step of the largest batch holds until its gradients are known.
         loss: temporaries of the loss.
+        backbone: temporaries of the main model's passes, which come before a step's.
         disk: hidden states that are kept.
     """
 
@@ -35,14 +36,24 @@ class Plan:
     shared: int
     step: int
     loss: int
+    backbone: int
     disk: int
 
     @property
     def memory(self) -> int:
-        return self.modules + self.shared + self.step + self.loss
+        return self.modules + self.shared + self.working
+
+    @property
+    def working(self) -> int:
+        """Bytes of temporaries."""
+        return max(self.step + self.loss, self.backbone)
 
     def __str__(self) -> str:
-        parts = {"modules": self.modules, "embedding and head": self.shared, "a step": self.step, "its loss": self.loss}
+        parts = {"modules": self.modules, "copies of the main model's weights": self.shared}
+        if self.step + self.loss >= self.backbone:
+            parts |= {"a step": self.step, "its loss": self.loss}
+        else:
+            parts |= {"a pass of the main model": self.backbone}
         said = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
         return f"memory beside the model: {_size(self.memory)} ({said}); disk: {_size(self.disk)} of hidden states"
 
@@ -52,7 +63,7 @@ class Plan:
         Raises:
             MTPSpecError: it does not; the message says what to give less of.
         """
-        free, held = _free(device), self.step + self.loss + self.modules
+        free, held = _free(device), self.working + self.modules
         if free is not None and held > free:
             raise MTPSpecError(
                 f"training takes {_size(held)} of memory and {_size(free)} are free ({self}): give fewer batch_tokens "
@@ -86,7 +97,7 @@ def check_modules(weights: int, numbers: int, device: torch.device) -> None:
 
 def plan_of(
     forward: ModulesForward, modules: nn.ModuleList, objective: Objective, shape: tuple[int, int], numbers: int,
-    shared: Sequence[Tensor], disk: int,
+    shared: Sequence[Tensor], disk: int, backbone: tuple[int, int] = (0, 0),
 ) -> Plan:  # fmt: skip
     """Returns the plan.
 
@@ -94,24 +105,24 @@ def plan_of(
         shape: sequences and tokens of the largest batch.
         numbers: float32 numbers of the optimiser for each weight.
         shared: tensors that were copied for training.
+        backbone: bytes of the main model's widened weights, and of its passes.
     """
     weights = sum(parameter.numel() for parameter in modules.parameters())
     device, vocabulary = forward.embedding.device, len(forward.head)
     chunk = min(CHUNK[device.type], shape[0] * shape[1] * vocabulary)
     return Plan(
         modules=(2 + numbers) * 4 * weights,
-        shared=sum(tensor.nbytes for tensor in shared),
+        shared=sum(tensor.nbytes for tensor in shared) + backbone[0],
         step=saved_bytes(forward, objective, shape),
         loss=chunk * TEMPORARIES,
+        backbone=backbone[1],
         disk=disk,
     )
 
 
 def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int, int]) -> int:
-    """Returns the bytes that a step keeps for its gradients, counted on a batch of one short text and scaled.
-
-    Everything but attention's mask, which is counted for the whole, grows with the number of tokens.
-    """
+    """Returns the bytes that a step keeps for its gradients, counted on a batch of one short text and scaled: all of
+    them grow with the number of tokens."""
     rows, few = len(objective.depths) + 2, 64
     device, seen = forward.embedding.device, dict[int, int]()
 
@@ -129,8 +140,7 @@ def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int,
         outcome = draft_loss(forward, objective, ids, hidden, ones)
     del outcome
     each = sum(size for storage, size in seen.items() if storage not in own) / ids.numel()
-    mask = shape[1] * shape[1] * len(objective.depths) if len(objective.depths) > 1 else 0
-    return int(each * shape[0] * shape[1]) + mask
+    return int(each * shape[0] * shape[1])
 
 
 def _free(device: torch.device) -> int | None:
