@@ -104,26 +104,33 @@ class States:
         """Bytes of the file."""
         return min(self._most, self.corpus.tokens) * self._width * self._dtype.itemsize
 
-    def of(self, numbers: Sequence[int]) -> list[Tensor]:
-        """Returns the hidden states `[T, D]` of the texts with these numbers, on the model's device."""
-        texts = [self.corpus.texts[number] for number in numbers]
+    def padded(self, numbers: Sequence[int], width: int) -> Tensor:
+        """Returns the hidden states `[B, width, D]` of the texts with these numbers, zero behind their ends, on the
+        model's device."""
+        texts, device = [self.corpus.texts[number] for number in numbers], self.backbone.model.device
         wanted = [at for at, number in enumerate(numbers) if number not in self._places]
-        out: list[Tensor | None] = [self._kept(number, text) for number, text in zip(numbers, texts, strict=True)]
-        computed = self.backbone.hidden([self.corpus.ids(texts[at]).tolist() for at in wanted]) if wanted else []
-        for at, hidden in zip(wanted, computed, strict=True):
-            out[at] = hidden
-            self._keep(numbers[at], texts[at], hidden)
-        return [hidden for hidden in out if hidden is not None]
+        # one copy to the device, which nothing waits for
+        out = torch.zeros(len(texts), width, self._width, dtype=self._dtype, pin_memory=device.type == "cuda")
+        for row, number, text in zip(out, numbers, texts, strict=True):
+            place = self._places.get(number)
+            if place is not None:
+                row[: text.length] = self._memory[place : place + text.length]
+        out = out.to(device, non_blocking=True)
+        if wanted:
+            computed = self.backbone.hidden([self.corpus.ids(texts[at]).tolist() for at in wanted])
+            for at, hidden in zip(wanted, computed, strict=True):
+                out[at, : len(hidden)] = hidden
+            self._keep([(numbers[at], texts[at]) for at in wanted], computed)
+        return out
 
-    def _kept(self, number: int, text: Text) -> Tensor | None:
-        place = self._places.get(number)
-        if place is None:
-            return None
-        return self._memory[place : place + text.length].to(self.backbone.model.device)
-
-    def _keep(self, number: int, text: Text, hidden: Tensor) -> None:
-        if self._used + text.length > min(self._most, self.corpus.tokens):
-            return
-        self._memory[self._used : self._used + text.length] = hidden.to("cpu", self._dtype)
-        self._places[number] = self._used
-        self._used += text.length
+    def _keep(self, texts: Sequence[tuple[int, Text]], computed: Sequence[Tensor]) -> None:
+        room, some = min(self._most, self.corpus.tokens) - self._used, list[Tensor]()
+        for (number, text), hidden in zip(texts, computed, strict=True):
+            if text.length <= room:
+                self._places[number] = self._used + sum(map(len, some))
+                some.append(hidden)
+                room -= text.length
+        if some:
+            whole = torch.cat(some)
+            self._memory[self._used : self._used + len(whole)] = whole.to("cpu", self._dtype)
+            self._used += len(whole)

@@ -103,8 +103,9 @@ def test_states_are_kept_within_their_room(model: Any, tmp_path: Path, rows: int
     states = States(own, corpus, tmp_path / "states.bin", rows * width * size)
     numbers = [3, 0, 4, 1, 2]
     for _ in range(2):
-        for number, hidden in zip(numbers, states.of(numbers), strict=True):
-            assert torch.equal(hidden, expected[number])
+        for number, hidden in zip(numbers, states.padded(numbers, 140), strict=True):
+            assert torch.equal(hidden[: LENGTHS[number]], expected[number])
+            assert not hidden[LENGTHS[number] :].any()
     kept = {0: 0, 100: 3, 10_000: 5}[rows]  # the first that fit: of 5, 3 and 70 tokens
     assert computed == [5, *([5 - kept] if kept < 5 else [])]
     assert (tmp_path / "states.bin").exists() == bool(rows)
