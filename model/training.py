@@ -10,6 +10,7 @@ Legend: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary, `H` heads, `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -222,9 +223,9 @@ def expanded_attention(mla: MLA, x: Tensor, rope: Tensor, earlier: list[KeysValu
     k_nope, v = mla.kv_b_proj(norm(mla.kv_a_layernorm, latent)).unflatten(-1, (mla.heads, -1)).split(
         (mla.nope, mla.v_dim), dim=-1
     )  # fmt: skip
-    pairs = mla.config.rope_interleave
-    q = torch.cat((q_nope, apply_rope(q_rope, rope, pairs)), dim=-1)
-    k_rope = apply_rope(k_rope.unsqueeze(-2), rope, pairs)
+    turned = rotated if mla.config.rope_interleave else partial(apply_rope, interleaved=False)
+    q = torch.cat((q_nope, turned(q_rope, rope)), dim=-1)
+    k_rope = turned(k_rope.unsqueeze(-2), rope)
     k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], -1)), dim=-1)
     # flash attention needs one head size
     v = F.pad(v, (0, q.shape[-1] - mla.v_dim)) if q.shape[-1] > mla.v_dim else v
@@ -237,6 +238,15 @@ def expanded_attention(mla: MLA, x: Tensor, rope: Tensor, earlier: list[KeysValu
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=mla.scale)
     values: Tensor = mla.o_proj(out[..., : mla.v_dim].transpose(-3, -2).flatten(-2))
     return values
+
+
+def rotated(x: Tensor, table: Tensor) -> Tensor:
+    """Returns `apply_rope` for interleaved pairs, as products of complex numbers: one pass over memory, not five."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    own, other = table.to(wide.dtype).unbind(-2)
+    angles = torch.complex(own[..., ::2].contiguous(), other[..., 1::2].contiguous())
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous()) * angles
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def chosen_experts(gate: Gate, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +272,8 @@ def _within_groups(choice: Tensor, config: ModelConfig) -> Tensor:
         return choice
     grouped = choice.view(*choice.shape[:-1], config.n_group, -1)
     if config.topk_method == "noaux_tc":
-        score, hidden = grouped.topk(2, dim=-1).values.sum(-1), float("-inf")
+        both = grouped if grouped.shape[-1] == 2 else grouped.topk(2, dim=-1).values
+        score, hidden = both.sum(-1), float("-inf")
     else:
         score, hidden = grouped.amax(-1), 0.0
     best = score.topk(config.topk_group, dim=-1).indices
@@ -314,7 +325,7 @@ def grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, indices: 
     sorted_experts = chosen[order]
     place = begins[sorted_experts] + torch.arange(len(chosen), device=x.device) - before[sorted_experts]
     narrow = x.bfloat16()
-    rows = narrow.new_zeros(len(chosen) + 8 * experts, x.shape[1]).index_copy(0, place, narrow[order // per_row])
+    rows = narrow.new_zeros(len(chosen) + 8 * experts, x.shape[1]).index_copy_(0, place, narrow[order // per_row])
     offsets = ends.int()
     with torch.autocast(x.device.type, enabled=False):
         inner = gated_silu(F.grouped_mm(rows, gate_up.mT, offs=offsets))

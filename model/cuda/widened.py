@@ -133,7 +133,8 @@ def _fill_mixture(mlp: MoE, own: Mixture) -> None:
         # one MLP of width shared * I here, `shared` experts of width I there
         rest, halves = slice(own.routed, None), mlp.shared.gate_up.weight.unflatten(0, (2, own.shared, -1))
         _wide(up[rest], _some(up_scale, rest), halves.transpose(0, 1))
-        _wide(down[rest], _some(down_scale, rest), mlp.shared.down.weight.unflatten(1, (own.shared, -1)).transpose(0, 1))
+        columns = mlp.shared.down.weight.unflatten(1, (own.shared, -1))
+        _wide(down[rest], _some(down_scale, rest), columns.transpose(0, 1))
 
 
 def _some(scale: Tensor | None, which: slice) -> Tensor | None:

@@ -127,7 +127,7 @@ BENCHMARK = Benchmark(
         OptionGroup(
             "recipes",
             Option("--recipes", f"some of {', '.join(RECIPES)} (all for which there are texts)", metavar="NAME,..."),
-            Option("--recipe", "one more: a name, and options of train as block=moe loss=tv:0.9,ce:0.1 decay=1 text=own",
+            Option("--recipe", "one more: a name, and options of train as block=moe loss=tv,ce:0.1 decay=1 text=own",
                    nargs="+", action="append", default=[], metavar="NAME OPTION=VALUE"),
             Option("--seeds", "runs of each (1)", type=parsing.count, default=1, metavar="N"),
             Option("--steps", "of each run (400)", type=parsing.count, default=400, metavar="N"),
