@@ -14,7 +14,7 @@ from mtp_spec.bench import heads
 from mtp_spec.cli.main import main
 
 FEW = ["--steps", "3", "--depth", "2", "--batch-tokens", "128", "--max-tokens", "80", "--check-tokens", "8", "--batch",
-       "4", "--chains", "1,2", "--answer-tokens", "12"]  # fmt: skip
+       "3", "--chains", "1,2", "--answer-tokens", "12"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
