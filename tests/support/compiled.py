@@ -45,7 +45,9 @@ from mtp_spec.tree_shape import TreeShape
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "grid", "warmup")
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-    torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1"}  # fmt: skip
+    torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+    torch.bool: "i1",
+}  # fmt: skip
 TOUCHES = r"\b((ld|st|red|atom)\.(global|v\d)|bulk\.tensor)"
 # kernels that read what no kernel of a pass writes, before they wait
 READS_FIRST = ("_absorb_kernel", "_up_kernel", "attend_kernel")
