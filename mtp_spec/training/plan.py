@@ -122,9 +122,17 @@ def plan_of(
 
 
 def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int, int]) -> int:
-    """Returns the bytes that a step keeps for its gradients, counted on a batch of one short text and scaled: all of
-    them grow with the number of tokens."""
-    rows, few = len(objective.depths) + 2, 64
+    """Returns the bytes that a step keeps for its gradients: counted on one and two short texts, and extended.
+
+    What grows with the number of tokens grows evenly; copies of weights in 16 bits do not.
+    """
+    depths = len(objective.depths)
+    rows = min(64, shape[1] - depths)
+    one, two = (_saved(forward, objective, texts, rows + depths) for texts in (1, 2))
+    return int(one + (two - one) * (shape[0] * (shape[1] - depths) / rows - 1))
+
+
+def _saved(forward: ModulesForward, objective: Objective, texts: int, length: int) -> int:
     device, seen = forward.embedding.device, dict[int, int]()
 
     def note(tensor: Tensor) -> Tensor:
@@ -132,7 +140,7 @@ def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int,
         seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.zeros(1, few + rows, dtype=torch.int64, device=device)
+    ids = torch.zeros(texts, length, dtype=torch.int64, device=device)
     hidden = torch.zeros(*ids.shape, forward.embedding.shape[1], dtype=torch.float32, device=device)
     ones = torch.ones(ids.shape, dtype=torch.float32, device=device)
     own = {p.untyped_storage().data_ptr() for module in forward.modules for p in module.parameters()}
@@ -140,8 +148,7 @@ def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int,
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(forward):
         outcome = draft_loss(forward, objective, ids, hidden, ones)
     del outcome
-    each = sum(size for storage, size in seen.items() if storage not in own) / ids.numel()
-    return int(each * shape[0] * shape[1])
+    return sum(size for storage, size in seen.items() if storage not in own)
 
 
 def _free(device: torch.device) -> int | None:
