@@ -1,8 +1,8 @@
 """The training forward pass: weights with gradients over whole sequences, and the losses of MTP modules.
 
 It uses a `Transformer`'s own weights with a different forward pass. Inference takes a few rows at a time, with sums in
-a fixed order; here every product takes all rows of a batch at once, attention is in its expanded form and every expert
-runs on every row. The logits equal inference's within rounding.
+a fixed order; here every product takes all rows of a batch at once, attention is in its expanded form, and experts take
+the rows that chose them in one product, or all rows where they are few. The logits equal inference's within rounding.
 
 Legend: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary, `H` heads, `E` experts, `k` of them a row.
 """
@@ -10,6 +10,7 @@ Legend: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary, `H` heads, `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from mtp_spec.model.attention import MLA
 from mtp_spec.model.config import ModelConfig
-from mtp_spec.model.layers import MLP, gated_silu
+from mtp_spec.model.draft_attention import KeysValues, draft_attention
+from mtp_spec.model.layers import MLP, RMSNorm, gated_silu
 from mtp_spec.model.moe import Gate, MoE
+from mtp_spec.model.rope import apply_rope
 from mtp_spec.model.transformer import Block, MTPModule, Transformer
 
-KeysValues = tuple[Tensor, Tensor]
 MOST_AT_ONCE = 16  # up to so many experts, all of them run on every row
 
 
@@ -46,6 +48,7 @@ class ModulesForward:
         self.modules, self.embedding, self.head = list(modules), embedding, head
         self.table, self.dropout, self._first = table, dropout, len(before)
         self.blocks: list[Block] = [*before, *(module.block for module in modules)]
+        self._narrowed: dict[int, tuple[Tensor, Tensor]] | None = None  # experts, while drafts are computed
         self.load = [
             torch.zeros(block.mlp.experts, dtype=torch.float32, device=embedding.device)
             if isinstance(block.mlp, MoE) else None
@@ -65,11 +68,10 @@ class ModulesForward:
             earlier: an empty list at the first depth of a module that is reused on its own output; it carries keys and
                 values from depth to depth, as the module's cache does when drafting.
         """
-        mtp, rope = self.modules[module], self._rope(offset, ids.shape[1])
-        x = mtp.mix(F.embedding(ids, self.embedding if mtp.embed_tokens is None else mtp.embed_tokens), hidden)
-        x = self._block(self._first + module, x, rope, earlier)
-        out: Tensor = mtp.norm(x)
-        return out
+        mtp = self.modules[module]
+        embedding = F.embedding(ids, self.embedding if mtp.embed_tokens is None else mtp.embed_tokens)
+        x: Tensor = mtp.eh_proj(torch.cat((norm(mtp.enorm, embedding), norm(mtp.hnorm, hidden)), -1))
+        return norm(mtp.norm, self.block(self._first + module, x, offset, earlier))
 
     def head_of(self, module: int) -> Tensor:
         """Returns the head `[V, D]` that gives a module's logits: its own if it has one."""
@@ -93,10 +95,12 @@ class ModulesForward:
         """
         rows, earlier, last = ids.shape[1] - depths, list[KeysValues](), len(self.modules)
         hidden = hidden[:, :rows]
+        self._narrowed = {}
         for depth in range(1, depths + 1):
             carried = earlier if depth >= last and depths > last else None
             hidden = self.mtp_hidden(min(depth, last) - 1, ids[:, depth : depth + rows], hidden, depth, carried)
             yield depth, hidden
+        self._narrowed = None
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
         """Returns the output of a block's MLP or experts for rows x `[M, D]`."""
@@ -111,11 +115,20 @@ class ModulesForward:
                 load += torch.zeros_like(load).index_add(
                     0, indices.flatten(), torch.ones_like(load)[:1].expand(indices.numel())
                 )
-        if mlp.experts > MOST_AT_ONCE:
-            routed = chosen_only(mlp, x, weights, indices)
-        else:
+        if mlp.experts <= MOST_AT_ONCE:
             routed = every_expert(mlp, x, weights.new_zeros(len(x), mlp.experts).scatter(1, indices, weights))
+        elif x.is_cuda and groups_run(mlp):
+            routed = grouped(x, *self._narrow(number, mlp), weights, indices)
+        else:
+            routed = chosen_only(mlp, x, weights, indices)
         return routed if mlp.shared is None else routed + mlp.shared(x)
+
+    def _narrow(self, number: int, moe: MoE) -> tuple[Tensor, Tensor]:
+        """Returns a block's experts in bfloat16, the same tensors for all depths of a draft."""
+        kept = {} if self._narrowed is None else self._narrowed
+        if number not in kept:
+            kept[number] = moe.gate_up.bfloat16(), moe.down.bfloat16()
+        return kept[number]
 
     @torch.no_grad()
     def balance(self, step: float) -> float:
@@ -136,17 +149,15 @@ class ModulesForward:
             load.zero_()
         return worst
 
-    def _block(self, number: int, x: Tensor, rope: Tensor, earlier: list[KeysValues] | None = None) -> Tensor:
-        block = self.blocks[number]
-        x = x + self._dropped(expanded_attention(block.self_attn, block.input_layernorm(x), rope, earlier))
-        branch = self.feed_forward(number, block.post_attention_layernorm(x).flatten(0, -2)).view_as(x)
+    def block(self, number: int, x: Tensor, offset: int, earlier: list[KeysValues] | None = None) -> Tensor:
+        """Returns a block's output for the residual stream x `[B, T, D]`; `offset`, `earlier` as for `mtp_hidden`."""
+        block, rope = self.blocks[number], self.table(offset + x.shape[1])[offset : offset + x.shape[1], None]
+        x = x + self._dropped(expanded_attention(block.self_attn, norm(block.input_layernorm, x), rope, earlier))
+        branch = self.feed_forward(number, norm(block.post_attention_layernorm, x).flatten(0, -2)).view_as(x)
         return x + self._dropped(branch)
 
     def _dropped(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout) if self.dropout else branch
-
-    def _rope(self, offset: int, rows: int) -> Tensor:
-        return self.table(offset + rows)[offset : offset + rows, None]
 
 
 class TrainingForward(ModulesForward):
@@ -170,12 +181,10 @@ class TrainingForward(ModulesForward):
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Returns hidden states after the final norm `[B, T, D]` of ids `[B, T]`."""
-        model, rope = self.model, self._rope(0, ids.shape[1])
-        x = F.embedding(ids, model.embed_tokens)
-        for number in range(model.config.num_hidden_layers):
-            x = self._block(number, x, rope)
-        out: Tensor = model.norm(x)
-        return out
+        x = F.embedding(ids, self.model.embed_tokens)
+        for number in range(self.model.config.num_hidden_layers):
+            x = self.block(number, x, 0)
+        return norm(self.model.norm, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the main model's logits `[B, T, V]`."""
@@ -183,6 +192,17 @@ class TrainingForward(ModulesForward):
 
 
 # layers
+
+
+def norm(module: RMSNorm, x: Tensor) -> Tensor:
+    """Returns `normed` with a module's weight."""
+    return normed(x, module.weight, module.eps)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Returns RMSNorm(x) in x's dtype; torch's kernel for both of one dtype computes in float32 inside."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
 def expanded_attention(mla: MLA, x: Tensor, rope: Tensor, earlier: list[KeysValues] | None = None) -> Tensor:
@@ -196,30 +216,37 @@ def expanded_attention(mla: MLA, x: Tensor, rope: Tensor, earlier: list[KeysValu
             appended. Row t sees the first depth's rows up to t, as the tokens committed before a draft, and of every
             later depth only row t, its own ancestor.
     """
-    q_nope, q_rope, row = mla.project(x, rope)
-    latent, k_rope = row.split((mla.latent, mla.rope_dim), dim=-1)
-    k_nope, v = mla.kv_b_proj(latent).unflatten(-1, (mla.heads, -1)).split((mla.nope, mla.v_dim), dim=-1)
-    q = torch.cat((q_nope, q_rope), dim=-1)
-    k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
+    q, latent, k_rope = mla.a_proj(x).split((mla.a_rows, mla.latent, mla.rope_dim), dim=-1)
+    if mla.q_a_layernorm is not None:
+        q = mla.q_b_proj(norm(mla.q_a_layernorm, q))
+    q_nope, q_rope = q.unflatten(-1, (mla.heads, -1)).split((mla.nope, mla.rope_dim), dim=-1)
+    k_nope, v = mla.kv_b_proj(norm(mla.kv_a_layernorm, latent)).unflatten(-1, (mla.heads, -1)).split(
+        (mla.nope, mla.v_dim), dim=-1
+    )  # fmt: skip
+    turned = rotated if mla.config.rope_interleave else partial(apply_rope, interleaved=False)
+    q = torch.cat((q_nope, turned(q_rope, rope)), dim=-1)
+    k_rope = turned(k_rope.unsqueeze(-2), rope)
+    k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], -1)), dim=-1)
     # flash attention needs one head size
     v = F.pad(v, (0, q.shape[-1] - mla.v_dim)) if q.shape[-1] > mla.v_dim else v
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
-    mask = None
     if earlier is not None:
         earlier.append((k, v))
-        if len(earlier) > 1:
-            k, v = (torch.cat(parts, dim=-2) for parts in zip(*earlier, strict=True))
-            mask = _draft_mask(x.shape[-2], len(earlier), x.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=mla.scale)
+    if earlier is not None and len(earlier) > 1:
+        out = draft_attention(q, earlier, mla.scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=mla.scale)
     values: Tensor = mla.o_proj(out[..., : mla.v_dim].transpose(-3, -2).flatten(-2))
     return values
 
 
-def _draft_mask(rows: int, depths: int, device: torch.device) -> Tensor:
-    """Returns `[T, depths * T]`: causal over the first depth, the diagonal over the others."""
-    own = torch.eye(rows, dtype=torch.bool, device=device)
-    causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
-    return torch.cat([causal] + [own] * (depths - 1), dim=1)
+def rotated(x: Tensor, table: Tensor) -> Tensor:
+    """Returns `apply_rope` for interleaved pairs, as products of complex numbers: one pass over memory, not five."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    own, other = table.to(wide.dtype).unbind(-2)
+    angles = torch.complex(own[..., ::2].contiguous(), other[..., 1::2].contiguous())
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous()) * angles
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def chosen_experts(gate: Gate, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,7 +272,8 @@ def _within_groups(choice: Tensor, config: ModelConfig) -> Tensor:
         return choice
     grouped = choice.view(*choice.shape[:-1], config.n_group, -1)
     if config.topk_method == "noaux_tc":
-        score, hidden = grouped.topk(2, dim=-1).values.sum(-1), float("-inf")
+        both = grouped if grouped.shape[-1] == 2 else grouped.topk(2, dim=-1).values
+        score, hidden = both.sum(-1), float("-inf")
     else:
         score, hidden = grouped.amax(-1), 0.0
     best = score.topk(config.topk_group, dim=-1).indices
@@ -273,6 +301,37 @@ def chosen_only(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor
     outs = [F.linear(gated_silu(F.linear(part, moe.gate_up[e])), moe.down[e])
             for e, part in enumerate(parts) if len(part)]  # fmt: skip
     pairs = torch.cat(outs)[order.argsort()].unflatten(0, indices.shape)
+    return (pairs * weights.unsqueeze(-1).to(pairs.dtype)).sum(1)
+
+
+def groups_run(moe: MoE) -> bool:
+    """Whether `grouped` computes these experts: torch has its products, in 16 bits, from version 2.10 on."""
+    kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else moe.down.dtype
+    return hasattr(F, "grouped_mm") and kind == torch.bfloat16 and not (moe.down.shape[1] % 8 or moe.size % 8)
+
+
+def grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Returns what `chosen_only` does, in two products for all experts, without waiting for the counts.
+
+    The experts' matrices are bfloat16.
+    """
+    chosen, per_row, experts = indices.flatten(), indices.shape[1], len(gate_up)
+    order = chosen.argsort(stable=True)
+    counts = torch.zeros(experts, dtype=torch.int64, device=x.device).index_add(0, chosen, torch.ones_like(chosen))
+    # each expert's rows begin at a multiple of 8, as the products' gradients need; the rows between are zero
+    ends = ((counts + 7) // 8 * 8).cumsum(0)
+    begins = ends - (counts + 7) // 8 * 8
+    before = counts.cumsum(0) - counts
+    sorted_experts = chosen[order]
+    place = begins[sorted_experts] + torch.arange(len(chosen), device=x.device) - before[sorted_experts]
+    narrow = x.bfloat16()
+    rows = narrow.new_zeros(len(chosen) + 8 * experts, x.shape[1]).index_copy_(0, place, narrow[order // per_row])
+    offsets = ends.int()
+    with torch.autocast(x.device.type, enabled=False):
+        inner = gated_silu(F.grouped_mm(rows, gate_up.mT, offs=offsets))
+        out = F.grouped_mm(inner, down.mT, offs=offsets)
+    back = torch.empty_like(place).index_copy(0, order, place)
+    pairs = out[back].unflatten(0, indices.shape)
     return (pairs * weights.unsqueeze(-1).to(pairs.dtype)).sum(1)
 
 

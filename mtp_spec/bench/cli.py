@@ -9,6 +9,7 @@ from mtp_spec.bench import (
     cpu,
     exactness,
     files,
+    heads,
     host,
     kernels,
     plan,
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         peers,
         files,
         train,
+        heads,
     )
 }
 

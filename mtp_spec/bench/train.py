@@ -116,7 +116,7 @@ class Step:
         self.modules = ready_modules(self.options, checkpoint, self.lm.model.device)
         most = args.context + args.depths
         self.forward, _ = shared_weights(self.lm.model, checkpoint, self.modules, most)
-        self.backbone, self.objective = Backbone(self.lm.model, args.context), self.options.objective()
+        self.backbone, self.objective = Backbone(self.lm.model), self.options.objective()
         self.optimiser = optimiser_for(self.options, self.modules, args.device)
         generator = torch.Generator().manual_seed(0)
         texts = torch.randint(checkpoint.config.vocab_size, (args.batch, args.context), generator=generator)

@@ -1,4 +1,7 @@
-"""The frozen model's hidden states, from the library's own passes over its own weights, and a cache of them on disk.
+"""The frozen model's hidden states, from its own weights, and a cache of them on disk.
+
+On a host they are the very rows of generation; on a GPU whole texts are passed at once, and the states are those of
+generation within the rounding of its activations (`model.cuda.widened`).
 
 Legend: `T` tokens of a text, `D` hidden size.
 """
@@ -12,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels import mla
 from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.cuda.widened import WidenedForward
 from mtp_spec.model.host import HostModel
 from mtp_spec.training.texts import Corpus, Text
 
 CHUNK = 256  # rows of a pass on a host
-PASS_ROWS = 2048  # of a pass on a GPU
+PASS_ROWS = 32768  # of a pass on a GPU, padding included
 
 
 class Backbone:
@@ -26,20 +29,39 @@ class Backbone:
 
     Args:
         model: any loaded model; its MTP modules are not used.
-        most: most tokens of a text.
     """
 
-    def __init__(self, model: HostModel | DeviceModel, most: int) -> None:
-        self.model, self.most = model, most
-        self._device = _DeviceRows(model, most) if isinstance(model, DeviceModel) else None
+    def __init__(self, model: HostModel | DeviceModel) -> None:
+        self.model = model
+        self._whole = WidenedForward(model) if isinstance(model, DeviceModel) else None
 
     @torch.no_grad()
     def hidden(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Returns the normed hidden states `[T, D]` of each text, on the model's device."""
-        if self._device is not None:
-            return self._device.hidden(texts)
+        if self._whole is not None:
+            return self._of_device(self._whole, texts)
         assert isinstance(self.model, HostModel)
         return [self._of_host(self.model, text) for text in texts]
+
+    def bytes(self, rows: int) -> tuple[int, int]:
+        """Returns the memory of widened weights, and of passes for a batch of so many rows."""
+        return (0, 0) if self._whole is None else (self._whole.bytes, self._whole.pass_bytes(min(rows, PASS_ROWS)))
+
+    def _of_device(self, whole: WidenedForward, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Passes over texts of similar length, as many as fit into a pass."""
+        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+        out: list[Tensor] = [torch.empty(0)] * len(texts)
+        while order:
+            longest = len(texts[order[0]])
+            count = max(1, min(len(order), PASS_ROWS // longest))
+            some, order = order[:count], order[count:]
+            ids = np.zeros((count, longest), np.int64)
+            for row, number in zip(ids, some, strict=True):
+                row[: len(texts[number])] = texts[number]
+            hidden = whole.hidden(torch.from_numpy(ids).to(whole.model.device))
+            for row, number in zip(hidden, some, strict=True):
+                out[number] = row[: len(texts[number])]
+        return out
 
     def _of_host(self, model: HostModel, ids: Sequence[int]) -> Tensor:
         cache, parts = model.new_cache(len(ids)), list[Tensor]()
@@ -48,47 +70,6 @@ class Backbone:
             parts.append(model.rows(chunk, cache, range(-1, len(chunk) - 1)))
             cache.commit(range(len(chunk)))
         return torch.cat(parts)
-
-
-class _DeviceRows:
-    """Passes over several texts at once, or over a part of a long one."""
-
-    def __init__(self, model: DeviceModel, most: int) -> None:
-        self.model = model
-        self.capacity = mla.whole_blocks(most)
-        self.pages = max(PASS_ROWS, self.capacity) // mla.KEYS
-        self.caches = mla.new_caches(len(model.layers), self.capacity, 0, model.layout, model.device, self.pages)
-
-    def hidden(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
-        out: list[Tensor] = [torch.empty(0)] * len(texts)
-        while order:
-            rows = mla.whole_blocks(len(texts[order[0]]))
-            count = max(1, min(len(order), PASS_ROWS // rows))
-            some, order = order[:count], order[count:]
-            for number, hidden in zip(some, self._passes([texts[number] for number in some], rows), strict=True):
-                out[number] = hidden
-        return out
-
-    def _passes(self, texts: Sequence[Sequence[int]], rows: int) -> list[Tensor]:
-        """Returns the hidden states of texts of up to `rows` tokens, a whole number of blocks."""
-        device, count = self.model.device, len(texts)
-        ids = torch.zeros(count, rows, dtype=torch.int64)
-        for number, text in enumerate(texts):
-            ids[number, : len(text)] = torch.as_tensor(np.asarray(text, np.int64))
-        blocks = rows // mla.KEYS
-        pages = torch.zeros(count, self.capacity // mla.KEYS, dtype=torch.int32)
-        pages[:, :blocks] = mla.KEYS * torch.arange(count * blocks, dtype=torch.int32).view(count, blocks)
-        tokens, table, parts = ids.to(device), pages.to(device), list[Tensor]()
-        for first in range(0, rows, PASS_ROWS):
-            end = min(first + PASS_ROWS, rows)
-            order = torch.arange(end - first, dtype=torch.int32, device=device)
-            length = torch.full((count,), first, dtype=torch.int32, device=device)
-            plan = mla.Plan(length, order, order, None, end - first - 1, 0, table)
-            part = self.model.rows(tokens[:, first:end].flatten().contiguous(), self.caches, plan)
-            parts.append(part.clone().unflatten(0, (count, end - first)))
-        hidden = torch.cat(parts, 1)
-        return [hidden[number, : len(text)] for number, text in enumerate(texts)]
 
 
 class States:
@@ -123,26 +104,33 @@ class States:
         """Bytes of the file."""
         return min(self._most, self.corpus.tokens) * self._width * self._dtype.itemsize
 
-    def of(self, numbers: Sequence[int]) -> list[Tensor]:
-        """Returns the hidden states `[T, D]` of the texts with these numbers, on the model's device."""
-        texts = [self.corpus.texts[number] for number in numbers]
+    def padded(self, numbers: Sequence[int], width: int) -> Tensor:
+        """Returns the hidden states `[B, width, D]` of the texts with these numbers, zero behind their ends, on the
+        model's device."""
+        texts, device = [self.corpus.texts[number] for number in numbers], self.backbone.model.device
         wanted = [at for at, number in enumerate(numbers) if number not in self._places]
-        out: list[Tensor | None] = [self._kept(number, text) for number, text in zip(numbers, texts, strict=True)]
-        computed = self.backbone.hidden([self.corpus.ids(texts[at]).tolist() for at in wanted]) if wanted else []
-        for at, hidden in zip(wanted, computed, strict=True):
-            out[at] = hidden
-            self._keep(numbers[at], texts[at], hidden)
-        return [hidden for hidden in out if hidden is not None]
+        # one copy to the device, which nothing waits for
+        out = torch.zeros(len(texts), width, self._width, dtype=self._dtype, pin_memory=device.type == "cuda")
+        for row, number, text in zip(out, numbers, texts, strict=True):
+            place = self._places.get(number)
+            if place is not None:
+                row[: text.length] = self._memory[place : place + text.length]
+        out = out.to(device, non_blocking=True)
+        if wanted:
+            computed = self.backbone.hidden([self.corpus.ids(texts[at]).tolist() for at in wanted])
+            for at, hidden in zip(wanted, computed, strict=True):
+                out[at, : len(hidden)] = hidden
+            self._keep([(numbers[at], texts[at]) for at in wanted], computed)
+        return out
 
-    def _kept(self, number: int, text: Text) -> Tensor | None:
-        place = self._places.get(number)
-        if place is None:
-            return None
-        return self._memory[place : place + text.length].to(self.backbone.model.device)
-
-    def _keep(self, number: int, text: Text, hidden: Tensor) -> None:
-        if self._used + text.length > min(self._most, self.corpus.tokens):
-            return
-        self._memory[self._used : self._used + text.length] = hidden.to("cpu", self._dtype)
-        self._places[number] = self._used
-        self._used += text.length
+    def _keep(self, texts: Sequence[tuple[int, Text]], computed: Sequence[Tensor]) -> None:
+        room, some = min(self._most, self.corpus.tokens) - self._used, list[Tensor]()
+        for (number, text), hidden in zip(texts, computed, strict=True):
+            if text.length <= room:
+                self._places[number] = self._used + sum(map(len, some))
+                some.append(hidden)
+                room -= text.length
+        if some:
+            whole = torch.cat(some)
+            self._memory[self._used : self._used + len(whole)] = whole.to("cpu", self._dtype)
+            self._used += len(whole)

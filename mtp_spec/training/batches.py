@@ -66,14 +66,14 @@ class Batches:
 
 def tensors(corpus: Corpus, states: States, numbers: Sequence[int], depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ids `[B, T]`, hidden states `[B, T, D]` and weights `[B, T]` of texts, as `draft_loss` takes them."""
-    texts, hidden = [corpus.texts[number] for number in numbers], states.of(numbers)
+    texts = [corpus.texts[number] for number in numbers]
     width = max(text.length for text in texts) + depth
-    ids = torch.zeros(len(texts), width, dtype=torch.int64)
-    weights = torch.zeros(len(texts), width, dtype=torch.float32)
-    padded = hidden[0].new_zeros(len(texts), width, hidden[0].shape[1])
-    for row, text in enumerate(texts):
-        ids[row, : text.length] = torch.from_numpy(corpus.ids(text).astype(np.int64))
-        padded[row, : text.length] = hidden[row]
+    hidden = states.padded(numbers, width)
+    pinned = hidden.device.type == "cuda"
+    ids = torch.zeros(len(texts), width, dtype=torch.int64, pin_memory=pinned)
+    weights = torch.zeros(len(texts), width, dtype=torch.float32, pin_memory=pinned)
+    for own, weight, text in zip(ids.numpy(), weights.numpy(), texts, strict=True):
+        own[: text.length] = corpus.ids(text)
         for begin, end in text.answers:
-            weights[row, begin - 1 : end - 1] = 1
-    return ids.to(padded.device), padded, weights.to(padded.device)
+            weight[begin - 1 : end - 1] = 1
+    return ids.to(hidden.device, non_blocking=True), hidden, weights.to(hidden.device, non_blocking=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,12 @@ def measure(
         depth: of the chain; 0 decodes plainly.
         tokens: most new tokens of a text.
     """
-    found = []
+    found, whole = list[Texts](), [ids for own in prompts.values() for ids in own]
     for temperature in temperatures:
+        outs = iter(lm.generate(whole, max_new_tokens=tokens, temperature=temperature, seed=seed,
+                                speculation=depth or None))  # fmt: skip
         for domain, own in prompts.items():
-            outs = lm.generate(list(own), max_new_tokens=tokens, temperature=temperature, seed=seed,
-                               speculation=depth or None)  # fmt: skip
-            stats = [out.stats for out in outs if out.stats.steps]
+            stats = [out.stats for out in islice(outs, len(own)) if out.stats.steps]
             merged = reduce(GenerationStats.merge, stats, GenerationStats())
             rates = tuple(round(rate, 4) for rate in merged.accepted_per_depth["conditional"])
             each = [(one.step_tokens, one.steps) for one in stats] or [(0, 0)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,7 +22,7 @@ from mtp_spec.model.training import ModulesForward
 from mtp_spec.model.transformer import MTPModule
 from mtp_spec.training.backbone import States
 from mtp_spec.training.batches import Batches, tensors
-from mtp_spec.training.objective import Objective, Outcome, draft_loss
+from mtp_spec.training.objective import Objective, draft_loss
 from mtp_spec.training.optim import Optimiser
 from mtp_spec.training.options import BATCH_TOKENS, GENTLE, OPTIMISER, RATES, TrainOptions
 from mtp_spec.training.team import Team
@@ -32,6 +33,7 @@ DECAY = 0.6  # share of the steps over which it falls to nothing, at the end
 MUON_DECAY = 0.02  # weight decay, in units of Muon's rate
 ADAM_SHARE = 0.13  # AdamW's rate beside Muon, relative to Muon's
 BALANCE_EVERY, BALANCE_STEP = 8, 1e-3
+SETTLED = {"cpu": 1, "cuda": 16}  # steps after which the log is brought up to date
 SAID_SECONDS, SAVED_SECONDS = 5.0, 60.0
 CHECKED = 32  # held-out texts that the loss is checked on
 Log = list[dict[str, Any]]
@@ -47,6 +49,7 @@ class Trainer:
         modules: the same, whose parameters are trained.
         steps: in all.
         log: a line for each step that was noted and each check.
+        pending: steps, and what they will add to the log once the device is waited for.
     """
 
     options: TrainOptions
@@ -61,6 +64,7 @@ class Trainer:
     log: Log
     team: Team
     step: int = 0
+    pending: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -92,23 +96,27 @@ class Trainer:
         if not self.step:
             self.check(say)
         while self.step < self.steps:
-            outcome, count = self.one()
-            tokens += count
+            tokens += self.one()
             last = self.step == self.steps
-            if last or self.step % self.options.check_every == 0:
-                self.check(say)
-            if last or self.step % self.options.check_every == 0 or perf_counter() - saved > SAVED_SECONDS:
-                self.save(state)
-                saved = perf_counter()
-            if last or perf_counter() - said > SAID_SECONDS:
-                said = perf_counter()
-                seconds = said - begin
-                left = seconds / (self.step - first) * (self.steps - self.step)
-                say(f"step {self.step}/{self.steps}  {_figures(outcome)}  {tokens / seconds:,.0f} tokens/s  "
-                    f"{_time(left)} left")  # fmt: skip
+            checked = last or self.step % self.options.check_every == 0
+            now = perf_counter()
+            if checked or now - saved > SAVED_SECONDS or now - said > SAID_SECONDS:
+                self.settle()
+                told = self.log[-1]
+                if checked:
+                    self.check(say)
+                if checked or now - saved > SAVED_SECONDS:
+                    self.save(state)
+                    saved = perf_counter()
+                if last or now - said > SAID_SECONDS:
+                    said = perf_counter()
+                    seconds = said - begin
+                    left = seconds / (self.step - first) * (self.steps - self.step)
+                    say(f"step {self.step}/{self.steps}  {_figures(told)}  {tokens / seconds:,.0f} tokens/s  "
+                        f"{_time(left)} left")  # fmt: skip
 
-    def one(self) -> tuple[Outcome, int]:
-        """Runs a step; returns its outcome and its number of tokens."""
+    def one(self) -> int:
+        """Runs a step; returns its number of tokens."""
         batch = self.batches.of(self.step)
         own = self.team.part(batch)
         ids, hidden, weights = tensors(self.corpus, self.states, own or batch[:1], self.options.depth)
@@ -118,17 +126,31 @@ class Trainer:
             outcome = draft_loss(self.forward, self.objective, ids, hidden, weights, self.team.sum)
         outcome.loss.backward()
         self.team.sum_gradients(self.modules.parameters())
-        parts = (outcome.loss, outcome.greedy, outcome.overlap)
-        outcome = Outcome(self.team.sum(parts[0]), outcome.rows, self.team.sum(parts[1]), self.team.sum(parts[2]))
-        loss = outcome.loss.item()
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise MTPSpecError(f"step {self.step + 1}: the loss is {loss}; train again with a smaller rate")
+        parts = torch.stack([outcome.loss.detach().expand_as(outcome.rows), outcome.greedy, outcome.overlap])
+        loss, greedy, overlap = self.team.sum(parts)
         self.optimiser.step(self.schedule())
         self.step += 1
+        self.pending.append((self.step, torch.stack([loss, greedy / outcome.rows, overlap / outcome.rows])))
+        if len(self.pending) == SETTLED[ids.device.type]:
+            self.settle()
         if self.options.start == "random" and self.step % BALANCE_EVERY == 0:
             self._balance()
-        self.log.append({"step": self.step, "loss": loss, **_rates(outcome)})
-        return outcome, ids.numel() * self.team.size
+        return ids.numel() * self.team.size
+
+    def settle(self) -> None:
+        """Adds the steps to the log that are not there yet, which waits for the device.
+
+        Raises:
+            MTPSpecError: a loss is no number.
+        """
+        if not self.pending:
+            return
+        numbers, values = zip(*self.pending, strict=True)
+        self.pending.clear()
+        for number, (loss, greedy, overlap) in zip(numbers, torch.stack(values).tolist(), strict=True):
+            if not isfinite(loss[0]):
+                raise MTPSpecError(f"step {number}: the loss is {loss[0]}; train again with a smaller rate")
+            self.log.append({"step": number, "loss": loss[0], "greedy": greedy, "overlap": overlap})
 
     def schedule(self) -> float:
         """Returns the share of the learning rate at the next step."""
@@ -157,9 +179,9 @@ class Trainer:
                 outcome = draft_loss(self.forward, self.objective, ids, hidden, weights)
             whole.append(torch.stack([outcome.rows, outcome.greedy, outcome.overlap, outcome.rows * outcome.loss]))
         rows, greedy, overlap, loss = torch.stack(whole).sum(0)
-        outcome = Outcome(loss.sum() / rows.sum(), rows, greedy, overlap)
-        self.log.append({"step": self.step, "held_out": True, "loss": outcome.loss.item(), **_rates(outcome)})
-        say(f"step {self.step}/{self.steps}  held out: {_figures(outcome)}")
+        rates = {"greedy": (greedy / rows).tolist(), "overlap": (overlap / rows).tolist()}
+        self.log.append({"step": self.step, "held_out": True, "loss": (loss.sum() / rows.sum()).item(), **rates})
+        say(f"step {self.step}/{self.steps}  held out: {_figures(self.log[-1])}")
 
     def save(self, file: Path) -> None:
         """Writes the state, which all processes share, under a temporary name and renames it."""
@@ -219,14 +241,9 @@ def autocast(forward: ModulesForward) -> torch.autocast:
     return torch.autocast(forward.head.device.type, torch.bfloat16 if wide else kind, enabled=not wide)
 
 
-def _rates(outcome: Outcome) -> dict[str, list[float]]:
-    return {"greedy": (outcome.greedy / outcome.rows).tolist(), "overlap": (outcome.overlap / outcome.rows).tolist()}
-
-
-def _figures(outcome: Outcome) -> str:
-    rates = _rates(outcome)
-    shown = ["/".join(f"{rate:.2f}" for rate in rates[name]) for name in ("greedy", "overlap")]
-    return f"loss {outcome.loss.item():.3f}  accepted by depth, greedy {shown[0]}, sampled {shown[1]}"
+def _figures(line: dict[str, Any]) -> str:
+    shown = ["/".join(f"{rate:.2f}" for rate in line[name]) for name in ("greedy", "overlap")]
+    return f"loss {line['loss']:.3f}  accepted by depth, greedy {shown[0]}, sampled {shown[1]}"
 
 
 def _time(seconds: float) -> str:

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_spec.errors import OptionError
+from mtp_spec.kernels import divergence
 from mtp_spec.model.training import ModulesForward
 
 PARTS = ("ce", "kl", "tv")
-# logits that are computed at once; their temporaries take about 20 bytes each
-CHUNK = {"cpu": 2**20, "cuda": 2**26}
+CHUNK = {"cpu": 2**20, "cuda": 2**27}  # logits that are computed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,36 +140,17 @@ class _Loss(torch.autograd.Function):
         size = max(1, CHUNK[drafts.device.type] // len(head))
         for first in range(0, drafts.shape[1], size):
             part = slice(first, first + size)
-            log_p = _wide(F.linear(target[part], head)).log_softmax(-1)
-            p, best = log_p.exp(), log_p.argmax(-1)
-            negative_entropy = torch.linalg.vecdot(p, log_p)
+            p = divergence.targets(F.linear(target[part], head))
             for depth in range(depths):
-                log_q = _wide(F.linear(drafts[depth, part], heads[depth])).log_softmax(-1)
-                q = log_q.exp()
-                slope = q - p
-                half = 0.5 * torch.linalg.vector_norm(slope, 1, -1)
-                one = objective.tv * half
-                if objective.kl:
-                    one = one + objective.kl * (negative_entropy - torch.linalg.vecdot(p, log_q))
-                # with respect to the logits: q (ce + kl + tv / 2 (sign - sum q sign)) - kl p, and -ce at the own token
-                if objective.tv:
-                    slope.sign_()
-                    slope.sub_(torch.linalg.vecdot(q, slope)[:, None]).mul_(0.5 * objective.tv)
-                    slope.add_(objective.ce + objective.kl).mul_(q)
-                else:
-                    slope = q * (objective.ce + objective.kl)
-                if objective.kl:
-                    slope.sub_(p, alpha=objective.kl)
-                if objective.ce:
-                    own = tokens[part, None]
-                    one = one - objective.ce * log_q.gather(-1, own).squeeze(-1)
-                    slope.scatter_add_(-1, own, torch.full_like(own, -objective.ce, dtype=slope.dtype))
-                weight = scale[depth, part]
-                loss += (one * weight).sum()
-                greedy[depth] += (rows[depth, part] * (log_q.argmax(-1) == best)).sum()
-                overlap[depth] += (rows[depth, part] * (1 - half)).sum()
-                slope *= weight[:, None]
-                gradient[depth, part] = F.linear(slope.to(heads[depth].dtype), heads[depth].T).to(gradient.dtype)
+                q, counted = F.linear(drafts[depth, part], heads[depth]), rows[depth, part]
+                found = divergence.divergence(
+                    p, q, tokens[part], scale[depth, part], objective.ce, objective.kl, objective.tv
+                )
+                loss += (found.loss * scale[depth, part]).sum()
+                greedy[depth] += (counted * found.equal).sum()
+                overlap[depth] += (counted * found.overlap).sum()
+                slope = found.slope.to(heads[depth].dtype)
+                gradient[depth, part] = F.linear(slope, heads[depth].T).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(greedy, overlap)
         return loss, greedy, overlap
@@ -178,8 +159,3 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *above: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return (gradient * above[0].to(gradient.dtype), *[None] * 7)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Returns x in float32, or unchanged if it is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -16,7 +16,8 @@ from mtp_spec.model.training import ModulesForward
 from mtp_spec.training.loop import autocast
 from mtp_spec.training.objective import CHUNK, Objective, draft_loss
 
-TEMPORARIES = 24  # bytes that a logit takes while the loss of its chunk is computed
+# bytes that a logit takes while the loss of its chunk is computed: on a GPU target, draft and gradient in 16 bits
+TEMPORARIES = {"cpu": 24, "cuda": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,10 @@ class Plan:
 
     Attributes:
         modules: float32 weights, gradients and the optimiser's numbers.
-        shared: copies of the main model's embedding and head.
+        shared: copies of the main model's embedding and head, and its layers where they are widened.
         step: what a step of the largest batch holds until its gradients are known.
         loss: temporaries of the loss.
+        backbone: temporaries of the main model's passes, which come before a step's.
         disk: hidden states that are kept.
     """
 
@@ -35,14 +37,24 @@ class Plan:
     shared: int
     step: int
     loss: int
+    backbone: int
     disk: int
 
     @property
     def memory(self) -> int:
-        return self.modules + self.shared + self.step + self.loss
+        return self.modules + self.shared + self.working
+
+    @property
+    def working(self) -> int:
+        """Bytes of temporaries."""
+        return max(self.step + self.loss, self.backbone)
 
     def __str__(self) -> str:
-        parts = {"modules": self.modules, "embedding and head": self.shared, "a step": self.step, "its loss": self.loss}
+        parts = {"modules": self.modules, "copies of the main model's weights": self.shared}
+        if self.step + self.loss >= self.backbone:
+            parts |= {"a step": self.step, "its loss": self.loss}
+        else:
+            parts |= {"a pass of the main model": self.backbone}
         said = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
         return f"memory beside the model: {_size(self.memory)} ({said}); disk: {_size(self.disk)} of hidden states"
 
@@ -52,7 +64,7 @@ class Plan:
         Raises:
             MTPSpecError: it does not; the message says what to give less of.
         """
-        free, held = _free(device), self.step + self.loss + self.modules
+        free, held = _free(device), self.working + self.modules
         if free is not None and held > free:
             raise MTPSpecError(
                 f"training takes {_size(held)} of memory and {_size(free)} are free ({self}): give fewer batch_tokens "
@@ -86,7 +98,7 @@ def check_modules(weights: int, numbers: int, device: torch.device) -> None:
 
 def plan_of(
     forward: ModulesForward, modules: nn.ModuleList, objective: Objective, shape: tuple[int, int], numbers: int,
-    shared: Sequence[Tensor], disk: int,
+    shared: Sequence[Tensor], disk: int, backbone: tuple[int, int] = (0, 0),
 ) -> Plan:  # fmt: skip
     """Returns the plan.
 
@@ -94,25 +106,33 @@ def plan_of(
         shape: sequences and tokens of the largest batch.
         numbers: float32 numbers of the optimiser for each weight.
         shared: tensors that were copied for training.
+        backbone: bytes of the main model's widened weights, and of its passes.
     """
     weights = sum(parameter.numel() for parameter in modules.parameters())
     device, vocabulary = forward.embedding.device, len(forward.head)
     chunk = min(CHUNK[device.type], shape[0] * shape[1] * vocabulary)
     return Plan(
         modules=(2 + numbers) * 4 * weights,
-        shared=sum(tensor.nbytes for tensor in shared),
+        shared=sum(tensor.nbytes for tensor in shared) + backbone[0],
         step=saved_bytes(forward, objective, shape),
-        loss=chunk * TEMPORARIES,
+        loss=chunk * TEMPORARIES[device.type],
+        backbone=backbone[1],
         disk=disk,
     )
 
 
 def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int, int]) -> int:
-    """Returns the bytes that a step keeps for its gradients, counted on a batch of one short text and scaled.
+    """Returns the bytes that a step keeps for its gradients: counted on one and two short texts, and extended.
 
-    Everything but attention's mask, which is counted for the whole, grows with the number of tokens.
+    What grows with the number of tokens grows evenly; copies of weights in 16 bits do not.
     """
-    rows, few = len(objective.depths) + 2, 64
+    depths = len(objective.depths)
+    rows = min(64, shape[1] - depths)
+    one, two = (_saved(forward, objective, texts, rows + depths) for texts in (1, 2))
+    return int(one + (two - one) * (shape[0] * (shape[1] - depths) / rows - 1))
+
+
+def _saved(forward: ModulesForward, objective: Objective, texts: int, length: int) -> int:
     device, seen = forward.embedding.device, dict[int, int]()
 
     def note(tensor: Tensor) -> Tensor:
@@ -120,7 +140,7 @@ def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int,
         seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.zeros(1, few + rows, dtype=torch.int64, device=device)
+    ids = torch.zeros(texts, length, dtype=torch.int64, device=device)
     hidden = torch.zeros(*ids.shape, forward.embedding.shape[1], dtype=torch.float32, device=device)
     ones = torch.ones(ids.shape, dtype=torch.float32, device=device)
     own = {p.untyped_storage().data_ptr() for module in forward.modules for p in module.parameters()}
@@ -128,9 +148,7 @@ def saved_bytes(forward: ModulesForward, objective: Objective, shape: tuple[int,
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(forward):
         outcome = draft_loss(forward, objective, ids, hidden, ones)
     del outcome
-    each = sum(size for storage, size in seen.items() if storage not in own) / ids.numel()
-    mask = shape[1] * shape[1] * len(objective.depths) if len(objective.depths) > 1 else 0
-    return int(each * shape[0] * shape[1]) + mask
+    return sum(size for storage, size in seen.items() if storage not in own)
 
 
 def _free(device: torch.device) -> int | None:

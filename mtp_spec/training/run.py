@@ -257,11 +257,13 @@ class _Run:
         forward, copies = shared_weights(lm.model, self.checkpoint, modules, options.max_tokens + options.depth)
         file = self.part / f"states{self.team.rank}.bin"
         disk = min(int(options.cache_gigabytes * 1e9), corpus.tokens * config.hidden_size * 4)
-        states = States(Backbone(lm.model, options.max_tokens), corpus, file, disk)
+        backbone = Backbone(lm.model)
+        states = States(backbone, corpus, file, disk)
         trainer = Trainer.of(options, forward, modules, corpus, states, self.team)
         shape = trainer.largest()
         numbers = optimiser_numbers(options, self.device)
-        plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states.bytes)
+        taken = backbone.bytes(shape[0] * shape[1])
+        plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states.bytes, taken)
         self.say(f"{trainer.steps:,} steps of up to {batch_tokens(options, self.device):,} tokens; {plan}")
         plan.check(device, self.part)
         if (self.part / STATE).is_file():

@@ -94,6 +94,7 @@ class Corpus:
         self._ids.truncate(4 * end)
         self._index.truncate(size)
         self._end = end
+        self._stored: npt.NDArray[np.int32] = np.empty(0, np.int32)
         for text in self.texts:
             self._told(self.ids(text), text.prompt, text.domain, text.source)
 
@@ -122,7 +123,10 @@ class Corpus:
 
     def ids(self, text: Text) -> npt.NDArray[np.int32]:
         """Returns a text's token ids."""
-        return np.fromfile(self.folder / IDS, np.int32, text.length, offset=4 * text.start)
+        end = text.start + text.length
+        if len(self._stored) < end:
+            self._stored = np.memmap(self.folder / IDS, np.int32, "r")
+        return np.array(self._stored[text.start : end])
 
     def close(self) -> None:
         for file in (self._ids, self._index):

@@ -19,8 +19,8 @@ triton = pytest.importorskip("triton")
 V3_SHAPES = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (576, 7168), (2048, 10944)]
 
 
-@pytest.mark.parametrize("what", ["products", "quantisers", "experts", "noise", "sampling", "grouping", "attention",
-                                  "pages", "prompts", "commits", "exchanges", "incomplete"])  # fmt: skip
+@pytest.mark.parametrize("what", ["products", "quantisers", "divergences", "experts", "noise", "sampling", "grouping",
+                                  "attention", "pages", "prompts", "commits", "exchanges", "incomplete"])  # fmt: skip
 def test_interpreted(what: str) -> None:
     # Triton decides at import, so the interpreter has a process of its own
     program = [sys.executable, str(SUPPORT / "interpreted.py"), what]
@@ -124,7 +124,8 @@ def test_quantisers_on_the_gpu(channels: int, power: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("what", ["experts", "grouping", "prompts", "noise", "sampling", "commits", "incomplete"])
+@pytest.mark.parametrize("what", ["divergences", "experts", "grouping", "prompts", "noise", "sampling", "commits",
+                                  "incomplete"])  # fmt: skip
 def test_as_interpreted_on_the_gpu(what: str) -> None:
     """The programs that the interpreter runs, on the device."""
     program = [sys.executable, str(SUPPORT / "interpreted.py"), what]

@@ -31,7 +31,7 @@ from mtp_spec.cuda.pages import STEP_ROWS
 from mtp_spec.cuda.prompts import Piece, read_pieces
 from mtp_spec.cuda.state import SLACK, State, stages_of
 from mtp_spec.cuda.step import Prefill, Step
-from mtp_spec.kernels import commit, exchange, fp8, gemm, launching, mla, quant
+from mtp_spec.kernels import commit, divergence, exchange, fp8, gemm, launching, mla, quant
 from mtp_spec.kernels.mla import KEYS, attention, prompt
 from mtp_spec.kernels.moe import grouping, layer, many, router
 from mtp_spec.kernels.sampler import sampling, uniform
@@ -46,6 +46,7 @@ OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "grid", "warmup"
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
     torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+    torch.bool: "i1",
 }  # fmt: skip
 TOUCHES = r"\b((ld|st|red|atom)\.(global|v\d)|bulk\.tensor)"
 # kernels that read what no kernel of a pass writes, before they wait
@@ -133,7 +134,7 @@ def main(name: str, kind: str, whole: bool) -> None:
     triton.knobs.compilation.always_compile = True  # the cache keeps no log
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)
     modules: list[Any] = [commit, gemm, attention, prompt, layer, grouping, router, quant, sampling, uniform]
-    for module in modules:
+    for module in (*modules, divergence):
         module.runs_triton = lambda _: True
     places: list[Any] = [launching, attention]
     places[0].overlaps = lambda _: ARCH >= 90
@@ -179,6 +180,8 @@ def main(name: str, kind: str, whole: bool) -> None:
         if packed == whole and model.expanded_on(model.device):
             model.expanded = mla.EXPANDED_ROWS
             read_pieces(model, several.part(0, 2), [Piece([1] * 900, 64, 700, 64), Piece([1] * 300, 0, 300)], True)
+    logits, rows = torch.empty(4, 8192, dtype=torch.bfloat16, device="meta"), torch.empty(4, device="meta")
+    divergence.divergence(divergence.targets(logits), logits, rows.long(), rows, 1.0, 1.0, 1.0)
     given = [torch.empty(8, size, dtype=kind, device="meta") for size, kind in ((8192, fp8.E4M3), (64, torch.float32))]
     counts = [torch.empty(1, dtype=torch.int32, device="meta") for _ in range(2)]
     exchange.exchange(given, exchange.Rooms(0, torch.empty(2, dtype=torch.int64, device="meta"), *counts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0" if "KERNELS_ON" in os.environ else "1"
@@ -22,7 +23,7 @@ from incomplete import incomplete_launches_show
 from interpreted_attention import attention, pages
 from interpreted_prompts import prompts
 from interpreter import correct
-from mtp_spec.kernels import commit, exchange, fp8, gemm, moe, quant, sampler
+from mtp_spec.kernels import commit, divergence, exchange, fp8, gemm, moe, quant, sampler
 from mtp_spec.kernels.mla import Layout, new_caches
 from mtp_spec.kernels.moe.grouping import ARRIVALS
 from mtp_spec.sampling import noise as library_noise
@@ -91,6 +92,28 @@ def quantisers() -> None:
             assert torch.equal(alone[0].view(torch.uint8), got[-1:].view(torch.uint8))
     x[:3, 5] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:rows]
     assert bool(fp8_values(*quant.quant(x, power))[:3, 5].isnan().all())
+
+
+def divergences() -> None:
+    """Of rows that end within a stretch, with equals among the likeliest, and of a draft that is its target."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, vocabulary in product((torch.float32, torch.bfloat16), (90, divergence.SIZE, divergence.SIZE + 300)):
+        p, q = (3 * torch.randn(5, vocabulary, generator=generator).to(dtype) for _ in range(2))
+        p[1, [40, 70]], q[1, [40, 70]] = 30.0, 20.0
+        q[2] = p[2]
+        tokens = torch.tensor([0, 40, 3, vocabulary - 1, 7])
+        weights = torch.tensor([1.0, 0.5, 1.0, 0.0, 2.0])
+        target, expected = divergence.targets(p), divergence.targets_reference(p)
+        for one, other in zip(target[1:], expected[1:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        for parts in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.1, 0.0, 0.9), (0.5, 2.0, 1.0)):
+            found = divergence.divergence(target, q, tokens, weights, *parts)
+            wanted = divergence.divergence_reference(expected, q, tokens, weights, *parts)
+            assert torch.equal(found.equal, wanted.equal)
+            assert found.equal[1]
+            assert found.slope.dtype == dtype
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=0.01 if dtype != torch.float32 else 1e-4, atol=1e-5)
 
 
 def experts() -> None:
@@ -313,8 +336,8 @@ def _depth(parents: torch.Tensor) -> int:
 
 
 if __name__ == "__main__":
-    whats = (products, quantisers, experts, grouping, attention, pages, prompts, commits, exchanges, noise, sampling,
-             incomplete)  # fmt: skip
+    whats = (products, quantisers, divergences, experts, grouping, attention, pages, prompts, commits, exchanges, noise,
+             sampling, incomplete)  # fmt: skip
     for what in whats:
         if what.__name__ == sys.argv[1]:
             what()

@@ -1,11 +1,19 @@
-"""The table of docs/howto/train.md is the arithmetic that the page states."""
+"""The table of docs/howto/train.md is the arithmetic that the page states; a plan holds for other batches."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from mtp_spec.model.config import ModuleShape, load_config
+from device_models import SIZES
+from mtp_spec.model.config import ModelConfig, ModuleShape, load_config
+from mtp_spec.model.rope import rope_table
+from mtp_spec.model.training import ModulesForward
 from mtp_spec.model.transformer import MTPModule, Transformer
+from mtp_spec.training.loop import autocast
+from mtp_spec.training.modules import new_modules
+from mtp_spec.training.objective import Objective, draft_loss
+from mtp_spec.training.plan import saved_bytes
 from places import CONFIGS, ROOT
 
 MODELS = {
@@ -43,3 +51,26 @@ def test_the_table_of_costs() -> None:
     text = (ROOT / "docs" / "howto" / "train.md").read_text()
     table = text.split("<!-- costs -->\n")[1].splitlines()
     assert table[2:] == rows()
+
+
+@pytest.mark.parametrize("width", [None, 2048])
+def test_a_step_keeps_what_was_planned(width: int | None) -> None:
+    """Weights that are copied in 16 bits count once, however many tokens a batch has."""
+    config = ModelConfig(**SIZES)
+    modules = new_modules(config, width, 1, 0, "cpu")
+    table, head = rope_table(config, 700), torch.randn(config.vocab_size, config.hidden_size).bfloat16()
+    forward = ModulesForward(list(modules), head, head, lambda length: table)
+    loss = Objective.of("kl,tv", 3, 0.8)
+    planned, counted = saved_bytes(forward, loss, (2, 303)), dict[int, int]()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        counted[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.zeros(2, 303, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(forward):
+        outcome = draft_loss(forward, loss, ids, torch.zeros(2, 303, config.hidden_size), torch.ones(2, 303))
+    weights = {p.untyped_storage().data_ptr() for p in (*modules.parameters(), head)}
+    held = sum(size for place, size in counted.items() if place not in weights)
+    assert planned == pytest.approx(held, rel=0.03)
+    assert outcome.loss.isfinite()

@@ -251,7 +251,7 @@ def test_on_the_kernels_products_have_16_bits_and_weights_32(tmp_path: Path, blo
     modules = new_modules(model.config, 48 if block == "dense" else None, 1, 0, "cpu")
     table = rope_table(model.config, 64, "cpu")
     forward = ModulesForward(list(modules), model.embed_tokens, model.lm_head, lambda length: table)
-    states = States(Backbone(model, 64), corpus, tmp_path / "states.bin", 10**6)
+    states = States(Backbone(model), corpus, tmp_path / "states.bin", 10**6)
     trainer = loop.Trainer.of(options, forward, modules, corpus, states, Team("cpu"))
     said: list[str] = []
     trainer.run(tmp_path / "state.pt", said.append)

@@ -1,0 +1,341 @@
+"""`bench heads`: MTP modules trained by several recipes on one frozen model, measured on held-out prompts.
+
+All recipes share the texts, the hidden states and the batches of a seed, so that they differ in nothing else. Every
+run is in the document as soon as it is measured: the same command trains only what is missing there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from importlib.resources import files
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtp_spec.api import LM
+from mtp_spec.bench import parsing
+from mtp_spec.bench.common import Report, Row, bundled_prompts, over, write
+from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option, OptionGroup
+from mtp_spec.errors import OptionError
+from mtp_spec.load_checks import check_device
+from mtp_spec.loading import load
+from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_modules
+from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
+from mtp_spec.model.checkpoint.writer import as_json
+from mtp_spec.model.undisturbed import undisturbed
+from mtp_spec.training.backbone import Backbone, States
+from mtp_spec.training.collecting import collect
+from mtp_spec.training.heldout import Texts, measure
+from mtp_spec.training.loop import Trainer
+from mtp_spec.training.modules import ready_modules, rounded, shared_weights, slots_of
+from mtp_spec.training.options import TrainOptions
+from mtp_spec.training.run import held_prompts
+from mtp_spec.training.team import Team
+from mtp_spec.training.texts import Corpus
+
+GIVEN, OWN = "given", "own"
+# a recipe: options of `train`, and "text": given texts, or the model's own answers
+RECIPES: dict[str, Row] = {
+    "moe": {"block": "moe"},
+    "dense": {"block": "dense"},
+    "moe-ce": {"block": "moe", "loss": "ce"},
+    "moe-kl": {"block": "moe", "loss": "kl"},
+    "moe-tv": {"block": "moe", "loss": "tv:0.9,ce:0.1"},
+    "moe-even": {"block": "moe", "decay": 1.0},
+    "moe-own": {"block": "moe", "text": OWN},
+    "warm": {"start": "shipped"},
+    "warm-tv": {"start": "shipped", "loss": "tv:0.9,ce:0.1", "decay": 1.0},
+}
+NUMBERS: dict[str, Callable[[str], Any]] = {
+    "width": int, "modules": int, "depth": int, "steps": int, "decay": float, "rate": float,
+}  # fmt: skip
+WORDS = ("start", "block", "loss", "optimiser", "text")
+# options that change nothing in a run that is recorded
+FREE = ("json", "recipes", "recipe", "seeds", "minutes", "work", "command", "benchmark", "cache_gigabytes", "batch")
+RESAMPLES = 1000
+
+
+@undisturbed(inference=False)
+def heads(args: argparse.Namespace) -> Report:
+    """Trains MTP modules by several recipes and seeds, and measures tokens per step on held-out prompts.
+
+    Texts are generated with the chain's real caches, in batches, at each temperature; intervals are over seeds and
+    prompts. A run that was interrupted, or ended by --minutes, goes on when the same command is run again.
+    """
+    check_device(args.device)
+    if args.json is None:
+        raise OptionError("give --json FILE: every run is kept there, and the same command goes on with the rest")
+    recipes = chosen(args)
+    folder = args.model or Path(str(files("mtp_spec.configs") / "demo"))
+    checkpoint = open_checkpoint(folder)
+    warm = [name for name, recipe in recipes.items() if recipe.get("start") == "shipped"]
+    if warm and not checkpoint.config.num_nextn_predict_layers:
+        raise OptionError(f"--recipes {','.join(warm)}: {folder} has no MTP module to go on with; leave them out")
+    record = _record(args, checkpoint)
+    begin, longest = perf_counter(), 0.0
+    kept = tempfile.TemporaryDirectory() if args.work is None else nullcontext(str(args.work))
+    with kept as name, torch.enable_grad():
+        work = _Work(Path(name), args, folder, checkpoint, recipes)
+        if record["shipped"] is None and checkpoint.config.num_nextn_predict_layers:
+            record["shipped"] = work.measured(work.lm)
+            _keep(args, record)
+        for seed in range(args.seeds):
+            for recipe, changes in recipes.items():
+                run = f"{recipe} seed {seed}"
+                if run in record["runs"]:
+                    continue
+                start = perf_counter()
+                if args.minutes is not None and start - begin + longest > 60 * args.minutes:
+                    break
+                record["runs"][run] = work.run(run, recipe, changes, seed)
+                record["runs"][run]["seconds"] = perf_counter() - start
+                longest = max(longest, perf_counter() - start)
+                _keep(args, record)
+    left = [f"{name} seed {seed}" for seed in range(args.seeds) for name in recipes
+            if f"{name} seed {seed}" not in record["runs"]]  # fmt: skip
+    notes = [f"left for the next call of the same command: {', '.join(left)}"] if left else []
+    rows = table_rows(record, list(recipes))
+    return Report(f"Tokens per step on held-out prompts, {args.steps} steps a recipe", rows, record, notes=notes)
+
+
+BENCHMARK = Benchmark(
+    name="heads",
+    help="MTP modules trained by several recipes, on held-out prompts",
+    run=heads,
+    options=(
+        MODEL,
+        JSON,
+        Option("--device", "cpu (default) or cuda", default="cpu"),
+        OptionGroup(
+            "texts, as for mtp-spec train",
+            Option("--texts", "texts to train on", type=Path, metavar="FILE"),
+            Option("--prompts", "prompts for the recipes that train on the model's own answers", type=Path,
+                   metavar="FILE"),
+            Option("--held-out", "prompts to measure on (bundled ones)", type=Path, metavar="FILE"),
+            Option("--max-tokens", "longest text (512)", type=parsing.count, default=512, metavar="N"),
+            Option("--answer-tokens", "most tokens of an own answer (192)", type=parsing.count, default=192,
+                   metavar="N"),
+        ),
+        OptionGroup(
+            "recipes",
+            Option("--recipes", f"some of {', '.join(RECIPES)} (all for which there are texts)", metavar="NAME,..."),
+            Option("--recipe", "one more: a name, and options of train as block=moe loss=tv,ce:0.1 decay=1 text=own",
+                   nargs="+", action="append", default=[], metavar="NAME OPTION=VALUE"),
+            Option("--seeds", "runs of each (1)", type=parsing.count, default=1, metavar="N"),
+            Option("--steps", "of each run (400)", type=parsing.count, default=400, metavar="N"),
+            Option("--depth", "drafts are trained to (5)", type=parsing.count, default=5, metavar="K"),
+            Option("--batch-tokens", "tokens of a step (as train)", type=parsing.count, metavar="N"),
+            Option("--cache-gigabytes", "of disk for hidden states (8)", type=float, default=8.0, metavar="X"),
+        ),
+        OptionGroup(
+            "measuring",
+            Option("--chains", "depths of chains (3,5)", type=parsing.integers, default=[3, 5], metavar="K,K,..."),
+            Option("--temperatures", "(0,0.8)", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,..."),
+            Option("--check-prompts", "bundled prompts to measure on (60)", type=parsing.count, default=60,
+                   metavar="N"),
+            Option("--check-tokens", "most tokens of each text (128)", type=parsing.count, default=128, metavar="N"),
+            Option("--batch", "texts generated side by side (16)", type=parsing.count, default=16, metavar="N"),
+        ),
+        Option("--minutes", "begin no run that would end later, by the longest so far", type=float, metavar="X"),
+        Option("--work", "folder that keeps texts and trained modules (a temporary one)", type=Path, metavar="FOLDER"),
+    ),
+)  # fmt: skip
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Row]:
+    """Returns the recipes by name.
+
+    Raises:
+        OptionError: an unknown one, or one whose texts are not given.
+    """
+    there = {GIVEN: args.texts, OWN: args.prompts}
+    if args.recipes is None:
+        found = {name: recipe for name, recipe in RECIPES.items() if there[recipe.get("text", GIVEN)] is not None}
+    else:
+        names = args.recipes.split(",") if args.recipes else []
+        if unknown := [name for name in names if name not in RECIPES]:
+            raise OptionError(f"--recipes {unknown[0]!r}: give some of {', '.join(RECIPES)}")
+        found = {name: RECIPES[name] for name in names}
+    for name, *parts in args.recipe:
+        found[name] = dict(_option(name, part) for part in parts)
+    for name, recipe in found.items():
+        text = recipe.get("text", GIVEN)
+        if there.get(text) is None:
+            wanted = {GIVEN: "--texts FILE", OWN: "--prompts FILE"}.get(text, "text=given or text=own")
+            raise OptionError(f"recipe {name}: its text is {text!r}; give {wanted}")
+    if not found:
+        raise OptionError("no recipe: give --texts FILE, or --prompts FILE, or both")
+    return found
+
+
+def _option(recipe: str, part: str) -> tuple[str, Any]:
+    name, _, value = part.partition("=")
+    try:
+        if name in WORDS and value:
+            return name, value
+        return name, NUMBERS[name](value)
+    except (KeyError, ValueError):
+        raise OptionError(
+            f"--recipe {recipe} {part!r}: give OPTION=VALUE with one of {', '.join((*WORDS, *NUMBERS))}"
+        ) from None
+
+
+class _Work:
+    """The frozen model, its texts and hidden states, in a folder.
+
+    Attributes:
+        lm: the model with the modules that it ships.
+    """
+
+    def __init__(
+        self, folder: Path, args: argparse.Namespace, model: Path, checkpoint: Checkpoint, recipes: Mapping[str, Row]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.args, self.model, self.checkpoint = folder, args, model, checkpoint
+        self.held = args.held_out or _bundled(folder / "held-out.jsonl", args.check_prompts)
+        self.lm = self._load(None)
+        backbone = Backbone(self.lm.model)
+        self.texts: dict[str, tuple[Corpus, States]] = {}
+        room = int(args.cache_gigabytes * 1e9)
+        for text in dict.fromkeys(recipe.get("text", GIVEN) for recipe in recipes.values()):
+            collect(self.lm, self.options({"text": text}, 0), folder / text, print).close()
+            corpus = Corpus(folder / text, 0.0)
+            corpus.close()  # from here on it is only read
+            self.texts[text] = corpus, States(backbone, corpus, folder / f"{text}.states", room)
+            room -= self.texts[text][1].bytes
+            print(f"{text}: {len(corpus.texts):,} texts, {corpus.tokens:,} tokens", flush=True)
+        self.prompts = held_prompts(corpus, self.options({"text": text}, 0))
+
+    def options(self, recipe: Row, seed: int) -> TrainOptions:
+        args, text = self.args, recipe.get("text", GIVEN)
+        changes = {name: value for name, value in recipe.items() if name != "text"}
+        return TrainOptions(
+            **{
+                "texts": args.texts if text == GIVEN else None, "prompts": args.prompts if text == OWN else None,
+                "held_out": self.held, "seed": seed, "steps": args.steps, "depth": args.depth,
+                "batch_tokens": args.batch_tokens, "max_tokens": args.max_tokens, "batch": args.batch,
+                "answer_tokens": args.answer_tokens, "check_tokens": args.check_tokens, "check_prompts": 10**6,
+                "check_every": 10**6, **changes,
+            }
+        )  # fmt: skip
+
+    def run(self, run: str, recipe: str, changes: Row, seed: int) -> Row:
+        """Returns what is kept of a run."""
+        options, (corpus, states) = self.options(changes, seed), self.texts[changes.get("text", GIVEN)]
+        model = self.lm.model
+        modules = ready_modules(options, self.checkpoint, model.device)
+        forward, _ = shared_weights(model, self.checkpoint, modules, options.max_tokens + options.depth)
+        trainer = Trainer.of(options, forward, modules, corpus, states, Team(self.args.device))
+        begin = perf_counter()
+        with self.lm.backend.exclusive():
+            trainer.run(self.folder / "state.pt", lambda line: print(f"{run}: {line}", flush=True))
+        trained = perf_counter() - begin
+        stored = rounded(slots_of(modules, self.checkpoint.config))
+        made = self.folder / "heads" / run.replace(" ", "-")
+        made.parent.mkdir(exist_ok=True)
+        about = {"model": describe(self.checkpoint.config, self.checkpoint.tensors), "recipe": changes}
+        save_modules(made, stored, {DESCRIPTION: as_json(about)})
+        del forward, modules, stored
+        texts = self.measured(self._load(made))
+        gc.collect()  # reference cycles keep the model alive, and the next one needs its memory
+        held = [line for line in trainer.log if line.get("held_out")]
+        return {"recipe": recipe, "options": changes, "seed": seed, "trained_seconds": trained, "first": held[0],
+                "last": held[-1], "texts": texts}  # fmt: skip
+
+    def measured(self, lm: LM) -> list[Row]:
+        """Returns how a model's modules draft, at each chain and temperature, text by text."""
+        found, args = list[Row](), self.args
+        for chain in args.chains:
+            parts = measure(lm, self.prompts, chain, args.temperatures, args.check_tokens, 0)
+            found += [{"chain": chain, **part.to_json()} for part in parts]
+        return found
+
+    def _load(self, mtp: Path | None) -> LM:
+        args = self.args
+        return load(self.model, mtp=mtp, device=args.device, max_context=args.max_tokens, max_batch=args.batch,
+                    measure=False)  # fmt: skip
+
+
+def table_rows(record: Mapping[str, Any], recipes: Sequence[str]) -> list[Row]:
+    """Returns a line for the shipped modules and one for each recipe: tokens per step with their 95 % intervals, and
+    their mean over that of the shipped modules."""
+    shipped, runs = record["shipped"], record["runs"].values()
+    lines = [("shipped", [shipped])] if shipped else []
+    lines += [(name, [run["texts"] for run in runs if run["recipe"] == name]) for name in recipes]
+    rows: list[Row] = []
+    for name, several in lines:
+        if not several:
+            continue
+        row: Row = {"recipe": name, "seeds": len(several)}
+        for chain, temperature in dict.fromkeys((one["chain"], one["temperature"]) for one in several[0]):
+            counts = [_counts(texts, chain, temperature) for texts in several]
+            mean, low, high = interval(counts)
+            row[f"chain {chain} at {temperature:g}"] = f"{mean:.3f} ({low:.3f} to {high:.3f})"
+            if shipped:
+                own = interval([_counts(shipped, chain, temperature)])[0]
+                row[f"{chain}/{temperature:g} over shipped"] = mean / own if own else 0.0
+        rows.append(row)
+    return rows
+
+
+def _counts(texts: Sequence[Row], chain: int, temperature: float) -> Any:
+    """Returns tokens and steps of each text, `[2, P]`."""
+    some = [Texts.from_json(one) for one in texts if (one["chain"], one["temperature"]) == (chain, temperature)]
+    return np.array([[count for one in some for count in getattr(one, name)] for name in ("tokens", "steps")])
+
+
+def interval(counts: Sequence[Any]) -> tuple[float, float, float]:
+    """Returns tokens per step of several seeds together, and its 95 % bounds, seeds and prompts resampled.
+
+    Args:
+        counts: for each seed tokens and steps of each prompt `[2, P]`.
+    """
+    whole, random = np.stack(counts).astype(float), np.random.default_rng(0)
+    seeds, prompts = len(whole), whole.shape[2]
+    picks = random.integers(prompts, size=(RESAMPLES, prompts))
+    sums = whole[:, :, picks].sum(-1)  # [seeds, 2, RESAMPLES]
+    who = random.integers(seeds, size=(RESAMPLES, seeds))
+    taken = sums[who, :, np.arange(RESAMPLES)[:, None]].sum(1)  # [RESAMPLES, 2]
+    low, high = np.quantile(over(taken[:, 0], taken[:, 1]), (0.025, 0.975))
+    tokens, steps = whole.sum((0, 2))
+    return float(over(tokens, steps)), float(low), float(high)
+
+
+def _bundled(file: Path, count: int) -> Path:
+    lines = [{"prompt": one["prompt"], "category": one["category"]} for one in bundled_prompts(count)]
+    write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return file
+
+
+def _record(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns what an earlier call has kept, or an empty record.
+
+    Raises:
+        OptionError: the file is another document, or was made with other settings.
+    """
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+                if name not in FREE and not callable(value)}  # fmt: skip
+    settings["model"] = describe(checkpoint.config, checkpoint.tensors)
+    settings = json.loads(json.dumps(settings))
+    if not args.json.exists():
+        return {"settings": settings, "shipped": None, "runs": {}}
+    try:
+        found = json.loads(args.json.read_text(encoding="utf-8"))
+        known = {name: found[name] for name in ("settings", "shipped", "runs")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"--json {args.json}: no document of bench heads ({error!r}); give another file") from error
+    if other := sorted(name for name in settings if known["settings"].get(name) != settings[name]):
+        raise OptionError(f"--json {args.json} was made with another {', '.join(other)}: give another file")
+    return known
+
+
+def _keep(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    write(args.json, (json.dumps(record, indent=1) + "\n").encode())

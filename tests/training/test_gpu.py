@@ -1,0 +1,97 @@
+"""Training on a GPU: the hidden states, losses and gradients of a CPU, within the rounding of 16 bits."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtp_spec
+import worded
+from device_models import DEMO, checkpoint
+from mtp_spec.model.cuda import widened
+from mtp_spec.model.cuda.checkpoint import load_device_model
+from mtp_spec.model.rope import rope_table
+from mtp_spec.model.training import ModulesForward
+from mtp_spec.training.backbone import Backbone
+from mtp_spec.training.loop import autocast
+from mtp_spec.training.modules import new_modules
+from mtp_spec.training.objective import Objective, draft_loss
+
+pytestmark = pytest.mark.gpu
+GPU = "cuda"
+TEXTS = [[(37 * i + 11 * length) % 90 for i in range(length)] for length in (5, 130, 64)]
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    one, other = one.detach().float().cpu(), other.detach().float().cpu()
+    return float((one - other).norm() / other.norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("experts", [8, 32])
+def test_hidden_states(experts: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few experts, all on all rows, and with many, in one product."""
+    monkeypatch.setattr(widened, "KEPT", 10**12 if kept else 0)
+    folder = checkpoint(tmp_path, "v3", n_routed_experts=experts)
+    found, expected = (Backbone(load_device_model(folder, device)).hidden(TEXTS) for device in (GPU, "cpu"))
+    for one, other in zip(found, expected, strict=True):
+        rows = (one.cpu().float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1)
+        assert float(rows.median()) < 0.03
+
+
+def test_hidden_states_of_the_bundled_model() -> None:
+    texts = [[(41 * i + length) % 8000 for i in range(length)] for length in (300, 90)]
+    for one, other in zip(*(Backbone(load_device_model(DEMO, device)).hidden(texts) for device in (GPU, "cpu")),
+                          strict=True):  # fmt: skip
+        assert apart(one, other) < 0.05
+
+
+@pytest.mark.parametrize("experts", [None, 8, 32])
+@pytest.mark.parametrize("loss", ["kl,tv", "tv:0.9,ce:0.1"])
+def test_losses_and_gradients(loss: str, experts: int | None, tmp_path: Path) -> None:
+    """Of a dense block, and of few and many experts: float32 on a CPU against 16 bits, kernels and flash attention."""
+    folder = checkpoint(tmp_path, "v3", n_routed_experts=experts or 8)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(160, (4, 40), generator=generator)
+    hidden = torch.randn(4, 40, 128, generator=generator)
+    weights = torch.zeros(4, 40)
+    weights[:, 3:33] = 1
+    found: list[Any] = []
+    for device in (GPU, "cpu"):
+        model = load_device_model(folder, device)
+        modules = new_modules(model.config, 48 if experts is None else None, 1, 0, device)
+        table = rope_table(model.config, 64, device)
+        wide = device == "cpu"
+        shared = [weight.float() if wide else weight for weight in (model.embed_tokens, model.lm_head)]
+        forward = ModulesForward(list(modules), *shared, lambda length, table=table: table)
+        with autocast(forward):
+            outcome = draft_loss(forward, Objective.of(loss, 4, 0.8), ids.to(device), hidden.to(device),
+                                 weights.to(device))  # fmt: skip
+        outcome.loss.backward()
+        gradients = {name: p.grad for name, p in modules.named_parameters() if p.grad is not None}
+        found.append((outcome, gradients))
+    (one, mine), (other, theirs) = found
+    for name in ("loss", "overlap", "rows"):
+        assert apart(getattr(one, name), getattr(other, name)) < 0.02, name
+    assert mine.keys() == theirs.keys()
+    for name, gradient in mine.items():
+        assert apart(gradient, theirs[name]) < 0.15, name
+
+
+@pytest.mark.parametrize("options", [{"block": "moe"}, {"block": "dense"}, {"start": "shipped"}])
+def test_a_run(options: dict[str, Any], tmp_path: Path) -> None:
+    entries = [json.loads(line) for line in (Path(str(files("mtp_spec.configs"))) / "prompts.jsonl").open()]
+    some = worded.lines(tmp_path / "prompts.jsonl", [{"prompt": one["prompt"]} for one in entries[:40]])
+    made = mtp_spec.train(
+        None, tmp_path / "head", prompts=some, device=GPU, steps=30, depth=3, batch_tokens=2048, answer_tokens=48,
+        max_tokens=160, held_out=0.1, check_tokens=32, check_temperatures=(0.0,), **options,
+    )  # fmt: skip
+    first, *_, last = [line["loss"] for line in made.log if line.get("held_out")]
+    assert last < (first if "block" in options else 1.1 * first)
+    assert len([line for line in made.log if not line.get("held_out")]) == 30
