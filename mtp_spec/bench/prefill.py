@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -23,6 +24,7 @@ from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option, OptionGroup, Switch
 from mtp_spec.bench.passes import fill, slice_of
 from mtp_spec.bench.synthetic import with_module
+from mtp_spec.bench.timing import kernel_times
 from mtp_spec.errors import OptionError
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cuda.layers import Dense, Layer
@@ -33,10 +35,12 @@ TOKENS = [1024, 4096, 16384, 32768]
 FORMS = ("expanded", "absorbed")
 SPARE = 256  # slots for what is generated
 REPEATS, CPU_REPEATS = 3, 5
-
+LISTED = 20  # kernels in a table
 
 # options of one device, and their defaults
-SLICE: dict[str, Any] = {"shape": "671B", "forms": list(FORMS), "dtype": "fp8", "layers": 4, "prefill_tokens": None}
+SLICE: dict[str, Any] = {
+    "shape": "671B", "forms": list(FORMS), "dtype": "fp8", "layers": 4, "prefill_tokens": None, "kernels": False,
+}  # fmt: skip
 FOLDER: dict[str, Any] = {"model": None, "transformers": False, "threads": None}
 
 
@@ -62,6 +66,10 @@ def prefill(args: argparse.Namespace) -> Report | None:
         return None
     args.tokens, args.repeats = args.tokens or TOKENS, args.repeats or REPEATS
     args.shape = parsing.shape_file(args.shape) if isinstance(args.shape, str) else args.shape
+    return _on_a_gpu(args)
+
+
+def _on_a_gpu(args: argparse.Namespace) -> Report:
     full = replace(with_module(load_config(args.shape)), fp8_block=(128, 128) if args.dtype == "fp8" else None)
     context = max(args.tokens) + SPARE
     full = replace(full, max_position_embeddings=max(context, full.max_position_embeddings))
@@ -69,7 +77,7 @@ def prefill(args: argparse.Namespace) -> Report | None:
     model = DeviceModel(config, "cuda")
     torch.manual_seed(0)
     fill(model)
-    run, rows = model.expanded_on("cuda"), list[Row]()
+    run, rows, kernels = model.expanded_on("cuda"), list[Row](), dict[str, dict[str, tuple[int, float]]]()
     if args.prefill_tokens is not None:
         model.prefill_tokens = args.prefill_tokens
     notes = [] if run else ["this card or shape has no expanded form: prompts are read 256 tokens at a time"]
@@ -89,6 +97,8 @@ def prefill(args: argparse.Namespace) -> Report | None:
                     "peak GB": torch.cuda.max_memory_allocated() / 1e9,
                 }
             )
+            if args.kernels:
+                kernels[f"{tokens:,} tokens, {form}"] = kernel_times(partial(_prompt, lm, tokens))
             del lm
             torch.cuda.empty_cache()
     facts = {
@@ -98,12 +108,20 @@ def prefill(args: argparse.Namespace) -> Report | None:
         "moe layers": config.num_hidden_layers - config.first_k_dense_replace,
         "prefill_tokens": model.prefill_tokens,
         "GFLOP per token without attention": _operations(model, 1) / 1e9,
+        "kernels": kernels,
     }
     title = (
         f"{args.shape.stem} at full width, {args.dtype}, {facts['dense layers']} dense and {facts['moe layers']} MoE "
         "layers and the module: time to first token"
     )
-    return Report(title, rows, facts, notes=notes)
+    return Report(title, rows, facts, notes=notes, tables={name: _listed(found) for name, found in kernels.items()})
+
+
+def _listed(found: dict[str, tuple[int, float]]) -> list[Row]:
+    """Returns the kernels that take longest."""
+    whole = sum(micro for _, micro in found.values())
+    return [{"kernel": name[:70], "launches": count, "ms": micro / 1e3, "share": micro / whole}
+            for name, (count, micro) in list(found.items())[:LISTED]]  # fmt: skip
 
 
 BENCHMARK = Benchmark(
@@ -134,6 +152,7 @@ BENCHMARK = Benchmark(
             Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16")),
             Option("--layers", "MoE layers (4)", type=parsing.count),
             Option("--prefill-tokens", "most tokens in a pass (as load)", type=parsing.count, metavar="N"),
+            Switch("--kernels", "also list the kernels that one prompt of each line launches"),
         ),
         OptionGroup(
             "on a CPU",
@@ -150,11 +169,15 @@ def _first_token(lm: LM, tokens: int, repeats: int) -> float:
     torch.cuda.reset_peak_memory_stats()
     taken = []
     for _ in range(repeats + 1):
-        prompt: Any = torch.randint(0, lm.config.vocab_size, (tokens,)).tolist()
         start = perf_counter()
-        lm.generate(prompt, max_new_tokens=1, temperature=0.8, seed=1, speculation=1, ignore_eos=True)
+        _prompt(lm, tokens)
         taken.append(perf_counter() - start)
     return median(taken[1:])
+
+
+def _prompt(lm: LM, tokens: int) -> None:
+    prompt: Any = torch.randint(0, lm.config.vocab_size, (tokens,)).tolist()
+    lm.generate(prompt, max_new_tokens=1, temperature=0.8, seed=1, speculation=1, ignore_eos=True)
 
 
 def _operations(model: DeviceModel, tokens: int) -> float:
