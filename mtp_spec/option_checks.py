@@ -10,11 +10,18 @@ from numbers import Integral, Real
 from mtp_spec.errors import OptionError
 
 LARGEST = 1e30  # counts and logits can be multiplied by this in float32 without overflow
+SHOWN = 200  # most characters of a value in a message: it may be a document given where a name is expected
+
+
+def shown(value: object) -> str:
+    """Returns a value as messages show it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 20]}... of {len(text)} characters"
 
 
 def invalid(name: str, value: object, allowed: str) -> OptionError:
     """Returns the error for a value that an option cannot have."""
-    return OptionError(f"{name}={value!r} is not possible: allowed is {allowed}")
+    return OptionError(f"{name}={shown(value)} is not possible: allowed is {allowed}")
 
 
 def unknown_option(name: str, known: Sequence[str]) -> OptionError:

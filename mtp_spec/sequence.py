@@ -10,11 +10,28 @@ from torch import Tensor
 
 from mtp_spec.acceptance.accept import Accepted, Drawn, TokenLogprob
 from mtp_spec.cache.pages import Lease
+from mtp_spec.errors import MTPSpecError
 from mtp_spec.request import Request
 from mtp_spec.results import EventLog, Generation
 from mtp_spec.sampling.sampler import History
 from mtp_spec.stats import GenerationStats
 from mtp_spec.tree import MODULES, TokenTree
+
+
+def raisable(error: BaseException) -> BaseException:
+    """Returns an error that iterators of a sequence's tokens can raise.
+
+    One that says that they are exhausted would silently end the text of a `for`, and a future cannot hold it.
+    """
+    first = error.__cause__ if isinstance(error, RuntimeError) else error  # Python's own, from within a generator
+    if not isinstance(first, StopIteration | StopAsyncIteration):
+        return error
+    found = MTPSpecError(
+        f"a drafter, logits processor or observer raised {type(first).__name__}: it called next() on an iterator that "
+        "has no more; give next() a default"
+    )
+    found.__cause__ = first
+    return found
 
 
 class Observer(Protocol):
@@ -82,7 +99,7 @@ class Sequence:
         Raises:
             RankError: another rank that shares the model has not failed on the same sequence.
         """
-        self.error = error
+        self.error = raisable(error)
         if self.failing is not None:
             self.failing(self)
 

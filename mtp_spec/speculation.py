@@ -196,6 +196,8 @@ def _is_drafter(value: object) -> bool:
     name = getattr(value, "name", None)
     if isinstance(value, Replay):
         return True
+    if isinstance(value, type):  # a class, not an object of it
+        return False
     other = isinstance(name, str) and name not in ("", MODULES, "target")
     return other and callable(getattr(value, "begin", None))
 

@@ -11,7 +11,7 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.handle import Handle
 from mtp_spec.results import Generation, TokenEvent
 from mtp_spec.scheduler import Scheduler
-from mtp_spec.sequence import Sequence
+from mtp_spec.sequence import Sequence, raisable
 from mtp_spec.step import Runner
 
 CLOSED = "this stream was closed, or left for the one after it (after=): begin it again"
@@ -71,7 +71,7 @@ class TokenStream(Iterator[TokenEvent]):
         try:
             self._scheduler.round()
         except BaseException as error:  # interrupted in the middle of a step: the caches must not be used again
-            sequence.error = error
+            sequence.error = raisable(error)
         if not sequence.alive:
             self._end()
         if sequence.error is not None:

@@ -372,11 +372,16 @@ def _drafters(args: argparse.Namespace) -> dict[str, Any]:
     if args.drafters is not None:
         found["drafters"] = tuple(args.drafters.split(","))
     if args.reference:
-        try:
-            found["references"] = [file.read_text(encoding="utf-8") for file in args.reference]
-        except (OSError, ValueError) as error:
-            raise mtp_spec.OptionError(f"--reference is not a readable text file: {error}") from error
+        found["references"] = [_reference(file) for file in args.reference]
     return found
+
+
+def _reference(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise mtp_spec.OptionError(f"--reference {file} is not a readable text file: {reason}") from error
 
 
 def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:

@@ -55,7 +55,8 @@ class Drafts(Protocol):
 
 
 class Drafter(Protocol):
-    """Proposes drafts for sequences. One object serves all sequences that a `Speculation` with it generates.
+    """Proposes drafts for sequences. One object serves all sequences that a `Speculation` with it generates. The lists
+    of ids that it is called with are its own, to keep or to change.
 
     If ranks share a model, drafters must propose the same on all of them, and have the same `repr`.
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.option_checks import shown
 
 IDS, INDEX = "ids.bin", "index.jsonl"
 DOMAINS = ("domain", "category")
@@ -252,7 +253,9 @@ def _chat(lm: LM, messages: list[Any]) -> tuple[list[int], list[Span]]:
 def _messages(entry: Mapping[str, Any], where: str, wanted: str) -> list[Any]:
     messages = entry.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
-        raise OptionError(f"{where} has no {wanted}: its keys are {', '.join(map(repr, entry)) or 'none'}")
+        given = [f'"{name}" is {shown(entry[name])}' for name in ("prompt", "text", "messages") if name in entry]
+        found = ", ".join(given) or f"its keys are {', '.join(map(repr, entry)) or 'none'}"
+        raise OptionError(f"{where} has no {wanted}, a text or a list of messages: {found}")
     return messages
 
 

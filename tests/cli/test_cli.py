@@ -81,6 +81,8 @@ def test_inspect_describes_the_bundled_model(capsys: pytest.CaptureFixture[str])
         (["generate", "x", "--n", "0"], "n=0"),
         (["generate", "x", "--branching", "9,9,9"], "64"),
         (["generate", "x", "--branching", "a"], "branching"),
+        (["generate", "x", "--reference", __file__, "--reference", "/no/file"], "--reference /no/file is not"),
+        (["generate", "x", "--reference", sys.executable], f"--reference {sys.executable} is not"),
         (["generate", "x", "--device", "tpu"], "device"),
         (["generate", "x", "--dtype", "int4"], "dtype"),
         (["generate", ""], "empty"),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -196,6 +197,71 @@ def test_a_wrong_proposal_fails_its_own_text_by_name(lm: mtp_spec.LM) -> None:
     assert len(lm.generate([1], max_new_tokens=8, speculation=nothing).token_ids) == 8
 
 
+class Selfish(Fixed):
+    """Takes each list that it is given for its own: goes on with the prompt's, and empties the others."""
+
+    def begin(self, prompt: Sequence[int]) -> Selfish:
+        self.text: Any = prompt
+        return self
+
+    def commit(self, tokens: Any) -> None:
+        self.text += tokens
+        tokens.clear()
+
+    def propose(self, path: Any, most: int) -> list[Continuation]:
+        found = [Continuation([self.text[-2], *path], [0.9], self.name)]
+        path.clear()
+        return found
+
+
+def test_a_drafter_may_change_the_lists_that_it_gets(lm: mtp_spec.LM) -> None:
+    for number, drafters in enumerate([(Selfish(),), ("mtp", Selfish(), "text"), (Selfish(), Selfish(name="other"))]):
+        for shape in ({"depth": 3}, {"branching": (2, 2)}, {"adaptive": True, "budget": 12}):
+            options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.9, "seed": number}
+            plain = lm.generate([1, 2, 3], speculation=None, **options)
+            out = lm.generate([1, 2, 3], speculation=Speculation(**shape, drafters=drafters), **options)
+            assert out.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("given", [
+    None, 3, "abc", [1], [[1, 2]], [((1,), (0.9,), "d")], [Continuation([1.5], [0.9], "d")],  # type: ignore[list-item]
+    [Continuation("12", [0.9], "d")], [Continuation([1], 0.9, "d")], [Continuation([1], [None], "d")],  # type: ignore
+])  # fmt: skip
+def test_what_is_no_continuation_is_refused_by_name(lm: mtp_spec.LM, given: Any) -> None:
+    class Wrong(Fixed):
+        def propose(self, path: Sequence[int], most: int) -> Any:
+            return given
+
+    for drafters in ((Wrong(name="mine"),), ("mtp", Wrong(name="mine"))):
+        with pytest.raises(mtp_spec.MTPSpecError, match=r"'mine' proposed .*: propose returns a list of"):
+            lm.generate([1, 2, 3], max_new_tokens=8, speculation=Speculation(2, drafters=drafters))
+
+
+def test_arrays_are_continuations_too(lm: mtp_spec.LM) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.0}
+    plain = lm.generate([1, 2, 3], speculation=None, **options)
+    for kind in (np.asarray, torch.tensor):
+
+        class Arrays(Fixed):
+            def commit(self, tokens: Sequence[int], kind: Any = kind) -> None:
+                self._done = [*getattr(self, "_done", ()), *tokens]
+                rest = plain.token_ids[len(self._done) :]
+                self._found = [Continuation(kind(rest), kind([0.9, 0.8]), "arrays")] if rest else []
+
+        out = lm.generate([1, 2, 3], speculation=Speculation(4, drafters=(Arrays(),)), **options)
+        assert out.token_ids == plain.token_ids
+        assert out.stats.accepted > 6
+
+
+def test_what_begin_returns_is_checked(lm: mtp_spec.LM) -> None:
+    class Forgetful(Fixed):
+        def begin(self, prompt: Sequence[int]) -> Any:
+            self.prompt = prompt
+
+    with pytest.raises(mtp_spec.MTPSpecError, match="'fixed' began with None: return an object with commit"):
+        lm.generate([1], max_new_tokens=8, speculation=Speculation(2, drafters=(Forgetful([1]),)))
+
+
 def test_what_always_fails_is_soon_left_alone(lm: mtp_spec.LM) -> None:
     """A planner believes a drafter's chances only as long as they come true."""
     wrong = Fixed([95] * 30, chance=0.95)
@@ -229,8 +295,10 @@ def test_options_are_checked_by_name(lm: mtp_spec.LM) -> None:
         ({"drafters": ()}, r"drafters=\(\)"),
         ({"drafters": ("mtp", "suffix")}, "'suffix'"),
         ({"drafters": (object(),)}, "drafters entry"),
+        ({"drafters": (Text,)}, "drafters entry=<class"),
         ({"drafters": ("text", Text())}, "different names"),
         ({"references": "a document"}, "list of texts"),
+        ({"references": "a document " * 999}, r"^.{200,400}$"),
         ({"references": [3]}, "references entry=3"),
         ({"references": [[1, -1]]}, "references token=-1"),
         ({"references": ["a" * 999], "drafters": ("mtp",)}, r"looks in, and drafters=\('mtp',\) does not"),

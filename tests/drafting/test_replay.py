@@ -1,4 +1,4 @@
-"""Drafts that are accepted by a law: so they are, on both backends, alone and in batches, and nothing else changes."""
+"""Drafts that are right with given probabilities: on both backends, alone and in batches; nothing else changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtp_spec.api import LM
 from mtp_spec.drafting import Replay
 from simulated import CHEAP_ROWS
 
-LAW = (0.7, 0.5, 0.2)
+RIGHT = (0.7, 0.5, 0.2)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.8, "ignore_eos": True}
 
 
@@ -31,9 +31,9 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     return lm
 
 
-def replayed(lm: LM, prompt: list[int], seed: int, distribution: Any = LAW, **shape: Any) -> tuple[Any, Speculation]:
+def replayed(lm: LM, prompt: list[int], seed: int, acceptance: Any = RIGHT, **shape: Any) -> tuple[Any, Speculation]:
     plain = lm.generate(prompt, seed=seed, speculation=None, **OPTIONS)
-    return plain, Speculation(**shape, drafters=("mtp", Replay(plain.token_ids, distribution, seed=seed)))
+    return plain, Speculation(**shape, drafters=("mtp", Replay(plain.token_ids, acceptance, seed=seed)))
 
 
 def test_drafts_are_accepted_by_the_law(lm: LM) -> None:
@@ -44,7 +44,7 @@ def test_drafts_are_accepted_by_the_law(lm: LM) -> None:
         assert out.token_ids == plain.token_ids
         assert out.stats.accepted_by_source == {"replay": out.stats.accepted}
         assert out.stats.drafted_by_source == {"replay": out.stats.drafted}
-        table = Replay(plain.token_ids, LAW, seed=seed).table(3, lm.config.vocab_size)
+        table = Replay(plain.token_ids, RIGHT, seed=seed).table(3, lm.config.vocab_size)
         made, accepted = 1, 0
         while made < len(plain.token_ids):  # the steps as the table has them
             count = 0
@@ -54,15 +54,15 @@ def test_drafts_are_accepted_by_the_law(lm: LM) -> None:
                 won[depth], tried[depth] = won[depth] + (depth < count), tried[depth] + 1
             made, accepted = made + count + 1, accepted + count
         assert abs(out.stats.accepted - accepted) <= 3  # the end cuts the last step
-    assert np.all(np.abs(won / tried - LAW) < 3.5 * np.sqrt(np.array(LAW) * (1 - np.array(LAW)) / tried))
+    assert np.all(np.abs(won / tried - RIGHT) < 3.5 * np.sqrt(np.array(RIGHT) * (1 - np.array(RIGHT)) / tried))
 
 
 @pytest.mark.usefixtures("auto_drafts")
 def test_always_and_never_right_alone_and_in_batches(lm: LM) -> None:
     prompts = [[3, 4, 5], [9, 8]]
     options = {**OPTIONS, "max_new_tokens": 18}
-    for distribution, tokens in ((1.0, 17 / 5), (0.0, 1.0)):
-        made = [replayed(lm, prompt, seed, [distribution], depth=3) for seed, prompt in enumerate(prompts)]
+    for acceptance, tokens in ((1.0, 17 / 5), (0.0, 1.0)):
+        made = [replayed(lm, prompt, seed, [acceptance], depth=3) for seed, prompt in enumerate(prompts)]
         handles = [lm.submit(prompt, seed=seed, speculation=speculation, **options)
                    for seed, (prompt, (_, speculation)) in enumerate(zip(prompts, made, strict=True))]  # fmt: skip
         for handle, (plain, speculation), prompt, seed in zip(handles, made, prompts, range(2), strict=True):
@@ -90,9 +90,9 @@ def test_draws_depend_on_place_depth_and_seed_only() -> None:
 
 
 def test_wrong_laws_ids_and_shapes_are_named(lm: LM) -> None:
-    for distribution in ((), "0.5", [1.5], [-0.1], [float("nan")], 0.5):
+    for acceptance in ((), "0.5", [1.5], [-0.1], [float("nan")], 0.5):
         with pytest.raises(mtp_spec.OptionError, match="acceptance="):
-            Replay([1], distribution)
+            Replay([1], acceptance)
     with pytest.raises(mtp_spec.OptionError, match="seed="):
         Replay([1], [0.5], seed=-1)
     wrong: list[Any] = ["ab", None, [1.5], [-1], [True]]

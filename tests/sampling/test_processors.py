@@ -193,3 +193,23 @@ def test_an_error_in_the_middle_of_a_step_is_the_one_that_is_told(lm: mtp_spec.L
         with pytest.raises(LookupError, match="own error"):
             asyncio.run(listen())
         assert told == whole.token_ids[: len(told)]
+
+
+@pytest.mark.parametrize("speculation", [None, 3, Speculation(adaptive=True, drafters=("mtp", "text"))])
+def test_an_iterator_without_more_is_an_error_and_no_end_of_the_text(lm: mtp_spec.LM, speculation: Any) -> None:
+    for count in range(4, 12):
+        options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "speculation": speculation}
+
+        def biases(count: int = count) -> Any:
+            left = iter(range(count))
+            return lambda ids, logits: logits.index_add(0, torch.tensor([next(left)]), torch.ones(1))
+
+        with pytest.raises(mtp_spec.MTPSpecError, match=r"raised StopIteration: .*give next\(\) a default"):
+            list(lm.stream([5, 6, 7], logits_processor=biases(), **options))
+        handle = lm.submit([5, 6, 7], logits_processor=biases(), **options)
+
+        async def listen(handle: mtp_spec.Handle = handle) -> None:
+            await asyncio.wait_for(handle, 60)
+
+        with pytest.raises(mtp_spec.MTPSpecError, match="raised StopIteration"):
+            asyncio.run(listen())

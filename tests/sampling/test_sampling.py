@@ -50,7 +50,7 @@ def test_noise_is_a_function_of_seed_position_and_token() -> None:
     assert not torch.equal(gumbel(5, 1, 100), gumbel(6, 1, 100))
 
 
-LAWS: dict[str, dict[str, Any]] = {
+DISTRIBUTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 0.5},
     "top_k": {"top_k": 3},
@@ -59,9 +59,9 @@ LAWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("distribution", list(LAWS))
+@pytest.mark.parametrize("distribution", list(DISTRIBUTIONS))
 def test_draws_follow_the_processed_law(distribution: str) -> None:
-    options: dict[str, Any] = {"temperature": 1.0, **LAWS[distribution]}
+    options: dict[str, Any] = {"temperature": 1.0, **DISTRIBUTIONS[distribution]}
     logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, 0.7])
     p = (logits / options["temperature"]).softmax(-1)
     order = p.argsort(descending=True)

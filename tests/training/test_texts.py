@@ -44,9 +44,10 @@ def test_every_token_of_plain_text_counts_but_the_first(demo: mtp_spec.LM) -> No
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"content": "x"}, r'line 3 has no "prompt" or "messages": its keys are \'content\''),
-        ({"messages": []}, 'has no "prompt" or "messages"'),
-        ({"messages": ["x"]}, 'has no "prompt" or "messages"'),
+        ({"content": "x"}, r'line 3 has no "prompt" or "messages", .*: its keys are \'content\''),
+        ({"prompt": 3}, 'has no "prompt" or "messages", a text or a list of messages: "prompt" is 3$'),
+        ({"messages": []}, r'has no "prompt" or "messages", .*: "messages" is \[\]$'),
+        ({"messages": ["x"]}, r'has no "prompt" or "messages", .*: "messages" is \[.x.\]$'),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "none of its messages is the user's"),
         ({"messages": [{"role": "nobody", "content": "x"}, {"role": "user", "content": "x"}]}, "roles are system"),
     ],
