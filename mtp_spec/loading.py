@@ -104,7 +104,7 @@ def load(
     folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
     if config is not None and path is None:
         raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
-    if mtp is not None and not isinstance(mtp, str | Path):
+    if mtp is not None and (not isinstance(mtp, str | Path) or mtp == ""):
         raise OptionError(f"mtp={mtp!r}: give the name of a folder with MTP modules, or None for the checkpoint's own")
     config_file = None if config is None else Path(config)
     if not isinstance(progress, bool) and not callable(progress):

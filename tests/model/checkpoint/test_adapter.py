@@ -114,8 +114,9 @@ def test_other_weights_are_noted_and_other_shapes_refused(tmp_path: Path) -> Non
 def test_bad_folders(tmp_path: Path) -> None:
     base = tiny.make(tmp_path / "model", "v3").folder
     given = adapter(tmp_path / "modules", base, base)
-    with pytest.raises(mtp_spec.OptionError, match="mtp=3: give the name of a folder"):
-        mtp_spec.load(base, mtp=3)
+    for wrong in (3, ""):
+        with pytest.raises(mtp_spec.OptionError, match=rf"mtp={wrong!r}: give the name of a folder"):
+            mtp_spec.load(base, mtp=wrong)
     with pytest.raises(mtp_spec.CheckpointError, match="no such folder"):
         mtp_spec.load(base, mtp=tmp_path / "nowhere")
     with pytest.raises(mtp_spec.CheckpointError, match="exists"):
