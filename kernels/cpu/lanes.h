@@ -164,6 +164,19 @@ ALWAYS vec4 totals_of_halves(const vec8 *half) {
     return __builtin_shufflevector(c, c, 0, 4, 2, 6) + __builtin_shufflevector(c, c, 1, 5, 3, 7);
 }
 
+// Eight of them.
+ALWAYS vec8 totals_of_eight(const vec8 *half) {
+    vec8 a[4], b[2];
+    UNROLL for (int i = 0; i < 4; i++)
+        a[i] = __builtin_shufflevector(half[i], half[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+               __builtin_shufflevector(half[i], half[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    UNROLL for (int i = 0; i < 2; i++)
+        b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(a[2 * i], a[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return __builtin_shufflevector(b[0], b[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+           __builtin_shufflevector(b[0], b[1], 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
 ALWAYS vec4 totals(vec v0, vec v1, vec v2, vec v3) {
     vec8 half[4] = {halves_added(v0), halves_added(v1), halves_added(v2), halves_added(v3)};
     return totals_of_halves(half);

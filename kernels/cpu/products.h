@@ -1,6 +1,6 @@
 // Products of rows with stored matrices, each row as if it were alone.
 #pragma once
-#include "lanes.h"
+#include "dense.h"
 
 // A matrix [rows, columns] as a checkpoint stores it; FP8 with float32 scales of blocks.
 typedef struct {
@@ -19,7 +19,6 @@ typedef struct {
 #define WIDEN_FROM 12  // rows from which it pays to widen weights once for all of them
 #define WIDE_COLUMNS 2048  // of rows whose weights are widened
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 static inline int64_t grouped(int64_t n) { return (n + FP8_GROUP - 1) / FP8_GROUP * FP8_GROUP; }
@@ -48,33 +47,6 @@ static inline int64_t room_pitch(int64_t columns) { return grouped(columns) + LA
 #ifndef ACROSS
 #define ACROSS 2  // times sixteen columns, for four rows
 #endif
-
-// Lanes that one register holds; rows of x, by four of w, whose sums of so many lanes fit; rows by sixteen columns.
-#if defined(__AVX512F__)
-#define PART 16
-#define DEEP 4
-#define BROAD 4
-#elif defined(__aarch64__)
-#define PART 4
-#define DEEP 4
-#define BROAD 4
-#else
-#define PART 8
-#define DEEP 3
-#define BROAD 6
-#endif
-
-typedef float part __attribute__((vector_size(PART * 4), aligned(4)));
-
-ALWAYS part fused_part(part a, part b, part c) {
-#if defined(__clang__)
-    return __builtin_elementwise_fma(a, b, c);
-#else
-    part out;
-    for (int l = 0; l < PART; l++) out[l] = __builtin_fmaf(a[l], b[l], c[l]);
-    return out;
-#endif
-}
 
 #define BLOCK(R, N)                                                                                                  \
     for (; n + N <= count; n += N) dot(kind, R, N, w + n * stride, stride, K, x, xs, y + n, ys, add);                \
@@ -114,75 +86,8 @@ static void dots(int64_t kind, int64_t R, const char *w, int64_t stride, int64_t
     }
 }
 
-// y[r][j] = x[r] . w[j] times `after` for R rows of x and N rows of w, all float32: the sums of `dot`, some lanes after
-// the others, so that registers hold the sums of more outputs.
-ALWAYS void dense(int R, int N, const float *w, int64_t stride, int64_t K, const float *x, int64_t xs, float *y, int64_t ys,
-                  float after, int add) {
-    const int64_t whole = K / LANES * LANES;
-    float lanes[DEEP][4][LANES];
-    UNROLL for (int64_t p = 0; p < LANES; p += PART) {
-        part sum[DEEP][4];
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = (part){0};
-        for (int64_t k = p; k < whole; k += LANES) {
-            part row[DEEP];
-            UNROLL for (int r = 0; r < R; r++) memcpy(&row[r], x + r * xs + k, sizeof(part));
-            UNROLL for (int j = 0; j < N; j++) {
-                part weights;
-                memcpy(&weights, w + j * stride + k, sizeof(part));
-                UNROLL for (int r = 0; r < R; r++) sum[r][j] = fused_part(row[r], weights, sum[r][j]);
-            }
-        }
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++)
-            memcpy(lanes[r][j] + p, &sum[r][j], sizeof(part));
-        // else a compiler would keep these in registers too, which there are too few of
-        if (p + PART < LANES) __asm__ volatile("" ::"r"(lanes) : "memory");
-    }
-    for (int r = 0; r < R && whole < K; r++) {
-        for (int j = 0; j < N; j++) {
-            vec weights = widen_some(F32, (const char *)(w + j * stride + whole), K - whole);
-            vec some = widen_some(F32, (const char *)(x + r * xs + whole), K - whole);
-            store(lanes[r][j], fused(some, weights, load(lanes[r][j])));
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++) {
-        float *out = y + r * ys;
-        if (N == 4) {
-            vec4 values = totals(load(lanes[r][0]), load(lanes[r][1]), load(lanes[r][2]), load(lanes[r][3])) * after, before;
-            memcpy(&before, out, sizeof before);
-            if (add) values = before + values;
-            memcpy(out, &values, sizeof values);
-            continue;
-        }
-        UNROLL for (int j = 0; j < N; j++) {
-            float value = total(load(lanes[r][j])) * after;
-            out[j] = add ? out[j] + value : value;
-        }
-    }
-}
-
-// All of count rows of w with R rows of x.
-static void dense_dots(int64_t R, const float *w, int64_t stride, int64_t count, int64_t K, const float *x, int64_t xs,
-                       float *y, int64_t ys, float after, int add) {
-#define ROWS(N)                                                                                                \
-    {                                                                                                          \
-        const float *own = w + n * stride;                                                                     \
-        if (rows == DEEP) dense(DEEP, N, own, stride, K, x + r * xs, xs, y + r * ys + n, ys, after, add);      \
-        else if (rows == 3) dense(3, N, own, stride, K, x + r * xs, xs, y + r * ys + n, ys, after, add);       \
-        else if (rows == 2) dense(2, N, own, stride, K, x + r * xs, xs, y + r * ys + n, ys, after, add);       \
-        else dense(1, N, own, stride, K, x + r * xs, xs, y + r * ys + n, ys, after, add);                      \
-    }
-    for (int64_t r = 0; r < R;) {
-        const int64_t rows = R - r == 4 && DEEP == 3 ? 2 : least(DEEP, R - r);
-        int64_t n = 0;
-        for (; n + 4 <= count; n += 4) ROWS(4)
-        for (; n < count; n++) ROWS(1)
-        r += rows;
-    }
-}
-
 // Many rows: weights are widened once for all of them; the sums are those of `dots`.
-#define GROUP 16  // rows of w at a time, at most
-#define NEAR 3072 // floats of them that leave room for others in the nearest cache
+#define NEAR 4096 // floats of them that leave room for others in the nearest cache
 static void many_dots(int64_t kind, int64_t R, const char *w, int64_t stride, int64_t count, int64_t K, const float *x,
                       int64_t xs, float *y, int64_t ys, int add, float *wide) {
     const int64_t pitch = room_pitch(K), length = kind == FP8 ? grouped(K) : K;

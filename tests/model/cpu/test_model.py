@@ -43,6 +43,7 @@ from mtp_spec.model.cache import PAGE, LatentCache
 from mtp_spec.model.checkpoint.folder import load_checkpoint, open_checkpoint
 from mtp_spec.model.cpu.checkpoint import load_cpu_model
 from mtp_spec.model.cpu.model import SCALE, CPUModel
+from mtp_spec.model.cpu.room import LINE, zeros
 from mtp_spec.model.errors import CheckpointError
 from places import SUPPORT
 
@@ -325,6 +326,13 @@ def test_torchs_default_type_is_not_the_engines() -> None:
             assert all(torch.equal(a, b) for a, b in zip(scenario(model), expected, strict=True))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 1000, 1 << 20])
+def test_working_memory_begins_with_a_line(count: int) -> None:
+    memory = zeros(count)
+    assert memory.data_ptr() % LINE == 0 or not count
+    assert torch.equal(memory, torch.zeros(count))
 
 
 def test_embeddings_in_fp8_have_their_scales(tmp_path: Path) -> None:
