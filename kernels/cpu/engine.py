@@ -25,7 +25,7 @@ LEVELS = {0: None, 1: "avx2", 2: "avx512"}
 KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: 2, torch.float16: 3}
 LANES = 16
 STALE = "the CPU engine was compiled from other sources than are here"
-REMEDY = "compile it again (pip install -e . or python kernels/cpu/build.py), or set MTP_SPEC_CPU=torch"
+REMEDY = f"compile it again (pip install -e . or python kernels/cpu/build.py), or set {SWITCH}=torch"
 
 
 class MatrixStruct(Structure):

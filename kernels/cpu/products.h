@@ -205,6 +205,19 @@ static void dense_columns(int64_t R, const float *w, int64_t stride, int64_t T, 
         axpy_some(F32, (const char *)(w + whole), stride * 4, T, p + r * ps, y + r * ys + whole, columns - whole);
 }
 
+// One row of x for `columns`: times the scales of rows first .. first + N - 1 of the matrix at column c.
+static void scale_numbers(const Matrix *m, int64_t first, int64_t N, int64_t c, const float *from, float *to) {
+    if (m->kind != FP8) {
+        memcpy(to, from, (size_t)N * 4);
+        return;
+    }
+    for (int64_t n = 0; n < N;) {
+        const int64_t block = (first + n) / m->block_rows, stop = least(N, (block + 1) * m->block_rows - first);
+        const float factor = m->scale[block * blocks_of(m->columns, m->block_columns) + c / m->block_columns];
+        for (; n < stop; n++) to[n] = from[n] * factor;
+    }
+}
+
 // y[r][c] = sum over n of x[r][n] w[first + n][c]: rows first .. first + N - 1 of the matrix, for R rows of x.
 ALWAYS void columns_of(int kind, const Matrix *m, int64_t first, int64_t N, int64_t R, const float *x, int64_t xs,
                        float *y, int64_t ys, const Room *room) {
@@ -214,17 +227,7 @@ ALWAYS void columns_of(int kind, const Matrix *m, int64_t first, int64_t N, int6
         for (int64_t r = 0; r < R; r += 4) {
             int64_t rows = least(4, R - r), pitch = padded(N);
             for (int64_t i = 0; i < rows; i++) {
-                const float *from = x + (r + i) * xs;
-                float *to = room->rows + i * pitch;
-                for (int64_t n = 0; n < N;) {
-                    int64_t block = kind == FP8 ? (first + n) / m->block_rows : 0, stop = N;
-                    float factor = 1.0f;
-                    if (kind == FP8) {
-                        stop = least(N, (block + 1) * m->block_rows - first);
-                        factor = m->scale[block * blocks_of(m->columns, wide) + c / wide];
-                    }
-                    for (; n < stop; n++) to[n] = from[n] * factor;
-                }
+                scale_numbers(m, first, N, c, x + (r + i) * xs, room->rows + i * pitch);
                 memset(y + (r + i) * ys + c, 0, (size_t)(last - c) * 4);
             }
             const float *p = room->rows;
@@ -257,19 +260,7 @@ static void many_columns(const Matrix *m, int64_t first, int64_t N, int64_t R, c
     const int64_t wide = kind == FP8 ? m->block_columns : m->columns;
     for (int64_t c = 0; c < m->columns; c += wide) {
         const int64_t last = least(m->columns, c + wide);
-        for (int64_t i = 0; i < R; i++) {
-            const float *from = x + i * xs;
-            float *to = room->rows + i * pitch;
-            for (int64_t n = 0; n < N;) {
-                int64_t block = kind == FP8 ? (first + n) / m->block_rows : 0, stop = N;
-                float factor = 1.0f;
-                if (kind == FP8) {
-                    stop = least(N, (block + 1) * m->block_rows - first);
-                    factor = m->scale[block * blocks_of(m->columns, wide) + c / wide];
-                }
-                for (; n < stop; n++) to[n] = from[n] * factor;
-            }
-        }
+        for (int64_t i = 0; i < R; i++) scale_numbers(m, first, N, c, x + i * xs, room->rows + i * pitch);
         for (int64_t k = c; k < last; k += LANES) {
             const int64_t some = least(LANES, last - k);
             const char *w = m->data + first * stride + k * ITEM[kind];

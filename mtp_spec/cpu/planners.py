@@ -92,12 +92,8 @@ def calibrated(times: StepTimes, model: HostModel, technique: Technique, tokeniz
         lease = HostPages(model.new_layers(pages_for(request.room)), len(model.mtp)).lease([], request.room, True)
         assert lease is not None
         state = HostState(model, technique, Sequence(request), lease, None)
-        passes, seconds, planner, pending = (
-            Passes(model, technique),
-            list[float](),
-            FixedPlanner(),
-            PendingTimes(alone=True),
-        )
+        passes, seconds = Passes(model, technique), list[float]()
+        planner, pending = FixedPlanner(), PendingTimes(alone=True)
         step(HostStep(passes, [], [state], planner, pending))
         for _ in range(STEPS):
             start = perf_counter()
