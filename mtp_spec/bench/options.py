@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import mtp_spec
 from mtp_spec.api import LM
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, publish
+from mtp_spec.errors import OptionError
 from mtp_spec.load_checks import CACHE_DTYPES
 
 
@@ -86,6 +87,25 @@ LOADED = (
     WEIGHTS,
     *CACHE,
 )
+
+
+def complete(args: argparse.Namespace, own: Mapping[str, Any], every: Iterable[str], why: str) -> None:
+    """Fills in the defaults of one way to run a benchmark, and refuses options that have an effect in other ways only.
+
+    Args:
+        own: defaults by name, of options that are None or False unless they are given.
+        every: names of the options of all ways.
+        why: what the error says of an option that is not one of `own`.
+
+    Raises:
+        OptionError: such an option was given.
+    """
+    for name in every:
+        if name not in own and getattr(args, name, None):
+            raise OptionError(f"--{name.replace('_', '-')} {why}")
+    for name, default in own.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, default)
 
 
 def text_options(prompts: int, tokens: int) -> tuple[Option, Option]:

@@ -21,7 +21,7 @@ from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
 from mtp_spec.bench import parsing, prompts_cpu
 from mtp_spec.bench.common import Report, Row
-from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option, OptionGroup, Switch
+from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option, OptionGroup, Switch, complete
 from mtp_spec.bench.passes import fill, slice_of
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.timing import kernel_times
@@ -39,9 +39,12 @@ LISTED = 20  # kernels in a table
 
 # options of one device, and their defaults
 SLICE: dict[str, Any] = {
-    "shape": "671B", "forms": list(FORMS), "dtype": "fp8", "layers": 4, "prefill_tokens": None, "kernels": False,
+    "tokens": TOKENS, "repeats": REPEATS, "shape": "671B", "forms": list(FORMS), "dtype": "fp8", "layers": 4,
+    "prefill_tokens": None, "kernels": False,
 }  # fmt: skip
-FOLDER: dict[str, Any] = {"model": None, "transformers": False, "threads": None}
+FOLDER: dict[str, Any] = {
+    "tokens": prompts_cpu.TOKENS, "repeats": CPU_REPEATS, "model": None, "transformers": False, "threads": None,
+}  # fmt: skip
 
 
 def prefill(args: argparse.Namespace) -> Report | None:
@@ -53,18 +56,11 @@ def prefill(args: argparse.Namespace) -> Report | None:
     on_gpu = args.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise OptionError("--device cuda: torch finds no CUDA device; leave it out to time prompts on the CPU")
-    own, other = (SLICE, FOLDER) if on_gpu else (FOLDER, SLICE)
-    for name in other:
-        if getattr(args, name):
-            raise OptionError(f"--{name.replace('_', '-')} belongs to the other device: --device is {args.device}")
-    for name, default in own.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    why = f"belongs to the other device: --device is {args.device}"
+    complete(args, SLICE if on_gpu else FOLDER, [*SLICE, *FOLDER], why)
     if not on_gpu:
-        args.tokens, args.repeats = args.tokens or prompts_cpu.TOKENS, args.repeats or CPU_REPEATS
         prompts_cpu.cpu_prompts(args)
         return None
-    args.tokens, args.repeats = args.tokens or TOKENS, args.repeats or REPEATS
     args.shape = parsing.shape_file(args.shape) if isinstance(args.shape, str) else args.shape
     return _on_a_gpu(args)
 

@@ -24,7 +24,7 @@ from mtp_spec.backends import open_backend
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.launches import launches
-from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option, OptionGroup, Switch
+from mtp_spec.bench.options import JSON, SHAPE, Benchmark, Option, OptionGroup, Switch, complete
 from mtp_spec.bench.passes import (
     Work,
     chain_tokens,
@@ -66,7 +66,14 @@ ACCEPTED = {
 SLICE, WHOLE = "accept, share of this slice's step", "accept, share of a whole model's step"
 TEXT = "text"
 PARTS = ("passes", "layers", "launches", "accepting", TEXT)
-SLICE_ROWS, SLICE_LAW = [1, 2, 3, 4, 8, 16], [0.8]
+# options of each way to run it, and their defaults
+COMMON: dict[str, Any] = {"dtype": "fp8", "layers": None, "library": False, "device": "cuda"}
+OF_SLICE = {**COMMON, "rows": [1, 2, 3, 4, 8, 16], "parts": list(PARTS), "acceptance": [0.8], "context": 1024}
+OF_WHOLE = {
+    **COMMON, "rows": WHOLE_ROWS, "parts": list(WHOLE_PARTS), "acceptance": LAW, "contexts": CONTEXTS, "depths": DEPTHS,
+    "max_new_tokens": 96, "whole": True,
+}  # fmt: skip
+OF_FIT = {"acceptance": LAW, "depths": DEPTHS, "between_hosts": (10.0, 50.0), "fit": None}
 
 
 def step(args: argparse.Namespace) -> Report:
@@ -136,14 +143,14 @@ BENCHMARK = Benchmark(
         JSON,
         SHAPE,
         Option("--rows", "rows to time (1,2,3,4,8,16; --whole: 1,2,4,8)", type=parsing.integers, metavar="M,..."),
-        Option("--context", "committed tokens (1024)", type=parsing.count, default=1024),
+        Option("--context", "committed tokens (1024)", type=parsing.count),
         Option(
             "--parts",
             f"what to measure (all): {', '.join(PARTS)}; --whole: {', '.join(WHOLE_PARTS)}",
             type=parsing.chosen(list(dict.fromkeys(PARTS + WHOLE_PARTS))),
             metavar="NAME,...",
         ),
-        Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16"), default="fp8"),
+        Option("--dtype", "of the weights: fp8 or bfloat16 (fp8)", choices=("fp8", "bfloat16")),
         Option(
             "--acceptance",
             "chances that a draft of depth 1, 2, ... is accepted, for the notes on chains (0.8) and --whole's replay "
@@ -160,16 +167,14 @@ BENCHMARK = Benchmark(
                 "--contexts",
                 "committed tokens (1024,8192,32768)",
                 type=parsing.integers,
-                default=CONTEXTS,
                 metavar="N,...",
             ),
-            Option("--depths", "chains to replay (1,2,3)", type=parsing.depths, default=DEPTHS, metavar="K,..."),
-            Option("--max-new-tokens", "tokens a text (96)", type=parsing.count, default=96, metavar="N"),
+            Option("--depths", "chains to replay (1,2,3)", type=parsing.depths, metavar="K,..."),
+            Option("--max-new-tokens", "tokens a text (96)", type=parsing.count, metavar="N"),
             Option(
                 "--device",
                 "cuda, or cpu: the kernels' references, to check the program (cuda)",
                 choices=("cuda", "cpu"),
-                default="cuda",
             ),
             Option(
                 "--fit",
@@ -182,7 +187,6 @@ BENCHMARK = Benchmark(
                 "--between-hosts",
                 "of --fit: microseconds and GB/s that the network is assumed to have (10,50)",
                 type=parsing.pair,
-                default=(10.0, 50.0),
                 metavar="US,GB/s",
             ),
         ),
@@ -191,19 +195,20 @@ BENCHMARK = Benchmark(
 
 
 def _complete(args: argparse.Namespace) -> None:
-    """Fills in the defaults that differ with --whole; rejects what has no meaning beside it, or without it."""
-    of_all = args.whole or bool(args.fit)
-    parts = WHOLE_PARTS if of_all else PARTS
-    args.parts = args.parts or list(parts)
-    args.rows = args.rows or (WHOLE_ROWS if of_all else SLICE_ROWS)
-    args.acceptance = args.acceptance or (LAW if of_all else SLICE_LAW)
-    for name in args.parts:
-        if name not in parts:
-            raise OptionError(
-                f"--parts {name}: {'with' if of_all else 'without'} --whole allowed are {', '.join(parts)}"
-            )
-    if args.device == "cpu" and not of_all:
+    """Fills in the defaults of the way that --whole and --fit choose; refuses options without effect there."""
+    own, why = OF_SLICE, "has an effect with --whole only, or with --fit"
+    if args.fit:
+        own, why = OF_FIT, "has no effect beside --fit, which measures nothing"
+    elif args.whole:
+        own, why = OF_WHOLE, "has no effect beside --whole"
+    if args.device == "cpu" and own is OF_SLICE:
         raise OptionError("--device cpu goes with --whole: a slice is timed on a GPU")
+    complete(args, own, [*OF_SLICE, *OF_WHOLE, *OF_FIT], why)
+    for name in args.parts or ():
+        if name not in own["parts"]:
+            raise OptionError(
+                f"--parts {name}: {'with' if args.whole else 'without'} --whole allowed are {', '.join(own['parts'])}"
+            )
 
 
 def measure(

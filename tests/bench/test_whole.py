@@ -174,6 +174,13 @@ def test_no_room_is_one_error_before_anything_is_allocated(
         (["--whole", "--device", "cpu", "--max-new-tokens", "300"], "with --whole 256 or fewer"),
         (["--fit", "nowhere.json"], "--fit nowhere.json: not a JSON document"),
         (["--between-hosts", "10,0"], "give two numbers above 0"),
+        (["--contexts", "1024"], "--contexts has an effect with --whole only"),
+        (["--depths", "2"], "--depths has an effect with --whole only"),
+        (["--max-new-tokens", "9"], "--max-new-tokens has an effect with --whole only"),
+        (["--between-hosts", "10,50"], "--between-hosts has an effect with --whole only, or with --fit"),
+        (["--whole", "--context", "9"], "--context has no effect beside --whole"),
+        (["--whole", "--fit", "a.json"], "--whole has no effect beside --fit"),
+        (["--rows", "2", "--fit", "a.json"], "--rows has no effect beside --fit"),
     ],
 )
 def test_what_has_no_meaning_is_named(given: list[str], cause: str, capsys: pytest.CaptureFixture[str]) -> None:
