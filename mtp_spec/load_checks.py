@@ -122,7 +122,7 @@ def _on_kernels(
             empty.prefill_tokens = prefill_tokens
             if not empty.expanded:
                 raise OptionError(f"prefill_tokens={prefill_tokens!r} is for models of hidden_size {LEAST_HIDDEN} and "
-                                  'more, on a Hopper GPU; leave it out, or give "auto"')  # fmt: skip
+                                  "more, on a Hopper GPU; leave it out")  # fmt: skip
     check_memory(empty, limit, device, max_batch, cache_tokens, remedy, prefill_tokens == AUTO_PREFILL)
     model = load_device_model(checkpoint, device, report, ids, packed_cache, ranks, wide, no_fp8 is None)
     model.expanded, model.prefill_tokens = empty.expanded, empty.prefill_tokens
@@ -226,14 +226,12 @@ def check_batch(max_batch: int, cache_tokens: int | None, device: str) -> None:
 
 def check_prefill(prefill_tokens: int | str | None, device: str) -> None:
     """Rejects an impossible number of prompt tokens per pass."""
-    if prefill_tokens is None:
+    if prefill_tokens is None or prefill_tokens == AUTO_PREFILL:
         return
     least, most, given = PREFILL_ROWS[-1], MOST_PREFILL, f"prefill_tokens={prefill_tokens!r}"
-    if prefill_tokens != AUTO_PREFILL:
-        if isinstance(prefill_tokens, bool | str) or not isinstance(prefill_tokens, int):
-            raise OptionError(f'{given}: an integer from {least} to {most}, or "{AUTO_PREFILL}"')
-        if not least <= prefill_tokens <= most:
-            raise OptionError(f'{given}: an integer from {least} to {most}, or "{AUTO_PREFILL}"')
+    number = isinstance(prefill_tokens, int) and not isinstance(prefill_tokens, bool)
+    if not number or not least <= int(prefill_tokens) <= most:
+        raise OptionError(f'{given}: an integer from {least} to {most}, "{AUTO_PREFILL}" or None')
     if str(device).split(":")[0] == "cpu":
         raise OptionError(f"{given} is for a Hopper GPU: leave it out on a CPU")
 

@@ -11,6 +11,7 @@ from mtp_spec.kernels.mla.cache import KEYS, Cache, Layout, cache_bytes, new_cac
 from mtp_spec.kernels.mla.plan import TILE, Head, Plan, chain, split_of
 from mtp_spec.kernels.mla.prompt import (
     EXPANDED_ROWS,
+    EXPANDED_TOKENS,
     Span,
     Spans,
     attend_prompt,
@@ -21,7 +22,7 @@ from mtp_spec.kernels.mla.prompt import (
 )
 from mtp_spec.kernels.mla.reference import absorb_reference, attend_reference, prepare_reference, up_reference
 
-__all__ = ["EXPANDED_ROWS", "KEYS", "TILE", "Cache", "Head", "Layout", "Plan", "Span", "Spans", "absorb",
+__all__ = ["EXPANDED_ROWS", "EXPANDED_TOKENS", "KEYS", "TILE", "Cache", "Head", "Layout", "Plan", "Span", "Spans", "absorb",
            "absorb_reference", "attend", "attend_prompt", "attend_prompt_reference", "attend_reference", "cache_bytes",
            "chain", "expanded_rows", "long_rows", "new_caches", "prepare", "prepare_reference", "prompt_bytes",
            "room_bytes", "split_of", "up", "up_reference", "whole_blocks"]  # fmt: skip

@@ -36,7 +36,10 @@ try:
 except ImportError:  # no Triton for this platform: the reference remains
     triton = None
 
-EXPANDED_ROWS = 256  # rows of a prompt are expanded in runs of this many, beginning at multiples of it
+# rows of a prompt are expanded in runs of this many, beginning at multiples of it: a page of the cache. The absorbed form
+# of DeepSeek-V3's heads takes as long for about 25 rows as expanding all latents before them does
+EXPANDED_ROWS = 64
+EXPANDED_TOKENS = 512  # in prompts of at least this many tokens; shorter ones are bound by launches
 EXPANDED_BYTES = 2**30
 SHARED = 220 * 1024  # bytes of a program's shared memory for queries, keys and values
 PIECE, TILE = 64, 128  # columns of a head read at once; rows of a program
@@ -74,13 +77,15 @@ def long_rows(spans: Spans) -> tuple[slice, ...]:
     return tuple(slice(span.first, span.first + span.expanded) for span in spans if span.expanded)
 
 
-def expanded_rows(tokens: int, run: int) -> int:
+def expanded_rows(tokens: int, run: int, modules: int = 0, least: int = EXPANDED_TOKENS) -> int:
     """Returns how many rows of a prompt, the first ones, are attended in the expanded form: all whole runs.
 
     Args:
         run: rows of a run; 0 if no row is.
+        modules: MTP modules, whose slots of these rows are filled from the prompt's own tokens.
+        least: tokens of the shortest prompt that has such rows.
     """
-    return tokens // run * run if run else 0
+    return max(0, tokens - modules) // run * run if run and tokens >= least else 0
 
 
 def fits(head: Head) -> bool:

@@ -145,6 +145,8 @@ class DeviceModel:
         self.dtype = next((slot.dtype for slot in slots if slot.dtype == fp8.E4M3), dtype)
         # a prompt's rows are attended in the expanded form in whole runs of this many, 0 for none; most rows of a pass
         self.expanded, self.prefill_tokens = 0, PREFILL_TOKENS
+        # tokens of the shortest prompt with such rows
+        self.least_expanded = mla.EXPANDED_TOKENS
         self._table = torch.empty(0, 2, config.qk_rope_head_dim, dtype=torch.float32, device=self.device)
 
     def expanded_on(self, device: torch.device | str) -> int:
@@ -166,7 +168,12 @@ class DeviceModel:
         It depends on nothing else, so that the bits of a row depend neither on the pass nor on what is cached. All
         slots of these rows in the MTP modules' caches are filled from the prompt's own tokens.
         """
-        return mla.expanded_rows(max(0, tokens - len(self.mtp)), self.expanded)
+        return mla.expanded_rows(tokens, self.expanded, len(self.mtp), self.least_expanded)
+
+    @property
+    def most_absorbed(self) -> int:
+        """Most rows of a prompt that a pass over a long one attends in the absorbed form."""
+        return max(self.expanded, self.least_expanded) + len(self.mtp) if self.expanded else 0
 
     def rows(self, ids: Tensor, caches: list[Cache], plan: mla.Plan | mla.Spans) -> Tensor:
         """Appends tokens ids `[M]` int64 to the caches and returns their normed hidden states `[M, D]`."""

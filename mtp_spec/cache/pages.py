@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Generic, TypeVar
@@ -58,15 +58,17 @@ class Pages(ABC, Generic[L]):
         modules: number of MTP modules whose slots they hold too.
         unit: pages are shared in runs of this many; 1 if a row's bits do not depend on the pass that computed it.
         most_idle: most pages that are kept for later sequences; None keeps all.
-        run: tokens at the start of a prompt are computed with other bits than generated ones, in whole runs of this
-            many, a multiple of `PAGE`; 0 if all have the same. A page is shared with sequences that would compute the
-            same bits.
+        expanded: how many of the tokens at the start of a prompt of so many are computed with other bits than generated
+            ones, a multiple of `PAGE`, with the modules' slots; None if all have the same bits. A page is shared with
+            sequences that would compute the same bits.
     """
 
     def __init__(
-        self, total: int, modules: int, unit: int = 1, most_idle: int | None = None, run: int = 0
+        self, total: int, modules: int, unit: int = 1, most_idle: int | None = None,
+        expanded: Callable[[int], int] | None = None,
     ) -> None:  # fmt: skip
-        self.total, self.modules, self.unit, self._most_idle, self.run = total, modules, unit, most_idle, run
+        self.total, self.modules, self.unit, self._most_idle = total, modules, unit, most_idle
+        self.expanded = expanded or (lambda _: 0)
         self._lock, self._returned = Lock(), deque[list[int]]()
         self._free, self._uses = list(range(self.total)), [0] * self.total
         self._nodes: dict[Name, _Node] = {}
@@ -105,10 +107,6 @@ class Pages(ABC, Generic[L]):
             lease = self._leased(pages, len(shared), all(node.drafted for node in shared))
             lease.expanded = self.expanded(len(prompt))
             return lease
-
-    def expanded(self, tokens: int) -> int:
-        """Returns how many tokens of a prompt of `tokens` are in whole runs, with the modules' slots."""
-        return max(0, tokens - self.modules) // self.run * self.run if self.run else 0
 
     def give_back(self, pages: list[int]) -> None:
         """Takes back the pages of a lease that has ended; the garbage collector may call this at any point."""
@@ -263,7 +261,7 @@ class Lease:
     Attributes:
         reused: tokens in the shared pages.
         drafted: whether the modules' slots of the shared pages are filled too.
-        expanded: how many of the prompt's tokens are in whole runs, see `Pages`.
+        expanded: how many of the prompt's tokens have bits of their own, see `Pages`.
     """
 
     def __init__(self, store: Pages[L], pages: list[int], shared: int, drafted: bool) -> None:

@@ -82,7 +82,7 @@ def plan_memory(
     if model.expanded:
         largest += prompt_pass_bytes(model, min(model.prefill_tokens, max_context), capacity)
     weights, drafts = (sum(t.nbytes for t in part) for part in (model.checkpoint_slots().values(), model.derived()))
-    absorbed = max(read, PREFILL_ROWS[-1] + model.expanded, rows)
+    absorbed = max(read, PREFILL_ROWS[-1], model.most_absorbed, rows)
     room = mla.room_bytes(capacity, head, absorbed, min(max_batch, STEP_SEQUENCES))
     return MemoryPlan(weights, drafts, caches, room + table + settings + largest)
 
@@ -125,7 +125,7 @@ def prompt_pass_bytes(model: DeviceModel, rows: int, keys: int) -> int:
     each, wide = (1 if attention.o.packed else 2), 2 if model.wide else 1
     values, queries = head.heads * head.value, head.heads * (head.nope + head.rope)
     down = 2 * (attention.a_rows + head.width)
-    tail = min(rows, model.expanded + config.num_nextn_predict_layers)
+    tail = min(rows, model.most_absorbed)
     attended = rows * (down + 2 * queries + (2 + each) * values) + mla.prompt_bytes(keys, rows, head)
     attended += tail * (head.padded * head.width * 2 + head.heads * (head.latent * 2 + head.value))
     dense = (4 + wide) * max(

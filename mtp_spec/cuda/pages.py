@@ -49,7 +49,7 @@ class DevicePages(Pages["DeviceLease"]):
     """
 
     def __init__(self, model: DeviceModel, tokens: int, total: int, most: int) -> None:
-        super().__init__(total, len(model.mtp), run=model.expanded)
+        super().__init__(total, len(model.mtp), expanded=model.expanded_rows)
         self.most = most
         self.caches = model.new_caches(tokens + SLACK, step_rows(most), total + IDLE_PAGES)
         self.idle_row, columns = most + EXTRA_ROWS, self.caches[0].capacity // KEYS

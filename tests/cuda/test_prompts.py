@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_lm(folder: Path, most: int = 1, tokens: int = 8192, run: int = PAGE) -> LM:
     """A model whose prompts are attended in the expanded form, in passes of up to `tokens` rows."""
     model = load_device_model(folder, "cpu")
-    model.expanded, model.prefill_tokens = run, tokens
+    model.expanded, model.prefill_tokens, model.least_expanded = run, tokens, 0
     return lm_of(model, None, CONTEXT, max_batch=most)
 
 
@@ -57,8 +57,11 @@ def test_whole_runs_are_expanded(folder: Path) -> None:
     assert model.expanded == 0
     assert model.expanded_on("cpu") == 0
     model.expanded = EXPANDED_ROWS
-    # the last run is whole only if both modules' slots are filled from the prompt
-    for tokens, rows in ((1, 0), (257, 0), (258, 256), (513, 256), (514, 512), (4098, 4096)):
+    # the last run is whole only if both modules' slots are filled from the prompt; short prompts have none
+    for tokens, rows in ((1, 0), (66, 0), (511, 0), (512, 448), (513, 448), (514, 512), (4097, 4032), (4098, 4096)):
+        assert model.expanded_rows(tokens) == rows
+    model.least_expanded = 0
+    for tokens, rows in ((1, 0), (65, 0), (66, 64), (511, 448)):
         assert model.expanded_rows(tokens) == rows
 
 
@@ -166,7 +169,7 @@ def test_fewer_rows_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("wrong", [0, 255, 32769, 1.5, True, "most"])
 def test_impossible_sizes_are_refused(wrong: Any) -> None:
-    with pytest.raises(mtp_spec.OptionError, match=r'prefill_tokens=.*: an integer from 256 to 32768, or "auto"'):
+    with pytest.raises(mtp_spec.OptionError, match=r'prefill_tokens=.*: an integer from 256 to 32768, "auto" or None'):
         mtp_spec.load(prefill_tokens=wrong)
     with pytest.raises(mtp_spec.OptionError, match="prefill_tokens=512 is for a Hopper GPU: leave it out on a CPU"):
         mtp_spec.load(prefill_tokens=512)
