@@ -22,7 +22,8 @@ from mtp_spec.kernels.mla.prompt import (
 )
 from mtp_spec.kernels.mla.reference import absorb_reference, attend_reference, prepare_reference, up_reference
 
-__all__ = ["EXPANDED_ROWS", "EXPANDED_TOKENS", "KEYS", "TILE", "Cache", "Head", "Layout", "Plan", "Span", "Spans", "absorb",
+__all__ = ["EXPANDED_ROWS", "EXPANDED_TOKENS", "KEYS", "TILE", "Cache", "Head", "Layout", "Plan", "Span", "Spans",
+           "absorb",
            "absorb_reference", "attend", "attend_prompt", "attend_prompt_reference", "attend_reference", "cache_bytes",
            "chain", "expanded_rows", "long_rows", "new_caches", "prepare", "prepare_reference", "prompt_bytes",
            "room_bytes", "split_of", "up", "up_reference", "whole_blocks"]  # fmt: skip

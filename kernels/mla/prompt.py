@@ -36,8 +36,8 @@ try:
 except ImportError:  # no Triton for this platform: the reference remains
     triton = None
 
-# rows of a prompt are expanded in runs of this many, beginning at multiples of it: a page of the cache. The absorbed form
-# of DeepSeek-V3's heads takes as long for about 25 rows as expanding all latents before them does
+# rows of a prompt are expanded in runs of this many, beginning at multiples of it: a page of the cache. With
+# DeepSeek-V3's heads expanding all latents takes as long as about 25 rows of the absorbed form
 EXPANDED_ROWS = 64
 EXPANDED_TOKENS = 512  # in prompts of at least this many tokens; shorter ones are bound by launches
 EXPANDED_BYTES = 2**30
