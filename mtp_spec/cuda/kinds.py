@@ -31,7 +31,8 @@ class Kind:
         replay: whether drafts are replaced by those of a `drafting.Replay`.
         modules: whether the MTP modules draft.
         scripted: whether the drafts of the last shape are other drafters' (`script`); plain decoding is first then.
-        eager: whether that shape is taken whenever there are such drafts.
+        eager: whether every step drafts: that shape is taken if there are such drafts, unless the modules' fixed tree
+            promises more.
     """
 
     shapes: tuple[TreeShape, ...]
@@ -73,7 +74,7 @@ def kind_of(request: Request, watched: bool = False) -> Kind:
     replay = speculation is not None and speculation.replay is not None
     # an observer wants rows that drafts come from
     scripted, modules = bool(request.drafters) and not watched, request.modules
-    eager = scripted and not modules and speculation is not None and not speculation.adaptive
+    eager = scripted and speculation is not None and not speculation.adaptive
     return Kind(_shapes(speculation, modules, scripted), rule, guided, watched, replay, modules, scripted, eager)
 
 
@@ -88,24 +89,22 @@ def check_mixed(speculation: Speculation) -> None:
     if speculation.acceptance != "coupled":
         allowed = f'("{MODULES}",) with acceptance="{speculation.acceptance}" on a GPU; others need "coupled", or a CPU'
         raise invalid("drafters", speculation.drafters, allowed)
-    if speculation.modules and not speculation.adaptive:
-        allowed = "the MTP modules alone in a fixed tree on a GPU; give adaptive=True for both, or leave them out"
-        raise invalid("drafters", speculation.drafters, allowed)
     if not speculation.modules and not speculation.is_chain:
         raise invalid("branching", speculation.branching, "a chain on a GPU, if the MTP modules do not draft")
 
 
 @lru_cache  # called for every sequence in every round of its prefill
 def _shapes(speculation: Speculation | None, modules: bool, scripted: bool) -> tuple[TreeShape, ...]:
-    """Returns the shapes of steps; for adaptive speculation plain decoding, then trees of growing depth, then the chain
-    of other drafters."""
+    """Returns the shapes of steps: the fixed tree; if there are several plain decoding, then the modules' trees, of
+    growing depth for adaptive speculation, then the chain of other drafters."""
     if speculation is None or not (modules or scripted):
         return (TreeShape(),)
     if not modules:
         chain = Speculation(depth=MAX_DEPTH if speculation.adaptive else speculation.depth)
         return (TreeShape(), TreeShape.of(chain))
     if not speculation.adaptive:
-        return (TreeShape.of(speculation),)
+        fixed = TreeShape.of(speculation)
+        return (TreeShape(), fixed, TreeShape.of(Speculation(speculation.depth))) if scripted else (fixed,)
     trees = [
         Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
         for depth in range(1, speculation.depth + 1)

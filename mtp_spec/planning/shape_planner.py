@@ -101,7 +101,7 @@ class ShapeBatch:
         left: most tokens that any of them may still generate.
         behind: their rows that the MTP modules have not processed.
         given: expected tokens of a step with other drafters' proposals; 1 if they have none.
-        eager: whether they are taken without comparing.
+        eager: whether every step drafts: the deepest of the modules' trees, if other drafters do not promise more.
     """
 
     table: ShapeTable
@@ -153,11 +153,15 @@ class ShapePlanner:
     def _choose(self, batch: ShapeBatch, tokens: Sequence[float]) -> int:
         table, drafting = batch.table, batch.table.drafting
         if table.scripted is not None and batch.given > 1.0:
-            others = [tokens[shape] / table.relative(shape) for shape in drafting if not self._pace.paused]
-            if batch.eager or batch.given > CLEARLY * table.relative(table.scripted) * max(1.0, *others, 1.0):
+            paused = self._pace.paused and not batch.eager
+            others = [tokens[shape] / table.relative(shape) for shape in drafting if not paused]
+            rates = [*others, *([] if batch.eager else [1.0])]
+            if not rates or batch.given > CLEARLY * table.relative(table.scripted) * max(rates):
                 return table.scripted
         if not drafting:
             return PLAIN
+        if batch.eager:
+            return drafting[-1]
         rate, best = max((tokens[shape] / table.relative(shape), -shape) for shape in drafting)
         best = -best
         least = LOSING if batch.sequences == 1 else 1.0 + LAG * log2(batch.sequences)

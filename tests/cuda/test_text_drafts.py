@@ -44,7 +44,8 @@ def test_the_text_stays(lm: LM, sampling: int) -> None:
     documents = [nearly(prompt + one.token_ids) for prompt, one in zip(PROMPTS, plain, strict=True)]
     found = []
     for speculation in (Speculation(drafters=("text",), references=documents),
-                        Speculation(3, adaptive=True, drafters=("mtp", "text"), references=documents)):  # fmt: skip
+                        Speculation(3, adaptive=True, drafters=("mtp", "text"), references=documents),
+                        Speculation(branching=(2, 1), references=documents)):  # fmt: skip
         alone = [lm.generate(prompt, seed=seed, speculation=speculation, **options)
                  for seed, prompt in enumerate(PROMPTS)]  # fmt: skip
         together = lm.generate(PROMPTS, seed=list(range(3)), speculation=speculation, **options)
@@ -53,6 +54,7 @@ def test_the_text_stays(lm: LM, sampling: int) -> None:
             assert [one.logprobs for one in out] == [one.logprobs for one in plain]
         found.append(sum(one.stats.accepted_by_source.get("text", 0) for one in (*alone, *together)))
     assert found[0] > 12
+    assert found[2] > 12
     speculation = Speculation(drafters=("text",), references=documents)
     events = list(lm.stream(PROMPTS[0], seed=0, speculation=speculation, **options))
     assert {event.source for event in events} == {"target", "text"}
@@ -84,6 +86,17 @@ def test_modules_and_proposals_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
             both = min(len(ours), len(theirs), 24)
             assert both > 15
             assert torch.equal(ours[:both], theirs[:both])
+
+
+def test_every_step_of_a_fixed_tree_drafts(tmp_path: Path) -> None:
+    """Proposals take the tree's place where they promise more; no step is plain, however badly drafts do."""
+    lm = device_lm(checkpoint(tmp_path, "v3"))
+    options: dict[str, Any] = {"max_new_tokens": 30, "seed": 1, "temperature": 0.0, "ignore_eos": True}
+    plain = lm.generate([5, 3], speculation=None, **options)
+    for references in ([nearly([5, 3, *plain.token_ids])], [[1, 2] * 20]):
+        out = lm.generate([5, 3], speculation=Speculation(branching=(2, 1), references=references), **options)
+        assert out.token_ids == plain.token_ids
+        assert sum(out.stats.steps_by_source[name] for name in ("text", "mtp")) == out.stats.steps > 0
 
 
 def test_a_model_without_modules_drafts_from_its_text(tmp_path: Path) -> None:
@@ -122,7 +135,6 @@ def test_processors_grammars_and_observers(lm: LM, monkeypatch: pytest.MonkeyPat
 def test_what_cannot_take_part_is_named(lm: LM) -> None:
     for speculation, message in (
         (Speculation(2, acceptance="rejection", drafters=("text",)), 'need "coupled"'),
-        (Speculation(2, drafters=("mtp", "text")), "adaptive=True"),
         (Speculation(branching=(2, 1), drafters=("text",)), "a chain on a GPU"),
     ):
         with pytest.raises(mtp_spec.OptionError, match=message):

@@ -220,6 +220,22 @@ def test_a_sequence_that_ended_teaches_nothing_but_its_time() -> None:
     assert table.chances.chance(1, 0) < before
 
 
+@pytest.mark.parametrize("modules", [True, False])
+def test_every_step_drafts_where_the_tree_is_fixed(modules: bool) -> None:
+    """However bad drafts are; other drafters' proposals are taken if they promise more than the modules' tree."""
+    tree, chain = (TreeShape.of(Speculation(depth)) for depth in (2, 4))
+    shapes, times = ([TreeShape(), tree, chain], (1.0, 1.5, 1.6)) if modules else ([TreeShape(), chain], (1.0, 1.6))
+
+    def chosen(chances: Chances, given: float) -> int:
+        table = ShapeTable(shapes, times, 0.1, {}, chances, len(shapes) - 1)
+        return ShapePlanner(table).plan(ShapeBatch(table, given=given, eager=True)).shape
+
+    assert chosen(hopeless(), 1.0) == len(shapes) - 2
+    assert chosen(hopeless(), 1.3) == len(shapes) - 1
+    assert chosen(certain(), 1.3) == (1 if modules else PLAIN + 1)
+    assert chosen(certain(), 3.9) == len(shapes) - 1
+
+
 def hopeless() -> Chances:
     """Returns chances of a model whose drafts were never accepted."""
     return learned([])

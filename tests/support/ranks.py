@@ -35,7 +35,7 @@ SUBMIT = Worker.submit
 PROMPT = list(range(2, 40))
 SHAPES: dict[str, Any] = {
     "plain": None, "chain": 3, "tree": mtp_spec.Speculation(branching=(3, 2, 1)), "auto": "auto",
-    "text": mtp_spec.Speculation(2, adaptive=True, references=[[7, *PROMPT[:20]]]),
+    "text": mtp_spec.Speculation(2, references=[[7, *PROMPT[:20]]]),
 }  # fmt: skip
 
 
