@@ -212,7 +212,7 @@ def _attend(q: Tensor, expanded: Tensor, ropes: Tensor, start: int, heads: int, 
     hopper.attend_prompt_kernel[(tiles * heads,)](
         hopper.described(q, PIECE, PIECE), hopper.described(expanded, block, PIECE),
         hopper.described(ropes, block, PIECE), hopper.described(expanded, block, values), out, rows, tiles, heads,
-        heads, start, out.stride(0), head.scale * math.log2(math.e), PIECES=pieces, NOPE=head.nope, V=head.value,
+        heads, tiles, start, out.stride(0), head.scale * math.log2(math.e), PIECES=pieces, NOPE=head.nope, V=head.value,
         WIDE_V=values, BLOCK=block, STAGES=stages, num_warps=4,
     )  # fmt: skip
 

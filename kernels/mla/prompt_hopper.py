@@ -24,17 +24,19 @@ __all__ = ["attend_prompt_kernel", "described"]
 
 
 @gluon.jit
-def _place(row_tiles, heads, together):
-    """Returns the program's tile of 128 rows and head.
+def _place(row_tiles, heads, together, band):
+    """Returns the program's tile of 128 rows and head: late rows, which have the most keys, come first.
 
-    Of `together` heads, whose keys fit in the cache, late rows, which have the most keys, come first.
+    The programs of `band` tiles of `together` heads are beside each other, so that they find keys in the cache.
     """
     number = gl.program_id(0)
-    each = together * row_tiles
+    above = number // (heads * band) * band
+    number = number % (heads * band)
+    each = together * gl.minimum(band, row_tiles - above)
     first = number // each * together
-    within = number % each
+    number = number % each
     several = gl.minimum(together, heads - first)
-    return row_tiles - 1 - within // several, first + within % several
+    return row_tiles - 1 - above - number // several, first + number % several
 
 
 @gluon.jit
@@ -100,12 +102,18 @@ def _copy_in(
 
 
 @gluon.jit
-def _scores(queries, keys, stage, OWN: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
-    """Starts queries @ keys.T of a block."""
+def _scores(
+    queries, turned, keys, stage,
+    OWN: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr, HAND: gl.constexpr,
+):  # fmt: skip
+    """Starts queries @ keys.T of a block; with HAND the last piece of queries is in registers, `turned`."""
     scores = gl.zeros([64, BLOCK], gl.float32, layout)
     for piece in gl.static_range(PIECES):
         key = keys.index(stage * PIECES + piece).permute((1, 0))
-        scores = warpgroup_mma(queries.index(OWN * PIECES + piece), key, scores, use_acc=piece > 0, is_async=True)
+        if HAND and piece == PIECES - 1:
+            scores = warpgroup_mma(turned, key, scores, is_async=True)
+        else:
+            scores = warpgroup_mma(queries.index(OWN * PIECES + piece), key, scores, use_acc=piece > 0, is_async=True)
     return scores
 
 
@@ -134,27 +142,31 @@ def _walk(
     carried, begin, end, position, scale, buffers, bars,
     OWN: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr,
     o_layout: gl.constexpr, MASKED: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, TREE: gl.constexpr,
+    HAND: gl.constexpr,
 ):  # fmt: skip
     """Reads blocks of keys `begin` to `end`, and of values the ones before them."""
     queries, keys, values = buffers
     _, k_full, k_free, v_full, v_free, turns = bars
     kind: gl.constexpr = keys.dtype
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    acc, p, peak, total = carried
+    acc, p, peak, total, turned = carried
     for block in range(begin, end):
         k_stage, k_phase = _buffer_of(block, STAGES)
         stage, phase = _buffer_of(block - 1, STAGES)
         if TURNS > 0:  # the warpgroups start products by turns: one has its softmax while the other multiplies
             mbarrier.wait(turns.index(OWN), (block & 1) ^ OWN)
         mbarrier.wait(k_full.index(k_stage), k_phase)
-        scores = _scores(queries, keys, k_stage, OWN, PIECES, BLOCK, s_layout)
+        scores = _scores(queries, turned, keys, k_stage, OWN, PIECES, BLOCK, s_layout, HAND)
         if TURNS == 2:
             mbarrier.arrive(turns.index(1 - OWN), count=1)
         mbarrier.wait(v_full.index(stage), phase)
         acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
         if TURNS == 1:
             mbarrier.arrive(turns.index(1 - OWN), count=1)
-        scores = warpgroup_mma_wait(1, deps=[scores])
+        if HAND:
+            scores, turned = warpgroup_mma_wait(1, deps=[scores, turned])
+        else:
+            scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_free.index(k_stage), count=1)
         weights, peak, total, factor = _weighed(scores, position, block * BLOCK, peak, total, scale, BLOCK, s_layout,
                                                 MASKED, TREE)  # fmt: skip
@@ -171,7 +183,7 @@ def _walk(
             p = after
         else:
             p = gl.convert_layout(weights.to(kind), a_layout)
-    return acc, p, peak, total
+    return acc, p, peak, total, turned
 
 
 @gluon.jit
@@ -179,6 +191,7 @@ def _attend(
     out, m, stride, scale, buffers, bars, place, blocks, start,
     OWN: gl.constexpr, PIECES: gl.constexpr, V: gl.constexpr, WIDE_V: gl.constexpr, BLOCK: gl.constexpr,
     STAGES: gl.constexpr, SPLIT: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, TREE: gl.constexpr,
+    HAND: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: 64 queries of one head."""
     queries, keys, values = buffers
@@ -193,24 +206,31 @@ def _attend(
     peak = gl.full([64], float("-inf"), gl.float32, rows)
     total = gl.zeros([64], gl.float32, rows)
     mbarrier.wait(q_bar, 0)
+    if HAND:
+        turned = queries.index(OWN * PIECES + PIECES - 1).load(gl.DotOperandLayout(0, s_layout, 2))
+    else:
+        turned = 0
     mbarrier.wait(k_full.index(0), 0)
-    scores = _scores(queries, keys, 0, OWN, PIECES, BLOCK, s_layout)
-    scores = warpgroup_mma_wait(0, deps=[scores])
+    scores = _scores(queries, turned, keys, 0, OWN, PIECES, BLOCK, s_layout, HAND)
+    if HAND:
+        scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+    else:
+        scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_free.index(0), count=1)
     weights, peak, total, factor = _weighed(scores, position, 0, peak, total, scale, BLOCK, s_layout, True, TREE)
     p = gl.convert_layout(weights.to(kind), a_layout)
     acc = gl.zeros([64, WIDE_V], gl.float32, o_layout)
-    carried = (acc, p, peak, total)
+    carried = (acc, p, peak, total, turned)
     if SPLIT:
         clear = gl.maximum(gl.minimum((start + first + 1) // BLOCK, blocks), 1)  # every row sees the blocks before it
         carried = _walk(carried, 1, clear, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES, s_layout,
-                        o_layout, False, TURNS, HELD, TREE)  # fmt: skip
+                        o_layout, False, TURNS, HELD, TREE, HAND)  # fmt: skip
         carried = _walk(carried, clear, blocks, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES, s_layout,
-                        o_layout, True, TURNS, HELD, TREE)  # fmt: skip
+                        o_layout, True, TURNS, HELD, TREE, HAND)  # fmt: skip
     else:
         carried = _walk(carried, 1, blocks, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES, s_layout,
-                        o_layout, True, TURNS, HELD, TREE)  # fmt: skip
-    acc, p, peak, total = carried
+                        o_layout, True, TURNS, HELD, TREE, HAND)  # fmt: skip
+    acc, p, peak, total, _ = carried
     stage, phase = _buffer_of(blocks - 1, STAGES)
     mbarrier.wait(v_full.index(stage), phase)
     acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
@@ -223,7 +243,7 @@ def _attend(
     gl.store(out + at, acc.to(kind), mask=gl.expand_dims(row < m, 1) & gl.expand_dims(column < V, 0))
 
 
-@gluon.jit(do_not_specialize=["m", "row_tiles", "start", "heads", "together"])
+@gluon.jit(do_not_specialize=["m", "row_tiles", "start", "heads", "together", "band"])
 def attend_prompt_kernel(
     q_desc,  # [M, H (N + R)], tiles [64, 64]
     k_desc,  # [T, H (N + V)], tiles [BLOCK, 64]
@@ -233,7 +253,8 @@ def attend_prompt_kernel(
     m,
     row_tiles,
     heads,
-    together,  # heads whose programs run beside each other
+    together,  # heads, and
+    band,  # tiles, whose programs are beside each other
     start,  # position of row 0
     stride,
     scale,  # of the scores, times log2(e)
@@ -247,10 +268,11 @@ def attend_prompt_kernel(
     TURNS: gl.constexpr = 0,  # whether the warpgroups start products by turns
     HELD: gl.constexpr = 0,
     TREE: gl.constexpr = False,
+    HAND: gl.constexpr = False,  # whether rotated queries are kept in registers
     AHEAD: gl.constexpr = False,  # whether keys are copied one block ahead of values
 ):
     """Causal attention of M rows over T keys; the last row is the last key."""
-    tile, head = _place(row_tiles, heads, together)
+    tile, head = _place(row_tiles, heads, together, band)
     last = gl.minimum(tile * 128 + 127, m - 1)
     blocks = (start + last) // BLOCK + 1
     queries = gl.allocate_shared_memory(q_desc.dtype, [2 * PIECES, 64, 64], q_desc.layout)
@@ -278,9 +300,9 @@ def attend_prompt_kernel(
             (_copy_in, (q_desc, k_desc, rope_desc, v_desc, buffers, bars, place, blocks, PIECES, NOPE, V, BLOCK,
                         STAGES, AHEAD)),
             (_attend, (out, m, stride, scale, buffers, bars, place, blocks, start, 0, PIECES, V, WIDE_V, BLOCK,
-                       STAGES, SPLIT, TURNS, HELD, TREE)),
+                       STAGES, SPLIT, TURNS, HELD, TREE, HAND)),
             (_attend, (out, m, stride, scale, buffers, bars, place, blocks, start, 1, PIECES, V, WIDE_V, BLOCK,
-                       STAGES, SPLIT, TURNS, HELD, TREE)),
+                       STAGES, SPLIT, TURNS, HELD, TREE, HAND)),
         ],
         [4, 4],
         [240, 240],
