@@ -24,12 +24,12 @@ __all__ = ["attend_prompt_kernel", "described"]
 
 
 @gluon.jit
-def _place(row_tiles, heads, together, band):
-    """Returns the program's tile of 128 rows and head: late rows, which have the most keys, come first.
+def _place(number, order):
+    """Returns a tile of 128 rows and its head: late rows, which have the most keys, come first.
 
-    The programs of `band` tiles of `together` heads are beside each other, so that they find keys in the cache.
+    Of `band` tiles of `together` heads, all come before the next, so that they find keys in the cache.
     """
-    number = gl.program_id(0)
+    row_tiles, heads, together, band = order
     above = number // (heads * band) * band
     number = number % (heads * band)
     each = together * gl.minimum(band, row_tiles - above)
@@ -40,6 +40,12 @@ def _place(row_tiles, heads, together, band):
 
 
 @gluon.jit
+def _blocks_of(tile, m, start, BLOCK: gl.constexpr):
+    """Returns how many blocks of keys a tile's rows see."""
+    return (start + gl.minimum(tile * 128 + 127, m - 1)) // BLOCK + 1
+
+
+@gluon.jit
 def _buffer_of(block, STAGES: gl.constexpr):
     """Returns the buffer of a block, and the phase in which it is full."""
     return block % STAGES, block // STAGES % 2
@@ -47,11 +53,11 @@ def _buffer_of(block, STAGES: gl.constexpr):
 
 @gluon.jit
 def _copy_keys(
-    k_desc, rope_desc, keys, full, free, head, block,
+    k_desc, rope_desc, keys, full, free, head, block, base,
     PIECES: gl.constexpr, NOPE: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copies a block of a head's keys as soon as its buffer is free."""
-    stage, phase = _buffer_of(block, STAGES)
+    stage, phase = _buffer_of(base + block, STAGES)
     mbarrier.wait(free.index(stage), phase ^ 1)
     bar = full.index(stage)
     mbarrier.expect(bar, k_desc.block_type.nbytes * PIECES)
@@ -62,11 +68,11 @@ def _copy_keys(
 
 @gluon.jit
 def _copy_values(
-    v_desc, values, full, free, head, block,
+    v_desc, values, full, free, head, block, base,
     NOPE: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copies a block of a head's values as soon as its buffer is free."""
-    stage, phase = _buffer_of(block, STAGES)
+    stage, phase = _buffer_of(base + block, STAGES)
     mbarrier.wait(free.index(stage), phase ^ 1)
     bar = full.index(stage)
     mbarrier.expect(bar, v_desc.block_type.nbytes)
@@ -75,30 +81,34 @@ def _copy_values(
 
 @gluon.jit
 def _copy_in(
-    q_desc, k_desc, rope_desc, v_desc, buffers, bars, place, blocks,
+    q_desc, k_desc, rope_desc, v_desc, buffers, bars, order, m, start,
     PIECES: gl.constexpr, NOPE: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """The copying warpgroup: queries once, then every block of keys and of values."""
+    """The copying warpgroup: a tile's queries, and every block of its keys and of its values."""
     queries, keys, values = buffers
-    q_bar, k_full, k_free, v_full, v_free, _ = bars
-    row, head = place
-    q_bytes: gl.constexpr = q_desc.block_type.nbytes * 2 * PIECES
-    mbarrier.expect(q_bar, q_bytes)
-    for half in gl.static_range(2):
-        for piece in gl.static_range(PIECES):
-            load_tile(q_desc, [row + 64 * half, head * 64 * PIECES + 64 * piece], q_bar,
-                      queries.index(half * PIECES + piece))  # fmt: skip
-    if AHEAD:
-        _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, 0, PIECES, NOPE, V, BLOCK, STAGES)
-        for block in range(1, blocks):
-            _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, block, PIECES, NOPE, V, BLOCK, STAGES)
-            _copy_values(v_desc, values, v_full, v_free, head, block - 1, NOPE, V, BLOCK, STAGES)
-        _copy_values(v_desc, values, v_full, v_free, head, blocks - 1, NOPE, V, BLOCK, STAGES)
-    else:
-        for block in range(blocks):
-            _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, block, PIECES, NOPE, V, BLOCK, STAGES)
-            _copy_values(v_desc, values, v_full, v_free, head, block, NOPE, V, BLOCK, STAGES)
+    q_full, q_free, k_full, k_free, v_full, v_free, _ = bars
+    base, odd = 0, 0
+    for number in range(gl.program_id(0), order[0] * order[1], gl.num_programs(0)):
+        tile, head = _place(number, order)
+        blocks = _blocks_of(tile, m, start, BLOCK)
+        mbarrier.wait(q_free, odd ^ 1)
+        mbarrier.expect(q_full, q_desc.block_type.nbytes * 2 * PIECES)
+        for half in gl.static_range(2):
+            for piece in gl.static_range(PIECES):
+                load_tile(q_desc, [tile * 128 + 64 * half, head * 64 * PIECES + 64 * piece], q_full,
+                          queries.index(half * PIECES + piece))  # fmt: skip
+        if AHEAD:
+            _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, 0, base, PIECES, NOPE, V, BLOCK, STAGES)
+            for block in range(1, blocks):
+                _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, block, base, PIECES, NOPE, V, BLOCK, STAGES)
+                _copy_values(v_desc, values, v_full, v_free, head, block - 1, base, NOPE, V, BLOCK, STAGES)
+            _copy_values(v_desc, values, v_full, v_free, head, blocks - 1, base, NOPE, V, BLOCK, STAGES)
+        else:
+            for block in range(blocks):
+                _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, block, base, PIECES, NOPE, V, BLOCK, STAGES)
+                _copy_values(v_desc, values, v_full, v_free, head, block, base, NOPE, V, BLOCK, STAGES)
+        base, odd = base + blocks, odd ^ 1
 
 
 @gluon.jit
@@ -139,22 +149,22 @@ def _weighed(
 
 @gluon.jit
 def _walk(
-    carried, begin, end, position, scale, buffers, bars,
+    carried, begin, end, base, taken, position, scale, buffers, bars,
     OWN: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr,
     o_layout: gl.constexpr, MASKED: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, TREE: gl.constexpr,
     HAND: gl.constexpr,
 ):  # fmt: skip
     """Reads blocks of keys `begin` to `end`, and of values the ones before them."""
     queries, keys, values = buffers
-    _, k_full, k_free, v_full, v_free, turns = bars
+    _, _, k_full, k_free, v_full, v_free, turns = bars
     kind: gl.constexpr = keys.dtype
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     acc, p, peak, total, turned = carried
     for block in range(begin, end):
-        k_stage, k_phase = _buffer_of(block, STAGES)
-        stage, phase = _buffer_of(block - 1, STAGES)
+        k_stage, k_phase = _buffer_of(base + block, STAGES)
+        stage, phase = _buffer_of(base + block - 1, STAGES)
         if TURNS > 0:  # the warpgroups start products by turns: one has its softmax while the other multiplies
-            mbarrier.wait(turns.index(OWN), (block & 1) ^ OWN)
+            mbarrier.wait(turns.index(OWN), ((taken + block) & 1) ^ OWN)
         mbarrier.wait(k_full.index(k_stage), k_phase)
         scores = _scores(queries, turned, keys, k_stage, OWN, PIECES, BLOCK, s_layout, HAND)
         if TURNS == 2:
@@ -188,59 +198,66 @@ def _walk(
 
 @gluon.jit
 def _attend(
-    out, m, stride, scale, buffers, bars, place, blocks, start,
+    out, m, stride, scale, buffers, bars, order, start,
     OWN: gl.constexpr, PIECES: gl.constexpr, V: gl.constexpr, WIDE_V: gl.constexpr, BLOCK: gl.constexpr,
     STAGES: gl.constexpr, SPLIT: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, TREE: gl.constexpr,
     HAND: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying warpgroup: 64 queries of one head."""
+    """A multiplying warpgroup: 64 queries of each tile."""
     queries, keys, values = buffers
-    q_bar, k_full, k_free, v_full, v_free, _ = bars
+    q_full, q_free, k_full, k_free, v_full, v_free, _ = bars
     kind: gl.constexpr = keys.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_V, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    first = place[0] + OWN * 64
-    position = start + first + gl.arange(0, 64, layout=rows)
-    peak = gl.full([64], float("-inf"), gl.float32, rows)
-    total = gl.zeros([64], gl.float32, rows)
-    mbarrier.wait(q_bar, 0)
-    if HAND:
-        turned = queries.index(OWN * PIECES + PIECES - 1).load(gl.DotOperandLayout(0, s_layout, 2))
-    else:
-        turned = 0
-    mbarrier.wait(k_full.index(0), 0)
-    scores = _scores(queries, turned, keys, 0, OWN, PIECES, BLOCK, s_layout, HAND)
-    if HAND:
-        scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
-    else:
-        scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(k_free.index(0), count=1)
-    weights, peak, total, factor = _weighed(scores, position, 0, peak, total, scale, BLOCK, s_layout, True, TREE)
-    p = gl.convert_layout(weights.to(kind), a_layout)
-    acc = gl.zeros([64, WIDE_V], gl.float32, o_layout)
-    carried = (acc, p, peak, total, turned)
-    if SPLIT:
-        clear = gl.maximum(gl.minimum((start + first + 1) // BLOCK, blocks), 1)  # every row sees the blocks before it
-        carried = _walk(carried, 1, clear, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES, s_layout,
-                        o_layout, False, TURNS, HELD, TREE, HAND)  # fmt: skip
-        carried = _walk(carried, clear, blocks, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES, s_layout,
-                        o_layout, True, TURNS, HELD, TREE, HAND)  # fmt: skip
-    else:
-        carried = _walk(carried, 1, blocks, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES, s_layout,
-                        o_layout, True, TURNS, HELD, TREE, HAND)  # fmt: skip
-    acc, p, peak, total, _ = carried
-    stage, phase = _buffer_of(blocks - 1, STAGES)
-    mbarrier.wait(v_full.index(stage), phase)
-    acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(v_free.index(stage), count=1)
-    acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, o_layout)), 1)
-    row = first + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
-    column = gl.arange(0, WIDE_V, layout=gl.SliceLayout(0, o_layout))
-    at = gl.expand_dims(row.to(gl.int64) * stride + place[1] * V, 1) + gl.expand_dims(column, 0)
-    gl.store(out + at, acc.to(kind), mask=gl.expand_dims(row < m, 1) & gl.expand_dims(column < V, 0))
+    base, taken, odd = 0, 0, 0  # blocks and turns of the tiles before
+    for number in range(gl.program_id(0), order[0] * order[1], gl.num_programs(0)):
+        tile, head = _place(number, order)
+        blocks = _blocks_of(tile, m, start, BLOCK)
+        first = tile * 128 + OWN * 64
+        position = start + first + gl.arange(0, 64, layout=rows)
+        peak = gl.full([64], float("-inf"), gl.float32, rows)
+        total = gl.zeros([64], gl.float32, rows)
+        mbarrier.wait(q_full, odd)
+        if HAND:
+            turned = queries.index(OWN * PIECES + PIECES - 1).load(gl.DotOperandLayout(0, s_layout, 2))
+        else:
+            turned = 0
+        stage, phase = _buffer_of(base, STAGES)
+        mbarrier.wait(k_full.index(stage), phase)
+        scores = _scores(queries, turned, keys, stage, OWN, PIECES, BLOCK, s_layout, HAND)
+        if HAND:
+            scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+        else:
+            scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_free.index(stage), count=1)
+        weights, peak, total, factor = _weighed(scores, position, 0, peak, total, scale, BLOCK, s_layout, True, TREE)
+        p = gl.convert_layout(weights.to(kind), a_layout)
+        acc = gl.zeros([64, WIDE_V], gl.float32, o_layout)
+        carried = (acc, p, peak, total, turned)
+        if SPLIT:
+            clear = gl.maximum(gl.minimum((start + first + 1) // BLOCK, blocks), 1)  # all rows see the blocks before it
+            carried = _walk(carried, 1, clear, base, taken, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES,
+                            s_layout, o_layout, False, TURNS, HELD, TREE, HAND)  # fmt: skip
+        else:
+            clear = 1
+        carried = _walk(carried, clear, blocks, base, taken, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES,
+                        s_layout, o_layout, True, TURNS, HELD, TREE, HAND)  # fmt: skip
+        acc, p, peak, total, turned = carried
+        mbarrier.arrive(q_free, count=1)
+        stage, phase = _buffer_of(base + blocks - 1, STAGES)
+        mbarrier.wait(v_full.index(stage), phase)
+        acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_free.index(stage), count=1)
+        acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, o_layout)), 1)
+        row = first + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
+        column = gl.arange(0, WIDE_V, layout=gl.SliceLayout(0, o_layout))
+        wide = stride.to(gl.uint32).to(gl.int64)  # no sign to keep in a register
+        at = gl.expand_dims(row.to(gl.int64) * wide + head * V, 1) + gl.expand_dims(column, 0)
+        gl.store(out + at, acc.to(kind), mask=gl.expand_dims(row < m, 1) & gl.expand_dims(column < V, 0))
+        base, taken, odd = base + blocks, taken + blocks - 1, odd ^ 1
 
 
 @gluon.jit(do_not_specialize=["m", "row_tiles", "start", "heads", "together", "band"])
@@ -272,19 +289,18 @@ def attend_prompt_kernel(
     AHEAD: gl.constexpr = False,  # whether keys are copied one block ahead of values
 ):
     """Causal attention of M rows over T keys; the last row is the last key."""
-    tile, head = _place(row_tiles, heads, together, band)
-    last = gl.minimum(tile * 128 + 127, m - 1)
-    blocks = (start + last) // BLOCK + 1
     queries = gl.allocate_shared_memory(q_desc.dtype, [2 * PIECES, 64, 64], q_desc.layout)
     keys = gl.allocate_shared_memory(q_desc.dtype, [STAGES * PIECES, BLOCK, 64], k_desc.layout)
     values = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, WIDE_V], v_desc.layout)
-    q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_bar, count=1)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_free, count=2)
     for group in gl.static_range(2):
         mbarrier.init(turns.index(group), count=1)
     for stage in gl.static_range(STAGES):
@@ -293,15 +309,15 @@ def attend_prompt_kernel(
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_free.index(stage), count=2)
     fence_async_shared()
-    buffers, bars = (queries, keys, values), (q_bar, k_full, k_free, v_full, v_free, turns)
-    place = (tile * 128, head)
+    buffers, bars = (queries, keys, values), (q_full, q_free, k_full, k_free, v_full, v_free, turns)
+    order = (row_tiles, heads, together, band)
     gl.warp_specialize(
         [
-            (_copy_in, (q_desc, k_desc, rope_desc, v_desc, buffers, bars, place, blocks, PIECES, NOPE, V, BLOCK,
+            (_copy_in, (q_desc, k_desc, rope_desc, v_desc, buffers, bars, order, m, start, PIECES, NOPE, V, BLOCK,
                         STAGES, AHEAD)),
-            (_attend, (out, m, stride, scale, buffers, bars, place, blocks, start, 0, PIECES, V, WIDE_V, BLOCK,
+            (_attend, (out, m, stride, scale, buffers, bars, order, start, 0, PIECES, V, WIDE_V, BLOCK,
                        STAGES, SPLIT, TURNS, HELD, TREE, HAND)),
-            (_attend, (out, m, stride, scale, buffers, bars, place, blocks, start, 1, PIECES, V, WIDE_V, BLOCK,
+            (_attend, (out, m, stride, scale, buffers, bars, order, start, 1, PIECES, V, WIDE_V, BLOCK,
                        STAGES, SPLIT, TURNS, HELD, TREE, HAND)),
         ],
         [4, 4],
