@@ -22,6 +22,22 @@ from mtp_spec.kernels.gemm_hopper import described, load_tile
 
 __all__ = ["attend_prompt_kernel", "described"]
 
+# how the kernel is run, with the same bits either way
+CHOSEN = {"SPLIT": False, "TURNS": 0, "HELD": 0, "TREE": False, "HAND": False, "AHEAD": False}
+NEAR: tuple[int, int] | None = None  # heads, and tiles of theirs, that come beside each other; None: all
+WALK: int | None = None  # programs, which walk tiles (132: one a multiprocessor); None: one a tile
+
+
+def order(heads: int, tiles: int) -> tuple[int, int]:
+    """Returns how many heads, and tiles of theirs, come before the next ones."""
+    together, band = NEAR or (heads, tiles)
+    return min(together, heads), min(band, tiles)
+
+
+def programs(heads: int, tiles: int) -> int:
+    """Returns how many programs walk all tiles."""
+    return min(heads * tiles, WALK or heads * tiles)
+
 
 @gluon.jit
 def _place(number, order):
@@ -232,7 +248,7 @@ def _attend(
         else:
             scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_free.index(stage), count=1)
-        weights, peak, total, factor = _weighed(scores, position, 0, peak, total, scale, BLOCK, s_layout, True, TREE)
+        weights, peak, total, _factor = _weighed(scores, position, 0, peak, total, scale, BLOCK, s_layout, True, TREE)
         p = gl.convert_layout(weights.to(kind), a_layout)
         acc = gl.zeros([64, WIDE_V], gl.float32, o_layout)
         carried = (acc, p, peak, total, turned)
