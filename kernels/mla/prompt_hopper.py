@@ -164,6 +164,13 @@ def _weighed(
 
 
 @gluon.jit
+def _named(TEXT: gl.constexpr):
+    """Every thread of a warpgroup runs an instruction on a named barrier."""
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(TEXT + " mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _walk(
     carried, begin, end, base, taken, position, scale, buffers, bars,
     OWN: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr,
@@ -179,7 +186,12 @@ def _walk(
     for block in range(begin, end):
         k_stage, k_phase = _buffer_of(base + block, STAGES)
         stage, phase = _buffer_of(base + block - 1, STAGES)
-        if TURNS > 0:  # the warpgroups start products by turns: one has its softmax while the other multiplies
+        if TURNS == 3:
+            if OWN == 0:
+                _named("bar.sync 8, 256;")
+            else:
+                _named("bar.sync 9, 256;")
+        elif TURNS > 0:  # the warpgroups start products by turns: one has its softmax while the other multiplies
             mbarrier.wait(turns.index(OWN), ((taken + block) & 1) ^ OWN)
         mbarrier.wait(k_full.index(k_stage), k_phase)
         scores = _scores(queries, turned, keys, k_stage, OWN, PIECES, BLOCK, s_layout, HAND)
@@ -187,7 +199,12 @@ def _walk(
             mbarrier.arrive(turns.index(1 - OWN), count=1)
         mbarrier.wait(v_full.index(stage), phase)
         acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
-        if TURNS == 1:
+        if TURNS == 3:
+            if OWN == 0:
+                _named("bar.arrive 9, 256;")
+            else:
+                _named("bar.arrive 8, 256;")
+        elif TURNS == 1:
             mbarrier.arrive(turns.index(1 - OWN), count=1)
         if HAND:
             scores, turned = warpgroup_mma_wait(1, deps=[scores, turned])
@@ -227,6 +244,8 @@ def _attend(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_V, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    if TURNS == 3 and OWN == 1:
+        _named("bar.arrive 8, 256;")  # the first turn is the other's
     base, taken, odd = 0, 0, 0  # blocks and turns of the tiles before
     for number in range(gl.program_id(0), order[0] * order[1], gl.num_programs(0)):
         tile, head = _place(number, order)
