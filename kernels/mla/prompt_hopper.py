@@ -43,9 +43,14 @@ def programs(heads: int, tiles: int) -> int:
 def _place(number, order):
     """Returns a tile of 128 rows and its head: late rows, which have the most keys, come first.
 
-    Of `band` tiles of `together` heads, all come before the next, so that they find keys in the cache.
+    Of `band` tiles of `together` heads, all come before the next, so that they find keys in the cache. A program that
+    is early in one round of programs is late in the next: so all have as much to do.
     """
     row_tiles, heads, together, band = order
+    each = gl.num_programs(0)
+    begin = number // each * each
+    last = gl.minimum(begin + each, row_tiles * heads) - 1
+    number = gl.where(number // each % 2 == 0, number, begin + last - number)
     above = number // (heads * band) * band
     number = number % (heads * band)
     each = together * gl.minimum(band, row_tiles - above)
