@@ -55,7 +55,7 @@ WRITES = r"\b(st|red|atom)\.(global|v\d)"
 done: set[str] = set()
 ARCH = int(sys.argv[2]) if len(sys.argv) > 2 else 90
 SIZE = next((int(name.partition("=")[2]) for name in sys.argv[4:] if name.startswith("ranks=")), 1)
-ONLY = [name for name in sys.argv[4:] if name.startswith("_")]  # kernels; all if none are named
+ONLY = [name for name in sys.argv[4:] if name.endswith("_kernel")]  # kernels; all if none are named
 # bytes that a program can have, by compute capability
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
