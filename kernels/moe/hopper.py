@@ -141,7 +141,7 @@ def _down(
             )  # fmt: skip
             column = tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
             at = gl.expand_dims(pair.to(gl.int64) * columns, 1) + gl.expand_dims(column, 0)
-            gl.store(parts + at, total, mask=gl.expand_dims(real, 1) & gl.expand_dims(column < columns, 0))
+            gl.store(parts + at, total.to(parts.dtype.element_ty), mask=gl.expand_dims(real, 1) & gl.expand_dims(column < columns, 0))
         elif count > -OWN * 64:
             stage, phase = _skip(stage, phase, bars, k_steps, STAGES)
 
@@ -208,7 +208,7 @@ def down_kernel(
     slot_expert,
     slot_first,
     slot_count,
-    parts,  # [P, columns] float32, by number of the pair
+    parts,  # [P, columns], by number of the pair
     slots,
     channels,
     first_column,  # a multiple of 128
@@ -217,7 +217,7 @@ def down_kernel(
     STAGES: gl.constexpr,
     SCALED: gl.constexpr,
 ):
-    """parts[pair] = some outputs of down of the pair's expert @ hidden."""
+    """parts[pair] = some outputs of down of the pair's expert @ hidden, rounded."""
     K: gl.constexpr = x_desc.block_shape[1]
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, 64, K], x_desc.layout)
     w_tiles = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 128, K], w_desc.layout)

@@ -27,7 +27,7 @@ except ImportError:  # no Triton for this platform
 TOKENS = 128  # pairs in a slot
 LEAST_ROWS = 513  # from which these launches run; a step has fewer
 STRETCH = 1024  # columns per program of `add`
-PARTS_BYTES = 2**30  # memory limit for the second product's outputs; more columns are computed in several turns
+PARTS_BYTES = 2**29  # memory limit for the second product's outputs; more columns are computed in several turns
 
 
 def chosen(rows: int, weights: Experts) -> bool:
@@ -58,22 +58,22 @@ def many(
 def down(
     hidden: tuple[Tensor, ...], groups: Groups, pair_weights: Tensor, weights: Experts, dtype: torch.dtype
 ) -> Tensor:
-    """Launches the second product and each row's sum: output of `gate_up` to `[M, D]` in `dtype`."""
+    """Launches the second product, rounded to `dtype`, and each row's sum: output of `gate_up` to `[M, D]`."""
     (rows, per_row), device = pair_weights.shape, pair_weights.device
     out = torch.empty(rows, weights.outputs, dtype=dtype, device=device)
     # whole tiles at a time
-    width = max(BLOCK, PARTS_BYTES // (4 * rows * per_row) // BLOCK * BLOCK)
+    width = max(BLOCK, PARTS_BYTES // (dtype.itemsize * rows * per_row) // BLOCK * BLOCK)
     for first in range(0, weights.outputs, width):
         columns = min(width, weights.outputs - first)
-        parts = torch.empty(rows * per_row, columns, dtype=torch.float32, device=device)
+        parts = torch.empty(rows * per_row, columns, dtype=dtype, device=device)
         _down(hidden, groups, weights, parts, first)
         add(parts, pair_weights, out, first)
     return out
 
 
 def most_bytes(pairs: int) -> int:
-    """Returns the most bytes of the second product's outputs of some pairs that exist at once."""
-    return max(PARTS_BYTES, 4 * pairs * BLOCK)
+    """Returns the most bytes of the second product's outputs of some pairs, of 16 bits, that exist at once."""
+    return max(PARTS_BYTES, 2 * pairs * BLOCK)
 
 
 def sort(x: Tensor, scale: Tensor | None, order: Tensor, per_row: int) -> tuple[Tensor, Tensor | None]:
@@ -154,7 +154,7 @@ if triton is not None:
 
     @triton.jit
     def _add_kernel(
-        parts,  # [M * PER_ROW, columns] float32
+        parts,  # [M * PER_ROW, columns] as out
         weights,  # [M, PER_ROW] float32
         out,  # [M, channels]
         columns,
@@ -171,5 +171,5 @@ if triton is not None:
         for one in tl.static_range(PER_ROW):
             pair = row * PER_ROW + one
             part = tl.load(parts + pair * columns + place, mask=mask, other=0.0)
-            summed += tl.load(weights + pair) * part
+            summed += tl.load(weights + pair) * part.to(tl.float32)
         tl.store(out + row * channels + first + place, summed.to(out.dtype.element_ty), mask=mask)
