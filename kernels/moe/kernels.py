@@ -183,7 +183,7 @@ def _down_kernel(
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """parts[pair] = down of the pair's expert @ hidden[pair], rounded; the last of a row's pairs to finish adds them."""
+    """parts[pair] = down of the pair's expert @ hidden[pair], rounded; the last of a row's pairs to end adds them."""
     tiles = tl.cdiv(channels, TILE)
     slot, tile = slots - 1 - tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if PDL:

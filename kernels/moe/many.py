@@ -27,6 +27,8 @@ except ImportError:  # no Triton for this platform
 TOKENS = 128  # pairs in a slot
 LEAST_ROWS = 513  # from which these launches run; a step has fewer
 STRETCH = 1024  # columns per program of `add`
+UP_BAND, DOWN_BAND = 1, 1  # slots whose tiles programs walk together, column after column
+UP_WIDE, DOWN_WIDE = False, False  # whether tiles have 256 outputs; not part of the arithmetic
 PARTS_BYTES = 2**29  # memory limit for the second product's outputs; more columns are computed in several turns
 
 
@@ -102,14 +104,15 @@ def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts)
     """Launches silu(gate) * up of sorted pairs: x `[P, D]` to `[P, I]`, both e4m3 with scales, or 16 bits without."""
     kernels, (pairs, channels), inner = hopper_module("moe.hopper"), x.shape, weights.inner
     scaled, step = x_scale is not None, kernels.STEP // x.element_size()
-    hidden, tokens, halves = x.new_empty(pairs, inner), TOKENS // 2, BLOCK // 2
+    hidden, high = x.new_empty(pairs, inner), TOKENS if UP_WIDE else TOKENS // 2
+    width, kept = (2 * BLOCK, x.element_size()) if UP_WIDE else (BLOCK, 4)
     scales = x.new_empty(pairs if scaled else 0, -(-inner // BLOCK), dtype=torch.float32)
     kernels.gate_up_kernel[(MULTIPROCESSORS,)](
-        kernels.described(x, tokens, step), kernels.described(weights.gate_up.view(-1, channels), halves, step),
+        kernels.described(x, high, step), kernels.described(weights.gate_up.view(-1, channels), high, step),
         weights.gate_up_scale if scaled else x, x_scale if scaled else x, groups.expert, groups.first, groups.count,
-        hidden, scales, pairs, groups.count.shape[0], inner, -(-channels // step),
-        STAGES=kernels.stages(kernels.STEP * (TOKENS + BLOCK), TOKENS * BLOCK * 4), SCALED=scaled,
-        POWER=weights.power_of_two, LARGEST=E4M3_MAX, num_warps=4,
+        hidden, scales, pairs, groups.count.shape[0], UP_BAND, inner, -(-channels // step),
+        STAGES=kernels.stages(kernels.STEP * (TOKENS + width), TOKENS * BLOCK * kept), SCALED=scaled,
+        POWER=weights.power_of_two, LARGEST=E4M3_MAX, WIDE=UP_WIDE, num_warps=4,
     )  # fmt: skip
     return (hidden, scales) if scaled else (hidden,)
 
@@ -117,11 +120,15 @@ def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts)
 def _down(hidden: tuple[Tensor, ...], groups: Groups, weights: Experts, parts: Tensor, first: int) -> None:
     kernels, x, inner = hopper_module("moe.hopper"), hidden[0], hidden[0].shape[1]
     scaled, step = len(hidden) > 1, kernels.STEP // x.element_size()
+    high, width, kept = TOKENS // 2, BLOCK, 0
+    if DOWN_WIDE:
+        high, width, kept = TOKENS, 2 * BLOCK, TOKENS * BLOCK * parts.element_size()
     kernels.down_kernel[(MULTIPROCESSORS,)](
-        kernels.described(x, TOKENS // 2, step), kernels.described(weights.down.view(-1, inner), BLOCK, step),
+        kernels.described(x, high, step), kernels.described(weights.down.view(-1, inner), width, step),
         weights.down_scale if scaled else x, hidden[1] if scaled else x, groups.order, groups.expert, groups.first,
-        groups.count, parts, groups.count.shape[0], weights.outputs, first, parts.shape[1], -(-inner // step),
-        STAGES=kernels.stages(kernels.STEP * (TOKENS + BLOCK), 0), SCALED=scaled, num_warps=4,
+        groups.count, parts, groups.count.shape[0], DOWN_BAND, weights.outputs, first, parts.shape[1],
+        -(-inner // step), STAGES=kernels.stages(kernels.STEP * (TOKENS + width), kept), SCALED=scaled, WIDE=DOWN_WIDE,
+        num_warps=4,
     )  # fmt: skip
 
 
