@@ -94,6 +94,11 @@ def test_experts_have_the_bits_of_few_rows(
         assert torch.equal(layer(), expected), rows
         monkeypatch.setattr(many, "PARTS_BYTES", 2 * rows * 3 * 128)  # columns in several turns
         assert torch.equal(layer(), expected), rows
+        for name, value in {"UP_WIDE": True, "DOWN_WIDE": True, "UP_BAND": 3, "DOWN_BAND": 2}.items():
+            monkeypatch.setattr(many, name, value)
+        assert torch.equal(layer(), expected), rows
+        monkeypatch.setattr(many, "PARTS_BYTES", 1 << 30)
+        assert torch.equal(layer(), expected), rows
         monkeypatch.undo()
 
 
