@@ -214,11 +214,11 @@ def _attend(q: Tensor, expanded: Tensor, ropes: Tensor, start: int, heads: int, 
     pieces, values = head.nope // PIECE + 1, triton.next_power_of_2(head.value)
     block, stages = _blocks(pieces, values)
     tiles = -(-rows // TILE)
-    hopper.attend_prompt_kernel[(hopper.programs(heads, tiles),)](
+    hopper.attend_prompt_kernel[(tiles * heads,)](
         hopper.described(q, PIECE, PIECE), hopper.described(expanded, block, PIECE),
         hopper.described(ropes, block, PIECE), hopper.described(expanded, block, values), out, rows, tiles, heads,
         *hopper.order(heads, tiles), start, out.stride(0), head.scale * math.log2(math.e), PIECES=pieces,
-        NOPE=head.nope, V=head.value, WIDE_V=values, BLOCK=block, STAGES=stages, **hopper.CHOSEN, num_warps=4,
+        NOPE=head.nope, V=head.value, WIDE_V=values, BLOCK=block, STAGES=stages, num_warps=4,
     )  # fmt: skip
 
 
