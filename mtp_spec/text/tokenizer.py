@@ -25,7 +25,6 @@ class Tokenizer:
     tokens of its post-processor are added.
 
     Attributes:
-        folder: of its files.
         raw: the tokenizer of `tokenizers`, without the post-processor that adds tokens at the ends of a text.
         templates: chat templates by name.
         bos_id: beginning-of-sequence token of tokenizer_config.json; None if it names none.
@@ -37,7 +36,6 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         file = vocabulary_file(folder)
         if file is None:
             raise CheckpointError(f"{folder / TOKENIZER} is not there, nor another vocabulary: download it")

@@ -15,7 +15,6 @@ from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
 from mtp_spec.handle import Handle
 from mtp_spec.model.checkpoint.writer import write_file
-from mtp_spec.training.encoding import encoded
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.texts import HELD, Corpus, Span, domain_of, prompt_of, read_lines, text_of
 
@@ -67,8 +66,8 @@ def _lines(lm: LM, options: TrainOptions, source: str, file: Path, first: int, t
     """Yields what a file's lines from `first` on give."""
     lines = read_lines(file, first)
     if source == "texts":
-        for number, entry, ids, spans in encoded(lm, lines, file):
-            yield from _pieces(options, number, entry, ids, spans)
+        for number, entry in lines:
+            yield from _pieces(options, number, entry, *text_of(lm, entry, f"{file}, line {number + 1}"))
         return
     answers = _Answers(lm, options, tell)
     for number, entry in lines:

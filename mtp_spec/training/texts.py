@@ -28,7 +28,6 @@ import numpy.typing as npt
 from mtp_spec.api import LM
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.option_checks import shown
-from mtp_spec.text import Tokenizer
 
 IDS, INDEX = "ids.bin", "index.jsonl"
 DOMAINS = ("domain", "category")
@@ -201,13 +200,8 @@ def domain_of(entry: Mapping[str, Any]) -> str:
     return next(filter(None, named), OTHER)
 
 
-def text_of(lm: LM | Tokenizer, entry: Mapping[str, Any], where: str) -> tuple[list[int], list[Span]]:
+def text_of(lm: LM, entry: Mapping[str, Any], where: str) -> tuple[list[int], list[Span]]:
     """Returns the ids of a text and the runs that count; none if its template renders it otherwise than its prompt.
-
-    Args:
-        lm: or its tokenizer alone.
-        entry: a line.
-        where: it is, for errors.
 
     Raises:
         OptionError: the line has no text.
@@ -242,7 +236,7 @@ def prompt_of(lm: LM, entry: Mapping[str, Any], where: str) -> list[int]:
         raise OptionError(f"{where}: {error}") from error
 
 
-def _chat(lm: LM | Tokenizer, messages: list[Any]) -> tuple[list[int], list[Span]]:
+def _chat(lm: LM, messages: list[Any]) -> tuple[list[int], list[Span]]:
     whole, spans = lm.chat_ids(messages, add_generation_prompt=False), list[Span]()
     for number, message in enumerate(messages):
         if message.get("role") != "assistant" or not number:

@@ -7,7 +7,6 @@ import json
 import lzma
 import math
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import pytest
 import mtp_spec
 import worded
 from mtp_spec.errors import MTPSpecError, OptionError
-from mtp_spec.training import encoding
 from mtp_spec.training.batches import Batches
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.run import held_prompts
@@ -38,26 +36,6 @@ def test_only_answers_of_a_chat_count(demo: mtp_spec.LM) -> None:
     assert prompt == ids[: spans[1][0]]
     assert prompt_of(demo, {"prompt": "Hi"}, "here") == ids[: spans[0][0]]
     assert text_of(demo, {"messages": messages[:1]}, "here")[1] == []
-
-
-def test_many_lines_are_encoded_by_other_processes(
-    demo: mtp_spec.LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the same ids in the same order; a line without a text is named, and nothing is left running."""
-    monkeypatch.setattr(encoding, "ALONE", 3)
-    monkeypatch.setattr(encoding, "PART", 4)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    ended: list[subprocess.Popen[bytes]] = []
-    end = encoding._end
-    monkeypatch.setattr(encoding, "_end", lambda other: ended.append(other) or end(other))
-    entries = [{"messages": [{"role": "user", "content": f"Say {number}"}, {"role": "assistant", "content": "No"}]}
-               for number in range(40)]  # fmt: skip
-    lines = [(2 * number, entry) for number, entry in enumerate(entries)]
-    found = list(encoding.encoded(demo, lines, tmp_path))
-    assert found == [(number, entry, *text_of(demo, entry, "")) for number, entry in lines]
-    with pytest.raises(OptionError, match=r'line 60 has no "text" or "messages"'):
-        list(encoding.encoded(demo, [*lines[:29], (59, {"text": 3}), *lines[30:]], tmp_path))
-    assert [one.poll() is not None for one in ended] == 4 * [True]
 
 
 def test_a_prompt_is_measured_once(tmp_path: Path) -> None:
