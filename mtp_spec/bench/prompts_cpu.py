@@ -2,7 +2,8 @@
 
 Every prompt is new, of random tokens, so nothing is shared with an earlier one and experts are chosen independently.
 transformers' part is one forward pass that fills its cache and computes the last row's logits; ours is the whole of
-`generate` with one new token.
+`generate` with one new token. A prompt is shown to the MTP module when the first draft is made, so
+"with the MTP module" takes a step with one draft too: it ends with the first token after the prompt's own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from mtp_spec.bench.common import Report, Row, average, publish, spread
 from mtp_spec.bench.peer import transformers_copy
 from mtp_spec.errors import MTPSpecError, OptionError
 
-TOKENS = [128, 512, 1024, 2047]  # the bundled model takes 2,048 with the new one
+DRAFTED = 3  # new tokens with which the first step drafts: the prompt's own, and two that are left
+TOKENS = [128, 512, 1024, 2045]  # the bundled model takes 2,048 with the new ones
 PLAIN, MODULE = "plain", "with the MTP module"
 SAME = 0.5  # least share of first tokens that float32 gives alike: rounding may move some, another model moves all
 
@@ -45,10 +47,11 @@ def cpu_prompts(args: argparse.Namespace) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="mtp_spec.") as folder:
             lm = mtp_spec.load(args.model, device="cpu", measure=False)
-            if max(args.tokens) >= lm.max_context:
+            most = lm.max_context - (DRAFTED if lm.model.mtp else 1)
+            if max(args.tokens) > most:
                 raise OptionError(
-                    f"--tokens {max(args.tokens)}: the model takes {lm.max_context} tokens with the new one: give "
-                    f"{lm.max_context - 1} at most"
+                    f"--tokens {max(args.tokens)}: the model takes {lm.max_context} tokens with the new ones: give "
+                    f"{most} at most"
                 )
             ways, peers = _ways(lm, args, Path(folder))
             for threads in args.threads or [before]:
@@ -81,12 +84,18 @@ def _ways(lm: LM, args: argparse.Namespace, folder: Path) -> tuple[dict[str, Way
 
 
 def _ours(lm: LM, speculation: int | None) -> Way:
-    options: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0.0, "seed": 0, "ignore_eos": True}
+    new = 1 if speculation is None else DRAFTED
+    options: dict[str, Any] = {"max_new_tokens": new, "temperature": 0.0, "seed": 0, "ignore_eos": True}
 
     def read(ids: list[int]) -> Taken:
         start, used = time.perf_counter(), time.process_time()
-        out = lm.generate(ids, speculation=speculation, **options)
-        return Taken(out.token_ids[0], time.perf_counter() - start, time.process_time() - used)
+        events = lm.stream(ids, speculation=speculation, **options)
+        first = next(events)
+        if speculation is not None:
+            next(events)
+        taken = Taken(first.token_id, time.perf_counter() - start, time.process_time() - used)
+        events.close()
+        return taken
 
     return read
 

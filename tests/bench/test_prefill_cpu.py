@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mtp_spec
+import tiny
 from mtp_spec.bench import prompts_cpu
 from mtp_spec.cli.main import main
 
@@ -44,6 +47,24 @@ def test_beside_transformers(tmp_path: Path) -> None:
     assert max(row["times transformers"] for name, row in rows.items() if name.startswith("transformers")) == 1.0
 
 
+def test_the_module_reads_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, rows = mtp_spec.load(tiny.make(tmp_path / "model", "v3").folder, device="cpu"), list[int]()
+    compute = lm.model.scored_mtp_rows
+
+    def spied(module: int, ids: Sequence[int], *rest: Any) -> Any:
+        rows.append(len(ids))
+        return compute(module, ids, *rest)
+
+    monkeypatch.setattr(lm.model, "scored_mtp_rows", spied)
+    ids = [(7 * i) % 96 for i in range(50)]
+    plain = prompts_cpu._ours(lm, None)(ids)
+    assert not rows
+    drafted = prompts_cpu._ours(lm, 1)([1, *ids])
+    assert rows == [51]
+    assert plain.cpu > 0
+    assert drafted.cpu > 0
+
+
 def test_another_model_is_no_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(prompts_cpu, "_theirs", lambda model: lambda ids: prompts_cpu.Taken(-1, 1.0, 1.0))
     told = refusal(capsys, "--tokens", "5", "--repeats", "1", "--transformers")
@@ -55,7 +76,7 @@ def test_another_model_is_no_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     [
         (["--shape", "671B"], "--shape belongs to the other device: --device is cpu"),
         (["--prefill-tokens", "512"], "--prefill-tokens belongs to the other device"),
-        (["--tokens", "2048"], "--tokens 2048: the model takes 2048 tokens with the new one: give 2047 at most"),
+        (["--tokens", "2048"], "--tokens 2048: the model takes 2048 tokens with the new ones: give 2045 at most"),
     ],
 )
 def test_refused(options: list[str], cause: str, capsys: pytest.CaptureFixture[str]) -> None:
