@@ -2,8 +2,8 @@
 
 Every prompt is new, of random tokens, so nothing is shared with an earlier one and experts are chosen independently.
 transformers' part is one forward pass that fills its cache and computes the last row's logits; ours is the whole of
-`generate` with one new token. A prompt is shown to the MTP module when the first draft is made, so
-"with the MTP module" takes a step with one draft too: it ends with the first token after the prompt's own.
+`generate` with one new token. The MTP module reads a prompt when the first draft is made: "with the MTP module" ends
+there, after the first token.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
+from torch import Tensor
 
 import mtp_spec
+from mtp_spec.acceptance.accept import Accepted
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, average, publish, spread
 from mtp_spec.bench.peer import transformers_copy
 from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.sampling.sampler import History
+from mtp_spec.tree import TokenTree
 
 DRAFTED = 3  # new tokens with which the first step drafts: the prompt's own, and two that are left
 TOKENS = [128, 512, 1024, 2045]  # the bundled model takes 2,048 with the new ones
@@ -83,19 +87,35 @@ def _ways(lm: LM, args: argparse.Namespace, folder: Path) -> tuple[dict[str, Way
     return ways | peers, list(peers)
 
 
+class _FirstDraft:
+    """Notes when the first draft's row is there; see `mtp_spec.sequence.Observer`."""
+
+    seconds = cpu = 0.0
+
+    def drafted(self, parent: int, row: Tensor) -> None:
+        self.seconds, self.cpu = self.seconds or time.perf_counter(), self.cpu or time.process_time()
+
+    def pruned(self, kept: list[int]) -> None:
+        """Does nothing."""
+
+    def verified(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
+        """Does nothing."""
+
+
 def _ours(lm: LM, speculation: int | None) -> Way:
     new = 1 if speculation is None else DRAFTED
     options: dict[str, Any] = {"max_new_tokens": new, "temperature": 0.0, "seed": 0, "ignore_eos": True}
 
     def read(ids: list[int]) -> Taken:
         start, used = time.perf_counter(), time.process_time()
-        events = lm.stream(ids, speculation=speculation, **options)
-        first = next(events)
+        drafted = _FirstDraft()
+        events = lm.stream(ids, speculation=speculation, observer=drafted, **options)
+        token, seconds, cpu = next(events).token_id, time.perf_counter(), time.process_time()
         if speculation is not None:
             next(events)
-        taken = Taken(first.token_id, time.perf_counter() - start, time.process_time() - used)
+            seconds, cpu = drafted.seconds, drafted.cpu
         events.close()
-        return taken
+        return Taken(token, seconds - start, cpu - used)
 
     return read
 
