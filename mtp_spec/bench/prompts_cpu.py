@@ -107,9 +107,11 @@ def _ours(lm: LM, speculation: int | None) -> Way:
     options: dict[str, Any] = {"max_new_tokens": new, "temperature": 0.0, "seed": 0, "ignore_eos": True}
 
     def read(ids: list[int]) -> Taken:
-        start, used = time.perf_counter(), time.process_time()
+        # the two ways begin with other tokens: what one has cached would spare the other the prompt
+        given = ids if speculation is None else [(ids[0] + 1) % lm.config.vocab_size, *ids[1:]]
         drafted = _FirstDraft()
-        events = lm.stream(ids, speculation=speculation, observer=drafted, **options)
+        start, used = time.perf_counter(), time.process_time()
+        events = lm.stream(given, speculation=speculation, observer=drafted, **options)
         token, seconds, cpu = next(events).token_id, time.perf_counter(), time.process_time()
         if speculation is not None:
             next(events)

@@ -47,22 +47,30 @@ def test_beside_transformers(tmp_path: Path) -> None:
     assert max(row["times transformers"] for name, row in rows.items() if name.startswith("transformers")) == 1.0
 
 
-def test_the_module_reads_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_way_reads_the_whole_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, rows = mtp_spec.load(tiny.make(tmp_path / "model", "v3").folder, device="cpu"), list[int]()
-    compute = lm.model.scored_mtp_rows
+    main, module = lm.model.scored_rows, lm.model.scored_mtp_rows
 
-    def spied(module: int, ids: Sequence[int], *rest: Any) -> Any:
+    def of_main(ids: Sequence[int], *rest: Any) -> Any:
         rows.append(len(ids))
-        return compute(module, ids, *rest)
+        return main(ids, *rest)
 
-    monkeypatch.setattr(lm.model, "scored_mtp_rows", spied)
-    ids = [(7 * i) % 96 for i in range(50)]
-    plain = prompts_cpu._ours(lm, None)(ids)
-    assert not rows
-    drafted = prompts_cpu._ours(lm, 1)([1, *ids])
-    assert rows == [51]
-    assert plain.seconds > 0
-    assert drafted.seconds > 0
+    def of_module(number: int, ids: Sequence[int], *rest: Any) -> Any:
+        rows.append(len(ids))
+        return module(number, ids, *rest)
+
+    monkeypatch.setattr(lm.model, "scored_rows", of_main)
+    monkeypatch.setattr(lm.model, "scored_mtp_rows", of_module)
+    ids = [(7 * i) % 96 for i in range(200)]
+    for _ in range(2):
+        drafted = prompts_cpu._ours(lm, 1)(ids)
+        assert rows[:2] == [200, 200]
+        assert drafted.seconds > 0
+        rows.clear()
+        prompts_cpu._ours(lm, None)(ids)
+        assert rows == [200]
+        rows.clear()
+        ids = [5, *ids[1:]]
 
 
 def test_another_model_is_no_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
