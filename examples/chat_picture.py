@@ -34,7 +34,8 @@ def main(file: str = "chat.svg") -> None:
     console = Console(file=io.StringIO(), record=True, width=96, force_terminal=True, force_interactive=False,
                       color_system="truecolor", no_color=False, highlight=False)  # fmt: skip
     # a fixed tree, so that the picture does not depend on how long steps take
-    session = Session(mtp_spec.load(measure=False), mtp_spec.SamplingParams(max_new_tokens=120, seed=4), mtp_spec.Speculation(3))
+    params, shape = mtp_spec.SamplingParams(max_new_tokens=120, seed=4), mtp_spec.Speculation(3)
+    session = Session(mtp_spec.load(measure=False), params, shape)
     chat = Chat(session, Screen(console, console), Typed(console))
     greet(chat)
     converse(chat)
