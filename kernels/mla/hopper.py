@@ -15,42 +15,33 @@ Legend: as in `attention`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mtp_spec.kernels.direct import Tiles
+from mtp_spec.kernels.gemm_hopper import described, load_tile
 from mtp_spec.kernels.mla.cache import KEYS
 from mtp_spec.kernels.mla.kernels import _split_start as _split_start_of
 from mtp_spec.kernels.mla.kernels import split_of as _split_of
 from mtp_spec.kernels.mla.plan import TILE, Head
 
-# Triton 3.6's name, and the later one
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _split_start = gluon.jit(_split_start_of.fn)
 split_of = gluon.jit(_split_of.fn)
 
 
-def descriptors(q: Tensor, store: Tensor, head: Head) -> tuple[TensorDescriptor, ...]:
+def descriptors(q: Tensor, store: Tensor, head: Head) -> tuple[Tiles, ...]:
     """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`."""
     half = head.latent // 2
-    return (_described(q, TILE, half), _described(q, TILE, head.rope), _described(store, KEYS, half),
-            _described(store, KEYS, head.rope))  # fmt: skip
-
-
-def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+    return (described(q, TILE, half), described(q, TILE, head.rope), described(store, KEYS, half),
+            described(store, KEYS, head.rope))  # fmt: skip
 
 
 @gluon.jit

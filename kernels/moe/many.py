@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels.direct import enqueue
 from mtp_spec.kernels.fp8 import BLOCK, E4M3_MAX
-from mtp_spec.kernels.launching import MULTIPROCESSORS, hopper_module, late, on_hopper
+from mtp_spec.kernels.launching import MULTIPROCESSORS, hopper_module, late, next_power, on_hopper
 from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups
 
 try:
@@ -84,10 +85,11 @@ def sort(x: Tensor, scale: Tensor | None, order: Tensor, per_row: int) -> tuple[
     out = x.new_empty(pairs, channels)
     scales = None if scale is None else scale.new_empty(pairs, scale.shape[1])
     words, blocks = channels * x.element_size() // 4, 0 if scale is None else scale.shape[1]
-    _sort_kernel[(pairs,)](
+    enqueue(
+        _sort_kernel, (pairs,),
         x.view(torch.int32), x if scale is None else scale, order, out.view(torch.int32),
-        out if scales is None else scales, words, blocks, per_row, SIZE=triton.next_power_of_2(words),
-        BLOCKS=max(1, triton.next_power_of_2(blocks)), SCALED=scale is not None, **late(x),
+        out if scales is None else scales, words, blocks, per_row, SIZE=next_power(words),
+        BLOCKS=next_power(max(1, blocks)), SCALED=scale is not None, **late(x),
     )  # fmt: skip
     return out, scales
 
@@ -95,7 +97,8 @@ def sort(x: Tensor, scale: Tensor | None, order: Tensor, per_row: int) -> tuple[
 def add(parts: Tensor, pair_weights: Tensor, out: Tensor, first: int) -> None:
     """Writes the weighted sums of each row's parts `[M K, N]`, in order, to columns `first` and on of out `[M, D]`."""
     (rows, per_row), columns = pair_weights.shape, parts.shape[1]
-    _add_kernel[(rows, -(-columns // STRETCH))](
+    enqueue(
+        _add_kernel, (rows, -(-columns // STRETCH)),
         parts, pair_weights, out, columns, out.shape[1], first, PER_ROW=per_row, SIZE=STRETCH, **late(parts),
     )  # fmt: skip
 
@@ -107,8 +110,9 @@ def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts)
     hidden, high = x.new_empty(pairs, inner), TOKENS if UP_WIDE else TOKENS // 2
     width, kept = (2 * BLOCK, x.element_size()) if UP_WIDE else (BLOCK, 4)
     scales = x.new_empty(pairs if scaled else 0, -(-inner // BLOCK), dtype=torch.float32)
-    kernels.gate_up_kernel[(MULTIPROCESSORS,)](
-        kernels.described(x, high, step), kernels.described(weights.gate_up.view(-1, channels), high, step),
+    enqueue(
+        kernels.gate_up_kernel, (MULTIPROCESSORS,),
+        kernels.described(x, high, step), kernels.described(weights.rows[0], high, step),
         weights.gate_up_scale if scaled else x, x_scale if scaled else x, groups.expert, groups.first, groups.count,
         hidden, scales, pairs, groups.count.shape[0], UP_BAND, inner, -(-channels // step),
         STAGES=kernels.stages(kernels.STEP * (TOKENS + width), TOKENS * BLOCK * kept), SCALED=scaled,
@@ -123,8 +127,9 @@ def _down(hidden: tuple[Tensor, ...], groups: Groups, weights: Experts, parts: T
     high, width, kept = TOKENS // 2, BLOCK, 0
     if DOWN_WIDE:
         high, width, kept = TOKENS, 2 * BLOCK, TOKENS * BLOCK * parts.element_size()
-    kernels.down_kernel[(MULTIPROCESSORS,)](
-        kernels.described(x, high, step), kernels.described(weights.down.view(-1, inner), width, step),
+    enqueue(
+        kernels.down_kernel, (MULTIPROCESSORS,),
+        kernels.described(x, high, step), kernels.described(weights.rows[1], width, step),
         weights.down_scale if scaled else x, hidden[1] if scaled else x, groups.order, groups.expert, groups.first,
         groups.count, parts, groups.count.shape[0], DOWN_BAND, weights.outputs, first, parts.shape[1],
         -(-inner // step), STAGES=kernels.stages(kernels.STEP * (TOKENS + width), kept), SCALED=scaled, WIDE=DOWN_WIDE,
