@@ -3,7 +3,7 @@
 Pairs are sorted by expert, so that a slot's inputs are adjacent rows and are copied by TMA; rows past the slot's end
 belong to the next expert and are computed but not stored. A warpgroup without a pair skips its products.
 
-With WIDE a tile has 256 outputs instead of 128, so that inputs are copied half as often. A warpgroup then has two sums
+A tile is 128 pairs by 256 outputs: 128 columns of gate and of up, or 256 of down. A warpgroup has two sums of 64 by 128
 and one product in flight; while it adds that, the tensor core works for the other warpgroup.
 
 Legend: as in `kernels`; a slot has up to 128 pairs.
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mtp_spec.kernels.gemm_hopper import STEP, described, load_tile, next_stage, seen_as, stages, summed
+from mtp_spec.kernels.gemm_hopper import STEP, described, load_tile, next_stage, seen_as, stages
 from mtp_spec.kernels.quant import block_scaled as _block_scaled
 
 __all__ = ["STEP", "described", "down_kernel", "gate_up_kernel", "stages"]
@@ -28,56 +28,43 @@ block_scaled = gluon.jit(_block_scaled.fn)
 
 
 @gluon.jit
-def _place(number, slots, tiles, band):
-    """Returns a tile's slot and number: bands of `band` slots; within a band, column after column."""
-    first = number // (band * tiles) * band
-    within = number - first * tiles
-    high = gl.minimum(slots - first, band)
-    return first + within % high, within // high
-
-
-@gluon.jit
 def _copy_in(
-    x_desc, w_desc, buffers, bars, slot_expert, slot_first, slot_count, sizes,
-    STAGES: gl.constexpr, WIDTH: gl.constexpr, TURNS: gl.constexpr, PARTS: gl.constexpr,
+    x_desc, w_desc, buffers, bars, slot_expert, slot_first, slot_count, sizes, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The copying warpgroup: a tile's inputs and weights. The weights of a step are PARTS boxes `apart` rows from each
-    other; of TURNS == 2, both halves of 128 columns come one by one."""
+    """The copying warpgroup: a tile's inputs and 256 rows of weights, in boxes `apart` rows from each other."""
     x_tiles, w_tiles = buffers
     full, free = bars
-    slots, tiles, band, k_steps, outputs, apart, first_column = sizes
-    rows: gl.constexpr = x_desc.block_shape[0]
-    boxes: gl.constexpr = 128 // rows
-    bytes: gl.constexpr = x_desc.block_type.nbytes * boxes + w_desc.block_type.nbytes * PARTS
+    slots, tiles, k_steps, outputs, apart, first_column = sizes
+    width: gl.constexpr = w_desc.block_shape[0]
+    boxes: gl.constexpr = 256 // width
+    bytes: gl.constexpr = x_desc.block_type.nbytes + w_desc.block_type.nbytes * boxes
     K: gl.constexpr = x_desc.block_shape[1]
     stage, phase = 0, 1
     for number in range(gl.program_id(0), slots * tiles, gl.num_programs(0)):
-        slot, tile = _place(number, slots, tiles, band)
+        slot, tile = number // tiles, number % tiles
         if gl.load(slot_count + slot) > 0:
             first = gl.load(slot_first + slot)
-            w_row = gl.load(slot_expert + slot) * outputs + first_column + tile * WIDTH
-            for turn in gl.static_range(TURNS):
-                for step in range(k_steps):
-                    mbarrier.wait(free.index(stage), phase)
-                    bar = full.index(stage)
-                    mbarrier.expect(bar, bytes)
-                    for box in gl.static_range(boxes):
-                        load_tile(x_desc, [first + box * rows, step * K], bar, x_tiles.index(boxes * stage + box))
-                    for part in gl.static_range(PARTS):
-                        load_tile(w_desc, [w_row + turn * 64 + part * apart, step * K], bar,
-                                  w_tiles.index(PARTS * stage + part))  # fmt: skip
-                    stage, phase = next_stage(stage, phase, STAGES)
+            w_row = gl.load(slot_expert + slot) * outputs + first_column + tile * width
+            for step in range(k_steps):
+                mbarrier.wait(free.index(stage), phase)
+                bar = full.index(stage)
+                mbarrier.expect(bar, bytes)
+                load_tile(x_desc, [first, step * K], bar, x_tiles.index(stage))
+                for box in gl.static_range(boxes):
+                    load_tile(w_desc, [w_row + box * apart, step * K], bar, w_tiles.index(boxes * stage + box))
+                stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
-def _summed_wide(
+def _summed(
     x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, apart, steps, layout: gl.constexpr,
     OWN: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """As `summed`, of two pieces of weights: returns the sums of the first, of the second, and the next buffer.
+    """Sums a warpgroup's 64 pairs by 2 times 128 columns over K; returns both sums and the next buffer.
 
     Args:
-        apart: from the scales of the first piece to those of the second.
+        x_scales: of the pairs, pointers `[64]`, used with SCALED like those that follow.
+        w_scales: of the first 128 columns; of the others, `apart` further.
     """
     full, free = bars
     total = gl.zeros([64, 128], gl.float32, layout)
@@ -124,21 +111,13 @@ def _skip(stage, phase, bars, steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _activated(total):
-    """Returns silu(gate) * up `[64, 64]` of gate and up beside each other `[64, 128]`."""
-    gate, up = gl.split(gl.permute(gl.reshape(total, [64, 2, 64]), [0, 2, 1]))
-    return gate / (1 + gl.exp(-gate)) * up
-
-
-@gluon.jit
 def _gate_up(
     w_scale, x_scale, hidden, hidden_scale, buffers, outs, bars, slot_expert, slot_first, slot_count, sizes, inner,
-    pairs, OWN: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr, SCALED: gl.constexpr,
-    POWER: gl.constexpr, LARGEST: gl.constexpr,
+    pairs, OWN: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, POWER: gl.constexpr, LARGEST: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: hidden = silu(gate) * up, quantised if SCALED, of 64 pairs."""
     x_tiles, w_tiles = buffers
-    slots, tiles, band, k_steps, _, _, _ = sizes
+    slots, tiles, k_steps, _, _, _ = sizes
     deep: gl.constexpr = 32 if SCALED else 16
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, deep])
     tidy: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
@@ -146,7 +125,7 @@ def _gate_up(
     inner_blocks = gl.cdiv(inner, 128)
     out = outs.index(OWN)
     for number in range(gl.program_id(0), slots * tiles, gl.num_programs(0)):
-        slot, tile = _place(number, slots, tiles, band)
+        slot, tile = number // tiles, number % tiles
         count = gl.load(slot_count + slot) - OWN * 64
         if count > 0:
             first = gl.load(slot_first + slot) + OWN * 64
@@ -154,37 +133,25 @@ def _gate_up(
             rows = gl.minimum(first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout)), pairs - 1)
             x_scales = x_scale + rows.to(gl.int64) * k_steps
             w_scales = w_scale + (expert.to(gl.int64) * 2 * inner_blocks + tile) * k_steps
-            if WIDE:
-                gate, up, stage, phase = _summed_wide(
-                    x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, inner_blocks * k_steps, k_steps, layout,
-                    OWN, STAGES, SCALED,
-                )  # fmt: skip
-                values = gate / (1 + gl.exp(-gate)) * up
-            else:
-                for half in gl.static_range(2):
-                    total, stage, phase = summed(
-                        x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, inner_blocks * k_steps, k_steps,
-                        layout, OWN, STAGES, SCALED, 2,
-                    )  # fmt: skip
-                    out.slice(half * 64, 64, dim=1).store(_activated(total))
-                values = out.load(tidy)
+            gate, up, stage, phase = _summed(
+                x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, inner_blocks * k_steps, k_steps, layout, OWN,
+                STAGES, SCALED,
+            )  # fmt: skip
+            values = gate / (1 + gl.exp(-gate)) * up
             if SCALED:
                 column = tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, values.type.layout))
                 row = gl.arange(0, 64, layout=gl.SliceLayout(1, values.type.layout))
                 values = gl.where(gl.expand_dims(column < inner, 0), values, 0.0)
                 values, scale = block_scaled(values, LARGEST, POWER)
                 gl.store(hidden_scale + (first + row).to(gl.int64) * inner_blocks + tile, scale, mask=row < count)
-            values = values.to(hidden.dtype.element_ty)
-            if WIDE:
-                out.store(values)
-                values = out.load(tidy)
+            out.store(values.to(hidden.dtype.element_ty))
             row = gl.arange(0, 64, layout=gl.SliceLayout(1, tidy))
             column = tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, tidy))
             at = gl.expand_dims((first + row).to(gl.int64) * inner, 1) + gl.expand_dims(column, 0)
             kept = gl.expand_dims(row < count, 1) & gl.expand_dims(column < inner, 0)
-            gl.store(hidden + at, values, mask=kept)
+            gl.store(hidden + at, out.load(tidy), mask=kept)
         elif count > -OWN * 64:
-            stage, phase = _skip(stage, phase, bars, k_steps if WIDE else 2 * k_steps, STAGES)
+            stage, phase = _skip(stage, phase, bars, k_steps, STAGES)
 
 
 @gluon.jit
@@ -200,11 +167,11 @@ def _store_parts(total, out, parts, places, real, first_column, columns, tidy: g
 @gluon.jit
 def _down(
     w_scale, hidden_scale, order, parts, buffers, outs, bars, slot_expert, slot_first, slot_count, sizes, columns,
-    OWN: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr, SCALED: gl.constexpr,
+    OWN: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: parts[pair] = down of the pair's expert @ hidden, of 64 pairs."""
     x_tiles, w_tiles = buffers
-    slots, tiles, band, k_steps, channels, _, first_column = sizes
+    slots, tiles, k_steps, channels, _, first_column = sizes
     deep: gl.constexpr = 32 if SCALED else 16
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, deep])
     each: gl.constexpr = 128 // outs.dtype.primitive_bitwidth
@@ -212,34 +179,23 @@ def _down(
     out = outs.index(OWN)
     stage, phase = 0, 0
     for number in range(gl.program_id(0), slots * tiles, gl.num_programs(0)):
-        slot, tile = _place(number, slots, tiles, band)
+        slot, tile = number // tiles, number % tiles
         count = gl.load(slot_count + slot) - OWN * 64
         if count > 0:
             first = gl.load(slot_first + slot) + OWN * 64
             expert = gl.load(slot_expert + slot)
             lane = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
             x_scales = hidden_scale + (first + gl.where(lane < count, lane, 0)).to(gl.int64) * k_steps
-            blocks, block = gl.cdiv(channels, 128), first_column // 128 + tile * (2 if WIDE else 1)
+            blocks, block = gl.cdiv(channels, 128), first_column // 128 + tile * 2
             w_scales = w_scale + (expert.to(gl.int64) * blocks + block) * k_steps
-            if WIDE:
-                apart = gl.where(block + 1 < blocks, k_steps, 0)
-                total, other, stage, phase = _summed_wide(
-                    x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, apart, k_steps, layout, OWN, STAGES,
-                    SCALED,
-                )  # fmt: skip
-                own = gl.arange(0, 64, layout=gl.SliceLayout(1, tidy))
-                places = gl.load(order + first + own, mask=own < count, other=0).to(gl.int64) * columns
-                _store_parts(total, out, parts, places, own < count, tile * 256, columns, tidy)
-                _store_parts(other, out, parts, places, own < count, tile * 256 + 128, columns, tidy)
-            else:
-                pair = gl.load(order + first + lane, mask=lane < count, other=0)
-                total, stage, phase = summed(
-                    x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, 0, k_steps, layout, OWN, STAGES, SCALED,
-                )  # fmt: skip
-                column = tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
-                at = gl.expand_dims(pair.to(gl.int64) * columns, 1) + gl.expand_dims(column, 0)
-                kept = gl.expand_dims(lane < count, 1) & gl.expand_dims(column < columns, 0)
-                gl.store(parts + at, total.to(parts.dtype.element_ty), mask=kept)
+            apart = gl.where(block + 1 < blocks, k_steps, 0)
+            total, other, stage, phase = _summed(
+                x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, apart, k_steps, layout, OWN, STAGES, SCALED,
+            )  # fmt: skip
+            own = gl.arange(0, 64, layout=gl.SliceLayout(1, tidy))
+            places = gl.load(order + first + own, mask=own < count, other=0).to(gl.int64) * columns
+            _store_parts(total, out, parts, places, own < count, tile * 256, columns, tidy)
+            _store_parts(other, out, parts, places, own < count, tile * 256 + 128, columns, tidy)
         elif count > -OWN * 64:
             stage, phase = _skip(stage, phase, bars, k_steps, STAGES)
 
@@ -255,9 +211,9 @@ def _bars(STAGES: gl.constexpr):
     return full, free
 
 
-@gluon.jit(do_not_specialize=["pairs", "slots", "band"])
+@gluon.jit(do_not_specialize=["pairs", "slots"])
 def gate_up_kernel(
-    x_desc,  # [P, D] e4m3, bf16 or fp16, sorted by expert, tiles [64, 128 bytes], with WIDE [128, 128 bytes]
+    x_desc,  # [P, D] e4m3, bf16 or fp16, sorted by expert, tiles [128, 128 bytes]
     w_desc,  # [E * 2I, D] likewise
     w_scale,  # [E, 2 * ceil(I / 128), blocks] float32, used with SCALED
     x_scale,  # [P, blocks] float32, sorted, used with SCALED
@@ -268,49 +224,39 @@ def gate_up_kernel(
     hidden_scale,  # [P, ceil(I / 128)] float32, used with SCALED
     pairs,
     slots,
-    band,  # slots whose tiles are walked together, column after column
     inner,
     k_steps,
     STAGES: gl.constexpr,
     SCALED: gl.constexpr,
     POWER: gl.constexpr,
     LARGEST: gl.constexpr,
-    WIDE: gl.constexpr,
 ):
     """hidden = silu(gate) * up of every pair, quantised if SCALED; a tile has 128 columns of gate and 128 of up."""
     K: gl.constexpr = x_desc.block_shape[1]
-    high: gl.constexpr = x_desc.block_shape[0]
-    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [128 // high * STAGES, high, K], x_desc.layout)
-    w_tiles = gl.allocate_shared_memory(w_desc.dtype, [2 * STAGES, high, K], w_desc.layout)
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 128, K], x_desc.layout)
+    w_tiles = gl.allocate_shared_memory(w_desc.dtype, [2 * STAGES, 128, K], w_desc.layout)
     halves = seen_as(x_tiles, x_desc.dtype, [2 * STAGES, 64, K], x_desc.layout)  # of the two warpgroups
-    if WIDE:
-        whole = w_tiles
-        kind: gl.constexpr = hidden.dtype.element_ty
-        outs = gl.allocate_shared_memory(kind, [2, 64, 128], gl.NVMMASharedLayout.get_default_for([64, 128], kind))
-    else:
-        whole = seen_as(w_tiles, w_desc.dtype, [STAGES, 128, K], w_desc.layout)  # gate and up beside each other
-        outs = gl.allocate_shared_memory(gl.float32, [2, 64, 128], gl.SwizzledSharedLayout(4, 2, 8, [1, 0]))
+    kind: gl.constexpr = hidden.dtype.element_ty
+    outs = gl.allocate_shared_memory(kind, [2, 64, 128], gl.NVMMASharedLayout.get_default_for([64, 128], kind))
     bars = _bars(STAGES)
-    buffers, sizes = (x_tiles, w_tiles), (slots, gl.cdiv(inner, 128), band, k_steps, 2 * inner, inner, 0)
-    turns: gl.constexpr = 1 if WIDE else 2
+    buffers, sizes = (x_tiles, w_tiles), (slots, gl.cdiv(inner, 128), k_steps, 2 * inner, inner, 0)
     gl.warp_specialize(
         [
-            (_copy_in, (x_desc, w_desc, buffers, bars, slot_expert, slot_first, slot_count, sizes, STAGES, 128,
-                        turns, 2)),
-            (_gate_up, (w_scale, x_scale, hidden, hidden_scale, (halves, whole), outs, bars, slot_expert, slot_first,
-                        slot_count, sizes, inner, pairs, 0, STAGES, WIDE, SCALED, POWER, LARGEST)),
-            (_gate_up, (w_scale, x_scale, hidden, hidden_scale, (halves, whole), outs, bars, slot_expert, slot_first,
-                        slot_count, sizes, inner, pairs, 1, STAGES, WIDE, SCALED, POWER, LARGEST)),
+            (_copy_in, (x_desc, w_desc, buffers, bars, slot_expert, slot_first, slot_count, sizes, STAGES)),
+            (_gate_up, (w_scale, x_scale, hidden, hidden_scale, (halves, w_tiles), outs, bars, slot_expert, slot_first,
+                        slot_count, sizes, inner, pairs, 0, STAGES, SCALED, POWER, LARGEST)),
+            (_gate_up, (w_scale, x_scale, hidden, hidden_scale, (halves, w_tiles), outs, bars, slot_expert, slot_first,
+                        slot_count, sizes, inner, pairs, 1, STAGES, SCALED, POWER, LARGEST)),
         ],
         [4, 4],
         [240, 240],
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["slots", "band"])
+@gluon.jit(do_not_specialize=["slots"])
 def down_kernel(
-    x_desc,  # [P, I] e4m3, bf16 or fp16, sorted by expert, tiles [64, 128 bytes], with WIDE [128, 128 bytes]
-    w_desc,  # [E * D, I] likewise, tiles [128, 128 bytes], with WIDE [256, 128 bytes]
+    x_desc,  # [P, I] e4m3, bf16 or fp16, sorted by expert, tiles [128, 128 bytes]
+    w_desc,  # [E * D, I] likewise, tiles [256, 128 bytes]
     w_scale,  # [E, ceil(D / 128), blocks] float32, used with SCALED
     x_scale,  # [P, blocks] float32, sorted, used with SCALED
     order,
@@ -319,41 +265,30 @@ def down_kernel(
     slot_count,
     parts,  # [P, columns], by number of the pair
     slots,
-    band,  # as for gate and up
     channels,
     first_column,  # a multiple of 128
     columns,
     k_steps,
     STAGES: gl.constexpr,
     SCALED: gl.constexpr,
-    WIDE: gl.constexpr,
 ):
     """parts[pair] = some outputs of down of the pair's expert @ hidden, rounded."""
     K: gl.constexpr = x_desc.block_shape[1]
-    pieces: gl.constexpr = 2 if WIDE else 1
-    high: gl.constexpr = x_desc.block_shape[0]
-    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [128 // high * STAGES, high, K], x_desc.layout)
-    w_tiles = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 128 * pieces, K], w_desc.layout)
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 128, K], x_desc.layout)
+    w_tiles = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 256, K], w_desc.layout)
     halves = seen_as(x_tiles, x_desc.dtype, [2 * STAGES, 64, K], x_desc.layout)  # of the two warpgroups
-    whole = seen_as(w_tiles, w_desc.dtype, [pieces * STAGES, 128, K], w_desc.layout)
+    pieces = seen_as(w_tiles, w_desc.dtype, [2 * STAGES, 128, K], w_desc.layout)
+    kind: gl.constexpr = parts.dtype.element_ty
+    outs = gl.allocate_shared_memory(kind, [2, 64, 128], gl.NVMMASharedLayout.get_default_for([64, 128], kind))
     bars = _bars(STAGES)
-    if WIDE:
-        kind: gl.constexpr = parts.dtype.element_ty
-        outs = gl.allocate_shared_memory(kind, [2, 64, 128], gl.NVMMASharedLayout.get_default_for([64, 128], kind))
-    else:
-        outs = whole  # not used
-    buffers, sizes = (
-        (x_tiles, w_tiles),
-        (slots, gl.cdiv(columns, 128 * pieces), band, k_steps, channels, 0, first_column),
-    )
+    buffers, sizes = (x_tiles, w_tiles), (slots, gl.cdiv(columns, 256), k_steps, channels, 0, first_column)
     gl.warp_specialize(
         [
-            (_copy_in, (x_desc, w_desc, buffers, bars, slot_expert, slot_first, slot_count, sizes, STAGES,
-                        128 * pieces, 1, 1)),
-            (_down, (w_scale, x_scale, order, parts, (halves, whole), outs, bars, slot_expert, slot_first, slot_count,
-                     sizes, columns, 0, STAGES, WIDE, SCALED)),
-            (_down, (w_scale, x_scale, order, parts, (halves, whole), outs, bars, slot_expert, slot_first, slot_count,
-                     sizes, columns, 1, STAGES, WIDE, SCALED)),
+            (_copy_in, (x_desc, w_desc, buffers, bars, slot_expert, slot_first, slot_count, sizes, STAGES)),
+            (_down, (w_scale, x_scale, order, parts, (halves, pieces), outs, bars, slot_expert, slot_first, slot_count,
+                     sizes, columns, 0, STAGES, SCALED)),
+            (_down, (w_scale, x_scale, order, parts, (halves, pieces), outs, bars, slot_expert, slot_first, slot_count,
+                     sizes, columns, 1, STAGES, SCALED)),
         ],
         [4, 4],
         [240, 240],

@@ -9,6 +9,8 @@ Legend: as in `layer`.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,7 @@ except ImportError:  # no Triton for this platform
 TOKENS = 128  # pairs in a slot
 LEAST_ROWS = 513  # from which these launches run; a step has fewer
 STRETCH = 1024  # columns per program of `add`
-UP_BAND, DOWN_BAND = 1, 1  # slots whose tiles programs walk together, column after column
-UP_WIDE, DOWN_WIDE = False, False  # whether tiles have 256 outputs; not part of the arithmetic
+OUTPUTS = 2 * BLOCK  # of a tile
 PARTS_BYTES = 2**29  # memory limit for the second product's outputs; more columns are computed in several turns
 
 
@@ -65,7 +66,7 @@ def down(
     (rows, per_row), device = pair_weights.shape, pair_weights.device
     out = torch.empty(rows, weights.outputs, dtype=dtype, device=device)
     # whole tiles at a time
-    width = max(BLOCK, PARTS_BYTES // (dtype.itemsize * rows * per_row) // BLOCK * BLOCK)
+    width = max(OUTPUTS, PARTS_BYTES // (dtype.itemsize * rows * per_row) // OUTPUTS * OUTPUTS)
     for first in range(0, weights.outputs, width):
         columns = min(width, weights.outputs - first)
         parts = torch.empty(rows * per_row, columns, dtype=dtype, device=device)
@@ -76,7 +77,7 @@ def down(
 
 def most_bytes(pairs: int) -> int:
     """Returns the most bytes of the second product's outputs of some pairs, of 16 bits, that exist at once."""
-    return max(PARTS_BYTES, 2 * pairs * BLOCK)
+    return max(PARTS_BYTES, 2 * pairs * OUTPUTS)
 
 
 def sort(x: Tensor, scale: Tensor | None, order: Tensor, per_row: int) -> tuple[Tensor, Tensor | None]:
@@ -107,16 +108,14 @@ def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts)
     """Launches silu(gate) * up of sorted pairs: x `[P, D]` to `[P, I]`, both e4m3 with scales, or 16 bits without."""
     kernels, (pairs, channels), inner = hopper_module("moe.hopper"), x.shape, weights.inner
     scaled, step = x_scale is not None, kernels.STEP // x.element_size()
-    hidden, high = x.new_empty(pairs, inner), TOKENS if UP_WIDE else TOKENS // 2
-    width, kept = (2 * BLOCK, x.element_size()) if UP_WIDE else (BLOCK, 4)
+    hidden = x.new_empty(pairs, inner)
     scales = x.new_empty(pairs if scaled else 0, -(-inner // BLOCK), dtype=torch.float32)
     enqueue(
         kernels.gate_up_kernel, (MULTIPROCESSORS,),
-        kernels.described(x, high, step), kernels.described(weights.rows[0], high, step),
+        kernels.described(x, TOKENS, step), kernels.described(weights.rows[0], BLOCK, step),
         weights.gate_up_scale if scaled else x, x_scale if scaled else x, groups.expert, groups.first, groups.count,
-        hidden, scales, pairs, groups.count.shape[0], UP_BAND, inner, -(-channels // step),
-        STAGES=kernels.stages(kernels.STEP * (TOKENS + width), TOKENS * BLOCK * kept), SCALED=scaled,
-        POWER=weights.power_of_two, LARGEST=E4M3_MAX, WIDE=UP_WIDE, num_warps=4,
+        hidden, scales, pairs, groups.count.shape[0], inner, -(-channels // step), STAGES=_stages(kernels, hidden),
+        SCALED=scaled, POWER=weights.power_of_two, LARGEST=E4M3_MAX, num_warps=4,
     )  # fmt: skip
     return (hidden, scales) if scaled else (hidden,)
 
@@ -124,17 +123,18 @@ def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts)
 def _down(hidden: tuple[Tensor, ...], groups: Groups, weights: Experts, parts: Tensor, first: int) -> None:
     kernels, x, inner = hopper_module("moe.hopper"), hidden[0], hidden[0].shape[1]
     scaled, step = len(hidden) > 1, kernels.STEP // x.element_size()
-    high, width, kept = TOKENS // 2, BLOCK, 0
-    if DOWN_WIDE:
-        high, width, kept = TOKENS, 2 * BLOCK, TOKENS * BLOCK * parts.element_size()
     enqueue(
         kernels.down_kernel, (MULTIPROCESSORS,),
-        kernels.described(x, high, step), kernels.described(weights.rows[1], width, step),
+        kernels.described(x, TOKENS, step), kernels.described(weights.rows[1], OUTPUTS, step),
         weights.down_scale if scaled else x, hidden[1] if scaled else x, groups.order, groups.expert, groups.first,
-        groups.count, parts, groups.count.shape[0], DOWN_BAND, weights.outputs, first, parts.shape[1],
-        -(-inner // step), STAGES=kernels.stages(kernels.STEP * (TOKENS + width), kept), SCALED=scaled, WIDE=DOWN_WIDE,
-        num_warps=4,
+        groups.count, parts, groups.count.shape[0], weights.outputs, first, parts.shape[1], -(-inner // step),
+        STAGES=_stages(kernels, parts), SCALED=scaled, num_warps=4,
     )  # fmt: skip
+
+
+def _stages(kernels: ModuleType, out: Tensor) -> int:
+    """Returns how many steps of K fit beside 128 columns of a tile of `out`."""
+    return kernels.stages(kernels.STEP * (TOKENS + OUTPUTS), TOKENS * BLOCK * out.element_size())
 
 
 if triton is not None:
