@@ -123,14 +123,15 @@ def _part(x_tiles, w_tiles, stage, layout: gl.constexpr, OWN: gl.constexpr):
 @gluon.jit
 def _scales(x_scales, w_scales, step):
     """Returns the scales of one step: of rows, and of the columns."""
-    return gl.load(x_scales + step), gl.load(w_scales + step)
+    column = gl.load(w_scales + step)
+    return gl.load(x_scales + step), column
 
 
 @gluon.jit
 def _added(total, part, scales):
     """Returns total + part times its scales."""
-    rows, scale = scales
-    return total + part * gl.expand_dims(rows * scale, 1)
+    rows, column = scales
+    return total + part * gl.expand_dims(rows * column, 1)
 
 
 @gluon.jit
