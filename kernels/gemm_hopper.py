@@ -121,27 +121,23 @@ def _part(x_tiles, w_tiles, stage, layout: gl.constexpr, OWN: gl.constexpr):
 
 
 @gluon.jit
-def _scales(x_scales, w_scales, apart, step, HALVES: gl.constexpr):
-    """Returns the scales of one step: of rows, and of the columns' first and second half."""
-    first = gl.load(w_scales + step)
-    return gl.load(x_scales + step), first, gl.load(w_scales + apart + step) if HALVES == 2 else first
+def _scales(x_scales, w_scales, step):
+    """Returns the scales of one step: of rows, and of the columns."""
+    column = gl.load(w_scales + step)
+    return gl.load(x_scales + step), column
 
 
 @gluon.jit
-def _added(total, part, scales, HALVES: gl.constexpr):
+def _added(total, part, scales):
     """Returns total + part times its scales."""
-    rows, first, second = scales
-    if HALVES == 1:
-        return total + part * gl.expand_dims(rows * first, 1)
-    column = gl.arange(0, 128, layout=gl.SliceLayout(0, total.type.layout))
-    scale = gl.where(gl.expand_dims(column < 64, 0), gl.expand_dims(rows * first, 1), gl.expand_dims(rows * second, 1))
-    return total + part * scale
+    rows, column = scales
+    return total + part * gl.expand_dims(rows * column, 1)
 
 
 @gluon.jit
-def summed(
-    x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, apart, steps, layout: gl.constexpr,
-    OWN: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, HALVES: gl.constexpr = 1,
+def _summed(
+    x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, steps, layout: gl.constexpr,
+    OWN: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Sums a warpgroup's 64 rows by 128 columns over some steps of K, at least one; returns sums and the next buffer.
 
@@ -149,7 +145,7 @@ def summed(
 
     Args:
         x_scales: of the rows, pointers `[64]`, used with SCALED like those that follow.
-        w_scales: of the columns; of their second half, with HALVES == 2, `apart` further.
+        w_scales: of the columns.
     """
     full, free = bars
     total = gl.zeros([64, 128], gl.float32, layout)
@@ -157,25 +153,25 @@ def summed(
         for pair in range(steps // 2):
             mbarrier.wait(full.index(stage), phase)
             even = _part(x_tiles, w_tiles, stage, layout, OWN)
-            even_scales = _scales(x_scales, w_scales, apart, 2 * pair, HALVES)
+            even_scales = _scales(x_scales, w_scales, 2 * pair)
             after, phase = next_stage(stage, phase, STAGES)
             mbarrier.wait(full.index(after), phase)
             odd = _part(x_tiles, w_tiles, after, layout, OWN)
-            odd_scales = _scales(x_scales, w_scales, apart, 2 * pair + 1, HALVES)
+            odd_scales = _scales(x_scales, w_scales, 2 * pair + 1)
             even = warpgroup_mma_wait(1, deps=[even])
             mbarrier.arrive(free.index(stage), count=1)
-            total = _added(total, even, even_scales, HALVES)
+            total = _added(total, even, even_scales)
             odd = warpgroup_mma_wait(0, deps=[odd])
             mbarrier.arrive(free.index(after), count=1)
-            total = _added(total, odd, odd_scales, HALVES)
+            total = _added(total, odd, odd_scales)
             stage, phase = next_stage(after, phase, STAGES)
         if steps % 2 == 1:
             mbarrier.wait(full.index(stage), phase)
             even = _part(x_tiles, w_tiles, stage, layout, OWN)
-            even_scales = _scales(x_scales, w_scales, apart, steps - 1, HALVES)
+            even_scales = _scales(x_scales, w_scales, steps - 1)
             even = warpgroup_mma_wait(0, deps=[even])
             mbarrier.arrive(free.index(stage), count=1)
-            total = _added(total, even, even_scales, HALVES)
+            total = _added(total, even, even_scales)
             stage, phase = next_stage(stage, phase, STAGES)
     else:
         for step in range(steps):
@@ -195,7 +191,7 @@ def _summed_one(
     x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, steps, layout: gl.constexpr, OWN: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `summed` with SCALED, with one part at a time: the other warpgroup keeps the tensor core at work."""
+    """As `_summed` with SCALED, with one part at a time: the other warpgroup keeps the tensor core at work."""
     full, free = bars
     total = gl.zeros([64, 128], gl.float32, layout)
     part = gl.zeros([64, 128], gl.float32, layout)
@@ -209,7 +205,7 @@ def _summed_one(
         part = warpgroup_mma_wait(0, deps=[part])
         mbarrier.arrive(free.index(stage), count=1)
         # the wait, for nothing, keeps the assembler from adding later, which would take more registers
-        total = warpgroup_mma_wait(0, deps=[_added(total, part, (rows, column, column), 1)])
+        total = warpgroup_mma_wait(0, deps=[_added(total, part, (rows, column))])
         rows, column = later, column_later
         stage, phase = next_stage(stage, phase, STAGES)
     return total, stage, phase
@@ -250,14 +246,14 @@ def _multiply(
             if SPLITS > 1 and split > 0:
                 # parts of K are added in ascending order, as by programs of their own
                 if steps > 0:
-                    total, stage, phase = summed(
-                        a_tiles, w_tiles, bars, stage, phase, a_scales + begin, w_scales + begin, 0, steps, layout, OWN,
+                    total, stage, phase = _summed(
+                        a_tiles, w_tiles, bars, stage, phase, a_scales + begin, w_scales + begin, steps, layout, OWN,
                         STAGES, SCALED,
                     )  # fmt: skip
                     held.index(OWN).store(held.index(OWN).load(layout) + total)
             else:
-                total, stage, phase = summed(
-                    a_tiles, w_tiles, bars, stage, phase, a_scales, w_scales, 0, steps, layout, OWN, STAGES,
+                total, stage, phase = _summed(
+                    a_tiles, w_tiles, bars, stage, phase, a_scales, w_scales, steps, layout, OWN, STAGES,
                     SCALED,
                 )  # fmt: skip
                 if SPLITS > 1:

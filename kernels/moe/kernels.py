@@ -164,7 +164,7 @@ def _down_kernel(
     slot_first,
     slot_count,
     weights,  # [M, K] float32
-    parts,  # [P, D]
+    parts,  # [P, D] as out
     arrivals,  # [M * ceil(D / TILE)] int32, zero before and after
     out,  # [M, D]
     inner,
@@ -183,7 +183,7 @@ def _down_kernel(
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """parts[pair] = down of the pair's expert @ hidden[pair]; the last of a row's pairs to finish adds them up."""
+    """parts[pair] = down of the pair's expert @ hidden[pair], rounded; the last of a row's pairs to end adds them."""
     tiles = tl.cdiv(channels, TILE)
     slot, tile = slots - 1 - tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if PDL:

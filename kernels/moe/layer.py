@@ -109,6 +109,8 @@ def moe(
 ) -> Tensor:
     """Returns shared(x) + sum over chosen experts of weight * expert(x), `[M, D]` in x's dtype.
 
+    Each expert's output is rounded to that dtype, and the sum is float32.
+
     Args:
         x: `[M, D]` bfloat16, float16 or float32; of the weights' type if those have no scales.
         router: `[E - shared, D]`.
@@ -210,8 +212,7 @@ def down(
     channels, slots, tiles = weights.outputs, groups.count.shape[0], -(-weights.outputs // launch.down_tile)
     unroll = launch.unrolled(launch.down_unroll, rows)
     step = unroll * BLOCK * (launch.down_tile + launch.slot(rows)) * hidden.element_size()
-    parts = torch.empty(pairs, channels, dtype=torch.float32, device=device)
-    out = torch.empty(rows, channels, dtype=dtype, device=device)
+    parts, out = (torch.empty(count, channels, dtype=dtype, device=device) for count in (pairs, rows))
     enqueue(
         _down_kernel, (slots * tiles,),
         described(weights.rows[1], launch.down_tile, BLOCK), weights.down, _or(weights.down_scale, hidden), hidden,

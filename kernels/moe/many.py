@@ -9,6 +9,8 @@ Legend: as in `layer`.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,8 @@ except ImportError:  # no Triton for this platform
 TOKENS = 128  # pairs in a slot
 LEAST_ROWS = 513  # from which these launches run; a step has fewer
 STRETCH = 1024  # columns per program of `add`
-PARTS_BYTES = 2**30  # memory limit for the second product's outputs; more columns are computed in several turns
+OUTPUTS = 2 * BLOCK  # of a tile
+PARTS_BYTES = 2**29  # memory limit for the second product's outputs; more columns are computed in several turns
 
 
 def chosen(rows: int, weights: Experts) -> bool:
@@ -59,22 +62,22 @@ def many(
 def down(
     hidden: tuple[Tensor, ...], groups: Groups, pair_weights: Tensor, weights: Experts, dtype: torch.dtype
 ) -> Tensor:
-    """Launches the second product and each row's sum: output of `gate_up` to `[M, D]` in `dtype`."""
+    """Launches the second product, rounded to `dtype`, and each row's sum: output of `gate_up` to `[M, D]`."""
     (rows, per_row), device = pair_weights.shape, pair_weights.device
     out = torch.empty(rows, weights.outputs, dtype=dtype, device=device)
     # whole tiles at a time
-    width = max(BLOCK, PARTS_BYTES // (4 * rows * per_row) // BLOCK * BLOCK)
+    width = max(OUTPUTS, PARTS_BYTES // (dtype.itemsize * rows * per_row) // OUTPUTS * OUTPUTS)
     for first in range(0, weights.outputs, width):
         columns = min(width, weights.outputs - first)
-        parts = torch.empty(rows * per_row, columns, dtype=torch.float32, device=device)
+        parts = torch.empty(rows * per_row, columns, dtype=dtype, device=device)
         _down(hidden, groups, weights, parts, first)
         add(parts, pair_weights, out, first)
     return out
 
 
 def most_bytes(pairs: int) -> int:
-    """Returns the most bytes of the second product's outputs of some pairs that exist at once."""
-    return max(PARTS_BYTES, 4 * pairs * BLOCK)
+    """Returns the most bytes of the second product's outputs of some pairs, of 16 bits, that exist at once."""
+    return max(PARTS_BYTES, 2 * pairs * OUTPUTS)
 
 
 def sort(x: Tensor, scale: Tensor | None, order: Tensor, per_row: int) -> tuple[Tensor, Tensor | None]:
@@ -105,15 +108,14 @@ def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts)
     """Launches silu(gate) * up of sorted pairs: x `[P, D]` to `[P, I]`, both e4m3 with scales, or 16 bits without."""
     kernels, (pairs, channels), inner = hopper_module("moe.hopper"), x.shape, weights.inner
     scaled, step = x_scale is not None, kernels.STEP // x.element_size()
-    hidden, tokens, halves = x.new_empty(pairs, inner), TOKENS // 2, BLOCK // 2
+    hidden = x.new_empty(pairs, inner)
     scales = x.new_empty(pairs if scaled else 0, -(-inner // BLOCK), dtype=torch.float32)
     enqueue(
         kernels.gate_up_kernel, (MULTIPROCESSORS,),
-        kernels.described(x, tokens, step), kernels.described(weights.rows[0], halves, step),
+        kernels.described(x, TOKENS, step), kernels.described(weights.rows[0], BLOCK, step),
         weights.gate_up_scale if scaled else x, x_scale if scaled else x, groups.expert, groups.first, groups.count,
-        hidden, scales, pairs, groups.count.shape[0], inner, -(-channels // step),
-        STAGES=kernels.stages(kernels.STEP * (TOKENS + BLOCK), TOKENS * BLOCK * 4), SCALED=scaled,
-        POWER=weights.power_of_two, LARGEST=E4M3_MAX, num_warps=4,
+        hidden, scales, pairs, groups.count.shape[0], inner, -(-channels // step), STAGES=_stages(kernels, hidden),
+        SCALED=scaled, POWER=weights.power_of_two, LARGEST=E4M3_MAX, num_warps=4,
     )  # fmt: skip
     return (hidden, scales) if scaled else (hidden,)
 
@@ -123,11 +125,16 @@ def _down(hidden: tuple[Tensor, ...], groups: Groups, weights: Experts, parts: T
     scaled, step = len(hidden) > 1, kernels.STEP // x.element_size()
     enqueue(
         kernels.down_kernel, (MULTIPROCESSORS,),
-        kernels.described(x, TOKENS // 2, step), kernels.described(weights.rows[1], BLOCK, step),
+        kernels.described(x, TOKENS, step), kernels.described(weights.rows[1], OUTPUTS, step),
         weights.down_scale if scaled else x, hidden[1] if scaled else x, groups.order, groups.expert, groups.first,
         groups.count, parts, groups.count.shape[0], weights.outputs, first, parts.shape[1], -(-inner // step),
-        STAGES=kernels.stages(kernels.STEP * (TOKENS + BLOCK), 0), SCALED=scaled, num_warps=4,
+        STAGES=_stages(kernels, parts), SCALED=scaled, num_warps=4,
     )  # fmt: skip
+
+
+def _stages(kernels: ModuleType, out: Tensor) -> int:
+    """Returns how many steps of K fit beside 128 columns of a tile of `out`."""
+    return kernels.stages(kernels.STEP * (TOKENS + OUTPUTS), TOKENS * BLOCK * out.element_size())
 
 
 if triton is not None:
@@ -159,7 +166,7 @@ if triton is not None:
 
     @triton.jit
     def _add_kernel(
-        parts,  # [M * PER_ROW, columns] float32
+        parts,  # [M * PER_ROW, columns] as out
         weights,  # [M, PER_ROW] float32
         out,  # [M, channels]
         columns,
@@ -176,5 +183,5 @@ if triton is not None:
         for one in tl.static_range(PER_ROW):
             pair = row * PER_ROW + one
             part = tl.load(parts + pair * columns + place, mask=mask, other=0.0)
-            summed += tl.load(weights + pair) * part
+            summed += tl.load(weights + pair) * part.to(tl.float32)
         tl.store(out + row * channels + first + place, summed.to(out.dtype.element_ty), mask=mask)

@@ -41,12 +41,12 @@ def experts_reference(
     hidden = tuple(torch.cat(parts)[places] for parts in zip(*activated, strict=True))
     if exchange is not None:
         hidden = exchange(*hidden)
-    parts = torch.empty(len(chosen), weights.outputs, dtype=torch.float32, device=x.device)
+    parts = torch.empty(len(chosen), weights.outputs, dtype=x.dtype, device=x.device)
     for expert, pairs in by_expert:
         scale = None if weights.down_scale is None else weights.down_scale[expert]
-        parts[pairs] = _product([part[pairs] for part in hidden], weights.down[expert], scale)
+        parts[pairs] = _product([part[pairs] for part in hidden], weights.down[expert], scale).to(x.dtype)
     out = torch.zeros(x.shape[0], weights.outputs, dtype=torch.float32, device=x.device)
-    weighted = (parts * pair_weights.flatten()[:, None]).unflatten(0, (-1, per_row))
+    weighted = (parts.float() * pair_weights.flatten()[:, None]).unflatten(0, (-1, per_row))
     for place in range(per_row):
         out += weighted[:, place]
     return out.to(x.dtype)

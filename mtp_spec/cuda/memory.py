@@ -113,7 +113,7 @@ def pass_bytes(model: DeviceModel, rows: int) -> int:
         config.intermediate_size if config.first_k_dense_replace else 0,
         *(shape.intermediate_size or 0 for shape in (*config.modules, SHARED)),
     )
-    pair = hidden * 4 + config.moe_intermediate_size * each
+    pair = hidden * 2 + config.moe_intermediate_size * each
     experts = (config.num_experts_per_tok + config.n_shared_experts) * pair + config.n_routed_experts * 4
     return rows * (HIDDEN_STATES * hidden * 2 + max(attention, dense, experts))
 

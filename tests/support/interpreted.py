@@ -142,6 +142,10 @@ def _wide_experts(dtype: torch.dtype) -> None:
             chosen = slice(first, first + rows)
             alone = moe.moe(x[chosen].contiguous(), router, bias, routing, weights, launch=launch)
             assert torch.equal(alone, whole[chosen])
+    ones, indices = torch.ones(70, 1, device=ON), torch.arange(70, device=ON).remainder(7)[:, None].int()
+    for run in (moe.experts, moe.experts_reference):
+        rounded = 3 * run(x, indices, ones, weights).float()
+        assert torch.equal(run(x, indices, 3 * ones, weights), rounded.to(dtype)), "rounded before it is weighted"
 
 
 def _experts(power: bool) -> None:
