@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ except ImportError:  # no Triton for this platform: the references remain
 
 PARTS_BYTES = 256 * 2**20  # memory limit for partial results; more rows are attended in several turns
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
+# of Hopper's kernel, see `hopper.attend_kernel`; not part of the arithmetic
+COLUMN_PARTS, EVEN, FINE, PULL = 2, False, False, False
+FILL = False  # the turns of a large pass have as many rows as keep all multiprocessors busy
+AHEAD = False  # read the next splits while some are added
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns per program
 WARPS = 8  # per program of `attend`, except Hopper's; not part of the arithmetic
 # except on Hopper: tiles in flight and keys per step, by the shared memory per program that they need
@@ -206,8 +211,9 @@ def _attend(
     if hopper is not None and hopper.fits(head.latent, head.rope):
         programs = min(splits, max(1, MULTIPROCESSORS // tiles))
         hopper.attend_kernel[(tiles * programs,)](
-            *hopper.descriptors(flat, cache.store, head), parts, *given, programs, R=head.rope, **sizes
-        )
+            *hopper.descriptors(flat, cache.store, head, COLUMN_PARTS), cache.store, parts, *given, programs,
+            R=head.rope, EVEN=EVEN, FINE=FINE, PULL=PULL, **sizes
+        )  # fmt: skip
     else:
         sums = parts[: splits * padded * head.latent].view(-1, head.latent)
         latents, ropes, scales = cache.parts
@@ -224,7 +230,7 @@ def _attend(
     kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
         parts, peaks, totals, plan.length, plan.depths, out, padded, plan.each, each, PAGED=paged,
         HEADS=head.padded, C=head.latent,
-        COLUMNS=columns, CHUNK=COMBINED, num_warps=1, **late(q),
+        COLUMNS=columns, CHUNK=COMBINED, AHEAD=AHEAD, num_warps=1, **late(q),
     )  # fmt: skip
 
 
@@ -277,9 +283,26 @@ def _turns(plan: Plan, head: Head, splits: int) -> Iterator[tuple[slice, Plan]]:
     """Yields parts of a pass whose partial results fit: some sequences at once, or some rows of one."""
     fit, each = _at_once(splits, head), _pairs(plan.each, head)
     sequences, rows = max(1, fit // each), plan.each if fit >= each else max(1, fit // head.padded)
+    if FILL:
+        sequences = _filling(sequences, plan.sequences, each)
+        rows = rows if rows == plan.each else _filling(rows, plan.each, head.padded)
     for first in range(0, plan.sequences, sequences):
         some = plan.some(first, min(first + sequences, plan.sequences))
         for begin in range(0, plan.each, rows):
             end = min(begin + rows, plan.each)
             start = first * plan.each + begin
             yield slice(start, start + some.sequences * (end - begin)), some.part(begin, end)
+
+
+def _filling(most: int, count: int, pairs: int) -> int:
+    """Returns how many of `count` parts of a pass, each of that many node-head pairs, to attend at once, at most
+    `most`: as many as keep most multiprocessors busy."""
+    if most >= count:
+        return count
+
+    def time(parts: int) -> Fraction:
+        """Multiprocessors' turns for each part."""
+        tiles = -(-parts * pairs // TILE)
+        return Fraction(-(-tiles // MULTIPROCESSORS), parts * max(1, MULTIPROCESSORS // tiles))
+
+    return min(range(most, most // 2, -1), key=time)

@@ -38,6 +38,38 @@ def _split_start(split):
 
 
 @triton.jit
+def _splits_before(position):
+    """Returns the number of splits that begin before a position."""
+    return tl.where(position > 0, split_of(tl.maximum(position, 1) - 1) + 1, 0)
+
+
+@triton.jit
+def share_of(turn, programs, count):
+    """Returns one program's share of the splits 0 .. count - 1, so that all programs finish together, as (high, highs,
+    low, lows): `highs` splits from `high` downwards, and `lows` from `low` downwards.
+
+    The largest splits come first, as many to each program as its room has; smaller ones fill the rooms, in descending
+    order. A size divides the next, so no split crosses the border of two rooms.
+    """
+    begin = tl.where(count > FIRST3, FIRST3, tl.where(count > FIRST2, FIRST2, tl.where(count > FIRST1, FIRST1, 0)))
+    below, large = _split_start(begin), count - begin
+    size = _split_start(begin + 1) - below
+    unit = tl.where(begin > 0, below - _split_start(tl.maximum(begin, 1) - 1), size)
+    mean = (below + large * size + programs - 1) // programs
+    room = tl.maximum((mean + unit - 1) // unit * unit, (large + programs - 1) // programs * size)
+    most = room // size
+    before = tl.minimum(turn * most, large)
+    until = tl.minimum(before + most, large)
+    low = _splits_before(below - tl.minimum(turn * room - before * size, below))
+    lows = low - _splits_before(below - tl.minimum((turn + 1) * room - until * size, below))
+    one = count <= programs  # a program for every split
+    return (
+        count - 1 - tl.where(one, turn, before), tl.where(one, (turn < count).to(tl.int32), until - before), low - 1,
+        tl.where(one, 0, lows),
+    )  # fmt: skip
+
+
+@triton.jit
 def _absorb_block(
     q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, KIND: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
@@ -256,6 +288,16 @@ def _attend_kernel(
         parts_desc.store([row, part * WIDTH], sums[part].to(parts_desc.dtype))
 
 
+@triton.jit
+def _chunk(parts, peaks, totals, split, splits, count, row, column, C: tl.constexpr):
+    """Returns a row's sums, peaks and totals of some splits; of those past the last, numbers that add nothing."""
+    held = split < splits
+    at = split.to(tl.int64) * count + row
+    part = tl.load(parts + at[:, None] * C + column[None, :], mask=held[:, None], other=0.0)
+    own = tl.load(peaks + at, mask=held, other=float("-inf"))
+    return part, own, tl.load(totals + at, mask=held, other=0.0)
+
+
 @triton.jit(do_not_specialize=["each", "pairs"])
 def _combine_kernel(
     parts,  # [S, padded, C]
@@ -272,6 +314,7 @@ def _combine_kernel(
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Adds a row's splits, CHUNK at a time in ascending order; one warp, so that a column is summed by one thread."""
@@ -286,19 +329,23 @@ def _combine_kernel(
     chunk, column = tl.arange(0, CHUNK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     peak, total = float("-inf"), 0.0
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)
-    # most contexts have one chunk: issue all its loads before the first number is needed
+    # issue all loads of a chunk, and with AHEAD those of the next, before the first number is needed
+    if AHEAD:
+        part, own, its = _chunk(parts, peaks, totals, chunk, splits, count, row, column, C)
     for first in range(0, splits, CHUNK):
-        split = first + chunk
-        held = split < splits
-        at = split.to(tl.int64) * count + row
-        part = tl.load(parts + at[:, None] * C + column[None, :], mask=held[:, None], other=0.0)
-        own = tl.load(peaks + at, mask=held, other=float("-inf"))
-        its = tl.load(totals + at, mask=held, other=0.0)
+        if AHEAD:
+            following, next_own, next_its = _chunk(
+                parts, peaks, totals, first + CHUNK + chunk, splits, count, row, column, C
+            )
+        else:
+            part, own, its = _chunk(parts, peaks, totals, first + chunk, splits, count, row, column, C)
         higher = tl.maximum(peak, tl.max(own, 0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         kept, weight = tl.exp2(peak - safe), tl.exp2(own - safe)
         total = total * kept + tl.sum(weight * its, 0)
         acc = acc * kept + tl.sum(weight[:, None] * part.to(tl.float32), 0)
         peak = higher
+        if AHEAD:
+            part, own, its = following, next_own, next_its
     acc = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + (node * tl.num_programs(1) + head).to(tl.int64) * C + column, acc.to(out.dtype.element_ty))
