@@ -33,7 +33,9 @@ def main(file: str = "chat.svg") -> None:
     # a terminal whose cursor does not move: every block is drawn once
     console = Console(file=io.StringIO(), record=True, width=96, force_terminal=True, force_interactive=False,
                       color_system="truecolor", no_color=False, highlight=False)  # fmt: skip
-    session = Session(mtp_spec.load(), mtp_spec.SamplingParams(max_new_tokens=120, seed=4))
+    # a fixed tree, so that the picture does not depend on how long steps take
+    params, shape = mtp_spec.SamplingParams(max_new_tokens=120, seed=4), mtp_spec.Speculation(3)
+    session = Session(mtp_spec.load(measure=False), params, shape)
     chat = Chat(session, Screen(console, console), Typed(console))
     greet(chat)
     converse(chat)

@@ -27,9 +27,8 @@ def expect(
     Raises:
         ValueError: wrong shape, dtype or device, or not contiguous; names what was given and what is expected.
     """
-    allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
-    fits = x.ndim == len(shape) and all(size in (None, own) for size, own in zip(shape, x.shape, strict=True))
-    if fits and (not allowed or x.dtype in allowed) and x.is_contiguous():
+    own, allowed = x.shape, (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
+    if (own == shape or _fits(own, shape)) and (not allowed or x.dtype in allowed) and x.is_contiguous():
         if beside is None or x.device == beside.device:
             return
         raise ValueError(f"{name} is on {x.device}, the other operand on {beside.device}: move one of them")
@@ -37,3 +36,7 @@ def expect(
     kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
     given = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}{'' if x.is_contiguous() else ', not contiguous'}"
     raise ValueError(f"{name} is {given}: [{sizes}]{' ' + kinds if kinds else ''}, contiguous, is expected")
+
+
+def _fits(own: Sequence[int], shape: Sequence[int | None]) -> bool:
+    return len(own) == len(shape) and all(size in (None, given) for size, given in zip(shape, own, strict=True))

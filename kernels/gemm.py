@@ -27,10 +27,10 @@ from torch import Tensor
 
 from mtp_spec.kernels import fp8, ordered
 from mtp_spec.kernels.checks import FLOATS, expect
+from mtp_spec.kernels.direct import described, enqueue
 from mtp_spec.kernels.fp8 import BLOCK
 from mtp_spec.kernels.launching import (
     MULTIPROCESSORS,
-    described,
     hopper_module,
     interpreted,
     late,
@@ -253,7 +253,9 @@ def _launch(
     row_tile = next((size for size in ROW_TILES if rows <= size), ROW_TILES[-1])
     tiles = -(-outputs // launch.tile) * -(-rows // row_tile)
     step = launch.unroll * BLOCK * a.element_size() * (launch.tile + row_tile)
-    _gemm_kernel[(tiles, launch.splits)](
+    enqueue(
+        _gemm_kernel,
+        (tiles, launch.splits),
         described(w, launch.tile, BLOCK),
         w,
         described(a, row_tile, BLOCK),

@@ -28,6 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mtp_spec.kernels.direct import Tiles, enqueue
+
 # Triton 3.6's names, and the later ones
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -44,8 +46,12 @@ KINDS = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.
          torch.float32: gl.float32}  # fmt: skip
 
 
-def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Returns the TMA descriptor of a matrix in tiles of `rows` by `columns`."""
+def described(x: Tensor, rows: int, columns: int) -> Tiles:
+    """Returns a matrix in tiles of `rows` by `columns`."""
+    return Tiles(x, rows, columns, _descriptor)
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], _layout(rows, columns, x.dtype))
 
 
@@ -284,7 +290,8 @@ def gemm(
     k = STEP // a.element_size()
     row_tiles, column_tiles = -(-rows // ROWS), -(-outputs // OUTPUTS)
     kept = ROWS * OUTPUTS * (4 if splits > 1 else out.element_size())
-    gemm_kernel[(min(programs, row_tiles * column_tiles),)](
+    enqueue(
+        gemm_kernel, (min(programs, row_tiles * column_tiles),),
         described(a, HALF, k), described(w, OUTPUTS, k), described(out, HALF, OUTPUTS),
         a if a_scale is None else a_scale, w if w_scale is None else w_scale, rows, row_tiles, column_tiles,
         -(-inner // k), STAGES=stages(STEP * (ROWS + OUTPUTS), kept), SPLITS=splits, SCALED=a_scale is not None,

@@ -30,7 +30,6 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
         triton = None
@@ -64,14 +63,14 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def described(x: Tensor, rows: int, columns: int) -> Any:
-    """Returns the TMA descriptor of a matrix in tiles of `rows` by `columns`."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
-
-
 def late(x: Tensor) -> dict[str, bool]:
     """Returns launch options for a kernel (with a constexpr PDL) that may start while the previous one still runs."""
     return {"PDL": True, "launch_pdl": True} if overlaps(x.device) else {"PDL": False}
+
+
+def next_power(number: int) -> int:
+    """Returns the least power of two that is not less than a number of at least 1, as `triton.next_power_of_2`."""
+    return 1 << (number - 1).bit_length()
 
 
 def tuned_name(rows: int, columns: int, kind: str) -> str:
@@ -93,6 +92,7 @@ def shared_memory(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"])
 
 
+@lru_cache  # asking the driver takes longer than a launch
 def on_hopper(device: torch.device) -> bool:
     """Whether the device is a Hopper GPU, which has warpgroups."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER[0]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mtp_spec.kernels import ordered
 from mtp_spec.kernels.checks import FLOATS, expect
+from mtp_spec.kernels.direct import enqueue
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX, act_quant
-from mtp_spec.kernels.launching import late, runs_triton
+from mtp_spec.kernels.launching import late, next_power, runs_triton
 
 try:
     import triton
@@ -94,9 +95,10 @@ def _launch_norm(
     """Writes the norm to `out`, quantised if there are scales; returns the sum."""
     rows, channels = x.shape
     total = torch.empty_like(x)
-    _rms_norm_quant_kernel[(rows,)](
+    enqueue(
+        _rms_norm_quant_kernel, (rows,),
         x, x if residual is None else residual, weight, out, out if scales is None else scales, total, channels,
-        -(-channels // BLOCK), eps, SIZE=triton.next_power_of_2(max(channels, BLOCK)), ADD=residual is not None,
+        -(-channels // BLOCK), eps, SIZE=next_power(max(channels, BLOCK)), ADD=residual is not None,
         POWER=power_of_two, LARGEST=E4M3_MAX, QUANTISE=scales is not None, num_warps=8 if channels > STRETCH else 4,
         **late(x),
     )  # fmt: skip
@@ -149,7 +151,8 @@ def _halves(gate_up: Tensor) -> tuple[int, int]:
 def _launch_silu(gate_up: Tensor, out: Tensor, scales: Tensor | None, power_of_two: bool = False) -> None:
     """Writes the product to `out`, quantised if there are scales."""
     rows, channels = out.shape
-    _silu_mul_quant_kernel[(rows, -(-channels // STRETCH))](
+    enqueue(
+        _silu_mul_quant_kernel, (rows, -(-channels // STRETCH)),
         gate_up, out, out if scales is None else scales, channels, -(-channels // BLOCK), SIZE=STRETCH,
         POWER=power_of_two, LARGEST=E4M3_MAX, QUANTISE=scales is not None, **late(gate_up),
     )  # fmt: skip
@@ -162,7 +165,8 @@ def quant(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     if not runs_triton(x):
         return quant_reference(x, power_of_two)
     quantised, scales = _outputs(x, rows, channels)
-    _quant_kernel[(rows, -(-channels // STRETCH))](
+    enqueue(
+        _quant_kernel, (rows, -(-channels // STRETCH)),
         x, quantised, scales, channels, scales.shape[1], SIZE=STRETCH, POWER=power_of_two, LARGEST=E4M3_MAX,
         **late(x),
     )  # fmt: skip

@@ -58,17 +58,25 @@ class HostModel:
     def joint_mtp_rows(self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan) -> Tensor:
         """Appends rows to caches of a module; returns the module's normed outputs `[M, D]`."""
 
-    def scored_rows(self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Returns `joint_rows`, and the logits `[S, V]` of its rows with indices `scored`."""
+    def scored_rows(
+        self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int], kept: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns hidden states `[K, D]` of some rows of `joint_rows`, and logits `[S, V]` of some of those.
+
+        Args:
+            scored: indices of the rows with logits.
+            kept: indices of the rows with hidden states, ascending, among them `scored`; None for all.
+        """
         hidden = self.joint_rows(ids, plan)
-        return hidden, self.logits(hidden[list(scored)])
+        return _kept(hidden, kept), self.logits(hidden[list(scored)])
 
     def scored_mtp_rows(
-        self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan, scored: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Returns `joint_mtp_rows`, and the draft logits `[S, V]` of its rows with indices `scored`."""
+        self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan, scored: Sequence[int],
+        kept: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Returns the same of `joint_mtp_rows`, with logits for drafting."""
         outputs = self.joint_mtp_rows(module, ids, hidden, plan)
-        return outputs, self.draft_logits(outputs[list(scored)], self.config.head_of(module))
+        return _kept(outputs, kept), self.draft_logits(outputs[list(scored)], self.config.head_of(module))
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
@@ -131,3 +139,7 @@ class HostModel:
             with torch.inference_mode(False):  # training may backpropagate through it later
                 self._table = rope_table(self.config, padded(length) + 64, self.device)
         return self._table
+
+
+def _kept(rows: Tensor, kept: Sequence[int] | None) -> Tensor:
+    return rows if kept is None or len(kept) == len(rows) else rows[list(kept)]

@@ -131,13 +131,13 @@ class ModulesForward:
         return kept[number]
 
     @torch.no_grad()
-    def balance(self, step: float) -> float:
+    def balance(self, step: float) -> Tensor:
         """Moves each gate's bias towards even load (2408.15664) and forgets the loads.
 
         Returns:
-            The largest expert's load over the mean.
+            The largest expert's load over the mean, a scalar on the device.
         """
-        worst = 0.0
+        worst = torch.zeros((), device=self.embedding.device)
         for block, load in zip(self.blocks, self.load, strict=True):
             if load is None or not isinstance(block.mlp, MoE):
                 continue
@@ -145,7 +145,7 @@ class ModulesForward:
             if bias is None:
                 raise ValueError("this model's gates have no bias to balance the load of experts with")
             bias += step * torch.sign(load.mean() - load)
-            worst = max(worst, float(load.max() / load.mean().clamp_min(1)))
+            worst = torch.maximum(worst, load.max() / load.mean().clamp_min(1))
             load.zero_()
         return worst
 

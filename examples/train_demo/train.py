@@ -161,7 +161,7 @@ def train_main(model: Transformer, rows: Rows, val: Rows, args: argparse.Namespa
         loss.backward()
         optimiser.step(min(1.0, (step + 1) / 150) * min(1.0, (1 - share) / 0.6 + 0.01))
         sums += torch.stack((own.detach(), mtp.detach()))
-        worst = forward.balance(BIAS_STEP) if step % 8 == 0 else 0.0
+        worst = float(forward.balance(BIAS_STEP)) if step % 8 == 0 else 0.0
         if step == 0:
             start = time.time()
         if step in (1, 20) or step % 200 == 0:

@@ -113,7 +113,9 @@ class PassStruct(Structure):
         ("model", POINTER(ModelStruct)),
         *((name, c_int64) for name in ("module", "rows", "threads", "blocks")),
         *((name, c_void_p) for name in
-          ("ids", "further", "block", "row", "cache", "rope", "before", "after")),
+          ("ids", "further", "block", "row", "cache", "rope", "before")),
+        ("kept", c_void_p), ("kept_rows", c_int64), ("kept_blocks", c_int64),
+        *((name, c_void_p) for name in ("kept_row", "kept_block", "after")),
         ("head", MatrixStruct), ("picked", c_void_p), ("logits", c_void_p), ("scored", c_int64),
         ("memory", c_void_p),
         *((name, c_int64) for name in ("memory_rows", "memory_context", "memory_threads", "rank", "ranks")),

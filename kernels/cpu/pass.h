@@ -37,7 +37,13 @@ typedef struct {
     const Row *row;
     const Cache *cache;
     const float *rope, *before;  // before: hidden states [rows, hidden] that a module is given
-    float *after;                // normed hidden states [rows, hidden]
+    // The rows whose hidden states are wanted, ascending, and `row`, `block` and `blocks` of these alone; null for all.
+    // Of the others the last layer computes only what it caches.
+    const int32_t *kept;
+    int64_t kept_rows, kept_blocks;
+    const Row *kept_row;
+    const int64_t *kept_block;
+    float *after;                // normed hidden states of these rows [kept_rows, hidden]
     Matrix head;                 // gives logits [scored, V] of these rows of `after`
     const int32_t *picked;
     float *logits;
@@ -49,6 +55,14 @@ typedef struct {
     Exchange exchange;
     int64_t *hits;  // where the experts that were read are counted, or null
 } Pass;
+
+// The same pass with the kept rows alone.
+static Pass narrowed(const Pass *pass) {
+    Pass few = *pass;
+    few.rows = pass->kept_rows, few.row = pass->kept_row, few.blocks = pass->kept_blocks, few.block = pass->kept_block;
+    few.kept = 0;
+    return few;
+}
 
 // Logits of hidden states.
 typedef struct {
@@ -69,6 +83,7 @@ typedef struct {
 
 typedef struct {
     const Pass *pass;
+    Pass few;  // what the pass becomes in its last layer, where only some rows are kept
     const Model *model;
     Memory m;
     Room room;

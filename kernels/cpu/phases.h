@@ -58,14 +58,22 @@ static void begin_layer(const Work *w, int64_t layer, int64_t piece, int64_t pie
     (void)pieces;
 }
 
-// Both down-projections.
+// Whether only some rows go on after this layer's latents.
+static int narrows(const Pass *p, int64_t layer) {
+    return p->kept && layer == (p->module < 0 ? p->model->layers - 1 : p->model->layers + p->module);
+}
+
+// Both down-projections, that of the queries of the rows that go on.
 static void project(const Work *w, int64_t layer, int64_t piece, int64_t pieces) {
     const Layer *l = w->model->layer + layer;
     const Memory *m = &w->m;
     const int64_t A = l->q_a.rows, W = l->kv_a.rows, R = w->pass->rows;
+    const int some = narrows(w->pass, layer);
     int64_t a, z;
     part_of(padded(A) + W, piece, pieces, LANES, &a, &z);
-    if (a < A) product(&l->q_a, a, least(z, A), R, m->h, m->hs, 0, m->down + a, m->ds, 0, &w->room);
+    if (a < A)
+        product(&l->q_a, a, least(z, A), some ? w->pass->kept_rows : R, m->h, m->hs, some ? w->pass->kept : 0, m->down + a,
+                m->ds, 0, &w->room);
     int64_t b = most(a - padded(A), 0);
     if (z > padded(A))
         product(&l->kv_a, b, z - padded(A), R, m->h, m->hs, 0, m->down + padded(A) + b, m->ds, 0, &w->room);
@@ -84,7 +92,8 @@ static void keep_latent(const Work *w, int64_t layer, int64_t piece, int64_t pie
     norm(kv, l->kv_norm, model->latent_eps, C, slot, C);
     memcpy(slot + C, kv + C, (size_t)D * 4);
     rotate(slot + C, w->pass->rope + row->position * 2 * D, D, (int)model->interleaved);
-    if (l->q_norm) norm(m->down + r * m->ds, l->q_norm, model->latent_eps, l->q_a.rows, m->qa + r * m->qas, m->qas);
+    if (l->q_norm && (r < w->pass->kept_rows || !narrows(w->pass, layer)))
+        norm(m->down + r * m->ds, l->q_norm, model->latent_eps, l->q_a.rows, m->qa + r * m->qas, m->qas);
     (void)pieces;
 }
 
@@ -108,6 +117,14 @@ static void query(const Work *w, int64_t layer, int64_t head, int64_t end) {
             rotate(place, w->pass->rope + w->pass->row[r].position * 2 * D, D, (int)model->interleaved);
         }
     }
+}
+
+// Brings the kept rows together.
+static void narrow(const Work *w, int64_t layer, int64_t piece, int64_t pieces) {
+    const Pass *p = w->pass;
+    for (int64_t i = 0; i < p->kept_rows; i++)  // none is overwritten before it is moved: kept[i] >= i
+        memmove(w->m.x + i * w->m.xs, w->m.x + p->kept[i] * w->m.xs, (size_t)w->m.xs * 4);
+    (void)layer, (void)piece, (void)pieces;
 }
 
 static void attend_block(const Work *w, int64_t layer, int64_t block, int64_t head, int64_t end) {
@@ -329,9 +346,9 @@ static void score(const Work *w, int64_t layer, int64_t piece, int64_t pieces) {
 
 static int all_of(Work *w) {
     const Pass *p = w->pass;
-    const int64_t R = p->rows, first = p->module < 0 ? 0 : w->model->layers + p->module;
+    const int64_t first = p->module < 0 ? 0 : w->model->layers + p->module;
     const int64_t end = p->module < 0 ? w->model->layers : first + 1;
-    int64_t layer = first;
+    int64_t layer = first, R = p->rows;
     DO(embed, R)
     if (p->module >= 0) DO(mix, pieces_of(w, w->model->hidden))
     for (; layer < end; layer++) {
@@ -339,6 +356,13 @@ static int all_of(Work *w) {
         DO(begin_layer, R)
         DO(project, pieces_of(w, padded(l->q_a.rows) + l->kv_a.rows))
         DO(keep_latent, R)
+        if (narrows(p, layer)) {
+            R = p->kept_rows;
+            if (!R) return 1;
+            DO(narrow, 1)
+            w->few = narrowed(p);
+            w->pass = p = &w->few;
+        }
         if (R <= FUSED) {
             DO(whole_heads, head_pieces(w))
         } else {

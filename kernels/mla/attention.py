@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
+from mtp_spec.kernels.direct import described, enqueue
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
 from mtp_spec.kernels.launching import (
     MULTIPROCESSORS,
-    described,
     hopper_module,
     interpreted,
     late,
+    next_power,
     on_hopper,
     runs_triton,
     shared_memory,
@@ -47,11 +47,11 @@ except ImportError:  # no Triton for this platform: the references remain
 
 PARTS_BYTES = 256 * 2**20  # memory limit for partial results; more rows are attended in several turns
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
-# of Hopper's kernel, see `hopper.attend_kernel`; not part of the arithmetic
-COLUMN_PARTS, EVEN, FINE, PULL = 2, False, False, False
-FILL = False  # the turns of a large pass have as many rows as keep all multiprocessors busy
-AHEAD = False  # read the next splits while some are added
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns per program
+# Tiles of node-head pairs up to which Hopper's programs have equally many keys each and load blocks in pieces: those of
+# 4 rows of 128 heads, or 16 of 20. On an H200 attention is then 0.99 to 1.13 times as fast from 32k keys on, and 0.97 to
+# 1.05 at 8k; with 16 tiles or more 0.90 to 1.03. Not part of the arithmetic.
+FEW_TILES = 8
 WARPS = 8  # per program of `attend`, except Hopper's; not part of the arithmetic
 # except on Hopper: tiles in flight and keys per step, by the shared memory per program that they need
 STEPS = ((220 * 1024, 2, KEYS), (120 * 1024, 1, KEYS // 2), (0, 1, KEYS // 4))
@@ -90,12 +90,13 @@ def prepare(
     lora = q_norm is not None
     out = down.new_empty(rows if lora else 0, q_rank, dtype=E4M3 if quantise else down.dtype)
     scales = down.new_empty(rows if lora and quantise else 0, -(-q_rank // BLOCK), dtype=torch.float32)
-    row_kernels._prepare_kernel[(rows, 2 if lora else 1)](
+    enqueue(
+        row_kernels._prepare_kernel, (rows, 2 if lora else 1),
         down, kv_norm if q_norm is None else q_norm, kv_norm, table, *_where(plan), plan.depths, plan.slots, out,
         scales, *cache.parts, cache.base, plan.offset, eps, plan.each, PAGED=plan.pages is not None, A_ROWS=q_rank,
         C=head.latent, R=head.rope, BLOCK=KEYS,
-        WIDE_A=max(BLOCK, triton.next_power_of_2(q_rank)), WIDE_C=max(BLOCK, triton.next_power_of_2(head.latent)),
-        WIDE_R=triton.next_power_of_2(head.rope), BYTES=cache.layout.row_bytes, LORA=lora, QUANTISE=quantise,
+        WIDE_A=max(BLOCK, next_power(q_rank)), WIDE_C=max(BLOCK, next_power(head.latent)),
+        WIDE_R=next_power(head.rope), BYTES=cache.layout.row_bytes, LORA=lora, QUANTISE=quantise,
         PACKED=cache.layout.packed, INTERLEAVED=head.interleaved, POWER=head.power_of_two, LARGEST=E4M3_MAX,
         **late(down),
     )  # fmt: skip
@@ -117,36 +118,47 @@ def absorb(q: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, table: Tensor, pl
         return absorb_reference(q, kv_b, kv_b_scale, table, plan, head)
     rows = q.shape[0]
     out = q.new_empty(rows, head.padded, head.width)
-    row_kernels._absorb_kernel[(head.heads, -(-head.latent // BLOCK) + 1)](
+    enqueue(
+        row_kernels._absorb_kernel, (head.heads, -(-head.latent // BLOCK) + 1),
         q, kv_b, kv_b if kv_b_scale is None else kv_b_scale, table, plan.length, plan.depths, out, rows, q.stride(0),
         plan.offset, head.padded, plan.each, PAGED=plan.pages is not None, N=head.nope, V=head.value, C=head.latent,
         R=head.rope,
-        WIDE_N=max(16, triton.next_power_of_2(head.nope)), WIDE_R=triton.next_power_of_2(head.rope), ROWS=ROW_TILE,
+        WIDE_N=max(16, next_power(head.nope)), WIDE_R=next_power(head.rope), ROWS=ROW_TILE,
         PACKED=kv_b_scale is not None, INTERLEAVED=head.interleaved, WIDE=interpreted(),
         num_warps=WEIGHT_WARPS, **late(q),
     )  # fmt: skip
     return out
 
 
-def up(context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, quantise: bool = True) -> Operand:
+def up(
+    context: Tensor, kv_b: Tensor, kv_b_scale: Tensor | None, head: Head, quantise: bool = True,
+    out: Tensor | None = None,
+) -> Operand:  # fmt: skip
     """Returns the heads' values `[M, H V]`: context @ W_UV.T.
 
     Args:
         context: `[M, H, C]` bf16 or fp16.
         quantise: return e4m3 with scales `[M, ceil(H V / 128)]`, else the dtype of `context`.
+        out: written and returned, if given; not with `quantise`.
     """
-    if not runs_triton(context):
-        return up_reference(context, kv_b, kv_b_scale, head, quantise)
     rows, columns = context.shape[0], head.heads * head.value
+    if out is not None:
+        assert not quantise
+        expect("out", out, (rows, columns), context.dtype, beside=context)
+    if not runs_triton(context):
+        found = up_reference(context, kv_b, kv_b_scale, head, quantise)
+        return found if out is None or isinstance(found, tuple) else out.copy_(found)
     whole = quantise and head.value % BLOCK == 0
-    out = context.new_empty(rows, columns, dtype=E4M3 if whole else context.dtype)
+    if out is None:
+        out = context.new_empty(rows, columns, dtype=E4M3 if whole else context.dtype)
     scales = context.new_empty(rows if whole else 0, -(-columns // BLOCK), dtype=torch.float32)
     # a whole block of the next product's scales, or half of one, so that twice as many programs read
     values = BLOCK if whole else BLOCK // 2
     held = values * head.latent * context.element_size() + BESIDE_WEIGHTS <= shared_memory(context.device)
-    row_kernels._up_kernel[(head.heads, -(-head.value // values))](
+    enqueue(
+        row_kernels._up_kernel, (head.heads, -(-head.value // values)),
         context, kv_b, kv_b if kv_b_scale is None else kv_b_scale, out, scales, rows, head.heads, N=head.nope,
-        V=head.value, C=head.latent, VALUES=values, CHUNK=min(128, max(16, triton.next_power_of_2(head.latent))),
+        V=head.value, C=head.latent, VALUES=values, CHUNK=min(128, max(16, next_power(head.latent))),
         ROWS=ROW_TILE, PACKED=kv_b_scale is not None, QUANTISE=whole, POWER=head.power_of_two, LARGEST=E4M3_MAX,
         WIDE=interpreted(), HELD=held, num_warps=WEIGHT_WARPS, **late(context),
     )  # fmt: skip
@@ -175,7 +187,8 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     parts = PARTS.room(q.device, pairs * head.latent).view(head.dtype)
     numbers = PEAKS_AND_SUMS.room(q.device, 2 * pairs)
     for rows, part in turns:
-        _attend(q[rows], cache, part, head, parts, numbers, splits, out[rows])
+        own = (q, out) if part is plan else (q[rows], out[rows])
+        _attend(*own, cache, part, head, parts, numbers, splits)
     return out
 
 
@@ -188,17 +201,18 @@ def room_bytes(capacity: int, head: Head, rows: int, sequences: int = 1) -> int:
 
 
 def _attend(
-    q: Tensor, cache: Cache, plan: Plan, head: Head, parts: Tensor, numbers: Tensor, splits: int, out: Tensor,
-) -> None:  # fmt: skip
+    q: Tensor, out: Tensor, cache: Cache, plan: Plan, head: Head, parts: Tensor, numbers: Tensor, splits: int
+) -> None:
     each, paged = _pairs(plan.each, head), plan.pages is not None
     padded = plan.sequences * each
-    peaks, totals = numbers[: 2 * splits * padded].split(splits * padded)
+    peaks, totals = (numbers.narrow(0, place * splits * padded, splits * padded) for place in range(2))
     if plan.ancestors is not None:
         words = cache.words.shape[1]
-        kernels._gather_kernel[(plan.rows, TAIL // GATHERED)](
+        enqueue(
+            kernels._gather_kernel, (plan.rows, TAIL // GATHERED),
             cache.words, *_where(plan), plan.depths, plan.ancestors, cache.base, cache.spare, plan.ancestors.stride(0),
             plan.each, PAGED=paged, BLOCK=KEYS, WORDS=words, TAIL=TAIL, CHUNK=GATHERED,
-            WIDE=triton.next_power_of_2(words), **late(q),
+            WIDE=next_power(words), **late(q),
         )  # fmt: skip
     flat = q.view(-1, head.width)
     given = (*_where(plan), plan.depths, peaks, totals, cache.base, cache.spare, plan.each, padded, plan.deepest,
@@ -210,39 +224,46 @@ def _attend(
     hopper = hopper_module("mla.hopper") if on_hopper(q.device) and not packed else None
     if hopper is not None and hopper.fits(head.latent, head.rope):
         programs = min(splits, max(1, MULTIPROCESSORS // tiles))
-        hopper.attend_kernel[(tiles * programs,)](
-            *hopper.descriptors(flat, cache.store, head, COLUMN_PARTS), cache.store, parts, *given, programs,
-            R=head.rope, EVEN=EVEN, FINE=FINE, PULL=PULL, **sizes
-        )  # fmt: skip
+        enqueue(
+            hopper.attend_kernel,
+            (tiles * programs,),
+            *hopper.descriptors(flat, cache.store, head),
+            parts,
+            *given,
+            programs,
+            R=head.rope,
+            FEW=tiles <= FEW_TILES,
+            **sizes,
+        )
     else:
         sums = parts[: splits * padded * head.latent].view(-1, head.latent)
         latents, ropes, scales = cache.parts
         # one scale's latents at a time: all of them would not fit into the registers together with the sums
         width = min(head.latent, BLOCK) if packed else head.latent
         stages, block = next(step for least, *step in STEPS if shared_memory(q.device) >= least)
-        kernels._attend_kernel[(tiles * splits,)](
+        enqueue(
+            kernels._attend_kernel, (tiles * splits,),
             described(flat, TILE, width), described(flat, TILE, head.rope),
             described(latents, block, width), described(ropes, block, head.rope), described(sums, TILE, width),
             scales, *given, WIDTH=width, BYTES=cache.layout.row_bytes, STAGES=stages, PACKED=packed, PAGE=KEYS,
             WIDE=interpreted(), num_warps=WARPS, **sizes | {"BLOCK": block},
         )  # fmt: skip
     columns = min(head.latent, COLUMNS)
-    kernels._combine_kernel[(plan.rows, head.heads, head.latent // columns)](
+    enqueue(
+        kernels._combine_kernel, (plan.rows, head.heads, head.latent // columns),
         parts, peaks, totals, plan.length, plan.depths, out, padded, plan.each, each, PAGED=paged,
         HEADS=head.padded, C=head.latent,
-        COLUMNS=columns, CHUNK=COMBINED, AHEAD=AHEAD, num_warps=1, **late(q),
+        COLUMNS=columns, CHUNK=COMBINED, num_warps=1, **late(q),
     )  # fmt: skip
 
 
 def _check_cache(cache: Cache, head: Head) -> None:
-    layout, store = head.layout(cache.layout.packed), cache.store
-    expected = layout.empty(0, "meta")
-    if cache.layout != layout:
-        raise ValueError(f"a cache for {cache.layout.latent} + {cache.layout.rope} numbers, heads of {head.latent} + "
-                         f"{head.rope}")  # fmt: skip
-    if store.dtype != expected.dtype or store.shape[1:] != expected.shape[1:] or not store.is_contiguous():
-        raise ValueError(f"cache {tuple(store.shape)} {store.dtype}: a contiguous [rows, {expected.shape[1]}] "
-                         f"{expected.dtype} expected")  # fmt: skip
+    layout, store = cache.layout, cache.store
+    if (layout.latent, layout.rope, layout.dtype) != (head.latent, head.rope, head.dtype):
+        raise ValueError(f"a cache for {layout.latent} + {layout.rope} numbers, heads of {head.latent} + {head.rope}")
+    if (*store.shape[1:], store.dtype) != layout.row or not store.is_contiguous():
+        columns, dtype = layout.row
+        raise ValueError(f"cache {tuple(store.shape)} {store.dtype}: a contiguous [rows, {columns}] {dtype} expected")
 
 
 def _check(q: Tensor, cache: Cache, plan: Plan, head: Head) -> None:
@@ -282,27 +303,13 @@ def _at_once(splits: int, head: Head) -> int:
 def _turns(plan: Plan, head: Head, splits: int) -> Iterator[tuple[slice, Plan]]:
     """Yields parts of a pass whose partial results fit: some sequences at once, or some rows of one."""
     fit, each = _at_once(splits, head), _pairs(plan.each, head)
+    if fit >= each * plan.sequences:
+        yield slice(0, plan.rows), plan
+        return
     sequences, rows = max(1, fit // each), plan.each if fit >= each else max(1, fit // head.padded)
-    if FILL:
-        sequences = _filling(sequences, plan.sequences, each)
-        rows = rows if rows == plan.each else _filling(rows, plan.each, head.padded)
     for first in range(0, plan.sequences, sequences):
         some = plan.some(first, min(first + sequences, plan.sequences))
         for begin in range(0, plan.each, rows):
             end = min(begin + rows, plan.each)
             start = first * plan.each + begin
             yield slice(start, start + some.sequences * (end - begin)), some.part(begin, end)
-
-
-def _filling(most: int, count: int, pairs: int) -> int:
-    """Returns how many of `count` parts of a pass, each of that many node-head pairs, to attend at once, at most
-    `most`: as many as keep most multiprocessors busy."""
-    if most >= count:
-        return count
-
-    def time(parts: int) -> Fraction:
-        """Multiprocessors' turns for each part."""
-        tiles = -(-parts * pairs // TILE)
-        return Fraction(-(-tiles // MULTIPROCESSORS), parts * max(1, MULTIPROCESSORS // tiles))
-
-    return min(range(most, most // 2, -1), key=time)

@@ -11,6 +11,7 @@ Legend: `C` kv_lora_rank, `R` qk_rope_head_dim, `W` = C + R.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,13 +50,18 @@ class Layout:
         """Number of scales in a packed row."""
         return -(-self.latent // BLOCK)
 
+    @property
+    def row(self) -> tuple[int, torch.dtype]:
+        """Columns and dtype of a store."""
+        return (self.row_bytes, torch.uint8) if self.packed else (self.width, self.dtype)
+
     def empty(self, rows: int, device: torch.device | str) -> Tensor:
         """Returns a store of zeros."""
-        columns, dtype = (self.row_bytes, torch.uint8) if self.packed else (self.width, self.dtype)
+        columns, dtype = self.row
         return torch.zeros(rows, columns, dtype=dtype, device=device)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cache:
     """The latents of one layer inside the store of all layers.
 
@@ -111,7 +117,7 @@ class Cache:
         """The store's rotated parts `[rows, R]` bf16 or fp16."""
         return self.store.view(self.layout.dtype)[:, -self.layout.rope :]
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, rotated parts and scales of the store, as kernels take them; without scales the last is unused."""
         return self.latents, self.ropes, self.scales if self.layout.packed else self.ropes

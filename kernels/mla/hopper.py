@@ -10,119 +10,51 @@ order, whichever warpgroup owns a block.
 Warpgroup 0 owns even blocks and columns 0 .. C/2 - 1, warpgroup 1 odd blocks and the other columns. A block stays in
 its owner's key buffer until both have multiplied by it.
 
+In passes of FEW tiles, the programs of a tile have equally many keys (`share_of`), and a block's halves and rope part
+are waited for and freed each by itself. Passes of more tiles are slower that way (`attention.FEW_TILES`). A split's
+bits are the same both ways.
+
 Legend: as in `attention`.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mtp_spec.kernels.direct import Tiles
+from mtp_spec.kernels.gemm_hopper import described, load_tile
 from mtp_spec.kernels.mla.cache import KEYS
-from mtp_spec.kernels.mla.kernels import _split_start as _split_start_of
-from mtp_spec.kernels.mla.kernels import share_of as _share_of
-from mtp_spec.kernels.mla.kernels import split_of as _split_of
+from mtp_spec.kernels.mla.hopper_walk import block_at, paged_row, share_of, split_at, split_of, walk_of
 from mtp_spec.kernels.mla.plan import TILE, Head
 
-# Triton 3.6's names, and the later ones
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_buffer = gl.shared_memory_descriptor
-seen_as = _buffer.reinterpret if hasattr(_buffer, "reinterpret") else _buffer._reinterpret
-_split_start = gluon.jit(_split_start_of.fn)
-split_of = gluon.jit(_split_of.fn)
-share_of = gluon.jit(_share_of.fn)
+
+def descriptors(q: Tensor, store: Tensor, head: Head) -> tuple[Tiles, ...]:
+    """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`."""
+    half = head.latent // 2
+    return (described(q, TILE, half), described(q, TILE, head.rope), described(store, KEYS, half),
+            described(store, KEYS, head.rope))  # fmt: skip
 
 
-def descriptors(q: Tensor, store: Tensor, head: Head, parts: int) -> tuple[TensorDescriptor, ...]:
-    """Returns the TMA descriptors that `attend_kernel` takes first; q `[M H, W]`, C in that many parts."""
-    width = head.latent // parts
-    return (_described(q, TILE, width), _described(q, TILE, head.rope), _described(store, KEYS, width),
-            _described(store, KEYS, head.rope))  # fmt: skip
-
-
-def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    kind = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], kind)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
-
-
-@gluon.jit
-def _split_at(number, splits, EVEN: gl.constexpr):
-    """Returns the program's split of a number 0, 1, ...: from `share_of` with EVEN, else every `step`-th."""
-    first, firsts, second, step = splits
-    if EVEN:
-        return gl.where(number < firsts, first - number, second + firsts - number)
-    return first + number * step
-
-
-@gluon.jit
-def _walk(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns how a tile walks one split, as `_block_at` takes it, and the number of blocks."""
-    start, deepest, nodes, tile, base, spare, _, _ = place
-    first, end = _split_start(split), _split_start(split + 1)
-    last = gl.minimum(end, start + deepest + 1)
-    whole = start // BLOCK * BLOCK
-    shared = gl.maximum(gl.cdiv(last - first, BLOCK), 0)
-    own, blocks, tail, node0 = 1, shared, first, tile * ROWS // HEADS
-    if not CHAIN:
-        tail = gl.maximum(first, whole)
-        shared = gl.maximum(gl.minimum(end, whole) - first, 0) // BLOCK
-        own = gl.maximum(gl.cdiv(last - tail, BLOCK), 0)
-        blocks = shared + own * gl.minimum((ROWS + HEADS - 1) // HEADS, nodes - node0)
-    return (first, shared, own, tail, whole, base, spare, node0), blocks
-
-
-@gluon.jit
-def _block_at(block, walk, BLOCK: gl.constexpr, TAIL: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns a block's first position, its first row in the store, and the node whose tail it is (shared: any)."""
-    first, shared, own, tail, whole, base, spare, node0 = walk
-    at = first + block * BLOCK
-    if CHAIN:
-        return at, base + at, 0
-    late = gl.maximum(block - shared, 0)
-    member = late // gl.maximum(own, 1)
-    at = gl.where(block < shared, at, tail + (late - member * own) * BLOCK)
-    row = gl.where(block < shared, base + at, spare + (node0 + member) * TAIL + at - whole)
-    return at, row, member
-
-
-@gluon.jit
-def _paged_row(block, walk, pages, row, at, BLOCK: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns a block's first row in the store if slots are in pages; `_block_at` assumes contiguous slots."""
-    paged = walk[5] + gl.load(pages + at // BLOCK)
-    if CHAIN:
-        return paged
-    return gl.where(block < walk[1], paged, row)
-
-
-@gluon.jit
-def _pull(store, row, SIZE: gl.constexpr, W: gl.constexpr):
-    """Starts prefetching SIZE bytes of the store, from a row of W numbers on, into the L2 cache."""
-    lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    size = gl.full_like(lane, SIZE // 128)
-    gl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }", "=r,l,r",
-        [store + row.to(gl.int64) * W + lane * (SIZE // 256), size], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+@gluon.constexpr_function
+def _bar(slot, piece, few):
+    """Returns the number of the barriers of a block's half 0 or 1, or rope part 2: those of the block without FEW."""
+    return 3 * slot + piece if few else slot
 
 
 @gluon.jit
 def _copy_in(
-    q_desc, q_rope, k_desc, k_rope, sm, bars, place, splits, number, table, store,
+    q_half, q_rope, k_half, k_rope, sm, bars, place, splits, number, table,
     C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr, PDL: gl.constexpr, EVEN: gl.constexpr,
-    FINE: gl.constexpr, PULL: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr, PDL: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """The copying warpgroup: loads queries once, and every block as soon as its buffer is free.
 
@@ -130,93 +62,63 @@ def _copy_in(
     """
     queries, handed, keys, key_ropes = sm
     q_bar, full, free = bars
-    PARTS: gl.constexpr = queries.shape[0]
-    width: gl.constexpr = C // PARTS
-    bars_each: gl.constexpr = PARTS + 1 if FINE else 1
+    half: gl.constexpr = C // 2
     start, q_row = place[0], place[6]
     turn = 0
     for its in range(number):
-        split = _split_at(its, splits, EVEN)
-        walk, blocks = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
+        split = split_at(its, splits, FEW)
+        walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN)
         for pair in range(gl.cdiv(blocks, 2)):
             for slot in gl.static_range(2):
                 # a pair's second block may not exist: load the first again, because unowned memory could be NaN
                 block = gl.minimum(2 * pair + slot, blocks - 1)
-                at, row, _ = _block_at(block, walk, BLOCK, TAIL, CHAIN)
+                at, row, _ = block_at(block, walk, BLOCK, TAIL, CHAIN)
                 if PAGED:  # look up the page while the buffer is still in use
-                    row = _paged_row(block, walk, table, row, at, BLOCK, CHAIN)
-                if PULL:
-                    if block + 2 < blocks:
-                        later, later_row, _ = _block_at(block + 2, walk, BLOCK, TAIL, CHAIN)
-                        if PAGED:
-                            later_row = _paged_row(block + 2, walk, table, later_row, later, BLOCK, CHAIN)
-                        _pull(store, later_row, BLOCK * (C + R) * 2, C + R)
-                for part in gl.static_range(PARTS):
-                    if FINE or part == 0:
-                        mbarrier.wait(free.index(slot * bars_each + part), (turn & 1) ^ 1)
+                    row = paged_row(block, walk, table, row, at, BLOCK, CHAIN)
+                for part in gl.static_range(2):
+                    bar = full.index(_bar(slot, part, FEW))
+                    if FEW or part == 0:
+                        mbarrier.wait(free.index(_bar(slot, part, FEW)), (turn & 1) ^ 1)
                         if PDL and part == 0:
                             if at + BLOCK > start:  # it has slots that are written in this pass
                                 gdc_wait()
-                        bar = full.index(slot * bars_each + part)
-                        mbarrier.expect(bar, BLOCK * width * 2 if FINE else BLOCK * (C + R) * 2)
-                    load_tile(k_desc, [row, part * width], bar, keys.index(slot * PARTS + part))
-                if FINE:
-                    mbarrier.wait(free.index(slot * bars_each + PARTS), (turn & 1) ^ 1)
-                    bar = full.index(slot * bars_each + PARTS)
+                        mbarrier.expect(bar, BLOCK * half * 2 if FEW else BLOCK * (C + R) * 2)
+                    load_tile(k_half, [row, part * half], bar, keys.index(2 * slot + part))
+                bar = full.index(_bar(slot, 2, FEW))
+                if FEW:
+                    mbarrier.wait(free.index(_bar(slot, 2, FEW)), (turn & 1) ^ 1)
                     mbarrier.expect(bar, BLOCK * R * 2)
                 load_tile(k_rope, [row, C], bar, key_ropes.index(slot))
             if turn == 0:  # every tile has a first block
                 if PDL:
                     gdc_wait()
                 mbarrier.expect(q_bar, ROWS * (C + R) * 2)
-                for part in gl.static_range(PARTS):
-                    load_tile(q_desc, [q_row, part * width], q_bar, queries.index(part))
+                load_tile(q_half, [q_row, 0], q_bar, queries.index(0))
+                load_tile(q_half, [q_row, half], q_bar, queries.index(1))
                 load_tile(q_rope, [q_row, C], q_bar, handed.index(1))
             turn += 1
 
 
 @gluon.jit
 def _scores(queries, q_rope, keys, key_ropes, full, phase, zero, OWN: gl.constexpr, ROWS: gl.constexpr,
-            BLOCK: gl.constexpr, FINE: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Starts queries [ROWS, W] @ keys [BLOCK, W].T of the warpgroup's own block, with FINE each part as it arrives."""
-    PARTS: gl.constexpr = queries.shape[0]
-    bars_each: gl.constexpr = PARTS + 1 if FINE else 1
+            BLOCK: gl.constexpr, FEW: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Starts queries [ROWS, W] @ keys [BLOCK, W].T of the warpgroup's own block, as soon as it is there."""
     scores = gl.zeros([ROWS, BLOCK], gl.float32, layout)
-    for part in gl.static_range(PARTS):
-        if FINE or part == 0:
-            mbarrier.wait(full.index(OWN * bars_each + part), phase)
-        latent = keys.index(zero + PARTS * OWN + part).permute((1, 0))
+    for part in gl.static_range(2):
+        if FEW or part == 0:
+            mbarrier.wait(full.index(_bar(OWN, part, FEW)), phase)
+        latent = keys.index(zero + 2 * OWN + part).permute((1, 0))
         scores = warpgroup_mma(queries.index(zero + part), latent, scores, use_acc=part > 0, is_async=True)
-    if FINE:
-        mbarrier.wait(full.index(OWN * bars_each + PARTS), phase)
+    if FEW:
+        mbarrier.wait(full.index(_bar(OWN, 2, FEW)), phase)
     return warpgroup_mma(q_rope, key_ropes.index(OWN).permute((1, 0)), scores, is_async=True)
-
-
-@gluon.jit
-def _wait_half(full, phase, SLOT: gl.constexpr, HALF: gl.constexpr, PARTS: gl.constexpr, FINE: gl.constexpr):
-    """Waits for a half of a block's columns: without FINE, for the block."""
-    if FINE:
-        for part in gl.static_range(PARTS // 2):
-            mbarrier.wait(full.index(SLOT * (PARTS + 1) + HALF * (PARTS // 2) + part), phase)
-    else:
-        mbarrier.wait(full.index(SLOT), phase)
-
-
-@gluon.jit
-def _free_half(free, SLOT: gl.constexpr, HALF: gl.constexpr, PARTS: gl.constexpr, FINE: gl.constexpr):
-    """Frees a half, which no other warpgroup reads any more; without FINE, says so for the block."""
-    if FINE:
-        for part in gl.static_range(PARTS // 2):
-            mbarrier.arrive(free.index(SLOT * (PARTS + 1) + HALF * (PARTS // 2) + part), count=1)
-    else:
-        mbarrier.arrive(free.index(SLOT), count=1)
 
 
 @gluon.jit
 def _weighed(scores, position, member, walk, block, peak, total, scale, KIND: gl.constexpr, BLOCK: gl.constexpr,
              TAIL: gl.constexpr, CHAIN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """One step of the online softmax: returns weights, the peak they refer to, and the sum so far."""
-    at, _, whose = _block_at(block, walk, BLOCK, TAIL, CHAIN)
+    at, _, whose = block_at(block, walk, BLOCK, TAIL, CHAIN)
     keys = at + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
     seen = gl.expand_dims(keys, 0) <= gl.expand_dims(position, 1)
     if not CHAIN:
@@ -251,15 +153,14 @@ def _hand_over(weights, peak, total, handed, stats, bar, SLOT: gl.constexpr):
 def _multiply(
     parts, peaks, totals, depths, padded, scale, sm, bars, place, splits, number,
     OWN: gl.constexpr, C: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    HEADS: gl.constexpr, CHAIN: gl.constexpr, PDL: gl.constexpr, EVEN: gl.constexpr, FINE: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr, PDL: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: scores of its own blocks, sums of its own columns."""
     if PDL:
         gdc_wait()  # before it writes
-    queries, handed, keys, values, key_ropes, stats = sm
+    queries, handed, keys, key_ropes, stats = sm
     q_bar, full, free, shown, taken = bars
     half: gl.constexpr = C // 2
-    PARTS: gl.constexpr = queries.shape[0]
     kind: gl.constexpr = keys.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
@@ -277,22 +178,22 @@ def _multiply(
     acc = gl.zeros([ROWS, half], gl.float32, o_layout)
     target = parts + OWN * half
     for its in range(number):
-        split = _split_at(its, splits, EVEN)
-        walk, blocks = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
+        split = split_at(its, splits, FEW)
+        walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN)
         peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = gl.zeros([ROWS], gl.float32, row_layout)
         for pair in range(gl.cdiv(blocks, 2)):
             phase = turn & 1
             zero = turn >> 30  # opaque to the compiler, which else keeps fifty addresses in registers and spills
             turn += 1
-            scores = _scores(queries, q_rope, keys, key_ropes, full, phase, zero, OWN, ROWS, BLOCK, FINE, s_layout)
+            scores = _scores(queries, q_rope, keys, key_ropes, full, phase, zero, OWN, ROWS, BLOCK, FEW, s_layout)
             if (pair == 0) & (its > 0):
                 # meanwhile the previous split is written
                 _store(acc, target, C, ROWS, half)
                 acc = gl.zeros([ROWS, half], gl.float32, o_layout)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            if FINE:
-                mbarrier.arrive(free.index(OWN * (PARTS + 1) + PARTS), count=1)
+            if FEW:
+                mbarrier.arrive(free.index(_bar(OWN, 2, FEW)), count=1)
             if OWN == 0:
                 before = peak
                 weights, peak, total = _weighed(scores, position, member, walk, 2 * pair, peak, total, scale, kind,
@@ -300,41 +201,41 @@ def _multiply(
                 mbarrier.wait(taken.index(0), phase ^ 1)
                 _hand_over(weights, peak, total, handed, stats, shown.index(0), 0)
                 acc = _shrunk(acc, before, peak, o_layout)
-                acc = warpgroup_mma(gl.convert_layout(weights, a_layout), values.index(zero), acc, is_async=True)
-                if FINE:  # nobody else reads this half
+                acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero), acc, is_async=True)
+                if FEW:  # nobody else reads this half
                     acc = warpgroup_mma_wait(0, deps=[acc])
-                    _free_half(free, 0, 0, PARTS, FINE)
-                _wait_half(full, phase, 1, 0, PARTS, FINE)
+                    mbarrier.arrive(free.index(_bar(0, 0, FEW)), count=1)
+                mbarrier.wait(full.index(_bar(1, 0, FEW)), phase)
                 mbarrier.wait(shown.index(1), phase)
                 after = stats.index(2).load(row_layout)
                 total = stats.index(3).load(row_layout)
-                if not FINE:
+                if not FEW:
                     acc = warpgroup_mma_wait(0, deps=[acc])
-                    _free_half(free, 0, 0, PARTS, FINE)
+                    mbarrier.arrive(free.index(0), count=1)
                 acc = _shrunk(acc, peak, after, o_layout)
-                acc = warpgroup_mma(handed.index(1), values.index(zero + 2), acc, is_async=True)
+                acc = warpgroup_mma(handed.index(1), keys.index(zero + 2), acc, is_async=True)
                 peak = after
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(taken.index(1), count=1)
-                _free_half(free, 1, 0, PARTS, FINE)
+                mbarrier.arrive(free.index(_bar(1, 0, FEW)), count=1)
             else:
-                _wait_half(full, phase, 0, 1, PARTS, FINE)
+                mbarrier.wait(full.index(_bar(0, 1, FEW)), phase)
                 mbarrier.wait(shown.index(0), phase)
                 before = stats.index(0).load(row_layout)
                 total = stats.index(1).load(row_layout)
                 acc = _shrunk(acc, peak, before, o_layout)
-                acc = warpgroup_mma(handed.index(0), values.index(zero + 1), acc, is_async=True)
+                acc = warpgroup_mma(handed.index(0), keys.index(zero + 1), acc, is_async=True)
                 weights, peak, total = _weighed(scores, position, member, walk, 2 * pair + 1, before, total, scale,
                                                 kind, BLOCK, TAIL, CHAIN, s_layout)  # fmt: skip
                 mbarrier.wait(taken.index(1), phase ^ 1)
                 _hand_over(weights, peak, total, handed, stats, shown.index(1), 1)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(taken.index(0), count=1)
-                _free_half(free, 0, 1, PARTS, FINE)
+                mbarrier.arrive(free.index(_bar(0, 1, FEW)), count=1)
                 acc = _shrunk(acc, before, peak, o_layout)
-                acc = warpgroup_mma(gl.convert_layout(weights, a_layout), values.index(zero + 3), acc, is_async=True)
+                acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero + 3), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                _free_half(free, 1, 1, PARTS, FINE)
+                mbarrier.arrive(free.index(_bar(1, 1, FEW)), count=1)
         row = split * padded + tile_row
         target = parts + row.to(gl.int64) * C + OWN * half
         if OWN == 0:
@@ -373,11 +274,10 @@ def _layout_with(together, rows, columns):
 
 @gluon.jit(do_not_specialize=["nodes", "deepest", "sequences", "each"])
 def attend_kernel(
-    q_desc,  # [M H, W] in tiles [ROWS, C / PARTS]
+    q_half,  # [M H, W] in tiles [ROWS, C / 2]
     q_rope,  # [M H, W] in tiles [ROWS, R]
-    k_desc,  # the store in tiles [BLOCK, C / PARTS]
+    k_half,  # the store in tiles [BLOCK, C / 2]
     k_rope,  # the store in tiles [BLOCK, R]
-    store,  # [rows of all layers, W]
     parts,  # [S * padded, C] bf16
     length,  # [B] int32
     pages,  # [B, P] int32, used with PAGED
@@ -402,9 +302,7 @@ def attend_kernel(
     TAIL: gl.constexpr,
     CHAIN: gl.constexpr,
     PDL: gl.constexpr,
-    EVEN: gl.constexpr,  # programs of a tile have equally many keys, by `share_of`
-    FINE: gl.constexpr,  # the parts of a block are waited for and freed one by one
-    PULL: gl.constexpr,  # blocks are prefetched into the L2 cache, two ahead
+    FEW: gl.constexpr,  # tiles: equal shares, blocks in pieces
 ):
     """Partial attention, as `kernels._attend_kernel`'s, of a tile of ROWS node-head pairs over some splits.
 
@@ -428,7 +326,7 @@ def attend_kernel(
         table = pages
         start = gl.load(length)
     count = split_of(start + deepest) + 1
-    if EVEN:
+    if FEW:
         high, highs, low, lows = share_of(turn, each, count)
         splits = (high, highs, low, each)
         number = highs + lows
@@ -436,40 +334,37 @@ def attend_kernel(
         splits = (turn, 0, 0, each)
         number = gl.cdiv(gl.maximum(count - turn, 0), each)
     if number > 0:
-        PARTS: gl.constexpr = C // k_desc.block_shape[1]
-        queries = gl.allocate_shared_memory(q_rope.dtype, [PARTS, ROWS, C // PARTS], q_desc.layout)
-        keys = gl.allocate_shared_memory(q_rope.dtype, [2 * PARTS, BLOCK, C // PARTS], k_desc.layout)
-        values = keys if PARTS == 2 else seen_as(keys, keys.dtype, [4, BLOCK, C // 2], k_desc.layout)
+        queries = gl.allocate_shared_memory(q_rope.dtype, [2, ROWS, C // 2], q_half.layout)
+        keys = gl.allocate_shared_memory(q_rope.dtype, [4, BLOCK, C // 2], k_half.layout)
         key_ropes = gl.allocate_shared_memory(q_rope.dtype, [2, BLOCK, R], k_rope.layout)
         handed = gl.allocate_shared_memory(q_rope.dtype, [2, ROWS, BLOCK], q_rope.layout)
         stats = gl.allocate_shared_memory(gl.float32, [4, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        pieces: gl.constexpr = PARTS + 1 if FINE else 1
-        full = gl.allocate_shared_memory(gl.int64, [2 * pieces, 1], mbarrier.MBarrierLayout())
-        free = gl.allocate_shared_memory(gl.int64, [2 * pieces, 1], mbarrier.MBarrierLayout())
+        pieces: gl.constexpr = 6 if FEW else 2
+        full = gl.allocate_shared_memory(gl.int64, [pieces, 1], mbarrier.MBarrierLayout())
+        free = gl.allocate_shared_memory(gl.int64, [pieces, 1], mbarrier.MBarrierLayout())
         shown = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         mbarrier.init(q_bar, count=1)
-        for piece in gl.static_range(2 * pieces):
+        for piece in gl.static_range(pieces):
             mbarrier.init(full.index(piece), count=1)
-            mbarrier.init(free.index(piece), count=1 if FINE else 2)
+            mbarrier.init(free.index(piece), count=1 if FEW else 2)
         for slot in gl.static_range(2):
             mbarrier.init(shown.index(slot), count=1)
             mbarrier.init(taken.index(slot), count=1)
         fence_async_shared()
 
         place = (start, deepest, nodes, tile, base, spare, q_row, row)
-        sm = (queries, handed, keys, values, key_ropes, stats)
+        sm = (queries, handed, keys, key_ropes, stats)
         bars = (q_bar, full, free, shown, taken)
         gl.warp_specialize(
             [
-                (_copy_in, (q_desc, q_rope, k_desc, k_rope, (queries, handed, keys, key_ropes), (q_bar, full, free),
-                            place, splits, number, table, store, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED, PDL,
-                            EVEN, FINE, PULL)),
+                (_copy_in, (q_half, q_rope, k_half, k_rope, (queries, handed, keys, key_ropes), (q_bar, full, free),
+                            place, splits, number, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED, PDL, FEW)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits, number,
-                             0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, EVEN, FINE)),
+                             0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits, number,
-                             1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, EVEN, FINE)),
+                             1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW)),
             ],
             [4, 4],
             [240, 240],

@@ -288,16 +288,6 @@ def _attend_kernel(
         parts_desc.store([row, part * WIDTH], sums[part].to(parts_desc.dtype))
 
 
-@triton.jit
-def _chunk(parts, peaks, totals, split, splits, count, row, column, C: tl.constexpr):
-    """Returns a row's sums, peaks and totals of some splits; of those past the last, numbers that add nothing."""
-    held = split < splits
-    at = split.to(tl.int64) * count + row
-    part = tl.load(parts + at[:, None] * C + column[None, :], mask=held[:, None], other=0.0)
-    own = tl.load(peaks + at, mask=held, other=float("-inf"))
-    return part, own, tl.load(totals + at, mask=held, other=0.0)
-
-
 @triton.jit(do_not_specialize=["each", "pairs"])
 def _combine_kernel(
     parts,  # [S, padded, C]
@@ -314,7 +304,6 @@ def _combine_kernel(
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Adds a row's splits, CHUNK at a time in ascending order; one warp, so that a column is summed by one thread."""
@@ -329,23 +318,19 @@ def _combine_kernel(
     chunk, column = tl.arange(0, CHUNK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     peak, total = float("-inf"), 0.0
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)
-    # issue all loads of a chunk, and with AHEAD those of the next, before the first number is needed
-    if AHEAD:
-        part, own, its = _chunk(parts, peaks, totals, chunk, splits, count, row, column, C)
+    # most contexts have one chunk: issue all its loads before the first number is needed
     for first in range(0, splits, CHUNK):
-        if AHEAD:
-            following, next_own, next_its = _chunk(
-                parts, peaks, totals, first + CHUNK + chunk, splits, count, row, column, C
-            )
-        else:
-            part, own, its = _chunk(parts, peaks, totals, first + chunk, splits, count, row, column, C)
+        split = first + chunk
+        held = split < splits
+        at = split.to(tl.int64) * count + row
+        part = tl.load(parts + at[:, None] * C + column[None, :], mask=held[:, None], other=0.0)
+        own = tl.load(peaks + at, mask=held, other=float("-inf"))
+        its = tl.load(totals + at, mask=held, other=0.0)
         higher = tl.maximum(peak, tl.max(own, 0))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         kept, weight = tl.exp2(peak - safe), tl.exp2(own - safe)
         total = total * kept + tl.sum(weight * its, 0)
         acc = acc * kept + tl.sum(weight[:, None] * part.to(tl.float32), 0)
         peak = higher
-        if AHEAD:
-            part, own, its = following, next_own, next_its
     acc = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + (node * tl.num_programs(1) + head).to(tl.int64) * C + column, acc.to(out.dtype.element_ty))

@@ -15,7 +15,7 @@ Legend: as in `attention`; `T` keys.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from mtp_spec.kernels import gemm, ordered
 from mtp_spec.kernels.checks import expect
+from mtp_spec.kernels.direct import enqueue
 from mtp_spec.kernels.fp8 import weight_dequant
-from mtp_spec.kernels.launching import hopper_module, late, on_hopper, runs_triton
+from mtp_spec.kernels.launching import hopper_module, late, next_power, on_hopper, runs_triton
 from mtp_spec.kernels.mla.cache import KEYS, Cache
 from mtp_spec.kernels.mla.plan import Head, Plan
 from mtp_spec.kernels.mla.reference import rotate
@@ -44,6 +45,7 @@ EXPANDED_BYTES = 2**30
 SHARED = 220 * 1024  # bytes of a program's shared memory for queries, keys and values
 PIECE, TILE = 64, 128  # columns of a head read at once; rows of a program
 GATHERED = 16  # slots per program when latents are gathered
+ONE_SPLIT = gemm.Launch()
 TURNED = 32  # row-head pairs per program when queries are rotated
 
 
@@ -56,12 +58,19 @@ class Span:
         start: slot of its first row; the host's copy of `plan.length`.
         plan: of all its rows, a chain.
         expanded: how many of them, the first ones, are attended in the expanded form.
+        rest: the plan of the others, None if there are none.
     """
 
     first: int
     start: int
     plan: Plan
     expanded: int
+    rest: Plan | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        each = self.plan.each
+        rest = self.plan.part(self.expanded, each) if self.expanded < each else None
+        object.__setattr__(self, "rest", rest)  # every layer needs it
 
     @property
     def end(self) -> int:
@@ -129,10 +138,13 @@ def attend_prompt(
     each, rows_each = _heads_at_once(keys, head), head.nope + head.value
     for first in range(0, head.heads, each):
         count = min(each, head.heads - first)
-        part = wide[first * rows_each : (first + count) * rows_each]
-        expanded = gemm.bf16_gemm(latents, part, dtype=head.dtype, launch=gemm.Launch())
-        columns = q[:, first * (head.nope + head.rope) : (first + count) * (head.nope + head.rope)]
-        _attend(columns, expanded, ropes, start, count, head, out[:, first * head.value :])
+        part, columns, values = wide, q, out
+        if count < head.heads:
+            part = wide[first * rows_each : (first + count) * rows_each]
+            columns = q[:, first * (head.nope + head.rope) : (first + count) * (head.nope + head.rope)]
+            values = out[:, first * head.value :]
+        expanded = gemm.bf16_gemm(latents, part, dtype=head.dtype, launch=ONE_SPLIT)
+        _attend(columns, expanded, ropes, start, count, head, values)
 
 
 def gathered(cache: Cache, plan: Plan, keys: int, head: Head) -> tuple[Tensor, Tensor]:
@@ -140,7 +152,8 @@ def gathered(cache: Cache, plan: Plan, keys: int, head: Head) -> tuple[Tensor, T
     device, paged = cache.store.device, plan.pages is not None
     latents = torch.empty(keys, head.latent, dtype=head.dtype, device=device)
     ropes = torch.empty(keys, head.rope, dtype=head.dtype, device=device)
-    prompt_kernels._gather_kernel[(-(-keys // GATHERED),)](
+    enqueue(
+        prompt_kernels._gather_kernel, (-(-keys // GATHERED),),
         *cache.parts, plan.length if plan.pages is None else plan.pages, cache.base, latents, ropes, keys, PAGED=paged,
         C=head.latent, R=head.rope, BLOCK=KEYS, BYTES=cache.layout.row_bytes, PACKED=cache.layout.packed, ROWS=GATHERED,
         **late(latents),
@@ -151,7 +164,8 @@ def gathered(cache: Cache, plan: Plan, keys: int, head: Head) -> tuple[Tensor, T
 def turn(q: Tensor, table: Tensor, start: int, head: Head) -> None:
     """Rotates the last R columns of every head of q `[M, H (N + R)]` in place; row 0 has position `start`."""
     rows = q.shape[0]
-    prompt_kernels._turn_kernel[(-(-rows * head.heads // TURNED),)](
+    enqueue(
+        prompt_kernels._turn_kernel, (-(-rows * head.heads // TURNED),),
         q, table, rows, head.heads, q.stride(0), start, N=head.nope, R=head.rope, ROWS=TURNED,
         INTERLEAVED=head.interleaved, **late(q),
     )  # fmt: skip
@@ -162,7 +176,7 @@ def widened(w: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return w
     out, (n, k) = torch.empty_like(w, dtype=dtype), w.shape
-    prompt_kernels._widen_kernel[(-(-n // 64), -(-k // 128))](w, scale, out, n, k, BLOCK=64, **late(w))
+    enqueue(prompt_kernels._widen_kernel, (-(-n // 64), -(-k // 128)), w, scale, out, n, k, BLOCK=64, **late(w))
     return out
 
 
@@ -211,14 +225,15 @@ def _attend(q: Tensor, expanded: Tensor, ropes: Tensor, start: int, heads: int, 
     """
     hopper, rows = hopper_module("mla.prompt_hopper"), q.shape[0]
     assert hopper is not None
-    pieces, values = head.nope // PIECE + 1, triton.next_power_of_2(head.value)
+    pieces, values = head.nope // PIECE + 1, next_power(head.value)
     block, stages = _blocks(pieces, values)
     tiles = -(-rows // TILE)
-    hopper.attend_prompt_kernel[(hopper.programs(heads, tiles),)](
+    enqueue(
+        hopper.attend_prompt_kernel, (tiles * heads,),
         hopper.described(q, PIECE, PIECE), hopper.described(expanded, block, PIECE),
         hopper.described(ropes, block, PIECE), hopper.described(expanded, block, values), out, rows, tiles, heads,
         *hopper.order(heads, tiles), start, out.stride(0), head.scale * math.log2(math.e), PIECES=pieces,
-        NOPE=head.nope, V=head.value, WIDE_V=values, BLOCK=block, STAGES=stages, **hopper.CHOSEN, num_warps=4,
+        NOPE=head.nope, V=head.value, WIDE_V=values, BLOCK=block, STAGES=stages, num_warps=4,
     )  # fmt: skip
 
 

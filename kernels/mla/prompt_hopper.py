@@ -2,7 +2,7 @@
 
 A warpgroup starts the scores of the next block of keys, and then the product of the previous block's weights and
 values, before it computes the softmax of the scores: so the tensor core works meanwhile (Shah et al., FlashAttention-3,
-2407.08608, section 3.2).
+2407.08608, section 3.2). Blocks that all its rows see are read without a mask.
 
 Legend: as in `prompt`; heads are read in pieces of 64 columns, `PIECES` of them, the last one being the rotated part.
 """
@@ -22,35 +22,22 @@ from mtp_spec.kernels.gemm_hopper import described, load_tile
 
 __all__ = ["attend_prompt_kernel", "described"]
 
-# how the kernel is run, with the same bits either way
-CHOSEN = {"SPLIT": False, "TURNS": 0, "HELD": 0, "TREE": False, "HAND": False, "AHEAD": False}
-NEAR: tuple[int, int] | None = None  # heads, and tiles of theirs, that come beside each other; None: all
-WALK: int | None = None  # programs, which walk tiles (132: one a multiprocessor); None: one a tile
+# heads, and tiles of 128 rows of theirs, whose programs are beside each other and find keys in the cache
+TOGETHER, BAND = 32, 4
 
 
 def order(heads: int, tiles: int) -> tuple[int, int]:
     """Returns how many heads, and tiles of theirs, come before the next ones."""
-    together, band = NEAR or (heads, tiles)
-    return min(together, heads), min(band, tiles)
-
-
-def programs(heads: int, tiles: int) -> int:
-    """Returns how many programs walk all tiles."""
-    return min(heads * tiles, WALK or heads * tiles)
+    return min(TOGETHER, heads), min(BAND, tiles)
 
 
 @gluon.jit
-def _place(number, order):
-    """Returns a tile of 128 rows and its head: late rows, which have the most keys, come first.
+def _place(row_tiles, heads, together, band):
+    """Returns the program's tile of 128 rows and its head: late rows, which have the most keys, come first.
 
-    Of `band` tiles of `together` heads, all come before the next, so that they find keys in the cache. A program that
-    is early in one round of programs is late in the next: so all have as much to do.
+    Of `band` tiles of `together` heads, all come before the next.
     """
-    row_tiles, heads, together, band = order
-    each = gl.num_programs(0)
-    begin = number // each * each
-    last = gl.minimum(begin + each, row_tiles * heads) - 1
-    number = gl.where(number // each % 2 == 0, number, begin + last - number)
+    number = gl.program_id(0)
     above = number // (heads * band) * band
     number = number % (heads * band)
     each = together * gl.minimum(band, row_tiles - above)
@@ -61,12 +48,6 @@ def _place(number, order):
 
 
 @gluon.jit
-def _blocks_of(tile, m, start, BLOCK: gl.constexpr):
-    """Returns how many blocks of keys a tile's rows see."""
-    return (start + gl.minimum(tile * 128 + 127, m - 1)) // BLOCK + 1
-
-
-@gluon.jit
 def _buffer_of(block, STAGES: gl.constexpr):
     """Returns the buffer of a block, and the phase in which it is full."""
     return block % STAGES, block // STAGES % 2
@@ -74,11 +55,11 @@ def _buffer_of(block, STAGES: gl.constexpr):
 
 @gluon.jit
 def _copy_keys(
-    k_desc, rope_desc, keys, full, free, head, block, base,
+    k_desc, rope_desc, keys, full, free, head, block,
     PIECES: gl.constexpr, NOPE: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copies a block of a head's keys as soon as its buffer is free."""
-    stage, phase = _buffer_of(base + block, STAGES)
+    stage, phase = _buffer_of(block, STAGES)
     mbarrier.wait(free.index(stage), phase ^ 1)
     bar = full.index(stage)
     mbarrier.expect(bar, k_desc.block_type.nbytes * PIECES)
@@ -89,11 +70,11 @@ def _copy_keys(
 
 @gluon.jit
 def _copy_values(
-    v_desc, values, full, free, head, block, base,
+    v_desc, values, full, free, head, block,
     NOPE: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copies a block of a head's values as soon as its buffer is free."""
-    stage, phase = _buffer_of(base + block, STAGES)
+    stage, phase = _buffer_of(block, STAGES)
     mbarrier.wait(free.index(stage), phase ^ 1)
     bar = full.index(stage)
     mbarrier.expect(bar, v_desc.block_type.nbytes)
@@ -102,202 +83,124 @@ def _copy_values(
 
 @gluon.jit
 def _copy_in(
-    q_desc, k_desc, rope_desc, v_desc, buffers, bars, order, m, start,
+    q_desc, k_desc, rope_desc, v_desc, buffers, bars, place, blocks,
     PIECES: gl.constexpr, NOPE: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """The copying warpgroup: a tile's queries, and every block of its keys and of its values."""
+    """The copying warpgroup: queries once, then every block of keys, and one later its values."""
     queries, keys, values = buffers
-    q_full, q_free, k_full, k_free, v_full, v_free, _ = bars
-    base, odd = 0, 0
-    for number in range(gl.program_id(0), order[0] * order[1], gl.num_programs(0)):
-        tile, head = _place(number, order)
-        blocks = _blocks_of(tile, m, start, BLOCK)
-        mbarrier.wait(q_free, odd ^ 1)
-        mbarrier.expect(q_full, q_desc.block_type.nbytes * 2 * PIECES)
-        for half in gl.static_range(2):
-            for piece in gl.static_range(PIECES):
-                load_tile(q_desc, [tile * 128 + 64 * half, head * 64 * PIECES + 64 * piece], q_full,
-                          queries.index(half * PIECES + piece))  # fmt: skip
-        if AHEAD:
-            _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, 0, base, PIECES, NOPE, V, BLOCK, STAGES)
-            for block in range(1, blocks):
-                _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, block, base, PIECES, NOPE, V, BLOCK, STAGES)
-                _copy_values(v_desc, values, v_full, v_free, head, block - 1, base, NOPE, V, BLOCK, STAGES)
-            _copy_values(v_desc, values, v_full, v_free, head, blocks - 1, base, NOPE, V, BLOCK, STAGES)
-        else:
-            for block in range(blocks):
-                _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, block, base, PIECES, NOPE, V, BLOCK, STAGES)
-                _copy_values(v_desc, values, v_full, v_free, head, block, base, NOPE, V, BLOCK, STAGES)
-        base, odd = base + blocks, odd ^ 1
+    q_full, k_full, k_free, v_full, v_free = bars
+    row, head = place
+    mbarrier.expect(q_full, q_desc.block_type.nbytes * 2 * PIECES)
+    for half in gl.static_range(2):
+        for piece in gl.static_range(PIECES):
+            load_tile(q_desc, [row + 64 * half, head * 64 * PIECES + 64 * piece], q_full,
+                      queries.index(half * PIECES + piece))  # fmt: skip
+    _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, 0, PIECES, NOPE, V, BLOCK, STAGES)
+    for block in range(1, blocks):
+        _copy_keys(k_desc, rope_desc, keys, k_full, k_free, head, block, PIECES, NOPE, V, BLOCK, STAGES)
+        _copy_values(v_desc, values, v_full, v_free, head, block - 1, NOPE, V, BLOCK, STAGES)
+    _copy_values(v_desc, values, v_full, v_free, head, blocks - 1, NOPE, V, BLOCK, STAGES)
 
 
 @gluon.jit
-def _scores(
-    queries, turned, keys, stage,
-    OWN: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr, HAND: gl.constexpr,
-):  # fmt: skip
-    """Starts queries @ keys.T of a block; with HAND the last piece of queries is in registers, `turned`."""
+def _scores(queries, keys, stage, OWN: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr):
+    """Starts queries @ keys.T of a block."""
     scores = gl.zeros([64, BLOCK], gl.float32, layout)
     for piece in gl.static_range(PIECES):
         key = keys.index(stage * PIECES + piece).permute((1, 0))
-        if HAND and piece == PIECES - 1:
-            scores = warpgroup_mma(turned, key, scores, is_async=True)
-        else:
-            scores = warpgroup_mma(queries.index(OWN * PIECES + piece), key, scores, use_acc=piece > 0, is_async=True)
+        scores = warpgroup_mma(queries.index(OWN * PIECES + piece), key, scores, use_acc=piece > 0, is_async=True)
     return scores
 
 
 @gluon.jit
 def _weighed(
-    scores, position, first, peak, total, scale, BLOCK: gl.constexpr, layout: gl.constexpr, MASKED: gl.constexpr,
-    TREE: gl.constexpr,
+    scores, position, first, peak, total, scale, BLOCK: gl.constexpr, layout: gl.constexpr, MASKED: gl.constexpr
 ):  # fmt: skip
     """One step of the online softmax: returns weights, the peak that they refer to, the sum so far, and the factor."""
     if MASKED:
         key = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
         scores = gl.where(gl.expand_dims(key, 0) <= gl.expand_dims(position, 1), scores, float("-inf"))
-    if TREE:  # several chains of comparisons in place of one
-        highest = gl.max(gl.max(gl.reshape(scores, [64, BLOCK // 16, 16]), 1), 1)
-        highest = gl.convert_layout(highest, gl.SliceLayout(1, layout))
-    else:
-        highest = gl.max(scores, 1)
-    higher = gl.maximum(peak, highest * scale)
+    higher = gl.maximum(peak, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
     factor = gl.exp2(peak - higher)
     return weights, higher, total * factor + gl.sum(weights, 1), factor
 
 
 @gluon.jit
-def _named(TEXT: gl.constexpr):
-    """Every thread of a warpgroup runs an instruction on a named barrier."""
-    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise(TEXT + " mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _walk(
-    carried, begin, end, base, taken, position, scale, buffers, bars,
+    carried, begin, end, position, scale, buffers, bars,
     OWN: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr,
-    o_layout: gl.constexpr, MASKED: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, TREE: gl.constexpr,
-    HAND: gl.constexpr,
+    o_layout: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Reads blocks of keys `begin` to `end`, and of values the ones before them."""
     queries, keys, values = buffers
-    _, _, k_full, k_free, v_full, v_free, turns = bars
-    kind: gl.constexpr = keys.dtype
+    _, k_full, k_free, v_full, v_free = bars
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    acc, p, peak, total, turned = carried
+    acc, p, peak, total = carried
     for block in range(begin, end):
-        k_stage, k_phase = _buffer_of(base + block, STAGES)
-        stage, phase = _buffer_of(base + block - 1, STAGES)
-        if TURNS == 3:
-            if OWN == 0:
-                _named("bar.sync 8, 256;")
-            else:
-                _named("bar.sync 9, 256;")
-        elif TURNS > 0:  # the warpgroups start products by turns: one has its softmax while the other multiplies
-            mbarrier.wait(turns.index(OWN), ((taken + block) & 1) ^ OWN)
+        k_stage, k_phase = _buffer_of(block, STAGES)
+        stage, phase = _buffer_of(block - 1, STAGES)
         mbarrier.wait(k_full.index(k_stage), k_phase)
-        scores = _scores(queries, turned, keys, k_stage, OWN, PIECES, BLOCK, s_layout, HAND)
-        if TURNS == 2:
-            mbarrier.arrive(turns.index(1 - OWN), count=1)
+        scores = _scores(queries, keys, k_stage, OWN, PIECES, BLOCK, s_layout)
         mbarrier.wait(v_full.index(stage), phase)
         acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
-        if TURNS == 3:
-            if OWN == 0:
-                _named("bar.arrive 9, 256;")
-            else:
-                _named("bar.arrive 8, 256;")
-        elif TURNS == 1:
-            mbarrier.arrive(turns.index(1 - OWN), count=1)
-        if HAND:
-            scores, turned = warpgroup_mma_wait(1, deps=[scores, turned])
-        else:
-            scores = warpgroup_mma_wait(1, deps=[scores])
+        scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_free.index(k_stage), count=1)
         weights, peak, total, factor = _weighed(scores, position, block * BLOCK, peak, total, scale, BLOCK, s_layout,
-                                                MASKED, TREE)  # fmt: skip
-        if HELD > 0:
-            after = gl.convert_layout(weights.to(kind), a_layout)
-            if HELD > 1:  # true since before: keeps the assembler from waiting for the product before the softmax
-                mbarrier.wait(v_full.index(stage), phase)
-            acc, p, after = warpgroup_mma_wait(0, deps=[acc, p, after])
-        else:
-            acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+                                                MASKED)  # fmt: skip
+        after = gl.convert_layout(weights.to(keys.dtype), a_layout)
+        # true since before: without it the assembler waits for the product above already before the softmax
+        mbarrier.wait(v_full.index(stage), phase)
+        acc, p, after = warpgroup_mma_wait(0, deps=[acc, p, after])
         mbarrier.arrive(v_free.index(stage), count=1)
         acc = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, o_layout)), 1)
-        if HELD > 0:
-            p = after
-        else:
-            p = gl.convert_layout(weights.to(kind), a_layout)
-    return acc, p, peak, total, turned
+        p = after
+    return acc, p, peak, total
 
 
 @gluon.jit
 def _attend(
-    out, m, stride, scale, buffers, bars, order, start,
+    out, m, stride, scale, buffers, bars, place, blocks, start,
     OWN: gl.constexpr, PIECES: gl.constexpr, V: gl.constexpr, WIDE_V: gl.constexpr, BLOCK: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT: gl.constexpr, TURNS: gl.constexpr, HELD: gl.constexpr, TREE: gl.constexpr,
-    HAND: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying warpgroup: 64 queries of each tile."""
+    """A multiplying warpgroup: 64 queries of one head."""
     queries, keys, values = buffers
-    q_full, q_free, k_full, k_free, v_full, v_free, _ = bars
+    q_full, k_full, k_free, v_full, v_free = bars
     kind: gl.constexpr = keys.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_V, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    if TURNS == 3 and OWN == 1:
-        _named("bar.arrive 8, 256;")  # the first turn is the other's
-    base, taken, odd = 0, 0, 0  # blocks and turns of the tiles before
-    for number in range(gl.program_id(0), order[0] * order[1], gl.num_programs(0)):
-        tile, head = _place(number, order)
-        blocks = _blocks_of(tile, m, start, BLOCK)
-        first = tile * 128 + OWN * 64
-        position = start + first + gl.arange(0, 64, layout=rows)
-        peak = gl.full([64], float("-inf"), gl.float32, rows)
-        total = gl.zeros([64], gl.float32, rows)
-        mbarrier.wait(q_full, odd)
-        if HAND:
-            turned = queries.index(OWN * PIECES + PIECES - 1).load(gl.DotOperandLayout(0, s_layout, 2))
-        else:
-            turned = 0
-        stage, phase = _buffer_of(base, STAGES)
-        mbarrier.wait(k_full.index(stage), phase)
-        scores = _scores(queries, turned, keys, stage, OWN, PIECES, BLOCK, s_layout, HAND)
-        if HAND:
-            scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
-        else:
-            scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_free.index(stage), count=1)
-        weights, peak, total, _factor = _weighed(scores, position, 0, peak, total, scale, BLOCK, s_layout, True, TREE)
-        p = gl.convert_layout(weights.to(kind), a_layout)
-        acc = gl.zeros([64, WIDE_V], gl.float32, o_layout)
-        carried = (acc, p, peak, total, turned)
-        if SPLIT:
-            clear = gl.maximum(gl.minimum((start + first + 1) // BLOCK, blocks), 1)  # all rows see the blocks before it
-            carried = _walk(carried, 1, clear, base, taken, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES,
-                            s_layout, o_layout, False, TURNS, HELD, TREE, HAND)  # fmt: skip
-        else:
-            clear = 1
-        carried = _walk(carried, clear, blocks, base, taken, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES,
-                        s_layout, o_layout, True, TURNS, HELD, TREE, HAND)  # fmt: skip
-        acc, p, peak, total, turned = carried
-        mbarrier.arrive(q_free, count=1)
-        stage, phase = _buffer_of(base + blocks - 1, STAGES)
-        mbarrier.wait(v_full.index(stage), phase)
-        acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_free.index(stage), count=1)
-        acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, o_layout)), 1)
-        row = first + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
-        column = gl.arange(0, WIDE_V, layout=gl.SliceLayout(0, o_layout))
-        wide = stride.to(gl.uint32).to(gl.int64)  # no sign to keep in a register
-        at = gl.expand_dims(row.to(gl.int64) * wide + head * V, 1) + gl.expand_dims(column, 0)
-        gl.store(out + at, acc.to(kind), mask=gl.expand_dims(row < m, 1) & gl.expand_dims(column < V, 0))
-        base, taken, odd = base + blocks, taken + blocks - 1, odd ^ 1
+    first = place[0] + OWN * 64
+    position = start + first + gl.arange(0, 64, layout=rows)
+    peak = gl.full([64], float("-inf"), gl.float32, rows)
+    total = gl.zeros([64], gl.float32, rows)
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    scores = _scores(queries, keys, 0, OWN, PIECES, BLOCK, s_layout)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_free.index(0), count=1)
+    weights, peak, total, _factor = _weighed(scores, position, 0, peak, total, scale, BLOCK, s_layout, True)
+    p = gl.convert_layout(weights.to(kind), a_layout)
+    acc = gl.zeros([64, WIDE_V], gl.float32, o_layout)
+    carried = (acc, p, peak, total)
+    clear = gl.maximum(gl.minimum((start + first + 1) // BLOCK, blocks), 1)  # all rows see the blocks before it
+    carried = _walk(carried, 1, clear, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES, s_layout, o_layout,
+                    False)  # fmt: skip
+    carried = _walk(carried, clear, blocks, position, scale, buffers, bars, OWN, PIECES, BLOCK, STAGES, s_layout,
+                    o_layout, True)  # fmt: skip
+    acc, p, peak, total = carried
+    stage, phase = _buffer_of(blocks - 1, STAGES)
+    mbarrier.wait(v_full.index(stage), phase)
+    acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_free.index(stage), count=1)
+    acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, o_layout)), 1)
+    row = first + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
+    column = gl.arange(0, WIDE_V, layout=gl.SliceLayout(0, o_layout))
+    at = gl.expand_dims(row.to(gl.int64) * stride + place[1] * V, 1) + gl.expand_dims(column, 0)
+    gl.store(out + at, acc.to(kind), mask=gl.expand_dims(row < m, 1) & gl.expand_dims(column < V, 0))
 
 
 @gluon.jit(do_not_specialize=["m", "row_tiles", "start", "heads", "together", "band"])
@@ -321,44 +224,36 @@ def attend_prompt_kernel(
     WIDE_V: gl.constexpr,
     BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
-    SPLIT: gl.constexpr = False,  # whether blocks before the diagonal are read without a mask
-    TURNS: gl.constexpr = 0,  # whether the warpgroups start products by turns
-    HELD: gl.constexpr = 0,
-    TREE: gl.constexpr = False,
-    HAND: gl.constexpr = False,  # whether rotated queries are kept in registers
-    AHEAD: gl.constexpr = False,  # whether keys are copied one block ahead of values
 ):
     """Causal attention of M rows over T keys; the last row is the last key."""
+    tile, head = _place(row_tiles, heads, together, band)
+    last = gl.minimum(tile * 128 + 127, m - 1)
+    blocks = (start + last) // BLOCK + 1
     queries = gl.allocate_shared_memory(q_desc.dtype, [2 * PIECES, 64, 64], q_desc.layout)
     keys = gl.allocate_shared_memory(q_desc.dtype, [STAGES * PIECES, BLOCK, 64], k_desc.layout)
     values = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, WIDE_V], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
-    mbarrier.init(q_free, count=2)
-    for group in gl.static_range(2):
-        mbarrier.init(turns.index(group), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_free.index(stage), count=2)
     fence_async_shared()
-    buffers, bars = (queries, keys, values), (q_full, q_free, k_full, k_free, v_full, v_free, turns)
-    order = (row_tiles, heads, together, band)
+    buffers, bars = (queries, keys, values), (q_full, k_full, k_free, v_full, v_free)
+    place = (tile * 128, head)
     gl.warp_specialize(
         [
-            (_copy_in, (q_desc, k_desc, rope_desc, v_desc, buffers, bars, order, m, start, PIECES, NOPE, V, BLOCK,
-                        STAGES, AHEAD)),
-            (_attend, (out, m, stride, scale, buffers, bars, order, start, 0, PIECES, V, WIDE_V, BLOCK,
-                       STAGES, SPLIT, TURNS, HELD, TREE, HAND)),
-            (_attend, (out, m, stride, scale, buffers, bars, order, start, 1, PIECES, V, WIDE_V, BLOCK,
-                       STAGES, SPLIT, TURNS, HELD, TREE, HAND)),
+            (_copy_in, (q_desc, k_desc, rope_desc, v_desc, buffers, bars, place, blocks, PIECES, NOPE, V, BLOCK,
+                        STAGES)),
+            (_attend, (out, m, stride, scale, buffers, bars, place, blocks, start, 0, PIECES, V, WIDE_V, BLOCK,
+                       STAGES)),
+            (_attend, (out, m, stride, scale, buffers, bars, place, blocks, start, 1, PIECES, V, WIDE_V, BLOCK,
+                       STAGES)),
         ],
         [4, 4],
         [240, 240],

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtp_spec.kernels.launching import late, runs_triton
+from mtp_spec.kernels.direct import enqueue
+from mtp_spec.kernels.launching import late, next_power, runs_triton
 from mtp_spec.kernels.moe.operands import Groups, most_slots
 from mtp_spec.kernels.moe.reference import group_reference
 from mtp_spec.kernels.workspace import Workspace
@@ -36,17 +37,19 @@ def group(indices: Tensor, experts: int, tokens: int) -> Groups:
         return group_reference(indices, experts, tokens)
     groups = empty_groups(indices, experts, tokens)
     if indices.shape[0] > MOST_ROWS:
-        _group_many_kernel[(experts,)](
+        enqueue(
+            _group_many_kernel, (experts,),
             indices, groups.order, groups.expert, groups.first, groups.count,
             torch.empty(experts, dtype=torch.int32, device=indices.device), ARRIVALS.room(indices.device, 1),
             indices.numel(), groups.count.shape[0], CHUNK=PAIRS_AT_ONCE, TOKENS=tokens,
-            WIDE_EXPERTS=triton.next_power_of_2(experts), **late(indices),
+            WIDE_EXPERTS=next_power(experts), **late(indices),
         )  # fmt: skip
         return groups
-    _group_kernel[(1,)](
+    enqueue(
+        _group_kernel, (1,),
         indices, groups.order, groups.expert, groups.first, groups.count, indices.numel(), groups.count.shape[0],
-        PAIRS=max(32, triton.next_power_of_2(indices.numel())), TOKENS=tokens,
-        WIDE_EXPERTS=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(groups.count.shape[0]),
+        PAIRS=max(32, next_power(indices.numel())), TOKENS=tokens,
+        WIDE_EXPERTS=next_power(experts), SLOTS=next_power(groups.count.shape[0]),
         **late(indices),
     )  # fmt: skip
     return groups
@@ -55,7 +58,7 @@ def group(indices: Tensor, experts: int, tokens: int) -> Groups:
 def empty_groups(indices: Tensor, experts: int, tokens: int | None) -> Groups:
     slots = 1 if tokens is None else most_slots(indices.numel(), experts, tokens)
     space = torch.empty(indices.numel() + 3 * slots, dtype=torch.int32, device=indices.device)
-    return Groups(*space.split((indices.numel(), slots, slots, slots)))
+    return Groups(*space.split_with_sizes((indices.numel(), slots, slots, slots)))
 
 
 if triton is not None:

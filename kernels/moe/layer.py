@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
+from mtp_spec.kernels.direct import described, enqueue
 from mtp_spec.kernels.fp8 import BLOCK, E4M3_MAX
-from mtp_spec.kernels.launching import described, interpreted, late, runs_triton, stages_that_fit, tuned_name
+from mtp_spec.kernels.launching import interpreted, late, runs_triton, stages_that_fit, tuned_name
 from mtp_spec.kernels.moe import many
 from mtp_spec.kernels.moe.grouping import MOST_ROWS, group
 from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups, Routing, most_slots
@@ -185,8 +186,10 @@ def gate_up(
     step = unroll * BLOCK * (2 * launch.up_tile + tokens) * x.element_size()
     hidden = x.new_empty(pairs, inner)
     hidden_scale = x.new_empty(pairs if scaled else 0, inner_blocks, dtype=torch.float32)
-    _gate_up_kernel[(slots * -(-inner // launch.up_tile),)](
-        _described(weights.gate_up, launch.up_tile), weights.gate_up, _or(weights.gate_up_scale, x), x, _or(x_scale, x),
+    enqueue(
+        _gate_up_kernel, (slots * -(-inner // launch.up_tile),),
+        described(weights.rows[0], launch.up_tile, BLOCK), weights.gate_up, _or(weights.gate_up_scale, x), x,
+        _or(x_scale, x),
         groups.order, groups.expert, groups.first, groups.count,
         hidden, hidden_scale, torch.empty(pairs if halves else 1, inner, dtype=torch.float32, device=device),
         ARRIVALS.room(device, slots * inner_blocks), inner, channels, -(-channels // BLOCK), per_row, slots,
@@ -209,8 +212,9 @@ def down(
     step = unroll * BLOCK * (launch.down_tile + launch.slot(rows)) * hidden.element_size()
     parts = torch.empty(pairs, channels, dtype=torch.float32, device=device)
     out = torch.empty(rows, channels, dtype=dtype, device=device)
-    _down_kernel[(slots * tiles,)](
-        _described(weights.down, launch.down_tile), weights.down, _or(weights.down_scale, hidden), hidden,
+    enqueue(
+        _down_kernel, (slots * tiles,),
+        described(weights.rows[1], launch.down_tile, BLOCK), weights.down, _or(weights.down_scale, hidden), hidden,
         _or(scale, hidden),
         groups.order, groups.expert, groups.first, groups.count,
         pair_weights, parts, ARRIVALS.room(device, rows * tiles), out,
@@ -226,8 +230,3 @@ def down(
 def _or(scale: Tensor | None, other: Tensor) -> Tensor:
     """Returns scales, or a placeholder that no kernel reads."""
     return other if scale is None else scale
-
-
-def _described(weight: Tensor, rows: int) -> Any:
-    """Returns the TMA descriptor of `[E, N, K]` weights as one `[E N, K]` matrix in tiles of `rows` by 128."""
-    return described(weight.view(-1, weight.shape[-1]), rows, BLOCK)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mtp_spec.kernels.direct import enqueue
 from mtp_spec.kernels.fp8 import BLOCK, E4M3_MAX
-from mtp_spec.kernels.launching import MULTIPROCESSORS, hopper_module, late, on_hopper
+from mtp_spec.kernels.launching import MULTIPROCESSORS, hopper_module, late, next_power, on_hopper
 from mtp_spec.kernels.moe.operands import Exchange, Experts, Groups
 
 try:
@@ -82,10 +83,11 @@ def sort(x: Tensor, scale: Tensor | None, order: Tensor, per_row: int) -> tuple[
     out = x.new_empty(pairs, channels)
     scales = None if scale is None else scale.new_empty(pairs, scale.shape[1])
     words, blocks = channels * x.element_size() // 4, 0 if scale is None else scale.shape[1]
-    _sort_kernel[(pairs,)](
+    enqueue(
+        _sort_kernel, (pairs,),
         x.view(torch.int32), x if scale is None else scale, order, out.view(torch.int32),
-        out if scales is None else scales, words, blocks, per_row, SIZE=triton.next_power_of_2(words),
-        BLOCKS=max(1, triton.next_power_of_2(blocks)), SCALED=scale is not None, **late(x),
+        out if scales is None else scales, words, blocks, per_row, SIZE=next_power(words),
+        BLOCKS=next_power(max(1, blocks)), SCALED=scale is not None, **late(x),
     )  # fmt: skip
     return out, scales
 
@@ -93,7 +95,8 @@ def sort(x: Tensor, scale: Tensor | None, order: Tensor, per_row: int) -> tuple[
 def add(parts: Tensor, pair_weights: Tensor, out: Tensor, first: int) -> None:
     """Writes the weighted sums of each row's parts `[M K, N]`, in order, to columns `first` and on of out `[M, D]`."""
     (rows, per_row), columns = pair_weights.shape, parts.shape[1]
-    _add_kernel[(rows, -(-columns // STRETCH))](
+    enqueue(
+        _add_kernel, (rows, -(-columns // STRETCH)),
         parts, pair_weights, out, columns, out.shape[1], first, PER_ROW=per_row, SIZE=STRETCH, **late(parts),
     )  # fmt: skip
 
@@ -104,8 +107,9 @@ def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts)
     scaled, step = x_scale is not None, kernels.STEP // x.element_size()
     hidden, tokens, halves = x.new_empty(pairs, inner), TOKENS // 2, BLOCK // 2
     scales = x.new_empty(pairs if scaled else 0, -(-inner // BLOCK), dtype=torch.float32)
-    kernels.gate_up_kernel[(MULTIPROCESSORS,)](
-        kernels.described(x, tokens, step), kernels.described(weights.gate_up.view(-1, channels), halves, step),
+    enqueue(
+        kernels.gate_up_kernel, (MULTIPROCESSORS,),
+        kernels.described(x, tokens, step), kernels.described(weights.rows[0], halves, step),
         weights.gate_up_scale if scaled else x, x_scale if scaled else x, groups.expert, groups.first, groups.count,
         hidden, scales, pairs, groups.count.shape[0], inner, -(-channels // step),
         STAGES=kernels.stages(kernels.STEP * (TOKENS + BLOCK), TOKENS * BLOCK * 4), SCALED=scaled,
@@ -117,8 +121,9 @@ def gate_up(x: Tensor, x_scale: Tensor | None, groups: Groups, weights: Experts)
 def _down(hidden: tuple[Tensor, ...], groups: Groups, weights: Experts, parts: Tensor, first: int) -> None:
     kernels, x, inner = hopper_module("moe.hopper"), hidden[0], hidden[0].shape[1]
     scaled, step = len(hidden) > 1, kernels.STEP // x.element_size()
-    kernels.down_kernel[(MULTIPROCESSORS,)](
-        kernels.described(x, TOKENS // 2, step), kernels.described(weights.down.view(-1, inner), BLOCK, step),
+    enqueue(
+        kernels.down_kernel, (MULTIPROCESSORS,),
+        kernels.described(x, TOKENS // 2, step), kernels.described(weights.rows[1], BLOCK, step),
         weights.down_scale if scaled else x, hidden[1] if scaled else x, groups.order, groups.expert, groups.first,
         groups.count, parts, groups.count.shape[0], weights.outputs, first, parts.shape[1], -(-inner // step),
         STAGES=kernels.stages(kernels.STEP * (TOKENS + BLOCK), 0), SCALED=scaled, num_warps=4,

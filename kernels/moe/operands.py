@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from mtp_spec.kernels.fp8 import BLOCK, E4M3
 Exchange = Callable[..., tuple[Tensor, ...]]  # hidden values, and scales if they have any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Experts:
     """The weights of one layer's experts; shared experts are the last ones.
 
@@ -63,6 +64,11 @@ class Experts:
         """Weights, and scales if they have any."""
         parts = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
         return [part for part in parts if part is not None]
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Weights as matrices: `gate_up` `[E 2 I, D]` and `down` `[E D, I]`."""
+        return self.gate_up.flatten(0, 1), self.down.flatten(0, 1)
 
     @property
     def scaled(self) -> bool:

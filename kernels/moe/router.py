@@ -25,8 +25,9 @@ from torch import Tensor
 
 from mtp_spec.kernels import gemm
 from mtp_spec.kernels.checks import FLOATS, expect
+from mtp_spec.kernels.direct import enqueue
 from mtp_spec.kernels.fp8 import BLOCK, E4M3, E4M3_MAX
-from mtp_spec.kernels.launching import late, runs_triton
+from mtp_spec.kernels.launching import late, next_power, runs_triton
 from mtp_spec.kernels.moe.grouping import ARRIVALS, MOST_ROWS, empty_groups, group
 from mtp_spec.kernels.moe.operands import Routed, Routing, most_slots
 from mtp_spec.kernels.moe.reference import route_reference
@@ -48,6 +49,7 @@ ROUTER_EXPERTS = 8
 # Up to this many experts, one warp chooses without synchronising; the number of warps is part of the arithmetic, since
 # it orders the sum of weights. Such a warp groups at most so many pairs.
 FEW_EXPERTS, MOST_PAIRS = 128, 144
+ONE_SPLIT = gemm.Launch()
 LOWEST = -1e38  # below every score, above the -inf of padding; its double is finite
 
 
@@ -80,31 +82,35 @@ def route(
     rows, channels = x.shape
     device, per_row = x.device, routing.per_row
     stretches = -(-channels // STRETCH)
-    parts = torch.empty(rows, stretches, routing.experts, dtype=torch.float32, device=device)
-    quantised = torch.empty(rows if quantise else 0, channels, dtype=E4M3 if quantise else x.dtype, device=device)
-    scales = torch.empty(rows if quantise else 0, -(-channels // BLOCK), dtype=torch.float32, device=device)
+    # a product's rows have one sum, the first
+    parts = (torch.zeros if long else torch.empty)(rows, stretches, routing.experts, dtype=torch.float32, device=device)
     if long and quantise:
         quantised, scales = quant(x, power_of_two)
+    else:
+        quantised = torch.empty(rows if quantise else 0, channels, dtype=E4M3 if quantise else x.dtype, device=device)
+        scales = torch.empty(rows if quantise else 0, -(-channels // BLOCK), dtype=torch.float32, device=device)
     for part in _others(long, rows):
-        _router_kernel[(-(-routing.experts // ROUTER_EXPERTS), stretches, -(-(part.stop - part.start) // MOST_ROWS))](
+        enqueue(
+            _router_kernel,
+            (-(-routing.experts // ROUTER_EXPERTS), stretches, -(-(part.stop - part.start) // MOST_ROWS)),
             x[part], weight, parts[part], quantised, scales, part.stop - part.start, channels, routing.experts,
             scales.shape[1], EXPERTS=ROUTER_EXPERTS, STRETCH=STRETCH, ROWS=MOST_ROWS, QUANTISE=quantise and not long,
             POWER=power_of_two, LARGEST=E4M3_MAX, **late(x),
         )  # fmt: skip
     for part in long:
-        parts[part, 1:] = 0.0
         parts[part, 0] = scored(x[part], weight)
     indices = torch.empty(rows, per_row, dtype=torch.int32, device=device)
     weights = torch.empty(rows, per_row, dtype=torch.float32, device=device)
     in_kernel = tokens is not None and _groups_itself(indices, routing)
     groups = empty_groups(indices, routing.experts + routing.shared, tokens if in_kernel else None)
     size = routing.experts // routing.groups
-    _select_kernel[(rows,)](
+    enqueue(
+        _select_kernel, (rows,),
         parts, weight if bias is None else bias, indices, weights, ARRIVALS.room(device, 1),
         groups.order, groups.expert, groups.first, groups.count,
         rows, routing.experts, stretches, routing.scale, groups.count.shape[0],
-        STRETCHES=triton.next_power_of_2(stretches), GROUPS=routing.groups, KEPT=routing.kept_groups, SIZE=size,
-        WIDE_GROUPS=triton.next_power_of_2(routing.groups), WIDE_SIZE=triton.next_power_of_2(size),
+        STRETCHES=next_power(stretches), GROUPS=routing.groups, KEPT=routing.kept_groups, SIZE=size,
+        WIDE_GROUPS=next_power(routing.groups), WIDE_SIZE=next_power(size),
         CHOSEN=routing.chosen, SHARED=routing.shared, SIGMOID=routing.scoring == "sigmoid", BEST=routing.best,
         NORMALISE=routing.normalise, BIAS=bias is not None, GROUP=in_kernel, LOWEST=LOWEST,
         **_group_sizes(indices, routing, tokens), num_warps=1 if routing.experts <= FEW_EXPERTS else 4, **late(x),
@@ -121,11 +127,13 @@ def scored(x: Tensor, weight: Tensor) -> Tensor:
     A float32 router is the sum of three numbers in the type of x, each the rest of the one before: then products lose
     no more than sums in float32 do.
     """
+    if weight.dtype == x.dtype:
+        return gemm.bf16_gemm(x, weight, dtype=torch.float32, launch=ONE_SPLIT)
     parts, rest = list[Tensor](), weight
-    for _ in range(1 if weight.dtype == x.dtype else 3):
+    for _ in range(3):
         parts.append(rest.to(x.dtype))
         rest = rest.float() - parts[-1].float()
-    found = gemm.bf16_gemm(x, torch.cat(parts), dtype=torch.float32, launch=gemm.Launch())
+    found = gemm.bf16_gemm(x, torch.cat(parts), dtype=torch.float32, launch=ONE_SPLIT)
     total, *others = found.split(len(weight), 1)
     for other in others:
         total = total + other
@@ -160,8 +168,8 @@ def _group_sizes(indices: Tensor, routing: Routing, tokens: int | None) -> dict[
         return {"PAIRS": 32, "TOKENS": 16, "WIDE_EXPERTS": 1, "SLOTS": 1}
     experts = routing.experts + routing.shared
     slots = most_slots(indices.numel(), experts, tokens)
-    sizes = (max(32, triton.next_power_of_2(indices.numel())), tokens, triton.next_power_of_2(experts))
-    return dict(zip(("PAIRS", "TOKENS", "WIDE_EXPERTS"), sizes, strict=True), SLOTS=triton.next_power_of_2(slots))
+    sizes = (max(32, next_power(indices.numel())), tokens, next_power(experts))
+    return dict(zip(("PAIRS", "TOKENS", "WIDE_EXPERTS"), sizes, strict=True), SLOTS=next_power(slots))
 
 
 if triton is not None:

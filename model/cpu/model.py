@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -102,13 +103,17 @@ class CPUModel(HostModel):
     def joint_mtp_rows(self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan) -> Tensor:
         return self._pass(module, ids, hidden, plan, self._head, ())[0]
 
-    def scored_rows(self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self._pass(-1, ids, None, plan, self._head, scored)
+    def scored_rows(
+        self, ids: Sequence[int], plan: JointPlan, scored: Sequence[int], kept: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._pass(-1, ids, None, plan, self._head, scored, kept)
 
     def scored_mtp_rows(
-        self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan, scored: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        outputs, logits = self._pass(module, ids, hidden, plan, self._drafts(self.config.head_of(module)), scored)
+        self, module: int, ids: Sequence[int], hidden: Tensor, plan: JointPlan, scored: Sequence[int],
+        kept: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        head = self._drafts(self.config.head_of(module))
+        outputs, logits = self._pass(module, ids, hidden, plan, head, scored, kept)
         return outputs, self._placed(logits)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -155,13 +160,19 @@ class CPUModel(HostModel):
 
     def _pass(
         self, module: int, ids: Sequence[int], hidden: Tensor | None, plan: JointPlan, head: _Head,
-        scored: Sequence[int],
+        scored: Sequence[int], kept: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         rows, picked = len(ids), np.asarray(scored, np.int32)
-        after, logits = _floats(rows, self.config.hidden_size), _floats(len(picked), head.rows)
+        some = None if kept is None or len(kept) == rows else np.asarray(kept, np.int32)
+        if some is not None:
+            picked = np.searchsorted(some, picked).astype(np.int32)
+        after = _floats(rows if some is None else len(some), self.config.hidden_size)
+        logits = _floats(len(picked), head.rows)
         if not rows:
             return after, logits
         given = _Rows(plan)
+        kept_rows = given.rows if some is None else given.rows[some]
+        kept_blocks = given.blocks if some is None else _blocks(np.unique(kept_rows[:, 0], return_counts=True)[1])
         tokens = np.asarray(ids, np.int64)
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise ValueError(f"ids from {tokens.min()} to {tokens.max()}: the vocabulary has {self.config.vocab_size}")
@@ -174,7 +185,9 @@ class CPUModel(HostModel):
                 ctypes.pointer(self._models.get(module, self._model)), module, rows, able, len(given.blocks) - 1,
                 tokens.ctypes.data, given.further.ctypes.data, given.blocks.ctypes.data, given.rows.ctypes.data,
                 given.caches.ctypes.data,
-                given.table.data_ptr(), None if before is None else before.data_ptr(), after.data_ptr(),
+                given.table.data_ptr(), None if before is None else before.data_ptr(),
+                None if some is None else some.ctypes.data, len(after), len(kept_blocks) - 1,
+                kept_rows.ctypes.data, kept_blocks.ctypes.data, after.data_ptr(),
                 head.struct, picked.ctypes.data, logits.data_ptr(), len(picked),
                 room.memory.data_ptr(), room.rows, room.context, room.threads, self.ranks.rank, self.ranks.size,
                 exchange, None if self.hits is None else ctypes.pointer(self.hits),
@@ -345,7 +358,6 @@ class _Rows:
         self._places = [cache.places() for cache, _ in plan.parts]
         self.table = plan.parts[0][1].table
         further: list[int] = []
-        blocks: list[int] = []
         self.longest = first = 0
         for number, (cache, own) in enumerate(plan.parts):
             last = first + own.count
@@ -364,6 +376,14 @@ class _Rows:
                 self.table = own.table
             self.longest = max(self.longest, longest)
             self.caches[number] = [place.ctypes.data for place in self._places[number]]
-            blocks += range(first, last, ATTENDED_AT_ONCE)
             first = last
-        self.further, self.blocks = np.array(further, np.int64), np.array([*blocks, count], np.int64)
+        self.further, self.blocks = np.array(further, np.int64), _blocks(plan.counts)
+
+
+def _blocks(counts: Iterable[int]) -> npt.NDArray[np.int64]:
+    """Returns the first row of each group that is attended at once, and the end, given each sequence's rows."""
+    blocks, first = list[int](), 0
+    for count in map(int, counts):
+        blocks += range(first, first + count, ATTENDED_AT_ONCE)
+        first += count
+    return np.array([*blocks, first], np.int64)

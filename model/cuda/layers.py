@@ -165,11 +165,13 @@ class Attention:
         latent = self._latent(down, table, cache, plan)
         return down[:, : self.a_rows] if latent is None else self.q_b(latent)
 
-    def _absorbed(self, q: Tensor, table: Tensor, cache: Cache, plan: mla.Plan, quantise: bool) -> Operand:
+    def _absorbed(
+        self, q: Tensor, table: Tensor, cache: Cache, plan: mla.Plan, quantise: bool, out: Tensor | None = None
+    ) -> Operand:
         """Returns the values `[M, H V]` of queries, by attention in the latent space."""
         q = mla.absorb(q, self.kv_b.weight, self.kv_b.scale, table, plan, self.head)
         context = mla.attend(q, cache, plan, self.head)
-        return mla.up(context, self.kv_b.weight, self.kv_b.scale, self.head, quantise)
+        return mla.up(context, self.kv_b.weight, self.kv_b.scale, self.head, quantise, out)
 
     def _values(self, down: Tensor, table: Tensor, cache: Cache, spans: mla.Spans) -> Tensor:
         """Returns the values `[M, H V]` of prompts' rows: products for all of them, attention for one after another."""
@@ -183,11 +185,8 @@ class Attention:
                     q[span.first : middle], self.kv_b.weight, self.kv_b.scale, table, cache, span.plan, span.start,
                     self.head, out[span.first : middle],
                 )  # fmt: skip
-            if middle < span.end:
-                rest = span.plan.part(span.expanded, span.plan.each)
-                tail = self._absorbed(q[middle : span.end], table, cache, rest, False)
-                assert isinstance(tail, Tensor)
-                out[middle : span.end] = tail
+            if span.rest is not None:
+                self._absorbed(q[middle : span.end], table, cache, span.rest, False, out[middle : span.end])
         return out
 
     def slots(self, prefix: str) -> Slots:
@@ -326,7 +325,7 @@ class Layer:
 
     def __init__(self, config: ModelConfig, dense: int | None, store: Store, prefix: str, ranks: Ranks = ALONE) -> None:
         hidden, self.eps, self.power_of_two = config.hidden_size, config.rms_norm_eps, store.power_of_two
-        self.norms = store.empty(2, hidden)
+        self.norms = store.empty(2, hidden).unbind()
         self.attention, mlp = Attention(config, store, f"{prefix}.self_attn", ranks), f"{prefix}.mlp"
         self.mlp: Dense | Mixture = (
             Mixture(config, store, mlp, ranks) if dense is None else Dense(hidden, dense, store, mlp, ranks)

@@ -58,13 +58,13 @@ class Module:
         self, config: ModelConfig, shape: ModuleShape, store: Store, prefix: str, ranks: Ranks = ALONE
     ) -> None:
         hidden, self.eps, self.ranks = config.hidden_size, config.rms_norm_eps, ranks
-        self.norms = store.empty(3, hidden)  # enorm, hnorm, last
+        self.norms = store.empty(3, hidden).unbind()  # enorm, hnorm, last
         rows = len(ranks.part(hidden, BLOCK))
         self.eh = store.matrix(rows, 2 * hidden, store.all_packed(prefix, "eh_proj"), hidden)
         self.layer = Layer(config, shape.intermediate_size, store, prefix, ranks)
         rows = ranks.share(config.vocab_size, "vocab_size")
-        self.embed_tokens = self.norms.new_empty(config.vocab_size, hidden) if shape.own_embedding else None
-        self.head = self.norms.new_empty(rows, hidden) if shape.own_head else None
+        self.embed_tokens = store.empty(config.vocab_size, hidden) if shape.own_embedding else None
+        self.head = store.empty(rows, hidden) if shape.own_head else None
         self.draft_head: Matrix | None = None
 
     def __call__(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
@@ -31,9 +32,10 @@ from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_module
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
 from mtp_spec.model.checkpoint.writer import as_json
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.training.backbone import Backbone, States
+from mtp_spec.training.backbone import Backbone, States, near_bytes
+from mtp_spec.training.card import verdict
 from mtp_spec.training.collecting import collect
-from mtp_spec.training.heldout import Texts, measure
+from mtp_spec.training.heldout import Texts, compare, measure
 from mtp_spec.training.loop import Trainer
 from mtp_spec.training.modules import ready_modules, rounded, shared_weights, slots_of
 from mtp_spec.training.options import TrainOptions
@@ -41,8 +43,8 @@ from mtp_spec.training.run import held_prompts
 from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
 
-GIVEN, OWN = "given", "own"
-# a recipe: options of `train`, and "text": given texts, or the model's own answers
+GIVEN, OWN, BOTH = "given", "own", "both"
+# a recipe: options of `train`, and "text": given texts, the model's own answers, or both
 RECIPES: dict[str, Row] = {
     "moe": {"block": "moe"},
     "dense": {"block": "dense"},
@@ -51,15 +53,17 @@ RECIPES: dict[str, Row] = {
     "moe-tv": {"block": "moe", "loss": "tv:0.9,ce:0.1"},
     "moe-even": {"block": "moe", "decay": 1.0},
     "moe-own": {"block": "moe", "text": OWN},
+    "last": {"start": "last-layer", "block": "moe", "text": BOTH},
     "warm": {"start": "shipped"},
     "warm-tv": {"start": "shipped", "loss": "tv:0.9,ce:0.1", "decay": 1.0},
 }
 NUMBERS: dict[str, Callable[[str], Any]] = {
-    "width": int, "modules": int, "depth": int, "steps": int, "decay": float, "rate": float,
+    "width": int, "modules": int, "depth": int, "steps": int, "decay": float, "rate": float, "minutes": float,
 }  # fmt: skip
 WORDS = ("start", "block", "loss", "optimiser", "text")
 # options that change nothing in a run that is recorded
-FREE = ("json", "recipes", "recipe", "seeds", "minutes", "work", "command", "benchmark", "cache_gigabytes", "batch")
+FREE = ("json", "recipes", "recipe", "seeds", "minutes", "work", "heads", "command", "benchmark", "cache_gigabytes",
+        "batch")  # fmt: skip
 RESAMPLES = 1000
 
 
@@ -85,7 +89,7 @@ def heads(args: argparse.Namespace) -> Report:
     with kept as name, torch.enable_grad():
         work = _Work(Path(name), args, folder, checkpoint, recipes)
         if record["shipped"] is None and checkpoint.config.num_nextn_predict_layers:
-            record["shipped"] = work.measured(work.lm)
+            record["shipped"] = work.measured("shipped", work.lm)
             _keep(args, record)
         for seed in range(args.seeds):
             for recipe, changes in recipes.items():
@@ -102,8 +106,9 @@ def heads(args: argparse.Namespace) -> Report:
     left = [f"{name} seed {seed}" for seed in range(args.seeds) for name in recipes
             if f"{name} seed {seed}" not in record["runs"]]  # fmt: skip
     notes = [f"left for the next call of the same command: {', '.join(left)}"] if left else []
+    notes += [f"{run}, chain {chain}: {said}" for run, chain, said in verdicts(record)]
     rows = table_rows(record, list(recipes))
-    return Report(f"Tokens per step on held-out prompts, {args.steps} steps a recipe", rows, record, notes=notes)
+    return Report("Tokens per step on held-out prompts", rows, record, notes=notes)
 
 
 BENCHMARK = Benchmark(
@@ -133,7 +138,8 @@ BENCHMARK = Benchmark(
             Option("--steps", "of each run (400)", type=parsing.count, default=400, metavar="N"),
             Option("--depth", "drafts are trained to (5)", type=parsing.count, default=5, metavar="K"),
             Option("--batch-tokens", "tokens of a step (as train)", type=parsing.count, metavar="N"),
-            Option("--cache-gigabytes", "of disk for hidden states (8)", type=float, default=8.0, metavar="X"),
+            Option("--cache-gigabytes", "of a GPU's memory and of disk for hidden states (8)", type=float, default=8.0,
+                   metavar="X"),
         ),
         OptionGroup(
             "measuring",
@@ -145,7 +151,9 @@ BENCHMARK = Benchmark(
             Option("--batch", "texts generated side by side (16)", type=parsing.count, default=16, metavar="N"),
         ),
         Option("--minutes", "begin no run that would end later, by the longest so far", type=float, metavar="X"),
-        Option("--work", "folder that keeps texts and trained modules (a temporary one)", type=Path, metavar="FOLDER"),
+        Option("--work", "folder that keeps texts and hidden states (a temporary one)", type=Path, metavar="FOLDER"),
+        Option("--heads", "folder that keeps the trained modules (heads in that of --work)", type=Path,
+               metavar="FOLDER"),
     ),
 )  # fmt: skip
 
@@ -156,7 +164,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Row]:
     Raises:
         OptionError: an unknown one, or one whose texts are not given.
     """
-    there = {GIVEN: args.texts, OWN: args.prompts}
+    there = {GIVEN: args.texts, OWN: args.prompts, BOTH: args.texts and args.prompts}
     if args.recipes is None:
         found = {name: recipe for name, recipe in RECIPES.items() if there[recipe.get("text", GIVEN)] is not None}
     else:
@@ -169,7 +177,8 @@ def chosen(args: argparse.Namespace) -> dict[str, Row]:
     for name, recipe in found.items():
         text = recipe.get("text", GIVEN)
         if there.get(text) is None:
-            wanted = {GIVEN: "--texts FILE", OWN: "--prompts FILE"}.get(text, "text=given or text=own")
+            files_of = {GIVEN: "--texts FILE", OWN: "--prompts FILE", BOTH: "--texts FILE and --prompts FILE"}
+            wanted = files_of.get(text, "text=given, own or both")
             raise OptionError(f"recipe {name}: its text is {text!r}; give {wanted}")
     if not found:
         raise OptionError("no recipe: give --texts FILE, or --prompts FILE, or both")
@@ -209,8 +218,9 @@ class _Work:
             collect(self.lm, self.options({"text": text}, 0), folder / text, print).close()
             corpus = Corpus(folder / text, 0.0)
             corpus.close()  # from here on it is only read
-            self.texts[text] = corpus, States(backbone, corpus, folder / f"{text}.states", room)
-            room -= self.texts[text][1].bytes
+            self.texts[text] = corpus, States(backbone, corpus, folder / f"{text}.states", room,
+                                              near_bytes(self.lm.model.device))  # fmt: skip
+            room -= self.texts[text][1].bytes + self.texts[text][1].near_bytes
             print(f"{text}: {len(corpus.texts):,} texts, {corpus.tokens:,} tokens", flush=True)
         self.prompts = held_prompts(corpus, self.options({"text": text}, 0))
 
@@ -219,7 +229,7 @@ class _Work:
         changes = {name: value for name, value in recipe.items() if name != "text"}
         return TrainOptions(
             **{
-                "texts": args.texts if text == GIVEN else None, "prompts": args.prompts if text == OWN else None,
+                "texts": None if text == OWN else args.texts, "prompts": None if text == GIVEN else args.prompts,
                 "held_out": self.held, "seed": seed, "steps": args.steps, "depth": args.depth,
                 "batch_tokens": args.batch_tokens, "max_tokens": args.max_tokens, "batch": args.batch,
                 "answer_tokens": args.answer_tokens, "check_tokens": args.check_tokens, "check_prompts": 10**6,
@@ -239,23 +249,29 @@ class _Work:
             trainer.run(self.folder / "state.pt", lambda line: print(f"{run}: {line}", flush=True))
         trained = perf_counter() - begin
         stored = rounded(slots_of(modules, self.checkpoint.config))
-        made = self.folder / "heads" / run.replace(" ", "-")
-        made.parent.mkdir(exist_ok=True)
+        made = (self.args.heads or self.folder / "heads") / run.replace(" ", "-")
+        shutil.rmtree(made, ignore_errors=True)  # of a call that ended before it was measured
+        made.parent.mkdir(parents=True, exist_ok=True)
         about = {"model": describe(self.checkpoint.config, self.checkpoint.tensors), "recipe": changes}
         save_modules(made, stored, {DESCRIPTION: as_json(about)})
         del forward, modules, stored
-        texts = self.measured(self._load(made))
+        texts = self.measured(run, self._load(made))
         gc.collect()  # reference cycles keep the model alive, and the next one needs its memory
         held = [line for line in trainer.log if line.get("held_out")]
         return {"recipe": recipe, "options": changes, "seed": seed, "trained_seconds": trained, "first": held[0],
                 "last": held[-1], "texts": texts}  # fmt: skip
 
-    def measured(self, lm: LM) -> list[Row]:
+    def measured(self, name: str, lm: LM) -> list[Row]:
         """Returns how a model's modules draft, at each chain and temperature, text by text."""
         found, args = list[Row](), self.args
         for chain in args.chains:
-            parts = measure(lm, self.prompts, chain, args.temperatures, args.check_tokens, 0)
-            found += [{"chain": chain, **part.to_json()} for part in parts]
+            for temperature in args.temperatures:
+                begin = perf_counter()
+                parts = measure(lm, self.prompts, chain, [temperature], args.check_tokens, 0)
+                found += [{"chain": chain, **part.to_json()} for part in parts]
+                tokens, steps = (sum(sum(getattr(part, what)) for part in parts) for what in ("tokens", "steps"))
+                print(f"{name}: chain {chain} at {temperature:g}: {over(tokens, steps):.3f} tokens per step, "
+                      f"{perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
         return found
 
     def _load(self, mtp: Path | None) -> LM:
@@ -284,6 +300,15 @@ def table_rows(record: Mapping[str, Any], recipes: Sequence[str]) -> list[Row]:
                 row[f"{chain}/{temperature:g} over shipped"] = mean / own if own else 0.0
         rows.append(row)
     return rows
+
+
+def verdicts(record: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
+    """Yields a run, a chain, and whether the run's modules are better there than the shipped ones on every domain."""
+    for run, made in record["runs"].items() if record["shipped"] else ():
+        for chain in dict.fromkeys(one["chain"] for one in record["shipped"]):
+            before, after = ([Texts.from_json(one) for one in texts if one["chain"] == chain]
+                             for texts in (record["shipped"], made["texts"]))  # fmt: skip
+            yield run, chain, verdict(compare(before, after), True)[1]
 
 
 def _counts(texts: Sequence[Row], chain: int, temperature: float) -> Any:

@@ -179,7 +179,7 @@ def read_bytes(part: Tensor | Layer, experts: float) -> float:
     """Returns the bytes that a pass reads of a tensor or layer, of which `experts` are chosen."""
     if isinstance(part, Tensor):
         return part.nbytes
-    size = sum(t.nbytes for t in part.attention.slots("").values()) + part.norms.nbytes
+    size = sum(t.nbytes for t in (*part.attention.slots("").values(), *part.norms))
     if isinstance(part.mlp, Dense):
         return size + sum(t.nbytes for t in part.mlp.slots("").values())
     held = part.mlp.experts

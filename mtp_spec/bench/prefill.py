@@ -4,6 +4,8 @@ On a GPU the model is that of `bench step`: dense layers, some MoE layers, embed
 random weights. Time to first token is that of `generate` with a draft, so the module's cache is filled too; every
 prompt is new, so nothing is shared. Arithmetic is counted once for what the model defines, in the expanded form,
 whatever runs: 2 operations per weight and token (of the chosen experts, and no head), and per pair of tokens and head.
+"host ms" is how long the host takes to launch a prompt's long passes, which are not captured: where it is about the
+whole time, the GPU waits for the host.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from mtp_spec.api import LM
 from mtp_spec.backends import open_backend
@@ -25,6 +29,8 @@ from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option, OptionGroup, 
 from mtp_spec.bench.passes import fill, slice_of
 from mtp_spec.bench.synthetic import with_module
 from mtp_spec.bench.timing import kernel_times
+from mtp_spec.cuda import prefill as passes
+from mtp_spec.cuda.prompts import read_pieces
 from mtp_spec.errors import OptionError
 from mtp_spec.model.config import ModelConfig, load_config
 from mtp_spec.model.cuda.layers import Dense, Layer
@@ -83,13 +89,14 @@ def _on_a_gpu(args: argparse.Namespace) -> Report:
         for form in args.forms:
             model.expanded = run if form == "expanded" else 0
             lm = LM(open_backend(model, None, context), None, context)
-            seconds = _first_token(lm, tokens, args.repeats)
+            seconds, launching = _first_token(lm, tokens, args.repeats)
             operations = _operations(model, tokens)
             rows.append(
                 {
                     "tokens": tokens,
                     "form": form,
                     "ms": 1e3 * seconds,
+                    "host ms": 1e3 * launching if form == "expanded" and run else None,
                     "tokens/s": tokens / seconds,
                     "TFLOP/s": operations / seconds / 1e12,
                     "peak GB": torch.cuda.max_memory_allocated() / 1e9,
@@ -162,15 +169,25 @@ BENCHMARK = Benchmark(
 )
 
 
-def _first_token(lm: LM, tokens: int, repeats: int) -> float:
-    """Returns the median seconds to the first token of new prompts; the first prompt warms up."""
+def _first_token(lm: LM, tokens: int, repeats: int) -> tuple[float, float]:
+    """Returns the median seconds to the first token of new prompts, and of the host in their long passes; the first
+    prompt warms up."""
     torch.cuda.reset_peak_memory_stats()
-    taken = []
-    for _ in range(repeats + 1):
+    taken, launching = list[float](), list[float]()
+
+    def timed(*args: Any) -> Tensor:
         start = perf_counter()
-        _prompt(lm, tokens)
-        taken.append(perf_counter() - start)
-    return median(taken[1:])
+        hidden = read_pieces(*args)  # waits for nothing
+        launching[-1] += perf_counter() - start
+        return hidden
+
+    with patch.object(passes, "read_pieces", timed):
+        for _ in range(repeats + 1):
+            launching.append(0.0)
+            start = perf_counter()
+            _prompt(lm, tokens)
+            taken.append(perf_counter() - start)
+    return median(taken[1:]), median(launching[1:])
 
 
 def _prompt(lm: LM, tokens: int) -> None:

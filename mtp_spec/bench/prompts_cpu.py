@@ -2,7 +2,8 @@
 
 Every prompt is new, of random tokens, so nothing is shared with an earlier one and experts are chosen independently.
 transformers' part is one forward pass that fills its cache and computes the last row's logits; ours is the whole of
-`generate` with one new token.
+`generate` with one new token. The MTP module reads a prompt when the first draft is made: "with the MTP module" ends
+there, after the first token.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
+from torch import Tensor
 
 import mtp_spec
+from mtp_spec.acceptance.accept import Accepted
 from mtp_spec.api import LM
 from mtp_spec.bench.common import Report, Row, average, publish, spread
 from mtp_spec.bench.peer import transformers_copy
 from mtp_spec.errors import MTPSpecError, OptionError
+from mtp_spec.sampling.sampler import History
+from mtp_spec.tree import TokenTree
 
-TOKENS = [128, 512, 1024, 2047]  # the bundled model takes 2,048 with the new one
+DRAFTED = 3  # new tokens with which the first step drafts: the prompt's own, and two that are left
+TOKENS = [128, 512, 1024, 2045]  # the bundled model takes 2,048 with the new ones
 PLAIN, MODULE = "plain", "with the MTP module"
 SAME = 0.5  # least share of first tokens that float32 gives alike: rounding may move some, another model moves all
 
@@ -45,10 +51,11 @@ def cpu_prompts(args: argparse.Namespace) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="mtp_spec.") as folder:
             lm = mtp_spec.load(args.model, device="cpu", measure=False)
-            if max(args.tokens) >= lm.max_context:
+            most = lm.max_context - (DRAFTED if lm.model.mtp else 1)
+            if max(args.tokens) > most:
                 raise OptionError(
-                    f"--tokens {max(args.tokens)}: the model takes {lm.max_context} tokens with the new one: give "
-                    f"{lm.max_context - 1} at most"
+                    f"--tokens {max(args.tokens)}: the model takes {lm.max_context} tokens with the new ones: give "
+                    f"{most} at most"
                 )
             ways, peers = _ways(lm, args, Path(folder))
             for threads in args.threads or [before]:
@@ -80,13 +87,37 @@ def _ways(lm: LM, args: argparse.Namespace, folder: Path) -> tuple[dict[str, Way
     return ways | peers, list(peers)
 
 
+class _FirstDraft:
+    """Notes when the first draft's row is there; see `mtp_spec.sequence.Observer`."""
+
+    seconds = cpu = 0.0
+
+    def drafted(self, parent: int, row: Tensor) -> None:
+        self.seconds, self.cpu = self.seconds or time.perf_counter(), self.cpu or time.process_time()
+
+    def pruned(self, kept: list[int]) -> None:
+        """Does nothing."""
+
+    def verified(self, tree: TokenTree, logits: Tensor, history: History, accepted: Accepted) -> None:
+        """Does nothing."""
+
+
 def _ours(lm: LM, speculation: int | None) -> Way:
-    options: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0.0, "seed": 0, "ignore_eos": True}
+    new = 1 if speculation is None else DRAFTED
+    options: dict[str, Any] = {"max_new_tokens": new, "temperature": 0.0, "seed": 0, "ignore_eos": True}
 
     def read(ids: list[int]) -> Taken:
+        # the two ways begin with other tokens: what one has cached would spare the other the prompt
+        given = ids if speculation is None else [(ids[0] + 1) % lm.config.vocab_size, *ids[1:]]
+        drafted = _FirstDraft()
         start, used = time.perf_counter(), time.process_time()
-        out = lm.generate(ids, speculation=speculation, **options)
-        return Taken(out.token_ids[0], time.perf_counter() - start, time.process_time() - used)
+        events = lm.stream(given, speculation=speculation, observer=drafted, **options)
+        token, seconds, cpu = next(events).token_id, time.perf_counter(), time.process_time()
+        if speculation is not None:
+            next(events)
+            seconds, cpu = drafted.seconds, drafted.cpu
+        events.close()
+        return Taken(token, seconds - start, cpu - used)
 
     return read
 

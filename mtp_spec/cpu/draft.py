@@ -244,15 +244,17 @@ class Drafter:
         return self._root_hidden
 
     def _run(self, module: int, tokens: Sequence[int], hidden: Tensor) -> Work[Tensor]:
-        """Appends and commits rows for true hidden states; returns the module's outputs."""
+        """Appends and commits rows for true hidden states; returns the module's outputs, those of the last module only
+        as far as the root's needs them."""
         cache, outputs = self.caches[module], [hidden[:0]]
         table = self.model.table(self._left_out + cache.capacity + len(self.caches))
-        prompt = hidden.shape[0] > MOST_BEHIND
+        prompt, last = hidden.shape[0] > MOST_BEHIND, module + 1 == len(self.caches)
         for part in hidden.split(MOST_ROWS) if hidden.shape[0] else ():
             offset = self._left_out + module + 1
             ids = tokens[offset + cache.length :][: part.shape[0]]
             plan = plan_rows(table, cache.length, range(-1, len(ids) - 1), offset)
-            extended = ModuleRows(module, ids, part, cache, plan, prompt, scored=int(module == 0))
+            extended = ModuleRows(module, ids, part, cache, plan, prompt, scored=int(module == 0),
+                                  kept=int(module == 0) if last else None)  # fmt: skip
             yield extended
             outputs.append(extended.outputs)
             if module == 0:

@@ -36,7 +36,8 @@ class MainRows:
         parents: the row that each one follows; -1 follows the committed context.
         scored: number of last rows that get logits.
         prompt: whether it is a prefill chunk, which is one pass even if rows are otherwise computed one by one.
-        hidden: `[M, D]`, result.
+        kept: number of last rows with hidden states, None for all; of the others the last layer need only be cached.
+        hidden: `[kept, D]`, result.
         logits: `[scored, V]`, result.
     """
 
@@ -45,6 +46,7 @@ class MainRows:
     parents: Sequence[int]
     scored: int
     prompt: bool
+    kept: int | None = None
     hidden: Tensor = field(default=_NONE, repr=False)
     logits: Tensor = field(default=_NONE, repr=False)
 
@@ -61,7 +63,8 @@ class ModuleRows:
         hidden: `[M, D]`, the module's input.
         prompt: whether they belong to a prefill, which may wait for more urgent passes.
         scored: number of last rows that get draft logits.
-        outputs: `[M, D]`, result.
+        kept: number of last rows with outputs, None for all.
+        outputs: `[kept, D]`, result.
         logits: `[scored, V]`, result.
     """
 
@@ -72,6 +75,7 @@ class ModuleRows:
     plan: RowPlan
     prompt: bool
     scored: int = 0
+    kept: int | None = None
     outputs: Tensor = field(default=_NONE, repr=False)
     logits: Tensor = field(default=_NONE, repr=False)
 
@@ -198,21 +202,36 @@ class Passes:
             return
         plans = [plan_rows(model.table(one.cache.capacity), one.cache.length, one.parents) for one in group]
         plan = JointPlan.of(*zip((one.cache for one in group), plans, strict=True))
-        _share(group, *model.scored_rows([token for one in group for token in one.ids], plan, _scored(group)))
+        ids = [token for one in group for token in one.ids]
+        _share(group, *model.scored_rows(ids, plan, _scored(group), _kept(group)))
 
     def _module(self, module: int, group: list[ModuleRows]) -> None:
         ids = [token for one in group for token in one.ids]
         hidden = group[0].hidden if len(group) == 1 else torch.cat([one.hidden for one in group])
         plan = JointPlan.of(*((one.cache, one.plan) for one in group))
-        _share(group, *self.model.scored_mtp_rows(module, ids, hidden, plan, _scored(group)))
+        _share(group, *self.model.scored_mtp_rows(module, ids, hidden, plan, _scored(group), _kept(group)))
 
 
 def _scored(group: Sequence[MainRows | ModuleRows]) -> list[int]:
     """Returns which rows of a joint pass get logits."""
+    return _last(group, [one.scored for one in group])
+
+
+def _kept(group: Sequence[MainRows | ModuleRows]) -> list[int] | None:
+    """Returns which rows of a joint pass get hidden states, None for all."""
+    return None if all(one.kept is None for one in group) else _last(group, _kept_counts(group))
+
+
+def _kept_counts(group: Sequence[MainRows | ModuleRows]) -> list[int]:
+    return [one.rows if one.kept is None else one.kept for one in group]
+
+
+def _last(group: Sequence[MainRows | ModuleRows], counts: Sequence[int]) -> list[int]:
+    """Returns the indices in a joint pass of so many last rows of each."""
     found, end = list[int](), 0
-    for one in group:
+    for one, count in zip(group, counts, strict=True):
         end += one.rows
-        found += range(end - one.scored, end)
+        found += range(end - count, end)
     return found
 
 
@@ -221,8 +240,8 @@ def _share(group: Sequence[MainRows | ModuleRows], hidden: Tensor, logits: Tenso
     if len(group) == 1:
         parts = [(hidden, logits)]
     else:
-        rows, scored = [one.rows for one in group], [one.scored for one in group]
-        parts = list(zip(hidden.split(rows), logits.split(scored), strict=True))
+        kept, scored = _kept_counts(group), [one.scored for one in group]
+        parts = list(zip(hidden.split(kept), logits.split(scored), strict=True))
     for one, (own, own_logits) in zip(group, parts, strict=True):
         one.logits = own_logits
         if isinstance(one, MainRows):

@@ -86,7 +86,8 @@ class HostState:
             for first in range(self.cache.length, len(prompt), MOST_ROWS):
                 chunk = prompt[first : first + MOST_ROWS]
                 last = first + len(chunk) == len(prompt)
-                read = MainRows(chunk, self.cache, range(-1, len(chunk) - 1), scored=int(last), prompt=True)
+                read = MainRows(chunk, self.cache, range(-1, len(chunk) - 1), scored=int(last), prompt=True,
+                                kept=int(last) if self.drafter is None else None)  # fmt: skip
                 yield read
                 self._keep(read.hidden, range(len(chunk)))
                 hidden, logits = read.hidden[-1:], read.logits
@@ -221,7 +222,7 @@ class HostState:
             self.lease.publish(self.tokens, whole, drafted)
 
     def _keep(self, hidden: Tensor, rows: Seq[int]) -> None:
-        """Keeps the cache slots of these rows and passes their hidden states to the drafter."""
+        """Keeps the cache slots of these rows and passes their hidden states to the drafter, if there is one."""
         self.cache.commit(rows)
         if self.drafter is not None:
             # copy unless this is the only row of its storage: a view would keep the memory of all other rows

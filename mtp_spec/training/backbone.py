@@ -8,7 +8,9 @@ Legend: `T` tokens of a text, `D` hidden size.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from mtp_spec.training.texts import Corpus, Text
 
 CHUNK = 256  # rows of a pass on a host
 PASS_ROWS = 32768  # of a pass on a GPU, padding included
+NEAR = 0.25  # share of a GPU's free memory that hidden states take
+AHEAD = 4  # batches that wait to be written to the disk
 
 
 class Backbone:
@@ -55,10 +59,11 @@ class Backbone:
             longest = len(texts[order[0]])
             count = max(1, min(len(order), PASS_ROWS // longest))
             some, order = order[:count], order[count:]
-            ids = np.zeros((count, longest), np.int64)
-            for row, number in zip(ids, some, strict=True):
+            device = whole.model.device
+            ids = torch.zeros(count, longest, dtype=torch.int64, pin_memory=device.type == "cuda")
+            for row, number in zip(ids.numpy(), some, strict=True):
                 row[: len(texts[number])] = texts[number]
-            hidden = whole.hidden(torch.from_numpy(ids).to(whole.model.device))
+            hidden = whole.hidden(ids.to(device, non_blocking=True))
             for row, number in zip(hidden, some, strict=True):
                 out[number] = row[: len(texts[number])]
         return out
@@ -73,64 +78,120 @@ class Backbone:
 
 
 class States:
-    """The hidden states of a corpus, computed when they are first needed and then kept on disk while there is room.
+    """The hidden states of a corpus, computed when they are first needed and then kept while there is room.
 
-    Nothing in the file outlasts a run: a row's bits do not depend on when it is computed.
+    A GPU's memory is filled first, then the disk. Nothing that is kept outlasts a run: a row's bits do not depend on
+    when it is computed. No step waits for a copy: a thread writes to the disk what was computed.
 
     Args:
         backbone: computes them.
         corpus: the texts.
-        file: where they are kept; None keeps none.
-        room: most bytes of the file.
+        file: where they are kept; None keeps none on disk.
+        room: most bytes that are kept.
+        near: so many of these at most in the memory of the model's device.
     """
 
-    def __init__(self, backbone: Backbone, corpus: Corpus, file: Path | None, room: int) -> None:
+    def __init__(self, backbone: Backbone, corpus: Corpus, file: Path | None, room: int, near: int = 0) -> None:
         self.backbone, self.corpus = backbone, corpus
-        self._width = backbone.model.config.hidden_size
-        model = backbone.model
+        self._width, model = backbone.model.config.hidden_size, backbone.model
         self._dtype = model.dtype if isinstance(model, HostModel) else model.activations
-        self._most = 0 if file is None else room // (self._width * self._dtype.itemsize)
-        self._places: dict[int, int] = {}
-        self._used, self._file = 0, file
-        if file is not None and self._most:
-            rows = min(self._most, corpus.tokens)
+        size = self._width * self._dtype.itemsize
+        most = min(room // size, corpus.tokens)
+        rows = min(near // size, most)
+        # one more row, of zeros, stands for padding
+        self._near = torch.zeros(rows + 1 if rows else 0, self._width, dtype=self._dtype, device=model.device)
+        self._most = {True: rows, False: 0 if file is None else most - rows}
+        self._places: dict[int, tuple[bool, int]] = {}  # whether it is near, and its first row there
+        self._used = {True: 0, False: 0}
+        self._writer, self._written = ThreadPoolExecutor(1), deque[Future[None]]()
+        if file is not None and (far := self._most[False]):
             with file.open("wb") as stream:
-                stream.truncate(rows * self._width * self._dtype.itemsize)
-            self._memory = torch.from_file(str(file), shared=True, size=rows * self._width, dtype=self._dtype)
-            self._memory = self._memory.view(rows, self._width)
+                stream.truncate(far * size)
+            self._far = torch.from_file(str(file), shared=True, size=far * self._width, dtype=self._dtype)
+            self._far = self._far.view(far, self._width)
 
     @property
     def bytes(self) -> int:
         """Bytes of the file."""
-        return min(self._most, self.corpus.tokens) * self._width * self._dtype.itemsize
+        return self._most[False] * self._width * self._dtype.itemsize
+
+    @property
+    def near_bytes(self) -> int:
+        """Bytes in the device's memory."""
+        return self._near.nbytes
 
     def padded(self, numbers: Sequence[int], width: int) -> Tensor:
         """Returns the hidden states `[B, width, D]` of the texts with these numbers, zero behind their ends, on the
         model's device."""
-        texts, device = [self.corpus.texts[number] for number in numbers], self.backbone.model.device
+        texts = [self.corpus.texts[number] for number in numbers]
         wanted = [at for at, number in enumerate(numbers) if number not in self._places]
-        # one copy to the device, which nothing waits for
-        out = torch.zeros(len(texts), width, self._width, dtype=self._dtype, pin_memory=device.type == "cuda")
-        for row, number, text in zip(out, numbers, texts, strict=True):
-            place = self._places.get(number)
-            if place is not None:
-                row[: text.length] = self._memory[place : place + text.length]
-        out = out.to(device, non_blocking=True)
+        computed: list[Tensor] = []
         if wanted:
             computed = self.backbone.hidden([self.corpus.ids(texts[at]).tolist() for at in wanted])
-            for at, hidden in zip(wanted, computed, strict=True):
-                out[at, : len(hidden)] = hidden
             self._keep([(numbers[at], texts[at]) for at in wanted], computed)
+        places = [self._places.get(number) for number in numbers]
+        out = self._of_near(texts, places, width)
+        for at, hidden in zip(wanted, computed, strict=True):
+            place = places[at]
+            if place is None or not place[0]:
+                out[at, : len(hidden)] = hidden
+        known = set(wanted)
+        far = [(at, place[1]) for at, place in enumerate(places)
+               if place is not None and not place[0] and at not in known]  # fmt: skip
+        if far:
+            self._settle(0)
+            for at, first in far:
+                own = self._far[first : first + texts[at].length]
+                out[at, : len(own)] = _pinned(own) if out.is_cuda else own
         return out
 
+    def _of_near(self, texts: Sequence[Text], places: Sequence[tuple[bool, int] | None], width: int) -> Tensor:
+        """Returns `[B, width, D]`: the rows that are near, and zeros elsewhere."""
+        device = self._near.device
+        if not any(place is not None and place[0] for place in places):
+            return torch.zeros(len(texts), width, self._width, dtype=self._dtype, device=device)
+        rows = torch.full((len(texts), width), len(self._near) - 1, pin_memory=device.type == "cuda")
+        for own, text, place in zip(rows.numpy(), texts, places, strict=True):
+            if place is not None and place[0]:
+                own[: text.length] = np.arange(place[1], place[1] + text.length)
+        found = self._near.index_select(0, rows.flatten().to(device, non_blocking=True))
+        return found.view(len(texts), width, self._width)
+
     def _keep(self, texts: Sequence[tuple[int, Text]], computed: Sequence[Tensor]) -> None:
-        room, some = min(self._most, self.corpus.tokens) - self._used, list[Tensor]()
+        some: dict[bool, list[Tensor]] = {True: [], False: []}
+        first = dict(self._used)
         for (number, text), hidden in zip(texts, computed, strict=True):
-            if text.length <= room:
-                self._places[number] = self._used + sum(map(len, some))
-                some.append(hidden)
-                room -= text.length
-        if some:
-            whole = torch.cat(some)
-            self._memory[self._used : self._used + len(whole)] = whole.to("cpu", self._dtype)
-            self._used += len(whole)
+            fits = [near for near in (True, False) if self._used[near] + text.length <= self._most[near]]
+            if fits:
+                self._places[number] = fits[0], self._used[fits[0]]
+                some[fits[0]].append(hidden)
+                self._used[fits[0]] += text.length
+        if some[True]:
+            self._near[first[True] : self._used[True]] = torch.cat(some[True])
+        if some[False]:
+            whole, event = torch.cat(some[False]).to(self._dtype), None
+            if whole.is_cuda:
+                whole, event = _pinned(whole), torch.cuda.Event()
+                event.record()
+            self._settle(AHEAD)
+            self._written.append(self._writer.submit(self._write, first[False], whole, event))
+
+    def _write(self, first: int, whole: Tensor, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            event.synchronize()
+        self._far[first : first + len(whole)] = whole
+
+    def _settle(self, most: int) -> None:
+        """Waits until no more than so many batches are still to be written."""
+        while len(self._written) > most:
+            self._written.popleft().result()
+
+
+def near_bytes(device: torch.device) -> int:
+    """Returns how many bytes of hidden states a device's memory should hold."""
+    return int(NEAR * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+
+
+def _pinned(x: Tensor) -> Tensor:
+    """Returns a copy that a GPU's copies from and to a host need not wait for."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,8 +65,24 @@ class Batches:
         self._epoch, self._order = epoch, [batches[place] for place in random.permutation(len(batches))]
 
 
-def tensors(corpus: Corpus, states: States, numbers: Sequence[int], depth: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ids `[B, T]`, hidden states `[B, T, D]` and weights `[B, T]` of texts, as `draft_loss` takes them."""
+class Batch(NamedTuple):
+    """A step's texts, as `draft_loss` takes them.
+
+    Attributes:
+        ids: `[B, T]`.
+        hidden: `[B, T, D]` of the main model.
+        weights: `[B, T]`.
+        chosen: `[N]` places of the weights that are not 0, known without waiting for the device.
+    """
+
+    ids: Tensor
+    hidden: Tensor
+    weights: Tensor
+    chosen: Tensor
+
+
+def tensors(corpus: Corpus, states: States, numbers: Sequence[int], depth: int) -> Batch:
+    """Returns the batch of texts, on the device of the states."""
     texts = [corpus.texts[number] for number in numbers]
     width = max(text.length for text in texts) + depth
     hidden = states.padded(numbers, width)
@@ -76,4 +93,6 @@ def tensors(corpus: Corpus, states: States, numbers: Sequence[int], depth: int) 
         own[: text.length] = corpus.ids(text)
         for begin, end in text.answers:
             weight[begin - 1 : end - 1] = 1
-    return ids.to(hidden.device, non_blocking=True), hidden, weights.to(hidden.device, non_blocking=True)
+    chosen = weights.flatten().nonzero().squeeze(1)
+    chosen = chosen.pin_memory() if pinned else chosen
+    return Batch(*(part.to(hidden.device, non_blocking=True) for part in (ids, hidden, weights, chosen)))

@@ -1,7 +1,7 @@
 """The steps of training, and the state from which they go on after a crash.
 
 A step depends on the seed, on its number and on the state alone, so a run that was killed and started again computes
-what it would have computed, on a CPU to the bit.
+what it would have computed, on a CPU to the bit; but for a schedule that goes by time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
 
 WARM_UP = 20  # steps, at most a tenth of all, until the learning rate is whole
-DECAY = 0.6  # share of the steps over which it falls to nothing, at the end
+DECAY = 0.6  # share of the training over which it falls to nothing, at the end
 MUON_DECAY = 0.02  # weight decay, in units of Muon's rate
 ADAM_SHARE = 0.13  # AdamW's rate beside Muon, relative to Muon's
 BALANCE_EVERY, BALANCE_STEP = 8, 1e-3
@@ -47,7 +47,8 @@ class Trainer:
     Attributes:
         forward: the modules.
         modules: the same, whose parameters are trained.
-        steps: in all.
+        steps: in all, at most.
+        spent: seconds of training so far.
         log: a line for each step that was noted and each check.
         pending: steps, and what they will add to the log once the device is waited for.
     """
@@ -64,6 +65,7 @@ class Trainer:
     log: Log
     team: Team
     step: int = 0
+    spent: float = 0.0
     pending: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @classmethod
@@ -92,12 +94,13 @@ class Trainer:
             MTPSpecError: the loss is no number any more.
         """
         begin, first, tokens = perf_counter(), self.step, 0
-        said = saved = begin
+        said, saved, before = begin, begin, self.spent
         if not self.step:
             self.check(say)
-        while self.step < self.steps:
+        while self.share() < 1:
             tokens += self.one()
-            last = self.step == self.steps
+            self.spent = before + perf_counter() - begin
+            last = self.share() >= 1
             checked = last or self.step % self.options.check_every == 0
             now = perf_counter()
             if checked or now - saved > SAVED_SECONDS or now - said > SAID_SECONDS:
@@ -112,18 +115,20 @@ class Trainer:
                     said = perf_counter()
                     seconds = said - begin
                     left = seconds / (self.step - first) * (self.steps - self.step)
+                    if self.options.minutes is not None:
+                        left = min(left, 60 * self.options.minutes - self.spent)
                     say(f"step {self.step}/{self.steps}  {_figures(told)}  {tokens / seconds:,.0f} tokens/s  "
-                        f"{_time(left)} left")  # fmt: skip
+                        f"{_time(max(0.0, left))} left")  # fmt: skip
 
     def one(self) -> int:
         """Runs a step; returns its number of tokens."""
         batch = self.batches.of(self.step)
         own = self.team.part(batch)
-        ids, hidden, weights = tensors(self.corpus, self.states, own or batch[:1], self.options.depth)
+        ids, hidden, weights, chosen = tensors(self.corpus, self.states, own or batch[:1], self.options.depth)
         if not own:
             weights.zero_()
         with autocast(self.forward):
-            outcome = draft_loss(self.forward, self.objective, ids, hidden, weights, self.team.sum)
+            outcome = draft_loss(self.forward, self.objective, ids, hidden, weights, self.team.sum, chosen)
         outcome.loss.backward()
         self.team.sum_gradients(self.modules.parameters())
         parts = torch.stack([outcome.loss.detach().expand_as(outcome.rows), outcome.greedy, outcome.overlap])
@@ -133,7 +138,7 @@ class Trainer:
         self.pending.append((self.step, torch.stack([loss, greedy / outcome.rows, overlap / outcome.rows])))
         if len(self.pending) == SETTLED[ids.device.type]:
             self.settle()
-        if self.options.start == "random" and self.step % BALANCE_EVERY == 0:
+        if self.options.start != "shipped" and self.step % BALANCE_EVERY == 0:
             self._balance()
         return ids.numel() * self.team.size
 
@@ -152,11 +157,15 @@ class Trainer:
                 raise MTPSpecError(f"step {number}: the loss is {loss[0]}; train again with a smaller rate")
             self.log.append({"step": number, "loss": loss[0], "greedy": greedy, "overlap": overlap})
 
+    def share(self) -> float:
+        """Returns how much of the training is done, by steps or by time, whichever is further."""
+        timed = 0.0 if self.options.minutes is None else self.spent / (60 * self.options.minutes)
+        return max(self.step / self.steps, timed)
+
     def schedule(self) -> float:
         """Returns the share of the learning rate at the next step."""
         warm = min(WARM_UP, max(1, self.steps // 10))
-        left = (self.steps - self.step) / (DECAY * self.steps)
-        return min(1.0, (self.step + 1) / warm) * min(1.0, left)
+        return min(1.0, (self.step + 1) / warm) * min(1.0, max(0.0, 1 - self.share()) / DECAY)
 
     def _balance(self) -> None:
         biased = [module.block.mlp for module in self.modules if isinstance(module, MTPModule)]
@@ -174,7 +183,7 @@ class Trainer:
         held = [number for number, text in enumerate(self.corpus.texts) if text.held][:CHECKED]
         whole: list[Tensor] = []
         for first in range(0, len(held), 8):
-            ids, hidden, weights = tensors(self.corpus, self.states, held[first : first + 8], self.options.depth)
+            ids, hidden, weights, _ = tensors(self.corpus, self.states, held[first : first + 8], self.options.depth)
             with autocast(self.forward):
                 outcome = draft_loss(self.forward, self.objective, ids, hidden, weights)
             whole.append(torch.stack([outcome.rows, outcome.greedy, outcome.overlap, outcome.rows * outcome.loss]))
@@ -189,8 +198,8 @@ class Trainer:
             return
         part = file.with_name(file.name + ".part")
         values = {
-            "step": self.step, "modules": self.modules.state_dict(), "optimiser": self.optimiser.state(),
-            "load": self.forward.load, "log": self.log,
+            "step": self.step, "spent": self.spent, "log": self.log, "modules": self.modules.state_dict(),
+            "optimiser": self.optimiser.state(), "load": self.forward.load,
         }  # fmt: skip
         with part.open("wb") as stream:
             torch.save(values, stream)
@@ -206,7 +215,7 @@ class Trainer:
         for own, saved in zip(self.forward.load, values["load"], strict=True):
             if own is not None:
                 own.copy_(saved)
-        self.step, self.log = values["step"], values["log"]
+        self.step, self.spent, self.log = values["step"], values["spent"], values["log"]
 
 
 def batch_tokens(options: TrainOptions, device: str) -> int:

@@ -26,6 +26,7 @@ from mtp_spec.training.options import TrainOptions
 
 INNER = 0.5  # standard deviation of a random matrix's entries, times the square root of its inputs
 BRANCH = 0.2  # of the last matrix of a branch, relative to that
+FINAL_NORM = "model.norm.weight"
 
 
 def ready_modules(options: TrainOptions, checkpoint: Checkpoint, device: torch.device | str) -> nn.ModuleList:
@@ -35,6 +36,8 @@ def ready_modules(options: TrainOptions, checkpoint: Checkpoint, device: torch.d
     else:
         width = _width(options, checkpoint.config)
         modules = new_modules(checkpoint.config, width, options.modules, options.seed, device)
+        if options.start == "last-layer":
+            begin_as_last_layer(modules, checkpoint)
     for module in modules:
         assert isinstance(module, MTPModule)
         for own in (module.embed_tokens, module.head):
@@ -109,6 +112,33 @@ def new_modules(
                     slot.copy_(torch.empty(slot.shape, dtype=torch.float32).normal_(std=size, generator=generator))
             module.eh_proj.weight[:, config.hidden_size :] = torch.eye(config.hidden_size, device=device)
     return modules
+
+
+@torch.no_grad()
+def begin_as_last_layer(modules: nn.ModuleList, checkpoint: Checkpoint) -> None:
+    """Gives new modules the main model's last layer and last norm.
+
+    A module then reads the sum of the next token's embedding and of the hidden state, freed of the last norm's weights,
+    as that layer reads its residual stream. A dense block takes no experts: where the layer has these, its MLP stays
+    random.
+    """
+    config, tensors = checkpoint.config, checkpoint.tensors
+    last, final = f"model.layers.{config.num_hidden_layers - 1}", read_weight(checkpoint, FINAL_NORM)
+    freed = (final.abs().mean() / final).nan_to_num().clamp(-4, 4)
+    for number, module in enumerate(modules):
+        assert isinstance(module, MTPModule)
+        prefix = module_prefix(config, number)
+        slots = module.checkpoint_slots(prefix)
+        own = {name: last + name.removeprefix(prefix) for name in slots}
+        same = all(own[name] in tensors and tensors[own[name]].shape == tuple(slot.shape)
+                   for name, slot in slots.items() if ".mlp." in name)  # fmt: skip
+        for name, slot in slots.items():
+            if own[name] in tensors and (same or ".mlp." not in name):
+                slot.copy_(read_weight(checkpoint, own[name]))
+        module.norm.weight.copy_(final)
+        module.hnorm.weight.copy_(freed)
+        for half in module.eh_proj.weight.split(config.hidden_size, dim=1):
+            half.copy_(torch.eye(config.hidden_size))
 
 
 def shipped_modules(checkpoint: Checkpoint, device: torch.device | str) -> nn.ModuleList:

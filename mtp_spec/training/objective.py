@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ class Outcome:
 
 def draft_loss(
     forward: ModulesForward, objective: Objective, ids: Tensor, hidden: Tensor, weights: Tensor,
-    total: Callable[[Tensor], Tensor] = lambda x: x,
+    total: Callable[[Tensor], Tensor] = lambda x: x, chosen: Tensor | None = None,
 ) -> Outcome:  # fmt: skip
     """Returns the loss of modules along a text, recursive to the objective's depth.
 
@@ -99,9 +100,10 @@ def draft_loss(
         hidden: `[B, T, D]` the main model's normed hidden states.
         weights: `[B, T]` of each row of the main model as a target: row t predicts token t + 1; 0 leaves it out.
         total: sums the weights `[K]` over all processes that share a batch; each then has its part of the loss.
+        chosen: `[N]` places of the weights that are not 0, if they are known: else the device is waited for.
     """
     depths, shape = len(objective.depths), ids.shape
-    chosen = weights.flatten().nonzero().squeeze(1)
+    chosen = weights.flatten().nonzero().squeeze(1) if chosen is None else chosen
     place = torch.arange(shape[1], device=ids.device).expand(shape).flatten()[chosen]
     tokens = ids.roll(-1, 1).flatten()[chosen]
     aligned, heads = list[Tensor](), list[Tensor]()
@@ -114,11 +116,17 @@ def draft_loss(
     rows = torch.stack([own * (place >= depth) for depth in range(1, depths + 1)])
     target = hidden.flatten(0, 1)[chosen]
     whole = total(rows.sum(1))
-    each = torch.tensor(objective.depths, dtype=rows.dtype, device=rows.device) / whole.clamp_min(1e-30)
+    each = _on_device(objective.depths, rows.dtype, rows.device) / whole.clamp_min(1e-30)
     loss, greedy, overlap = _Loss.apply(
         torch.stack(aligned), target, tokens, rows, each, forward.head, heads, objective
     )
     return Outcome(loss, whole, greedy, overlap)
+
+
+@lru_cache(maxsize=16)
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns numbers as a tensor, copied once: a copy waits for the device."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 class _Loss(torch.autograd.Function):

@@ -12,7 +12,7 @@ from mtp_spec.speculation import MAX_DEPTH
 from mtp_spec.training.objective import Objective
 
 BLOCKS = ("dense", "moe")
-STARTS = ("random", "shipped")
+STARTS = ("random", "last-layer", "shipped")
 OPTIMISERS = ("muon", "adamw")
 # what these are while nothing is given; a key for each device
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -29,7 +29,8 @@ class TrainOptions:
         texts: a file of texts to train on, or None.
         prompts: a file of prompts that the model answers itself, or None; one of both is given, or both are.
         held_out: share of each domain's prompts that is kept from training, or a file of texts or prompts that are.
-        start: "random" for new modules, "shipped" to go on with the checkpoint's.
+        start: "random" for new modules, "last-layer" for new ones that begin as the model's last layer, "shipped" to go
+            on with the checkpoint's.
         block: of new modules: "dense", which costs almost nothing to draft with, or "moe", like the model's own layers.
         width: of a dense block; None is the model's own `intermediate_size`.
         modules: number of new modules; deeper drafts reuse the last one.
@@ -38,6 +39,7 @@ class TrainOptions:
         decay: weight of a depth, relative to the one before.
         steps: of training; None for `epochs`.
         epochs: how often each text is trained on.
+        minutes: of training at most; the learning rate then follows the time where it is ahead of the steps.
         batch_tokens: tokens of a step, padding included.
         max_tokens: longest text; what is longer is cut into pieces, chats are cut off.
         optimiser: "muon" or "adamw".
@@ -49,7 +51,7 @@ class TrainOptions:
         check_temperatures: at which.
         batch: texts that are generated side by side.
         check_every: steps from one check on held-out texts to the next.
-        cache_gigabytes: of disk, at most, for hidden states that are used again.
+        cache_gigabytes: of a GPU's memory and of disk, at most, for hidden states that are used again.
         seed: of everything random.
     """
 
@@ -65,6 +67,7 @@ class TrainOptions:
     decay: float = 0.8
     steps: int | None = None
     epochs: float = 3.0
+    minutes: float | None = None
     batch_tokens: int | None = None
     max_tokens: int = 1024
     optimiser: str | None = None
@@ -108,8 +111,10 @@ class TrainOptions:
             value = getattr(self, name)
             if not _is_number(value) or not value >= 0 or value == low:
                 raise OptionError(f"{name}={value!r}: a number {'of 0 or more' if low is None else 'above 0'}")
-        if self.rate is not None and not (_is_number(self.rate) and self.rate > 0):
-            raise OptionError(f"rate={self.rate!r}: a number above 0, or None to choose it")
+        for name, otherwise in (("rate", "to choose it"), ("minutes", "for no limit")):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise OptionError(f"{name}={value!r}: a number above 0, or None {otherwise}")
         if not isinstance(self.held_out, Path) and not (_is_number(self.held_out) and 0 < self.held_out <= 0.5):
             raise OptionError(f"held_out={self.held_out!r}: a share above 0 and up to 0.5, or a file of held-out texts")
         for name in ("temperatures", "check_temperatures"):

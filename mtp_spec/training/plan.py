@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.host_memory import free_memory
 from mtp_spec.model.training import ModulesForward
+from mtp_spec.training.backbone import States
 from mtp_spec.training.loop import autocast
 from mtp_spec.training.objective import CHUNK, Objective, draft_loss
 
@@ -30,7 +31,8 @@ class Plan:
         step: what a step of the largest batch holds until its gradients are known.
         loss: temporaries of the loss.
         backbone: temporaries of the main model's passes, which come before a step's.
-        disk: hidden states that are kept.
+        near: hidden states that are kept in a GPU's memory.
+        disk: hidden states that are kept on disk.
     """
 
     modules: int
@@ -38,11 +40,12 @@ class Plan:
     step: int
     loss: int
     backbone: int
+    near: int
     disk: int
 
     @property
     def memory(self) -> int:
-        return self.modules + self.shared + self.working
+        return self.modules + self.shared + self.near + self.working
 
     @property
     def working(self) -> int:
@@ -50,7 +53,7 @@ class Plan:
         return max(self.step + self.loss, self.backbone)
 
     def __str__(self) -> str:
-        parts = {"modules": self.modules, "copies of the main model's weights": self.shared}
+        parts = {"modules": self.modules, "copies of the main model's weights": self.shared, "hidden states": self.near}
         if self.step + self.loss >= self.backbone:
             parts |= {"a step": self.step, "its loss": self.loss}
         else:
@@ -98,7 +101,7 @@ def check_modules(weights: int, numbers: int, device: torch.device) -> None:
 
 def plan_of(
     forward: ModulesForward, modules: nn.ModuleList, objective: Objective, shape: tuple[int, int], numbers: int,
-    shared: Sequence[Tensor], disk: int, backbone: tuple[int, int] = (0, 0),
+    shared: Sequence[Tensor], states: States, backbone: tuple[int, int] = (0, 0),
 ) -> Plan:  # fmt: skip
     """Returns the plan.
 
@@ -106,6 +109,7 @@ def plan_of(
         shape: sequences and tokens of the largest batch.
         numbers: float32 numbers of the optimiser for each weight.
         shared: tensors that were copied for training.
+        states: what is kept of hidden states.
         backbone: bytes of the main model's widened weights, and of its passes.
     """
     weights = sum(parameter.numel() for parameter in modules.parameters())
@@ -117,7 +121,8 @@ def plan_of(
         step=saved_bytes(forward, objective, shape),
         loss=chunk * TEMPORARIES[device.type],
         backbone=backbone[1],
-        disk=disk,
+        near=states.near_bytes,
+        disk=states.bytes,
     )
 
 

@@ -31,7 +31,7 @@ from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_module
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
 from mtp_spec.model.checkpoint.writer import PART, as_json, write_file
 from mtp_spec.model.undisturbed import undisturbed
-from mtp_spec.training.backbone import Backbone, States
+from mtp_spec.training.backbone import Backbone, States, near_bytes
 from mtp_spec.training.card import card, verdict
 from mtp_spec.training.collecting import COMPLETE, collect
 from mtp_spec.training.heldout import Comparison, Texts, compare, measure
@@ -136,6 +136,8 @@ def train(
         if isinstance(getattr(chosen, name), Path):
             check_file(getattr(chosen, name), kinds)
     team = Team(device)
+    if chosen.minutes is not None and team.size > 1:
+        raise OptionError(f"minutes={chosen.minutes}: {team.size} processes have no common clock; give steps or epochs")
     numbers = optimiser_numbers(chosen, team.device)
     check_modules(trained_numbers(chosen, checkpoint.config), numbers, torch.device(team.device))
     with _part(target, _identity(chosen, checkpoint, model), team) as part, torch.enable_grad():
@@ -191,7 +193,7 @@ class _Run:
         trainer, peak = self._train(lm, corpus)
         name, rate = optimiser_of(options, self.device)
         training = {
-            "modules": _kinds(trainer), "steps": trainer.steps, "processes": team.size,
+            "modules": _kinds(trainer), "steps": trainer.step, "processes": team.size,
             "batch_tokens": batch_tokens(options, self.device), "optimiser": name, "rate": rate,
             "device": torch.cuda.get_device_name(self.device) if self.device != "cpu" else processor_name(),
             "peak_bytes": peak,
@@ -258,12 +260,12 @@ class _Run:
         file = self.part / f"states{self.team.rank}.bin"
         disk = min(int(options.cache_gigabytes * 1e9), corpus.tokens * config.hidden_size * 4)
         backbone = Backbone(lm.model)
-        states = States(backbone, corpus, file, disk)
+        states = States(backbone, corpus, file, disk, near_bytes(device))
         trainer = Trainer.of(options, forward, modules, corpus, states, self.team)
         shape = trainer.largest()
         numbers = optimiser_numbers(options, self.device)
         taken = backbone.bytes(shape[0] * shape[1])
-        plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states.bytes, taken)
+        plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states, taken)
         self.say(f"{trainer.steps:,} steps of up to {batch_tokens(options, self.device):,} tokens; {plan}")
         plan.check(device, self.part)
         if (self.part / STATE).is_file():
@@ -287,18 +289,20 @@ def held_prompts(corpus: Corpus, options: TrainOptions) -> dict[str, list[list[i
     Raises:
         OptionError: none leaves room for an answer.
     """
-    found: dict[str, dict[tuple[int, ...], None]] = {}
+    found: dict[str, list[list[int]]] = {}
+    known = set[tuple[int, ...]]()  # a prompt counts in the domain that comes first, which a file of its own names
     for text in corpus.texts:
         if text.held and text.prompt + options.check_tokens <= options.max_tokens:
-            own = found.setdefault(text.domain, {})
-            if len(own) < options.check_prompts:
-                own[tuple(corpus.ids(text)[: text.prompt].tolist())] = None
+            prompt = corpus.ids(text)[: text.prompt].tolist()
+            if tuple(prompt) not in known and len(found.setdefault(text.domain, [])) < options.check_prompts:
+                found[text.domain].append(prompt)
+                known.add(tuple(prompt))
     if not found:
         raise OptionError(
             f"no held-out prompt leaves room for check_tokens={options.check_tokens} in max_tokens="
             f"{options.max_tokens}: give more of these, or fewer of those"
         )
-    return {domain: [list(ids) for ids in found[domain]] for domain in sorted(found)}
+    return {domain: found[domain] for domain in sorted(found)}
 
 
 def _kinds(trainer: Trainer) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mtp_spec
+import tiny
 from mtp_spec.bench import prompts_cpu
 from mtp_spec.cli.main import main
 
@@ -44,6 +47,32 @@ def test_beside_transformers(tmp_path: Path) -> None:
     assert max(row["times transformers"] for name, row in rows.items() if name.startswith("transformers")) == 1.0
 
 
+def test_each_way_reads_the_whole_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, rows = mtp_spec.load(tiny.make(tmp_path / "model", "v3").folder, device="cpu"), list[int]()
+    main, module = lm.model.scored_rows, lm.model.scored_mtp_rows
+
+    def of_main(ids: Sequence[int], *rest: Any) -> Any:
+        rows.append(len(ids))
+        return main(ids, *rest)
+
+    def of_module(number: int, ids: Sequence[int], *rest: Any) -> Any:
+        rows.append(len(ids))
+        return module(number, ids, *rest)
+
+    monkeypatch.setattr(lm.model, "scored_rows", of_main)
+    monkeypatch.setattr(lm.model, "scored_mtp_rows", of_module)
+    ids = [(7 * i) % 96 for i in range(200)]
+    for _ in range(2):
+        drafted = prompts_cpu._ours(lm, 1)(ids)
+        assert rows[:2] == [200, 200]
+        assert drafted.seconds > 0
+        rows.clear()
+        prompts_cpu._ours(lm, None)(ids)
+        assert rows == [200]
+        rows.clear()
+        ids = [5, *ids[1:]]
+
+
 def test_another_model_is_no_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(prompts_cpu, "_theirs", lambda model: lambda ids: prompts_cpu.Taken(-1, 1.0, 1.0))
     told = refusal(capsys, "--tokens", "5", "--repeats", "1", "--transformers")
@@ -55,7 +84,7 @@ def test_another_model_is_no_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     [
         (["--shape", "671B"], "--shape belongs to the other device: --device is cpu"),
         (["--prefill-tokens", "512"], "--prefill-tokens belongs to the other device"),
-        (["--tokens", "2048"], "--tokens 2048: the model takes 2048 tokens with the new one: give 2047 at most"),
+        (["--tokens", "2048"], "--tokens 2048: the model takes 2048 tokens with the new ones: give 2045 at most"),
     ],
 )
 def test_refused(options: list[str], cause: str, capsys: pytest.CaptureFixture[str]) -> None:

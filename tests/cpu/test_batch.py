@@ -253,3 +253,32 @@ def test_many_at_once(tmp_path: Path, count: int) -> None:
         texts = lm.generate([[i, 2 * i % 96] for i in range(count)], **options)
     for i in range(0, count, 9):
         assert texts[i].token_ids == lm.generate([i, 2 * i % 96], seed=texts[i].seed, **options).token_ids
+
+
+@pytest.mark.parametrize("name", ["v3", "v3_two_modules"])
+def test_only_needed_rows_go_through_last_layers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain decoding needs the hidden state of a prompt's last row, a draft that of the last module's last row."""
+    lm, asked = mtp_spec.load(tiny.make(tmp_path / "model", name, seed=1).folder), list[tuple[int, int]]()
+
+    def spied(compute: Any, module: int) -> Any:
+        def run(*args: Any) -> Any:
+            hidden, logits = compute(*args)
+            asked.append((args[0] if module else -1, len(hidden)))
+            return hidden, logits
+
+        return run
+
+    for part in ("state", "draft"):
+        monkeypatch.setattr(f"mtp_spec.cpu.{part}.MOST_ROWS", 64)
+    for method, module in (("scored_rows", 0), ("scored_mtp_rows", 1)):
+        monkeypatch.setattr(lm.model, method, spied(getattr(lm.model, method), module))
+    prompt = [(5 * i) % 96 for i in range(100)]
+    lm.generate(prompt, max_new_tokens=1)  # "auto" may draft
+    assert asked == [(-1, 64), (-1, 36)]
+    asked.clear()
+    lm.generate(prompt[1:], max_new_tokens=1, speculation=None)
+    assert asked == [(-1, 0), (-1, 1)]
+    asked.clear()
+    lm.generate(prompt[2:], max_new_tokens=3, speculation=1)
+    seen = [count for module, count in asked if module == len(lm.model.mtp) - 1]
+    assert seen[:2] == ([1, 1] if len(lm.model.mtp) == 1 else [0, 0])

@@ -117,7 +117,7 @@ def test_a_server_for_many(lm: mtp_spec.LM) -> None:
 
 def test_a_picture_of_a_chat(tmp_path: Path) -> None:
     file = tmp_path / "chat.svg"
-    assert " steps" in run(*DRAFTING, ROOT / "examples" / "chat_picture.py", file)
+    assert " steps" in run(ROOT / "examples" / "chat_picture.py", file)
     picture = file.read_text()
     assert "the&#160;same&#160;without&#160;drafts" in picture
     assert picture.count("&gt;&#160;") == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,3 +130,17 @@ def test_attention_of_prompts(sizes: str, packed: bool, monkeypatch: pytest.Monk
         assert torch.equal(torch.cat((attended(0, cut), attended(cut, rows))), whole), cut
     monkeypatch.setattr(prompt, "EXPANDED_BYTES", 1)
     assert torch.equal(attended(0, rows), whole)
+
+
+@pytest.mark.parametrize(("tiles", "heads"), [(1, 1), (1, 20), (3, 128), (4, 32), (9, 33), (64, 5)])
+def test_every_tile_of_a_prompt_has_a_program(tiles: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = pytest.importorskip("mtp_spec.kernels.mla.prompt_hopper")
+    found = list[tuple[int, int]]()
+    for number in range(tiles * heads):
+        program = SimpleNamespace(program_id=lambda _, number=number: number, minimum=min)
+        monkeypatch.setitem(hopper._place.fn.__globals__, "gl", program)
+        found.append(hopper._place.fn(tiles, heads, *hopper.order(heads, tiles)))
+    assert sorted(found) == [(tile, head) for tile in range(tiles) for head in range(heads)]
+    for place, (tile, _) in enumerate(found):
+        assert max(other for other, _ in found[place:]) < tile + hopper.BAND, "tiles with the most keys come first"
+    assert len({head for _, head in found[: hopper.TOGETHER]}) == min(heads, hopper.TOGETHER)

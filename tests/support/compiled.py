@@ -31,7 +31,7 @@ from mtp_spec.cuda.pages import STEP_ROWS
 from mtp_spec.cuda.prompts import Piece, read_pieces
 from mtp_spec.cuda.state import SLACK, State, stages_of
 from mtp_spec.cuda.step import Prefill, Step
-from mtp_spec.kernels import commit, divergence, exchange, fp8, gemm, launching, mla, quant
+from mtp_spec.kernels import commit, direct, divergence, exchange, fp8, gemm, launching, mla, quant
 from mtp_spec.kernels.mla import KEYS, attention, prompt
 from mtp_spec.kernels.moe import grouping, layer, many, router
 from mtp_spec.kernels.sampler import sampling, uniform
@@ -132,6 +132,7 @@ def main(name: str, kind: str, whole: bool) -> None:
     """Compiles the kernels of a chain, of batches and of prompts; with `whole` those of all rules and caches."""
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # the cache keeps no log
+    direct.KINDS = ()  # every launch as Triton makes it
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)
     modules: list[Any] = [commit, gemm, attention, prompt, layer, grouping, router, quant, sampling, uniform]
     for module in (*modules, divergence):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 import triton
 import triton.language as tl
@@ -146,9 +145,9 @@ def _shares(out: Any, starts: Any, programs: Any, COUNTS: tl.constexpr, TURNS: t
 
 
 def shares() -> None:
-    """Programs together have every split once, and the longest share is near the best that a search finds."""
+    """The programs of a tile together have every split once, and the longest share is near the best by a search."""
     counts, over = 128, list[float]()
-    for programs in (1, 2, 3, 4, 7, 8, 13, 16, 33, 66, 132):
+    for programs in (1, 2, 3, 4, 7, 8, 13, 16, 18, 22, 26, 33, 44, 66, 132):
         out, starts = torch.empty(counts, 256, 4, dtype=torch.int32), torch.empty(counts, dtype=torch.int32)
         _shares[(1,)](out, starts, programs, counts, 256)
         sizes = [*starts.diff().tolist(), 4096]
@@ -163,27 +162,6 @@ def shares() -> None:
             over.append(longest / max(best))
             assert longest < max(best) + max(sizes[:count]), (programs, count, longest, max(best))
     assert sum(over) < 1.02 * len(over)  # dealing them out one by one: 1.11
-
-
-def turns() -> None:
-    """A long context's splits are added alike whether some are read ahead, and in turns of as many rows as fill a GPU:
-    all rows have the bits that they have alone."""
-    generator = torch.Generator().manual_seed(0)
-    head, context, rows = mla.Head(16, 32, 16, 32, 32, 0.1), 6200, 6  # two chunks of splits
-    cache = new_caches(1, context, rows, head.layout(), "cpu")[0]
-    cache.write(torch.arange(context), torch.randn(context, head.width, generator=generator))
-    length = torch.tensor([context - rows], dtype=torch.int32)
-    q = torch.randn(rows, head.padded, head.width, generator=generator).bfloat16()
-    alone = torch.cat([mla.attend(q[row : row + 1], cache, mla.chain(length + row, 1), head) for row in range(rows)])
-    close(alone, mla.attend_reference(q, cache, mla.chain(length, rows), head), 0.02)
-    splits = mla.split_of(context - 1) + 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mla_attention, "AHEAD", True)
-        patch.setattr(mla_attention, "FILL", True)
-        patch.setattr(mla_attention, "MULTIPROCESSORS", 3)
-        for pairs in (1000, 64, 80, 1):  # all rows at once; four and two; three, where five would fit; one by one
-            patch.setattr(mla_attention, "PARTS_BYTES", pairs * splits * head.latent * 2)
-            assert torch.equal(mla.attend(q, cache, mla.chain(length, rows), head), alone), pairs
 
 
 def _fill(cache: Cache, value: float) -> None:

@@ -88,8 +88,9 @@ def mtp_logits_of(model: Any, ids: list[int]) -> torch.Tensor:
     return score_ids(model, ids).logits
 
 
-@pytest.mark.parametrize("rows", [0, 100, 10_000])
-def test_states_are_kept_within_their_room(model: Any, tmp_path: Path, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "near"), [(0, 0), (100, 0), (100, 10), (100, 100), (10_000, 150), (10_000, 10_000)])
+def test_states_are_kept_within_their_room(model: Any, tmp_path: Path, rows: int, near: int) -> None:
+    """In the device's memory first, and then on disk."""
     corpus = Corpus(tmp_path / "texts", 0.0)
     for line, ids in enumerate(TEXTS):
         corpus.add("texts", line, ids, [(1, len(ids))], "a")
@@ -100,16 +101,19 @@ def test_states_are_kept_within_their_room(model: Any, tmp_path: Path, rows: int
     whole = own.hidden
     own.hidden = lambda texts: computed.append(len(texts)) or whole(texts)  # type: ignore[method-assign]
     size = expected[0].element_size()
-    states = States(own, corpus, tmp_path / "states.bin", rows * width * size)
+    states = States(own, corpus, tmp_path / "states.bin", rows * width * size, near * width * size)
     numbers = [3, 0, 4, 1, 2]
     for _ in range(2):
         for number, hidden in zip(numbers, states.padded(numbers, 140), strict=True):
             assert torch.equal(hidden[: LENGTHS[number]], expected[number])
             assert not hidden[LENGTHS[number] :].any()
-    kept = {0: 0, 100: 3, 10_000: 5}[rows]  # the first that fit: of 5, 3 and 70 tokens
+    # the first that fit: of 5, 3 and 70 tokens; between memory and disk no text is divided
+    kept = {0: 0, 100: 3, 10_000: 5 if near > 150 else 4}[rows]
     assert computed == [5, *([5 - kept] if kept < 5 else [])]
-    assert (tmp_path / "states.bin").exists() == bool(rows)
-    if rows:
+    far = min(rows, corpus.tokens) > near
+    assert (tmp_path / "states.bin").exists() == far
+    assert states.near_bytes <= (near + 1) * width * size
+    if far:
         assert (tmp_path / "states.bin").stat().st_size == states.bytes <= rows * width * size
 
 
@@ -120,9 +124,10 @@ def test_batches_say_which_rows_predict_an_answer(tmp_path: Path) -> None:
     corpus.add("texts", 0, [5, 6, 7, 8, 9, 10, 11], [(2, 4), (6, 7)], "a")
     corpus.add("texts", 1, [12, 13, 14], [(1, 3)], "a")
     own = Backbone(model)
-    ids, hidden, weights = tensors(corpus, States(own, corpus, None, 0), [1, 0], 2)
+    ids, hidden, weights, chosen = tensors(corpus, States(own, corpus, None, 0), [1, 0], 2)
     assert ids.tolist() == [[12, 13, 14] + 6 * [0], [5, 6, 7, 8, 9, 10, 11, 0, 0]]
     assert weights.tolist() == [[1, 1] + 7 * [0], [0, 1, 1, 0, 0, 1, 0, 0, 0]]
+    assert chosen.tolist() == [0, 1, 10, 11, 14]
     for row, text in enumerate(([12, 13, 14], [5, 6, 7, 8, 9, 10, 11])):
         assert torch.equal(hidden[row, : len(text)], own.hidden([text])[0])
         assert not hidden[row, len(text) :].any()

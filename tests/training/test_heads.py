@@ -30,26 +30,30 @@ def test_recipes_are_trained_once_and_kept(
     file, work = tmp_path / "heads.json", tmp_path / "work"
     command = ["bench", "heads", "--model", str(v3), "--json", str(file), "--work", str(work), "--texts", str(lines),
                "--prompts", str(prompts), "--held-out", str(held), *FEW]  # fmt: skip
-    some = ["--recipes", "moe-own,warm", "--recipe", "slow", "block=dense", "rate=1e-4", "steps=2"]
+    some = ["--recipes", "moe-own,warm", "--recipe", "slow", "block=dense", "rate=1e-4", "steps=2", "text=both",
+            "--heads", str(tmp_path / "kept")]  # fmt: skip
     main([*command, *some, "--minutes", "0.0001"])
     assert "left for the next call of the same command: moe-own seed 0, warm seed 0" in capsys.readouterr().out
     main([*command, *some])
     out = capsys.readouterr().out
     assert "left for the next call" not in out
+    assert "slow seed 0, chain 2: No" in " ".join(out.split())  # not better, or within the noise
     first = json.loads(file.read_text())
     assert list(first["runs"]) == ["moe-own seed 0", "warm seed 0", "slow seed 0"]
-    assert first["runs"]["slow seed 0"]["options"] == {"block": "dense", "rate": 1e-4, "steps": 2}
+    assert first["runs"]["slow seed 0"]["options"] == {"block": "dense", "rate": 1e-4, "steps": 2, "text": "both"}
+    assert f"both: {24 + 6 + 4} texts" in out
     assert first["runs"]["slow seed 0"]["last"]["step"] == 2
     for texts in (first["shipped"], *(run["texts"] for run in first["runs"].values())):
         assert {(one["chain"], one["temperature"], one["domain"]) for one in texts} == {
             (chain, temperature, domain) for chain in (1, 2) for temperature in (0.0, 0.8) for domain in "ab"
         }  # fmt: skip
     assert [row["recipe"] for row in first["rows"]] == ["shipped", "moe-own", "warm", "slow"]
-    assert (work / "heads" / "warm-seed-0" / "mtp.safetensors").is_file()
+    assert (tmp_path / "kept" / "warm-seed-0" / "mtp.safetensors").is_file()
     # one more seed of one recipe: what is there is not trained again
     main([*command, "--recipes", "warm", "--seeds", "2"])
     second = json.loads(file.read_text())
     assert second["runs"].pop("warm seed 1")["seed"] == 1
+    assert (work / "heads" / "warm-seed-1" / "mtp.safetensors").is_file()
     assert second["runs"] == first["runs"]
     assert [(row["recipe"], row["seeds"]) for row in second["rows"]] == [("shipped", 1), ("warm", 2)]
     with pytest.raises(SystemExit):

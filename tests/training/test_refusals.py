@@ -29,6 +29,8 @@ from mtp_spec.training import loop, plan
         ({"steps": 0}, "steps=0: an integer of 1 or more"),
         ({"epochs": float("nan")}, "epochs=nan"),
         ({"rate": -1.0}, "rate=-1.0"),
+        ({"minutes": 0}, "minutes=0: a number above 0, or None for no limit"),
+        ({"start": "middle"}, "allowed are 'random', 'last-layer', 'shipped'"),
         ({"held_out": 0.9}, "held_out=0.9"),
         ({"held_out": "nowhere.jsonl"}, "no such file"),
         ({"temperatures": ()}, "one or more numbers"),

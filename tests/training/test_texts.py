@@ -15,6 +15,8 @@ import mtp_spec
 import worded
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.training.batches import Batches
+from mtp_spec.training.options import TrainOptions
+from mtp_spec.training.run import held_prompts
 from mtp_spec.training.texts import INDEX, Corpus, check_file, domain_of, prompt_of, read_lines, text_of
 
 
@@ -34,6 +36,17 @@ def test_only_answers_of_a_chat_count(demo: mtp_spec.LM) -> None:
     assert prompt == ids[: spans[1][0]]
     assert prompt_of(demo, {"prompt": "Hi"}, "here") == ids[: spans[0][0]]
     assert text_of(demo, {"messages": messages[:1]}, "here")[1] == []
+
+
+def test_a_prompt_is_measured_once(tmp_path: Path) -> None:
+    """In the domain that the file of held-out prompts names, though a text of no domain begins like it."""
+    corpus = Corpus(tmp_path / "texts", 0.0)
+    corpus.add("held_out", 0, [1, 2, 3, 4], [(3, 4)], "poem")
+    corpus.add("texts", 0, [1, 2, 3, 5], [(3, 4)], "all")
+    corpus.add("texts", 1, [1, 2, 4, 5], [(3, 4)], "all")
+    options = TrainOptions(texts=Path(__file__), check_tokens=8)
+    assert held_prompts(corpus, options) == {"poem": [[1, 2, 3]]}
+    corpus.close()
 
 
 def test_every_token_of_plain_text_counts_but_the_first(demo: mtp_spec.LM) -> None:

@@ -246,8 +246,9 @@ static void forget(Model *m) {
     discard(m->embedding), free((void *)m->norm), free((void *)m->layer), free(m);
 }
 
-// A pass over an empty cache, then its logits; what belongs to one call is freed after it, as the caller does.
-static void run(const Model *m, int64_t rows, int64_t threads, float *memory, float *after, float *logits, int with_head) {
+// A pass over an empty cache, then its logits if they have a place; what belongs to one call is freed after it, as the
+// caller does. skip: 0 for hidden states of all rows, n for those of each n-th row.
+static void run(const Model *m, int64_t rows, int64_t threads, float *memory, float *after, float *logits, int64_t skip) {
     int64_t *ids = malloc((size_t)rows * 8), *block = malloc((size_t)(rows + 1) * 8), *pages = malloc(16), blocks = 0;
     float *cached[2], *table = numbers(CONTEXT * 2 * ROPE, 1);
     int64_t *layers = malloc(16), *further = malloc((size_t)rows * 8);
@@ -260,6 +261,15 @@ static void run(const Model *m, int64_t rows, int64_t threads, float *memory, fl
         if (r % AT_ONCE == 0) block[blocks++] = r;
     }
     block[blocks] = rows;
+    const int64_t few = skip ? rows / skip : 0;
+    Row *kept_row = malloc((size_t)(few + 1) * sizeof(Row));
+    int32_t *kept = malloc((size_t)(few + 1) * 4);
+    int64_t *kept_block = malloc((size_t)(few + 1) * 8), kept_blocks = 0;
+    for (int64_t i = 0; i < few; i++) {
+        kept[i] = (int32_t)((i + 1) * skip - 1), kept_row[i] = row[kept[i]];
+        if (i % AT_ONCE == 0) kept_block[kept_blocks++] = i;
+    }
+    kept_block[kept_blocks] = few;
     Cache *cache = malloc(sizeof(Cache));
     *cache = (Cache){layers, pages};
     Pass *pass = malloc(sizeof *pass);
@@ -267,9 +277,11 @@ static void run(const Model *m, int64_t rows, int64_t threads, float *memory, fl
         .model = m, .module = -1, .rows = rows, .threads = threads, .blocks = blocks, .ids = ids, .further = further,
         .block = block, .row = row, .cache = cache, .rope = table, .after = after, .memory = memory,
         .memory_rows = MOST_ROWS, .memory_context = CONTEXT, .memory_threads = MOST_THREADS, .rank = 0, .ranks = 1,
+        .kept = skip ? kept : 0, .kept_rows = few, .kept_row = kept_row, .kept_block = kept_block,
+        .kept_blocks = kept_blocks,
     };
     CALL(pass)(pass);
-    if (with_head) {
+    if (logits) {
         float *room = malloc((size_t)CALL(head_memory)(&m->embedding, MOST_THREADS) * 4);
         Head given = {.head = m->embedding, .hidden = after, .logits = logits, .rows = rows, .threads = threads,
                       .first = 0, .end = VOCAB, .memory = room};
@@ -278,7 +290,7 @@ static void run(const Model *m, int64_t rows, int64_t threads, float *memory, fl
         free(room);
     }
     free(ids), free(block), free(pages), free(cached[0]), free(cached[1]), free(table), free(layers), free(further);
-    free(row), free(cache), free(pass);
+    free(row), free(cache), free(pass), free(kept_row), free(kept), free(kept_block);
 }
 
 static void *helper(void *number) {
@@ -298,13 +310,21 @@ static void passes(int by_threads) {
         for (int64_t i = 0; by_threads && i < 2; i++) pthread_create(helpers + i, 0, helper, (void *)(intptr_t)(i + 1));
         for (int c = 0; c < 4; c++) {
             uint64_t start = state;
-            run(m, counts[c], 1, memory, after, logits, 1);
+            run(m, counts[c], 1, memory, after, logits, 0);
             count_in(after, counts[c] * D), count_in(logits, counts[c] * VOCAB);
             for (int i = 0; by_threads && i < 5; i++) {
                 state = start;
-                run(m, counts[c], 2 + i % 2, memory, again, others, 1);
+                run(m, counts[c], 2 + i % 2, memory, again, others, 0);
                 CHECK(!memcmp(after, again, (size_t)(counts[c] * D) * 4))
                 CHECK(!memcmp(logits, others, (size_t)(counts[c] * VOCAB) * 4))
+            }
+            for (int64_t skip = 1; skip <= 21; skip += 4) {  // from all rows to none
+                uint64_t end = state;
+                state = start;
+                run(m, counts[c], by_threads ? 3 : 1, memory, again, 0, skip);
+                state = end;
+                for (int64_t i = 0; i < counts[c] / skip; i++)
+                    CHECK(!memcmp(after + ((i + 1) * skip - 1) * D, again + i * D, D * 4))
             }
         }
         CALL(close)(1);

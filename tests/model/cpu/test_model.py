@@ -190,6 +190,27 @@ def test_rows_alone_as_with_other_sequences(kind: str, stored: torch.dtype) -> N
             assert all(torch.equal(a[:last], b[:last]) for a, b in zip(joint.slots, alone.slots, strict=True))
 
 
+@pytest.mark.parametrize(("kind", "stored"), PAIRS, ids=str)
+@pytest.mark.parametrize("kept", [[], [40], [0, 3, 4, 5, 17, 39], [2, *range(5, 41)]], ids=len)
+def test_rows_that_are_kept(kind: str, stored: torch.dtype, kept: list[int]) -> None:
+    """Leaving rows out of the last layer changes neither the others nor what is cached of any."""
+    model, counts, scored = random_model(kind, stored), (5, 30, 6), kept[-2:]
+    caches = [prompt(model, ids_of(length, length))[0] for length in (70, 1, 33)]
+    ids, whole = ids_of(sum(counts), 2), [copy_of(model, cache) for cache in caches]
+
+    def plan_of(own: list[LatentCache]) -> JointPlan:
+        return JointPlan.of(*((cache, plan_rows(model.table(cache.capacity), cache.length, random_tree(count, count)))
+                              for cache, count in zip(own, counts, strict=True)))  # fmt: skip
+
+    hidden, logits = model.scored_rows(ids, plan_of(whole), scored)
+    got, got_logits = model.scored_rows(ids, plan_of(caches), scored, kept)
+    assert torch.equal(got, hidden[kept])
+    assert torch.equal(got_logits, logits)
+    for cache, own, count in zip(whole, caches, counts, strict=True):
+        last = own.length + count
+        assert all(torch.equal(a[:last], b[:last]) for a, b in zip(cache.slots, own.slots, strict=True))
+
+
 @pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("module", [0, 1])
 def test_modules_rows(stored: torch.dtype, module: int) -> None:
@@ -206,6 +227,12 @@ def test_modules_rows(stored: torch.dtype, module: int) -> None:
         line = copy_of(model, cache, True)
         plan = plan_rows(table, line.length, chain(count), offset)
         assert torch.equal(model.mtp_rows(module, tokens[:count], given[:count], line, plan), torch.cat(alone)[:count])
+    line = copy_of(model, cache, True)
+    joint = JointPlan.of((line, plan_rows(table, line.length, chain(33), offset)))
+    kept, logits = model.scored_mtp_rows(module, tokens, given, joint, [32], [1, 32])
+    assert torch.equal(kept, torch.cat(alone)[[1, 32]])
+    assert torch.equal(logits, model.draft_logits(alone[32], model.config.head_of(module)))
+    assert torch.equal(line.slots[0][: own.length], own.slots[0][: own.length])
     parents = random_tree(33, 4)
     got = model.mtp_rows(module, tokens, given, copy_of(model, cache, True), plan_rows(table, 59, parents, offset))
     for node in range(33):
