@@ -51,7 +51,9 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 ROW_TILES = (16, 32, 64)
-MANY_ROWS = 513  # from which Hopper has a kernel of its own, with the same bits; a step has fewer
+# Hopper has a kernel of its own for more rows than this, with the same bits, if that has so many tiles of 128 by 128:
+# with fewer, too many multiprocessors have none (on an H200 it is level at 23 in FP8, at 50 in 16 bits)
+MANY_ROWS, MANY_TILES, MANY_TILES_16 = 64, 24, 56
 PARTS, ARRIVALS = Workspace(torch.float32), Workspace(torch.int32, zeros=True)
 
 
@@ -243,7 +245,7 @@ def _launch(
 ) -> Tensor:
     (rows, inputs), outputs = a.shape, w.shape[0]
     if (
-        rows >= MANY_ROWS
+        many_rows(rows, outputs, w_scale is not None)
         and on_hopper(a.device)
         and outputs * out.element_size() % 16 == 0
         and hopper_module("gemm_hopper")
@@ -280,6 +282,12 @@ def _launch(
         **late(a),
     )
     return out
+
+
+def many_rows(rows: int, outputs: int, packed: bool) -> bool:
+    """Whether Hopper's kernel for many rows is faster than the one for few; `packed`: in FP8."""
+    halves = -(-rows // 64) * -(-outputs // 128)  # tiles of 64 rows
+    return rows > MANY_ROWS and halves >= 2 * (MANY_TILES if packed else MANY_TILES_16)
 
 
 def _check(a: Tensor, w: Tensor) -> tuple[int, int]:

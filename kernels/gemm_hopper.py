@@ -40,6 +40,8 @@ ROWS, OUTPUTS = 128, 128  # a tile's
 HALF = ROWS // 2  # rows of a warpgroup
 STEP = 128  # bytes of K in a buffer
 BAND = 16  # tiles of rows that programs walk together, so that they find both operands in the cache
+# from so many parts of K on, sums of FP8 products stay in registers: fewer are faster with two products underway
+KEPT_SPLITS = 4
 SHARED = 226 * 1024  # bytes of shared memory for buffers
 MOST_STAGES = 6
 KINDS = {torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16,
@@ -189,9 +191,34 @@ def summed(
 
 
 @gluon.jit
+def _summed_one(
+    x_tiles, w_tiles, bars, stage, phase, x_scales, w_scales, steps, layout: gl.constexpr, OWN: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `summed` with SCALED, with one part at a time: the other warpgroup keeps the tensor core at work."""
+    full, free = bars
+    total = gl.zeros([64, 128], gl.float32, layout)
+    part = gl.zeros([64, 128], gl.float32, layout)
+    rows, column = gl.load(x_scales), gl.load(w_scales)
+    for step in range(steps):
+        mbarrier.wait(full.index(stage), phase)
+        w = w_tiles.index(stage).permute((1, 0))
+        part = warpgroup_mma(x_tiles.index(2 * stage + OWN), w, part, use_acc=False, is_async=True)
+        after = gl.minimum(step + 1, steps - 1)
+        later, column_later = gl.load(x_scales + after), gl.load(w_scales + after)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(free.index(stage), count=1)
+        # the wait, for nothing, keeps the assembler from adding later, which would take more registers
+        total = warpgroup_mma_wait(0, deps=[_added(total, part, (rows, column, column), 1)])
+        rows, column = later, column_later
+        stage, phase = next_stage(stage, phase, STAGES)
+    return total, stage, phase
+
+
+@gluon.jit
 def _multiply(
     given, OWN: gl.constexpr, STAGES: gl.constexpr, K: gl.constexpr, BAND: gl.constexpr, SPLITS: gl.constexpr,
-    SCALED: gl.constexpr,
+    SCALED: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: 64 rows of each tile."""
     out_desc, a_scale, w_scale, m, buffers, outs, held, bars, sizes = given
@@ -209,7 +236,15 @@ def _multiply(
         a_scales = a_scale + rows.to(gl.int64) * k_steps
         w_scales = w_scale + column * k_steps
         tma.store_wait(0)
-        for split in gl.static_range(SPLITS):
+        total = gl.zeros([64, 128], gl.float32, layout)
+        for split in range(SPLITS if KEPT else 0):
+            begin = split * each
+            steps = gl.minimum(begin + each, k_steps) - begin
+            own, stage, phase = _summed_one(
+                a_tiles, w_tiles, bars, stage, phase, a_scales + begin, w_scales + begin, steps, layout, OWN, STAGES
+            )
+            total = total + own
+        for split in gl.static_range(0 if KEPT else SPLITS):
             begin = gl.minimum(split * each, k_steps)
             steps = gl.minimum(begin + each, k_steps) - begin
             if SPLITS > 1 and split > 0:
@@ -227,7 +262,7 @@ def _multiply(
                 )  # fmt: skip
                 if SPLITS > 1:
                     held.index(OWN).store(total + 0.0)
-        if SPLITS > 1:
+        if SPLITS > 1 and not KEPT:
             total = held.index(OWN).load(layout)
         out.store(total.to(out.dtype))
         fence_async_shared()
@@ -249,13 +284,14 @@ def gemm_kernel(
     STAGES: gl.constexpr,
     SPLITS: gl.constexpr,
     SCALED: gl.constexpr,
+    KEPT: gl.constexpr,  # sums of parts of K stay in registers; no part is empty
     BAND: gl.constexpr,
 ):
     """out = a @ w.T."""
     K: gl.constexpr = a_desc.block_shape[1]
     a_tiles = gl.allocate_shared_memory(a_desc.dtype, [2 * STAGES, 64, K], a_desc.layout)
     w_tiles = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 128, K], w_desc.layout)
-    if SPLITS > 1:  # the tile's sums, and later its outputs
+    if SPLITS > 1 and not KEPT:  # the tile's sums, and later its outputs
         flat: gl.constexpr = gl.SwizzledSharedLayout(2, 4, 8, [1, 0])
         held = gl.allocate_shared_memory(gl.float32, [2, 64, 128], flat)
         room: gl.constexpr = 32 // out_desc.dtype.primitive_bitwidth
@@ -274,8 +310,8 @@ def gemm_kernel(
     gl.warp_specialize(
         [
             (_copy_in, (a_desc, w_desc, buffers, bars, sizes, STAGES, K, BAND)),
-            (_multiply, (given, 0, STAGES, K, BAND, SPLITS, SCALED)),
-            (_multiply, (given, 1, STAGES, K, BAND, SPLITS, SCALED)),
+            (_multiply, (given, 0, STAGES, K, BAND, SPLITS, SCALED, KEPT)),
+            (_multiply, (given, 1, STAGES, K, BAND, SPLITS, SCALED, KEPT)),
         ],
         [4, 4],
         [240, 240],
@@ -289,11 +325,18 @@ def gemm(
     (rows, inner), outputs = a.shape, w.shape[0]
     k = STEP // a.element_size()
     row_tiles, column_tiles = -(-rows // ROWS), -(-outputs // OUTPUTS)
-    kept = ROWS * OUTPUTS * (4 if splits > 1 else out.element_size())
+    kept = a_scale is not None and splits >= KEPT_SPLITS and _each_part_has_some(inner, splits)
+    room = ROWS * OUTPUTS * (4 if splits > 1 and not kept else out.element_size())
     enqueue(
         gemm_kernel, (min(programs, row_tiles * column_tiles),),
         described(a, HALF, k), described(w, OUTPUTS, k), described(out, HALF, OUTPUTS),
         a if a_scale is None else a_scale, w if w_scale is None else w_scale, rows, row_tiles, column_tiles,
-        -(-inner // k), STAGES=stages(STEP * (ROWS + OUTPUTS), kept), SPLITS=splits, SCALED=a_scale is not None,
-        BAND=BAND, num_warps=4,
+        -(-inner // k), STAGES=stages(STEP * (ROWS + OUTPUTS), room), SPLITS=splits, SCALED=a_scale is not None,
+        KEPT=kept, BAND=BAND, num_warps=4,
     )  # fmt: skip
+
+
+def _each_part_has_some(inputs: int, splits: int) -> bool:
+    """Whether each of `splits` parts of K has a block of 128 inputs or more."""
+    blocks = -(-inputs // 128)
+    return (splits - 1) * -(-blocks // splits) < blocks

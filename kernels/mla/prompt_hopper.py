@@ -199,7 +199,8 @@ def _attend(
     acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, o_layout)), 1)
     row = first + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout))
     column = gl.arange(0, WIDE_V, layout=gl.SliceLayout(0, o_layout))
-    at = gl.expand_dims(row.to(gl.int64) * stride + place[1] * V, 1) + gl.expand_dims(column, 0)
+    wide = stride.to(gl.uint32).to(gl.int64)  # no sign to keep in a register
+    at = gl.expand_dims(row.to(gl.int64) * wide + place[1] * V, 1) + gl.expand_dims(column, 0)
     gl.store(out + at, acc.to(kind), mask=gl.expand_dims(row < m, 1) & gl.expand_dims(column < V, 0))
 
 

@@ -14,6 +14,7 @@ from mtp_spec.kernels.mla import KEYS, new_caches, prompt
 from mtp_spec.kernels.moe import many
 
 ROWS = (513, 640, 1000)
+PRODUCT_ROWS = (65, 130, *ROWS, 2049)
 SHAPES = [(2112, 7168), (7168, 16384), (24576, 1536), (1536, 6144), (576, 2048), (136, 304)]
 HEADS = {
     "V3": (16, 128, 64, 128),
@@ -41,12 +42,14 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Tensor]], Ten
 @pytest.mark.parametrize(("n", "k"), SHAPES, ids=str)
 @pytest.mark.parametrize("packed", [True, False], ids=["fp8", "bf16"])
 def test_products_have_the_bits_of_few_rows(
-    n: int, k: int, packed: bool, few: Callable[[Callable[[], Tensor]], Tensor]
+    n: int, k: int, packed: bool, few: Callable[[Callable[[], Tensor]], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    w, x = (torch.randn(size, k, device="cuda").bfloat16() for size in (n, max(ROWS)))
+    w, x = (torch.randn(size, k, device="cuda").bfloat16() for size in (n, max(PRODUCT_ROWS)))
     scaled, quantised = fp8.weight_quant(w), quant.quant(x)
-    for rows in ROWS:
+    for name in ("MANY_TILES", "MANY_TILES_16"):
+        monkeypatch.setattr(gemm, name, 1)
+    for rows in PRODUCT_ROWS:
         for dtype in (torch.bfloat16, torch.float32):
 
             def product(rows: int = rows, dtype: torch.dtype = dtype) -> Tensor:
@@ -55,6 +58,16 @@ def test_products_have_the_bits_of_few_rows(
                 return gemm.fp8_gemm(quantised[0][:rows], quantised[1][:rows], *scaled, dtype=dtype)
 
             assert torch.equal(product(), few(product)), (rows, dtype)
+
+
+def test_the_kernel_for_many_rows_has_enough_tiles() -> None:
+    """As measured on an H200: where each is faster."""
+    for rows, outputs in ((72, 4096), (192, 2112), (72, 7168), (1024, 1536)):
+        assert gemm.many_rows(rows, outputs, packed=True)
+    for rows, outputs in ((64, 36864), (128, 2112), (512, 640)):
+        assert not gemm.many_rows(rows, outputs, packed=True)
+    assert gemm.many_rows(96, 7168, packed=False)
+    assert not gemm.many_rows(256, 2048, packed=False)
 
 
 def _experts(channels: int, inner: int, dtype: torch.dtype) -> moe.Experts:
