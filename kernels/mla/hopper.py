@@ -52,7 +52,7 @@ def _bar(slot, piece, few):
 
 @gluon.jit
 def _copy_in(
-    q_half, q_rope, k_half, k_rope, sm, bars, place, splits, number, table,
+    q_half, q_rope, k_half, k_rope, sm, bars, place, splits, table,
     C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
     HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr, PDL: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
@@ -65,8 +65,8 @@ def _copy_in(
     half: gl.constexpr = C // 2
     start, q_row = place[0], place[6]
     turn = 0
-    for its in range(number):
-        split = split_at(its, splits, FEW)
+    for number in range(splits[0], splits[1], splits[2]):
+        split = split_at(number, splits, FEW)
         walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN)
         for pair in range(gl.cdiv(blocks, 2)):
             for slot in gl.static_range(2):
@@ -151,7 +151,7 @@ def _hand_over(weights, peak, total, handed, stats, bar, SLOT: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    parts, peaks, totals, depths, padded, scale, sm, bars, place, splits, number,
+    parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
     OWN: gl.constexpr, C: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
     HEADS: gl.constexpr, CHAIN: gl.constexpr, PDL: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
@@ -176,9 +176,9 @@ def _multiply(
     q_rope = handed.index(1).load(gl.DotOperandLayout(0, s_layout, 2))
     turn = 0
     acc = gl.zeros([ROWS, half], gl.float32, o_layout)
-    target = parts + OWN * half
-    for its in range(number):
-        split = split_at(its, splits, FEW)
+    target = parts + (split_at(splits[0], splits, FEW) * padded + tile_row).to(gl.int64) * C + OWN * half
+    for number in range(splits[0], splits[1], splits[2]):
+        split = split_at(number, splits, FEW)
         walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN)
         peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = gl.zeros([ROWS], gl.float32, row_layout)
@@ -187,9 +187,13 @@ def _multiply(
             zero = turn >> 30  # opaque to the compiler, which else keeps fifty addresses in registers and spills
             turn += 1
             scores = _scores(queries, q_rope, keys, key_ropes, full, phase, zero, OWN, ROWS, BLOCK, FEW, s_layout)
-            if (pair == 0) & (its > 0):
+            if (pair == 0) & (number > splits[0]):
                 # meanwhile the previous split is written
                 _store(acc, target, C, ROWS, half)
+                if FEW:
+                    target = parts + (split * padded + tile_row).to(gl.int64) * C + OWN * half
+                else:
+                    target += (splits[2] * padded).to(gl.int64) * C
                 acc = gl.zeros([ROWS, half], gl.float32, o_layout)
             scores = warpgroup_mma_wait(0, deps=[scores])
             if FEW:
@@ -237,7 +241,6 @@ def _multiply(
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(free.index(_bar(1, 1, FEW)), count=1)
         row = split * padded + tile_row
-        target = parts + row.to(gl.int64) * C + OWN * half
         if OWN == 0:
             gl.store(peaks + row + lane, peak)
             gl.store(totals + row + lane, total)
@@ -328,12 +331,10 @@ def attend_kernel(
     count = split_of(start + deepest) + 1
     if FEW:
         high, highs, low, lows = share_of(turn, each, count)
-        splits = (high, highs, low, each)
-        number = highs + lows
+        splits = (0, highs + lows, 1, high, highs, low)
     else:
-        splits = (turn, 0, 0, each)
-        number = gl.cdiv(gl.maximum(count - turn, 0), each)
-    if number > 0:
+        splits = (turn, count, each, 0, 0, 0)
+    if splits[0] < splits[1]:
         queries = gl.allocate_shared_memory(q_rope.dtype, [2, ROWS, C // 2], q_half.layout)
         keys = gl.allocate_shared_memory(q_rope.dtype, [4, BLOCK, C // 2], k_half.layout)
         key_ropes = gl.allocate_shared_memory(q_rope.dtype, [2, BLOCK, R], k_rope.layout)
@@ -360,10 +361,10 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (_copy_in, (q_half, q_rope, k_half, k_rope, (queries, handed, keys, key_ropes), (q_bar, full, free),
-                            place, splits, number, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED, PDL, FEW)),
-                (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits, number,
+                            place, splits, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED, PDL, FEW)),
+                (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
                              0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW)),
-                (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits, number,
+                (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
                              1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW)),
             ],
             [4, 4],

