@@ -10,6 +10,10 @@ order, whichever warpgroup owns a block.
 Warpgroup 0 owns even blocks and columns 0 .. C/2 - 1, warpgroup 1 odd blocks and the other columns. A block stays in
 its owner's key buffer until both have multiplied by it.
 
+In passes of FEW tiles, the programs of a tile have equally many keys (`share_of`), and a block's halves and rope part
+are waited for and freed each by itself. Passes of more tiles are slower that way (`attention.FEW_TILES`). A split's
+bits are the same both ways.
+
 Legend: as in `attention`.
 """
 
@@ -29,12 +33,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mtp_spec.kernels.direct import Tiles
 from mtp_spec.kernels.gemm_hopper import described, load_tile
 from mtp_spec.kernels.mla.cache import KEYS
-from mtp_spec.kernels.mla.kernels import _split_start as _split_start_of
-from mtp_spec.kernels.mla.kernels import split_of as _split_of
+from mtp_spec.kernels.mla.hopper_walk import block_at, paged_row, share_of, split_at, split_of, walk_of
 from mtp_spec.kernels.mla.plan import TILE, Head
-
-_split_start = gluon.jit(_split_start_of.fn)
-split_of = gluon.jit(_split_of.fn)
 
 
 def descriptors(q: Tensor, store: Tensor, head: Head) -> tuple[Tiles, ...]:
@@ -44,51 +44,17 @@ def descriptors(q: Tensor, store: Tensor, head: Head) -> tuple[Tiles, ...]:
             described(store, KEYS, head.rope))  # fmt: skip
 
 
-@gluon.jit
-def _walk(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns how a tile walks one split, as `_block_at` takes it, and the number of blocks."""
-    start, deepest, nodes, tile, base, spare, _, _ = place
-    first, end = _split_start(split), _split_start(split + 1)
-    last = gl.minimum(end, start + deepest + 1)
-    whole = start // BLOCK * BLOCK
-    shared = gl.maximum(gl.cdiv(last - first, BLOCK), 0)
-    own, blocks, tail, node0 = 1, shared, first, tile * ROWS // HEADS
-    if not CHAIN:
-        tail = gl.maximum(first, whole)
-        shared = gl.maximum(gl.minimum(end, whole) - first, 0) // BLOCK
-        own = gl.maximum(gl.cdiv(last - tail, BLOCK), 0)
-        blocks = shared + own * gl.minimum((ROWS + HEADS - 1) // HEADS, nodes - node0)
-    return (first, shared, own, tail, whole, base, spare, node0), blocks
-
-
-@gluon.jit
-def _block_at(block, walk, BLOCK: gl.constexpr, TAIL: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns a block's first position, its first row in the store, and the node whose tail it is (shared: any)."""
-    first, shared, own, tail, whole, base, spare, node0 = walk
-    at = first + block * BLOCK
-    if CHAIN:
-        return at, base + at, 0
-    late = gl.maximum(block - shared, 0)
-    member = late // gl.maximum(own, 1)
-    at = gl.where(block < shared, at, tail + (late - member * own) * BLOCK)
-    row = gl.where(block < shared, base + at, spare + (node0 + member) * TAIL + at - whole)
-    return at, row, member
-
-
-@gluon.jit
-def _paged_row(block, walk, pages, row, at, BLOCK: gl.constexpr, CHAIN: gl.constexpr):
-    """Returns a block's first row in the store if slots are in pages; `_block_at` assumes contiguous slots."""
-    paged = walk[5] + gl.load(pages + at // BLOCK)
-    if CHAIN:
-        return paged
-    return gl.where(block < walk[1], paged, row)
+@gluon.constexpr_function
+def _bar(slot, piece, few):
+    """Returns the number of the barriers of a block's half 0 or 1, or rope part 2: those of the block without FEW."""
+    return 3 * slot + piece if few else slot
 
 
 @gluon.jit
 def _copy_in(
     q_half, q_rope, k_half, k_rope, sm, bars, place, splits, table,
     C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr, PDL: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr, PDL: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """The copying warpgroup: loads queries once, and every block as soon as its buffer is free.
 
@@ -99,23 +65,29 @@ def _copy_in(
     half: gl.constexpr = C // 2
     start, q_row = place[0], place[6]
     turn = 0
-    for split in range(splits[0], splits[1], splits[2]):
-        walk, blocks = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
+    for number in range(splits[0], splits[1], splits[2]):
+        split = split_at(number, splits, FEW)
+        walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN)
         for pair in range(gl.cdiv(blocks, 2)):
             for slot in gl.static_range(2):
                 # a pair's second block may not exist: load the first again, because unowned memory could be NaN
                 block = gl.minimum(2 * pair + slot, blocks - 1)
-                at, row, _ = _block_at(block, walk, BLOCK, TAIL, CHAIN)
+                at, row, _ = block_at(block, walk, BLOCK, TAIL, CHAIN)
                 if PAGED:  # look up the page while the buffer is still in use
-                    row = _paged_row(block, walk, table, row, at, BLOCK, CHAIN)
-                mbarrier.wait(free.index(slot), (turn & 1) ^ 1)
-                if PDL:
-                    if at + BLOCK > start:  # it has slots that are written in this pass
-                        gdc_wait()
-                bar = full.index(slot)
-                mbarrier.expect(bar, BLOCK * (C + R) * 2)
-                load_tile(k_half, [row, 0], bar, keys.index(2 * slot))
-                load_tile(k_half, [row, half], bar, keys.index(2 * slot + 1))
+                    row = paged_row(block, walk, table, row, at, BLOCK, CHAIN)
+                for part in gl.static_range(2):
+                    bar = full.index(_bar(slot, part, FEW))
+                    if FEW or part == 0:
+                        mbarrier.wait(free.index(_bar(slot, part, FEW)), (turn & 1) ^ 1)
+                        if PDL and part == 0:
+                            if at + BLOCK > start:  # it has slots that are written in this pass
+                                gdc_wait()
+                        mbarrier.expect(bar, BLOCK * half * 2 if FEW else BLOCK * (C + R) * 2)
+                    load_tile(k_half, [row, part * half], bar, keys.index(2 * slot + part))
+                bar = full.index(_bar(slot, 2, FEW))
+                if FEW:
+                    mbarrier.wait(free.index(_bar(slot, 2, FEW)), (turn & 1) ^ 1)
+                    mbarrier.expect(bar, BLOCK * R * 2)
                 load_tile(k_rope, [row, C], bar, key_ropes.index(slot))
             if turn == 0:  # every tile has a first block
                 if PDL:
@@ -128,13 +100,17 @@ def _copy_in(
 
 
 @gluon.jit
-def _scores(queries, q_rope, keys, key_ropes, zero, OWN: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
-            layout: gl.constexpr):  # fmt: skip
-    """Starts queries [ROWS, W] @ keys [BLOCK, W].T of the warpgroup's own block."""
+def _scores(queries, q_rope, keys, key_ropes, full, phase, zero, OWN: gl.constexpr, ROWS: gl.constexpr,
+            BLOCK: gl.constexpr, FEW: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Starts queries [ROWS, W] @ keys [BLOCK, W].T of the warpgroup's own block, as soon as it is there."""
     scores = gl.zeros([ROWS, BLOCK], gl.float32, layout)
     for part in gl.static_range(2):
+        if FEW or part == 0:
+            mbarrier.wait(full.index(_bar(OWN, part, FEW)), phase)
         latent = keys.index(zero + 2 * OWN + part).permute((1, 0))
         scores = warpgroup_mma(queries.index(zero + part), latent, scores, use_acc=part > 0, is_async=True)
+    if FEW:
+        mbarrier.wait(full.index(_bar(OWN, 2, FEW)), phase)
     return warpgroup_mma(q_rope, key_ropes.index(OWN).permute((1, 0)), scores, is_async=True)
 
 
@@ -142,7 +118,7 @@ def _scores(queries, q_rope, keys, key_ropes, zero, OWN: gl.constexpr, ROWS: gl.
 def _weighed(scores, position, member, walk, block, peak, total, scale, KIND: gl.constexpr, BLOCK: gl.constexpr,
              TAIL: gl.constexpr, CHAIN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """One step of the online softmax: returns weights, the peak they refer to, and the sum so far."""
-    at, _, whose = _block_at(block, walk, BLOCK, TAIL, CHAIN)
+    at, _, whose = block_at(block, walk, BLOCK, TAIL, CHAIN)
     keys = at + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
     seen = gl.expand_dims(keys, 0) <= gl.expand_dims(position, 1)
     if not CHAIN:
@@ -177,7 +153,7 @@ def _hand_over(weights, peak, total, handed, stats, bar, SLOT: gl.constexpr):
 def _multiply(
     parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
     OWN: gl.constexpr, C: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    HEADS: gl.constexpr, CHAIN: gl.constexpr, PDL: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr, PDL: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: scores of its own blocks, sums of its own columns."""
     if PDL:
@@ -200,23 +176,28 @@ def _multiply(
     q_rope = handed.index(1).load(gl.DotOperandLayout(0, s_layout, 2))
     turn = 0
     acc = gl.zeros([ROWS, half], gl.float32, o_layout)
-    target = parts + (splits[0] * padded + tile_row).to(gl.int64) * C + OWN * half
-    for split in range(splits[0], splits[1], splits[2]):
-        walk, blocks = _walk(split, place, ROWS, BLOCK, HEADS, CHAIN)
+    target = parts + (split_at(splits[0], splits, FEW) * padded + tile_row).to(gl.int64) * C + OWN * half
+    for number in range(splits[0], splits[1], splits[2]):
+        split = split_at(number, splits, FEW)
+        walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN)
         peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = gl.zeros([ROWS], gl.float32, row_layout)
         for pair in range(gl.cdiv(blocks, 2)):
             phase = turn & 1
             zero = turn >> 30  # opaque to the compiler, which else keeps fifty addresses in registers and spills
             turn += 1
-            mbarrier.wait(full.index(OWN), phase)
-            scores = _scores(queries, q_rope, keys, key_ropes, zero, OWN, ROWS, BLOCK, s_layout)
-            if (pair == 0) & (split > splits[0]):
+            scores = _scores(queries, q_rope, keys, key_ropes, full, phase, zero, OWN, ROWS, BLOCK, FEW, s_layout)
+            if (pair == 0) & (number > splits[0]):
                 # meanwhile the previous split is written
                 _store(acc, target, C, ROWS, half)
-                target += (splits[2] * padded).to(gl.int64) * C
+                if FEW:
+                    target = parts + (split * padded + tile_row).to(gl.int64) * C + OWN * half
+                else:
+                    target += (splits[2] * padded).to(gl.int64) * C
                 acc = gl.zeros([ROWS, half], gl.float32, o_layout)
             scores = warpgroup_mma_wait(0, deps=[scores])
+            if FEW:
+                mbarrier.arrive(free.index(_bar(OWN, 2, FEW)), count=1)
             if OWN == 0:
                 before = peak
                 weights, peak, total = _weighed(scores, position, member, walk, 2 * pair, peak, total, scale, kind,
@@ -225,20 +206,24 @@ def _multiply(
                 _hand_over(weights, peak, total, handed, stats, shown.index(0), 0)
                 acc = _shrunk(acc, before, peak, o_layout)
                 acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero), acc, is_async=True)
-                mbarrier.wait(full.index(1), phase)
+                if FEW:  # nobody else reads this half
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    mbarrier.arrive(free.index(_bar(0, 0, FEW)), count=1)
+                mbarrier.wait(full.index(_bar(1, 0, FEW)), phase)
                 mbarrier.wait(shown.index(1), phase)
                 after = stats.index(2).load(row_layout)
                 total = stats.index(3).load(row_layout)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(free.index(0), count=1)
+                if not FEW:
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    mbarrier.arrive(free.index(0), count=1)
                 acc = _shrunk(acc, peak, after, o_layout)
                 acc = warpgroup_mma(handed.index(1), keys.index(zero + 2), acc, is_async=True)
                 peak = after
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(taken.index(1), count=1)
-                mbarrier.arrive(free.index(1), count=1)
+                mbarrier.arrive(free.index(_bar(1, 0, FEW)), count=1)
             else:
-                mbarrier.wait(full.index(0), phase)
+                mbarrier.wait(full.index(_bar(0, 1, FEW)), phase)
                 mbarrier.wait(shown.index(0), phase)
                 before = stats.index(0).load(row_layout)
                 total = stats.index(1).load(row_layout)
@@ -250,11 +235,11 @@ def _multiply(
                 _hand_over(weights, peak, total, handed, stats, shown.index(1), 1)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(taken.index(0), count=1)
-                mbarrier.arrive(free.index(0), count=1)
+                mbarrier.arrive(free.index(_bar(0, 1, FEW)), count=1)
                 acc = _shrunk(acc, before, peak, o_layout)
                 acc = warpgroup_mma(gl.convert_layout(weights, a_layout), keys.index(zero + 3), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(free.index(1), count=1)
+                mbarrier.arrive(free.index(_bar(1, 1, FEW)), count=1)
         row = split * padded + tile_row
         if OWN == 0:
             gl.store(peaks + row + lane, peak)
@@ -320,6 +305,7 @@ def attend_kernel(
     TAIL: gl.constexpr,
     CHAIN: gl.constexpr,
     PDL: gl.constexpr,
+    FEW: gl.constexpr,  # tiles: equal shares, blocks in pieces
 ):
     """Partial attention, as `kernels._attend_kernel`'s, of a tile of ROWS node-head pairs over some splits.
 
@@ -343,37 +329,43 @@ def attend_kernel(
         table = pages
         start = gl.load(length)
     count = split_of(start + deepest) + 1
-    if turn < count:
+    if FEW:
+        high, highs, low, lows = share_of(turn, each, count)
+        splits = (0, highs + lows, 1, high, highs, low)
+    else:
+        splits = (turn, count, each, 0, 0, 0)
+    if splits[0] < splits[1]:
         queries = gl.allocate_shared_memory(q_rope.dtype, [2, ROWS, C // 2], q_half.layout)
         keys = gl.allocate_shared_memory(q_rope.dtype, [4, BLOCK, C // 2], k_half.layout)
         key_ropes = gl.allocate_shared_memory(q_rope.dtype, [2, BLOCK, R], k_rope.layout)
         handed = gl.allocate_shared_memory(q_rope.dtype, [2, ROWS, BLOCK], q_rope.layout)
         stats = gl.allocate_shared_memory(gl.float32, [4, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         q_bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        pieces: gl.constexpr = 6 if FEW else 2
+        full = gl.allocate_shared_memory(gl.int64, [pieces, 1], mbarrier.MBarrierLayout())
+        free = gl.allocate_shared_memory(gl.int64, [pieces, 1], mbarrier.MBarrierLayout())
         shown = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         mbarrier.init(q_bar, count=1)
+        for piece in gl.static_range(pieces):
+            mbarrier.init(full.index(piece), count=1)
+            mbarrier.init(free.index(piece), count=1 if FEW else 2)
         for slot in gl.static_range(2):
-            mbarrier.init(full.index(slot), count=1)
-            mbarrier.init(free.index(slot), count=2)
             mbarrier.init(shown.index(slot), count=1)
             mbarrier.init(taken.index(slot), count=1)
         fence_async_shared()
 
         place = (start, deepest, nodes, tile, base, spare, q_row, row)
-        splits = (turn, count, each)
         sm = (queries, handed, keys, key_ropes, stats)
         bars = (q_bar, full, free, shown, taken)
         gl.warp_specialize(
             [
                 (_copy_in, (q_half, q_rope, k_half, k_rope, (queries, handed, keys, key_ropes), (q_bar, full, free),
-                            place, splits, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED, PDL)),
+                            place, splits, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED, PDL, FEW)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
-                             0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL)),
+                             0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
-                             1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL)),
+                             1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW)),
             ],
             [4, 4],
             [240, 240],

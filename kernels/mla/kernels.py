@@ -38,6 +38,38 @@ def _split_start(split):
 
 
 @triton.jit
+def _splits_before(position):
+    """Returns the number of splits that begin before a position."""
+    return tl.where(position > 0, split_of(tl.maximum(position, 1) - 1) + 1, 0)
+
+
+@triton.jit
+def share_of(turn, programs, count):
+    """Returns one program's share of the splits 0 .. count - 1, so that all programs finish together, as (high, highs,
+    low, lows): `highs` splits from `high` downwards, and `lows` from `low` downwards.
+
+    The largest splits come first, as many to each program as its room has; smaller ones fill the rooms, in descending
+    order. A size divides the next, so no split crosses the border of two rooms.
+    """
+    begin = tl.where(count > FIRST3, FIRST3, tl.where(count > FIRST2, FIRST2, tl.where(count > FIRST1, FIRST1, 0)))
+    below, large = _split_start(begin), count - begin
+    size = _split_start(begin + 1) - below
+    unit = tl.where(begin > 0, below - _split_start(tl.maximum(begin, 1) - 1), size)
+    mean = (below + large * size + programs - 1) // programs
+    room = tl.maximum((mean + unit - 1) // unit * unit, (large + programs - 1) // programs * size)
+    most = room // size
+    before = tl.minimum(turn * most, large)
+    until = tl.minimum(before + most, large)
+    low = _splits_before(below - tl.minimum(turn * room - before * size, below))
+    lows = low - _splits_before(below - tl.minimum((turn + 1) * room - until * size, below))
+    one = count <= programs  # a program for every split
+    return (
+        count - 1 - tl.where(one, turn, before), tl.where(one, (turn < count).to(tl.int32), until - before), low - 1,
+        tl.where(one, 0, lows),
+    )  # fmt: skip
+
+
+@triton.jit
 def _absorb_block(
     q_latents, q_rope, latents, rope, seen, peak, total, sums, scale, KIND: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip

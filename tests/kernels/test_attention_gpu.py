@@ -9,7 +9,8 @@ import torch
 
 from mtp_spec.bench.layers import decoded_alone, tree
 from mtp_spec.kernels import mla
-from mtp_spec.kernels.mla import KEYS, new_caches
+from mtp_spec.kernels.launching import on_hopper
+from mtp_spec.kernels.mla import KEYS, attention, new_caches
 
 CONTEXTS = (1, 2, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 1500, 8191, 8193, 32760)
 TOLERANCE = 0.01  # weights are multiplied in bf16
@@ -66,3 +67,34 @@ def test_pages_are_read_as_slots_in_a_row(heads: int, latent: int, packed: bool)
                 single.slots.copy_(own.slots)
                 expected = mla.attend(q[part].contiguous(), single, replace(alone, pages=None), head)
                 assert torch.equal(got[part], expected), (rows, int(alone.length))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [128, 20])
+def test_few_tiles_have_the_bits_of_many(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's two ways of sharing a context among programs, by chains, trees and pages of two texts."""
+    if not on_hopper(torch.device("cuda", 0)):
+        pytest.skip("other cards have one way")
+    torch.manual_seed(heads)
+    head = mla.Head(heads, 128, 64, 512, 128, 192**-0.5)
+    for context in (1, 63, 64, 129, 4095, 40_000):
+        contiguous = new_caches(2, context + 70, 32, head.layout(), "cuda")[1]
+        columns = contiguous.capacity // KEYS
+        paged = new_caches(2, context + 70, 32, head.layout(), "cuda", 2 * columns)[1]
+        pages = torch.randperm(2 * columns, device="cuda").int().view(2, columns) * KEYS
+        for cache in (contiguous, paged):
+            cache.store.copy_(torch.randn(cache.store.shape, device="cuda"))
+        length = torch.tensor([context - 1], dtype=torch.int32, device="cuda")
+        lengths = torch.tensor([context - 1, (context - 1) // 2], dtype=torch.int32, device="cuda")
+        for rows in (1, 2, 4, 5, 8, 16):
+            for plan in (mla.chain(length, rows), tree(length, rows)):
+                for cache, its in ((contiguous, plan), (paged, replace(plan, length=lengths, pages=pages))):
+                    q = torch.randn(its.rows, head.padded, head.width, device="cuda").bfloat16()
+                    found = []
+                    for most in (0, 1000):
+                        monkeypatch.setattr(attention, "FEW_TILES", most)
+                        for room in (attention.PARTS, attention.PEAKS_AND_SUMS):  # what is not written shows
+                            room.room(q.device, 1).fill_(float("nan"))
+                        found.append(mla.attend(q, cache, its, head))
+                    assert found[0].isfinite().all(), (context, rows)
+                    assert torch.equal(*found), (context, rows)

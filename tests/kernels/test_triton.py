@@ -20,7 +20,8 @@ V3_SHAPES = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 20
 
 
 @pytest.mark.parametrize("what", ["products", "quantisers", "divergences", "experts", "noise", "sampling", "grouping",
-                                  "attention", "pages", "prompts", "commits", "exchanges", "incomplete"])  # fmt: skip
+                                  "attention", "pages", "shares", "prompts", "commits", "exchanges",
+                                  "incomplete"])  # fmt: skip
 def test_interpreted(what: str) -> None:
     # Triton decides at import, so the interpreter has a process of its own
     program = [sys.executable, str(SUPPORT / "interpreted.py"), what]

@@ -20,7 +20,7 @@ import torch
 
 from comparing import HALVES, ON, close, fp8_values
 from incomplete import incomplete_launches_show
-from interpreted_attention import attention, pages
+from interpreted_attention import attention, pages, shares
 from interpreted_prompts import prompts
 from interpreter import correct
 from mtp_spec.kernels import commit, divergence, exchange, fp8, gemm, moe, quant, sampler
@@ -340,8 +340,8 @@ def _depth(parents: torch.Tensor) -> int:
 
 
 if __name__ == "__main__":
-    whats = (products, quantisers, divergences, experts, grouping, attention, pages, prompts, commits, exchanges, noise,
-             sampling, incomplete)  # fmt: skip
+    whats = (products, quantisers, divergences, experts, grouping, attention, pages, shares, prompts, commits,
+             exchanges, noise, sampling, incomplete)  # fmt: skip
     for what in whats:
         if what.__name__ == sys.argv[1]:
             what()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 from comparing import close, values_of
 from mtp_spec.kernels import fp8, mla
 from mtp_spec.kernels.mla import Cache, new_caches
 from mtp_spec.kernels.mla import attention as mla_attention
+from mtp_spec.kernels.mla.kernels import _split_start, share_of
 
 
 def attention() -> None:
@@ -128,6 +132,36 @@ def pages() -> None:
                     assert ours.float().isfinite().all()
                     assert torch.equal(ours[rows].view(torch.uint8), theirs.view(torch.uint8))
                 assert torch.equal(own.slots, single.slots)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shares(out: Any, starts: Any, programs: Any, COUNTS: tl.constexpr, TURNS: tl.constexpr) -> None:
+    count, turn = 1 + tl.arange(0, COUNTS)[:, None], tl.arange(0, TURNS)[None, :]
+    shares = share_of(turn + 0 * count, programs, count + 0 * turn)
+    at = ((count - 1) * TURNS + turn) * 4
+    for number in tl.static_range(4):
+        tl.store(out + at + number, shares[number])
+    tl.store(starts + tl.arange(0, COUNTS), _split_start(tl.arange(0, COUNTS)))
+
+
+def shares() -> None:
+    """The programs of a tile together have every split once, and the longest share is near the best by a search."""
+    counts, over = 128, list[float]()
+    for programs in (1, 2, 3, 4, 7, 8, 13, 16, 18, 22, 26, 33, 44, 66, 132):
+        out, starts = torch.empty(counts, 256, 4, dtype=torch.int32), torch.empty(counts, dtype=torch.int32)
+        _shares[(1,)](out, starts, programs, counts, 256)
+        sizes = [*starts.diff().tolist(), 4096]
+        for count in range(1, counts + 1):
+            lists = [[*range(high, high - highs, -1), *range(low, low - lows, -1)]
+                     for high, highs, low, lows in out[count - 1, :programs].tolist()]  # fmt: skip
+            assert sorted(split for own in lists for split in own) == list(range(count)), (programs, count)
+            best = [0] * programs
+            for size in sorted(sizes[:count], reverse=True):
+                best[best.index(min(best))] += size
+            longest = max(sum(sizes[split] for split in own) for own in lists)
+            over.append(longest / max(best))
+            assert longest < max(best) + max(sizes[:count]), (programs, count, longest, max(best))
+    assert sum(over) < 1.02 * len(over)  # dealing them out one by one: 1.11
 
 
 def _fill(cache: Cache, value: float) -> None:
