@@ -48,10 +48,11 @@ except ImportError:  # no Triton for this platform: the references remain
 PARTS_BYTES = 256 * 2**20  # memory limit for partial results; more rows are attended in several turns
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns per program
-# Tiles of node-head pairs up to which Hopper's programs have equally many keys each and load blocks in pieces: those of
-# 4 rows of 128 heads, or 16 of 20. On an H200 attention is then 0.99 to 1.13 times as fast from 32k keys on, and 0.97
-# to 1.05 at 8k; with 16 tiles or more 0.90 to 1.03. Not part of the arithmetic.
-FEW_TILES = 8
+# Tiles of node-head pairs up to which Hopper's programs have equally many keys each and load blocks in pieces. An
+# earlier form of this was faster up to 8 tiles (4 rows of 128 heads, 16 of 20) on an H200: 0.99 to 1.13 times from 32k
+# keys on, 0.97 to 1.05 at 8k; with 16 tiles 0.90 to 1.03. This form has only been compiled: 0 until a card has run
+# tests/kernels/test_attention_gpu.py with it. Not part of the arithmetic.
+FEW_TILES = 0
 WARPS = 8  # per program of `attend`, except Hopper's; not part of the arithmetic
 # except on Hopper: tiles in flight and keys per step, by the shared memory per program that they need
 STEPS = ((220 * 1024, 2, KEYS), (120 * 1024, 1, KEYS // 2), (0, 1, KEYS // 4))
