@@ -80,7 +80,7 @@ def test_whole_texts_have_the_hidden_states_of_inference(
         inference = model.rows(torch.tensor(ids), caches, plan)
         with torch.no_grad():
             expected = exact.hidden(torch.tensor([ids]))[0]
-        assert near(hidden, expected) < 1.1 * near(inference, expected)
+        assert near(hidden, expected) < 1.2 * near(inference, expected)
     assert own.bytes(100)[0] > 0
 
 
