@@ -135,7 +135,9 @@ def read_documents(files: Iterable[Path]) -> list[dict[str, Any]]:
     for file in files:
         try:
             document = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise OptionError(f"--fit {file}: it cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
             raise OptionError(f"--fit {file}: not a JSON document ({error})") from error
         lacking = [name for name in NEEDED if not isinstance(document, dict) or not document.get(name)]
         if isinstance(document, dict) and document.get("ranks") == 1:
