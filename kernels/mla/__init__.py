@@ -16,7 +16,6 @@ from mtp_spec.kernels.mla.prompt import (
     Spans,
     attend_prompt,
     attend_prompt_reference,
-    expanded_rows,
     long_rows,
     prompt_bytes,
 )
@@ -25,5 +24,5 @@ from mtp_spec.kernels.mla.reference import absorb_reference, attend_reference, p
 __all__ = ["EXPANDED_ROWS", "EXPANDED_TOKENS", "KEYS", "TILE", "Cache", "Head", "Layout", "Plan", "Span", "Spans",
            "absorb",
            "absorb_reference", "attend", "attend_prompt", "attend_prompt_reference", "attend_reference", "cache_bytes",
-           "chain", "expanded_rows", "long_rows", "new_caches", "prepare", "prepare_reference", "prompt_bytes",
+           "chain", "long_rows", "new_caches", "prepare", "prepare_reference", "prompt_bytes",
            "room_bytes", "split_of", "up", "up_reference", "whole_blocks"]  # fmt: skip

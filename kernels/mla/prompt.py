@@ -7,7 +7,7 @@ and head once a pass to expand the latents by `kv_b_proj`. Latents are expanded 
 
 A row reads blocks of keys in ascending order from the sequence's first slot on, whatever the pass, so its bits do not
 depend on where a prompt is cut. They are not those of the absorbed form: which rows of a prompt are expanded depends on
-its length alone (`expanded_rows`).
+its length alone (`DeviceModel.expanded_rows`).
 
 Legend: as in `attention`; `T` keys.
 """
@@ -84,17 +84,6 @@ Spans = tuple[Span, ...]
 def long_rows(spans: Spans) -> tuple[slice, ...]:
     """Returns which rows of a pass are attended in the expanded form."""
     return tuple(slice(span.first, span.first + span.expanded) for span in spans if span.expanded)
-
-
-def expanded_rows(tokens: int, run: int, modules: int = 0, least: int = EXPANDED_TOKENS) -> int:
-    """Returns how many rows of a prompt, the first ones, are attended in the expanded form: all whole runs.
-
-    Args:
-        run: rows of a run; 0 if no row is.
-        modules: MTP modules, whose slots of these rows are filled from the prompt's own tokens.
-        least: tokens of the shortest prompt that has such rows.
-    """
-    return max(0, tokens - modules) // run * run if run and tokens >= least else 0
 
 
 def fits(head: Head) -> bool:

@@ -168,7 +168,8 @@ class DeviceModel:
         It depends on nothing else, so that the bits of a row depend neither on the pass nor on what is cached. All
         slots of these rows in the MTP modules' caches are filled from the prompt's own tokens.
         """
-        return mla.expanded_rows(tokens, self.expanded, len(self.mtp), self.least_expanded)
+        run = self.expanded
+        return max(0, tokens - len(self.mtp)) // run * run if run and tokens >= self.least_expanded else 0
 
     @property
     def most_absorbed(self) -> int:
