@@ -48,11 +48,11 @@ except ImportError:  # no Triton for this platform: the references remain
 PARTS_BYTES = 256 * 2**20  # memory limit for partial results; more rows are attended in several turns
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns per program
-# Tiles of node-head pairs up to which Hopper's programs have equally many keys each and load blocks in pieces. An
-# earlier form of this was faster up to 8 tiles (4 rows of 128 heads, 16 of 20) on an H200: 0.99 to 1.13 times from 32k
-# keys on, 0.97 to 1.05 at 8k; with 16 tiles 0.90 to 1.03. This form has only been compiled: 0 until a card has run
-# tests/kernels/test_attention_gpu.py with it. Not part of the arithmetic.
-FEW_TILES = 0
+# Tiles of node-head pairs up to which Hopper's programs have equally many keys each and load blocks in pieces; the
+# second number is for caches of LONG tokens and more. On an H200, of chains: 1 to 4 tiles (2 rows of 128 heads, 8 of
+# 20) 1.00 to 1.03 times as fast at 1,024 keys, 1.04 to 1.06 at 8,192, 1.05 to 1.13 from 32,768 on; 8 tiles 1.04, 0.96
+# and 1.06 to 1.11; 16 tiles 0.89 to 0.97. Not part of the arithmetic.
+FEW_TILES, FEW_TILES_LONG, LONG = 4, 8, 16384
 WARPS = 8  # per program of `attend`, except Hopper's; not part of the arithmetic
 # except on Hopper: tiles in flight and keys per step, by the shared memory per program that they need
 STEPS = ((220 * 1024, 2, KEYS), (120 * 1024, 1, KEYS // 2), (0, 1, KEYS // 4))
@@ -233,7 +233,7 @@ def _attend(
             *given,
             programs,
             R=head.rope,
-            FEW=tiles <= FEW_TILES,
+            FEW=tiles <= (FEW_TILES_LONG if cache.capacity >= LONG else FEW_TILES),
             **sizes,
         )
     else:

@@ -92,7 +92,8 @@ def test_few_tiles_have_the_bits_of_many(heads: int, monkeypatch: pytest.MonkeyP
                     q = torch.randn(its.rows, head.padded, head.width, device="cuda").bfloat16()
                     found = []
                     for most in (0, 1000):
-                        monkeypatch.setattr(attention, "FEW_TILES", most)
+                        for name in ("FEW_TILES", "FEW_TILES_LONG"):
+                            monkeypatch.setattr(attention, name, most)
                         for room in (attention.PARTS, attention.PEAKS_AND_SUMS):  # what is not written shows
                             room.room(q.device, 1).fill_(float("nan"))
                         found.append(mla.attend(q, cache, its, head))

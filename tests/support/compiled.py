@@ -133,7 +133,7 @@ def main(name: str, kind: str, whole: bool) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # the cache keeps no log
     direct.KINDS = ()  # every launch as Triton makes it
-    attention.FEW_TILES = 8  # both ways
+    attention.FEW_TILES = attention.FEW_TILES_LONG = 8  # both ways
     JITFunction.run = lambda self, *args, **options: _compile(self, *args, **options)
     modules: list[Any] = [commit, gemm, attention, prompt, layer, grouping, router, quant, sampling, uniform]
     for module in (*modules, divergence):
