@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from mtp_spec.model.distributed.joining import join_ranks, local_device, open_ro
 from mtp_spec.model.undisturbed import undisturbed
 from mtp_spec.progress import Report, byte_progress
 from mtp_spec.sampling.defaults import FILE, Defaults
+from mtp_spec.shapes import model_folder
 from mtp_spec.text import end_ids, open_tokenizer
 from mtp_spec.weights import check_weights
 
@@ -56,7 +56,7 @@ def load(
 
     Args:
         path: a Hugging Face folder, or one of per-rank files made by `mtp-spec convert` or DeepSeek's convert.py, for
-            any number of ranks; None is the bundled model.
+            any number of ranks; None is the bundled model, as is "demo" where no folder has that name.
         config: a JSON file that describes the model in place of the folder's config.json, in Hugging Face's fields or
             DeepSeek's; folders made by DeepSeek's convert.py need it.
         device: "cpu" or "cuda".
@@ -101,7 +101,7 @@ def load(
     """
     if path is not None and not isinstance(path, str | Path):
         raise OptionError(f"path={path!r}: give a folder's name, or None for the bundled model")
-    folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
+    folder = model_folder(path)
     if config is not None and path is None:
         raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
     if mtp is not None and (not isinstance(mtp, str | Path) or mtp == ""):

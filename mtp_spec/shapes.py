@@ -1,4 +1,4 @@
-"""The published model shapes that come with the library, by name."""
+"""The bundled model and the published shapes that come with the library, by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from mtp_spec.errors import OptionError
 # names from earlier versions, which results in docs/results still use
 FORMER = {"gigachat3.1-10b": "GigaChat3-10B-A1.8B"}
 
+BUNDLED = "demo"
+
+
+def model_folder(path: str | Path | None = None) -> Path:
+    """Returns a checkpoint's folder; None is the bundled model, and so is "demo" if no file or folder has that name."""
+    if path is None or (str(path) == BUNDLED and not Path(BUNDLED).exists()):
+        return Path(str(files("mtp_spec.configs") / BUNDLED))
+    return Path(path)
+
 
 def published() -> list[str]:
     """Returns the names of the library's shapes."""
@@ -18,11 +27,12 @@ def published() -> list[str]:
 
 
 def named_shape(path: Path) -> Path:
-    """Returns the configuration file that a name stands for, or the path itself if it exists.
+    """Returns the configuration file that a name stands for, the bundled model's folder, or the path if it exists.
 
     Raises:
         OptionError: the name is unknown.
     """
+    path = model_folder(path)
     if path.exists() or len(path.parts) > 1:
         return path
     names = {name.lower(): name for name in published()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from mtp_spec.errors import OptionError
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.cuda.checkpoint import load_device_model, obstacle
 from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.shapes import model_folder
 
 # columns of a row of sums
 ERROR, SIZE, AGREED, DIVERGENCE, MODULE_AGREED, ROWS, MODULE_ROWS = range(7)
@@ -30,7 +30,7 @@ def cache(lm: LM, args: argparse.Namespace) -> Report:
     Elsewhere than on a GPU the kernels' references compute, which round as the kernels do, and a third row tells how
     far their FP8 activations are from the torch model: the scale on which to see the cache's share.
     """
-    folder = Path(str(files("mtp_spec.configs") / "demo")) if args.model is None else args.model
+    folder = model_folder(args.model)
     model = lm.model if isinstance(lm.model, DeviceModel) else _on_kernels(folder, lm.model.device)
     sums: dict[str, Tensor] = {}
     for item in track(bundled_prompts(args.prompts), "prompts", transient=True):

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,6 +31,7 @@ from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_module
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
 from mtp_spec.model.checkpoint.writer import as_json
 from mtp_spec.model.undisturbed import undisturbed
+from mtp_spec.shapes import model_folder
 from mtp_spec.training.backbone import Backbone, States, near_bytes
 from mtp_spec.training.card import verdict
 from mtp_spec.training.collecting import collect
@@ -78,7 +78,7 @@ def heads(args: argparse.Namespace) -> Report:
     if args.json is None:
         raise OptionError("give --json FILE: every run is kept there, and the same command goes on with the rest")
     recipes = chosen(args)
-    folder = args.model or Path(str(files("mtp_spec.configs") / "demo"))
+    folder = model_folder(args.model)
     checkpoint = open_checkpoint(folder)
     warm = [name for name, recipe in recipes.items() if recipe.get("start") == "shipped"]
     if warm and not checkpoint.config.num_nextn_predict_layers:

@@ -11,9 +11,7 @@ import argparse
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.resources import files
 from itertools import cycle
-from pathlib import Path
 from time import process_time
 from typing import Any
 
@@ -32,6 +30,7 @@ from mtp_spec.cuda.step import Graphs, Step
 from mtp_spec.kernels import commit as commits
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.shapes import model_folder
 from mtp_spec.text import Tokenizer
 
 # different records of a step, taken in turn; a text's prompt
@@ -89,7 +88,7 @@ class Nothing(Graphs):
 
 def idle_lm(texts: int, context: int, acceptance: float) -> LM:
     """Returns a model for `texts` texts side by side whose steps compute nothing, with the bundled tokenizer."""
-    folder = Path(str(files("mtp_spec.configs") / "demo"))
+    folder = model_folder()
     tokenizer, config = Tokenizer(folder), open_checkpoint(folder).config
     # as few layers as there can be: zeroing their pages is the GPU's work
     small = replace(config, num_hidden_layers=1, hidden_size=128, kv_lora_rank=32, first_k_dense_replace=1)

@@ -6,7 +6,6 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from mtp_spec.load_checks import cpu_has_bfloat16
 from mtp_spec.model.checkpoint.folder import load_checkpoint, save_checkpoint
 from mtp_spec.model.cpu.model import CPUModel
 from mtp_spec.model.transformer import Transformer
+from mtp_spec.shapes import model_folder
 from mtp_spec.stats import GenerationStats
 
 PLAIN, MTP = "transformers plain", "transformers use_mtp"
@@ -82,7 +82,7 @@ def transformers_copy(lm: LM, folder: Path, args: argparse.Namespace) -> Callabl
         raise OptionError("--transformers needs the library: pip install transformers") from None
     ours = lm.model
     if not isinstance(ours, Transformer):  # FP8 there needs kernels from a hub
-        source = Path(str(files("mtp_spec.configs") / "demo")) if args.model is None else args.model
+        source = model_folder(args.model)
         ours = load_checkpoint(source, dtype=_copied_in(lm))
     save_checkpoint(ours, folder / "copy", fp8=False)
     transformers.utils.logging.set_verbosity_error()

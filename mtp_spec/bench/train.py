@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -18,6 +17,7 @@ from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option
 from mtp_spec.errors import OptionError
 from mtp_spec.load_checks import check_device, context_limit
 from mtp_spec.model.checkpoint.folder import open_checkpoint
+from mtp_spec.shapes import model_folder
 from mtp_spec.training.backbone import Backbone
 from mtp_spec.training.loop import autocast, optimiser_for
 from mtp_spec.training.modules import ready_modules, shared_weights
@@ -37,7 +37,7 @@ def train(args: argparse.Namespace) -> Report:
     check_device(args.device)
     if args.context <= args.depths:
         raise OptionError(f"--context {args.context}: give more tokens than the {args.depths} that --depths takes")
-    folder = args.model or Path(str(files("mtp_spec.configs") / "demo"))
+    folder = model_folder(args.model)
     checkpoint = open_checkpoint(folder)
     if args.block == SHIPPED and not checkpoint.config.num_nextn_predict_layers:
         raise OptionError(f"{folder} has no MTP module to train: give --block dense or moe for a new one")

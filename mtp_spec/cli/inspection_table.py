@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from mtp_spec.model.checkpoint.folder import Checkpoint
 from mtp_spec.model.checkpoint.summary import CheckpointSummary, opened_or_refused, summed_up
 from mtp_spec.model.cpu.checkpoint import footprint
 from mtp_spec.model.cuda.checkpoint import empty_device_model, obstacle
+from mtp_spec.shapes import model_folder
 from mtp_spec.speculation import MAX_NODES
 from mtp_spec.weights import runs_as_fp8, with_weights
 
@@ -37,7 +37,7 @@ def show_checkpoint(
     weights: str | None = None,
 ) -> None:
     """Prints architecture, parameters, dtypes, MTP modules and memory of a folder if loaded with these options."""
-    folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else path
+    folder = model_folder(path)
     checkpoint, refused = opened_or_refused(folder)
     summary = summed_up(checkpoint, refused)
     limit, packed = context_limit(folder, max_context), packs_cache(cache_dtype)

@@ -133,7 +133,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--ckpt-path",
         type=Path,
         metavar="PATH",
-        help="checkpoint folder, per-rank files too (default: the bundled model)",
+        help="checkpoint folder, per-rank files too (default: demo, the bundled model)",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="describes the model in place of its config.json")
     MTP.add(parser)

@@ -105,8 +105,7 @@ def run_train(args: argparse.Namespace) -> None:
     from mtp_spec.training.run import train
 
     values = {name: value for name, value in vars(args).items() if value is not None and name not in ("command",)}
-    bundled = values.pop("checkpoint")
-    path = None if bundled == Path("demo") and not bundled.exists() else bundled
+    path = values.pop("checkpoint")
     out, model = values.pop("out"), {name: values.pop(name) for name in MODEL if name in values}
     values |= {name: tuple(values[name]) for name in LISTS if name in values}
     try:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,6 +30,7 @@ from mtp_spec.model.checkpoint.adapter import DESCRIPTION, describe, save_module
 from mtp_spec.model.checkpoint.folder import Checkpoint, open_checkpoint
 from mtp_spec.model.checkpoint.writer import PART, as_json, write_file
 from mtp_spec.model.undisturbed import undisturbed
+from mtp_spec.shapes import model_folder
 from mtp_spec.training.backbone import Backbone, States, near_bytes
 from mtp_spec.training.card import card, verdict
 from mtp_spec.training.collecting import COMPLETE, collect
@@ -119,7 +119,7 @@ def train(
     )
     say: Say = progress if callable(progress) else (print if progress else lambda line: None)
     check_device(device)
-    folder = Path(str(files("mtp_spec.configs") / "demo")) if path is None else Path(path)
+    folder = model_folder(path)
     described = None if config is None else Path(config)
     model = {"config": described, "device": device, "dtype": dtype, "weights": weights}
     checkpoint = open_checkpoint(folder, described)

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from mtp_spec.errors import OptionError
 from mtp_spec.model.checkpoint.cast import cast_job
 from mtp_spec.model.checkpoint.export import export_job
 from mtp_spec.model.checkpoint.jobs import run_job
+from mtp_spec.shapes import model_folder
 
 PAUSE = 0.05  # seconds between turns, so that the other's threads are asleep
 WARM_TEXTS, WARM_TOKENS = 2, 32  # for each way: the first ones compile, and ours measures its steps
@@ -54,7 +54,7 @@ def texts(args: argparse.Namespace) -> Report:
     """Times every way on the same prompts in turn."""
     prompts = bundled_prompts(args.prompts, seed=1)
     rows, facts, notes = list[Row](), dict[str, Any](), list[str]()
-    source = args.model or Path(str(files("mtp_spec.configs") / "demo"))
+    source = model_folder(args.model)
     before = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="mtp_spec.", dir=args.folder) as folder:
         exported, wide = Path(folder) / "exported", Path(folder) / "bf16"
