@@ -27,18 +27,19 @@ try:
 except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
-COUNT, FAILED, HEADER = 0, 1, 2  # indices into a record
+COUNT, FAILED, UNSEEN, HEADER = 0, 1, 2, 3  # indices into a record
 COLUMNS, KEPT_COLUMNS, CLEANED_COLUMNS = 64, 1024, 4096
 
 
 def record_size(most: int) -> int:
-    """Returns the length of a record: tokens committed, 1 if a row had no token to draw, `most` tokens, `most` rows."""
+    """Returns the length of a record: tokens committed, 1 if a row had no token to draw, how many of the tokens the MTP
+    modules have not seen, `most` tokens, `most` rows."""
     return HEADER + 2 * most
 
 
 def accept(
     drawn: Tensor, failed: Tensor, ids: Tensor, parents: Tensor, path: Tensor, tokens: Tensor, record: Tensor,
-    seen: Tensor | None = None,
+    seen: Tensor | None = None, depth: int | None = None,
 ) -> None:  # fmt: skip
     """Walks from the root along the drafts that the target drew, up to a row that failed.
 
@@ -49,8 +50,9 @@ def accept(
         parents: `[E]` int32, row 0 has -1.
         path: `[B, A]` int64, receives the rows (within a sequence) whose draws were committed, the last one repeated.
         tokens: `[B, A]` int64, receives these draws, the last one repeated.
-        record: `[B, 2 + 2 A]` int32, receives count, failure, tokens and path.
+        record: `[B, 3 + 2 A]` int32, receives count, failure, count again, tokens and path.
         seen: `[B, V]` int32, counts each committed token, if given.
+        depth: of the tree, less than A; None if it is not known.
     """
     (sequences, most), rows = path.shape, parents.shape[0]
     expect("ids", ids, (sequences * rows,), torch.int64)
@@ -62,12 +64,15 @@ def accept(
     expect("record", record, (sequences, record_size(most)), torch.int32, beside=ids)
     if seen is not None:
         expect("seen", seen, (sequences, None), torch.int32, beside=ids)
+    if depth is not None and not 0 <= depth < most:
+        raise ValueError(f"depth is {depth}: 0 to {most - 1} fit into {most} tokens")
     if not runs_triton(ids):
         return accept_reference(drawn, failed, ids, parents, path, tokens, record, seen)
+    walked = min(rows, most) if depth is None else depth + 1
     _accept_kernel[(sequences,)](
         drawn, failed, ids, parents, path, tokens, record, record if seen is None else seen, rows,
-        0 if seen is None else seen.shape[1], MOST=most, WIDE=triton.next_power_of_2(rows), COUNTED=seen is not None,
-        num_warps=1, **late(ids),
+        0 if seen is None else seen.shape[1], MOST=most, WALKED=walked, WIDE=triton.next_power_of_2(rows),
+        LANES=triton.next_power_of_2(most), COUNTED=seen is not None, num_warps=1, **late(ids),
     )  # fmt: skip
 
 
@@ -97,13 +102,17 @@ def keep(outputs: Tensor, tokens: Tensor, length: Tensor, hidden: Tensor, ring: 
     )  # fmt: skip
 
 
-def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pages: Tensor | None = None) -> None:
+def commit(
+    caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pages: Tensor | None = None,
+    depth: int | None = None,
+) -> None:  # fmt: skip
     """Moves each sequence's committed rows' latents to the slots from its `length` `[B]` on, in all layers at once.
 
     Args:
         path: `[B, A]` int64.
-        record: `[B, 2 + 2 A]` int32.
+        record: `[B, 3 + 2 A]` int32.
         pages: `[B, P]` int32, see `mla.Plan`.
+        depth: of the tree, as for `accept`.
     """
     store, (sequences, most) = caches[0].words, path.shape
     expect("length", length, (sequences,), torch.int32, beside=store)
@@ -117,8 +126,8 @@ def commit(caches: list[Cache], length: Tensor, path: Tensor, record: Tensor, pa
     width = store.shape[1]
     _commit_kernel[(len(caches), -(-width // COLUMNS), sequences)](
         store, length, length if pages is None else pages, 0 if pages is None else pages.shape[1], path, record, apart,
-        caches[0].base, width, PAGED=pages is not None, BLOCK=KEYS, MOST=triton.next_power_of_2(most), ROWS=most,
-        COLUMNS=COLUMNS, **late(store),
+        caches[0].base, width, PAGED=pages is not None, BLOCK=KEYS,
+        MOST=triton.next_power_of_2(most if depth is None else depth + 1), ROWS=most, COLUMNS=COLUMNS, **late(store),
     )  # fmt: skip
 
 
@@ -197,7 +206,7 @@ def _walk(
     rows += [rows[-1]] * (path.shape[0] - count)
     path.copy_(torch.tensor(rows))
     tokens.copy_(drawn[path])
-    record.copy_(torch.cat((torch.tensor([count, bad]), tokens, path)))
+    record.copy_(torch.cat((torch.tensor([count, bad, count]), tokens, path)))
     if seen is not None:
         for token in tokens[:count].tolist():
             seen[token] += 1
@@ -208,33 +217,43 @@ if triton is not None:
     @triton.jit
     def _accept_kernel(
         drawn, failed, ids, parents, path, tokens, record, seen, rows, vocabulary,
-        MOST: tl.constexpr, WIDE: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
+        MOST: tl.constexpr, WALKED: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, COUNTED: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
-        """One program per sequence."""
+        """One program per sequence; WALKED rows are as many as a path has at most."""
         follow(PDL)
         sequence = tl.program_id(0)
         drawn, failed, ids = drawn + sequence * rows, failed + sequence * rows, ids + sequence * rows
-        path, tokens, record = path + sequence * MOST, tokens + sequence * MOST, record + sequence * (2 + 2 * MOST)
+        path, tokens, record = path + sequence * MOST, tokens + sequence * MOST, record + sequence * (3 + 2 * MOST)
         seen += sequence.to(tl.int64) * vocabulary
         lane = tl.arange(0, WIDE)
         its_parent = tl.load(parents + lane, mask=lane < rows, other=-2)
         its_token = tl.load(ids + lane, mask=lane < rows, other=-1)
         row, count, bad, alive = 0, 0, 0, 1
-        for step in tl.static_range(MOST):
+        token = tl.load(drawn)
+        for step in tl.static_range(WALKED):
             token = tl.load(drawn + row)
             bad = bad | tl.load(failed + row)
             tl.store(path + step, row)
             tl.store(tokens + step, token)
-            tl.store(record + 2 + step, token)
-            tl.store(record + 2 + MOST + step, row)
+            tl.store(record + 3 + step, token)
+            tl.store(record + 3 + MOST + step, row)
             if COUNTED:
                 tl.atomic_add(seen + token, alive)
             count += alive
             child = tl.min(tl.where((its_parent == row) & (its_token == token), lane, WIDE), axis=0)
             alive = tl.where((child < WIDE) & (bad == 0), alive, 0)
             row = tl.where(alive > 0, child, row)
+        # the deepest row has no children, so both are still the last ones
+        place = tl.arange(0, LANES)
+        padded = (place >= WALKED) & (place < MOST)
+        tl.store(path + place, row, mask=padded)
+        tl.store(tokens + place, token, mask=padded)
+        tl.store(record + 3 + place, token, mask=padded)
+        tl.store(record + 3 + MOST + place, row, mask=padded)
         tl.store(record, count)
         tl.store(record + 1, bad)
+        tl.store(record + 2, count)
 
     @triton.jit
     def _keep_kernel(
@@ -263,7 +282,7 @@ if triton is not None:
         lane = tl.arange(0, MOST)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         row = tl.load(path + sequence * ROWS + lane, mask=lane < ROWS, other=0)
-        moves = (lane < tl.load(record + sequence * (2 + 2 * ROWS))) & (row != lane)
+        moves = (lane < tl.load(record + sequence * (3 + 2 * ROWS))) & (row != lane)
         mask = moves[:, None] & (column < width)[None, :]
         if PAGED:
             start, own = tl.load(length + sequence), pages + sequence * page_count

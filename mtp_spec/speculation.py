@@ -14,6 +14,8 @@ from mtp_spec.option_checks import integer, invalid
 from mtp_spec.tree import MODULES
 
 MAX_DEPTH = 8
+# of a chain that another drafter than the MTP modules proposes on a GPU: with the root 32 rows, a tile of products
+LONGEST_CHAIN = 31
 MAX_NODES = 64
 DEFAULT_DEPTH = 3
 ACCEPTANCE_RULES = ("coupled", *RULES)

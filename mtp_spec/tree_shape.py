@@ -34,6 +34,11 @@ class TreeShape:
         columns = list(zip(*nodes, strict=True)) or [(), (), (), ()]
         return cls(columns[0], columns[1], columns[2])
 
+    @classmethod
+    def chain(cls, depth: int) -> TreeShape:
+        """Returns a chain of any depth."""
+        return cls(tuple(range(-1, depth - 1)), tuple(range(1, depth + 1)), (0,) * depth)
+
     @property
     def depth(self) -> int:
         return max(self.depths, default=0)

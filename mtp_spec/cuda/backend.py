@@ -329,7 +329,7 @@ class DeviceRunner:
             first = self._first.popleft()
             assert self._reader is not None
             self._runtime.model.ranks.wait(first.ended)
-            lines = [[1, failed, token] for token, failed in zip(*self._reader.done(first), strict=True)]
+            lines = [[1, failed, 1, token] for token, failed in zip(*self._reader.done(first), strict=True)]
             logits = {} if first.logits is None else dict(enumerate(first.logits[: len(lines), None]))
             self._take(Results(first.sequences, lines, FIRST, logits, prompt=True))
 

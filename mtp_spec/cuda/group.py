@@ -98,9 +98,11 @@ class Group:
         self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
         self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
-        if kind.replay or kind.scripted:
-            room = (most, runtime.max_context if kind.replay else RING, MAX_DEPTH)
-            self.state.script = torch.full(room, NOTHING, dtype=torch.int64, device=device)
+        if kind.scripted:
+            self.state.script = torch.full((most, RING), NOTHING, dtype=torch.int64, device=device)
+        if kind.replay:
+            room = (most, runtime.max_context, MAX_DEPTH)
+            self.state.replayed = torch.full(room, NOTHING, dtype=torch.int64, device=device)
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
@@ -178,7 +180,7 @@ class Group:
         begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
         self._disturbed = False
         flight = Flight(sequences, parts, shape, plan, len(sequences) == 1, begun)
-        if self._script is not None and shape == len(self.shapes) - 1:
+        if self._script is not None and self._scripted(shape):
             assert self.state.script is not None
             flight.sources = self._script.send(self.state.script, [(len(one.tokens), one.given) for one in sequences])
         if self.kind.guided:
@@ -303,9 +305,9 @@ class Group:
             kind, guide, rows = self.kind, None, slots * max(shape.rows for shape in self.shapes)
             if kind.guided:
                 guide = Guide(runtime.model.device, rows, runtime.model.config.vocab_size, kind.guided)
-            masks, last = None if guide is None else guide.masks, len(self.shapes) - 1
+            masks = None if guide is None else guide.masks
             steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided, masks,
-                          kind.watched, kind.scripted and number == last, kind.replay)
+                          kind.watched, self._scripted(number), kind.replay)
                      for number, shape in enumerate(self.shapes)]  # fmt: skip
             if runtime.graphs is not None and not kind.watched:
                 if guide is not None:
@@ -325,21 +327,25 @@ class Group:
 
     # several shapes
 
+    def _scripted(self, shape: int) -> bool:
+        """Whether a shape's drafts are those of other drafters."""
+        return shape >= len(self.shapes) - self.kind.scripted
+
     def _plan(self, parts: list[Part]) -> ShapePlan:
         key = (self, "table", tuple(part.state.sequences for part in parts), self._stages)
         self.table, sequences = self.runtime.kept(key, lambda: self._measured(parts)), self.sequences
         if self._planner is None:
             self._planner = ShapePlanner(self.table)
         left = max(sequence.left for sequence in sequences)
-        given = self._promised(sequences) if self.kind.scripted else 1.0
+        given = self._promised(sequences) if self.kind.scripted else ()
         return self._planner.plan(ShapeBatch(self.table, len(sequences), left, self._waiting, given, self.kind.eager))
 
-    def _promised(self, sequences: list[DeviceSequence]) -> float:
-        """Returns the mean of the tokens that other drafters' proposals promise."""
+    def _promised(self, sequences: list[DeviceSequence]) -> Seq[float]:
+        """Returns for each of their shapes the mean of the tokens that other drafters' proposals promise."""
         flying = sum(self.shapes[one.shape].depth + 1.0 if one.sources else 1.0 if one.plan is None else one.plan.tokens
                      for one in self._launched)  # fmt: skip
-        depth = self.shapes[-1].depth
-        return sum(promised(sequence.given, flying, depth) for sequence in sequences) / len(sequences)
+        found = [promised(sequence.given, flying, self.kind.chains) for sequence in sequences]
+        return [sum(tokens) / len(sequences) for tokens in zip(*found, strict=True)]
 
     def _measured(self, parts: list[Part]) -> ShapeTable:
         """Times the steps on random tokens, whose rows activate as many experts as those of real sequences."""

@@ -8,13 +8,15 @@ from typing import Literal
 
 from mtp_spec.option_checks import invalid
 from mtp_spec.request import Request
-from mtp_spec.speculation import MAX_DEPTH, Speculation
+from mtp_spec.speculation import LONGEST_CHAIN, MAX_DEPTH, Speculation
 from mtp_spec.tree import MODULES
 from mtp_spec.tree_shape import TreeShape
 
 # the deepest chain that "auto" drafts
 PLANNED_DEPTH = 5
 AUTO = Speculation(depth=PLANNED_DEPTH, adaptive=True)
+# depths of the chains of other drafters among which a planner chooses
+CHAINS = (MAX_DEPTH, LONGEST_CHAIN)
 Guided = Literal["masks", "rows"]
 
 
@@ -30,8 +32,9 @@ class Kind:
         watched: whether an observer sees drafts and rows, so that steps are not captured.
         replay: whether drafts are replaced by those of a `drafting.Replay`.
         modules: whether the MTP modules draft.
-        scripted: whether the drafts of the last shape are other drafters' (`script`); plain decoding is first then.
-        eager: whether every step drafts: that shape is taken if there are such drafts, unless the modules' fixed tree
+        scripted: of how many shapes, the last ones, the drafts are other drafters' (`script`); plain decoding is first
+            then.
+        eager: whether every step drafts: such a shape is taken if there are such drafts, unless the modules' fixed tree
             promises more.
     """
 
@@ -41,13 +44,20 @@ class Kind:
     watched: bool = False
     replay: bool = False
     modules: bool = False
-    scripted: bool = False
+    scripted: int = 0
     eager: bool = False
 
     @property
     def extend(self) -> int:
-        """Most tokens that a step may commit and the MTP modules then have to process; 0 if they do not draft."""
-        return max(shape.depth for shape in self.shapes) + 1 if self.modules else 0
+        """Most tokens that a step of the modules' drafts may commit and they then have to process; 0 if they do not
+        draft."""
+        own = self.shapes[: len(self.shapes) - self.scripted]
+        return max(shape.depth for shape in own) + 1 if self.modules else 0
+
+    @property
+    def chains(self) -> tuple[int, ...]:
+        """The depths of the shapes whose drafts are other drafters'."""
+        return tuple(shape.depth for shape in self.shapes[len(self.shapes) - self.scripted :])
 
     @property
     def takes_turns(self) -> bool:
@@ -73,9 +83,10 @@ def kind_of(request: Request, watched: bool = False) -> Kind:
     rule = "coupled" if speculation is None else speculation.acceptance
     replay = speculation is not None and speculation.replay is not None
     # an observer wants rows that drafts come from
-    scripted, modules = bool(request.drafters) and not watched, request.modules
-    eager = scripted and speculation is not None and not speculation.adaptive
-    return Kind(_shapes(speculation, modules, scripted), rule, guided, watched, replay, modules, scripted, eager)
+    others, modules = bool(request.drafters) and not watched, request.modules
+    eager = others and speculation is not None and not speculation.adaptive
+    shapes, scripted = _shapes(speculation, modules, others)
+    return Kind(shapes, rule, guided, watched, replay, modules, scripted, eager)
 
 
 def check_mixed(speculation: Speculation) -> None:
@@ -94,21 +105,16 @@ def check_mixed(speculation: Speculation) -> None:
 
 
 @lru_cache  # called for every sequence in every round of its prefill
-def _shapes(speculation: Speculation | None, modules: bool, scripted: bool) -> tuple[TreeShape, ...]:
+def _shapes(speculation: Speculation | None, modules: bool, others: bool) -> tuple[tuple[TreeShape, ...], int]:
     """Returns the shapes of steps: the fixed tree; if there are several plain decoding, then the modules' trees, of
-    growing depth for adaptive speculation, then the chain of other drafters."""
-    if speculation is None or not (modules or scripted):
-        return (TreeShape(),)
-    if not modules:
-        chain = Speculation(depth=MAX_DEPTH if speculation.adaptive else speculation.depth)
-        return (TreeShape(), TreeShape.of(chain))
-    if not speculation.adaptive:
-        fixed = TreeShape.of(speculation)
-        return (TreeShape(), fixed, TreeShape.of(Speculation(speculation.depth))) if scripted else (fixed,)
-    trees = [
-        Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
-        for depth in range(1, speculation.depth + 1)
-    ]
-    if scripted:
-        trees.append(Speculation(depth=MAX_DEPTH))
-    return tuple(TreeShape.of(tree) for tree in (None, *trees))
+    growing depth for adaptive speculation, then the chains of other drafters; and how many these are."""
+    if speculation is None or not (modules or others):
+        return (TreeShape(),), 0
+    chains = [TreeShape.chain(depth) for depth in (CHAINS if speculation.adaptive else (speculation.depth,)) if others]
+    trees = [speculation] if modules and not speculation.adaptive else []
+    if modules and speculation.adaptive:
+        trees = [Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
+                 for depth in range(1, speculation.depth + 1)]  # fmt: skip
+    shapes = [*map(TreeShape.of, trees), *chains]
+    several = speculation.adaptive or chains
+    return ((TreeShape(), *shapes) if several else tuple(shapes)), len(chains)

@@ -112,7 +112,7 @@ class DeviceSequence:
         if kind.scripted:
             self._proposals = Proposals(sequence.request.drafters, sequence.tokens, model.config.vocab_size)
         # most tokens that the MTP modules have not seen: of steps in flight, and stored by plain steps
-        self._late = 2 * MOST + (WAITING if kind.takes_turns else 0)
+        self._late = 2 * (max(shape.depth for shape in kind.shapes) + 1) + (WAITING if kind.takes_turns else 0)
         self._due = 0  # tokens from which on another page can be shared
         # whether something is wanted of every token or row
         self._asks = self.history is not None or self.params.logprobs > 0

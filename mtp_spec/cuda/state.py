@@ -19,10 +19,10 @@ from mtp_spec.kernels.mla import Cache
 from mtp_spec.kernels.sampler import COLUMNS, IN_PROMPT, Settings, Stages, seed_bits, settings_row
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.sampling.params import SamplingParams
-from mtp_spec.speculation import MAX_DEPTH, MAX_NODES
+from mtp_spec.speculation import LONGEST_CHAIN, MAX_NODES
 
 ROWS = MAX_NODES + 1
-MOST = MAX_DEPTH + 1
+MOST = LONGEST_CHAIN + 1  # tokens of a step
 # sizes of prefill passes; the last chunk takes the smallest that holds it
 PREFILL_ROWS = (16, 64, 256)
 # most undrafted tokens queued for the MTP modules, in adaptive speculation only
@@ -59,9 +59,10 @@ class State:
         carried: `[B, modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
         live: `[B]` int32, 0 for an unused slot, which does not advance; None if all are in use.
         logits: buffer for the logits of batched steps; None if each step has its own.
-        script: `[B, S, MAX_DEPTH]` int64, what is drafted after the root at a position, modulo S, -1 for nothing: other
-            drafters' proposals (`cuda.script`), or what replaces the modules' drafts (`drafting.Replay`). None if only
-            the modules draft.
+        script: `[B, RING]` int64, the token that other drafters expect at a position, modulo RING, -1 for none
+            (`cuda.script`). None if only the modules draft.
+        replayed: `[B, S, MAX_DEPTH]` int64, what replaces the modules' drafts after the root at a position, -1 for
+            nothing (`drafting.Replay`). None if nothing does.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class State:
         self.live: Tensor | None = None
         self.logits: Tensor | None = None
         self.script: Tensor | None = None
+        self.replayed: Tensor | None = None
         model.table(held[0].capacity + MOST)
         sequences, width = 1 if pages is None else len(pages), config.hidden_size
         self.length = torch.zeros(sequences, dtype=torch.int32, device=device)
@@ -115,7 +117,7 @@ class State:
             return found
         part = copy.copy(self)
         part._parts, part._held = {}, None
-        for name in (*KEPT, "pages", "live", "script"):
+        for name in (*KEPT, "pages", "live", "script", "replayed"):
             setattr(part, name, some(getattr(self, name)))
         settings = self.settings
         part.settings = Settings(settings.values[first : first + count], settings.seed[first : first + count],
@@ -125,10 +127,10 @@ class State:
 
     def replay(self, sequence: int, first: int, drafts: npt.NDArray[np.int64]) -> None:
         """Sets what is drafted for a sequence after slot `first` and the following ones, `[T, MAX_DEPTH]`."""
-        assert self.script is not None
-        self.script[sequence] = -1
-        rows = min(len(drafts), self.script.shape[1] - first)
-        self.script[sequence, first : first + rows] = self.sent(drafts[:rows], torch.int64)
+        assert self.replayed is not None
+        self.replayed[sequence] = -1
+        rows = min(len(drafts), self.replayed.shape[1] - first)
+        self.replayed[sequence, first : first + rows] = self.sent(drafts[:rows], torch.int64)
 
     def reset(self, params: SamplingParams, prompt: list[int], reused: int = 0) -> None:
         """Prepares for a new sequence, the only one.
@@ -172,7 +174,7 @@ class State:
     def blank(self) -> None:
         """Sets every sequence to one token, for work that is captured or timed."""
         self.record.zero_()
-        self.record[:, commits.COUNT] = 1
+        self.record[:, commits.COUNT] = self.record[:, commits.UNSEEN] = 1
         self.length.fill_(1)
         self.fed.zero_()
         self.begun.zero_()
@@ -203,7 +205,8 @@ class State:
         assert self.live is not None
         unused = self.live == 0
         self.record.masked_fill_(unused[:, None], 0)
-        self.record[:, commits.COUNT].masked_fill_(unused, 1)
+        for column in (commits.COUNT, commits.UNSEEN):
+            self.record[:, column].masked_fill_(unused, 1)
         self.length.masked_fill_(unused, 1)
         self.fed.masked_fill_(unused, 0)
         self.begun.masked_fill_(unused, 0)
@@ -233,7 +236,7 @@ class State:
         self.tokens[:] = token[:, None]
         self.ring_tokens[sequence, place] = token
         self.record.zero_()
-        self.record[:, commits.COUNT] = 1
+        self.record[:, commits.COUNT] = self.record[:, commits.UNSEEN] = 1
         if seen and self.settings.seen is not None:
             self.settings.seen.scatter_add_(1, token[:, None], torch.ones_like(token, dtype=torch.int32)[:, None])
 

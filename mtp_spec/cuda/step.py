@@ -20,7 +20,7 @@ from mtp_spec.cuda.draft import feed_modules, run_module
 from mtp_spec.cuda.guided import masked, remaining
 from mtp_spec.cuda.kinds import Guided
 from mtp_spec.cuda.rules import DeviceRule
-from mtp_spec.cuda.script import replaced, scripted
+from mtp_spec.cuda.script import expected, replaced, scripted
 from mtp_spec.cuda.state import State
 from mtp_spec.kernels import commit as commits
 from mtp_spec.kernels import mla
@@ -34,14 +34,15 @@ class Step:
     """The step of one tree shape for all sequences of a state. Calling it runs the step, after `capture` as a graph.
 
     Args:
-        extend: most tokens that the previous step may have committed and the MTP modules have not seen; 0 without
-            drafting. A step without a tree does not process them: then it is one of several shapes (`cuda.shapes`).
+        extend: most tokens that the previous step leaves for the MTP modules to see; 0 without drafting. A step without
+            a tree does not process them: then it is one of several shapes (`cuda.shapes`). A step that may commit more
+            shows the modules all but the last itself.
         acceptance: the rule; all but "coupled" draw and accept drafts by `cuda.rules`.
         guided: what the host sends between verify and accept, see `kinds.Kind`: the parts are captured separately.
         masks: the buffer that receives it, see `guided.Guide`.
         watched: keep the rows that drafts come from.
         scripted: the drafts are those of the state's script, not the modules'.
-        replay: the script replaces the tokens that the modules draft.
+        replay: the tokens that the modules draft are replaced.
     Attributes:
         logits: `[M, V]` float32 of the last call, root first; after "accept" without the tokens a guide has removed.
         ids: `[M]` int64, the tokens of its rows. A captured step of a state with its own logits buffer keeps nothing
@@ -145,16 +146,18 @@ class Step:
             state.hidden[:, : shape.rows] = self._outputs.unflatten(0, (-1, shape.rows))
         parents = self._constants.integers([-1, *(parent + 1 for parent in shape.parents)])
         seen = state.settings.seen if self.stages.penalty else None
-        commits.accept(tokens, failed, ids, parents, state.path, state.tokens, state.record, seen)
+        commits.accept(tokens, failed, ids, parents, state.path, state.tokens, state.record, seen, shape.depth)
         if waits:
             commits.keep(self._outputs, state.tokens, state.length, state.hidden, state.ring, state.ring_tokens)
         if not shape.is_chain:
-            commits.commit(state.caches, state.length, state.path, state.record, state.pages)
+            commits.commit(state.caches, state.length, state.path, state.record, state.pages, shape.depth)
         count = state.record[:, commits.COUNT]
         if state.live is None:
             state.length += count
         else:
             state.length.addcmul_(count, state.live)
+        if 0 < self.extend <= shape.depth:
+            self._show_all_but_last()
 
     def _rows(self) -> Tensor:
         """Returns the rows from the root to each row `[E, A]`."""
@@ -164,18 +167,30 @@ class Step:
     def show(self) -> Tensor:
         """Runs the MTP modules over the tokens of the last step; returns the roots' outputs `[B, D]`."""
         state, rows = self.state, self.extend
-        count, sequence = state.record[:, commits.COUNT], self._constants.places(range(state.sequences))
+        count, sequence = state.record[:, commits.UNSEEN], self._constants.places(range(state.sequences))
         # rows past the count repeat the last token, so they activate few more experts
         hidden, first = state.hidden[sequence[:, None], state.path[:, :rows]], state.length - count
         out = feed_modules(self.model, state, self._constants, state.tokens[:, :rows], hidden, first, count.long())
         state.fed.copy_(state.length)
         return out[sequence, count.long() - 1]
 
+    def _show_all_but_last(self) -> None:
+        """Runs the MTP modules over all but the last of this step's tokens, and leaves that one for the next step."""
+        state, rows = self.state, self.shape.depth + 1
+        count, sequence = state.record[:, commits.UNSEEN], self._constants.places(range(state.sequences))
+        hidden, first = state.hidden[sequence[:, None], state.path[:, :rows]], state.length - count
+        feed_modules(self.model, state, self._constants, state.tokens[:, :rows], hidden, first, (count - 1).long())
+        state.fed.copy_(state.length - 1)
+        state.hidden[:, 0] = hidden[sequence, (count - 1).long()]
+        state.tokens.copy_(state.tokens[:, -1:].clone().expand_as(state.tokens))
+        state.path.zero_()
+        count.fill_(1)
+
     def _given(self, root: Tensor) -> Tensor:
         """Returns the drafts `[B, N]` of the script; the root's token where it has none."""
         state = self.state
         assert state.script is not None
-        given = scripted(state.script, state.length, self._constants, self.shape.depth)
+        given = expected(state.script, state.length, self._constants, self.shape.depth)
         return replaced(root.expand_as(given), given)
 
     def _draft(self, hidden: Tensor) -> Tensor:
@@ -212,8 +227,8 @@ class Step:
                     feeding.index(shape.parents[node]) * width + shape.ranks[node] for node in children
                 )
                 found = drawn.tokens.view(state.sequences, -1).index_select(1, places)
-            if self.replay and state.script is not None:
-                found = replaced(found, scripted(state.script, state.length, constants, depth)[:, depth - 1 :])
+            if self.replay and state.replayed is not None:
+                found = replaced(found, scripted(state.replayed, state.length, constants, depth)[:, depth - 1 :])
             tokens[:, children[0] : children[-1] + 1] = found
         return tokens
 

@@ -46,7 +46,7 @@ class ShapeTable:
         settling: seconds for the switch from drafting to plain steps.
         catching_up: seconds for the switch back, by the most rows that the MTP modules then read.
         chances: acceptance rates learned earlier, with other step times; None if there are none yet.
-        scripted: the shape whose drafts are those of drafters other than the MTP modules; None if there is none.
+        scripted: of how many shapes, the last ones, the drafts are those of drafters other than the MTP modules.
 
     Raises:
         ValueError: the first shape has nodes, or the numbers do not match.
@@ -54,13 +54,14 @@ class ShapeTable:
 
     def __init__(
         self, shapes: Sequence[TreeShape], seconds: Sequence[float], settling: float, catching_up: Mapping[int, float],
-        chances: Chances | None = None, scripted: int | None = None,
+        chances: Chances | None = None, scripted: int = 0,
     ) -> None:  # fmt: skip
         if shapes[PLAIN].parents or len(shapes) != len(seconds) or len(shapes) < 2 or min(seconds) <= 0:
             raise ValueError("shapes are plain decoding, then trees, each with its seconds")
-        self.shapes, self._seconds, self.scripted = tuple(shapes), tuple(seconds), scripted
-        # those of the MTP modules
-        self.drafting = [shape for shape in range(1, len(self.shapes)) if shape != scripted]
+        self.shapes, self._seconds = tuple(shapes), tuple(seconds)
+        others = len(self.shapes) - scripted
+        # those of the MTP modules, and of other drafters
+        self.drafting, self.scripted = range(1, others), range(others, len(self.shapes))
         self._settling, self._catching_up = settling, sorted(catching_up.items())
         self.chances, self.debt = chances or Chances(MODEL_MEMORY), 0.0
         # one factor is common to all shapes (longer contexts are slower), another is each shape's own
@@ -100,7 +101,7 @@ class ShapeBatch:
         sequences: number of sequences.
         left: most tokens that any of them may still generate.
         behind: their rows that the MTP modules have not processed.
-        given: expected tokens of a step with other drafters' proposals; 1 if they have none.
+        given: expected tokens of a step with other drafters' proposals, for each of their shapes; 1 if they have none.
         eager: whether every step drafts: the deepest of the modules' trees, if other drafters do not promise more.
     """
 
@@ -108,7 +109,7 @@ class ShapeBatch:
     sequences: int = 1
     left: float = inf
     behind: int = 0
-    given: float = 1.0
+    given: Sequence[float] = ()
     eager: bool = False
 
 
@@ -144,20 +145,20 @@ class ShapePlanner:
     def plan(self, batch: ShapeBatch) -> ShapePlan:
         """Returns the shape of the next step."""
         table = batch.table
-        tokens = self._chances.tokens(*table.shapes)
-        if table.scripted is not None:
-            tokens[table.scripted] = batch.given
+        own = table.shapes[: table.scripted.start]
+        tokens = [*self._chances.tokens(*own), *(batch.given or [1.0] * len(table.scripted))]
         shape = self._choose(batch, tokens)
         return ShapePlan(table, shape, tokens[shape], table.seconds(shape))
 
     def _choose(self, batch: ShapeBatch, tokens: Sequence[float]) -> int:
         table, drafting = batch.table, batch.table.drafting
-        if table.scripted is not None and batch.given > 1.0:
+        if any(tokens[shape] > 1.0 for shape in table.scripted):
             paused = self._pace.paused and not batch.eager
-            others = [tokens[shape] / table.relative(shape) for shape in drafting if not paused]
-            rates = [*others, *([] if batch.eager else [1.0])]
-            if not rates or batch.given > CLEARLY * table.relative(table.scripted) * max(rates):
-                return table.scripted
+            own = [tokens[shape] / table.relative(shape) for shape in drafting if not paused]
+            least = max([*own, *([] if batch.eager else [1.0])], default=0.0)
+            others, shape = max((tokens[shape] / table.relative(shape), -shape) for shape in table.scripted)
+            if others > CLEARLY * least:
+                return -shape
         if not drafting:
             return PLAIN
         if batch.eager:
@@ -184,7 +185,7 @@ class ShapePlanner:
         if outcome.seconds is not None:
             table.learn(plan.shape, outcome.seconds.step)
         paths = [tuple(path) for path in outcome.paths if path is not None]
-        if plan.shape in (PLAIN, table.scripted) or not paths:
+        if plan.shape == PLAIN or plan.shape in table.scripted or not paths:
             return
         seen = Seen.of(shape, Counter(paths))
         for chances in (self._chances, table.chances):

@@ -18,7 +18,7 @@ from mtp_spec.api import LM
 from mtp_spec.cuda.backend import DeviceRunner
 from mtp_spec.cuda.pages import EXTRA_ROWS, DevicePages, room_of
 from mtp_spec.cuda.prefill import Reader
-from mtp_spec.cuda.state import prefill_rows
+from mtp_spec.cuda.state import SLACK, prefill_rows
 from mtp_spec.model.cache import PAGE, pages_for
 from mtp_spec.model.cuda.checkpoint import load_device_model
 from mtp_spec.speculation import Speculation
@@ -111,7 +111,7 @@ def test_prompts_that_are_read_in_chunks(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_who_finds_no_pages_waits(folder: Path) -> None:
-    need = pages_for(40 + 5 + 146 + 18)
+    need = pages_for(40 + 5 + SLACK + 18)
     lm, alone = batch_lm(folder, 6, need * PAGE * 2), batch_lm(folder, 1)
     running: list[int] = []
     admit = DeviceRunner.admit
@@ -129,7 +129,7 @@ def test_who_finds_no_pages_waits(folder: Path) -> None:
     assert max(running) == 1  # two at a time
     pages = store(lm)
     assert pages.free + pages.idle == pages.total == 2 * need
-    with pytest.raises(mtp_spec.MTPSpecError, match=r"may need 9 pages .* \(300 of the prompt, up to 100 new"):
+    with pytest.raises(mtp_spec.MTPSpecError, match=r"may need 10 pages .* \(300 of the prompt, up to 100 new"):
         lm.submit([1] * 300, max_new_tokens=100)
 
 

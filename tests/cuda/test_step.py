@@ -17,7 +17,7 @@ from device_models import KINDS, SAMPLING, SHAPES, SIZES, OnceThenAgain, checkpo
 from lms import lm_of, module_caches, runtime
 from mtp_spec.analysis.scoring import score_ids
 from mtp_spec.cpu.draft import Drafter
-from mtp_spec.cuda.state import MOST, State
+from mtp_spec.cuda.state import State
 from mtp_spec.cuda.step import Prefill
 from mtp_spec.errors import MTPSpecError, OptionError
 from mtp_spec.kernels import commit, mla, moe
@@ -27,7 +27,7 @@ from mtp_spec.model.cuda.checkpoint import fp8_obstacle, load_device_model
 from mtp_spec.model.cuda.layers import Mixture, Store
 from mtp_spec.model.moe import Gate
 from mtp_spec.model.training import chosen_experts
-from mtp_spec.speculation import Speculation
+from mtp_spec.speculation import MAX_DEPTH, Speculation
 from mtp_spec.tree import ROOT, TokenTree
 from mtp_spec.tree_shape import TreeShape
 from places import SUPPORT
@@ -113,7 +113,7 @@ def test_modules_hold_the_text_whatever_was_drafted(tmp_path: Path, modules: int
             got, expected, text = module_caches(lm), State(lm.model, 300), [*prompt, *out.token_ids]
             Prefill(lm.model, expected, len(text), True)(torch.tensor(text), 0)
             for module, (ours, theirs) in enumerate(zip(got, expected.mtp_caches, strict=True)):
-                known = len(text) - 1 - module - MOST
+                known = len(text) - 1 - module - (MAX_DEPTH + 1)
                 torch.testing.assert_close(ours.slots[:known], theirs.slots[:known], rtol=0.02, atol=0.02)
         assert all(text == texts[0] for text in texts)
 

@@ -16,10 +16,11 @@ from mtp_spec import Speculation
 from mtp_spec.api import LM
 from mtp_spec.cuda import group as device_group
 from mtp_spec.cuda.constants import Constants
-from mtp_spec.cuda.script import RING, ROOTS, promised, replaced, ring_of, scripted
+from mtp_spec.cuda.script import LONGEST, RING, expected, promised, replaced, ring_of
+from mtp_spec.cuda.state import MOST
 from mtp_spec.drafting import Continuation
 from mtp_spec.planning.shape_planner import ShapeTable
-from mtp_spec.speculation import MAX_DEPTH
+from mtp_spec.speculation import LONGEST_CHAIN
 from scripted import Script
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [1, 2, 3] * 5, [9]]
@@ -69,7 +70,19 @@ def test_modules_and_proposals_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
     references = [nearly([5, 3, *plain.token_ids])]
     speculation = Speculation(2, adaptive=True, drafters=("mtp", "text"), references=references)
     held = list[list[torch.Tensor]]()
-    for shapes in ([1], [3], [3, 1], [0, 3, 2], [0, 0, 3, 3, 2]):  # plain, chains of 1 and 2, proposals
+    # plain, chains of 1 and 2, proposals of 8 and of 31
+    for shapes in (
+        [1],
+        [3],
+        [4],
+        [3, 1],
+        [4, 1],
+        [4, 2],
+        [0, 3, 2],
+        [0, 4, 2, 4],
+        [0, 0, 3, 3, 2],
+        [4, 0, 4, 0, 0, 3, 1],
+    ):
 
         def make(_: ShapeTable, shapes: list[int] = shapes) -> Script:
             return Script(shapes)
@@ -86,6 +99,29 @@ def test_modules_and_proposals_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
             both = min(len(ours), len(theirs), 24)
             assert both > 15
             assert torch.equal(ours[:both], theirs[:both])
+
+
+@pytest.mark.parametrize("drafters", [("text",), ("mtp", "text")], ids=["text", "both"])
+def test_chains_of_31_drafts(lm: LM, drafters: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that follow a document for long, end within a step, or leave it; alone and side by side."""
+    prompts, options = PROMPTS[:2], {"max_new_tokens": 70, "temperature": 0.0, "ignore_eos": True}
+    plain = [lm.generate(prompt, seed=0, speculation=None, **options) for prompt in prompts]
+    whole = [prompt + one.token_ids for prompt, one in zip(prompts, plain, strict=True)]
+    left = [ids[: len(ids) - 20] + [3, 4, 5] * 7 for ids in whole]
+    steps = list[int]()
+    for documents, most in ((whole, 70), (whole, 45), (left, 70)):
+        speculation = Speculation(2, adaptive=True, drafters=drafters, references=documents)
+        last = 2 if drafters == ("text",) else 4  # plain, chains of 1 and 2 of the modules, of 8 and 31 of the text
+        monkeypatch.setattr(device_group, "ShapePlanner", lambda _: Script([last]))  # noqa: B023 - called at once
+        given = options | {"max_new_tokens": most, "speculation": speculation, "seed": 0}
+        alone = [lm.generate(prompt, **given) for prompt in prompts]
+        stopped = lm.generate(prompts[0], stop_token_ids=[plain[0].token_ids[40]], **given)
+        for out in (alone, lm.generate(prompts, **given)):
+            assert [one.token_ids for one in out] == [one.token_ids[:most] for one in plain]
+        assert stopped.token_ids == plain[0].token_ids[: plain[0].token_ids.index(plain[0].token_ids[40])]
+        steps += [one.stats.steps for one in alone]
+    assert max(steps[:4]) < 8
+    assert max(steps) < 40
 
 
 def test_every_step_of_a_fixed_tree_drafts(tmp_path: Path) -> None:
@@ -143,23 +179,25 @@ def test_what_cannot_take_part_is_named(lm: LM) -> None:
 
 def test_drafts_are_sent_by_position() -> None:
     constants = Constants(torch.device("cpu"))
-    tokens = list(range(100, 100 + ROOTS + MAX_DEPTH))
+    tokens = list(range(100, 100 + LONGEST + 9))
     for known in (1, 30, RING, 1000):
         script = torch.from_numpy(ring_of(known, tokens))[None]
-        for ahead in range(ROOTS):  # tokens that the step in flight commits
+        for ahead in range(2 * MOST + 1):  # tokens that the steps in flight commit
             length = torch.tensor([known - 1 + ahead], dtype=torch.int32)
-            assert scripted(script, length, constants, 5).tolist() == [tokens[ahead : ahead + 5]]
-        beyond = torch.tensor([known - 1 + ROOTS], dtype=torch.int32)
-        assert scripted(script, beyond, constants, 3).tolist() == [[-1] * 3]
+            for depth in (5, LONGEST_CHAIN):
+                own = tokens[ahead : min(ahead + depth, LONGEST)]
+                assert expected(script, length, constants, depth).tolist() == [own + [-1] * (depth - len(own))]
     short = torch.from_numpy(ring_of(5, [7, 8]))[None]
-    given = scripted(short, torch.tensor([5], dtype=torch.int32), constants, 3)
+    given = expected(short, torch.tensor([5], dtype=torch.int32), constants, 3)
     assert given.tolist() == [[8, -1, -1]]
     assert replaced(torch.tensor([[1, 2, 3]]), given).tolist() == [[8, 2, 3]]
 
 
 def test_a_step_in_flight_makes_proposals_less_sure() -> None:
     one = Continuation(list(range(20)), [0.5], "text")
-    assert promised(None, 3, 8) == 1.0
-    assert promised(one, 0, 3) == pytest.approx(1 + 0.5 + 0.25 + 0.125)
-    assert promised(one, 2, 3) == pytest.approx(1 + 0.125 + 0.0625 + 0.03125)
-    assert promised(one, 40, 8) == 1.0
+    assert promised(None, 3, (8,)) == [1.0]
+    assert promised(one, 0, (3,)) == pytest.approx([1 + 0.5 + 0.25 + 0.125])
+    assert promised(one, 2, (3,)) == pytest.approx([1 + 0.125 + 0.0625 + 0.03125])
+    assert promised(one, 40, (8,)) == [1.0]
+    for flying in (0, 2, 19, 40):
+        assert promised(one, flying, (2, 8, 31)) == [promised(one, flying, (depth,))[0] for depth in (2, 8, 31)]

@@ -227,13 +227,29 @@ def test_every_step_drafts_where_the_tree_is_fixed(modules: bool) -> None:
     shapes, times = ([TreeShape(), tree, chain], (1.0, 1.5, 1.6)) if modules else ([TreeShape(), chain], (1.0, 1.6))
 
     def chosen(chances: Chances, given: float) -> int:
-        table = ShapeTable(shapes, times, 0.1, {}, chances, len(shapes) - 1)
-        return ShapePlanner(table).plan(ShapeBatch(table, given=given, eager=True)).shape
+        table = ShapeTable(shapes, times, 0.1, {}, chances, 1)
+        return ShapePlanner(table).plan(ShapeBatch(table, given=[given], eager=True)).shape
 
     assert chosen(hopeless(), 1.0) == len(shapes) - 2
     assert chosen(hopeless(), 1.3) == len(shapes) - 1
     assert chosen(certain(), 1.3) == (1 if modules else PLAIN + 1)
     assert chosen(certain(), 3.9) == len(shapes) - 1
+
+
+def test_a_long_chain_of_proposals_is_taken_where_it_promises_more() -> None:
+    """Of other drafters' chains the one with most tokens a second, if that is clearly more than the modules' best."""
+    shapes = [TreeShape(), TreeShape.of(Speculation(2)), TreeShape.chain(8), TreeShape.chain(31)]
+
+    def chosen(chances: Chances, *given: float) -> int:
+        table = ShapeTable(shapes, (1.0, 1.5, 1.25, 1.5), 0.1, {}, chances, 2)
+        return ShapePlanner(table).plan(ShapeBatch(table, given=given)).shape
+
+    assert chosen(hopeless(), 1.0, 1.0) < 2
+    assert chosen(hopeless(), 1.2, 1.2) < 2  # less than plain decoding
+    assert chosen(hopeless(), 4.0, 4.5) == 2
+    assert chosen(hopeless(), 8.0, 20.0) == 3
+    assert chosen(certain(), 2.0, 2.0) == 1
+    assert chosen(certain(), 8.0, 20.0) == 3
 
 
 def hopeless() -> Chances:

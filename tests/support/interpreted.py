@@ -275,8 +275,8 @@ def commits() -> None:
                 seen = torch.zeros(texts, 3, dtype=torch.int32, device=place)
                 inputs = [t.to(place) for t in (drawn, failed, ids, parents.int())]
                 commit.__dict__["runs_triton"] = lambda _, kernel=kernel: kernel  # else the references
-                if _depth(parents) < 9:
-                    commit.accept(*inputs, path, tokens, record, seen)
+                if (depth := _depth(parents)) < 9:
+                    commit.accept(*inputs, path, tokens, record, seen, depth if rows % 3 else None)
                 caches = new_caches(3, 100, 0, Layout(64, 16, packed=rows % 2 == 1), place, 6 if texts > 1 else None)
                 held = caches[0].store
                 held.copy_(torch.arange(held.numel()).view(held.shape) % 251)
@@ -284,7 +284,7 @@ def commits() -> None:
                 own = chosen.to(place)
                 record[:, commit.COUNT] = torch.tensor([5, 2, 9][:texts], device=place)
                 table = torch.tensor([5, 0, 2, 4, 1, 3][: 2 * texts], dtype=torch.int32, device=place).view(-1, 2) * 64
-                commit.commit(caches, length, own, record, table if texts > 1 else None)
+                commit.commit(caches, length, own, record, table if texts > 1 else None, 8 if rows % 3 else None)
                 if texts > 1:
                     commit.clean(caches[1:], torch.tensor([3, 0], device=place))
                 hidden, ring = (torch.full((texts, count, 1300), float("nan"), device=place).bfloat16()
