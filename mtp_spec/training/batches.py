@@ -12,6 +12,8 @@ from torch import Tensor
 from mtp_spec.training.backbone import States
 from mtp_spec.training.texts import Corpus
 
+# padded sizes of batches: so many leading bits are kept, so that there are few: tokens of a text, texts, trained rows
+WIDTHS, COUNTS, ROWS = 5, 4, 3
 WINDOW = 64  # texts of so many batches are sorted by length, so that little is padded
 
 
@@ -66,13 +68,14 @@ class Batches:
 
 
 class Batch(NamedTuple):
-    """A step's texts, as `draft_loss` takes them.
+    """A step's texts, as `draft_loss` takes them; padding has no weight.
 
     Attributes:
         ids: `[B, T]`.
         hidden: `[B, T, D]` of the main model.
         weights: `[B, T]`.
-        chosen: `[N]` places of the weights that are not 0, known without waiting for the device.
+        chosen: `[N]` places of the weights that are not 0, known without waiting for the device; on a GPU followed by
+            some of weight 0.
     """
 
     ids: Tensor
@@ -81,18 +84,36 @@ class Batch(NamedTuple):
     chosen: Tensor
 
 
-def tensors(corpus: Corpus, states: States, numbers: Sequence[int], depth: int) -> Batch:
-    """Returns the batch of texts, on the device of the states."""
+def tensors(corpus: Corpus, states: States, numbers: Sequence[int], depth: int, pad: bool = False) -> Batch:
+    """Returns the batch of texts, on the device of the states.
+
+    Args:
+        pad: up to one of few shapes, with more padding, the last text again, and places of no weight.
+    """
     texts = [corpus.texts[number] for number in numbers]
-    width = max(text.length for text in texts) + depth
+    width, own = max(text.length for text in texts) + depth, len(texts)
+    width = rounded_up(width, WIDTHS) if pad else width
     hidden = states.padded(numbers, width)
+    if pad:
+        more = rounded_up(own, COUNTS) - own
+        texts += texts[-1:] * more
+        hidden = torch.cat((hidden, hidden[-1:].expand(more, -1, -1))) if more else hidden
     pinned = hidden.device.type == "cuda"
     ids = torch.zeros(len(texts), width, dtype=torch.int64, pin_memory=pinned)
     weights = torch.zeros(len(texts), width, dtype=torch.float32, pin_memory=pinned)
-    for own, weight, text in zip(ids.numpy(), weights.numpy(), texts, strict=True):
-        own[: text.length] = corpus.ids(text)
-        for begin, end in text.answers:
+    for row, (line, weight, text) in enumerate(zip(ids.numpy(), weights.numpy(), texts, strict=True)):
+        line[: text.length] = corpus.ids(text)
+        for begin, end in text.answers if row < own else ():
             weight[begin - 1 : end - 1] = 1
     chosen = weights.flatten().nonzero().squeeze(1)
+    if pad:
+        last = ids.numel() - 1  # behind the last text
+        chosen = torch.nn.functional.pad(chosen, (0, rounded_up(len(chosen), ROWS) - len(chosen)), value=last)
     chosen = chosen.pin_memory() if pinned else chosen
     return Batch(*(part.to(hidden.device, non_blocking=True) for part in (ids, hidden, weights, chosen)))
+
+
+def rounded_up(number: int, bits: int) -> int:
+    """Returns the least number from `number` on that has so many leading bits and then zeros."""
+    unit = 1 << max(0, number.bit_length() - bits)
+    return -(-number // unit) * unit

@@ -21,7 +21,8 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.training import ModulesForward
 from mtp_spec.model.transformer import MTPModule
 from mtp_spec.training.backbone import States
-from mtp_spec.training.batches import Batches, tensors
+from mtp_spec.training.batches import Batch, Batches, tensors
+from mtp_spec.training.captured import CapturedSteps
 from mtp_spec.training.objective import Objective, draft_loss
 from mtp_spec.training.optim import Optimiser
 from mtp_spec.training.options import BATCH_TOKENS, GENTLE, OPTIMISER, RATES, TrainOptions
@@ -51,6 +52,7 @@ class Trainer:
         spent: seconds of training so far.
         log: a line for each step that was noted and each check.
         pending: steps, and what they will add to the log once the device is waited for.
+        captured: computes gradients on a GPU, if one process trains.
     """
 
     options: TrainOptions
@@ -67,6 +69,7 @@ class Trainer:
     step: int = 0
     spent: float = 0.0
     pending: list[tuple[int, Tensor]] = field(default_factory=list)
+    captured: CapturedSteps | None = None
 
     @classmethod
     def of(
@@ -77,7 +80,11 @@ class Trainer:
         batches = Batches(corpus, numbers, batch_tokens(options, team.device), options.seed)
         steps = options.steps or max(1, round(options.epochs * batches.count(0)))
         optimiser = optimiser_for(options, modules, team.device)
-        return cls(options, options.objective(), forward, modules, corpus, states, batches, optimiser, steps, [], team)
+        made = cls(options, options.objective(), forward, modules, corpus, states, batches, optimiser, steps, [], team)
+        if forward.embedding.is_cuda and team.size == 1:
+            trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
+            made.captured = CapturedSteps(made.gradients, trained, forward.embedding.device)
+        return made
 
     def largest(self) -> tuple[int, int]:
         """Returns sequences and tokens of the largest batch of the first pass."""
@@ -124,23 +131,30 @@ class Trainer:
         """Runs a step; returns its number of tokens."""
         batch = self.batches.of(self.step)
         own = self.team.part(batch)
-        ids, hidden, weights, chosen = tensors(self.corpus, self.states, own or batch[:1], self.options.depth)
+        on_gpu = self.forward.embedding.is_cuda
+        given = tensors(self.corpus, self.states, own or batch[:1], self.options.depth, on_gpu)
         if not own:
-            weights.zero_()
+            given.weights.zero_()
+        found = (self.captured or self.gradients)(given)
+        self.optimiser.step(self.schedule())
+        self.step += 1
+        self.pending.append((self.step, found))
+        if len(self.pending) == SETTLED[given.ids.device.type]:
+            self.settle()
+        if self.options.start != "shipped" and self.step % BALANCE_EVERY == 0:
+            self._balance()
+        return given.ids.numel() * self.team.size
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Leaves a batch's gradients in the modules' parameters; returns loss, greedy matches and overlap `[3, K]`."""
         with autocast(self.forward):
-            outcome = draft_loss(self.forward, self.objective, ids, hidden, weights, self.team.sum, chosen)
+            outcome = draft_loss(self.forward, self.objective, batch.ids, batch.hidden, batch.weights, self.team.sum,
+                                 batch.chosen)  # fmt: skip
         outcome.loss.backward()
         self.team.sum_gradients(self.modules.parameters())
         parts = torch.stack([outcome.loss.detach().expand_as(outcome.rows), outcome.greedy, outcome.overlap])
         loss, greedy, overlap = self.team.sum(parts)
-        self.optimiser.step(self.schedule())
-        self.step += 1
-        self.pending.append((self.step, torch.stack([loss, greedy / outcome.rows, overlap / outcome.rows])))
-        if len(self.pending) == SETTLED[ids.device.type]:
-            self.settle()
-        if self.options.start != "shipped" and self.step % BALANCE_EVERY == 0:
-            self._balance()
-        return ids.numel() * self.team.size
+        return torch.stack([loss, greedy / outcome.rows, overlap / outcome.rows])
 
     def settle(self) -> None:
         """Adds the steps to the log that are not there yet, which waits for the device.

@@ -135,8 +135,10 @@ def test_a_step_does_not_wait_for_the_gpu(block: str, tmp_path: Path) -> None:
     forward, _ = shared_weights(model, folder, modules, 200)
     states = States(Backbone(model), corpus, None, 10**8, 10**8)
     trainer = Trainer.of(options, forward, modules, corpus, states, Team(GPU))
-    for _ in range(8):  # compiles, and computes the states
+    for _ in range(3 * trainer.batches.count(0)):  # compiles, computes the states, captures
         trainer.one()
+    assert trainer.captured is not None
+    assert not trainer.captured.off
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer.one()
@@ -144,6 +146,38 @@ def test_a_step_does_not_wait_for_the_gpu(block: str, tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
     trainer.settle()
     assert trainer.log[-1]["loss"] < trainer.log[0]["loss"]
+    corpus.close()
+
+
+@pytest.mark.parametrize("options", [{"block": "moe"}, {"block": "dense"}, {"start": "shipped", "loss": "tv,ce:0.1"}])
+def test_a_captured_step_has_the_bits_of_a_launched_one(options: dict[str, Any], tmp_path: Path) -> None:
+    """Of several shapes, the first pass over each of which is launched, the second captured, and later ones replayed;
+    from the middle on too."""
+    corpus = Corpus(tmp_path / "texts", 0.0)
+    for line, ids in enumerate(TEXTS):
+        corpus.add("texts", line, ids, [(1, len(ids))], "a")
+    chosen = TrainOptions(texts=tmp_path / "texts" / "index.jsonl", steps=40, batch_tokens=300, depth=3, **options)
+    model, folder = load_device_model(DEMO, GPU), open_checkpoint(DEMO)
+    found = []
+    for captured in (True, False):
+        modules = ready_modules(chosen, folder, model.device)
+        forward, _ = shared_weights(model, folder, modules, 200)
+        states = States(Backbone(model), corpus, None, 10**8, 10**8)
+        trainer = Trainer.of(chosen, forward, modules, corpus, states, Team(GPU))
+        if not captured:
+            trainer.captured = None
+        for number in range(4 * trainer.batches.count(0)):
+            if number == 3 and captured:
+                trainer.settle()
+                trainer.save(tmp_path / "state")
+                trainer.restore(tmp_path / "state")
+            trainer.one()
+        trainer.settle()
+        found.append(([line["loss"] for line in trainer.log], [p.detach().clone() for p in modules.parameters()]))
+    (losses, weights), (expected, theirs) = found
+    assert len(losses) >= 8
+    assert losses == expected
+    assert all(torch.equal(own, other) for own, other in zip(weights, theirs, strict=True))
     corpus.close()
 
 
