@@ -8,6 +8,7 @@ same. All graphs share one pool of memory, the inputs and the gradients: only on
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ class CapturedSteps:
     def _captured(self, batch: Batch, shape: Shape) -> Graph | None:
         """Returns the graph of a batch's shape; None if there is no room, or it cannot be captured."""
         device = batch.ids.device
+        if not self._gradients:  # what a cycle of references keeps of earlier passes belongs to another stream
+            gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
@@ -110,7 +113,7 @@ class CapturedSteps:
                 torch._foreach_zero_(self._gradients)
                 found = self._work(inputs)
         except Exception as error:  # of any kind that torch and CUDA have for it
-            self._failed += 1
+            self._failed, self._pool = self._failed + 1, torch.cuda.graph_pool_handle()
             if self._failed >= ATTEMPTS:
                 self._stop(f"{type(error).__name__}: {error}")
             for parameter in self._parameters:

@@ -143,7 +143,7 @@ def _saved(forward: ModulesForward, objective: Objective, texts: int, length: in
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that kept its own output would keep itself
 
     ids = torch.zeros(texts, length, dtype=torch.int64, device=device)
     hidden = torch.zeros(*ids.shape, forward.embedding.shape[1], dtype=torch.float32, device=device)
