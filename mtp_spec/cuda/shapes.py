@@ -76,16 +76,17 @@ class Switching:
 
 
 def table_of(
-    shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None, scripted: int = 0
-) -> ShapeTable:
+    shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None,
+    after: Sequence[int] = (),
+) -> ShapeTable:  # fmt: skip
     """Returns the table of measured times, in the order of `Switching.seconds`.
 
     Args:
-        scripted: how many shapes, the last ones, are those of other drafters.
+        after: as for `ShapeTable`.
     """
     steps, (settling, *reading) = seconds[: len(shapes)], seconds[len(shapes) :]
     catching_up = dict(zip(CATCH_UP_ROWS, reading, strict=True))
-    return ShapeTable(shapes, steps, settling, catching_up, chances, scripted)
+    return ShapeTable(shapes, steps, settling, catching_up, chances, after)
 
 
 def _nothing() -> None:
