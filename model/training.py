@@ -49,6 +49,7 @@ class ModulesForward:
         self.table, self.dropout, self._first = table, dropout, len(before)
         self.blocks: list[Block] = [*before, *(module.block for module in modules)]
         self._narrowed: dict[int, tuple[Tensor, Tensor]] | None = None  # experts, while drafts are computed
+        self._counted: Tensor | None = None  # rows that count as load, `[M]`, while drafts of a part are computed
         self.load = [
             torch.zeros(block.mlp.experts, dtype=torch.float32, device=embedding.device)
             if isinstance(block.mlp, MoE) else None
@@ -82,7 +83,9 @@ class ModulesForward:
         """Returns a module's logits `[B, T, V]`."""
         return F.linear(hidden, self.head_of(module))
 
-    def drafts(self, ids: Tensor, hidden: Tensor, depths: int) -> Iterator[tuple[int, Tensor]]:
+    def drafts(
+        self, ids: Tensor, hidden: Tensor, depths: int, lengths: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yields (depth, outputs `[B, T - depths, D]`) as drafting computes them along the true text.
 
         Depth d is computed by module d, deeper ones by the last module on its own output, which then sees its own rows
@@ -92,15 +95,19 @@ class ModulesForward:
             ids: `[B, T]` the text.
             hidden: `[B, T, D]` of the main model.
             depths: how deep to draft.
+            lengths: `[B]` tokens of the texts, if rows behind them are not to count as load of experts.
         """
         rows, earlier, last = ids.shape[1] - depths, list[KeysValues](), len(self.modules)
         hidden = hidden[:, :rows]
         self._narrowed = {}
         for depth in range(1, depths + 1):
             carried = earlier if depth >= last and depths > last else None
+            if lengths is not None:
+                places = torch.arange(depth, depth + rows, device=ids.device)
+                self._counted = (places < lengths[:, None]).flatten()
             hidden = self.mtp_hidden(min(depth, last) - 1, ids[:, depth : depth + rows], hidden, depth, carried)
             yield depth, hidden
-        self._narrowed = None
+        self._narrowed = self._counted = None
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
         """Returns the output of a block's MLP or experts for rows x `[M, D]`."""
@@ -112,9 +119,8 @@ class ModulesForward:
         load = self.load[number]
         if load is not None and torch.is_grad_enabled():
             with torch.no_grad():
-                load += torch.zeros_like(load).index_add(
-                    0, indices.flatten(), torch.ones_like(load)[:1].expand(indices.numel())
-                )
+                rows = torch.ones_like(load)[:1] if self._counted is None else self._counted.to(load.dtype)[:, None]
+                load += torch.zeros_like(load).index_add(0, indices.flatten(), rows.expand(indices.shape).flatten())
         if mlp.experts <= MOST_AT_ONCE:
             routed = every_expert(mlp, x, weights.new_zeros(len(x), mlp.experts).scatter(1, indices, weights))
         elif x.is_cuda and groups_run(mlp):

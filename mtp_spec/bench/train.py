@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 import mtp_spec
 from mtp_spec.bench import parsing
@@ -19,7 +20,6 @@ from mtp_spec.load_checks import check_device, context_limit
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.shapes import model_folder
 from mtp_spec.training.backbone import Backbone
-from mtp_spec.training.batches import Batch
 from mtp_spec.training.captured import CapturedSteps
 from mtp_spec.training.loop import autocast, optimiser_for
 from mtp_spec.training.modules import ready_modules, shared_weights
@@ -34,8 +34,8 @@ def train(args: argparse.Namespace) -> Report:
     """Times training steps of MTP modules on random tokens, part by part; the main model is frozen.
 
     Weights are float32, products bfloat16 on a GPU and float32 on a CPU. Every step trains on the same batch, so the
-    loss of the last one, which is told, must be below that of the first. On a GPU `train` replays forward, loss and
-    backward as a CUDA graph: a line of their own.
+    loss of the last one, which is told, must be below that of the first. On a GPU `train` replays a step as a CUDA
+    graph, which has a line of its own.
     """
     check_device(args.device)
     if args.context <= args.depths:
@@ -146,31 +146,28 @@ class Step:
         return [after - before for before, after in pairwise(marks)]
 
     def captured(self, repeats: int) -> list[tuple[str, float]]:
-        """Returns the seconds of gradients and update as `train` runs them on a GPU, with hidden states that are kept;
-        none on a CPU."""
+        """Returns the seconds of a step as `train` runs it on a GPU, with hidden states that are kept; none on a CPU,
+        or if it cannot be captured."""
         if not self.weights.is_cuda:
             return []
         hidden = torch.stack(self.backbone.hidden(self.texts))
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, self.ids.shape[1] - hidden.shape[1]))
-        batch = Batch(self.ids, hidden, self.weights, self.weights.flatten().nonzero().squeeze(1))
+        chosen = self.weights.flatten().nonzero().squeeze(1)
 
-        def gradients(batch: Batch) -> torch.Tensor:
+        def update(ids: Tensor, hidden: Tensor, weights: Tensor, chosen: Tensor, scale: Tensor) -> Tensor:
             with autocast(self.forward):
-                loss = draft_loss(self.forward, self.objective, *batch[:3], chosen=batch.chosen).loss
+                loss = draft_loss(self.forward, self.objective, ids, hidden, weights, chosen=chosen).loss
             loss.backward()
+            self.optimiser.step(scale)
             return loss.detach()
 
-        steps, taken = (
-            CapturedSteps(gradients, [p for p in self.modules.parameters() if p.requires_grad], self.weights.device),
-            list[float](),
-        )
-        for number in range(3 + repeats):  # the first two are not replayed
+        steps, taken = CapturedSteps(update, self.weights.device), list[float]()
+        for _ in range(2 + repeats):  # launched, captured, replayed
             begin = self._now()
-            loss = steps(batch)
-            self.optimiser.step(1.0)
-            taken += [self._now() - begin] * (number >= 3)
-        self.losses.append(loss.item())
-        return [] if steps.off else [("the same as a CUDA graph, without the main model", median(taken))]
+            loss = steps(self.ids, hidden, self.weights, chosen, torch.ones((), device=self.weights.device))
+            taken.append(self._now() - begin)
+            self.losses.append(loss.item())
+        return [("captured step, without the main model", median(taken[2:]))] if steps.graphs else []
 
     def _now(self) -> float:
         if self.weights.is_cuda:

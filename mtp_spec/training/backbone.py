@@ -120,9 +120,9 @@ class States:
         """Bytes in the device's memory."""
         return self._near.nbytes
 
-    def padded(self, numbers: Sequence[int], width: int) -> Tensor:
+    def padded(self, numbers: Sequence[int], width: int, count: int | None = None) -> Tensor:
         """Returns the hidden states `[B, width, D]` of the texts with these numbers, zero behind their ends, on the
-        model's device."""
+        model's device; with `count`, zeros follow up to so many texts."""
         texts = [self.corpus.texts[number] for number in numbers]
         wanted = [at for at, number in enumerate(numbers) if number not in self._places]
         computed: list[Tensor] = []
@@ -130,7 +130,7 @@ class States:
             computed = self.backbone.hidden([self.corpus.ids(texts[at]).tolist() for at in wanted])
             self._keep([(numbers[at], texts[at]) for at in wanted], computed)
         places = [self._places.get(number) for number in numbers]
-        out = self._of_near(texts, places, width)
+        out = self._of_near(texts, places, width, len(texts) if count is None else count)
         for at, hidden in zip(wanted, computed, strict=True):
             place = places[at]
             if place is None or not place[0]:
@@ -145,17 +145,19 @@ class States:
                 out[at, : len(own)] = _pinned(own) if out.is_cuda else own
         return out
 
-    def _of_near(self, texts: Sequence[Text], places: Sequence[tuple[bool, int] | None], width: int) -> Tensor:
-        """Returns `[B, width, D]`: the rows that are near, and zeros elsewhere."""
+    def _of_near(
+        self, texts: Sequence[Text], places: Sequence[tuple[bool, int] | None], width: int, count: int
+    ) -> Tensor:
+        """Returns `[count, width, D]`: the rows that are near, and zeros elsewhere."""
         device = self._near.device
         if not any(place is not None and place[0] for place in places):
-            return torch.zeros(len(texts), width, self._width, dtype=self._dtype, device=device)
-        rows = torch.full((len(texts), width), len(self._near) - 1, pin_memory=device.type == "cuda")
-        for own, text, place in zip(rows.numpy(), texts, places, strict=True):
+            return torch.zeros(count, width, self._width, dtype=self._dtype, device=device)
+        rows = torch.full((count, width), len(self._near) - 1, pin_memory=device.type == "cuda")
+        for own, text, place in zip(rows.numpy(), texts, places, strict=False):
             if place is not None and place[0]:
                 own[: text.length] = np.arange(place[1], place[1] + text.length)
         found = self._near.index_select(0, rows.flatten().to(device, non_blocking=True))
-        return found.view(len(texts), width, self._width)
+        return found.view(count, width, self._width)
 
     def _keep(self, texts: Sequence[tuple[int, Text]], computed: Sequence[Tensor]) -> None:
         some: dict[bool, list[Tensor]] = {True: [], False: []}

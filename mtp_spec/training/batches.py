@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,42 @@ from torch import Tensor
 from mtp_spec.training.backbone import States
 from mtp_spec.training.texts import Corpus
 
-# padded sizes of batches: so many leading bits are kept, so that there are few: tokens of a text, texts, trained rows
-WIDTHS, COUNTS, ROWS = 5, 4, 3
 WINDOW = 64  # texts of so many batches are sorted by length, so that little is padded
+WIDTH_BITS = 4  # leading bits of a padded width: 8 widths from a power of two to the next, about 3 % of padding
+ROW_SHARES = 16  # numbers of trained rows, of all that a shape has
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The few shapes that batches are padded to where each is captured as a CUDA graph.
+
+    Attributes:
+        tokens: most of a batch, padding included, but for one long text.
+        depth: places behind a text.
+        longest: tokens of the longest text: no width needs more angles of positions than it does.
+    """
+
+    tokens: int
+    depth: int
+    longest: int
+
+    def width(self, length: int) -> int:
+        """Returns the places of each text of a batch whose longest one has so many tokens."""
+        wanted = length + self.depth
+        unit = 1 << max(0, wanted.bit_length() - WIDTH_BITS)
+        return min(_multiple(wanted, unit), self.longest + self.depth)
+
+    def full(self, width: int) -> int:
+        """Returns the texts of a full batch."""
+        return max(1, self.tokens // width)
+
+    def texts(self, own: int, width: int) -> int:
+        """Returns the texts that a batch of `own` is padded to: a full one's, or, at a window's end, a power of 2."""
+        return min(self.full(width), 1 << (own - 1).bit_length())
+
+    def rows(self, own: int, places: int) -> int:
+        """Returns the rows that `own` trained ones are padded to, of so many places."""
+        return min(places, _multiple(max(1, own), -(-places // ROW_SHARES)))
 
 
 class Batches:
@@ -25,10 +59,13 @@ class Batches:
         numbers: of the texts to use.
         tokens: most tokens of a batch, padding included; a longer text is a batch by itself.
         seed: of their order.
+        shapes: those that batches will be padded to, if they will.
     """
 
-    def __init__(self, corpus: Corpus, numbers: Sequence[int], tokens: int, seed: int) -> None:
-        self._numbers, self._tokens, self._seed = np.asarray(numbers), tokens, seed
+    def __init__(
+        self, corpus: Corpus, numbers: Sequence[int], tokens: int, seed: int, shapes: Shapes | None = None
+    ) -> None:
+        self._numbers, self._tokens, self._seed, self._shapes = np.asarray(numbers), tokens, seed, shapes
         self._lengths = np.array([corpus.texts[number].length for number in numbers])
         self._epoch, self._order, self._counts = -1, list[list[int]](), list[int]()
 
@@ -48,6 +85,11 @@ class Batches:
         self._pass(epoch)
         return self._order[at]
 
+    def _most(self, length: int) -> int:
+        """Returns how many texts of up to so many tokens a batch has."""
+        shapes = self._shapes
+        return max(1, self._tokens // length) if shapes is None else shapes.full(shapes.width(length))
+
     def _pass(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
@@ -59,7 +101,7 @@ class Batches:
             part = order[first : first + window]
             batch: list[int] = []
             for place in part[np.argsort(self._lengths[part], kind="stable")]:
-                if batch and (len(batch) + 1) * self._lengths[place] > self._tokens:
+                if batch and len(batch) >= self._most(int(self._lengths[place])):
                     batches.append(batch)
                     batch = []
                 batch.append(int(self._numbers[place]))
@@ -72,48 +114,46 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: `[B, T]`.
-        hidden: `[B, T, D]` of the main model.
+        hidden: `[B, T, D]` of the main model, zero behind a text.
         weights: `[B, T]`.
-        chosen: `[N]` places of the weights that are not 0, known without waiting for the device; on a GPU followed by
-            some of weight 0.
+        chosen: `[N]` places of the weights that are not 0, known without waiting for the device; of a padded batch
+            followed by other places.
+        lengths: `[B]` tokens of the texts; 0 for padding.
     """
 
     ids: Tensor
     hidden: Tensor
     weights: Tensor
     chosen: Tensor
+    lengths: Tensor
 
 
-def tensors(corpus: Corpus, states: States, numbers: Sequence[int], depth: int, pad: bool = False) -> Batch:
-    """Returns the batch of texts, on the device of the states.
-
-    Args:
-        pad: up to one of few shapes, with more padding, the last text again, and places of no weight.
-    """
+def tensors(
+    corpus: Corpus, states: States, numbers: Sequence[int], depth: int, shapes: Shapes | None = None
+) -> Batch:  # fmt: skip
+    """Returns the batch of texts, on the device of the states, padded to one of the shapes if they are given."""
     texts = [corpus.texts[number] for number in numbers]
-    width, own = max(text.length for text in texts) + depth, len(texts)
-    width = rounded_up(width, WIDTHS) if pad else width
-    hidden = states.padded(numbers, width)
-    if pad:
-        more = rounded_up(own, COUNTS) - own
-        texts += texts[-1:] * more
-        hidden = torch.cat((hidden, hidden[-1:].expand(more, -1, -1))) if more else hidden
+    longest = max(text.length for text in texts)
+    width = longest + depth if shapes is None else shapes.width(longest)
+    count = len(texts) if shapes is None else shapes.texts(len(texts), width)
+    hidden = states.padded(numbers, width, count)
     pinned = hidden.device.type == "cuda"
-    ids = torch.zeros(len(texts), width, dtype=torch.int64, pin_memory=pinned)
-    weights = torch.zeros(len(texts), width, dtype=torch.float32, pin_memory=pinned)
-    for row, (line, weight, text) in enumerate(zip(ids.numpy(), weights.numpy(), texts, strict=True)):
-        line[: text.length] = corpus.ids(text)
-        for begin, end in text.answers if row < own else ():
+    ids = torch.zeros(count, width, dtype=torch.int64, pin_memory=pinned)
+    weights = torch.zeros(count, width, dtype=torch.float32, pin_memory=pinned)
+    for own, weight, text in zip(ids.numpy(), weights.numpy(), texts, strict=False):
+        own[: text.length] = corpus.ids(text)
+        for begin, end in text.answers:
             weight[begin - 1 : end - 1] = 1
     chosen = weights.flatten().nonzero().squeeze(1)
-    if pad:
-        last = ids.numel() - 1  # behind the last text
-        chosen = torch.nn.functional.pad(chosen, (0, rounded_up(len(chosen), ROWS) - len(chosen)), value=last)
-    chosen = chosen.pin_memory() if pinned else chosen
-    return Batch(*(part.to(hidden.device, non_blocking=True) for part in (ids, hidden, weights, chosen)))
+    if shapes is not None:
+        # places of their own: gradients of rows that were chosen twice would be sorted and summed one by one
+        rest = shapes.rows(len(chosen), weights.numel()) - len(chosen)
+        chosen = torch.cat((chosen, (weights.flatten() == 0).nonzero().squeeze(1)[:rest]))
+    lengths = torch.tensor([text.length for text in texts] + [0] * (count - len(texts)))
+    given = (chosen.pin_memory(), lengths.pin_memory()) if pinned else (chosen, lengths)
+    return Batch(*(part.to(hidden.device, non_blocking=True) for part in (ids, hidden, weights, *given)))
 
 
-def rounded_up(number: int, bits: int) -> int:
-    """Returns the least number from `number` on that has so many leading bits and then zeros."""
-    unit = 1 << max(0, number.bit_length() - bits)
+def _multiple(number: int, unit: int) -> int:
+    """Returns the least multiple of a unit from `number` on."""
     return -(-number // unit) * unit

@@ -1,27 +1,24 @@
 """Training steps on a GPU as CUDA graphs: a small module's step launches thousands of kernels that each take less time
 than the host needs to launch them.
 
-A graph has the shapes of one batch, so batches are padded to a few shapes (`batches.tensors`). A shape's first batch
-runs as it is, the second is captured; a later one is copied to the graph's inputs and replayed. What is computed is the
-same. All graphs share one pool of memory, the inputs and the gradients: only one of them runs at a time.
+A graph has the shapes of one batch, so batches are padded to a few shapes (`batches.Shapes`). A shape's first batch is
+launched as it is, at the second it is captured; from then on a batch is copied to the graph's inputs and replayed. What
+is computed is the same. All graphs share the inputs and one pool of memory: only one of them runs at a time.
 """
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtp_spec.training.batches import Batch
+ATTEMPTS = 2  # captures that may fail before no more are tried
 
-PASSES = 2  # a graph's memory, and a pass beside it whose shape is new
-ATTEMPTS = 2  # captures that may fail before steps are launched one kernel at a time
-
-Shape = tuple[int, int, int]  # sequences, tokens, rows that are trained on
+Shape = tuple[tuple[int, ...], ...]  # of each input
 
 
 @dataclass(slots=True)
@@ -29,110 +26,122 @@ class Graph:
     """A captured shape.
 
     Attributes:
-        batch: its inputs.
-        found: its result.
+        inputs: where its inputs are read.
+        found: where its result is written.
     """
 
     replay: Callable[[], None]
-    batch: Batch
+    inputs: list[Tensor]
     found: Tensor
 
 
 class CapturedSteps:
-    """Computes gradients of batches on a GPU.
+    """Runs steps on a GPU.
 
     Args:
-        work: computes the gradients of a batch, and returns what is told of it; waits for nothing.
-        parameters: those that get gradients.
+        work: a step of some tensors on the GPU, which waits for nothing and keeps what it computes in tensors that stay
+            where they are; returns what is told of it.
     Attributes:
-        off: whether there is no room for graphs or they cannot be captured, of which a warning tells.
+        off: whether no more graphs are made, for want of memory or because capturing failed, of which a warning tells.
     """
 
-    def __init__(
-        self, work: Callable[[Batch], Tensor], parameters: Sequence[nn.Parameter], device: torch.device
-    ) -> None:
-        self._work, self._parameters = work, parameters
+    def __init__(self, work: Callable[..., Tensor], device: torch.device) -> None:
+        self._work, self._device = work, device
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self._graphs: dict[Shape, Graph | None] = {}
-        self._gradients: list[Tensor] = []
-        self._inputs: Batch | None = None
-        self._failed = self._needed = 0
+        self._inputs: list[Tensor] = []
+        self._failed = self._needed = self._held = 0
         self.off = False
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Leaves a batch's gradients in the parameters; returns what `work` does."""
+    @property
+    def graphs(self) -> int:
+        """How many shapes are captured."""
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """Runs the step of these tensors; returns what `work` does."""
         # one stream for all: autograd remembers on which a parameter was first used
-        outside = torch.cuda.current_stream(self._stream.device)
+        outside = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(outside)
         with torch.cuda.stream(self._stream):
-            found = self._computed(batch)
+            found = self._run(given)
         outside.wait_stream(self._stream)
         return found
 
-    def _computed(self, batch: Batch) -> Tensor:
-        shape = (*batch.ids.shape, len(batch.chosen))
-        if self.off or shape not in self._graphs:
+    def forget(self) -> None:
+        """Drops all graphs: the tensors that steps keep are no longer where they were."""
+        torch.cuda.synchronize(self._device)
+        self._graphs.clear()
+        self._held = 0
+
+    def _run(self, given: Sequence[Tensor]) -> Tensor:
+        shape = tuple(tuple(part.shape) for part in given)
+        if shape not in self._graphs:
             self._graphs[shape] = None
-            return self._launched(batch)
-        graph = self._graphs[shape] or self._captured(batch, shape)
+            return self._launched(given)
+        graph = self._graphs[shape] or self._captured(given, shape)
         if graph is None:
-            return self._launched(batch)
-        for own, given in zip(graph.batch, batch, strict=True):
-            own.copy_(given)
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
+            return self._launched(given)
+        for own, part in zip(graph.inputs, given, strict=True):
+            own.copy_(part)
         graph.replay()
         return graph.found.clone()
 
-    def _launched(self, batch: Batch) -> Tensor:
-        before = torch.cuda.memory_allocated()
-        found = self._work(batch)
-        self._needed = max(self._needed, torch.cuda.max_memory_allocated() - before)
+    def _launched(self, given: Sequence[Tensor]) -> Tensor:
+        before = torch.cuda.memory_allocated(self._device)
+        found = self._work(*given)
+        self._needed = max(self._needed, torch.cuda.max_memory_allocated(self._device) - before)
         return found
 
-    def _captured(self, batch: Batch, shape: Shape) -> Graph | None:
-        """Returns the graph of a batch's shape; None if there is no room, or it cannot be captured."""
-        device = batch.ids.device
-        if not self._gradients:  # what a cycle of references keeps of earlier passes belongs to another stream
-            gc.collect()
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
-        if free < PASSES * self._needed:
-            if not self._gradients:
-                self._stop(f"{free / 1e9:.1f} GB of the GPU are free and {PASSES * self._needed / 1e9:.1f} are needed")
+    def _captured(self, given: Sequence[Tensor], shape: Shape) -> Graph | None:
+        """Returns the graph of a shape, which has not run; None if there is none."""
+        if self.off:
             return None
-        inputs = self._room(batch)
-        if not self._gradients:
-            self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
-        graph = torch.cuda.CUDAGraph()
+        before = self._free()
+        # beside the graphs' memory, which is as large as their largest step, the next new shape is launched
+        wanted = self._needed + max(0, self._needed - self._held)
+        if before < wanted:
+            self._stop(f"{before / 1e9:.2f} GB of the GPU's memory are free and they need {wanted / 1e9:.2f}")
+            return None
+        graph, inputs = torch.cuda.CUDAGraph(), self._room(given)
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                torch._foreach_zero_(self._gradients)
-                found = self._work(inputs)
+                found = self._work(*inputs)
         except Exception as error:  # of any kind that torch and CUDA have for it
             self._failed, self._pool = self._failed + 1, torch.cuda.graph_pool_handle()
             if self._failed >= ATTEMPTS:
-                self._stop(f"{type(error).__name__}: {error}")
-            for parameter in self._parameters:
-                parameter.grad = None
+                self._stop(_first(error))
             return None
+        self._held += max(0, before - self._free())
         self._graphs[shape] = made = Graph(graph.replay, inputs, found)
         return made
 
-    def _room(self, batch: Batch) -> Batch:
-        """Returns a batch of these shapes in the memory that all graphs' inputs share, or, if that is too small, in
-        new memory."""
-        if self._inputs is None or any(held.numel() < part.numel()
-                                       for held, part in zip(self._inputs, batch, strict=True)):  # fmt: skip
-            self._inputs = Batch(*(part.new_zeros(part.numel() + part.numel() // 4) for part in batch))
-        return Batch(*(held[: part.numel()].view(part.shape)
-                       for held, part in zip(self._inputs, batch, strict=True)))  # fmt: skip
+    def _free(self) -> int:
+        """Returns the bytes of the GPU's memory that neither tensors nor graphs hold."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        free: int = torch.cuda.mem_get_info(self._device)[0]
+        return free
+
+    def _room(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """Returns inputs of these shapes in the memory that graphs share, or, if that is too small, in new memory."""
+        if len(self._inputs) < len(given) or any(
+            held.numel() < part.numel() for held, part in zip(self._inputs, given, strict=True)
+        ):
+            self._inputs = [part.new_zeros(part.numel() + part.numel() // 4) for part in given]
+        return [held[: prod(part.shape)].view(part.shape) for held, part in zip(self._inputs, given, strict=True)]
 
     def _stop(self, why: str) -> None:
         self.off = True
         warnings.warn(
-            f"training steps are launched kernel by kernel, which takes longer: no CUDA graph ({why})", stacklevel=2
+            f"no more CUDA graphs of training steps are made ({why}): others are launched kernel by kernel, which "
+            "takes longer",
+            stacklevel=2,
         )
+
+
+def _first(error: BaseException) -> str:
+    """Returns an error's first line, of the error that the capture ended for."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

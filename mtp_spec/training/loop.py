@@ -1,7 +1,8 @@
 """The steps of training, and the state from which they go on after a crash.
 
 A step depends on the seed, on its number and on the state alone, so a run that was killed and started again computes
-what it would have computed, on a CPU to the bit; but for a schedule that goes by time.
+what it would have computed, on a CPU to the bit; but for a schedule that goes by time. Alone on a GPU all batches are
+padded to the shapes of captured steps, so that which ones were captured makes no difference.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.training import ModulesForward
 from mtp_spec.model.transformer import MTPModule
 from mtp_spec.training.backbone import States
-from mtp_spec.training.batches import Batch, Batches, tensors
+from mtp_spec.training.batches import Batch, Batches, Shapes, tensors
 from mtp_spec.training.captured import CapturedSteps
 from mtp_spec.training.objective import Objective, draft_loss
 from mtp_spec.training.optim import Optimiser
@@ -51,8 +52,9 @@ class Trainer:
         steps: in all, at most.
         spent: seconds of training so far.
         log: a line for each step that was noted and each check.
+        shapes: of batches on a GPU, if one process trains.
         pending: steps, and what they will add to the log once the device is waited for.
-        captured: computes gradients on a GPU, if one process trains.
+        captured: runs steps there.
     """
 
     options: TrainOptions
@@ -66,6 +68,7 @@ class Trainer:
     steps: int
     log: Log
     team: Team
+    shapes: Shapes | None = None
     step: int = 0
     spent: float = 0.0
     pending: list[tuple[int, Tensor]] = field(default_factory=list)
@@ -77,21 +80,28 @@ class Trainer:
         team: Team,
     ) -> Trainer:  # fmt: skip
         numbers = [number for number, text in enumerate(corpus.texts) if not text.held]
-        batches = Batches(corpus, numbers, batch_tokens(options, team.device), options.seed)
+        tokens, alone = batch_tokens(options, team.device), forward.embedding.is_cuda and team.size == 1
+        longest = max((text.length for text in corpus.texts), default=1)
+        shapes = Shapes(tokens, options.depth, longest) if alone else None
+        batches = Batches(corpus, numbers, tokens, options.seed, shapes)
         steps = options.steps or max(1, round(options.epochs * batches.count(0)))
         optimiser = optimiser_for(options, modules, team.device)
-        made = cls(options, options.objective(), forward, modules, corpus, states, batches, optimiser, steps, [], team)
-        if forward.embedding.is_cuda and team.size == 1:
-            trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
-            made.captured = CapturedSteps(made.gradients, trained, forward.embedding.device)
+        made = cls(options, options.objective(), forward, modules, corpus, states, batches, optimiser, steps, [], team,
+                   shapes)  # fmt: skip
+        if alone:
+            made.captured = CapturedSteps(made.update, forward.embedding.device)
         return made
 
     def largest(self) -> tuple[int, int]:
         """Returns sequences and tokens of the largest batch of the first pass."""
         texts, most = self.corpus.texts, (1, 1)
         for step in range(self.batches.count(0)):
-            lengths = [texts[number].length + self.options.depth for number in self.batches.of(step)]
-            most = max(most, (len(lengths), max(lengths)), key=lambda shape: shape[0] * shape[1])
+            lengths = [texts[number].length for number in self.batches.of(step)]
+            count, width = len(lengths), max(lengths) + self.options.depth
+            if self.shapes is not None:
+                width = self.shapes.width(max(lengths))
+                count = self.shapes.texts(count, width)
+            most = max(most, (count, width), key=lambda shape: shape[0] * shape[1])
         return most
 
     def run(self, state: Path, say: Say) -> None:
@@ -131,12 +141,15 @@ class Trainer:
         """Runs a step; returns its number of tokens."""
         batch = self.batches.of(self.step)
         own = self.team.part(batch)
-        on_gpu = self.forward.embedding.is_cuda
-        given = tensors(self.corpus, self.states, own or batch[:1], self.options.depth, on_gpu)
+        given = tensors(self.corpus, self.states, own or batch[:1], self.options.depth, self.shapes)
         if not own:
             given.weights.zero_()
-        found = (self.captured or self.gradients)(given)
-        self.optimiser.step(self.schedule())
+        if self.shapes is None:
+            found = self.gradients(given)
+            self.optimiser.step(self.schedule())
+        else:
+            scale = torch.full((), self.schedule(), dtype=torch.float32, device=given.ids.device)
+            found = (self.captured or self.update)(*given, scale)
         self.step += 1
         self.pending.append((self.step, found))
         if len(self.pending) == SETTLED[given.ids.device.type]:
@@ -145,11 +158,22 @@ class Trainer:
             self._balance()
         return given.ids.numel() * self.team.size
 
+    def update(self, *given: Tensor) -> Tensor:
+        """Runs a step on a GPU, which waits for nothing.
+
+        Args:
+            given: a batch, and a scalar: the share of the learning rate.
+        """
+        *batch, scale = given
+        found = self.gradients(Batch(*batch))
+        self.optimiser.step(scale)
+        return found
+
     def gradients(self, batch: Batch) -> Tensor:
         """Leaves a batch's gradients in the modules' parameters; returns loss, greedy matches and overlap `[3, K]`."""
         with autocast(self.forward):
             outcome = draft_loss(self.forward, self.objective, batch.ids, batch.hidden, batch.weights, self.team.sum,
-                                 batch.chosen)  # fmt: skip
+                                 batch.chosen, batch.lengths if self.shapes else None)  # fmt: skip
         outcome.loss.backward()
         self.team.sum_gradients(self.modules.parameters())
         parts = torch.stack([outcome.loss.detach().expand_as(outcome.rows), outcome.greedy, outcome.overlap])
@@ -197,7 +221,7 @@ class Trainer:
         held = [number for number, text in enumerate(self.corpus.texts) if text.held][:CHECKED]
         whole: list[Tensor] = []
         for first in range(0, len(held), 8):
-            ids, hidden, weights, _ = tensors(self.corpus, self.states, held[first : first + 8], self.options.depth)
+            ids, hidden, weights, *_ = tensors(self.corpus, self.states, held[first : first + 8], self.options.depth)
             with autocast(self.forward):
                 outcome = draft_loss(self.forward, self.objective, ids, hidden, weights)
             whole.append(torch.stack([outcome.rows, outcome.greedy, outcome.overlap, outcome.rows * outcome.loss]))
@@ -230,6 +254,8 @@ class Trainer:
             if own is not None:
                 own.copy_(saved)
         self.step, self.spent, self.log = values["step"], values["spent"], values["log"]
+        if self.captured is not None:
+            self.captured.forget()
 
 
 def batch_tokens(options: TrainOptions, device: str) -> int:

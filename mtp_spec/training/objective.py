@@ -90,7 +90,7 @@ class Outcome:
 
 def draft_loss(
     forward: ModulesForward, objective: Objective, ids: Tensor, hidden: Tensor, weights: Tensor,
-    total: Callable[[Tensor], Tensor] = lambda x: x, chosen: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] = lambda x: x, chosen: Tensor | None = None, lengths: Tensor | None = None,
 ) -> Outcome:  # fmt: skip
     """Returns the loss of modules along a text, recursive to the objective's depth.
 
@@ -100,14 +100,16 @@ def draft_loss(
         hidden: `[B, T, D]` the main model's normed hidden states.
         weights: `[B, T]` of each row of the main model as a target: row t predicts token t + 1; 0 leaves it out.
         total: sums the weights `[K]` over all processes that share a batch; each then has its part of the loss.
-        chosen: `[N]` places of the weights that are not 0, if they are known: else the device is waited for.
+        chosen: `[N]` places of the weights that are not 0, and maybe of others, if they are known: else the device is
+            waited for.
+        lengths: `[B]` tokens of the texts, as for `ModulesForward.drafts`.
     """
     depths, shape = len(objective.depths), ids.shape
     chosen = weights.flatten().nonzero().squeeze(1) if chosen is None else chosen
     place = torch.arange(shape[1], device=ids.device).expand(shape).flatten()[chosen]
     tokens = ids.roll(-1, 1).flatten()[chosen]
     aligned, heads = list[Tensor](), list[Tensor]()
-    for depth, output in forward.drafts(ids, hidden, depths):
+    for depth, output in forward.drafts(ids, hidden, depths, lengths):
         # row t of this depth is about token t + depth + 1, as is row t + depth of the main model
         moved = F.pad(output, (0, 0, depth, depths - depth))
         aligned.append(moved.flatten(0, 1)[chosen])

@@ -44,13 +44,20 @@ class Optimiser:
             else:
                 self.groups.setdefault(p.shape, []).append(p)
         self.momenta = {shape: [torch.zeros_like(p) for p in params] for shape, params in self.groups.items()}
-        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.01)
+        # fused, it counts steps and reads its rate on the device
+        fused = all(p.is_cuda for p in others) or None
+        self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
 
     @torch.no_grad()
-    def step(self, scale: float) -> None:
-        """Updates with learning rates times `scale`, and clears the gradients."""
+    def step(self, scale: float | Tensor) -> None:
+        """Updates with learning rates times `scale`, and clears the gradients.
+
+        Args:
+            scale: a number, or a scalar on a GPU: with that the step can be captured, for rates of every size.
+        """
         for group in self.adam.param_groups:
-            group["lr"] = self.adam_lr * scale
+            group["lr"] = scale * self.adam_lr
+            group["capturable"] = isinstance(scale, Tensor) and torch.cuda.is_current_stream_capturing()
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         lr = self.lr * scale
@@ -62,7 +69,10 @@ class Optimiser:
             update = newton_schulz(ahead.flatten(0, -3)).view(len(params), *shape)
             torch._foreach_mul_(list[Tensor](params), 1 - lr * self.decay)
             rate = lr * max(1.0, shape[-2] / shape[-1]) ** 0.5
-            torch._foreach_add_(list[Tensor](params), list(update.unbind()), alpha=-rate)
+            if isinstance(rate, Tensor):
+                torch._foreach_sub_(list[Tensor](params), list((update * rate).unbind()))
+            else:
+                torch._foreach_add_(list[Tensor](params), list(update.unbind()), alpha=-rate)
             for p in params:
                 p.grad = None
 
@@ -71,7 +81,7 @@ class Optimiser:
         return {"momenta": list(self.momenta.values()), "adam": self.adam.state_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes the state that `state` returned."""
+        """Takes the state that `state` returned, not its rates and its kind of arithmetic, into new tensors."""
         for own, saved in zip(self.momenta.values(), state["momenta"], strict=True):
             torch._foreach_copy_(own, saved)
-        self.adam.load_state_dict(state["adam"])
+        self.adam.load_state_dict({**state["adam"], "param_groups": self.adam.state_dict()["param_groups"]})

@@ -30,6 +30,7 @@ class Plan:
         shared: copies of the main model's embedding and head, and its layers where they are widened.
         step: what a step of the largest batch holds until its gradients are known.
         loss: temporaries of the loss.
+        graphs: what captured steps keep, if there is room for them: their largest step, with gradients and update.
         backbone: temporaries of the main model's passes, which come before a step's.
         near: hidden states that are kept in a GPU's memory.
         disk: hidden states that are kept on disk.
@@ -39,13 +40,14 @@ class Plan:
     shared: int
     step: int
     loss: int
+    graphs: int
     backbone: int
     near: int
     disk: int
 
     @property
     def memory(self) -> int:
-        return self.modules + self.shared + self.near + self.working
+        return self.modules + self.shared + self.near + self.working + self.graphs
 
     @property
     def working(self) -> int:
@@ -58,11 +60,12 @@ class Plan:
             parts |= {"a step": self.step, "its loss": self.loss}
         else:
             parts |= {"a pass of the main model": self.backbone}
+        parts["CUDA graphs"] = self.graphs
         said = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
         return f"memory beside the model: {_size(self.memory)} ({said}); disk: {_size(self.disk)} of hidden states"
 
     def check(self, device: torch.device, folder: Path) -> None:
-        """Rejects a plan that does not fit.
+        """Rejects a plan that does not fit, even without CUDA graphs.
 
         Raises:
             MTPSpecError: it does not; the message says what to give less of.
@@ -101,7 +104,7 @@ def check_modules(weights: int, numbers: int, device: torch.device) -> None:
 
 def plan_of(
     forward: ModulesForward, modules: nn.ModuleList, objective: Objective, shape: tuple[int, int], numbers: int,
-    shared: Sequence[Tensor], states: States, backbone: tuple[int, int] = (0, 0),
+    shared: Sequence[Tensor], states: States, backbone: tuple[int, int] = (0, 0), captured: bool = False,
 ) -> Plan:  # fmt: skip
     """Returns the plan.
 
@@ -111,15 +114,18 @@ def plan_of(
         shared: tensors that were copied for training.
         states: what is kept of hidden states.
         backbone: bytes of the main model's widened weights, and of its passes.
+        captured: whether steps are captured as CUDA graphs.
     """
     weights = sum(parameter.numel() for parameter in modules.parameters())
     device, vocabulary = forward.embedding.device, len(forward.head)
-    chunk = min(CHUNK[device.type], shape[0] * shape[1] * vocabulary)
+    loss = min(CHUNK[device.type], shape[0] * shape[1] * vocabulary) * TEMPORARIES[device.type]
+    step = saved_bytes(forward, objective, shape)
     return Plan(
         modules=(2 + numbers) * 4 * weights,
         shared=sum(tensor.nbytes for tensor in shared) + backbone[0],
-        step=saved_bytes(forward, objective, shape),
-        loss=chunk * TEMPORARIES[device.type],
+        step=step,
+        loss=loss,
+        graphs=step + loss + 4 * weights if captured else 0,
         backbone=backbone[1],
         near=states.near_bytes,
         disk=states.bytes,

@@ -265,7 +265,8 @@ class _Run:
         shape = trainer.largest()
         numbers = optimiser_numbers(options, self.device)
         taken = backbone.bytes(shape[0] * shape[1])
-        plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states, taken)
+        plan = plan_of(forward, modules, trainer.objective, shape, numbers, copies, states, taken,
+                       trainer.captured is not None)  # fmt: skip
         self.say(f"{trainer.steps:,} steps of up to {batch_tokens(options, self.device):,} tokens; {plan}")
         plan.check(device, self.part)
         if (self.part / STATE).is_file():

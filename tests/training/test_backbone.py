@@ -124,10 +124,11 @@ def test_batches_say_which_rows_predict_an_answer(tmp_path: Path) -> None:
     corpus.add("texts", 0, [5, 6, 7, 8, 9, 10, 11], [(2, 4), (6, 7)], "a")
     corpus.add("texts", 1, [12, 13, 14], [(1, 3)], "a")
     own = Backbone(model)
-    ids, hidden, weights, chosen = tensors(corpus, States(own, corpus, None, 0), [1, 0], 2)
+    ids, hidden, weights, chosen, lengths = tensors(corpus, States(own, corpus, None, 0), [1, 0], 2)
     assert ids.tolist() == [[12, 13, 14] + 6 * [0], [5, 6, 7, 8, 9, 10, 11, 0, 0]]
     assert weights.tolist() == [[1, 1] + 7 * [0], [0, 1, 1, 0, 0, 1, 0, 0, 0]]
     assert chosen.tolist() == [0, 1, 10, 11, 14]
+    assert lengths.tolist() == [3, 7]
     for row, text in enumerate(([12, 13, 14], [5, 6, 7, 8, 9, 10, 11])):
         assert torch.equal(hidden[row, : len(text)], own.hidden([text])[0])
         assert not hidden[row, len(text) :].any()
