@@ -138,7 +138,7 @@ def test_a_step_does_not_wait_for_the_gpu(block: str, tmp_path: Path) -> None:
     for _ in range(3 * trainer.batches.count(0)):  # compiles, computes the states, captures
         trainer.one()
     assert trainer.captured is not None
-    assert not trainer.captured.off
+    assert trainer.captured.graphs == trainer.batches.count(0)
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer.one()
@@ -151,33 +151,44 @@ def test_a_step_does_not_wait_for_the_gpu(block: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"block": "moe"}, {"block": "dense"}, {"start": "shipped", "loss": "tv,ce:0.1"}])
 def test_a_captured_step_has_the_bits_of_a_launched_one(options: dict[str, Any], tmp_path: Path) -> None:
-    """Of several shapes, the first pass over each of which is launched, the second captured, and later ones replayed;
-    from the middle on too."""
+    """Of several shapes, the last one of a pass ragged: launched, captured and replayed, all launched, and in two
+    processes' runs, where the second one goes on from the first one's state."""
     corpus = Corpus(tmp_path / "texts", 0.0)
-    for line, ids in enumerate(TEXTS):
-        corpus.add("texts", line, ids, [(1, len(ids))], "a")
-    chosen = TrainOptions(texts=tmp_path / "texts" / "index.jsonl", steps=40, batch_tokens=300, depth=3, **options)
+    for line, length in enumerate([5, 130, 64, 40, 41, 90, 128, 17, 100, 23, 77]):
+        corpus.add("texts", line, [(37 * i + 11 * length) % 90 for i in range(length)], [(1, length)], "a")
+    chosen = TrainOptions(texts=tmp_path / "texts" / "index.jsonl", steps=60, batch_tokens=300, depth=3, **options)
     model, folder = load_device_model(DEMO, GPU), open_checkpoint(DEMO)
-    found = []
-    for captured in (True, False):
+    states = States(Backbone(model), corpus, None, 10**8, 10**8)
+
+    def begun() -> Trainer:
         modules = ready_modules(chosen, folder, model.device)
-        forward, _ = shared_weights(model, folder, modules, 200)
-        states = States(Backbone(model), corpus, None, 10**8, 10**8)
-        trainer = Trainer.of(chosen, forward, modules, corpus, states, Team(GPU))
-        if not captured:
-            trainer.captured = None
-        for number in range(4 * trainer.batches.count(0)):
-            if number == 3 and captured:
+        # angles of just so many positions as texts have
+        forward, _ = shared_weights(model, folder, modules, 133)
+        return Trainer.of(chosen, forward, modules, corpus, states, Team(GPU))
+
+    found = []
+    for mode in ("captured", "launched", "resumed"):
+        trainer = begun()
+        assert trainer.captured is not None
+        trainer.captured.off = mode == "launched"
+        a_pass = trainer.batches.count(0)
+        for number in range(4 * a_pass):
+            if mode == "resumed" and number == a_pass + 2:
                 trainer.settle()
                 trainer.save(tmp_path / "state")
+                trainer = begun()
                 trainer.restore(tmp_path / "state")
             trainer.one()
         trainer.settle()
-        found.append(([line["loss"] for line in trainer.log], [p.detach().clone() for p in modules.parameters()]))
-    (losses, weights), (expected, theirs) = found
-    assert len(losses) >= 8
-    assert losses == expected
-    assert all(torch.equal(own, other) for own, other in zip(weights, theirs, strict=True))
+        assert trainer.captured is not None
+        assert (trainer.captured.graphs >= 3) == (mode != "launched")
+        loads = [load for load in trainer.forward.load if load is not None]
+        found.append(([line["loss"] for line in trainer.log], [*trainer.modules.state_dict().values(), *loads]))
+    (losses, weights), *others = found
+    assert len(losses) >= 12
+    for theirs, their_weights in others:
+        assert losses == theirs
+        assert all(torch.equal(own, other) for own, other in zip(weights, their_weights, strict=True))
     corpus.close()
 
 
