@@ -55,9 +55,10 @@ class Optimiser:
         Args:
             scale: a number, or a scalar on a GPU: with that the step can be captured, for rates of every size.
         """
+        capturing = isinstance(scale, Tensor) and scale.is_cuda and torch.cuda.is_current_stream_capturing()
         for group in self.adam.param_groups:
             group["lr"] = scale * self.adam_lr
-            group["capturable"] = isinstance(scale, Tensor) and torch.cuda.is_current_stream_capturing()
+            group["capturable"] = capturing
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         lr = self.lr * scale

@@ -15,8 +15,11 @@ from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.rope import rope_table
 from mtp_spec.model.training import ModulesForward
 from mtp_spec.training.batches import Batch, Batches, Shapes, tensors
+from mtp_spec.training.loop import Trainer
 from mtp_spec.training.modules import new_modules
 from mtp_spec.training.objective import Objective, draft_loss
+from mtp_spec.training.options import TrainOptions
+from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
 
 
@@ -114,3 +117,30 @@ def check(batch: Batch, texts: int) -> None:
     assert not any(part[texts:].any() for part in (batch.ids, batch.weights, batch.hidden, batch.lengths))
     assert batch.ids.shape == batch.weights.shape == batch.hidden.shape[:2]
     assert batch.lengths.shape == batch.ids.shape[:1]
+
+
+@pytest.mark.parametrize(("block", "optimiser"), [("dense", "adamw"), ("moe", "muon")])
+def test_padded_steps_train_as_others_do(block: str, optimiser: str, tmp_path: Path) -> None:
+    """With the learning rate's share as a tensor, as captured steps take it, and from a saved state on."""
+    corpus, config = Corpus(tmp_path, 0.0), open_checkpoint(DEMO).config
+    for line, length in enumerate([13, 40, 37, 20, 21, 5, 33]):
+        corpus.add("texts", line, [(line + 7 * i) % 90 for i in range(length)], [(2, length)], "a")
+    states: Any = Noise(corpus, config.hidden_size)
+    table, shared = rope_table(config, 64, "cpu"), [torch.randn(300, config.hidden_size) for _ in range(2)]
+    options = TrainOptions(texts=DEMO / "config.json", block=block, optimiser=optimiser, steps=20, batch_tokens=100, depth=2)
+    losses = []
+    for shapes in (None, Shapes(200, 2, 40)):
+        modules: Any = new_modules(config, 64 if block == "dense" else None, 1, 0, "cpu")
+        forward = ModulesForward(list(modules), *shared, lambda length: table)
+        trainer = Trainer.of(options, forward, modules, corpus, states, Team("cpu"))
+        trainer.shapes = shapes
+        for step in range(6):
+            if step == 3:
+                trainer.settle()
+                trainer.save(tmp_path / "state")
+                trainer.restore(tmp_path / "state")
+            trainer.one()
+        losses.append(torch.tensor([line["loss"] for line in trainer.log]))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    assert len(losses[0]) == 6
+    corpus.close()
