@@ -8,6 +8,7 @@ is computed is the same. All graphs share the inputs and one pool of memory: onl
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ class CapturedSteps:
         """Returns the graph of a shape, which has not run; None if there is none."""
         if self.off:
             return None
+        if not self.graphs:  # what a cycle of references keeps of earlier passes belongs to another stream
+            gc.collect()
         before = self._free()
         # beside the graphs' memory, which is as large as their largest step, the next new shape is launched
         wanted = self._needed + max(0, self._needed - self._held)

@@ -164,6 +164,8 @@ class Trainer:
         Args:
             given: a batch, and a scalar: the share of the learning rate.
         """
+        for parameter in self.modules.parameters():  # a capture that failed may have left some
+            parameter.grad = None
         *batch, scale = given
         found = self.gradients(Batch(*batch))
         self.optimiser.step(scale)

@@ -127,7 +127,9 @@ def test_padded_steps_train_as_others_do(block: str, optimiser: str, tmp_path: P
         corpus.add("texts", line, [(line + 7 * i) % 90 for i in range(length)], [(2, length)], "a")
     states: Any = Noise(corpus, config.hidden_size)
     table, shared = rope_table(config, 64, "cpu"), [torch.randn(300, config.hidden_size) for _ in range(2)]
-    options = TrainOptions(texts=DEMO / "config.json", block=block, optimiser=optimiser, steps=20, batch_tokens=100, depth=2)
+    options = TrainOptions(
+        texts=DEMO / "config.json", block=block, optimiser=optimiser, steps=20, batch_tokens=100, depth=2
+    )
     losses = []
     for shapes in (None, Shapes(200, 2, 40)):
         modules: Any = new_modules(config, 64 if block == "dense" else None, 1, 0, "cpu")
