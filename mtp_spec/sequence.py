@@ -15,7 +15,7 @@ from mtp_spec.request import Request
 from mtp_spec.results import EventLog, Generation
 from mtp_spec.sampling.sampler import History
 from mtp_spec.stats import GenerationStats
-from mtp_spec.tree import TokenTree
+from mtp_spec.tree import MODULES, TokenTree
 
 
 def raisable(error: BaseException) -> BaseException:
@@ -122,16 +122,12 @@ class Sequence:
             if self._ended is not None:
                 self._ended(self)
 
-    def extend(self, tokens: list[int], sources: Seq[str] = ()) -> bool:
+    def extend(self, tokens: list[int], source: str = MODULES) -> bool:
         """Appends the tokens of a step, all but the last of them drafted, if none can end the sequence; else returns
-        false and changes nothing. Their log-probabilities are not wanted.
-
-        Args:
-            sources: of all drafted tokens their drafters; by default the MTP modules.
-        """
+        false and changes nothing. Their log-probabilities are not wanted."""
         if not self.request.stops.pass_by(tokens):
             return False
-        self._append(tokens, len(tokens) - 1, (), sources)
+        self._append(tokens, len(tokens) - 1, (), () if source == MODULES else [source] * (len(tokens) - 1))
         return True
 
     def _append(

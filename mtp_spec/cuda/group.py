@@ -67,7 +67,6 @@ class Flight:
         logits: of the sequences that asked for them, `[E, V]` each, by slot.
         drafts: for an observer.
         sources: by slot the drafter whose proposals the step verifies, if it is not the MTP modules.
-        after: how many drafts of the modules come before these.
     """
 
     sequences: list[DeviceSequence]
@@ -81,7 +80,6 @@ class Flight:
     logits: dict[int, Tensor] = field(default_factory=dict)
     drafts: Drafts | None = None
     sources: list[str] = field(default_factory=list)
-    after: int = 0
 
 
 class Group:
@@ -182,10 +180,8 @@ class Group:
         begun = self._mark() if self._disturbed or not alone or self._ended is None else self._ended
         self._disturbed = False
         flight = Flight(sequences, parts, shape, plan, len(sequences) == 1, begun)
-        after = self._after(shape)
-        if self._script is not None and after is not None:
+        if self._script is not None and self._scripted(shape):
             assert self.state.script is not None
-            flight.after = after
             flight.sources = self._script.send(self.state.script, [(len(one.tokens), one.given) for one in sequences])
         if self.kind.guided:
             self._begin(flight, parts[0])
@@ -236,8 +232,7 @@ class Group:
         shape = self.shapes[done.shape]
         used = commits.HEADER + shape.depth + 1 if shape.is_chain else None
         lines = done.record[: len(done.sequences), :used].tolist()
-        results = Results(done.sequences, lines, shape, done.logits, drafts=done.drafts, sources=done.sources,
-                          after=done.after)  # fmt: skip
+        results = Results(done.sequences, lines, shape, done.logits, drafts=done.drafts, sources=done.sources)
         if self._planner is not None and done.plan is not None:
             self._learn(done, done.plan, self._planner, results)
         return results
@@ -312,7 +307,7 @@ class Group:
                 guide = Guide(runtime.model.device, rows, runtime.model.config.vocab_size, kind.guided)
             masks = None if guide is None else guide.masks
             steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided, masks,
-                          kind.watched, self._after(number), kind.replay)
+                          kind.watched, self._scripted(number), kind.replay)
                      for number, shape in enumerate(self.shapes)]  # fmt: skip
             if runtime.graphs is not None and not kind.watched:
                 if guide is not None:
@@ -332,11 +327,9 @@ class Group:
 
     # several shapes
 
-    def _after(self, shape: int) -> int | None:
-        """Returns how many of the modules' drafts come before those of other drafters in a shape; None if it has none
-        of these."""
-        place = shape - (len(self.shapes) - self.kind.scripted)
-        return self.kind.after[place] if place >= 0 else None
+    def _scripted(self, shape: int) -> bool:
+        """Whether a shape's drafts are those of other drafters."""
+        return shape >= len(self.shapes) - self.kind.scripted
 
     def _plan(self, parts: list[Part]) -> ShapePlan:
         key = (self, "table", tuple(part.state.sequences for part in parts), self._stages)
@@ -349,9 +342,9 @@ class Group:
 
     def _promised(self, sequences: list[DeviceSequence]) -> Seq[float]:
         """Returns for each of their shapes the mean of the tokens that other drafters' proposals promise."""
-        flying = sum(self.shapes[one.shape].depth + 1.0 if one.sources and not one.after
-                     else 1.0 if one.plan is None else one.plan.tokens for one in self._launched)  # fmt: skip
-        found = [promised(sequence.given, flying, self.kind.spans) for sequence in sequences]
+        flying = sum(self.shapes[one.shape].depth + 1.0 if one.sources else 1.0 if one.plan is None else one.plan.tokens
+                     for one in self._launched)  # fmt: skip
+        found = [promised(sequence.given, flying, self.kind.chains) for sequence in sequences]
         return [sum(tokens) / len(sequences) for tokens in zip(*found, strict=True)]
 
     def _measured(self, parts: list[Part]) -> ShapeTable:
@@ -371,7 +364,7 @@ class Group:
                     state.script.fill_(NOTHING)
         self._disturbed = True
         seconds = [sum(times) for times in zip(*measured, strict=True)]
-        return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances, self.kind.after)
+        return table_of(self.shapes, self.runtime.model.ranks.first(seconds), self._chances, self.kind.scripted)
 
     def _turn(self, parts: list[Switching], shape: int) -> None:
         """Runs the transition to a shape; the sequences' backlogs may differ in rows."""

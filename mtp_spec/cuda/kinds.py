@@ -15,9 +15,8 @@ from mtp_spec.tree_shape import TreeShape
 # the deepest chain that "auto" drafts
 PLANNED_DEPTH = 5
 AUTO = Speculation(depth=PLANNED_DEPTH, adaptive=True)
-# depths of the chains of other drafters among which a planner chooses; how many of the modules' drafts such a chain may
-# follow, if there are more the most that there are too, and the depth of both together
-CHAINS, BEGUN, JOINED = (MAX_DEPTH, LONGEST_CHAIN), 2, 15
+# depths of the chains of other drafters among which a planner chooses
+CHAINS = (MAX_DEPTH, LONGEST_CHAIN)
 Guided = Literal["masks", "rows"]
 
 
@@ -33,8 +32,8 @@ class Kind:
         watched: whether an observer sees drafts and rows, so that steps are not captured.
         replay: whether drafts are replaced by those of a `drafting.Replay`.
         modules: whether the MTP modules draft.
-        after: for each of the last shapes, whose drafts are other drafters' (`script`), how many drafts of the modules
-            come before these; plain decoding is the first shape then.
+        scripted: of how many shapes, the last ones, the drafts are other drafters' (`script`); plain decoding is first
+            then.
         eager: whether every step drafts: such a shape is taken if there are such drafts, unless the modules' fixed tree
             promises more.
     """
@@ -45,27 +44,20 @@ class Kind:
     watched: bool = False
     replay: bool = False
     modules: bool = False
-    after: tuple[int, ...] = ()
+    scripted: int = 0
     eager: bool = False
 
     @property
-    def scripted(self) -> int:
-        """Number of the shapes whose drafts are other drafters'."""
-        return len(self.after)
-
-    @property
     def extend(self) -> int:
-        """Most tokens that a step may leave for the modules; 0 if they do not draft. Steps that may commit more show
-        them all but one."""
-        depths = [shape.depth for shape in self.shapes]
-        own = depths[: len(depths) - self.scripted]
-        return max(*own, *(depth for depth in depths if depth <= JOINED), 0) + 1 if self.modules else 0
+        """Most tokens that a step of the modules' drafts may commit and they then have to process; 0 if they do not
+        draft."""
+        own = self.shapes[: len(self.shapes) - self.scripted]
+        return max(shape.depth for shape in own) + 1 if self.modules else 0
 
     @property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """For each of the shapes whose drafts are other drafters' the number of drafts before these, and of all."""
-        shapes = self.shapes[len(self.shapes) - self.scripted :]
-        return tuple((before, shape.depth) for before, shape in zip(self.after, shapes, strict=True))
+    def chains(self) -> tuple[int, ...]:
+        """The depths of the shapes whose drafts are other drafters'."""
+        return tuple(shape.depth for shape in self.shapes[len(self.shapes) - self.scripted :])
 
     @property
     def takes_turns(self) -> bool:
@@ -93,8 +85,8 @@ def kind_of(request: Request, watched: bool = False) -> Kind:
     # an observer wants rows that drafts come from
     others, modules = bool(request.drafters) and not watched, request.modules
     eager = others and speculation is not None and not speculation.adaptive
-    shapes, after = _shapes(speculation, modules, others)
-    return Kind(shapes, rule, guided, watched, replay, modules, after, eager)
+    shapes, scripted = _shapes(speculation, modules, others)
+    return Kind(shapes, rule, guided, watched, replay, modules, scripted, eager)
 
 
 def check_mixed(speculation: Speculation) -> None:
@@ -113,23 +105,16 @@ def check_mixed(speculation: Speculation) -> None:
 
 
 @lru_cache  # called for every sequence in every round of its prefill
-def _shapes(
-    speculation: Speculation | None, modules: bool, others: bool
-) -> tuple[tuple[TreeShape, ...], tuple[int, ...]]:
+def _shapes(speculation: Speculation | None, modules: bool, others: bool) -> tuple[tuple[TreeShape, ...], int]:
     """Returns the shapes of steps: the fixed tree; if there are several plain decoding, then the modules' trees, of
-    growing depth for adaptive speculation, then chains with drafts of other drafters; and how many of the modules' come
-    first in each of these."""
+    growing depth for adaptive speculation, then the chains of other drafters; and how many these are."""
     if speculation is None or not (modules or others):
-        return (TreeShape(),), ()
+        return (TreeShape(),), 0
+    chains = [TreeShape.chain(depth) for depth in (CHAINS if speculation.adaptive else (speculation.depth,)) if others]
     trees = [speculation] if modules and not speculation.adaptive else []
     if modules and speculation.adaptive:
         trees = [Speculation(depth, speculation.branching[:depth], speculation.budget, speculation.acceptance)
                  for depth in range(1, speculation.depth + 1)]  # fmt: skip
-    chains = list[tuple[int, int]]()
-    if others:
-        joined = sorted({min(BEGUN, speculation.depth), speculation.depth}) if len(trees) > 1 else []
-        chains += [(before, JOINED) for before in joined if speculation.is_chain]
-        chains += [(0, depth) for depth in (CHAINS if speculation.adaptive else (speculation.depth,))]
-    shapes = [*map(TreeShape.of, trees), *(TreeShape.chain(depth) for _, depth in chains)]
+    shapes = [*map(TreeShape.of, trees), *chains]
     several = speculation.adaptive or chains
-    return ((TreeShape(), *shapes) if several else tuple(shapes)), tuple(before for before, _ in chains)
+    return ((TreeShape(), *shapes) if several else tuple(shapes)), len(chains)

@@ -62,22 +62,22 @@ def ring_of(known: int, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
     return ring
 
 
-def promised(given: Continuation | None, flying: float, spans: Sequence[tuple[int, int]]) -> list[float]:
-    """Returns for each of `spans` the expected tokens from a continuation's drafts of these depths.
+def promised(given: Continuation | None, flying: float, depths: Sequence[int]) -> list[float]:
+    """Returns for each of `depths`, in ascending order, the expected tokens of a step of so many drafts from a
+    continuation.
 
     Args:
         flying: tokens that the step in flight is expected to commit; if they leave the continuation, no draft is right.
-        spans: number of drafts before those that count, and of all.
     """
-    first, chance, sums = round(flying), 1.0, [0.0]  # of the first 0, 1, 2, ... drafts
-    places = 0 if given is None else min(len(given.tokens), first + max(depth for _, depth in spans))
-    for place in range(places):
-        assert given is not None
-        chance *= given.chance(place)
-        if place >= first:
-            sums.append(sums[-1] + chance)
-    most = len(sums) - 1
-    return [sums[min(depth, most)] - sums[min(before, most)] for before, depth in spans]
+    found, chance, tokens, first, place = list[float](), 1.0, 1.0, round(flying), 0
+    for depth in depths:
+        while given is not None and place < min(len(given.tokens), first + depth):
+            chance *= given.chance(place)
+            if place >= first:
+                tokens += chance
+            place += 1
+        found.append(tokens)
+    return found
 
 
 def expected(script: Tensor, length: Tensor, constants: Constants, depth: int) -> Tensor:

@@ -56,7 +56,6 @@ class Results:
         prompt: whether they are of a prefill.
         drafts: for an observer.
         sources: by slot the drafter of the tree, if it is not the MTP modules.
-        after: how many drafts of the modules come before its own.
     """
 
     sequences: Seq[DeviceSequence]
@@ -66,7 +65,6 @@ class Results:
     prompt: bool = False
     drafts: Drafts | None = None
     sources: Seq[str] = ()
-    after: int = 0
     chain: bool = field(init=False)
     depth: int = field(init=False)
 
@@ -78,10 +76,9 @@ class Results:
         line = self.lines[slot]
         return line[commits.HEADER : commits.HEADER + line[commits.COUNT]]
 
-    def origins(self, slot: int, count: int) -> list[str]:
-        """Returns the drafters of the first `count` drafts of a chain; none if the MTP modules drafted all."""
-        own = min(self.after, count)
-        return [*[MODULES] * own, *[self.sources[slot]] * (count - own)] if self.sources else []
+    def source(self, slot: int) -> str:
+        """Returns the drafter of the tree."""
+        return self.sources[slot] if self.sources else MODULES
 
     def path(self, slot: int) -> Seq[int]:
         """Returns the row that drew each of them; row 0 is the root."""
@@ -148,7 +145,7 @@ class DeviceSequence:
             MTPSpecError: a row had no token to draw.
         """
         tokens, failed = results.tokens(slot), results.lines[slot][commits.FAILED] > 0
-        if failed or self._asks or not self.core.extend(tokens, results.origins(slot, len(tokens) - 1)):
+        if failed or self._asks or not self.core.extend(tokens, results.source(slot)):
             self._take_each(results, slot, tokens, failed)
         else:
             self._count(results, slot, len(tokens))
@@ -163,14 +160,14 @@ class DeviceSequence:
     def _take_each(self, results: Results, slot: int, tokens: list[int], failed: bool) -> None:
         """Commits the tokens one by one."""
         wanted, drawn, ended = self.params.logprobs, list[Drawn](), False
-        path, logits, origins = results.path(slot), results.logits.get(slot), results.origins(slot, len(tokens))
+        path, logits = results.path(slot), results.logits.get(slot)
         for j, token in enumerate(tokens):
             if failed and j + 1 == len(tokens):
                 self._fail(path[j], logits, results.prompt, len(self.tokens) + j)
             logprob = None
             if wanted and logits is not None:
                 logprob = self.sampler.logprobs(logits[path[j]], token, wanted)
-            drawn.append(Drawn(token, j + 1 if j + 1 < len(tokens) else 0, logprob, origins[j] if origins else MODULES))
+            drawn.append(Drawn(token, j + 1 if j + 1 < len(tokens) else 0, logprob, results.source(slot)))
             ended = self.core.is_last(token)
             if ended:
                 break
@@ -194,10 +191,12 @@ class DeviceSequence:
         ranks: Seq[int] = shape.ranks[:accepted]
         if not results.chain:
             ranks = [shape.ranks[row - 1] for row in results.path(slot)[1 : accepted + 1]]
-        nodes = len(shape.parents)
-        origins = results.origins(slot, nodes) if self.replay is None else [self.replay.name] * nodes
-        others = origins[results.after :]
-        stats.record_step(results.depth, nodes, ranks, committed, origins[:accepted], others)
+        source = results.source(slot) if self.replay is None else self.replay.name
+        if source == MODULES:
+            stats.record_step(results.depth, len(shape.parents), ranks, committed)
+        else:
+            nodes = len(shape.parents)
+            stats.record_step(results.depth, nodes, ranks, committed, [source] * accepted, [source] * nodes)
 
     def _show(self, drafts: Drafts, path: Seq[int], logits: Tensor, history: History, accepted: Accepted) -> None:
         """Passes a step to the sequence's observer; `history` is that of its root, and the nodes are filled in here."""

@@ -76,17 +76,16 @@ class Switching:
 
 
 def table_of(
-    shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None,
-    after: Sequence[int] = (),
-) -> ShapeTable:  # fmt: skip
+    shapes: Sequence[TreeShape], seconds: Sequence[float], chances: Chances | None = None, scripted: int = 0
+) -> ShapeTable:
     """Returns the table of measured times, in the order of `Switching.seconds`.
 
     Args:
-        after: as for `ShapeTable`.
+        scripted: how many shapes, the last ones, are those of other drafters.
     """
     steps, (settling, *reading) = seconds[: len(shapes)], seconds[len(shapes) :]
     catching_up = dict(zip(CATCH_UP_ROWS, reading, strict=True))
-    return ShapeTable(shapes, steps, settling, catching_up, chances, after)
+    return ShapeTable(shapes, steps, settling, catching_up, chances, scripted)
 
 
 def _nothing() -> None:

@@ -41,7 +41,7 @@ class Step:
         guided: what the host sends between verify and accept, see `kinds.Kind`: the parts are captured separately.
         masks: the buffer that receives it, see `guided.Guide`.
         watched: keep the rows that drafts come from.
-        scripted: after how many drafts of the modules those of the state's script follow; None if none do.
+        scripted: the drafts are those of the state's script, not the modules'.
         replay: the tokens that the modules draft are replaced.
     Attributes:
         logits: `[M, V]` float32 of the last call, root first; after "accept" without the tokens a guide has removed.
@@ -59,7 +59,7 @@ class Step:
     guided: Guided | None = None
     masks: Tensor | None = None
     watched: bool = False
-    scripted: int | None = None
+    scripted: bool = False
     replay: bool = False
     logits: Tensor = field(init=False)
     ids: Tensor = field(init=False)
@@ -112,7 +112,8 @@ class Step:
         ids = root
         if self.shape.parents:
             hidden = self.show() if self.extend else None
-            ids = torch.cat((root, self._drafts(root, hidden)), 1)
+            drafts = self._given(root) if self.scripted or hidden is None else self._draft(hidden)
+            ids = torch.cat((root, drafts), 1)
         self.ids = ids.flatten().contiguous()
 
     def _verify(self) -> None:
@@ -185,17 +186,6 @@ class Step:
         state.path.zero_()
         count.fill_(1)
 
-    def _drafts(self, root: Tensor, hidden: Tensor | None) -> Tensor:
-        """Returns the drafts `[B, N]`; hidden `[B, D]` are the roots' outputs of the first module."""
-        if self.scripted is None and hidden is not None:
-            return self._draft(hidden, self.shape)
-        given, own = self._given(root), self.scripted or 0
-        return (
-            given
-            if not own or hidden is None
-            else torch.cat((self._draft(hidden, TreeShape.chain(own)), given[:, own:]), 1)
-        )
-
     def _given(self, root: Tensor) -> Tensor:
         """Returns the drafts `[B, N]` of the script; the root's token where it has none."""
         state = self.state
@@ -203,9 +193,9 @@ class Step:
         given = expected(state.script, state.length, self._constants, self.shape.depth)
         return replaced(root.expand_as(given), given)
 
-    def _draft(self, hidden: Tensor, shape: TreeShape) -> Tensor:
-        """Returns the tokens that the modules draft for all nodes of a shape `[B, N]` int64."""
-        state, constants = self.state, self._constants
+    def _draft(self, hidden: Tensor) -> Tensor:
+        """Returns the drafted tokens of all nodes `[B, N]` int64; hidden `[B, D]` are the roots' outputs."""
+        state, shape, constants = self.state, self.shape, self._constants
         tokens = torch.zeros(state.sequences, len(shape.parents), dtype=torch.int64, device=self.model.device)
         feeding = [-1]
         if self._rule is not None:

@@ -46,8 +46,7 @@ class ShapeTable:
         settling: seconds for the switch from drafting to plain steps.
         catching_up: seconds for the switch back, by the most rows that the MTP modules then read.
         chances: acceptance rates learned earlier, with other step times; None if there are none yet.
-        after: for each of the last shapes, which are chains with drafts of other drafters, how many drafts of the MTP
-            modules come before these; such a chain of the modules alone is the shape of that number.
+        scripted: of how many shapes, the last ones, the drafts are those of drafters other than the MTP modules.
 
     Raises:
         ValueError: the first shape has nodes, or the numbers do not match.
@@ -55,15 +54,14 @@ class ShapeTable:
 
     def __init__(
         self, shapes: Sequence[TreeShape], seconds: Sequence[float], settling: float, catching_up: Mapping[int, float],
-        chances: Chances | None = None, after: Sequence[int] = (),
+        chances: Chances | None = None, scripted: int = 0,
     ) -> None:  # fmt: skip
         if shapes[PLAIN].parents or len(shapes) != len(seconds) or len(shapes) < 2 or min(seconds) <= 0:
             raise ValueError("shapes are plain decoding, then trees, each with its seconds")
         self.shapes, self._seconds = tuple(shapes), tuple(seconds)
-        others = len(self.shapes) - len(after)
-        # those of the MTP modules alone, and with drafts of others
+        others = len(self.shapes) - scripted
+        # those of the MTP modules, and of other drafters
         self.drafting, self.scripted = range(1, others), range(others, len(self.shapes))
-        self.after = dict(zip(self.scripted, after, strict=True))
         self._settling, self._catching_up = settling, sorted(catching_up.items())
         self.chances, self.debt = chances or Chances(MODEL_MEMORY), 0.0
         # one factor is common to all shapes (longer contexts are slower), another is each shape's own
@@ -103,7 +101,7 @@ class ShapeBatch:
         sequences: number of sequences.
         left: most tokens that any of them may still generate.
         behind: their rows that the MTP modules have not processed.
-        given: expected tokens from other drafters' proposals, for each of their shapes.
+        given: expected tokens of a step with other drafters' proposals, for each of their shapes; 1 if they have none.
         eager: whether every step drafts: the deepest of the modules' trees, if other drafters do not promise more.
     """
 
@@ -147,24 +145,20 @@ class ShapePlanner:
     def plan(self, batch: ShapeBatch) -> ShapePlan:
         """Returns the shape of the next step."""
         table = batch.table
-        tokens = self._chances.tokens(*table.shapes[: table.scripted.start])
-        for before, more in zip(table.after.values(), batch.given or [0.0] * len(table.after), strict=True):
-            reached = tokens[before] - tokens[before - 1] if before else 1.0  # all drafts of the modules are accepted
-            tokens.append(tokens[before] + reached * more)
+        own = table.shapes[: table.scripted.start]
+        tokens = [*self._chances.tokens(*own), *(batch.given or [1.0] * len(table.scripted))]
         shape = self._choose(batch, tokens)
         return ShapePlan(table, shape, tokens[shape], table.seconds(shape))
 
     def _choose(self, batch: ShapeBatch, tokens: Sequence[float]) -> int:
         table, drafting = batch.table, batch.table.drafting
-        paused = (self._pace.paused or batch.behind > 1) and not batch.eager
-        others = [shape for shape, more in zip(table.scripted, batch.given, strict=False)
-                  if more > 0 and not (paused and table.after[shape])]  # fmt: skip
-        if others:
-            own = [tokens[shape] / table.relative(shape) for shape in drafting if not self._pace.paused or batch.eager]
+        if any(tokens[shape] > 1.0 for shape in table.scripted):
+            paused = self._pace.paused and not batch.eager
+            own = [tokens[shape] / table.relative(shape) for shape in drafting if not paused]
             least = max([*own, *([] if batch.eager else [1.0])], default=0.0)
-            rate, best = max((tokens[shape] / table.relative(shape), -shape) for shape in others)
-            if rate > CLEARLY * least:
-                return -best
+            others, shape = max((tokens[shape] / table.relative(shape), -shape) for shape in table.scripted)
+            if others > CLEARLY * least:
+                return -shape
         if not drafting:
             return PLAIN
         if batch.eager:
@@ -191,13 +185,12 @@ class ShapePlanner:
         if outcome.seconds is not None:
             table.learn(plan.shape, outcome.seconds.step)
         paths = [tuple(path) for path in outcome.paths if path is not None]
-        own = table.after.get(plan.shape, plan.shape)  # of the modules' drafts alone
-        if own == PLAIN or not paths:
+        if plan.shape == PLAIN or plan.shape in table.scripted or not paths:
             return
-        seen = Seen.of(table.shapes[own], Counter(path[: table.shapes[own].depth] for path in paths))
+        seen = Seen.of(shape, Counter(paths))
         for chances in (self._chances, table.chances):
             chances.learn(seen)
-        expected = plan.tokens if plan.shape in table.after else self._chances.tokens(shape)[0]
+        (expected,) = self._chances.tokens(shape)
         # the mean of actual and expected tokens: either alone pauses too early or too late
         tokens = (1.0 + sum(map(len, paths)) / len(paths) + expected) / 2.0
         self._pace.record(tokens - table.relative(plan.shape))
