@@ -42,7 +42,8 @@ def test_shapes_are_few_and_within_a_batch(tokens: int, tmp_path: Path) -> None:
     corpus, depth = Corpus(tmp_path, 0.0), 5
     for line in range(3000):
         length = 2 + (line * line) % 510
-        corpus.add("texts", line, [line % 90] * length, [(1 + length // 3, length)], "a")
+        corpus.add("texts", line, [line] * length, [(1 + length // 3, length)], "a")
+    assert len(corpus.texts) == 3000
     longest = max(text.length for text in corpus.texts)
     shapes = Shapes(tokens, depth, longest)
     batches = Batches(corpus, range(len(corpus.texts)), tokens, 0, shapes)
