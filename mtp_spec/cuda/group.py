@@ -98,11 +98,9 @@ class Group:
         self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
         self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
-        if kind.scripted:
-            self.state.script = torch.full((most, RING), NOTHING, dtype=torch.int64, device=device)
-        if kind.replay:
-            room = (most, runtime.max_context, MAX_DEPTH)
-            self.state.replayed = torch.full(room, NOTHING, dtype=torch.int64, device=device)
+        nothing = partial(torch.full, fill_value=NOTHING, dtype=torch.int64, device=device)
+        self.state.script = nothing((most, RING)) if kind.scripted else None
+        self.state.replayed = nothing((most, runtime.max_context, MAX_DEPTH)) if kind.replay else None
         self.state.blank()
         self._inbox = torch.zeros(2, most, dtype=torch.int64, device=device)
         self._mail = Mail(2 * most, device)
@@ -328,7 +326,6 @@ class Group:
     # several shapes
 
     def _scripted(self, shape: int) -> bool:
-        """Whether a shape's drafts are those of other drafters."""
         return shape >= len(self.shapes) - self.kind.scripted
 
     def _plan(self, parts: list[Part]) -> ShapePlan:
