@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from mtp_spec.cuda.flight import Flight, Part
 from mtp_spec.cuda.guided import Guide
-from mtp_spec.cuda.kinds import Kind
+from mtp_spec.cuda.kinds import CHAINS, Kind
 from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_bytes
 from mtp_spec.cuda.pages import STEP_ROWS, STEP_SEQUENCES, DevicePages, step_rows
 from mtp_spec.cuda.runtime import DeviceRuntime
@@ -36,52 +36,6 @@ from mtp_spec.planning.shape_planner import PLAIN, ShapeBatch, ShapePlan, ShapeP
 from mtp_spec.speculation import MAX_DEPTH
 
 
-@dataclass(slots=True)
-class Part:
-    """The captured work of a range of slots that step together.
-
-    Attributes:
-        first: the first slot.
-        steps: one for each shape.
-        switching: the steps with the transitions between them, if there are several shapes.
-        guide: of guided sequences.
-    """
-
-    first: int
-    state: State
-    steps: list[Step]
-    switching: Switching | None
-    guide: Guide | None
-
-
-@dataclass(slots=True)
-class Flight:
-    """A launched step.
-
-    Attributes:
-        sequences: by slot.
-        parts: the captured work of their slots.
-        shape: index of its shape.
-        plan: the plan that chose it, if there are several shapes.
-        alone: whether it has only one sequence.
-        logits: of the sequences that asked for them, `[E, V]` each, by slot.
-        drafts: for an observer.
-        sources: by slot the drafter whose proposals the step verifies, if it is not the MTP modules.
-    """
-
-    sequences: list[DeviceSequence]
-    parts: list[Part]
-    shape: int
-    plan: ShapePlan | None
-    alone: bool
-    begun: torch.cuda.Event | None
-    ended: torch.cuda.Event | None = None
-    record: Tensor = field(default_factory=partial(torch.empty, 0))
-    logits: dict[int, Tensor] = field(default_factory=dict)
-    drafts: Drafts | None = None
-    sources: list[str] = field(default_factory=list)
-
-
 class Group:
     """Sequences of one kind, each in a slot.
 
@@ -91,7 +45,9 @@ class Group:
 
     def __init__(self, runtime: DeviceRuntime, pages: DevicePages, kind: Kind, most: int) -> None:
         self.runtime, self.pages, self.kind, self.most = runtime, pages, kind, most
-        self.shapes, self.extend = kind.shapes, kind.extend
+        # all slots' rows fit into one pass that shows the modules what a step left
+        slots = min(STEP_SEQUENCES, 1 << (most - 1).bit_length())
+        self.shapes, self.extend = kind.shapes, kind.extend(min(CHAINS[0] + 1, STEP_ROWS // slots))
         model, device = runtime.model, runtime.model.device
         if device.type == "cuda":
             check_room(group_bytes(model, most), device, f"A step of {most} sequences")
@@ -237,7 +193,7 @@ class Group:
 
     def steps(self) -> list[Step]:
         """Returns the steps, one for each shape, for its current sequences."""
-        return self._parts(len(self.sequences))[0].steps
+        return [*self._parts(len(self.sequences))[0].steps.values()]
 
     def _logits(self, flight: Flight, part: Part) -> dict[int, Tensor]:
         """Returns copies of requested logits, by slot: the next pass overwrites the originals."""
@@ -283,8 +239,9 @@ class Group:
         self._changed, self._disturbed = False, True
 
     def _together(self) -> int:
-        """Returns the most slots of a captured step: the largest power of two that fits."""
-        rows = max(self.extend, *(shape.rows for shape in self.shapes))
+        """Returns the most slots of a captured step: the largest power of two that fits with every shape that has to be
+        there."""
+        rows = max(self.extend, *(shape.rows for shape in (self.shapes if self.kind.eager else self.kind.own)))
         return min(STEP_SEQUENCES, 1 << (max(1, STEP_ROWS // rows).bit_length() - 1))
 
     def _parts(self, count: int) -> list[Part]:
@@ -300,13 +257,17 @@ class Group:
     def _capture(self, first: int, slots: int) -> Part:
         state, runtime = self.state.part(first, slots), self.runtime
         with state.set_aside(self.pages.tables[self.pages.idle_row]):
-            kind, guide, rows = self.kind, None, slots * max(shape.rows for shape in self.shapes)
+            kind, guide = self.kind, None
+            # without chains for which all other steps would need more passes
+            shapes = {number: shape for number, shape in enumerate(self.shapes)
+                      if slots * shape.rows <= STEP_ROWS or kind.eager or number < len(kind.own)}  # fmt: skip
+            rows = slots * max(shape.rows for shape in shapes.values())
             if kind.guided:
                 guide = Guide(runtime.model.device, rows, runtime.model.config.vocab_size, kind.guided)
             masks = None if guide is None else guide.masks
-            steps = [Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided, masks,
-                          kind.watched, self._scripted(number), kind.replay)
-                     for number, shape in enumerate(self.shapes)]  # fmt: skip
+            steps = {number: Step(runtime.model, state, shape, self._stages, self.extend, kind.acceptance, kind.guided,
+                                  masks, kind.watched, self._scripted(number), kind.replay)
+                     for number, shape in shapes.items()}  # fmt: skip
             if runtime.graphs is not None and not kind.watched:
                 if guide is not None:
                     check_room(guided_bytes(runtime.model.config, rows), runtime.model.device,
@@ -315,7 +276,7 @@ class Group:
                     nodes = max(len(shape.parents) for shape in self.shapes)
                     check_room(rule_bytes(runtime.model.config, nodes), runtime.model.device,
                                f'acceptance="{kind.acceptance}" on {nodes} nodes')  # fmt: skip
-                for step in steps:
+                for step in steps.values():
                     step.capture(runtime.graphs)
             switching = None
             if self.kind.takes_turns:
@@ -339,9 +300,9 @@ class Group:
 
     def _promised(self, sequences: list[DeviceSequence]) -> Seq[float]:
         """Returns for each of their shapes the mean of the tokens that other drafters' proposals promise."""
-        flying = sum(self.shapes[one.shape].depth + 1.0 if one.sources else 1.0 if one.plan is None else one.plan.tokens
-                     for one in self._launched)  # fmt: skip
-        found = [promised(sequence.given, flying, self.kind.chains) for sequence in sequences]
+        flying = sum(one.plan.tokens for one in self._launched if one.plan is not None)
+        follows = sum(self.shapes[one.shape].depth for one in self._launched if one.sources)
+        found = [promised(sequence.given, flying, self.kind.chains, follows) for sequence in sequences]
         return [sum(tokens) / len(sequences) for tokens in zip(*found, strict=True)]
 
     def _measured(self, parts: list[Part]) -> ShapeTable:
@@ -356,7 +317,7 @@ class Group:
                 if self.kind.scripted and state.script is not None:
                     state.script.copy_(torch.randint(vocabulary, state.script.shape, generator=generator))
                 assert part.switching is not None
-                measured.append(part.switching.seconds(state))
+                measured.append(part.switching.seconds(state, len(self.shapes)))
                 if self.kind.scripted and state.script is not None:
                     state.script.fill_(NOTHING)
         self._disturbed = True

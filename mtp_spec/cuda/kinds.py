@@ -8,15 +8,15 @@ from typing import Literal
 
 from mtp_spec.option_checks import invalid
 from mtp_spec.request import Request
-from mtp_spec.speculation import LONGEST_CHAIN, MAX_DEPTH, Speculation
+from mtp_spec.speculation import LONGEST_CHAIN, Speculation
 from mtp_spec.tree import MODULES
 from mtp_spec.tree_shape import TreeShape
 
 # the deepest chain that "auto" drafts
 PLANNED_DEPTH = 5
 AUTO = Speculation(depth=PLANNED_DEPTH, adaptive=True)
-# depths of the chains of other drafters among which a planner chooses
-CHAINS = (MAX_DEPTH, LONGEST_CHAIN)
+# depths of the chains of other drafters among which a planner chooses: with the root 16 and 32 rows, tiles of products
+CHAINS = (15, LONGEST_CHAIN)
 Guided = Literal["masks", "rows"]
 
 
@@ -48,11 +48,19 @@ class Kind:
     eager: bool = False
 
     @property
-    def extend(self) -> int:
-        """Most tokens that a step of the modules' drafts may commit and they then have to process; 0 if they do not
-        draft."""
-        own = self.shapes[: len(self.shapes) - self.scripted]
-        return max(shape.depth for shape in own) + 1 if self.modules else 0
+    def own(self) -> tuple[TreeShape, ...]:
+        """The shapes without drafts of other drafters."""
+        return self.shapes[: len(self.shapes) - self.scripted]
+
+    def extend(self, rows: int) -> int:
+        """Returns the most tokens that a step may leave for the modules; 0 if they do not draft. Steps that may commit
+        more show them all but one.
+
+        Args:
+            rows: chains of other drafters leave no more than so many.
+        """
+        depths = [*(shape.depth for shape in self.own), *(depth for depth in self.chains if depth < rows)]
+        return max(depths) + 1 if self.modules else 0
 
     @property
     def chains(self) -> tuple[int, ...]:

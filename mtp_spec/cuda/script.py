@@ -4,12 +4,15 @@ The host knows a sequence up to the step before the one in flight, so it does no
 it knows what it expects: if the step in flight commits m tokens of the expected continuation, the next drafts are those
 after the m-th. So it sends the continuation by position, and the captured step takes the tokens that follow the
 position at which it finds itself. If the sequence has left the continuation meanwhile, the drafts are wrong, which
-costs their rows and nothing else. The host never waits.
+costs their rows and nothing else, unless as many tokens took the place of others: then they are right again. The host
+never waits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 import numpy.typing as npt
@@ -62,22 +65,27 @@ def ring_of(known: int, tokens: Sequence[int]) -> npt.NDArray[np.int64]:
     return ring
 
 
-def promised(given: Continuation | None, flying: float, depths: Sequence[int]) -> list[float]:
-    """Returns for each of `depths`, in ascending order, the expected tokens of a step of so many drafts from a
-    continuation.
+def promised(given: Continuation | None, flying: float, depths: Sequence[int], follows: int = 0) -> list[float]:
+    """Returns for each of `depths` the expected tokens of a step of so many drafts from a continuation.
+
+    If the step in flight leaves the continuation, they are right only if it resumes: drafts are sent by position.
 
     Args:
-        flying: tokens that the step in flight is expected to commit; if they leave the continuation, no draft is right.
+        flying: tokens that the step in flight is expected to commit.
+        depths: numbers of drafts.
+        follows: how many drafts of the step in flight are the continuation's, which then says what it will commit.
     """
-    found, chance, tokens, first, place = list[float](), 1.0, 1.0, round(flying), 0
-    for depth in depths:
-        while given is not None and place < min(len(given.tokens), first + depth):
-            chance *= given.chance(place)
-            if place >= first:
-                tokens += chance
-            place += 1
-        found.append(tokens)
-    return found
+    if given is None:
+        return [1.0] * len(depths)
+    count, needed = len(given.tokens), follows + 1 if follows else round(flying)
+    reached = list(accumulate(map(given.chance, range(min(count, needed))), mul, initial=1.0))
+    stays = reached[needed] if needed <= count else 0.0
+    first = round(sum(reached[:needed])) if follows else needed
+    chance, sums = stays + (1.0 - stays) * given.resumes, [1.0]  # with the first 0, 1, 2, ... drafts
+    for place in range(first, min(count, first + max(depths))):
+        chance *= given.chance(place)
+        sums.append(sums[-1] + chance)
+    return [sums[min(depth, len(sums) - 1)] for depth in depths]
 
 
 def expected(script: Tensor, length: Tensor, constants: Constants, depth: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from statistics import median
 from time import perf_counter
 
@@ -22,7 +23,7 @@ from mtp_spec.cuda.state import WAITING, State
 from mtp_spec.cuda.step import Step
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.planning.chances import Chances
-from mtp_spec.planning.shape_planner import ShapeTable
+from mtp_spec.planning.shape_planner import PLAIN, ShapeTable
 from mtp_spec.tree_shape import TreeShape
 
 # sizes of catch-up passes; the smallest that holds all waiting rows is taken
@@ -36,19 +37,19 @@ class Switching:
     """The captured steps of one state, and the captured transitions between steps of different shapes.
 
     Attributes:
-        steps: one for each shape; the first is plain decoding.
+        steps: by shape; the first is plain decoding.
         settle: runs the modules over the tokens that the last drafting step committed.
         catch_up: by rows, runs them over the stored rows of plain steps, except the last.
         constants: read by the passes at every replay.
     """
 
-    steps: list[Step]
+    steps: dict[int, Step]
     settle: Callable[[], None]
     catch_up: dict[int, Callable[[], None]]
     constants: Constants
 
     @classmethod
-    def capture(cls, runtime: DeviceRuntime, state: State, steps: list[Step], most: int = WAITING) -> Switching:
+    def capture(cls, runtime: DeviceRuntime, state: State, steps: dict[int, Step], most: int = WAITING) -> Switching:
         """Captures the transitions, in passes of at most `most` rows; the state must not hold a sequence."""
 
         def captured(work: Callable[[], object]) -> Callable[[], None]:
@@ -59,7 +60,7 @@ class Switching:
             return run if runtime.graphs is None else runtime.graphs.capture(run)
 
         constants = Constants(runtime.model.device)
-        if not steps[-1].extend:  # without the modules there is nothing to catch up on
+        if not steps[PLAIN].extend:  # without the modules there is nothing to catch up on
             return cls(steps, _nothing, dict.fromkeys(CATCH_UP_ROWS, _nothing), constants)
         passes = dict[int, Callable[[], None]]()
         for rows in CATCH_UP_ROWS:
@@ -67,12 +68,18 @@ class Switching:
                     for first in range(0, state.sequences, most // rows)]  # fmt: skip
             passes[rows] = _one_by_one([captured(partial(_catch_up, runtime.model, part, constants, rows))
                                         for part in some])  # fmt: skip
-        return cls(steps, captured(steps[-1].show), passes, constants)
+        return cls(steps, captured(steps[PLAIN].show), passes, constants)
 
-    def seconds(self, state: State) -> list[float]:
-        """Returns the seconds of each step, of settling, and of catching up by each number of rows."""
-        works: list[Callable[[], None]] = [*self.steps, self.settle, *self.catch_up.values()]
-        return [0.0 if work is _nothing else _time(state, work) for work in works]
+    def seconds(self, state: State, shapes: int) -> list[float]:
+        """Returns the seconds of each step, infinite for those that are not there, of settling, and of catching up by
+        each number of rows.
+
+        Args:
+            shapes: number of shapes.
+        """
+        steps = [_time(state, self.steps[shape]) if shape in self.steps else inf for shape in range(shapes)]
+        works = self.settle, *self.catch_up.values()
+        return [*steps, *(0.0 if work is _nothing else _time(state, work) for work in works)]
 
 
 def table_of(

@@ -22,11 +22,14 @@ class Continuation:
         chances: for each token the estimated probability that it is accepted if those before it in the chain were; at
             least one, and the last one counts for all tokens after it.
         source: name of the drafter.
+        resumes: the estimated probability that the token after one that was wrong is right again, each still at its
+            place in the chain.
     """
 
     tokens: Sequence[int]
     chances: Sequence[float]
     source: str
+    resumes: float = 0.0
 
     def chance(self, place: int) -> float:
         """Returns the chance of a token of the chain."""
@@ -34,7 +37,7 @@ class Continuation:
 
     def rest(self) -> Continuation:
         """Returns the continuation after its first token, which must not be its last."""
-        return Continuation(self.tokens[1:], self.chances[1:] or self.chances, self.source)
+        return Continuation(self.tokens[1:], self.chances[1:] or self.chances, self.source, self.resumes)
 
 
 class Drafts(Protocol):

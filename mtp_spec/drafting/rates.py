@@ -11,6 +11,9 @@ from bisect import bisect_right
 # best has failed
 LENGTHS = (3, 4, 6, 9, 14, 22)
 PRIORS, SECOND = (0.3, 0.45, 0.6, 0.72, 0.8, 0.88), 0.2
+# likewise of a long match that has broken off: how often it goes on after the one token that differs, as it does where
+# a word was replaced
+BROKEN, RESUMED = len(LENGTHS), 0.3
 # observations remembered for a sequence and for all of them, and the weight of the latter in a new one
 SEQUENCE_MEMORY, ALL_MEMORY, CARRIED = 30.0, 300.0, 6.0
 
@@ -35,6 +38,11 @@ class Rates:
         """Returns the probability that a match is continued; for rank 1 given that the best one is not."""
         return self._chance(bisect_right(LENGTHS, length) - 1, rank)
 
+    @property
+    def resumes(self) -> float:
+        """The probability that a long match goes on after one token that differs."""
+        return self._chance(BROKEN, 0)
+
     def chances(self, length: int, count: int) -> list[float]:
         """Returns the chances of `count` tokens in turn, each of which makes a match of this length longer by one; from
         the longest on the last one counts for all."""
@@ -50,14 +58,20 @@ class Rates:
 
     def _chance(self, bucket: int, rank: int) -> float:
         won, tried = self._seen.get((bucket, rank), (0.0, 0.0))
-        first = SECOND if rank else PRIORS[bucket]
+        first = SECOND if rank else RESUMED if bucket == BROKEN else PRIORS[bucket]
         prior = first if self._before is None else self._before._chance(bucket, rank)
         return (won + CARRIED * prior) / (tried + CARRIED)
 
     def learn(self, length: int, rank: int, continued: bool) -> None:
         """Learns whether a match was continued."""
-        key = bisect_right(LENGTHS, length) - 1, rank
-        won, tried = self._seen.get(key, (0.0, 0.0))
-        self._seen[key] = won * self._keep + continued, tried * self._keep + 1.0
+        self._learn(bisect_right(LENGTHS, length) - 1, rank, continued)
+
+    def learn_resumed(self, resumed: bool) -> None:
+        """Learns whether a long match went on after a token that differed."""
+        self._learn(BROKEN, 0, resumed)
+
+    def _learn(self, bucket: int, rank: int, right: bool) -> None:
+        won, tried = self._seen.get((bucket, rank), (0.0, 0.0))
+        self._seen[bucket, rank] = won * self._keep + right, tried * self._keep + 1.0
         if self._before is not None:
-            self._before.learn(length, rank, continued)
+            self._before._learn(bucket, rank, right)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mtp_spec.drafting.base import Continuation
 from mtp_spec.drafting.rates import Rates
-from mtp_spec.drafting.repeats import END, FOUND, LONGEST, Match, Repeats
+from mtp_spec.drafting.repeats import END, FOUND, LONG, LONGEST, Match, Repeats
 
 
 class Text:
@@ -42,16 +42,29 @@ class TextDrafts:
     def __init__(self, prompt: Sequence[int], rates: Rates, documents: Repeats | None) -> None:
         self._own, self._rates, self._documents = Repeats(prompt), rates, documents
         self._expected = self._with_documents(self._own.find(self._own.tokens[-LONGEST:]), self._own.tokens[-LONGEST:])
+        self._broken: int | None = None  # the next token if the long match that has just broken off goes on
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Takes committed tokens, and learns how often matches were continued."""
         own = self._own
         for token in tokens:
+            if self._broken is not None:
+                self._rates.learn_resumed(self._broken == token)
+            self._broken = self._after_break(token)
             for rank, (_, match) in enumerate(self._expected):
                 self._rates.learn(match.length, rank, match.token == token)
                 if match.token == token:
                     break
             self._expected = self._with_documents(own.follow(token), own.tokens)
+
+    def _after_break(self, token: int) -> int | None:
+        """Returns the token after the one at which a token breaks a long match; None if it does not."""
+        if not self._expected:
+            return None
+        text, match = self._expected[0]
+        after = match.place + 1
+        breaks = match.length >= LONG and match.token != token and after < len(text.tokens)
+        return text.tokens[after] if breaks else None
 
     def _with_documents(self, found: list[Match], end: Sequence[int]) -> list[tuple[Repeats, Match]]:
         """Returns the best matches with different next tokens, each with the text that it is in."""
@@ -76,7 +89,8 @@ class TextDrafts:
             first = self._rates.chance(match.length, rank)
             tokens = self._continued(text, match.place, path, most)
             later = self._rates.chances(match.length + 1, len(tokens) - 1)
-            proposed.append(Continuation(tokens, [left * first, *later], Text.name))
+            resumes = self._rates.resumes if match.length >= LONG else 0.0
+            proposed.append(Continuation(tokens, [left * first, *later], Text.name, resumes))
             left *= 1.0 - first
         return proposed
 

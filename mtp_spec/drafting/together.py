@@ -60,6 +60,7 @@ class Proposals:
         """Returns a continuation with lists of numbers, whatever sequences the drafter gave."""
         try:
             tokens, chances = list(map(index, given.tokens[:most])), list(map(float, given.chances[:most]))
+            resumes = float(given.resumes)
         except (AttributeError, TypeError, ValueError) as error:
             raise _not_continuations(name, given) from error
         if not tokens:
@@ -68,11 +69,12 @@ class Proposals:
             raise MTPSpecError(
                 f"drafter {name!r} proposed {shown(tokens)}: ids are integers from 0 to {self._vocabulary - 1}"
             )
-        if not chances or not all(0.0 <= chance <= 1.0 for chance in chances):  # NaN is not
+        if not chances or not all(0.0 <= chance <= 1.0 for chance in (*chances, resumes)):  # NaN is not
             raise MTPSpecError(
-                f"drafter {name!r} proposed the chances {shown(chances)}: at least one, each from 0 to 1"
+                f"drafter {name!r} proposed the chances {shown(chances)}, resumes={resumes}: at least one chance, each "
+                "from 0 to 1"
             )
-        return Continuation(tokens, chances, name)
+        return Continuation(tokens, chances, name, resumes)
 
 
 def _not_continuations(name: str, given: object) -> MTPSpecError:

@@ -26,7 +26,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(module, "WAITING", RING)
     for module in (device_planned, device_group):
         monkeypatch.setattr(module, "CATCH_UP_ROWS", (SMALL, RING))
-    monkeypatch.setattr(device_planned.Switching, "seconds", lambda work, _: [1.0] * (len(work.steps) + 3))
+    monkeypatch.setattr(device_planned.Switching, "seconds", lambda _, state, shapes: [1.0] * (shapes + 3))
 
     def use(shapes: list[int]) -> None:
         monkeypatch.setattr(device_group, "ShapePlanner", lambda _: Script(shapes))

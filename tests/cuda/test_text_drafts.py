@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ from mtp_spec import Speculation
 from mtp_spec.api import LM
 from mtp_spec.cuda import group as device_group
 from mtp_spec.cuda.constants import Constants
+from mtp_spec.cuda.kinds import kind_of
 from mtp_spec.cuda.script import LONGEST, RING, expected, promised, replaced, ring_of
 from mtp_spec.cuda.state import MOST
-from mtp_spec.drafting import Continuation
+from mtp_spec.drafting import Continuation, Text
 from mtp_spec.planning.shape_planner import ShapeTable
 from mtp_spec.speculation import LONGEST_CHAIN
 from scripted import Script
@@ -103,13 +106,28 @@ def test_modules_and_proposals_take_turns(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("drafters", [("text",), ("mtp", "text")], ids=["text", "both"])
 def test_chains_of_31_drafts(lm: LM, drafters: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts that follow a document for long, end within a step, or leave it; alone and side by side."""
-    prompts, options = PROMPTS[:2], {"max_new_tokens": 70, "temperature": 0.0, "ignore_eos": True}
+    follow_documents(lm, drafters, PROMPTS[:2], monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drafters", [("text",), ("mtp", "text")], ids=["text", "both"])
+def test_chains_of_31_drafts_on_the_gpu(drafters: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = mtp_spec.load(device="cuda", max_batch=3)
+    prompts = [lm.encode(text) for text in ("Once upon a time there was", "The storm came in the night")]
+    follow_documents(lm, drafters, prompts, monkeypatch)
+
+
+def follow_documents(
+    lm: LM, drafters: tuple[str, ...], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts that follow a document for long, end within a step, leave it, or resume it; alone and side by side."""
+    options: dict[str, Any] = {"max_new_tokens": 70, "temperature": 0.0, "ignore_eos": True}
     plain = [lm.generate(prompt, seed=0, speculation=None, **options) for prompt in prompts]
     whole = [prompt + one.token_ids for prompt, one in zip(prompts, plain, strict=True)]
     left = [ids[: len(ids) - 20] + [3, 4, 5] * 7 for ids in whole]
+    resumed = [[*ids[:-40], ids[-40] + 1, *ids[-39:]] for ids in whole]
     steps = list[int]()
-    for documents, most in ((whole, 70), (whole, 45), (left, 70)):
+    for documents, most in ((whole, 70), (whole, 45), (left, 70), (resumed, 70)):
         speculation = Speculation(2, adaptive=True, drafters=drafters, references=documents)
         last = 2 if drafters == ("text",) else 4  # plain, chains of 1 and 2 of the modules, of 8 and 31 of the text
         monkeypatch.setattr(device_group, "ShapePlanner", lambda _: Script([last]))  # noqa: B023 - called at once
@@ -121,7 +139,8 @@ def test_chains_of_31_drafts(lm: LM, drafters: tuple[str, ...], monkeypatch: pyt
         assert stopped.token_ids == plain[0].token_ids[: plain[0].token_ids.index(plain[0].token_ids[40])]
         steps += [one.stats.steps for one in alone]
     assert max(steps[:4]) < 8
-    assert max(steps) < 40
+    assert max(steps[4:6]) < 40
+    assert max(steps[6:]) < 12  # drafts are sent by position: after one other token they are right again
 
 
 def test_every_step_of_a_fixed_tree_drafts(tmp_path: Path) -> None:
@@ -199,5 +218,38 @@ def test_a_step_in_flight_makes_proposals_less_sure() -> None:
     assert promised(one, 0, (3,)) == pytest.approx([1 + 0.5 + 0.25 + 0.125])
     assert promised(one, 2, (3,)) == pytest.approx([1 + 0.125 + 0.0625 + 0.03125])
     assert promised(one, 40, (8,)) == [1.0]
-    for flying in (0, 2, 19, 40):
-        assert promised(one, flying, (2, 8, 31)) == [promised(one, flying, (depth,))[0] for depth in (2, 8, 31)]
+    for flying, follows in ((0, 0), (2, 0), (19, 0), (40, 0), (0, 3), (0, 15), (0, 31)):
+        found = promised(one, flying, (2, 8, 31), follows)
+        assert found == [promised(one, flying, (depth,), follows)[0] for depth in (2, 8, 31)]
+
+
+def test_a_continuation_that_is_left_may_resume() -> None:
+    """After a chain that was not right as a whole the next one's tokens are still sent by position."""
+    never, often = (Continuation(list(range(40)), [0.9], "text", resumes) for resumes in (0.0, 0.5))
+    assert promised(never, 4, (8,)) < promised(often, 4, (8,))
+    assert promised(never, 0, (8,), 31)[0] < 1.2
+    assert promised(often, 0, (8,), 31)[0] > 2.5
+    assert promised(often, 41, (8,)) == [1.0]  # nothing is left of it
+    assert promised(often, 0, (8,)) == promised(never, 0, (8,))  # nothing is in flight
+
+
+def test_chains_that_do_not_fit_are_left_out_of_large_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules' own steps take as many passes as without proposals."""
+    kind = kind_of(SimpleNamespace(
+        speculation=Speculation(5, adaptive=True, drafters=("mtp", "text")), drafters=[Text()], modules=True,
+        sampler=SimpleNamespace(guides=False, masks=False)))  # fmt: skip
+    assert [kind.extend(rows) for rows in (16, 8)] == [16, 6]
+    monkeypatch.setattr(device_group, "STEP_ROWS", 128)  # 8 slots of 16 rows
+    lm, prompts = batch_lm(checkpoint(tmp_path, "v3"), 5), [*PROMPTS, [4, 4], [8]]
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.0, "ignore_eos": True, "seed": 0}
+    plain = lm.generate(prompts, speculation=None, **options)
+    documents = [prompt + one.token_ids for prompt, one in zip(prompts, plain, strict=True)]
+    speculation = Speculation(2, adaptive=True, drafters=("mtp", "text"), references=documents)
+    out = lm.generate(prompts, speculation=speculation, **options)
+    assert [one.token_ids for one in out] == [one.token_ids for one in plain]
+    group = next(one for one in device(lm).pool.known if one.kind.scripted)
+    with torch.inference_mode():
+        (part,) = group._parts(5)
+        table = group._measured([part])
+    assert [group.shapes[number].depth for number in part.steps] == [0, 1, 2, 15]  # not the chain of 31
+    assert [table.relative(number) < inf for number in range(len(group.shapes))] == [True] * 4 + [False]

@@ -111,6 +111,19 @@ def test_rates_follow_what_is_seen_and_new_texts_begin_with_it() -> None:
     assert abs(rates.for_sequence().chance(5) - rates.chance(5)) < 1e-9
 
 
+def test_a_long_match_resumes_after_a_token_that_differs() -> None:
+    """How often it does is learned from texts in which words were replaced, and said only of long matches."""
+    document = [(7 * place) % 101 for place in range(400)]
+    followed, left = Text([document]), Text([document])
+    replaced = [token if place % 20 else 200 for place, token in enumerate(document)]
+    followed.begin([]).commit(replaced)
+    left.begin([]).commit([token for first in range(0, 400, 20) for token in (*document[first : first + 15], 300, 301)])
+    known, lost = (text.begin(document[1:14]).propose((), 8)[0] for text in (followed, left))
+    assert known.resumes > 0.6 > 0.3 > lost.resumes
+    assert Text([document]).begin(document[1:5]).propose((), 8)[0].resumes == 0.0
+    assert known.rest().resumes == known.resumes
+
+
 def test_a_continuation_cut_at_its_front() -> None:
     one = Continuation([4, 5, 6], [0.9, 0.5], "mine")
     assert [one.chance(place) for place in range(3)] == [0.9, 0.5, 0.5]
