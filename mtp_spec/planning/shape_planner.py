@@ -156,7 +156,11 @@ class ShapePlanner:
             paused = self._pace.paused and not batch.eager
             own = [tokens[shape] / table.relative(shape) for shape in drafting if not paused]
             least = max([*own, *([] if batch.eager else [1.0])], default=0.0)
-            others, shape = max((tokens[shape] / table.relative(shape), -shape) for shape in table.scripted)
+            # each such step among plain ones is a switch and back
+            catching_up = table.switching(batch.behind) if batch.behind > 1 else 0.0
+            others, shape = max(
+                (tokens[shape] / (table.relative(shape) + catching_up), -shape) for shape in table.scripted
+            )
             if others > CLEARLY * least:
                 return -shape
         if not drafting:

@@ -252,6 +252,14 @@ def test_a_long_chain_of_proposals_is_taken_where_it_promises_more() -> None:
     assert chosen(certain(), 8.0, 20.0) == 3
 
 
+def test_a_step_of_proposals_among_plain_ones_pays_for_the_switch() -> None:
+    shapes = [TreeShape(), TreeShape.of(Speculation(2)), TreeShape.chain(8)]
+    table = ShapeTable(shapes, (1.0, 1.5, 1.25), 0.5, {16: 0.5}, hopeless(), 1)
+    for behind in (1, 10):
+        chosen = ShapePlanner(table).plan(ShapeBatch(table, given=[1.8], behind=behind)).shape
+        assert (chosen == 2) == (behind == 1)
+
+
 def hopeless() -> Chances:
     """Returns chances of a model whose drafts were never accepted."""
     return learned([])
