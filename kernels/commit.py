@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtp_spec.kernels.checks import expect
-from mtp_spec.kernels.launching import late, runs_triton
+from mtp_spec.kernels.launching import late, next_power, runs_triton
 from mtp_spec.kernels.mla.cache import KEYS, Cache
 
 try:
@@ -71,8 +71,8 @@ def accept(
     walked = min(rows, most) if depth is None else depth + 1
     _accept_kernel[(sequences,)](
         drawn, failed, ids, parents, path, tokens, record, record if seen is None else seen, rows,
-        0 if seen is None else seen.shape[1], MOST=most, WALKED=walked, WIDE=triton.next_power_of_2(rows),
-        LANES=triton.next_power_of_2(most), COUNTED=seen is not None, num_warps=1, **late(ids),
+        0 if seen is None else seen.shape[1], MOST=most, WALKED=walked, WIDE=next_power(rows),
+        LANES=next_power(most), COUNTED=seen is not None, num_warps=1, **late(ids),
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def commit(
     _commit_kernel[(len(caches), -(-width // COLUMNS), sequences)](
         store, length, length if pages is None else pages, 0 if pages is None else pages.shape[1], path, record, apart,
         caches[0].base, width, PAGED=pages is not None, BLOCK=KEYS,
-        MOST=triton.next_power_of_2(most if depth is None else depth + 1), ROWS=most, COLUMNS=COLUMNS, **late(store),
+        MOST=next_power(most if depth is None else depth + 1), ROWS=most, COLUMNS=COLUMNS, **late(store),
     )  # fmt: skip
 
 

@@ -103,18 +103,19 @@ def idle_lm(texts: int, context: int, acceptance: float) -> LM:
 def host(args: argparse.Namespace) -> Report:
     """Measures the processor time of `generate(list)` for each token and each text with steps that compute nothing."""
     rows, before = list[Row](), torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # zeroing pages, the GPU's work, would keep others spinning, which counts as the host's time
-    for texts in args.sizes:
-        lm = idle_lm(texts, PROMPT + args.max_new_tokens, args.acceptance)
-        for temperature in args.temperatures:
-            for asked, options in ASKED.items():
-                for way, speculation in WAYS.items():
-                    given = {**options, "temperature": temperature, "speculation": speculation}
-                    rows.append(_row(lm, texts, way, asked, given, args))
-        lm.close()
-    torch.set_num_threads(before)
+    # zeroing pages, the GPU's work, would keep other threads spinning, which counts as the host's time
+    torch.set_num_threads(1)
+    try:
+        for texts in args.sizes:
+            lm = idle_lm(texts, PROMPT + args.max_new_tokens, args.acceptance)
+            for temperature in args.temperatures:
+                for asked, options in ASKED.items():
+                    for way, speculation in WAYS.items():
+                        given = {**options, "temperature": temperature, "speculation": speculation}
+                        rows.append(_row(lm, texts, way, asked, given, args))
+            lm.close()
+    finally:
+        torch.set_num_threads(before)
     return Report(f"The host's microseconds, with steps that compute nothing, best of {args.repeats} batches", rows)
 
 

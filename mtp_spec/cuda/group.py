@@ -287,7 +287,7 @@ class Group:
     # several shapes
 
     def _scripted(self, shape: int) -> bool:
-        return shape >= len(self.shapes) - self.kind.scripted
+        return shape >= len(self.kind.own)
 
     def _plan(self, parts: list[Part]) -> ShapePlan:
         key = (self, "table", tuple(part.state.sequences for part in parts), self._stages)
