@@ -24,9 +24,10 @@ from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.options import JSON, Benchmark, Option
 from mtp_spec.cuda.backend import DeviceBackend
+from mtp_spec.cuda.graphs import Graphs
 from mtp_spec.cuda.prefill import Whole
 from mtp_spec.cuda.state import MOST
-from mtp_spec.cuda.step import Graphs, Step
+from mtp_spec.cuda.step import Step
 from mtp_spec.kernels import commit as commits
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.cuda.model import DeviceModel

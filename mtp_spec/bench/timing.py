@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mtp_spec.cuda.graphs import capturing
+
 CACHE_BYTES = 256 * 2**20  # several times the L2 cache
 REPLAYS = 15
 
@@ -43,7 +45,7 @@ def graph_time(
     torch.cuda.current_stream().wait_stream(stream)
     settle()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with capturing(graph):
         work()
     graph.replay()
     # replays are queued back to back, so that launch gaps are not timed

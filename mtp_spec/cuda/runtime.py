@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import TypeVar, cast
 
+from mtp_spec.cuda.graphs import Graphs
 from mtp_spec.cuda.lock import FairLock
 from mtp_spec.cuda.state import State, prefill_rows
-from mtp_spec.cuda.step import Graphs, Prefill
+from mtp_spec.cuda.step import Prefill
 from mtp_spec.model.cuda.model import DeviceModel
 
 # most captured steps, passes and shape tables; there are some for every batch size

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mtp_spec.cuda.constants import Constants
 from mtp_spec.cuda.draft import feed_modules, run_module
+from mtp_spec.cuda.graphs import Graphs
 from mtp_spec.cuda.guided import masked, remaining
 from mtp_spec.cuda.kinds import Guided
 from mtp_spec.cuda.rules import DeviceRule
@@ -299,52 +300,6 @@ class Prefill:
         if self.draft:
             hidden = self.hidden.unflatten(0, (state.sequences, self.rows))
             feed_modules(self.model, state, self._constants, self.ids[:, 1:], hidden, state.length, self.following)
-
-
-class Graphs:
-    """Captures work into CUDA graphs that share one memory pool.
-
-    This is safe because they run one after another on one stream, and results in a graph's memory are read before the
-    next graph is launched: whatever has to last longer is in a `State`.
-
-    During a capture other threads may use the GPU: the user's, that of another model, the communication library's.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-
-    def capture(self, work: Callable[[], None], ran: bool = False) -> Callable[[], None]:
-        """Returns the replay of work from a CUDA graph.
-
-        Args:
-            ran: whether the work has run before; else it first runs once, to compile kernels.
-        """
-        if not ran:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                work()
-            torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
-
-    def later(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Returns a function that runs work at the first call, captures it at the second, and then replays it."""
-        replay: Callable[[], None] | None = None
-        ran = False
-
-        def run() -> None:
-            nonlocal replay, ran
-            if not ran:
-                work()
-                ran = True
-                return
-            if replay is None:
-                replay = self.capture(work, ran=True)
-            replay()
-
-        return run
 
 
 def _nothing() -> None:

@@ -17,6 +17,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from mtp_spec.cuda.graphs import capturing
+
 ATTEMPTS = 2  # captures that may fail before no more are tried
 
 Shape = tuple[tuple[int, ...], ...]  # of each input
@@ -108,7 +110,7 @@ class CapturedSteps:
             return None
         graph, inputs = torch.cuda.CUDAGraph(), self._room(given)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with capturing(graph, self._pool, self._stream):
                 found = self._work(*inputs)
         except Exception as error:  # of any kind that torch and CUDA have for it
             self._failed, self._pool = self._failed + 1, torch.cuda.graph_pool_handle()

@@ -11,7 +11,7 @@ import torch
 
 from lms import lm_of
 from mtp_spec.api import LM
-from mtp_spec.cuda.step import Graphs
+from mtp_spec.cuda.graphs import Graphs
 from mtp_spec.model.checkpoint.folder import save_checkpoint
 from mtp_spec.model.config import ModelConfig
 from mtp_spec.model.cuda.checkpoint import load_device_model

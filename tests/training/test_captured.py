@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtp_spec.cuda import graphs
 from mtp_spec.training import captured
 from mtp_spec.training.captured import CapturedSteps
 
@@ -58,7 +59,8 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device()
-    monkeypatch.setattr(captured, "torch", SimpleNamespace(cuda=made, Tensor=Tensor))
+    for module in (captured, graphs):
+        monkeypatch.setattr(module, "torch", SimpleNamespace(cuda=made, Tensor=Tensor))
     return made
 
 
