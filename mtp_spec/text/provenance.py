@@ -76,7 +76,8 @@ def is_own(marker: str) -> bool:
     """Whether the template wrote a marker; a role in the middle of it may come from a message."""
     visible = [c for c in marker if not c.isspace()]
     own = [OWN <= ord(c) < BARRED for c in visible]
-    signs = [mine for c, mine in zip(visible, own, strict=True) if not (_plain(c).isalnum() or _plain(c) in "_-")]
+    plain = zip(_plain("".join(visible)), own, strict=True)
+    signs = [mine for c, mine in plain if not (c.isalnum() or c in "_-")]
     return any(own) and all(signs or own)
 
 
@@ -86,7 +87,7 @@ def spelled(text: str, plane: int) -> str:
 
 
 def _plain(text: str) -> str:
-    return "".join(chr(ord(c) % PLANE) if c >= chr(OWN) else c for c in text)
+    return PRIVATE.sub(lambda found: chr(ord(found[0]) % PLANE), text)
 
 
 def _marked(asked: Conversation, barred: Mark, assistants: Mark) -> Conversation:
