@@ -15,6 +15,7 @@ import mtp_spec
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option
+from mtp_spec.bench.train_shape import train_shape
 from mtp_spec.errors import OptionError
 from mtp_spec.load_checks import check_device, context_limit
 from mtp_spec.model.checkpoint.folder import open_checkpoint
@@ -35,11 +36,14 @@ def train(args: argparse.Namespace) -> Report:
 
     Weights are float32, products bfloat16 on a GPU and float32 on a CPU. Every step trains on the same batch, so the
     loss of the last one, which is told, must be below that of the first. On a GPU `train` replays a step as a CUDA
-    graph, which has a line of its own.
+    graph, which has a line of its own. With --shape: whole steps of `train` beside a published model of random weights.
     """
-    check_device(args.device)
     if args.context <= args.depths:
         raise OptionError(f"--context {args.context}: give more tokens than the {args.depths} that --depths takes")
+    if args.shape is not None:
+        return train_shape(args)
+    args.device = args.device or "cpu"
+    check_device(args.device)
     folder = model_folder(args.model)
     checkpoint = open_checkpoint(folder)
     if args.block == SHIPPED and not checkpoint.config.num_nextn_predict_layers:
@@ -83,7 +87,11 @@ BENCHMARK = Benchmark(
     options=(
         MODEL,
         JSON,
-        Option("--device", "cpu (default) or cuda", default="cpu"),
+        Option("--shape", "random weights of this published model, beside which a new module is trained",
+               type=parsing.shape_file, metavar="NAME"),
+        Option("--dtype", "of --shape's weights: bfloat16 (default) or fp8", choices=("bfloat16", "fp8"),
+               default="bfloat16"),
+        Option("--device", "cpu (default) or cuda (default with --shape)"),
         Option(
             "--block", "the checkpoint's modules (default), or a new one", choices=(SHIPPED, *BLOCKS), default=SHIPPED
         ),
@@ -93,7 +101,7 @@ BENCHMARK = Benchmark(
         Option("--depths", "drafts are trained to (4)", type=parsing.count, default=4, metavar="N"),
         Option("--repeats", "steps that are timed (7)", type=parsing.count, default=7),
     ),
-)
+)  # fmt: skip
 
 
 class Step:

@@ -15,8 +15,9 @@ from mtp_spec.tree_shape import TreeShape
 # the deepest chain that "auto" drafts
 PLANNED_DEPTH = 5
 AUTO = Speculation(depth=PLANNED_DEPTH, adaptive=True)
-# depths of the chains of other drafters among which a planner chooses: with the root 16 and 32 rows, tiles of products
-CHAINS = (15, LONGEST_CHAIN)
+# depths of the chains of other drafters among which a planner chooses; with 15 in place of 8 drafts from the text alone
+# brought 1.31 times plain decoding in place of 1.55 (edits, one H200, bundled model)
+CHAINS = (8, LONGEST_CHAIN)
 Guided = Literal["masks", "rows"]
 
 

@@ -34,7 +34,7 @@ def ready_modules(options: TrainOptions, checkpoint: Checkpoint, device: torch.d
     if options.start == "shipped":
         modules = shipped_modules(checkpoint, device)
     else:
-        width = _width(options, checkpoint.config)
+        width = width_of(options, checkpoint.config)
         modules = new_modules(checkpoint.config, width, options.modules, options.seed, device)
         if options.start == "last-layer":
             begin_as_last_layer(modules, checkpoint)
@@ -48,14 +48,15 @@ def ready_modules(options: TrainOptions, checkpoint: Checkpoint, device: torch.d
 
 def trained_numbers(options: TrainOptions, config: ModelConfig) -> int:
     """Returns how many numbers the modules have that the options ask for, without making them."""
-    shapes = [ModuleShape(intermediate_size=_width(options, config))] * options.modules
+    shapes = [ModuleShape(intermediate_size=width_of(options, config))] * options.modules
     if options.start == "shipped":
         shapes = [config.module(number) for number in range(config.num_nextn_predict_layers)]
     modules = [MTPModule(config, shape, torch.float32, "meta") for shape in shapes]
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def _width(options: TrainOptions, config: ModelConfig) -> int | None:
+def width_of(options: TrainOptions, config: ModelConfig) -> int | None:
+    """Returns the width of a new dense block; None for a block with experts."""
     return (options.width or config.intermediate_size) if options.block == "dense" else None
 
 

@@ -238,7 +238,7 @@ def test_chains_that_do_not_fit_are_left_out_of_large_batches(tmp_path: Path, mo
     kind = kind_of(SimpleNamespace(
         speculation=Speculation(5, adaptive=True, drafters=("mtp", "text")), drafters=[Text()], modules=True,
         sampler=SimpleNamespace(guides=False, masks=False)))  # fmt: skip
-    assert [kind.extend(rows) for rows in (16, 8)] == [16, 6]
+    assert [kind.extend(rows) for rows in (16, 8)] == [9, 6]
     monkeypatch.setattr(device_group, "STEP_ROWS", 128)  # 8 slots of 16 rows
     lm, prompts = batch_lm(checkpoint(tmp_path, "v3"), 5), [*PROMPTS, [4, 4], [8]]
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.0, "ignore_eos": True, "seed": 0}
@@ -251,5 +251,5 @@ def test_chains_that_do_not_fit_are_left_out_of_large_batches(tmp_path: Path, mo
     with torch.inference_mode():
         (part,) = group._parts(5)
         table = group._measured([part])
-    assert [group.shapes[number].depth for number in part.steps] == [0, 1, 2, 15]  # not the chain of 31
+    assert [group.shapes[number].depth for number in part.steps] == [0, 1, 2, 8]  # not the chain of 31
     assert [table.relative(number) < inf for number in range(len(group.shapes))] == [True] * 4 + [False]

@@ -1,0 +1,160 @@
+"""`bench train --shape`: steps of `train` at the full size of a published model, whose weights are random.
+
+Texts are random tokens of two lengths, so batches have two shapes: the second is launched and captured while the first
+one's graph is there, which takes most memory. A step's time does not depend on the numbers, but for how evenly experts
+are chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtp_spec.bench.common import Report, Row
+from mtp_spec.bench.passes import fill
+from mtp_spec.errors import OptionError
+from mtp_spec.host_memory import free_memory
+from mtp_spec.load_checks import check_device
+from mtp_spec.model.config import load_config
+from mtp_spec.model.cuda.model import DeviceModel
+from mtp_spec.model.rope import rope_table
+from mtp_spec.model.training import ModulesForward
+from mtp_spec.model.transformer import MTPModule
+from mtp_spec.training.backbone import Backbone, States, near_bytes
+from mtp_spec.training.loop import Trainer, optimiser_numbers
+from mtp_spec.training.modules import new_modules, width_of
+from mtp_spec.training.options import TrainOptions
+from mtp_spec.training.plan import plan_of
+from mtp_spec.training.team import Team
+from mtp_spec.training.texts import Corpus
+
+FIRST = 8  # steps that are not timed: until both shapes are captured
+SHORT = 0.75  # length of half of the texts, of the others'
+
+
+def train_shape(args: argparse.Namespace) -> Report:
+    """Times whole steps, with the main model's passes and with hidden states that are kept, and compares memory with
+    the plan that `train` makes."""
+    device = args.device = args.device or "cuda"
+    check_device(device)
+    if args.block not in ("dense", "moe"):
+        raise OptionError("--shape has random weights and no modules to go on with: give --block dense or moe")
+    full = load_config(args.shape)
+    config = replace(full, num_nextn_predict_layers=0, fp8_block=None if args.dtype == "bfloat16" else (128, 128))
+    if args.context + args.depths + 8 > config.max_position_embeddings:
+        raise OptionError(f"--context {args.context}: the model's limit is {config.max_position_embeddings}")
+    size = sum(slot.nbytes for slot in DeviceModel(config, "meta").checkpoint_slots().values())
+    free = torch.cuda.mem_get_info(device)[0] if device != "cpu" else free_memory()
+    if free is not None and size > free:
+        raise OptionError(f"the model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: give another --shape")
+    torch.manual_seed(0)
+    model = DeviceModel(config, device)
+    fill(model)
+    with TemporaryDirectory() as folder, torch.enable_grad():
+        return _report(args, model, _corpus(Path(folder), args, config.vocab_size), Path(folder))
+
+
+def _corpus(folder: Path, args: argparse.Namespace, vocabulary: int) -> Corpus:
+    """Returns random texts for the first steps and for those that are timed, as many tokens of each length."""
+    corpus, random = Corpus(folder / "texts", 0.0), np.random.default_rng(0)
+    short, steps = round(SHORT * args.context), (FIRST + args.repeats + 1) // 2
+    for line in range(steps * (args.batch + round(args.batch / SHORT))):
+        length = args.context if line < steps * args.batch else short
+        ids = random.integers(vocabulary, size=length).tolist()
+        corpus.add("texts", line, ids, [(1, len(ids))], "random")
+    corpus.close()
+    return corpus
+
+
+def _report(args: argparse.Namespace, model: DeviceModel, corpus: Corpus, folder: Path) -> Report:
+    config, device, memory = model.config, model.device, _Memory(model.device)
+    options = TrainOptions(
+        texts=Path(__file__), block=args.block, depth=args.depths, optimiser=args.optimiser, steps=10**6,
+        batch_tokens=args.batch * (args.context + args.depths), max_tokens=args.context + args.depths + 1,
+        check_tokens=args.context,
+    )  # fmt: skip
+    modules = new_modules(config, width_of(options, config), options.modules, options.seed, device)
+    table = rope_table(config, args.context + args.depths + 8, device)
+    own = [module for module in modules if isinstance(module, MTPModule)]
+    forward = ModulesForward(own, model.embed_tokens, model.lm_head, lambda length: table)
+    backbone = Backbone(model)
+    states = States(backbone, corpus, None, corpus.tokens * config.hidden_size * 4, near_bytes(device))
+    trainer = Trainer.of(options, forward, modules, corpus, states, Team(str(args.device)))
+    shape = trainer.largest()
+    plan = plan_of(forward, modules, trainer.objective, shape, optimiser_numbers(options, device.type), [],
+                   states, backbone.bytes(shape[0] * shape[1]), trainer.captured is not None)  # fmt: skip
+    print(f"batches of {shape[0]} x {shape[1]} tokens; {plan}", flush=True)
+    plan.check(device, folder)
+    memory.forget()
+
+    def timed(steps: int) -> tuple[float, float]:
+        """Returns the seconds of a step, and the tokens of a second."""
+        numbers = [number for step in range(steps) for number in trainer.batches.of(trainer.step + step)]
+        memory.wait()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            trainer.one()
+        memory.wait()
+        seconds = time.perf_counter() - begin
+        return seconds / steps, sum(corpus.texts[number].length for number in numbers) / seconds
+
+    whole = trainer.batches.count(0)
+    timed(FIRST)
+    parts = {"a step, with the main model's passes": timed(whole - FIRST), "a step, hidden states kept": timed(whole)}
+    trainer.settle()
+    rows: list[Row] = [{"part": name, "ms": 1e3 * seconds, "tokens a second": pace}
+                       for name, (seconds, pace) in parts.items()]  # fmt: skip
+    facts: dict[str, Any] = {
+        "shape": args.shape.stem, "dtype": args.dtype, "block": args.block, "optimiser": options.optimiser,
+        "depths": args.depths, "batch": list(shape), "graphs": trainer.captured.graphs if trainer.captured else 0,
+        "trained parameters": sum(p.numel() for p in modules.parameters() if p.requires_grad),
+        "planned GB": plan.memory / 1e9, "plan": str(plan),
+        "loss first": trainer.log[0]["loss"], "loss last": trainer.log[-1]["loss"],
+    }  # fmt: skip
+    notes = memory.told(plan.memory, facts)
+    title = f"Training steps at {args.shape.stem}'s size, {args.block} module, to depth {args.depths}"
+    return Report(title, rows, facts, notes=notes)
+
+
+class _Memory:
+    """A GPU's memory beside the model; of a CPU nothing is known.
+
+    Args:
+        device: holds the model and nothing else.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._held = device, 0
+        if device.type == "cuda":
+            self.forget()
+            self._held = torch.cuda.memory_reserved(device)
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def forget(self) -> None:
+        """Gives back what no tensor holds."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wait(self) -> None:
+        """Waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def told(self, planned: int, facts: dict[str, Any]) -> list[str]:
+        """Adds to the facts what was used, and returns a sentence on it."""
+        if self._device.type != "cuda":
+            return []
+        peak = torch.cuda.max_memory_reserved(self._device) - self._held
+        facts |= {
+            "model GB": self._held / 1e9, "peak GB": peak / 1e9, "peak over plan": peak / planned,
+            "peak allocated GB": (torch.cuda.max_memory_allocated(self._device) - self._held) / 1e9,
+        }  # fmt: skip
+        return [f"memory beside the model's {self._held / 1e9:.1f} GB: {peak / 1e9:.2f} GB, {peak / planned:.3f} of "
+                "the plan"]  # fmt: skip
