@@ -205,3 +205,18 @@ def test_prompts_on_the_gpu(tmp_path: Path) -> None:
         assert_same(handle.result(300), load(8192).generate(one, **asked, speculation=2))
     scores = [load(tokens).score(prompt[:3000]).logits for tokens in (8192, 700)]
     assert torch.equal(*scores)
+
+
+@pytest.mark.gpu
+def test_a_pass_may_be_longer_than_by_default(tmp_path: Path) -> None:
+    changes = {
+        "hidden_size": 1024, "num_attention_heads": 8, "kv_lora_rank": 256, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "num_hidden_layers": 2, "max_position_embeddings": 32768,
+    }  # fmt: skip
+    folder, prompt = checkpoint(tmp_path, "v3", **changes), [(7 * i + i // 9) % 150 for i in range(17000)]
+    made = []
+    for tokens in (8192, 16384, 32768):
+        lm = mtp_spec.load(folder, device="cuda", max_context=18000, prefill_tokens=tokens)
+        made.append(lm.generate(prompt, **{**OPTIONS, "max_new_tokens": 8, "logprobs": 2}, speculation=2))
+    assert_same(made[1], made[0])
+    assert_same(made[2], made[0])
