@@ -330,7 +330,7 @@ def attend_kernel(
         start = gl.load(length)
     count = split_of(start + deepest) + 1
     if FEW:
-        high, highs, low, lows = share_of(turn, each, count)
+        high, highs, low, lows = share_of(turn, each, count, start + deepest + 1)
         splits = (0, highs + lows, 1, high, highs, low)
     else:
         splits = (turn, count, each, 0, 0, 0)

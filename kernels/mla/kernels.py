@@ -44,17 +44,19 @@ def _splits_before(position):
 
 
 @triton.jit
-def share_of(turn, programs, count):
-    """Returns one program's share of the splits 0 .. count - 1, so that all programs finish together, as (high, highs,
-    low, lows): `highs` splits from `high` downwards, and `lows` from `low` downwards.
+def share_of(turn, programs, count, keys):
+    """Returns one program's share of the splits 0 .. count - 1 of some keys, so that all programs finish together, as
+    (high, highs, low, lows): `highs` splits from `high` downwards, and `lows` from `low` downwards.
 
     The largest splits come first, as many to each program as its room has; smaller ones fill the rooms, in descending
-    order. A size divides the next, so no split crosses the border of two rooms.
+    order. A size divides the next, so no split crosses the border of two rooms. A first split of the largest size
+    counts as what it has: else rooms were of that size as soon as a context reaches it.
     """
     begin = tl.where(count > FIRST3, FIRST3, tl.where(count > FIRST2, FIRST2, tl.where(count > FIRST1, FIRST1, 0)))
     below, large = _split_start(begin), count - begin
-    size = _split_start(begin + 1) - below
-    unit = tl.where(begin > 0, below - _split_start(tl.maximum(begin, 1) - 1), size)
+    whole = _split_start(begin + 1) - below
+    unit = tl.where(begin > 0, below - _split_start(tl.maximum(begin, 1) - 1), whole)
+    size = tl.where(large == 1, tl.minimum((keys - below + unit - 1) // unit * unit, whole), whole)
     mean = (below + large * size + programs - 1) // programs
     room = tl.maximum((mean + unit - 1) // unit * unit, (large + programs - 1) // programs * size)
     most = room // size
