@@ -51,7 +51,8 @@ COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and colu
 # Tiles of node-head pairs up to which Hopper's programs have equally many keys each and load blocks in pieces; the
 # second number is for caches of LONG tokens and more. On an H200, of chains: 1 to 4 tiles (2 rows of 128 heads, 8 of
 # 20) 1.00 to 1.03 times as fast at 1,024 keys, 1.04 to 1.06 at 8,192, 1.05 to 1.13 from 32,768 on; 8 tiles 1.04, 0.96
-# and 1.06 to 1.11; 16 tiles 0.89 to 0.97. Not part of the arithmetic.
+# and 1.06 to 1.11; 16 tiles 0.89 to 0.97 (with splits of 512 up to 8,192 keys, 1,024 up to 32,768, then 4,096). Not
+# part of the arithmetic.
 FEW_TILES, FEW_TILES_LONG, LONG = 4, 8, 16384
 WARPS = 8  # per program of `attend`, except Hopper's; not part of the arithmetic
 # except on Hopper: tiles in flight and keys per step, by the shared memory per program that they need

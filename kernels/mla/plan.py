@@ -14,9 +14,9 @@ from torch import Tensor
 from mtp_spec.kernels.mla.cache import Cache, Layout
 
 # Positions per split, and where larger ones begin: short splits fill the GPU at short contexts, long ones limit the
-# number of parts at long contexts. Part of the arithmetic.
-SPLIT_SIZES = (128, 512, 1024, 4096)
-SPLIT_ENDS = (1024, 8192, 32768)
+# number of parts at long contexts. A pass of few tiles takes as long as its longest split. Part of the arithmetic.
+SPLIT_SIZES = (128, 512, 1024, 2048)
+SPLIT_ENDS = (1024, 16384, 65536)
 TILE = 64  # node-head pairs per program, wgmma's rows
 
 

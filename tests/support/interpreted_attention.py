@@ -15,6 +15,7 @@ from mtp_spec.kernels import fp8, mla
 from mtp_spec.kernels.mla import Cache, new_caches
 from mtp_spec.kernels.mla import attention as mla_attention
 from mtp_spec.kernels.mla.kernels import _split_start, share_of
+from mtp_spec.kernels.mla.plan import SPLIT_SIZES
 
 
 def attention() -> None:
@@ -151,11 +152,11 @@ def shares() -> None:
     """The programs of a tile together have every split once, and the longest share is near the best by a search, also
     where the last split has only begun."""
     counts, over = 128, list[float]()
-    for programs, last in product((1, 2, 3, 4, 7, 8, 13, 16, 18, 22, 26, 33, 44, 66, 132), (4096, 1, 700)):
+    for programs, last in product((1, 2, 3, 4, 7, 8, 13, 16, 18, 22, 26, 33, 44, 66, 132), (SPLIT_SIZES[-1], 1, 700)):
         out, starts = torch.empty(counts, 256, 4, dtype=torch.int32), torch.empty(counts, dtype=torch.int32)
         _shares[(1,)](out, starts, programs, last, counts, 256)
         for count in range(1, counts + 1):
-            sizes = [*starts[: count + 1].diff().tolist(), 4096][:count]
+            sizes = [*starts[: count + 1].diff().tolist(), SPLIT_SIZES[-1]][:count]
             sizes[-1] = min(sizes[-1], last)
             lists = [[*range(high, high - highs, -1), *range(low, low - lows, -1)]
                      for high, highs, low, lows in out[count - 1, :programs].tolist()]  # fmt: skip
