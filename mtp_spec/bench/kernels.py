@@ -14,7 +14,7 @@ import torch
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.experts import DEFAULT, Mix, experts
-from mtp_spec.bench.layers import attention
+from mtp_spec.bench.layers import CONTEXTS, HEADS, attention
 from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
 from mtp_spec.bench.products import SHAPES, products
 from mtp_spec.bench.prompts import prompts
@@ -44,7 +44,7 @@ def kernels(args: argparse.Namespace) -> Report:
             lines, found["moe.json"][mix.tuned] = experts(mix, args.rows, rate, args.tune, facts)
             rows += lines
     if "attention" in args.what:
-        rows += attention(args.rows, rate)
+        rows += attention(args.rows, args.heads, args.contexts, rate)
     if "prompts" in args.what:
         rows += prompts(rate)
     if "products" in args.what:
@@ -83,6 +83,14 @@ BENCHMARK = Benchmark(
             type=parsing.mixes,
             default=DEFAULT,
             metavar="DxI:C/E,...",
+        ),
+        Option("--heads", "attention's heads (128,16)", type=parsing.integers, default=list(HEADS), metavar="N,..."),
+        Option(
+            "--contexts",
+            "tokens in attention's cache (1024,8192,32768)",
+            type=parsing.integers,
+            default=list(CONTEXTS),
+            metavar="N,...",
         ),
         Switch("--quick", "without torch's and cuBLAS's products beside"),
         Switch("--tune", "search for launches of products and experts first"),

@@ -5,6 +5,7 @@ Its floor is the larger of the cache's bytes and the arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -13,18 +14,32 @@ from torch import Tensor
 
 from mtp_spec.bench.common import Row
 from mtp_spec.bench.timing import CACHE_BYTES, graph_time
+from mtp_spec.errors import OptionError
 from mtp_spec.kernels import mla
 from mtp_spec.kernels.mla import Cache, attend_reference, new_caches
 
-HEADS, CONTEXTS = (128, 16), (1024, 8192, 32768)
+HEADS, CONTEXTS, MOST_ROWS = (128, 16), (1024, 8192, 32768), 16
 
 
-def attention(counts: list[int], rate: float) -> list[Row]:
-    """Times attention over the latent cache for chains and for trees of the same size."""
+def attention(counts: Sequence[int], heads_of: Sequence[int], contexts: Sequence[int], rate: float) -> list[Row]:
+    """Times attention over the latent cache for chains and for trees of the same size.
+
+    Args:
+        counts: rows of a pass; those above 16 are left out.
+        heads_of: numbers of heads.
+        contexts: tokens in the cache, the pass's own included.
+        rate: TB/s of a copy.
+
+    Raises:
+        OptionError: a context is too short for a pass.
+    """
+    counts = [count for count in counts if count <= MOST_ROWS]
+    if counts and min(contexts) <= max(counts):
+        raise OptionError(f"--contexts {min(contexts)}: give more tokens than the {max(counts)} rows of a pass")
     rows = []
-    for heads in HEADS:
+    for heads in heads_of if counts else ():
         head = mla.Head(heads, 128, 64, 512, 128, 192**-0.5)
-        for context, packed in product(CONTEXTS, (False, True)):
+        for context, packed in product(contexts, (False, True)):
             layout = head.layout(packed)
             copies = max(2, -(-CACHE_BYTES // (context * layout.row_bytes)))
             caches = new_caches(copies, context, max(counts), layout, "cuda")
@@ -32,7 +47,7 @@ def attention(counts: list[int], rate: float) -> list[Row]:
             replace(caches[0], capacity=len(everything)).write(
                 everything, torch.randn(len(everything), head.width, device="cuda")
             )
-            for m in (count for count in counts if count <= 16):
+            for m in counts:
                 # the rows are at the end of the context, as in FlashMLA's calls
                 length = torch.tensor([context - m], dtype=torch.int32, device="cuda")
                 for kind, plan in (("chain", mla.chain(length, m)), ("tree", tree(length, m))):
