@@ -46,6 +46,7 @@ except ImportError:  # no Triton for this platform: the references remain
     triton = None
 
 PARTS_BYTES = 256 * 2**20  # memory limit for partial results; more rows are attended in several turns
+FULL = 0.9  # share of the multiprocessors that a turn should use
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns per program
 # Tiles of node-head pairs up to which Hopper's programs have equally many keys each and load blocks in pieces; the
@@ -308,10 +309,20 @@ def _turns(plan: Plan, head: Head, splits: int) -> Iterator[tuple[slice, Plan]]:
     if fit >= each * plan.sequences:
         yield slice(0, plan.rows), plan
         return
-    sequences, rows = max(1, fit // each), plan.each if fit >= each else max(1, fit // head.padded)
+    tiles = filling(max(1, fit // TILE))
+    sequences = max(1, tiles // (each // TILE))
+    rows = plan.each if fit >= each else max(1, tiles * TILE // head.padded)
     for first in range(0, plan.sequences, sequences):
         some = plan.some(first, min(first + sequences, plan.sequences))
         for begin in range(0, plan.each, rows):
             end = min(begin + rows, plan.each)
             start = first * plan.each + begin
             yield slice(start, start + some.sequences * (end - begin)), some.part(begin, end)
+
+
+def filling(most: int) -> int:
+    """Returns how many tiles are attended in a turn, up to `most`: each has equally many programs, so 74 tiles would
+    leave 58 multiprocessors idle, and 66 leave none."""
+    if most * (MULTIPROCESSORS // most) >= FULL * MULTIPROCESSORS:
+        return most
+    return MULTIPROCESSORS // -(-MULTIPROCESSORS // most)
