@@ -179,7 +179,8 @@ def resolve_speculation(value: object) -> Speculation | Literal["auto"] | None:
 
 
 def _drafters(value: object) -> tuple[str | Drafter | Replay, ...]:
-    allowed = f'names ("{MODULES}", "{Text.name}") and objects of mtp_spec.drafting.Drafter, at least one, such as '
+    allowed = f'names ("{MODULES}", "{Text.name}") and objects of mtp_spec.drafting.Drafter, which have begin(prompt) '
+    allowed += f'and a name whose first word is neither "{MODULES}" nor "target"; at least one, such as '
     allowed += f'("{MODULES}", "{Text.name}")'
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
         raise invalid("drafters", value, allowed)
@@ -200,7 +201,8 @@ def _is_drafter(value: object) -> bool:
         return True
     if isinstance(value, type):  # a class, not an object of it
         return False
-    other = isinstance(name, str) and name not in ("", MODULES, "target")
+    # statistics name the modules' drafts "mtp 1", "mtp 2"
+    other = isinstance(name, str) and bool(name.strip()) and name.split()[0] not in (MODULES, "target")
     return other and callable(getattr(value, "begin", None))
 
 

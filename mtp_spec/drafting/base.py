@@ -64,7 +64,7 @@ class Drafter(Protocol):
     If ranks share a model, drafters must propose the same on all of them, and have the same `repr`.
 
     Attributes:
-        name: in statistics, events and traces; neither "mtp" nor "target".
+        name: in statistics, events and traces; its first word is neither "mtp" nor "target".
     """
 
     @property

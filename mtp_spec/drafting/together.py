@@ -61,7 +61,7 @@ class Proposals:
         try:
             tokens, chances = list(map(index, given.tokens[:most])), list(map(float, given.chances[:most]))
             resumes = float(given.resumes)
-        except (AttributeError, TypeError, ValueError) as error:
+        except Exception as error:  # arrays have exceptions of their own for what they cannot do
             raise _not_continuations(name, given) from error
         if not tokens:
             return Continuation((), (), name)

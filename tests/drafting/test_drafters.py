@@ -225,6 +225,8 @@ def test_a_drafter_may_change_the_lists_that_it_gets(lm: mtp_spec.LM) -> None:
 
 @pytest.mark.parametrize("given", [
     None, 3, "abc", [1], [[1, 2]], [((1,), (0.9,), "d")], [Continuation([1.5], [0.9], "d")],  # type: ignore[list-item]
+    [Continuation(np.array(5), [0.9], "d")], [Continuation([1], torch.tensor(0.9), "d")],
+    [Continuation([1], [10**400], "d")], [Continuation(torch.ones(2, device="meta"), [1], "d")],
     [Continuation("12", [0.9], "d")], [Continuation([1], 0.9, "d")], [Continuation([1], [None], "d")],  # type: ignore
 ])  # fmt: skip
 def test_what_is_no_continuation_is_refused_by_name(lm: mtp_spec.LM, given: Any) -> None:
@@ -296,6 +298,7 @@ def test_options_are_checked_by_name(lm: mtp_spec.LM) -> None:
         ({"drafters": ("mtp", "suffix")}, "'suffix'"),
         ({"drafters": (object(),)}, "drafters entry"),
         ({"drafters": (Text,)}, "drafters entry=<class"),
+        *(({"drafters": (Fixed(name=name),)}, "a name whose first word is neither") for name in (" ", "mtp", "mtp 1")),
         ({"drafters": ("text", Text())}, "different names"),
         ({"references": "a document"}, "list of texts"),
         ({"references": "a document " * 999}, r"^.{200,400}$"),
