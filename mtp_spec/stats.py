@@ -18,7 +18,7 @@ from mtp_spec.tree import MODULES
 PHASES = ("prefill", "draft", "verify", "sample")
 SUMS = (
     "prompt_tokens", "reused_tokens", "new_tokens", "steps", "drafted", "dropped", "accepted", "step_tokens",
-    "total_seconds",
+    "overtaken", "total_seconds",
 )  # fmt: skip
 
 
@@ -59,6 +59,8 @@ class GenerationStats:
         accepted_by_rank: sibling rank (0 = best) -> accepted tokens.
         drafted_by_source: name of a drafter -> draft tokens proposed.
         steps_by_source: name of a drafter -> steps with drafts of it.
+        overtaken: steps with drafts of the MTP modules in which another drafter's first token was accepted: those of
+            the modules were not compared with the text there.
         phase_seconds: phase -> seconds; see ``seconds``.
         total_seconds: wall-clock seconds of the whole generation.
         planned: expected and measured results of the steps that a planner chose, if they shared no pass with others.
@@ -72,6 +74,7 @@ class GenerationStats:
     dropped: int = 0
     accepted: int = 0
     step_tokens: int = 0
+    overtaken: int = 0
     accepted_by_rank: Counter[int] = field(default_factory=Counter)
     drafted_by_source: Counter[str] = field(default_factory=Counter)
     steps_by_source: Counter[str] = field(default_factory=Counter)
@@ -122,6 +125,7 @@ class GenerationStats:
         if nodes > len(others):
             self.drafted_by_source[MODULES] += nodes - len(others)
             self.steps_by_source[MODULES] += 1
+            self.overtaken += bool(accepted_path_sources) and accepted_path_sources[0] != MODULES
         if others:
             self.drafted_by_source.update(others)
             self.steps_by_source.update(set(others))
@@ -267,7 +271,8 @@ class GenerationStats:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> GenerationStats:
         """Returns the statistics that `to_record` wrote, after a round trip through JSON."""
-        stats = cls(**{name: record[name] for name in SUMS}, phase_seconds=record["phase_seconds"])
+        known = {name: record[name] for name in SUMS if name in record}  # earlier versions have fewer
+        stats = cls(**known, phase_seconds=record["phase_seconds"])
         stats.planned = Planned(**record["planned"])
         stats.accepted_by_rank.update(dict(record["accepted_by_rank"]))
         stats.drafted_by_source.update(record["drafted_by_source"])

@@ -32,7 +32,7 @@ class Watch:
     def ended(self, stats: GenerationStats, params: SamplingParams) -> None:
         """Takes the statistics of a finished sequence with speculation."""
         self._seen = self._seen.merge(stats)
-        steps = self._seen.steps_by_source[MODULES]
+        steps = self._seen.steps_by_source[MODULES] - self._seen.overtaken
         if self._seen.steps < STEPS or steps < EVIDENCE:
             return
         accepted = sum(self._seen.accepted_at(MODULES).values())

@@ -86,6 +86,17 @@ def test_does_not_warn_where_drafts_are_left_out() -> None:
             lm.generate("Tell me a story about a fox", max_new_tokens=150, seed=seed, ignore_eos=True)
 
 
+def test_does_not_warn_of_modules_whose_drafts_stand_beside_right_ones() -> None:
+    beside, wrong = GenerationStats(), stats(STEPS, EVIDENCE, 0)
+    for _ in range(STEPS):
+        beside.record_step(1, 2, [0], 2, ["text"], ["text"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Watch(True).ended(beside, SamplingParams())
+    with pytest.warns(UserWarning, match="0 drafted tokens accepted in 12 steps"):
+        Watch(True).ended(beside.merge(wrong), SamplingParams())
+
+
 def test_texts_of_a_model_with_untrained_modules_warn(tmp_path: Path) -> None:
     lm = mtp_spec.load(make(tmp_path / "model"))
     with pytest.warns(UserWarning, match="accepted in"):

@@ -106,6 +106,7 @@ def test_statistics_survive_their_record() -> None:
     stats.record_prefill(5)
     stats.record_step(3, 6, (0, 2), 3)
     stats.record_step(0, 0, (), 1)
+    stats.record_step(1, 2, (0,), 2, ["text"], ["text"])
     stats.record_plan(2.5, 0.1, 3, 0.2)
     with stats.phase("verify"):
         pass
