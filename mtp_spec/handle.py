@@ -9,6 +9,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import Any
 
+from mtp_spec.errors import MTPSpecError
 from mtp_spec.results import EventLog, Generation, TokenEvent
 
 
@@ -24,16 +25,18 @@ class Handle:
         owner: the model.
         log: of the sequence.
         leave: called once the request is cancelled, in the thread that cancels it.
+        inside: whether the calling thread is the worker's, which must not wait for itself.
     Attributes:
         events: those created so far.
     """
 
-    def __init__(self, owner: object, log: EventLog, leave: Callable[[], object]) -> None:
+    def __init__(self, owner: object, log: EventLog, leave: Callable[[], object], inside: Callable[[], bool]) -> None:
         self._owner: object = owner  # keeps the model alive while the sequence is generated
         self._future: Future[Generation] = Future()
         self.events: list[TokenEvent] = []
         self._log = log
         self._leave: Callable[[], object] | None = leave
+        self._inside: Callable[[], bool] | None = inside
         self._lock, self._listeners = Lock(), list[Callable[[], object]]()
         self._heard = False  # whether anyone listens: else no events are created
         self._future.add_done_callback(self._ended)
@@ -46,7 +49,9 @@ class Handle:
 
         Raises:
             TimeoutError: it was not finished in time.
+            MTPSpecError: called by what runs in the worker's thread, such as a drafter or a logits processor.
         """
+        self.check_wait()
         return self._future.result(timeout)
 
     def done(self) -> bool:
@@ -62,9 +67,11 @@ class Handle:
         return self._future.cancelled()
 
     def __await__(self) -> Generator[Any, None, Generation]:
+        self.check_wait()
         return asyncio.wrap_future(self._future).__await__()
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        self.check_wait()
         loop, news, seen = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def wake() -> None:
@@ -100,6 +107,19 @@ class Handle:
             self._tell_all()
         return done
 
+    def check_wait(self) -> None:
+        """Checks that the calling thread may wait for the end.
+
+        Raises:
+            MTPSpecError: it is the worker's, which would wait for itself.
+        """
+        inside = self._inside
+        if inside is not None and inside():
+            raise MTPSpecError(
+                "a drafter, logits processor or observer waits for a text of the model that it runs in, whose thread "
+                "cannot write it meanwhile: load another model for that text, or write it before"
+            )
+
     # called by the worker, the only one to create events until the future is done
 
     def written(self) -> None:
@@ -126,7 +146,7 @@ class Handle:
         return len(self.events) > before
 
     def _ended(self, future: Future[Generation]) -> None:
-        leave, self._owner, self._leave = self._leave, None, None
+        leave, self._owner, self._leave, self._inside = self._leave, None, None, None
         if leave is not None and future.cancelled():
             leave()
         self._wake()

@@ -78,7 +78,10 @@ class Worker:
         """
         for sequence in sequences:
             self.runner.check(sequence.request)
-        handles = [Handle(owner, sequence.log, partial(self._cancelled.append, sequence)) for sequence in sequences]
+        handles = [
+            Handle(owner, sequence.log, partial(self._cancelled.append, sequence), self._inside)
+            for sequence in sequences
+        ]
         self._put([Submitted(sequence, handle) for sequence, handle in zip(sequences, handles, strict=True)])
         return handles
 
@@ -115,6 +118,11 @@ class Worker:
         with self._wake:
             if isinstance(self._error, RankError):
                 raise RankError(str(self._error)) from self._error
+            if self._error is not None:
+                raise MTPSpecError(
+                    f"the thread that writes this model's texts has ended with {self._error!r}: call close() on the "
+                    "model, after which it writes texts again"
+                ) from self._error
             if self._closed:
                 raise MTPSpecError("this model was closed: load it again")
             for one in given:
@@ -130,6 +138,9 @@ class Worker:
                 self._thread.start()
             self._wake.notify_all()
         openmp.dismiss()  # the worker computes now
+
+    def _inside(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def _left(self) -> list[Handle]:
         """Returns the handles of all queued and running sequences."""

@@ -114,6 +114,7 @@ class SharedStream(TokenStream):
         """Waits for new tokens; returns false at the end."""
         if self._whole:
             return False
+        self._handle.check_wait()
         self._news.clear()
         done = self._handle.told()
         if not self._end.alive or self._handle.cancelled():

@@ -212,8 +212,9 @@ def test_from_asyncio(lm: mtp_spec.LM) -> None:
 
 
 def test_closing_ends_every_text_and_the_worker(folder: Path) -> None:
-    before = set(threading.enumerate())
     with mtp_spec.load(folder, dtype="bfloat16", max_batch=2) as lm:
+        lm.generate([1], max_new_tokens=3)  # the engine's own threads stay
+        before = set(threading.enumerate())
         handles = [lm.submit([i], max_new_tokens=200, seed=0) for i in range(5)]
     assert all(handle.done() for handle in handles)
     assert any(handle.cancelled() for handle in handles)
@@ -221,6 +222,53 @@ def test_closing_ends_every_text_and_the_worker(folder: Path) -> None:
     assert len(lm.submit([1], max_new_tokens=3, seed=0).result().token_ids) == 3
     lm.close()
     assert set(threading.enumerate()) <= before
+
+
+def test_waiting_in_the_worker_for_itself_is_an_error(lm: mtp_spec.LM) -> None:
+    other = lm.submit([4], max_new_tokens=40)
+
+    async def awaited() -> None:
+        await lm.submit([1], max_new_tokens=2)
+
+    async def followed() -> None:
+        async for _ in lm.submit([1], max_new_tokens=2):
+            pass
+
+    waits = (
+        lambda: lm.generate([[1], [2]], max_new_tokens=2), lambda: lm.submit([1]).result(), other.result,
+        lambda: asyncio.run(awaited()), lambda: asyncio.run(followed()),
+    )  # fmt: skip
+    for wait in waits:
+
+        def processor(ids: list[int], row: Tensor, wait: Any = wait) -> Tensor:
+            wait()
+            return row
+
+        with pytest.raises(mtp_spec.MTPSpecError, match="waits for a text of the model that it runs in"):
+            lm.submit([1, 2], max_new_tokens=4, logits_processor=processor).result(60)
+    assert len(other.result().token_ids) == 40
+    assert other.result() == other.result()  # nothing is waited for once it has ended
+    alone = lm.generate([1, 2], max_new_tokens=4, seed=0)
+
+    def patient(ids: list[int], row: Tensor) -> Tensor:
+        lm.generate([1], max_new_tokens=1)  # a text alone is written by the thread that asks for it
+        return row
+
+    assert lm.submit([1, 2], max_new_tokens=4, seed=0, logits_processor=patient).result().token_ids == alone.token_ids
+
+
+def test_a_worker_that_has_ended_says_why(folder: Path) -> None:
+    lm = mtp_spec.load(folder, dtype="bfloat16", max_batch=2)
+
+    def leaves(ids: list[int], row: Tensor) -> Tensor:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        lm.submit([1, 2], max_new_tokens=4, logits_processor=leaves).result(60)
+    with pytest.raises(mtp_spec.MTPSpecError, match=r"ended with SystemExit\(3\): call close\(\)"):
+        lm.submit([1])
+    lm.close()
+    assert len(lm.generate([[1], [2]], max_new_tokens=4)) == 2
 
 
 def test_a_model_that_nobody_holds_ends_its_worker(tmp_path: Path) -> None:
