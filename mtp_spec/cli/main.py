@@ -378,7 +378,7 @@ def _drafters(args: argparse.Namespace) -> dict[str, Any]:
 
 def _reference(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise mtp_spec.OptionError(f"--reference {file} is not a readable text file: {reason}") from error

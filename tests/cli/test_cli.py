@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import mtp_spec
-from mtp_spec.cli.main import main
+from mtp_spec.cli.main import _options, build_parser, main
 from mtp_spec.cli.prompts import read_prompts
 from places import CONFIGS
 
@@ -61,6 +61,13 @@ def test_prompts_from_a_file_and_from_standard_input(
     monkeypatch.setattr("sys.stdin", io.StringIO("Name a colour"))
     main(["generate", "-", "--json", "--seed", str(lines[1]["seed"]), *SHORT])
     assert json.loads(capsys.readouterr().out)["token_ids"] == lines[1]["token_ids"]
+
+
+def test_references_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "windows.txt"
+    file.write_bytes("\ufeffOnce\r\nthere".encode())
+    args = build_parser().parse_args(["generate", "x", "--reference", str(file)])
+    assert _options(args)["speculation"].references == ("Once\nthere",)
 
 
 def test_inspect_describes_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
