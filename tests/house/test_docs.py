@@ -68,9 +68,19 @@ def test_commands_parse(command: str) -> None:
         build_parser().parse_args(words)
 
 
+def anchors(page: Path) -> set[str]:
+    """Returns the names of a page's headings, as MkDocs makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    words = (re.sub(r"[^\w\s-]", "", re.sub(r"\]\([^)]*\)", "", heading)).lower().split() for heading in headings)
+    return {re.sub("-+", "-", "-".join(one)) for one in words}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_lead_somewhere(page: Path) -> None:
     text = (DOCS / page).read_text()
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+        file = (DOCS / page).parent / target if target else DOCS / page
+        assert anchor in anchors(file), f"{target}#{anchor}"
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (DOCS / page).parent.joinpath(target).exists(), target
     for file in re.findall(r'--8<-- "([^":]+)', text):
