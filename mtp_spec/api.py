@@ -63,6 +63,7 @@ class LM:
         self._watch = Watch(backend.technique == "batched")
         self._grammars: Grammars | None = None
         self._texts: dict[tuple[Any, ...], Text] = {}  # by references, the latest last
+        self._indexing = Lock()
 
     @property
     def technique(self) -> Technique:
@@ -315,13 +316,21 @@ class LM:
             if not isinstance(drafter, str):
                 found.append(drafter)
             elif drafter == Text.name:
-                references = speculation.references
-                text = self._texts.pop(references, None) or Text(self._asking.references(references))
-                self._texts[references] = text
-                if len(self._texts) > TEXTS:
-                    del self._texts[next(iter(self._texts))]
-                found.append(text)
+                found.append(self._text(speculation.references))
         return tuple(found)
+
+    def _text(self, references: tuple[str | tuple[int, ...], ...]) -> Text:
+        """Returns the drafter "text" of these references, indexed once while they stay among the latest."""
+        with self._indexing:
+            text = self._texts.get(references)
+        if text is None:  # other threads do not wait for a long document
+            text = Text(self._asking.references(references))
+        with self._indexing:
+            text = self._texts.pop(references, text)
+            self._texts[references] = text
+            if len(self._texts) > TEXTS:
+                del self._texts[next(iter(self._texts))]
+        return text
 
     def _fresh_seed(self) -> int:
         """Returns a fresh seed, the same on all ranks."""

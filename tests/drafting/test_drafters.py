@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -317,6 +319,20 @@ def test_options_are_checked_by_name(lm: mtp_spec.LM) -> None:
     assert Speculation(references=[[1]]).drafters == ("mtp", "text")
     assert Speculation(adaptive=True).chosen(True).drafters == ("mtp", "text")
     assert "digest" in repr(Speculation(references=["a long document"]))
+
+
+def test_references_may_come_from_many_threads(lm: mtp_spec.LM) -> None:
+    def ask(number: int) -> None:
+        for one in range(1000):  # a whole request takes too long for threads to meet often
+            lm._drafters(Speculation(2, references=[[number, one % 90, one % 7]]))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(24) as pool:
+            list(pool.map(ask, range(24)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_grammar_is_followed_past_proposals_that_leave_it() -> None:
