@@ -6,15 +6,21 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from mtp_spec.bench.experts import Mix
 from mtp_spec.errors import OptionError
 from mtp_spec.shapes import named_shape
 from mtp_spec.speculation import ACCEPTANCE_RULES, MAX_DEPTH, Speculation
 
+Number = TypeVar("Number", int, float)
+
 
 def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers, such as 0.5,1") from None
 
 
 def chances(text: str) -> list[float]:
@@ -27,8 +33,7 @@ def chances(text: str) -> list[float]:
 
 def chance(text: str) -> float:
     """Returns a probability."""
-    (value,) = chances(text)
-    return value
+    return _single(chances(text), text)
 
 
 def pair(text: str) -> tuple[float, float]:
@@ -40,15 +45,23 @@ def pair(text: str) -> tuple[float, float]:
 
 
 def integers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give integers, such as 1,4") from None
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give numbers of 1 or more")
     return values
 
 
 def count(text: str) -> int:
-    (value,) = integers(text)
-    return value
+    return _single(integers(text), text)
+
+
+def _single(values: Sequence[Number], text: str) -> Number:
+    if len(values) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give one number")
+    return values[0]
 
 
 def drafters(text: str) -> list[tuple[str, ...]]:
