@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_spec.errors import OptionError
 from mtp_spec.progress import byte_progress
+from mtp_spec.shapes import model_folder
 
 if TYPE_CHECKING:
     from mtp_spec.model.checkpoint.jobs import Job
@@ -122,7 +123,7 @@ def _paths(args: argparse.Namespace, *aliases: str) -> tuple[Path, Path]:
         found.append(given[0])
     if args.workers < 1:
         raise OptionError(f"--workers {args.workers}: 1 or more")
-    return found[0], found[1]
+    return model_folder(found[0]), found[1]
 
 
 def _run(job: Job, target: Path, args: argparse.Namespace) -> None:

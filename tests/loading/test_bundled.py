@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import mtp_spec
+from mtp_spec.cli.main import main
 from mtp_spec.shapes import model_folder
 
 
@@ -25,3 +26,11 @@ def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.M
     assert model_folder("demo") == Path("demo")
     with pytest.raises(mtp_spec.CheckpointError, match="demo"):
         mtp_spec.load("demo")
+
+
+def test_demo_is_exported_and_cast_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["export", "demo", "exported"])
+    main(["cast", "demo", "cast", "--to", "bf16"])
+    assert sorted(made.name for made in tmp_path.iterdir()) == ["cast", "exported"]
+    assert mtp_spec.load("exported", measure=False).config == mtp_spec.load("demo", measure=False).config
