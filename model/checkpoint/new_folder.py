@@ -21,7 +21,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder exists.
     """
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere cannot be replaced by a folder
         raise CheckpointError(f"{folder} exists: give a new folder, nothing is overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -30,6 +30,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         for file in part.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
+            file.chmod(0o644)  # safetensors' own are for their writer alone
         part.chmod(0o755)
         part.rename(folder)
     except BaseException:

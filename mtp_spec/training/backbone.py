@@ -41,7 +41,7 @@ class Backbone:
 
     @torch.no_grad()
     def hidden(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Returns the normed hidden states `[T, D]` of each text, on the model's device."""
+        """Returns the normed hidden states `[T, D]` of each text, on the model's device, on a host in float32."""
         if self._whole is not None:
             return self._of_device(self._whole, texts)
         assert isinstance(self.model, HostModel)
@@ -74,7 +74,7 @@ class Backbone:
             chunk = ids[first : first + CHUNK]
             parts.append(model.rows(chunk, cache, range(-1, len(chunk) - 1)))
             cache.commit(range(len(chunk)))
-        return torch.cat(parts)
+        return torch.cat(parts).float()  # modules and head are, and torch may compute in 16 bits
 
 
 class States:
@@ -94,7 +94,7 @@ class States:
     def __init__(self, backbone: Backbone, corpus: Corpus, file: Path | None, room: int, near: int = 0) -> None:
         self.backbone, self.corpus = backbone, corpus
         self._width, model = backbone.model.config.hidden_size, backbone.model
-        self._dtype = model.dtype if isinstance(model, HostModel) else model.activations
+        self._dtype = torch.float32 if isinstance(model, HostModel) else model.activations
         size = self._width * self._dtype.itemsize
         most = min(room // size, corpus.tokens)
         rows = min(near // size, most)

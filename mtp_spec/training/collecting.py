@@ -15,7 +15,7 @@ from mtp_spec.api import LM
 from mtp_spec.errors import OptionError
 from mtp_spec.handle import Handle
 from mtp_spec.model.checkpoint.writer import write_file
-from mtp_spec.training.options import TrainOptions
+from mtp_spec.training.options import MOST_SEED, TrainOptions
 from mtp_spec.training.texts import HELD, Corpus, Span, domain_of, prompt_of, read_lines, text_of
 
 COMPLETE = "complete.json"
@@ -23,7 +23,7 @@ AT_ONCE = 4  # batches of prompts that are underway: a text that takes long does
 SAID_SECONDS = 10.0
 Say = Callable[[str], None]
 Tell = Callable[[], None]  # says how far it is, now and then
-Line = tuple[int, list[int], list[Span], str]  # number, ids, what counts, domain
+Line = tuple[int, list[int], list[Span], str]  # number, ids or none, what counts, domain
 
 
 def collect(lm: LM, options: TrainOptions, folder: Path, say: Say) -> Corpus:
@@ -36,7 +36,7 @@ def collect(lm: LM, options: TrainOptions, folder: Path, say: Say) -> Corpus:
     corpus = Corpus(folder, 0.0 if isinstance(options.held_out, Path) else options.held_out)
     if (folder / COMPLETE).is_file():
         return corpus
-    start = said = perf_counter()
+    start, nothing = (said := perf_counter()), 0
 
     def tell() -> None:
         nonlocal said
@@ -49,11 +49,17 @@ def collect(lm: LM, options: TrainOptions, folder: Path, say: Say) -> Corpus:
         if file is None:
             continue
         for number, ids, spans, domain in _lines(lm, options, source, file, corpus.next_line(source), tell):
-            corpus.add(source, number, ids, spans, domain)
+            if ids:
+                corpus.add(source, number, ids, spans, domain)
+            else:
+                nothing += 1
             tell()
+    why = f"a prompt that leaves no room in max_tokens={options.max_tokens}, or nothing to learn"
+    if nothing and corpus.texts:
+        say(f"{nothing:,} {'line has' if nothing == 1 else 'lines have'} {why}: left out")
     trained = [text for text in corpus.texts if not text.held]
     if not trained:
-        few = f"all {len(corpus.texts)} are held out" if corpus.texts else "none has a token to learn"
+        few = f"all {len(corpus.texts)} are held out" if corpus.texts else f"each line has {why}"
         raise OptionError(f"{options.texts or options.prompts} leaves no text to train on: {few}; give more or others")
     if len(trained) == len(corpus.texts):
         way = f"a larger share than {options.held_out}" if held is None else f"other texts than those of {held}"
@@ -63,7 +69,7 @@ def collect(lm: LM, options: TrainOptions, folder: Path, say: Say) -> Corpus:
 
 
 def _lines(lm: LM, options: TrainOptions, source: str, file: Path, first: int, tell: Tell) -> Iterator[Line]:
-    """Yields what a file's lines from `first` on give."""
+    """Yields what a file's lines from `first` on give, no ids for a line that gives nothing."""
     lines = read_lines(file, first)
     if source == "texts":
         for number, entry in lines:
@@ -76,6 +82,8 @@ def _lines(lm: LM, options: TrainOptions, source: str, file: Path, first: int, t
             ids = prompt_of(lm, entry, where)
             if len(ids) < options.max_tokens:
                 yield from answers.to(number, ids, domain_of(entry))
+            else:
+                yield number, [], [], ""
         else:
             yield from answers.rest()
             yield from _pieces(options, number, entry, *text_of(lm, entry, where))
@@ -85,9 +93,9 @@ def _lines(lm: LM, options: TrainOptions, source: str, file: Path, first: int, t
 def _pieces(
     options: TrainOptions, number: int, entry: dict[str, Any], ids: list[int], spans: list[Span]
 ) -> Iterator[Line]:
-    """Yields a text, cut into pieces if it is plain, or else cut off."""
+    """Yields a text, cut into pieces if it is plain, or else cut off; no ids if nothing of it can be learned."""
     domain = domain_of(entry)
-    if isinstance(entry.get("text"), str):
+    if isinstance(entry.get("text"), str) and spans:
         for begin in range(0, len(ids), options.max_tokens):
             piece = ids[begin : begin + options.max_tokens]
             if len(piece) > 1:
@@ -96,6 +104,8 @@ def _pieces(
     spans = [(begin, min(end, options.max_tokens)) for begin, end in spans if begin < options.max_tokens]
     if spans:
         yield number, ids[: options.max_tokens], spans, domain
+    else:
+        yield number, [], [], domain
 
 
 class _Answers:
@@ -110,7 +120,7 @@ class _Answers:
         options = self._options
         temperature = options.temperatures[number % len(options.temperatures)]
         room = min(options.answer_tokens, options.max_tokens - len(ids))
-        seed = options.seed + number
+        seed = (options.seed + number) % (MOST_SEED + 1)
         handle = self._lm.submit(ids, max_new_tokens=room, temperature=temperature, seed=seed)
         self._waiting.append((handle, number, ids, domain))
         if len(self._waiting) > AT_ONCE * options.batch:
@@ -133,8 +143,8 @@ class _Answers:
         # an answer's ids do not contain the token that ended it, but drafts should learn to end, too
         room = len(ids) + len(answer.token_ids) < self._options.max_tokens
         whole = [*ids, *answer.token_ids, *(end if answer.finish_reason == "stop" and room else [])]
-        if len(whole) > len(ids):
-            yield number, whole, [(len(ids), len(whole))], domain
+        answered = len(whole) > len(ids)
+        yield number, whole if answered else [], [(len(ids), len(whole))], domain
 
 
 def _has_answer(entry: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from mtp_spec.kernels import divergence
 from mtp_spec.model.training import ModulesForward
 
 PARTS = ("ce", "kl", "tv")
+LARGEST = 1e30  # of a weight, and of other options: float32 has room for it
 CHUNK = {"cpu": 2**20, "cuda": 2**27}  # logits that are computed at once
 
 
@@ -61,9 +62,10 @@ class Objective:
                 weight = float(number) if number else 1.0
             except ValueError:
                 weight = math.nan
-            if name not in PARTS or name in weights or not 0 < weight < math.inf:
+            if name not in PARTS or name in weights or not 0 < weight <= LARGEST:
                 raise OptionError(
-                    f"loss={loss!r}: give some of {', '.join(PARTS)}, each with a positive weight, as tv:0.9,ce:0.1"
+                    f"loss={loss!r}: give some of {', '.join(PARTS)}, each with a positive weight, at most "
+                    f"{LARGEST:g}, as tv:0.9,ce:0.1"
                 )
             weights[name] = weight
         whole = [decay**number for number in range(depth)]

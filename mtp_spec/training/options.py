@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mtp_spec.errors import OptionError
+from mtp_spec.option_checks import shown
 from mtp_spec.speculation import MAX_DEPTH
-from mtp_spec.training.objective import Objective
+from mtp_spec.training.objective import LARGEST, Objective
 
 BLOCKS = ("dense", "moe")
 STARTS = ("random", "last-layer", "shipped")
@@ -19,6 +19,7 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 OPTIMISER = {"cpu": "adamw", "cuda": "muon"}
 RATES = {"muon": 7.5e-3, "adamw": 2e-3}
 GENTLE = 0.2  # rate of modules that go on learning, relative to new ones
+MOST_COUNT, MOST_SEED = 2**31 - 1, 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,19 +91,20 @@ class TrainOptions:
         for name in ("texts", "prompts", "held_out"):
             file = getattr(self, name)
             if isinstance(file, Path) and not file.is_file():
-                raise OptionError(f"{name}={str(file)!r}: no such file")
+                what = "no such file" if not file.exists() else "a folder" if file.is_dir() else "no regular file"
+                raise OptionError(f"{name}={str(file)!r}: {what}; give a file with one JSON object a line")
         for name, allowed in (("block", BLOCKS), ("start", STARTS), ("optimiser", (None, *OPTIMISERS))):
             if getattr(self, name) not in allowed:
                 kinds = ", ".join(repr(one) for one in allowed if one is not None)
-                raise OptionError(f"{name}={getattr(self, name)!r}: allowed are {kinds}")
+                raise OptionError(f"{name}={shown(getattr(self, name))}: allowed are {kinds}")
         counts = ("modules", "depth", "max_tokens", "answer_tokens", "check_prompts", "check_tokens", "batch",
                   "check_every")  # fmt: skip
         for name in counts:
-            self._check_count(name, 1)
+            self._check_count(name, 1, MOST_COUNT)
         for name in ("width", "steps", "batch_tokens"):
             if getattr(self, name) is not None:
-                self._check_count(name, 1)
-        self._check_count("seed", 0)
+                self._check_count(name, 1, MOST_COUNT)
+        self._check_count("seed", 0, MOST_SEED)
         if self.depth > MAX_DEPTH or self.modules > self.depth:
             raise OptionError(
                 f"depth={self.depth}, modules={self.modules}: a depth up to {MAX_DEPTH}, with no more modules than that"
@@ -110,17 +112,20 @@ class TrainOptions:
         for name, low in (("epochs", 0), ("decay", 0), ("cache_gigabytes", None)):
             value = getattr(self, name)
             if not _is_number(value) or not value >= 0 or value == low:
-                raise OptionError(f"{name}={value!r}: a number {'of 0 or more' if low is None else 'above 0'}")
+                raise OptionError(f"{name}={shown(value)}: a number {'of 0 or more' if low is None else 'above 0'}"
+                                  f"; at most {LARGEST:g}")  # fmt: skip
         for name, otherwise in (("rate", "to choose it"), ("minutes", "for no limit")):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
-                raise OptionError(f"{name}={value!r}: a number above 0, or None {otherwise}")
+                raise OptionError(f"{name}={shown(value)}: a number above 0, or None {otherwise}; at most {LARGEST:g}")
         if not isinstance(self.held_out, Path) and not (_is_number(self.held_out) and 0 < self.held_out <= 0.5):
             raise OptionError(f"held_out={self.held_out!r}: a share above 0 and up to 0.5, or a file of held-out texts")
         for name in ("temperatures", "check_temperatures"):
             values = getattr(self, name)
             if not isinstance(values, tuple | list) or not values or not all(map(_is_temperature, values)):
-                raise OptionError(f"{name}={values!r}: one or more numbers of 0 or more")
+                raise OptionError(f"{name}={shown(values)}: one or more numbers of 0 or more, at most {LARGEST:g}")
+        if len(set(self.check_temperatures)) < len(self.check_temperatures):
+            raise OptionError(f"check_temperatures={self.check_temperatures!r}: give each once")
         if self.start == "shipped":
             given = [name for name in ("block", "width", "modules") if getattr(self, name) != _default(name)]
             if given:
@@ -133,10 +138,12 @@ class TrainOptions:
             )
         Objective.of(self.loss, self.depth, self.decay)
 
-    def _check_count(self, name: str, low: int) -> None:
+    def _check_count(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise OptionError(f"{name}={value!r}: an integer of {low} or more")
+            raise OptionError(f"{name}={shown(value)}: an integer of {low} or more")
+        if value > high:
+            raise OptionError(f"{name} is larger than {high}: give an integer from {low} to that")
 
     def objective(self) -> Objective:
         return Objective.of(self.loss, self.depth, self.decay)
@@ -147,7 +154,7 @@ class TrainOptions:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _is_temperature(value: Any) -> bool:

@@ -45,6 +45,7 @@ from mtp_spec.training.texts import Corpus, check_file
 
 IDENTITY, STATE, BEFORE, AFTER, LOCK = "run.json", "state.pt", "before.json", "after.json", "lock"
 BEGUN = {LOCK, IDENTITY + PART}  # what a run that was killed at once may leave
+FREE = ("cache_gigabytes", "batch")  # options that need memory or disk, and change no text, state or module
 Say = Callable[[str], None]
 
 
@@ -119,6 +120,7 @@ def train(
     )
     say: Say = progress if callable(progress) else (print if progress else lambda line: None)
     check_device(device)
+    device = "cpu" if str(device).startswith("cpu") else str(device)
     folder = model_folder(path)
     described = None if config is None else Path(config)
     model = {"config": described, "device": device, "dtype": dtype, "weights": weights}
@@ -130,7 +132,11 @@ def train(
     if chosen.start == "shipped" and not shipped:
         raise OptionError(f"start='shipped': {folder} has no MTP module to go on with; give start='random'")
     target = Path(out)
-    if target.exists():
+    try:
+        there = target.exists() or target.is_symlink()
+    except OSError as error:
+        raise OptionError(f"out={str(out)!r}: a folder cannot be made there ({error}); give another one") from error
+    if there:
         raise OptionError(f"out={str(out)!r} exists: give a new folder, nothing is overwritten")
     for name, kinds in (("texts", ("text",)), ("prompts", ("prompt",)), ("held_out", ("text", "prompt"))):
         if isinstance(getattr(chosen, name), Path):
@@ -312,16 +318,18 @@ def _kinds(trainer: Trainer) -> str:
 
 
 def _identity(options: TrainOptions, checkpoint: Checkpoint, model: Mapping[str, Any]) -> str:
-    """Returns a digest of everything that a run depends on."""
-    sources = {name: _digest(file) for name, file in (("texts", options.texts), ("prompts", options.prompts),
+    """Returns a digest of everything that a run's texts and modules depend on: with other values of FREE it goes on."""
+    sources = {name: file_digest(file) for name, file in (("texts", options.texts), ("prompts", options.prompts),
                ("held_out", options.held_out)) if isinstance(file, Path)}  # fmt: skip
     names = sorted((name, info.dtype, info.shape) for name, info in checkpoint.tensors.items())
-    whole = [options.to_json(), sources, names, describe(checkpoint.config, checkpoint.tensors),
+    given = {name: value for name, value in options.to_json().items() if name not in FREE}
+    whole = [given, sources, names, describe(checkpoint.config, checkpoint.tensors),
              {name: str(value) for name, value in model.items()}]  # fmt: skip
     return sha256(json.dumps(whole).encode()).hexdigest()
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """Returns a digest of a file's bytes."""
     found = sha256()
     with file.open("rb") as stream:
         while data := stream.read(2**20):
@@ -347,7 +355,7 @@ def _part(target: Path, identity: str, team: Team) -> Iterator[Path]:
         if not (part / IDENTITY).is_file() and {file.name for file in part.iterdir()} - BEGUN:
             raise OptionError(f"{part} is no folder of a run, and would be deleted: move it, or give another out")
         opened = (part / LOCK).open("a")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a zero byte is a wrong value
         raise OptionError(f"out={str(target)!r}: a folder cannot be made there ({error}); give another one") from error
     with opened as lock:
         try:

@@ -14,6 +14,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ IDS, INDEX = "ids.bin", "index.jsonl"
 DOMAINS = ("domain", "category")
 OTHER = "all"  # the domain of lines that name none
 HELD = "held_out"  # the source whose texts are all held out
+SURROGATE = re.compile("[\ud800-\udfff]")  # such a half has no UTF-8, so it could be neither encoded nor written
 BEGINNING = 32  # tokens of a text that stand for its prompt
 
 Span = tuple[int, int]
@@ -166,6 +168,8 @@ def read_lines(file: Path, first: int = 0) -> Iterator[tuple[int, dict[str, Any]
                 entry = json.loads(line)
                 if not isinstance(entry, dict):
                     raise ValueError("no object")
+                if "\\u" in line and SURROGATE.search(json.dumps(entry, ensure_ascii=False)):
+                    raise ValueError("half of a surrogate pair, such as \\ud83d, is no character")
                 yield number, entry
     except (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError, zlib.error) as error:
         # characters are decoded many lines at a time, so only a line's own error has a number
@@ -184,7 +188,10 @@ def check_file(file: Path, kinds: Sequence[str]) -> None:
     wanted = " or ".join(f'"{kind}"' for kind in (*kinds, "messages"))
     for number, entry in read_lines(file):
         if not any(isinstance(entry.get(kind), str) for kind in kinds):
-            _messages(entry, f"{file}, line {number + 1}", wanted)
+            messages = _messages(entry, f"{file}, line {number + 1}", wanted)
+            answered = "text" in kinds and any(message.get("role") == "assistant" for message in messages)
+            if "prompt" in kinds and not answered:
+                _asked(messages, f"{file}, line {number + 1}")
     if number < 0:
         raise OptionError(f"{file} is empty: give one JSON object a line")
 
@@ -225,9 +232,7 @@ def prompt_of(lm: LM, entry: Mapping[str, Any], where: str) -> list[int]:
     messages: list[Any] = [{"role": "user", "content": entry.get("prompt")}]
     if not isinstance(entry.get("prompt"), str):
         messages = _messages(entry, where, '"prompt" or "messages"')
-    asked = max((number for number, message in enumerate(messages) if message.get("role") == "user"), default=-1)
-    if asked < 0:
-        raise OptionError(f"{where}: none of its messages is the user's, so there is nothing to answer")
+    asked = _asked(messages, where)
     try:
         if isinstance(entry.get("prompt"), str) and lm.tokenizer is not None and not lm.tokenizer.templates:
             return lm.encode(entry["prompt"])
@@ -257,6 +262,18 @@ def _messages(entry: Mapping[str, Any], where: str, wanted: str) -> list[Any]:
         found = ", ".join(given) or f"its keys are {', '.join(map(repr, entry)) or 'none'}"
         raise OptionError(f"{where} has no {wanted}, a text or a list of messages: {found}")
     return messages
+
+
+def _asked(messages: Sequence[Mapping[str, Any]], where: str) -> int:
+    """Returns the place of the user's last message.
+
+    Raises:
+        OptionError: there is none.
+    """
+    asked = max((number for number, message in enumerate(messages) if message.get("role") == "user"), default=-1)
+    if asked < 0:
+        raise OptionError(f"{where}: none of its messages is the user's, so there is nothing to answer")
+    return asked
 
 
 def _read_index(file: Path) -> tuple[list[Text], int]:

@@ -46,6 +46,23 @@ from mtp_spec.training import loop, plan
         ({"loss": 3}, "loss=3: give some of ce, kl, tv"),
         ({"check_temperatures": 0.5}, "check_temperatures=0.5: one or more numbers"),
         ({"held_out": 0.0}, "held_out=0.0: a share above 0"),
+        ({"texts": "."}, "texts='.': a folder; give a file"),
+        ({"prompts": "/dev/null"}, "prompts='/dev/null': no regular file"),
+        ({"out": "a\0b"}, "a folder cannot be made there .*null byte"),
+        ({"out": "n" * 300}, "a folder cannot be made there .*too long"),
+        ({"seed": 2**64}, "seed is larger than 18446744073709551615"),
+        *(
+            ({name: 10**9000}, f"{name} is larger than 2147483647")
+            for name in ("steps", "width", "batch", "max_tokens")
+        ),
+        *(
+            ({name: 1e300}, rf"{name}=1e\+300: .* at most 1e\+30")
+            for name in ("epochs", "rate", "minutes", "decay", "cache_gigabytes")
+        ),
+        ({"rate": 10**400}, r"rate=1000.* of 401 characters: a number above 0"),
+        ({"loss": "kl:1e308,tv:1e308"}, r"loss='kl:1e308,tv:1e308': .* at most 1e\+30"),
+        ({"temperatures": (0.0, 1e300)}, r"temperatures=\(0.0, 1e\+300\): .* at most 1e\+30"),
+        ({"check_temperatures": (0.0, 0)}, r"check_temperatures=\(0.0, 0\): give each once"),
     ],
 )
 def test_bad_options_are_named_before_weights_are_read(
@@ -62,6 +79,41 @@ def test_a_folder_is_not_overwritten(plain: Path, lines: Path, tmp_path: Path) -
     (tmp_path / "head").mkdir()
     with pytest.raises(OptionError, match="exists: give a new folder"):
         mtp_spec.train(plain, tmp_path / "head", texts=lines, **worded.FEW)
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced(plain: Path, lines: Path, tmp_path: Path) -> None:
+    """`exists` is false for it, but no folder can take its name."""
+    (tmp_path / "head").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OptionError, match="exists: give a new folder"):
+        mtp_spec.train(plain, tmp_path / "head", texts=lines, **worded.FEW)
+    assert [file.name for file in tmp_path.iterdir()] == ["head"]
+
+
+@pytest.mark.parametrize(
+    ("option", "line", "message"),
+    [
+        ("texts", '{"text": "w1 \\ud83d w2"}', "line 2, cannot be read .half of a surrogate pair"),
+        ("texts", '{"text": "w1 w2", "domain": "\\udc00"}', "line 2, cannot be read .half of a surrogate pair"),
+        ("prompts", '{"prompt": "\\ud83d"}', "line 2, cannot be read .half of a surrogate pair"),
+        (
+            "prompts",
+            '{"messages": [{"role": "system", "content": "w1"}]}',
+            "line 2: none of its messages is the user's",
+        ),
+        ("held_out", '{"messages": [{"role": "system", "content": "w1"}]}', "line 2: none of its messages"),
+    ],
+)
+def test_a_bad_line_is_named_before_weights_are_read(
+    plain: Path, lines: Path, tmp_path: Path, option: str, line: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("mtp_spec.training.run.load")
+    file = tmp_path / "lines.jsonl"
+    good = "text" if option == "texts" else "prompt"
+    file.write_text(f'{{"{good}": "w1 w2 w3"}}\n{line}\n{{"{good}": "w1 \\ud83d\\ude00"}}\n')
+    given = {"texts": lines, **worded.FEW, option: file}
+    with pytest.raises(OptionError, match=message):
+        mtp_spec.train(plain, tmp_path / "head", **given)
+    assert [made.name for made in tmp_path.iterdir()] == ["lines.jsonl"]
 
 
 def test_only_a_folder_of_its_own_is_worked_in(plain: Path, lines: Path, tmp_path: Path) -> None:
@@ -104,6 +156,10 @@ def test_too_little_memory_and_disk_are_said_before_the_start(
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(MTPSpecError, match=r"the hidden states take .* of disk"):
         mtp_spec.train(plain, tmp_path / "head", texts=lines, **worded.FEW)
+    monkeypatch.setattr(loop.Trainer, "run", lambda *_: pytest.skip("it started"))  # the texts are still there
+    monkeypatch.setattr("mtp_spec.training.texts.text_of", lambda *_: pytest.fail("texts are read again"))
+    with pytest.raises(pytest.skip.Exception, match="it started"):
+        mtp_spec.train(plain, tmp_path / "head", texts=lines, **worded.FEW, cache_gigabytes=0.0)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(plain: Path, lines: Path, tmp_path: Path) -> None:

@@ -128,6 +128,34 @@ def test_answers_are_the_models_own(v3: Path, tmp_path: Path, monkeypatch: pytes
     corpus.close()
 
 
+def test_prompts_without_room_for_an_answer_are_told(v3: Path, tmp_path: Path) -> None:
+    """Some are left out, which is said; if all are, the error says why."""
+    said, few = list[str](), {**worded.FEW, "answer_tokens": 9}
+    long = [{"prompt": worded.words(80 + number, number)} for number in range(3)]
+    short = [{"prompt": worded.words(6, number)} for number in range(12)]
+    prompts = worded.lines(tmp_path / "prompts.jsonl", [*short, *long])
+    mtp_spec.train(v3, tmp_path / "head", prompts=prompts, progress=said.append, **few)
+    assert "3 lines have a prompt that leaves no room in max_tokens=80, or nothing to learn: left out" in said
+    assert any(line.startswith("12 texts, ") for line in said)
+    with pytest.raises(MTPSpecError, match="no text to train on: each line has a prompt that leaves no room in max_to"):
+        mtp_spec.train(v3, tmp_path / "none", prompts=worded.lines(prompts, long), **few)
+
+
+def test_a_host_by_another_name_or_without_the_engine(
+    v3: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch hidden states have the 16 bits of the stored weights, beside modules and a head in float32."""
+    few = {**worded.FEW, "steps": 2}
+    made = [mtp_spec.train(v3, tmp_path / str(at), texts=lines, device=device, **few)
+            for at, device in enumerate(("cpu", "cpu:0", torch.device("cpu")))]  # fmt: skip
+    assert made[0].log == made[1].log == made[2].log
+    assert (made[0].folder / "mtp.safetensors").stat().st_mode & 0o444 == 0o444  # others may draft with them
+    monkeypatch.setenv("MTP_SPEC_CPU", "torch")
+    for dtype in (None, "bfloat16", "float32"):
+        by_torch = mtp_spec.train(v3, tmp_path / f"torch-{dtype}", texts=lines, dtype=dtype, **few)
+        assert by_torch.log[0]["loss"] == pytest.approx(made[0].log[0]["loss"], rel=1e-2)
+
+
 SCRIPT = """
 import sys, json, mtp_spec
 from mtp_spec.training import loop
