@@ -11,7 +11,7 @@ import gc
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +24,7 @@ from mtp_spec.api import LM
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row, bundled_prompts, over, write
 from mtp_spec.bench.options import JSON, MODEL, Benchmark, Option, OptionGroup
+from mtp_spec.bench.recipes import GIVEN, RECIPES, check, check_places, chosen, made_of, train_options
 from mtp_spec.errors import OptionError
 from mtp_spec.load_checks import check_device
 from mtp_spec.loading import load
@@ -38,29 +39,10 @@ from mtp_spec.training.collecting import collect
 from mtp_spec.training.heldout import Texts, compare, measure
 from mtp_spec.training.loop import Trainer
 from mtp_spec.training.modules import ready_modules, rounded, shared_weights, slots_of
-from mtp_spec.training.options import TrainOptions
-from mtp_spec.training.run import held_prompts
+from mtp_spec.training.run import file_digest, held_prompts
 from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
 
-GIVEN, OWN, BOTH = "given", "own", "both"
-# a recipe: options of `train`, and "text": given texts, the model's own answers, or both
-RECIPES: dict[str, Row] = {
-    "moe": {"block": "moe"},
-    "dense": {"block": "dense"},
-    "moe-ce": {"block": "moe", "loss": "ce"},
-    "moe-kl": {"block": "moe", "loss": "kl"},
-    "moe-tv": {"block": "moe", "loss": "tv:0.9,ce:0.1"},
-    "moe-even": {"block": "moe", "decay": 1.0},
-    "moe-own": {"block": "moe", "text": OWN},
-    "last": {"start": "last-layer", "block": "moe", "text": BOTH},
-    "warm": {"start": "shipped"},
-    "warm-tv": {"start": "shipped", "loss": "tv:0.9,ce:0.1", "decay": 1.0},
-}
-NUMBERS: dict[str, Callable[[str], Any]] = {
-    "width": int, "modules": int, "depth": int, "steps": int, "decay": float, "rate": float, "minutes": float,
-}  # fmt: skip
-WORDS = ("start", "block", "loss", "optimiser", "text")
 # options that change nothing in a run that is recorded
 FREE = ("json", "recipes", "recipe", "seeds", "minutes", "work", "heads", "command", "benchmark", "cache_gigabytes",
         "batch")  # fmt: skip
@@ -80,10 +62,12 @@ def heads(args: argparse.Namespace) -> Report:
     recipes = chosen(args)
     folder = model_folder(args.model)
     checkpoint = open_checkpoint(folder)
+    check(args, recipes, checkpoint)
     warm = [name for name, recipe in recipes.items() if recipe.get("start") == "shipped"]
     if warm and not checkpoint.config.num_nextn_predict_layers:
         raise OptionError(f"--recipes {','.join(warm)}: {folder} has no MTP module to go on with; leave them out")
     record = _record(args, checkpoint)
+    check_places(args, recipes, record)
     begin, longest = perf_counter(), 0.0
     kept = tempfile.TemporaryDirectory() if args.work is None else nullcontext(str(args.work))
     with kept as name, torch.enable_grad():
@@ -143,7 +127,7 @@ BENCHMARK = Benchmark(
         ),
         OptionGroup(
             "measuring",
-            Option("--chains", "depths of chains (3,5)", type=parsing.integers, default=[3, 5], metavar="K,K,..."),
+            Option("--chains", "depths of chains (3,5)", type=parsing.depths, default=[3, 5], metavar="K,K,..."),
             Option("--temperatures", "(0,0.8)", type=parsing.numbers, default=[0.0, 0.8], metavar="T,T,..."),
             Option("--check-prompts", "bundled prompts to measure on (60)", type=parsing.count, default=60,
                    metavar="N"),
@@ -156,45 +140,6 @@ BENCHMARK = Benchmark(
                metavar="FOLDER"),
     ),
 )  # fmt: skip
-
-
-def chosen(args: argparse.Namespace) -> dict[str, Row]:
-    """Returns the recipes by name.
-
-    Raises:
-        OptionError: an unknown one, or one whose texts are not given.
-    """
-    there = {GIVEN: args.texts, OWN: args.prompts, BOTH: args.texts and args.prompts}
-    if args.recipes is None:
-        found = {name: recipe for name, recipe in RECIPES.items() if there[recipe.get("text", GIVEN)] is not None}
-    else:
-        names = args.recipes.split(",") if args.recipes else []
-        if unknown := [name for name in names if name not in RECIPES]:
-            raise OptionError(f"--recipes {unknown[0]!r}: give some of {', '.join(RECIPES)}")
-        found = {name: RECIPES[name] for name in names}
-    for name, *parts in args.recipe:
-        found[name] = dict(_option(name, part) for part in parts)
-    for name, recipe in found.items():
-        text = recipe.get("text", GIVEN)
-        if there.get(text) is None:
-            files_of = {GIVEN: "--texts FILE", OWN: "--prompts FILE", BOTH: "--texts FILE and --prompts FILE"}
-            wanted = files_of.get(text, "text=given, own or both")
-            raise OptionError(f"recipe {name}: its text is {text!r}; give {wanted}")
-    if not found:
-        raise OptionError("no recipe: give --texts FILE, or --prompts FILE, or both")
-    return found
-
-
-def _option(recipe: str, part: str) -> tuple[str, Any]:
-    name, _, value = part.partition("=")
-    try:
-        if name in WORDS and value:
-            return name, value
-        return name, NUMBERS[name](value)
-    except (KeyError, ValueError):
-        raise OptionError(
-            f"--recipe {recipe} {part!r}: give OPTION=VALUE with one of {', '.join((*WORDS, *NUMBERS))}"
-        ) from None
 
 
 class _Work:
@@ -215,32 +160,19 @@ class _Work:
         self.texts: dict[str, tuple[Corpus, States]] = {}
         room = int(args.cache_gigabytes * 1e9)
         for text in dict.fromkeys(recipe.get("text", GIVEN) for recipe in recipes.values()):
-            collect(self.lm, self.options({"text": text}, 0), folder / text, print).close()
+            collect(self.lm, train_options(args, {"text": text}, 0, self.held), folder / text, print).close()
             corpus = Corpus(folder / text, 0.0)
             corpus.close()  # from here on it is only read
             self.texts[text] = corpus, States(backbone, corpus, folder / f"{text}.states", room,
                                               near_bytes(self.lm.model.device))  # fmt: skip
             room -= self.texts[text][1].bytes + self.texts[text][1].near_bytes
             print(f"{text}: {len(corpus.texts):,} texts, {corpus.tokens:,} tokens", flush=True)
-        self.prompts = held_prompts(corpus, self.options({"text": text}, 0))
-
-    def options(self, recipe: Row, seed: int) -> TrainOptions:
-        args, text = self.args, recipe.get("text", GIVEN)
-        changes = {name: value for name, value in recipe.items() if name != "text"}
-        return TrainOptions(
-            **{
-                "texts": None if text == OWN else args.texts, "prompts": None if text == GIVEN else args.prompts,
-                "held_out": self.held, "seed": seed, "steps": args.steps, "depth": args.depth,
-                "batch_tokens": args.batch_tokens, "max_tokens": args.max_tokens, "batch": args.batch,
-                "answer_tokens": args.answer_tokens, "check_tokens": args.check_tokens, "check_prompts": 10**6,
-                "check_every": 10**6, **changes,
-            }
-        )  # fmt: skip
+        self.prompts = held_prompts(corpus, train_options(args, {"text": text}, 0, self.held))
 
     def run(self, run: str, recipe: str, changes: Row, seed: int) -> Row:
         """Returns what is kept of a run."""
-        options, (corpus, states) = self.options(changes, seed), self.texts[changes.get("text", GIVEN)]
-        model = self.lm.model
+        options = train_options(self.args, changes, seed, self.held)
+        (corpus, states), model = self.texts[changes.get("text", GIVEN)], self.lm.model
         modules = ready_modules(options, self.checkpoint, model.device)
         forward, _ = shared_weights(model, self.checkpoint, modules, options.max_tokens + options.depth)
         trainer = Trainer.of(options, forward, modules, corpus, states, Team(self.args.device))
@@ -249,13 +181,15 @@ class _Work:
             trainer.run(self.folder / "state.pt", lambda line: print(f"{run}: {line}", flush=True))
         trained = perf_counter() - begin
         stored = rounded(slots_of(modules, self.checkpoint.config))
-        made = (self.args.heads or self.folder / "heads") / run.replace(" ", "-")
+        made = self.folder / "made"
         shutil.rmtree(made, ignore_errors=True)  # of a call that ended before it was measured
-        made.parent.mkdir(parents=True, exist_ok=True)
         about = {"model": describe(self.checkpoint.config, self.checkpoint.tensors), "recipe": changes}
         save_modules(made, stored, {DESCRIPTION: as_json(about)})
         del forward, modules, stored
         texts = self.measured(run, self._load(made))
+        kept = self.args.heads or self.folder / "heads"
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.move(made, made_of(kept, run))
         gc.collect()  # reference cycles keep the model alive, and the next one needs its memory
         held = [line for line in trainer.log if line.get("held_out")]
         return {"recipe": recipe, "options": changes, "seed": seed, "trained_seconds": trained, "first": held[0],
@@ -349,12 +283,16 @@ def _record(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
                 if name not in FREE and not callable(value)}  # fmt: skip
     settings["model"] = describe(checkpoint.config, checkpoint.tensors)
+    settings["content of files"] = {name: file_digest(file) for name in ("texts", "prompts", "held_out")
+                           if (file := getattr(args, name)) is not None}  # fmt: skip
     settings = json.loads(json.dumps(settings))
     if not args.json.exists():
         return {"settings": settings, "shipped": None, "runs": {}}
     try:
         found = json.loads(args.json.read_text(encoding="utf-8"))
         known = {name: found[name] for name in ("settings", "shipped", "runs")}
+        if not all(isinstance(known[name], dict) for name in ("settings", "runs")):
+            raise TypeError("its settings and runs are no objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(f"--json {args.json}: no document of bench heads ({error!r}); give another file") from error
     if other := sorted(name for name in settings if known["settings"].get(name) != settings[name]):

@@ -20,6 +20,7 @@ from mtp_spec.errors import OptionError
 from mtp_spec.load_checks import check_device, context_limit
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.shapes import model_folder
+from mtp_spec.speculation import MAX_DEPTH
 from mtp_spec.training.backbone import Backbone
 from mtp_spec.training.captured import CapturedSteps
 from mtp_spec.training.loop import autocast, optimiser_for
@@ -40,8 +41,14 @@ def train(args: argparse.Namespace) -> Report:
     """
     if args.context <= args.depths:
         raise OptionError(f"--context {args.context}: give more tokens than the {args.depths} that --depths takes")
+    if args.depths > MAX_DEPTH:
+        raise OptionError(f"--depths {args.depths}: give at most {MAX_DEPTH}")
     if args.shape is not None:
+        if args.model is not None:
+            raise OptionError("--model has weights of its own, and --shape random ones: give one of both")
         return train_shape(args)
+    if args.dtype is not None:
+        raise OptionError(f"--dtype {args.dtype} is of --shape's weights: give it with --shape")
     args.device = args.device or "cpu"
     check_device(args.device)
     folder = model_folder(args.model)
@@ -89,8 +96,7 @@ BENCHMARK = Benchmark(
         JSON,
         Option("--shape", "random weights of this published model, beside which a new module is trained",
                type=parsing.shape_file, metavar="NAME"),
-        Option("--dtype", "of --shape's weights: bfloat16 (default) or fp8", choices=("bfloat16", "fp8"),
-               default="bfloat16"),
+        Option("--dtype", "of --shape's weights: bfloat16 (default) or fp8", choices=("bfloat16", "fp8")),
         Option("--device", "cpu (default) or cuda (default with --shape)"),
         Option(
             "--block", "the checkpoint's modules (default), or a new one", choices=(SHIPPED, *BLOCKS), default=SHIPPED

@@ -42,7 +42,8 @@ SHORT = 0.75  # length of half of the texts, of the others'
 def train_shape(args: argparse.Namespace) -> Report:
     """Times whole steps, with the main model's passes and with hidden states that are kept, and compares memory with
     the plan that `train` makes."""
-    device = args.device = args.device or "cuda"
+    device, args.dtype = args.device or "cuda", args.dtype or "bfloat16"
+    args.device = device
     check_device(device)
     if args.block not in ("dense", "moe"):
         raise OptionError("--shape has random weights and no modules to go on with: give --block dense or moe")
@@ -50,7 +51,11 @@ def train_shape(args: argparse.Namespace) -> Report:
     config = replace(full, num_nextn_predict_layers=0, fp8_block=None if args.dtype == "bfloat16" else (128, 128))
     if args.context + args.depths + 8 > config.max_position_embeddings:
         raise OptionError(f"--context {args.context}: the model's limit is {config.max_position_embeddings}")
-    size = sum(slot.nbytes for slot in DeviceModel(config, "meta").checkpoint_slots().values())
+    try:
+        slots = DeviceModel(config, "meta").checkpoint_slots()
+    except ValueError as error:
+        raise OptionError(f"--shape {args.shape}: the kernels cannot run it ({error}); give another one") from error
+    size = sum(slot.nbytes for slot in slots.values())
     free = torch.cuda.mem_get_info(device)[0] if device != "cpu" else free_memory()
     if free is not None and size > free:
         raise OptionError(f"the model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: give another --shape")

@@ -33,6 +33,8 @@ def test_steps_beside_random_weights_of_a_shape(tmp_path: Path, block: str) -> N
         (["--block", "shipped"], "give --block dense or moe"),
         (["--block", "moe", "--context", "4"], "give more tokens than the 4"),
         (["--block", "moe", "--context", "100000"], "the model's limit is"),
+        (["--block", "moe", "--depths", "9"], "--depths 9: give at most 8"),
+        (["--block", "moe", "--model", "demo"], "give one of both"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -42,3 +44,18 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(SystemExit):
         main(["bench", "train", "--shape", str(shape), "--device", "cpu", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_a_shape_that_the_kernels_cannot_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = checkpoint(tmp_path, "v3") / "config.json"
+    values = json.loads(shape.read_text())
+    shape.write_text(json.dumps({**values, "moe_intermediate_size": 24, "quantization_config": None}))
+    with pytest.raises(SystemExit):
+        main(["bench", "train", "--shape", str(shape), "--device", "cpu", "--block", "moe"])
+    assert "the kernels cannot run it" in capsys.readouterr().err
+
+
+def test_a_type_of_weights_is_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "train", "--dtype", "fp8"])
+    assert "--dtype fp8 is of --shape's weights: give it with --shape" in capsys.readouterr().err

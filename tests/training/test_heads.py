@@ -69,16 +69,67 @@ def test_recipes_are_trained_once_and_kept(
         (["--recipe", "mine", "block=moe", "steps=many"], "--recipe mine 'steps=many': give OPTION=VALUE"),
         (["--recipe", "mine", "sleep=1"], "--recipe mine 'sleep=1': give OPTION=VALUE with one of start, block"),
         (["--recipes", "warm"], "has no MTP module to go on with; leave them out"),
+        (["--recipe", "mine", "loss=mse"], "recipe mine: loss='mse': give some of"),
+        (["--recipe", "mine", "depth=9"], "recipe mine: depth=9"),
+        (["--recipe", "mine", "block=moe", "width=5"], "recipe mine: width=5 is of a dense block"),
+        (["--recipe", "mine", "width=1000000000"], "recipe mine: modules of 144,000,016,008 numbers take"),
+        (["--recipe", "../mine", "block=moe"], "--recipe '../mine': give a name of letters"),
+        (["--recipe", "", "block=moe"], "--recipe '': give a name of letters"),
+        (["--recipe", "moe", "block=dense"], "--recipe moe: there is a recipe of that name"),
+        (["--chains", "9"], "a chain has at most 8 drafts"),
+        (["--chains", "2,2"], "--chains 2,2: give each depth once"),
+        (["--temperatures", "0,0"], "check_temperatures=(0.0, 0.0): give each once"),
+        (["--temperatures", "nan"], "check_temperatures=(nan,): one or more numbers"),
+        (["--cache-gigabytes", "-1"], "cache_gigabytes=-1.0: a number of 0 or more"),
+        (["--minutes", "nan"], "--minutes nan: give a number above 0"),
+        (["--held-out", "EMPTY"], "EMPTY is empty: give one JSON object a line"),
+        (["--heads", "EMPTY"], "--heads: EMPTY cannot be written"),
+        (["--work", "EMPTY/x"], "--work: EMPTY/x cannot be written"),
+        (["--json", "EMPTY/x.json"], "--json: EMPTY cannot be written"),
     ],
 )
 def test_impossible_recipes_are_refused(
-    arguments: list[str], said: str, plain: Path, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    arguments: list[str], said: str, plain: Path, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     file = tmp_path / "heads.json"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").touch()
+    monkeypatch.setattr(heads, "load", lambda *_, **__: pytest.fail("it started"))
+    moe = [] if "--recipes" in arguments else ["--recipes", "moe"]
     with pytest.raises(SystemExit):
-        main(["bench", "heads", "--model", str(plain), "--json", str(file), "--texts", str(lines), *arguments])
+        main(["bench", "heads", "--model", str(plain), "--json", str(file), "--texts", str(lines), *moe, *arguments])
     assert said in " ".join(capsys.readouterr().err.split())
-    assert not file.exists()
+    assert [made.name for made in tmp_path.iterdir()] == ["EMPTY"]
+
+
+def test_runs_and_texts_of_another_comparison_are_not_mixed_in(
+    v3: Path, lines: Path, held: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other, work = tmp_path / "heads.json", tmp_path / "other.json", tmp_path / "work"
+    mine = worded.texts(tmp_path / "texts.jsonl", count=10)
+    command = ["bench", "heads", "--model", str(v3), "--texts", str(mine), "--held-out", str(held), "--work", str(work),
+               *FEW, "--recipes="]  # fmt: skip
+
+    def refused(*arguments: object) -> str:
+        with pytest.raises(SystemExit):
+            main([*command, *map(str, arguments)])
+        return " ".join(capsys.readouterr().err.split())
+
+    main([*command, "--json", str(file), "--recipe", "mine", "block=dense"])
+    made = work / "heads" / "mine-seed-0" / "mtp.safetensors"
+    before, capture = made.read_bytes(), capsys.readouterr()
+    assert "mine seed 0" in capture.out
+    assert "has a recipe mine of other options" in refused("--json", file, "--recipe", "mine", "block=moe")
+    again = refused("--json", other, "--recipe", "mine", "block=moe")
+    assert "mine-seed-0 is there, and its run is not in --json" in again
+    mine.write_text(lines.read_text())  # the same name, and other texts
+    assert "was made with another content of files" in refused("--json", file, "--recipe", "mine", "block=dense")
+    assert "has texts of other files or settings" in refused("--json", other, "--recipe", "new", "block=dense")
+    assert made.read_bytes() == before
+    assert not other.exists()
+    other.write_text('{"settings": null, "shipped": null, "runs": {}}')
+    assert "no document of bench heads" in refused("--json", other, "--recipe", "new", "block=dense")
 
 
 def test_intervals_are_over_seeds_and_prompts() -> None:
