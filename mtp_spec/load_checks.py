@@ -200,16 +200,28 @@ def _no_kernels(device: str, least: tuple[int, int]) -> str | None:
     return triton_obstacle()
 
 
-def check_device(device: str) -> None:
-    """Rejects a device that does not exist here."""
-    kind = str(device).split(":")[0]
-    if kind not in ("cpu", "cuda"):
+def check_device(device: str | torch.device) -> str:
+    """Returns a device's name, "cpu" or "cuda" with a number if one was given.
+
+    Raises:
+        OptionError: it does not exist here.
+    """
+    try:
+        found = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
         raise OptionError(f'device={device!r}: allowed are "cpu" and "cuda"')
-    if kind == "cuda" and not torch.cuda.is_available():
+    if found.type == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
         raise OptionError(
             f'device={device!r}: torch finds no CUDA device here; use device="cpu", or install a CUDA build of torch '
             "on a machine with an NVIDIA GPU"
         )
+    if found.index is not None and found.index >= (there := torch.cuda.device_count()):
+        raise OptionError(f"device={device!r}: torch finds {there} CUDA devices here, numbered from 0 on")
+    return str(found)
 
 
 def check_batch(max_batch: int, cache_tokens: int | None, device: str) -> None:

@@ -109,11 +109,11 @@ def load(
     config_file = None if config is None else Path(config)
     if not isinstance(progress, bool) and not callable(progress):
         raise OptionError(f"progress={progress!r}: allowed are True, False or a function of (bytes read, bytes in all)")
-    check_device(device)
-    ranks = join_ranks(parallel, str(device))
+    device = check_device(device)
+    ranks = join_ranks(parallel, device)
     ranks.rest()
     with ranks.together():
-        device = local_device(str(device), ranks)
+        device = local_device(device, ranks)
         check_batch(max_batch, cache_tokens, device)
         check_prefill(prefill_tokens, device)
         limit = context_limit(config_file or folder, max_context)

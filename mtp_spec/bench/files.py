@@ -64,7 +64,7 @@ def files_bench(args: argparse.Namespace) -> Report:
     """Measures convert, cast and load of a synthetic FP8 checkpoint with DeepSeek-V3's names and shapes."""
     if not hasattr(os, "posix_fadvise") or not Path("/proc/self/status").exists():
         raise OptionError("bench files needs Linux: it tells the system to forget files, and reads /proc")
-    check_device(args.device)
+    args.device = check_device(args.device)
     if args.as_stored and args.device != "cpu":
         raise OptionError(f"--as-stored is for a CPU: on {args.device} FP8 weights stay as they are")
     config = _config(args)

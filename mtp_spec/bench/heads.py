@@ -56,7 +56,7 @@ def heads(args: argparse.Namespace) -> Report:
     Texts are generated with the chain's real caches, in batches, at each temperature; intervals are over seeds and
     prompts. A run that was interrupted, or ended by --minutes, goes on when the same command is run again.
     """
-    check_device(args.device)
+    args.device = check_device(args.device)
     if args.json is None:
         raise OptionError("give --json FILE: every run is kept there, and the same command goes on with the rest")
     recipes = chosen(args)

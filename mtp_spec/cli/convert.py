@@ -100,7 +100,7 @@ def run_cast(args: argparse.Namespace) -> None:
         raise OptionError("--to is missing: bf16 or fp8")
     if args.scale_fmt and to != "fp8":
         raise OptionError(f"--scale-fmt {args.scale_fmt} belongs to --to fp8: bf16 has no scales")
-    check_device(args.device)
+    args.device = check_device(args.device)
     _run(cast_job(source, to, device=args.device, scale_fmt=args.scale_fmt), target, args)
 
 

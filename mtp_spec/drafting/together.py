@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from operator import index
 
 from mtp_spec.drafting.base import Continuation, Drafter, Drafts
 from mtp_spec.errors import MTPSpecError
 from mtp_spec.option_checks import shown
+
+MOST = 1024  # continuations that a drafter proposes at once
 
 
 class Proposals:
@@ -40,14 +43,16 @@ class Proposals:
         differ in their first tokens.
 
         Raises:
-            MTPSpecError: a drafter proposed what is no continuation, or has no token or no chance.
+            MTPSpecError: a drafter proposed what is no continuation, or has no token or no chance, or more than `MOST`.
         """
         best = dict[int, Continuation]()
         for name, drafts in self._drafts if most > 0 else ():
             found = drafts.propose(list(path), most)
             if not isinstance(found, Iterable):
                 raise _not_continuations(name, found)
-            for given in found:
+            for number, given in enumerate(islice(found, MOST + 1)):
+                if number == MOST:
+                    raise MTPSpecError(f"drafter {name!r} proposed more than {MOST} continuations at once")
                 one = self._checked(name, given, most)
                 if not one.tokens:
                     continue

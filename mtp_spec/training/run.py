@@ -119,8 +119,7 @@ def train(
         texts=None if texts is None else Path(texts), prompts=None if prompts is None else Path(prompts), **options
     )
     say: Say = progress if callable(progress) else (print if progress else lambda line: None)
-    check_device(device)
-    device = "cpu" if str(device).startswith("cpu") else str(device)
+    device = check_device(device)
     folder = model_folder(path)
     described = None if config is None else Path(config)
     model = {"config": described, "device": device, "dtype": dtype, "weights": weights}

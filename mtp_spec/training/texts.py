@@ -291,7 +291,7 @@ def _read_index(file: Path) -> tuple[list[Text], int]:
 
 def _opened(file: Path) -> TextIO:
     kinds: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    opened: TextIO = kinds.get(file.suffix, open)(file, "rt", encoding="utf-8")
+    opened: TextIO = kinds.get(file.suffix, open)(file, "rt", encoding="utf-8-sig")
     return opened
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import count, product
 from typing import Any
 
 import numpy as np
@@ -239,6 +239,15 @@ def test_what_is_no_continuation_is_refused_by_name(lm: mtp_spec.LM, given: Any)
     for drafters in ((Wrong(name="mine"),), ("mtp", Wrong(name="mine"))):
         with pytest.raises(mtp_spec.MTPSpecError, match=r"'mine' proposed .*: propose returns a list of"):
             lm.generate([1, 2, 3], max_new_tokens=8, speculation=Speculation(2, drafters=drafters))
+
+
+def test_proposals_without_an_end_are_refused(lm: mtp_spec.LM) -> None:
+    class Endless(Fixed):
+        def propose(self, path: Sequence[int], most: int) -> Any:
+            return (Continuation([number % VOCAB], [0.5], "mine") for number in count())
+
+    with pytest.raises(mtp_spec.MTPSpecError, match="'mine' proposed more than 1024 continuations at once"):
+        lm.generate([1, 2, 3], max_new_tokens=8, speculation=Speculation(2, drafters=(Endless(name="mine"),)))
 
 
 def test_arrays_are_continuations_too(lm: mtp_spec.LM) -> None:

@@ -196,6 +196,20 @@ def test_bad_load_options(whole: Path, options: dict[str, Any]) -> None:
         mtp_spec.load(whole, **options)
 
 
+@pytest.mark.parametrize("device", ["tpu", "", "cpu:x", "cuda:999", "mps", None, 3, torch.device("meta")])
+def test_devices_that_are_not_here_are_refused(whole: Path, device: Any) -> None:
+    with pytest.raises(mtp_spec.OptionError, match="device="):
+        mtp_spec.load(whole, device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu")])
+def test_every_name_of_the_cpu_is_the_cpu(whole: Path, device: Any) -> None:
+    named, plain = mtp_spec.load(whole, device=device), mtp_spec.load(whole)
+    assert type(named.backend) is type(plain.backend)
+    texts = [lm.generate([1, 2, 3], max_new_tokens=4, temperature=0.0).token_ids for lm in (named, plain)]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("fp8", [False, True], ids=["float32", "fp8"])
 def test_saved_checkpoints_load(whole: Path, tmp_path: Path, fp8: bool) -> None:
     model = load_checkpoint(whole, dtype=torch.float32)

@@ -85,6 +85,7 @@ def test_a_domain_is_one_line_of_a_table() -> None:
 def test_files_are_read_packed_or_not(tmp_path: Path) -> None:
     lines = '{"text": "a"}\n\n{"text": "b"}\n'
     (tmp_path / "x.jsonl").write_text(lines)
+    (tmp_path / "marked.jsonl").write_text(lines, encoding="utf-8-sig")  # with a byte order mark
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "x.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
     for file in sorted(tmp_path.iterdir()):
