@@ -14,7 +14,7 @@ import torch
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.experts import DEFAULT, Mix, experts
-from mtp_spec.bench.layers import CONTEXTS, HEADS, attention
+from mtp_spec.bench.layers import CONTEXTS, HEADS, attention, check_contexts
 from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
 from mtp_spec.bench.products import SHAPES, products
 from mtp_spec.bench.prompts import prompts
@@ -34,6 +34,8 @@ def kernels(args: argparse.Namespace) -> Report:
         raise OptionError("--tune is for products and experts: add them to --what")
     if args.write is not None and not args.tune:
         raise OptionError("--write writes what --tune finds: give both")
+    if "attention" in args.what:
+        check_contexts(args.rows, args.contexts)
     rate = copy_rate()
     rows: list[Row] = []
     facts: dict[str, Any] = {"copy_TB_per_s": rate, "tried": {}, "errors": {}}

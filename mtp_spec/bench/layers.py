@@ -29,13 +29,8 @@ def attention(counts: Sequence[int], heads_of: Sequence[int], contexts: Sequence
         heads_of: numbers of heads.
         contexts: tokens in the cache, the pass's own included.
         rate: TB/s of a copy.
-
-    Raises:
-        OptionError: a context is too short for a pass.
     """
-    counts = [count for count in counts if count <= MOST_ROWS]
-    if counts and min(contexts) <= max(counts):
-        raise OptionError(f"--contexts {min(contexts)}: give more tokens than the {max(counts)} rows of a pass")
+    counts = _few(counts)
     rows = []
     for heads in heads_of if counts else ():
         head = mla.Head(heads, 128, 64, 512, 128, 192**-0.5)
@@ -68,6 +63,21 @@ def attention(counts: Sequence[int], heads_of: Sequence[int], contexts: Sequence
                     name = f"{heads} heads, {context} tokens, {kind}" + (", FP8 cache" if packed else "")
                     rows.append(_row("attention", name, m, micro, size, rate, error, exact))
     return rows
+
+
+def check_contexts(counts: Sequence[int], contexts: Sequence[int]) -> None:
+    """Rejects contexts that are too short for a pass of `attention`, before anything is timed.
+
+    Raises:
+        OptionError: there is one.
+    """
+    most = max(_few(counts), default=0)
+    if most and min(contexts) <= most:
+        raise OptionError(f"--contexts {min(contexts)}: give more tokens than the {most} rows of a pass")
+
+
+def _few(counts: Sequence[int]) -> list[int]:
+    return [count for count in counts if count <= MOST_ROWS]
 
 
 def tree(length: Tensor, m: int) -> mla.Plan:

@@ -17,7 +17,7 @@ from transformers import modeling_layers
 import mtp_spec
 import tiny
 from device_models import checkpoint, device_lm
-from mtp_spec.bench import grid, step, tuning, turns
+from mtp_spec.bench import grid, kernels, step, tuning, turns
 from mtp_spec.bench.common import bundled_prompts, interval, median_interval
 from mtp_spec.bench.exactness import SAMPLING, SHAPES
 from mtp_spec.bench.peer import transformers_ways
@@ -363,6 +363,16 @@ def test_options_of_no_meaning_are_named(given: list[str], cause: str, capsys: p
     told = capsys.readouterr().err
     assert given[1] in told
     assert cause in told
+
+
+def test_contexts_too_short_for_a_pass_are_told_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "copy_rate", lambda: pytest.fail("timed"))
+    with pytest.raises(SystemExit):
+        main(["bench", "kernels", "--rows", "1,8,64", "--contexts", "32,8"])
+    assert "--contexts 8: give more tokens than the 8 rows of a pass" in capsys.readouterr().err
 
 
 def test_a_given_acceptance_is_replayed(tmp_path: Path) -> None:
