@@ -1,14 +1,15 @@
 """`bench train --shape`: steps of `train` at the full size of a published model, whose weights are random.
 
-Texts are random tokens of two lengths, so batches have two shapes: the second is launched and captured while the first
-one's graph is there, which takes most memory. A step's time does not depend on the numbers, but for how evenly experts
-are chosen.
+Texts are random tokens of two lengths, which fill batches of two shapes: the second is launched and captured while the
+first one's graph is there, which takes most memory. A step's time does not depend on the numbers, but for how evenly
+experts are chosen.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,14 +29,15 @@ from mtp_spec.model.rope import rope_table
 from mtp_spec.model.training import ModulesForward
 from mtp_spec.model.transformer import MTPModule
 from mtp_spec.training.backbone import Backbone, States, near_bytes
+from mtp_spec.training.batches import Batches, Shapes
 from mtp_spec.training.loop import Trainer, optimiser_numbers
-from mtp_spec.training.modules import new_modules, width_of
+from mtp_spec.training.modules import new_modules, trained_numbers, width_of
 from mtp_spec.training.options import TrainOptions
-from mtp_spec.training.plan import plan_of
+from mtp_spec.training.plan import check_modules, plan_of
 from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
 
-FIRST = 8  # steps that are not timed: until both shapes are captured
+FIRST = 8  # least number of steps that are not timed: until both shapes are captured
 SHORT = 0.75  # length of half of the texts, of the others'
 
 
@@ -67,33 +69,68 @@ def train_shape(args: argparse.Namespace) -> Report:
 
 
 def _corpus(folder: Path, args: argparse.Namespace, vocabulary: int) -> Corpus:
-    """Returns random texts for the first steps and for those that are timed, as many tokens of each length."""
+    """Returns random texts for the first steps and for those that are timed: as many batches of each length, all full
+    where they are padded to shapes, because others are of further shapes, which would be captured in timed steps."""
     corpus, random = Corpus(folder / "texts", 0.0), np.random.default_rng(0)
-    short, steps = round(SHORT * args.context), (FIRST + args.repeats + 1) // 2
-    for line in range(steps * (args.batch + round(args.batch / SHORT))):
-        length = args.context if line < steps * args.batch else short
-        ids = random.integers(vocabulary, size=length).tolist()
-        corpus.add("texts", line, ids, [(1, len(ids))], "random")
+    shapes, steps = Shapes(_tokens(args), args.depths, args.context), (FIRST + args.repeats + 1) // 2
+    for length in (args.context, round(SHORT * args.context)):
+        for _ in range(steps * shapes.full(shapes.width(length))):
+            ids = random.integers(vocabulary, size=length).tolist()
+            corpus.add("texts", len(corpus.texts), ids, [(1, len(ids))], "random")
     corpus.close()
     return corpus
+
+
+def _tokens(args: argparse.Namespace) -> int:
+    """Returns the tokens of a batch, places behind its texts included."""
+    tokens: int = args.batch * (args.context + args.depths)
+    return tokens
+
+
+def untimed(batches: Batches, corpus: Corpus) -> int:
+    """Returns the steps until batches of both lengths have come twice, which captures them; at least FIRST."""
+    seen, last = Counter[int](), 0
+    for step in range(batches.count(0)):
+        longest = max(corpus.texts[number].length for number in batches.of(step))
+        seen[longest] += 1
+        if seen[longest] == 2:
+            last = step + 1
+    return max(FIRST, last)
+
+
+def _kept(backbone: Backbone, corpus: Corpus) -> States:
+    """Returns the corpus's hidden states, all of which are kept in the model's memory.
+
+    Raises:
+        OptionError: they would take more of a GPU's memory than `train` keeps there.
+    """
+    model = backbone.model
+    size = corpus.tokens * model.config.hidden_size * 4
+    states = States(backbone, corpus, None, size, near_bytes(model.device) if model.device.type == "cuda" else size)
+    if states.near_tokens < corpus.tokens:
+        raise OptionError(f"hidden states of {states.near_tokens} tokens fit beside the model and {corpus.tokens} are "
+                          "trained on: give fewer --repeats or a smaller --batch")  # fmt: skip
+    return states
 
 
 def _report(args: argparse.Namespace, model: DeviceModel, corpus: Corpus, folder: Path) -> Report:
     config, device, memory = model.config, model.device, _Memory(model.device)
     options = TrainOptions(
         texts=Path(__file__), block=args.block, depth=args.depths, optimiser=args.optimiser, steps=10**6,
-        batch_tokens=args.batch * (args.context + args.depths), max_tokens=args.context + args.depths + 1,
+        batch_tokens=_tokens(args), max_tokens=args.context + args.depths + 1,
         check_tokens=args.context,
     )  # fmt: skip
+    numbers = optimiser_numbers(options, device.type)
+    check_modules(trained_numbers(options, config), numbers, device)
     modules = new_modules(config, width_of(options, config), options.modules, options.seed, device)
     table = rope_table(config, args.context + args.depths + 8, device)
     own = [module for module in modules if isinstance(module, MTPModule)]
     forward = ModulesForward(own, model.embed_tokens, model.lm_head, lambda length: table)
     backbone = Backbone(model)
-    states = States(backbone, corpus, None, corpus.tokens * config.hidden_size * 4, near_bytes(device))
+    states = _kept(backbone, corpus)
     trainer = Trainer.of(options, forward, modules, corpus, states, Team(str(args.device)))
     shape = trainer.largest()
-    plan = plan_of(forward, modules, trainer.objective, shape, optimiser_numbers(options, device.type), [],
+    plan = plan_of(forward, modules, trainer.objective, shape, numbers, [],
                    states, backbone.bytes(shape[0] * shape[1]), trainer.captured is not None)  # fmt: skip
     print(f"batches of {shape[0]} x {shape[1]} tokens; {plan}", flush=True)
     plan.check(device, folder)
@@ -101,18 +138,18 @@ def _report(args: argparse.Namespace, model: DeviceModel, corpus: Corpus, folder
 
     def timed(steps: int) -> tuple[float, float]:
         """Returns the seconds of a step, and the tokens of a second."""
-        numbers = [number for step in range(steps) for number in trainer.batches.of(trainer.step + step)]
+        texts = [number for step in range(steps) for number in trainer.batches.of(trainer.step + step)]
         memory.wait()
         begin = time.perf_counter()
         for _ in range(steps):
             trainer.one()
         memory.wait()
         seconds = time.perf_counter() - begin
-        return seconds / steps, sum(corpus.texts[number].length for number in numbers) / seconds
+        return seconds / steps, sum(corpus.texts[number].length for number in texts) / seconds
 
-    whole = trainer.batches.count(0)
-    timed(FIRST)
-    parts = {"a step, with the main model's passes": timed(whole - FIRST), "a step, hidden states kept": timed(whole)}
+    whole, first = trainer.batches.count(0), untimed(trainer.batches, corpus)
+    timed(first)
+    parts = {"a step, with the main model's passes": timed(whole - first), "a step, hidden states kept": timed(whole)}
     trainer.settle()
     rows: list[Row] = [{"part": name, "ms": 1e3 * seconds, "tokens a second": pace}
                        for name, (seconds, pace) in parts.items()]  # fmt: skip
@@ -136,10 +173,10 @@ class _Memory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._held = device, 0
+        self._device, self._held, self._allocated = device, 0, 0
         if device.type == "cuda":
             self.forget()
-            self._held = torch.cuda.memory_reserved(device)
+            self._held, self._allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
 
     def forget(self) -> None:
@@ -159,7 +196,7 @@ class _Memory:
         peak = torch.cuda.max_memory_reserved(self._device) - self._held
         facts |= {
             "model GB": self._held / 1e9, "peak GB": peak / 1e9, "peak over plan": peak / planned,
-            "peak allocated GB": (torch.cuda.max_memory_allocated(self._device) - self._held) / 1e9,
+            "peak allocated GB": (torch.cuda.max_memory_allocated(self._device) - self._allocated) / 1e9,
         }  # fmt: skip
         return [f"memory beside the model's {self._held / 1e9:.1f} GB: {peak / 1e9:.2f} GB, {peak / planned:.3f} of "
                 "the plan"]  # fmt: skip

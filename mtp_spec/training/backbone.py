@@ -116,6 +116,11 @@ class States:
         return self._most[False] * self._width * self._dtype.itemsize
 
     @property
+    def near_tokens(self) -> int:
+        """Tokens whose states fit into the device's memory."""
+        return self._most[True]
+
+    @property
     def near_bytes(self) -> int:
         """Bytes in the device's memory."""
         return self._near.nbytes

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections import Counter
+from collections.abc import Sequence
 from math import isfinite, prod
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from device_models import checkpoint
+from mtp_spec.bench import train_shape
 from mtp_spec.cli.main import main
+from mtp_spec.training import plan
+from mtp_spec.training.backbone import Backbone, States
+from mtp_spec.training.batches import Batches, Shapes, tensors
+from mtp_spec.training.texts import Corpus
 
 
 @pytest.mark.parametrize("block", ["dense", "moe"])
@@ -25,6 +35,88 @@ def test_steps_beside_random_weights_of_a_shape(tmp_path: Path, block: str) -> N
     assert prod(document["batch"]) >= 3 * (16 + 2)
     assert document["planned GB"] > 12 * document["trained parameters"] / 1e9
     assert all(isfinite(document[name]) for name in ("loss first", "loss last"))
+
+
+def test_hidden_states_that_are_kept_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, computed, hidden = checkpoint(tmp_path, "v3") / "config.json", Counter[tuple[int, ...]](), Backbone.hidden
+
+    def counted(self: Backbone, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        computed.update(map(tuple, texts))
+        return hidden(self, texts)
+
+    monkeypatch.setattr(Backbone, "hidden", counted)
+    few = ["--batch", "1", "--context", "16", "--depths", "2", "--repeats", "1"]
+    main(["bench", "train", "--shape", str(shape), "--device", "cpu", "--block", "dense", *few])
+    assert len(computed) >= 10
+    assert set(computed.values()) == {1}
+
+
+def test_hidden_states_for_which_there_is_no_room_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def small(backbone: Backbone, corpus: Corpus, file: Path | None, room: int, near: int) -> States:
+        return States(backbone, corpus, file, room, near // 16)
+
+    shape = checkpoint(tmp_path, "v3") / "config.json"
+    monkeypatch.setattr(train_shape, "States", small)
+    with pytest.raises(SystemExit):
+        main(["bench", "train", "--shape", str(shape), "--device", "cpu", "--block", "dense"])
+    assert "give fewer --repeats or a smaller --batch" in capsys.readouterr().err
+
+
+def test_modules_for_which_there_is_no_room_are_refused_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = checkpoint(tmp_path, "v3") / "config.json"
+    monkeypatch.setattr(plan, "_free", lambda device: 1000)
+    monkeypatch.setattr(train_shape, "new_modules", lambda *_: pytest.fail("made"))
+    with pytest.raises(SystemExit):
+        main(["bench", "train", "--shape", str(shape), "--device", "cpu", "--block", "dense"])
+    assert "of memory to train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "depths", "repeats"),
+    [(32, 507, 5, 7), (32, 507, 5, 6), (2, 128, 4, 7), (2, 128, 4, 1), (8, 507, 5, 7), (3, 100, 4, 40), (1, 8, 4, 7)],
+)
+def test_all_shapes_are_captured_before_steps_are_timed(
+    batch: int, context: int, depths: int, repeats: int, tmp_path: Path
+) -> None:
+    args = argparse.Namespace(batch=batch, context=context, depths=depths, repeats=repeats)
+    corpus = train_shape._corpus(tmp_path, args, 1000)
+    shapes = Shapes(batch * (context + depths), depths, context)
+    batches = Batches(corpus, range(len(corpus.texts)), shapes.tokens, 0, shapes)
+    first, whole = train_shape.untimed(batches, corpus), batches.count(0)
+    assert whole - first >= repeats // 2
+    states, seen = _NoStates(), Counter[tuple[tuple[int, ...], ...]]()
+    for step in range(whole + batches.count(1)):
+        if step == first:
+            assert len(seen) == 2
+            assert min(seen.values()) >= 2
+        seen[tuple(tuple(part.shape) for part in tensors(corpus, states, batches.of(step), depths, shapes))] += 1
+    assert len(seen) == 2
+
+
+class _NoStates(States):
+    """Of one number for each token."""
+
+    def __init__(self) -> None:
+        pass
+
+    def padded(self, numbers: Sequence[int], width: int, count: int | None = None) -> Tensor:
+        return torch.zeros(len(numbers) if count is None else count, width, 1)
+
+
+def test_memory_is_what_came_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"reserved": 32e9, "allocated": 31e9, "max_reserved": 42e9, "max_allocated": 36e9}
+    for name in ("reserved", "allocated"):
+        monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda device, name=name: held[name])
+        monkeypatch.setattr(torch.cuda, f"max_memory_{name}", lambda device, name=name: held[f"max_{name}"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    facts: dict[str, float] = {}
+    train_shape._Memory(torch.device("cuda")).told(int(20e9), facts)
+    assert facts == {"model GB": 32, "peak GB": 10, "peak over plan": 0.5, "peak allocated GB": 5}
 
 
 @pytest.mark.parametrize(
