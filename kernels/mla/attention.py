@@ -323,6 +323,8 @@ def _turns(plan: Plan, head: Head, splits: int) -> Iterator[tuple[slice, Plan]]:
 def filling(most: int) -> int:
     """Returns how many tiles are attended in a turn, up to `most`: each has equally many programs, so 74 tiles would
     leave 58 multiprocessors idle, and 66 leave none."""
+    if most > MULTIPROCESSORS:
+        return most // MULTIPROCESSORS * MULTIPROCESSORS
     if most * (MULTIPROCESSORS // most) >= FULL * MULTIPROCESSORS:
         return most
     return MULTIPROCESSORS // -(-MULTIPROCESSORS // most)

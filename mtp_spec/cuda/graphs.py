@@ -26,8 +26,8 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.
     with _lock:
         if not _captures:
             _collects = gc.isenabled()
-            gc.disable()
         _captures += 1
+        gc.disable()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             yield
