@@ -44,9 +44,8 @@ SHORT = 0.75  # length of half of the texts, of the others'
 def train_shape(args: argparse.Namespace) -> Report:
     """Times whole steps, with the main model's passes and with hidden states that are kept, and compares memory with
     the plan that `train` makes."""
-    device, args.dtype = args.device or "cuda", args.dtype or "bfloat16"
-    args.device = device
-    check_device(device)
+    device = args.device = check_device(args.device or "cuda")
+    args.dtype = args.dtype or "bfloat16"
     if args.block not in ("dense", "moe"):
         raise OptionError("--shape has random weights and no modules to go on with: give --block dense or moe")
     full = load_config(args.shape)
