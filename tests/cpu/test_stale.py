@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.skipif(engine.why_not() is not None, reason="there is n
 
 @pytest.fixture
 def other_sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    gc.collect()  # models of other tests rest the engine that they had
     with monkeypatch.context() as patch:
         patch.setattr(engine, "digest", lambda: 1)
         engine._loaded.cache_clear()

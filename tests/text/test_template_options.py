@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from importlib.resources import files
@@ -105,9 +106,8 @@ def test_an_assistants_turn_goes_on(lm: mtp_spec.LM) -> None:
 def test_what_is_no_option_of_a_template(
     lm: mtp_spec.LM, options: dict[str, Any], error: type[Exception], names: str
 ) -> None:
-    with pytest.raises(error, match="") as caught:
+    with pytest.raises(error, match=re.escape(names)):
         lm.chat_ids(ASKED, **options)
-    assert names in str(caught.value)
 
 
 @pytest.mark.parametrize(
