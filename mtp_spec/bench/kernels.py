@@ -15,7 +15,7 @@ from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.experts import DEFAULT, Mix, experts
 from mtp_spec.bench.layers import CONTEXTS, HEADS, attention, check_contexts
-from mtp_spec.bench.options import JSON, Benchmark, Option, Switch
+from mtp_spec.bench.options import JSON, Benchmark, Option, Switch, complete
 from mtp_spec.bench.products import SHAPES, products
 from mtp_spec.bench.prompts import prompts
 from mtp_spec.bench.timing import copy_rate
@@ -23,6 +23,12 @@ from mtp_spec.bench.tuning import write
 from mtp_spec.errors import OptionError
 
 WHAT = ("products", "experts", "attention", "prompts")
+# options of some kernels alone, and their defaults
+OF: dict[str, dict[str, Any]] = {
+    "products": {"shapes": SHAPES},
+    "experts": {"experts": parsing.mixes(DEFAULT)},
+    "attention": {"heads": HEADS, "contexts": CONTEXTS},
+}
 TOLERANCE = 2e-2  # relative to the reference, whose activations round elsewhere
 
 
@@ -34,6 +40,9 @@ def kernels(args: argparse.Namespace) -> Report:
         raise OptionError("--tune is for products and experts: add them to --what")
     if args.write is not None and not args.tune:
         raise OptionError("--write writes what --tune finds: give both")
+    own = {name: default for what in args.what for name, default in OF.get(what, {}).items()}
+    why = f"is of kernels that --what {','.join(args.what)} leaves out: add them"
+    complete(args, own, [name for names in OF.values() for name in names], why)
     if "attention" in args.what:
         check_contexts(args.rows, args.contexts)
     rate = copy_rate()
@@ -76,22 +85,19 @@ BENCHMARK = Benchmark(
             "--shapes",
             "products to time (DeepSeek-V3's)",
             type=parsing.products,
-            default=list(SHAPES),
             metavar="NxK,...",
         ),
         Option(
             "--experts",
             f"MoE layers to time ({DEFAULT}: D x I: chosen of experts)",
             type=parsing.mixes,
-            default=DEFAULT,
             metavar="DxI:C/E,...",
         ),
-        Option("--heads", "attention's heads (128,16)", type=parsing.integers, default=list(HEADS), metavar="N,..."),
+        Option("--heads", "attention's heads (128,16)", type=parsing.integers, metavar="N,..."),
         Option(
             "--contexts",
             "tokens in attention's cache (1024,8192,32768)",
             type=parsing.integers,
-            default=list(CONTEXTS),
             metavar="N,...",
         ),
         Switch("--quick", "without torch's and cuBLAS's products beside"),

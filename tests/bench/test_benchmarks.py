@@ -375,6 +375,21 @@ def test_contexts_too_short_for_a_pass_are_told_before_anything_is_timed(
     assert "--contexts 8: give more tokens than the 8 rows of a pass" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [("--heads", "16", "products,experts"), ("--contexts", "1024", "prompts"), ("--shapes", "2112x7168", "attention"),
+     ("--experts", "7168x2048:8/64", "products")],
+)  # fmt: skip
+def test_options_of_kernels_that_are_not_timed_are_refused(
+    option: str, value: str, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "copy_rate", lambda: pytest.fail("timed"))
+    with pytest.raises(SystemExit):
+        main(["bench", "kernels", option, value, "--what", what])
+    assert f"{option} is of kernels that --what {what} leaves out: add them" in capsys.readouterr().err
+
+
 def test_a_given_acceptance_is_replayed(tmp_path: Path) -> None:
     options = ["--prompts", "2", "--context", "6", "--max-new-tokens", "12", "--depths", "2", "--acceptance", "1"]
     document = run(["replay", *options], tmp_path)
