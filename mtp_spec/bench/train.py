@@ -49,8 +49,7 @@ def train(args: argparse.Namespace) -> Report:
         return train_shape(args)
     if args.dtype is not None:
         raise OptionError(f"--dtype {args.dtype} is of --shape's weights: give it with --shape")
-    args.device = args.device or "cpu"
-    args.device = check_device(args.device)
+    args.device = check_device(args.device or "cpu")
     folder = model_folder(args.model)
     checkpoint = open_checkpoint(folder)
     if args.block == SHIPPED and not checkpoint.config.num_nextn_predict_layers:

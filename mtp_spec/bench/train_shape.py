@@ -21,19 +21,15 @@ import torch
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.passes import fill
 from mtp_spec.errors import OptionError
-from mtp_spec.host_memory import free_memory
 from mtp_spec.load_checks import check_device
 from mtp_spec.model.config import load_config
 from mtp_spec.model.cuda.model import DeviceModel
-from mtp_spec.model.rope import rope_table
-from mtp_spec.model.training import ModulesForward
-from mtp_spec.model.transformer import MTPModule
 from mtp_spec.training.backbone import Backbone, States, near_bytes
 from mtp_spec.training.batches import Batches, Shapes
 from mtp_spec.training.loop import Trainer, optimiser_numbers
-from mtp_spec.training.modules import new_modules, trained_numbers, width_of
-from mtp_spec.training.options import TrainOptions
-from mtp_spec.training.plan import check_modules, plan_of
+from mtp_spec.training.modules import joined, new_modules, trained_numbers, width_of
+from mtp_spec.training.options import BLOCKS, TrainOptions
+from mtp_spec.training.plan import check_modules, free_bytes, plan_of
 from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
 
@@ -46,7 +42,7 @@ def train_shape(args: argparse.Namespace) -> Report:
     the plan that `train` makes."""
     device = args.device = check_device(args.device or "cuda")
     args.dtype = args.dtype or "bfloat16"
-    if args.block not in ("dense", "moe"):
+    if args.block not in BLOCKS:
         raise OptionError("--shape has random weights and no modules to go on with: give --block dense or moe")
     full = load_config(args.shape)
     config = replace(full, num_nextn_predict_layers=0, fp8_block=None if args.dtype == "bfloat16" else (128, 128))
@@ -57,7 +53,7 @@ def train_shape(args: argparse.Namespace) -> Report:
     except ValueError as error:
         raise OptionError(f"--shape {args.shape}: the kernels cannot run it ({error}); give another one") from error
     size = sum(slot.nbytes for slot in slots.values())
-    free = torch.cuda.mem_get_info(device)[0] if device != "cpu" else free_memory()
+    free = free_bytes(torch.device(device))
     if free is not None and size > free:
         raise OptionError(f"the model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: give another --shape")
     torch.manual_seed(0)
@@ -116,21 +112,18 @@ def _report(args: argparse.Namespace, model: DeviceModel, corpus: Corpus, folder
     config, device, memory = model.config, model.device, _Memory(model.device)
     options = TrainOptions(
         texts=Path(__file__), block=args.block, depth=args.depths, optimiser=args.optimiser, steps=10**6,
-        batch_tokens=_tokens(args), max_tokens=args.context + args.depths + 1,
-        check_tokens=args.context,
+        batch_tokens=_tokens(args), max_tokens=args.context + args.depths + 1, check_tokens=args.context,
     )  # fmt: skip
     numbers = optimiser_numbers(options, device.type)
     check_modules(trained_numbers(options, config), numbers, device)
     modules = new_modules(config, width_of(options, config), options.modules, options.seed, device)
-    table = rope_table(config, args.context + args.depths + 8, device)
-    own = [module for module in modules if isinstance(module, MTPModule)]
-    forward = ModulesForward(own, model.embed_tokens, model.lm_head, lambda length: table)
+    forward = joined(config, modules, model.embed_tokens, model.lm_head, args.context + args.depths)
     backbone = Backbone(model)
     states = _kept(backbone, corpus)
     trainer = Trainer.of(options, forward, modules, corpus, states, Team(str(args.device)))
     shape = trainer.largest()
-    plan = plan_of(forward, modules, trainer.objective, shape, numbers, [],
-                   states, backbone.bytes(shape[0] * shape[1]), trainer.captured is not None)  # fmt: skip
+    plan = plan_of(forward, modules, trainer.objective, shape, numbers, [], states,
+                   backbone.bytes(shape[0] * shape[1]), trainer.captured is not None)  # fmt: skip
     print(f"batches of {shape[0]} x {shape[1]} tokens; {plan}", flush=True)
     plan.check(device, folder)
     memory.forget()

@@ -68,7 +68,7 @@ def shared_weights(
     Args:
         most: most positions of a text.
     """
-    table, copies = rope_table(checkpoint.config, most + 8, model.device), list[Tensor]()
+    copies = list[Tensor]()
     if isinstance(model, DeviceModel):
         embedding, head = model.embed_tokens, model.lm_head
     else:
@@ -77,8 +77,14 @@ def shared_weights(
         if not checkpoint.config.tie_word_embeddings:
             head = read_weight(checkpoint, HEAD).to(model.device)
             copies.append(head)
+    return joined(checkpoint.config, modules, embedding, head, most), copies
+
+
+def joined(config: ModelConfig, modules: nn.ModuleList, embedding: Tensor, head: Tensor, most: int) -> ModulesForward:
+    """Returns modules with an embedding and a head, for texts of at most `most` positions."""
+    table = rope_table(config, most + 8, embedding.device)
     own = [module for module in modules if isinstance(module, MTPModule)]
-    return ModulesForward(own, embedding, head, lambda length: table), copies
+    return ModulesForward(own, embedding, head, lambda length: table)
 
 
 def new_modules(

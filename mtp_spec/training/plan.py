@@ -70,7 +70,7 @@ class Plan:
         Raises:
             MTPSpecError: it does not; the message says what to give less of.
         """
-        free, held = _free(device), self.working + self.modules
+        free, held = free_bytes(device), self.working + self.modules
         if free is not None and held > free:
             raise MTPSpecError(
                 f"training takes {_size(held)} of memory and {_size(free)} are free ({self}): give fewer batch_tokens "
@@ -94,7 +94,7 @@ def check_modules(weights: int, numbers: int, device: torch.device) -> None:
     Raises:
         MTPSpecError: they do.
     """
-    size, free = (2 + numbers) * 4 * weights, _free(device)
+    size, free = (2 + numbers) * 4 * weights, free_bytes(device)
     if free is not None and size > free:
         raise MTPSpecError(
             f"modules of {weights:,} numbers take {_size(size)} of memory to train and {_size(free)} are free: give "
@@ -162,7 +162,7 @@ def _saved(forward: ModulesForward, objective: Objective, texts: int, length: in
     return sum(size for storage, size in seen.items() if storage not in own)
 
 
-def _free(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Returns the free bytes of a device's memory, None if they are not known."""
     free: int | None = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return free

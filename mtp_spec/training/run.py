@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -131,11 +132,7 @@ def train(
     if chosen.start == "shipped" and not shipped:
         raise OptionError(f"start='shipped': {folder} has no MTP module to go on with; give start='random'")
     target = Path(out)
-    try:
-        there = target.exists() or target.is_symlink()
-    except OSError as error:
-        raise OptionError(f"out={str(out)!r}: a folder cannot be made there ({error}); give another one") from error
-    if there:
+    if os.path.lexists(target):  # a name that cannot be is refused where the folder is made
         raise OptionError(f"out={str(out)!r} exists: give a new folder, nothing is overwritten")
     for name, kinds in (("texts", ("text",)), ("prompts", ("prompt",)), ("held_out", ("text", "prompt"))):
         if isinstance(getattr(chosen, name), Path):

@@ -68,7 +68,7 @@ def test_modules_for_which_there_is_no_room_are_refused_before_they_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = checkpoint(tmp_path, "v3") / "config.json"
-    monkeypatch.setattr(plan, "_free", lambda device: 1000)
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(train_shape, "new_modules", lambda *_: pytest.fail("made"))
     with pytest.raises(SystemExit):
         main(["bench", "train", "--shape", str(shape), "--device", "cpu", "--block", "dense"])
