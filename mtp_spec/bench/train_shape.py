@@ -152,7 +152,7 @@ def _report(args: argparse.Namespace, model: DeviceModel, corpus: Corpus, folder
         "planned GB": plan.memory / 1e9, "plan": str(plan),
         "loss first": trainer.log[0]["loss"], "loss last": trainer.log[-1]["loss"],
     }  # fmt: skip
-    notes = memory.told(plan.memory, facts)
+    notes = memory.told(plan.memory, trainer.captured.most if trainer.captured else 0, facts)
     title = f"Training steps at {args.shape.stem}'s size, {args.block} module, to depth {args.depths}"
     return Report(title, rows, facts, notes=notes)
 
@@ -165,10 +165,10 @@ class _Memory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._held, self._allocated = device, 0, 0
+        self._device, self._held = device, 0
         if device.type == "cuda":
             self.forget()
-            self._held, self._allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+            self._held = torch.cuda.memory_reserved(device)
             torch.cuda.reset_peak_memory_stats(device)
 
     def forget(self) -> None:
@@ -181,14 +181,15 @@ class _Memory:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def told(self, planned: int, facts: dict[str, Any]) -> list[str]:
-        """Adds to the facts what was used, and returns a sentence on it."""
+    def told(self, planned: int, before: int, facts: dict[str, Any]) -> list[str]:
+        """Adds to the facts what was used, and returns a sentence on it.
+
+        Args:
+            before: bytes that torch held at most before its peaks were reset.
+        """
         if self._device.type != "cuda":
             return []
-        peak = torch.cuda.max_memory_reserved(self._device) - self._held
-        facts |= {
-            "model GB": self._held / 1e9, "peak GB": peak / 1e9, "peak over plan": peak / planned,
-            "peak allocated GB": (torch.cuda.max_memory_allocated(self._device) - self._allocated) / 1e9,
-        }  # fmt: skip
+        peak = max(before, torch.cuda.max_memory_reserved(self._device)) - self._held
+        facts |= {"model GB": self._held / 1e9, "peak GB": peak / 1e9, "peak over plan": peak / planned}
         return [f"memory beside the model's {self._held / 1e9:.1f} GB: {peak / 1e9:.2f} GB, {peak / planned:.3f} of "
                 "the plan"]  # fmt: skip

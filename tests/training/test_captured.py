@@ -25,19 +25,21 @@ class Device:
 
     Attributes:
         free: bytes.
+        peak: bytes that are held at most; 5 are held before a step.
         fails: of the next captures, so many.
         ran: how work ran, in order.
     """
 
     def __init__(self) -> None:
-        self.free, self.fails, self.ran, self.capturing = 100, 0, list[str](), False
+        self.free, self.peak, self.fails, self.ran, self.capturing = 100, 15, 0, list[str](), False
         nothing = SimpleNamespace(wait_stream=lambda other: None)
         self.Stream = self.current_stream = lambda device: nothing
         self.stream = lambda stream: nullcontext()
         self.graph_pool_handle = lambda: 1
         self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: self.ran.append("replayed"))
         self.synchronize = self.empty_cache = lambda *_: None
-        self.memory_allocated, self.max_memory_allocated = lambda device: 5, lambda device: 15
+        self.memory_allocated, self.max_memory_allocated = lambda device: 5, lambda device: self.peak
+        self.max_memory_reserved, self.reset_peak_memory_stats = lambda device: 20, lambda device: None
         self.mem_get_info = lambda device: (self.free, 100)
 
     @contextmanager
@@ -45,7 +47,7 @@ class Device:
         self.capturing = True
         try:
             yield
-            if self.fails:
+            if self.fails and self.ran[-1:] == ["captured"]:
                 self.fails -= 1
                 raise RuntimeError("operation not permitted\nmore")
         finally:
@@ -60,7 +62,8 @@ class Device:
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device()
     for module in (captured, graphs):
-        monkeypatch.setattr(module, "torch", SimpleNamespace(cuda=made, Tensor=Tensor))
+        some = SimpleNamespace(cuda=made, Tensor=Tensor, uint8=torch.uint8, empty=torch.empty)
+        monkeypatch.setattr(module, "torch", some)
     return made
 
 
@@ -119,3 +122,19 @@ def test_captures_that_fail_end_with_a_warning_and_graphs_are_kept(device: Devic
     device.ran.clear()
     run(steps, 3, 5)
     assert device.ran == ["replayed", "launched"]
+
+
+def test_a_larger_step_begins_a_larger_pool(device: Device) -> None:
+    """Whose graphs are captured again when they come again, without being launched before."""
+    steps = steps_of(device)
+    run(steps, 3, 3, 5, 5)
+    assert steps.graphs == 2
+    device.peak = 16
+    run(steps, 7, 3)
+    assert steps.graphs == 2
+    device.ran.clear()
+    run(steps, 7)
+    assert steps.graphs == 1
+    run(steps, 3, 5, 3)
+    assert device.ran == ["captured", "replayed"] * 3 + ["replayed"]
+    assert steps.graphs == 3
