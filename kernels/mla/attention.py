@@ -50,10 +50,9 @@ FULL = 0.9  # share of the multiprocessors that a turn should use
 PARTS, PEAKS_AND_SUMS = Workspace(torch.bfloat16), Workspace(torch.float32)
 COMBINED, COLUMNS = 16, 256  # splits read at once when they are added, and columns per program
 # Tiles of node-head pairs up to which Hopper's programs have equally many keys each and load blocks in pieces; the
-# second number is for caches of LONG tokens and more. On an H200, of chains: 1 to 4 tiles (2 rows of 128 heads, 8 of
-# 20) 1.00 to 1.03 times as fast at 1,024 keys, 1.04 to 1.06 at 8,192, 1.05 to 1.13 from 32,768 on; 8 tiles 1.04, 0.96
-# and 1.06 to 1.11; 16 tiles 0.89 to 0.97 (with splits of 512 up to 8,192 keys, 1,024 up to 32,768, then 4,096). Not
-# part of the arithmetic.
+# second number is for caches of LONG tokens and more. On an H200, of chains over 16,384 to 131,072 keys: 1 and 2 tiles
+# 1.02 to 1.33 times as fast, in the median 1.10; 4 tiles 0.89 to 1.31, 1.07; 6 and 8 tiles 0.82 to 1.20, 1.09 and
+# 0.98; 10 tiles 0.95 to 1.24, 1.03; 16 tiles 0.96 to 1.12, 0.98. Not part of the arithmetic.
 FEW_TILES, FEW_TILES_LONG, LONG = 4, 8, 16384
 WARPS = 8  # per program of `attend`, except Hopper's; not part of the arithmetic
 # except on Hopper: tiles in flight and keys per step, by the shared memory per program that they need
@@ -184,7 +183,7 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
     if not runs_triton(q):
         return attend_reference(q, cache, plan, head)
     out = q.new_empty(plan.rows, head.heads, head.latent)
-    splits = split_of(cache.capacity - 1) + 1
+    splits = split_of(cache.capacity - 1, head.split_ends) + 1
     turns = list(_turns(plan, head, splits))
     pairs = splits * max(part.sequences * _pairs(part.each, head) for _, part in turns)
     parts = PARTS.room(q.device, pairs * head.latent).view(head.dtype)
@@ -198,7 +197,7 @@ def attend(q: Tensor, cache: Cache, plan: Plan, head: Head) -> Tensor:
 def room_bytes(capacity: int, head: Head, rows: int, sequences: int = 1) -> int:
     """Returns the bytes that `attend` keeps for passes of up to `rows` rows of `sequences` sequences over caches of
     `capacity` slots."""
-    splits = split_of(capacity - 1) + 1
+    splits = split_of(capacity - 1, head.split_ends) + 1
     pairs = min(_pairs(rows, head) + (sequences - 1) * TILE, max(_at_once(splits, head) + TILE, _pairs(1, head)))
     return splits * pairs * (2 * head.latent + 8)
 
@@ -221,7 +220,7 @@ def _attend(
     given = (*_where(plan), plan.depths, peaks, totals, cache.base, cache.spare, plan.each, padded, plan.deepest,
              head.scale * math.log2(math.e), plan.sequences)  # fmt: skip
     sizes = {"PAGED": paged, "HEADS": head.padded, "C": head.latent, "ROWS": TILE, "BLOCK": KEYS, "TAIL": TAIL,
-             "CHAIN": plan.ancestors is None} | late(q)  # fmt: skip
+             "CHAIN": plan.ancestors is None, "END1": head.split_ends[1]} | late(q)  # fmt: skip
     tiles = padded // TILE
     packed = cache.layout.packed
     hopper = hopper_module("mla.hopper") if on_hopper(q.device) and not packed else None
@@ -256,7 +255,7 @@ def _attend(
         kernels._combine_kernel, (plan.rows, head.heads, head.latent // columns),
         parts, peaks, totals, plan.length, plan.depths, out, padded, plan.each, each, PAGED=paged,
         HEADS=head.padded, C=head.latent,
-        COLUMNS=columns, CHUNK=COMBINED, num_warps=1, **late(q),
+        COLUMNS=columns, CHUNK=COMBINED, END1=head.split_ends[1], num_warps=1, **late(q),
     )  # fmt: skip
 
 

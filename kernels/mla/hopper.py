@@ -55,6 +55,7 @@ def _copy_in(
     q_half, q_rope, k_half, k_rope, sm, bars, place, splits, table,
     C: gl.constexpr, R: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
     HEADS: gl.constexpr, CHAIN: gl.constexpr, PAGED: gl.constexpr, PDL: gl.constexpr, FEW: gl.constexpr,
+    END1: gl.constexpr,
 ):  # fmt: skip
     """The copying warpgroup: loads queries once, and every block as soon as its buffer is free.
 
@@ -67,7 +68,7 @@ def _copy_in(
     turn = 0
     for number in range(splits[0], splits[1], splits[2]):
         split = split_at(number, splits, FEW)
-        walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN)
+        walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN, END1)
         for pair in range(gl.cdiv(blocks, 2)):
             for slot in gl.static_range(2):
                 # a pair's second block may not exist: load the first again, because unowned memory could be NaN
@@ -153,7 +154,7 @@ def _hand_over(weights, peak, total, handed, stats, bar, SLOT: gl.constexpr):
 def _multiply(
     parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
     OWN: gl.constexpr, C: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, TAIL: gl.constexpr,
-    HEADS: gl.constexpr, CHAIN: gl.constexpr, PDL: gl.constexpr, FEW: gl.constexpr,
+    HEADS: gl.constexpr, CHAIN: gl.constexpr, PDL: gl.constexpr, FEW: gl.constexpr, END1: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: scores of its own blocks, sums of its own columns."""
     if PDL:
@@ -179,7 +180,7 @@ def _multiply(
     target = parts + (split_at(splits[0], splits, FEW) * padded + tile_row).to(gl.int64) * C + OWN * half
     for number in range(splits[0], splits[1], splits[2]):
         split = split_at(number, splits, FEW)
-        walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN)
+        walk, blocks = walk_of(split, place, ROWS, BLOCK, HEADS, CHAIN, END1)
         peak = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = gl.zeros([ROWS], gl.float32, row_layout)
         for pair in range(gl.cdiv(blocks, 2)):
@@ -304,6 +305,7 @@ def attend_kernel(
     BLOCK: gl.constexpr,
     TAIL: gl.constexpr,
     CHAIN: gl.constexpr,
+    END1: gl.constexpr,
     PDL: gl.constexpr,
     FEW: gl.constexpr,  # tiles: equal shares, blocks in pieces
 ):
@@ -328,9 +330,9 @@ def attend_kernel(
     else:
         table = pages
         start = gl.load(length)
-    count = split_of(start + deepest) + 1
+    count = split_of(start + deepest, END1) + 1
     if FEW:
-        high, highs, low, lows = share_of(turn, each, count, start + deepest + 1)
+        high, highs, low, lows = share_of(turn, each, count, start + deepest + 1, END1)
         splits = (0, highs + lows, 1, high, highs, low)
     else:
         splits = (turn, count, each, 0, 0, 0)
@@ -361,11 +363,11 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (_copy_in, (q_half, q_rope, k_half, k_rope, (queries, handed, keys, key_ropes), (q_bar, full, free),
-                            place, splits, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED, PDL, FEW)),
+                            place, splits, table, C, R, ROWS, BLOCK, TAIL, HEADS, CHAIN, PAGED, PDL, FEW, END1)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
-                             0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW)),
+                             0, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW, END1)),
                 (_multiply, (parts, peaks, totals, depths, padded, scale, sm, bars, place, splits,
-                             1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW)),
+                             1, C, ROWS, BLOCK, TAIL, HEADS, CHAIN, PDL, FEW, END1)),
             ],
             [4, 4],
             [240, 240],

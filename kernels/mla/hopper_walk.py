@@ -27,10 +27,11 @@ def split_at(number, splits, FEW: gl.constexpr):
 
 
 @gluon.jit
-def walk_of(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.constexpr, CHAIN: gl.constexpr):
+def walk_of(split, place, ROWS: gl.constexpr, BLOCK: gl.constexpr, HEADS: gl.constexpr, CHAIN: gl.constexpr,
+            END1: gl.constexpr):  # fmt: skip
     """Returns how a tile walks one split, as `block_at` takes it, and the number of blocks."""
     start, deepest, nodes, tile, base, spare, _, _ = place
-    first, end = _split_start(split), _split_start(split + 1)
+    first, end = _split_start(split, END1), _split_start(split + 1, END1)
     last = gl.minimum(end, start + deepest + 1)
     whole = start // BLOCK * BLOCK
     shared = gl.maximum(gl.cdiv(last - first, BLOCK), 0)

@@ -15,16 +15,18 @@ import triton.language as tl
 
 from mtp_spec.kernels.launching import follow
 from mtp_spec.kernels.mla.plan import SPLIT_ENDS, SPLIT_SIZES
-from mtp_spec.kernels.mla.plan import split_of as split_of_position
 
-END0, END1, END2 = (tl.constexpr(end) for end in SPLIT_ENDS)
+# of END0, END1, END2 only the second depends on the model (`Head.split_ends`)
+END0, END2 = tl.constexpr(SPLIT_ENDS[0]), tl.constexpr(SPLIT_ENDS[2])
 SIZE0, SIZE1, SIZE2, SIZE3 = (tl.constexpr(size) for size in SPLIT_SIZES)
-FIRST1, FIRST2, FIRST3 = (tl.constexpr(split_of_position(end)) for end in SPLIT_ENDS)
+FIRST1 = tl.constexpr(SPLIT_ENDS[0] // SPLIT_SIZES[0])
 
 
 @triton.jit
-def split_of(position):
+def split_of(position, END1: tl.constexpr):
     """Returns the split that a position belongs to."""
+    FIRST2: tl.constexpr = FIRST1 + (END1 - END0) // SIZE1
+    FIRST3: tl.constexpr = FIRST2 + (END2 - END1) // SIZE2
     late = tl.where(position < END2, FIRST2 + (position - END1) // SIZE2, FIRST3 + (position - END2) // SIZE3)
     return tl.where(
         position < END0, position // SIZE0, tl.where(position < END1, FIRST1 + (position - END0) // SIZE1, late)
@@ -32,19 +34,21 @@ def split_of(position):
 
 
 @triton.jit
-def _split_start(split):
+def _split_start(split, END1: tl.constexpr):
+    FIRST2: tl.constexpr = FIRST1 + (END1 - END0) // SIZE1
+    FIRST3: tl.constexpr = FIRST2 + (END2 - END1) // SIZE2
     late = tl.where(split < FIRST3, END1 + (split - FIRST2) * SIZE2, END2 + (split - FIRST3) * SIZE3)
     return tl.where(split < FIRST1, split * SIZE0, tl.where(split < FIRST2, END0 + (split - FIRST1) * SIZE1, late))
 
 
 @triton.jit
-def _splits_before(position):
+def _splits_before(position, END1: tl.constexpr):
     """Returns the number of splits that begin before a position."""
-    return tl.where(position > 0, split_of(tl.maximum(position, 1) - 1) + 1, 0)
+    return tl.where(position > 0, split_of(tl.maximum(position, 1) - 1, END1) + 1, 0)
 
 
 @triton.jit
-def share_of(turn, programs, count, keys):
+def share_of(turn, programs, count, keys, END1: tl.constexpr):
     """Returns one program's share of the splits 0 .. count - 1 of some keys, so that all programs finish together, as
     (high, highs, low, lows): `highs` splits from `high` downwards, and `lows` from `low` downwards.
 
@@ -52,18 +56,20 @@ def share_of(turn, programs, count, keys):
     order. A size divides the next, so no split crosses the border of two rooms. A first split of the largest size
     counts as what it has: else rooms were of that size as soon as a context reaches it.
     """
+    FIRST2: tl.constexpr = FIRST1 + (END1 - END0) // SIZE1
+    FIRST3: tl.constexpr = FIRST2 + (END2 - END1) // SIZE2
     begin = tl.where(count > FIRST3, FIRST3, tl.where(count > FIRST2, FIRST2, tl.where(count > FIRST1, FIRST1, 0)))
-    below, large = _split_start(begin), count - begin
-    whole = _split_start(begin + 1) - below
-    unit = tl.where(begin > 0, below - _split_start(tl.maximum(begin, 1) - 1), whole)
+    below, large = _split_start(begin, END1), count - begin
+    whole = _split_start(begin + 1, END1) - below
+    unit = tl.where(begin > 0, below - _split_start(tl.maximum(begin, 1) - 1, END1), whole)
     size = tl.where(large == 1, tl.minimum((keys - below + unit - 1) // unit * unit, whole), whole)
     mean = (below + large * size + programs - 1) // programs
     room = tl.maximum((mean + unit - 1) // unit * unit, (large + programs - 1) // programs * size)
     most = room // size
     before = tl.minimum(turn * most, large)
     until = tl.minimum(before + most, large)
-    low = _splits_before(below - tl.minimum(turn * room - before * size, below))
-    lows = low - _splits_before(below - tl.minimum((turn + 1) * room - until * size, below))
+    low = _splits_before(below - tl.minimum(turn * room - before * size, below), END1)
+    lows = low - _splits_before(below - tl.minimum((turn + 1) * room - until * size, below), END1)
     one = count <= programs  # a program for every split
     return (
         count - 1 - tl.where(one, turn, before), tl.where(one, (turn < count).to(tl.int32), until - before), low - 1,
@@ -213,6 +219,7 @@ def _attend_kernel(
     CHAIN: tl.constexpr,
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
+    END1: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Partial attention of a tile of ROWS node-head pairs over one split.
@@ -234,13 +241,13 @@ def _attend_kernel(
         q_row = sequence * nodes * HEADS + tile * ROWS
         spare += sequence * nodes * TAIL
     start = start_of(length, sequence, PAGED)
-    splits = split_of(start + deepest) + 1
+    splits = split_of(start + deepest, END1) + 1
     whole = start // PAGE * PAGE
     # the long splits come first; programs past the last split have nothing to do
     split = splits - 1 - tl.program_id(0) // tiles
     if split < 0:
         return
-    first, end = _split_start(split), _split_start(split + 1)
+    first, end = _split_start(split, END1), _split_start(split + 1, END1)
     node = (tile * ROWS + lane) // HEADS
     position = start + tl.load(depths + node, mask=node < nodes, other=0)
     q_latents = _tiles(q_latent_desc, q_row, TILES, WIDTH, WIDE)
@@ -306,6 +313,7 @@ def _combine_kernel(
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
+    END1: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Adds a row's splits, CHUNK at a time in ascending order; one warp, so that a column is summed by one thread."""
@@ -316,7 +324,7 @@ def _combine_kernel(
         sequence, place = node // each, node % each
         row = sequence * pairs + place * HEADS + head
         length += sequence
-    splits = split_of(tl.load(length) + tl.load(depths + place)) + 1
+    splits = split_of(tl.load(length) + tl.load(depths + place), END1) + 1
     chunk, column = tl.arange(0, CHUNK), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     peak, total = float("-inf"), 0.0
     acc = tl.zeros((COLUMNS,), dtype=tl.float32)

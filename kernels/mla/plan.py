@@ -5,7 +5,7 @@ Legend: as in `attention`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from mtp_spec.kernels.mla.cache import Cache, Layout
 
 # Positions per split, and where larger ones begin: short splits fill the GPU at short contexts, long ones limit the
-# number of parts at long contexts. A pass of few tiles takes as long as its longest split. Part of the arithmetic.
+# number of parts at long contexts. A pass of few tiles takes as long as its longest split, so where a row is one tile or
+# less, short splits go on for longer. Part of the arithmetic.
 SPLIT_SIZES = (128, 512, 1024, 2048)
-SPLIT_ENDS = (1024, 16384, 65536)
+SPLIT_ENDS, SPLIT_ENDS_ONE_TILE = (1024, 16384, 65536), (1024, 32768, 65536)
 TILE = 64  # node-head pairs per program, wgmma's rows
 
 
@@ -42,6 +43,11 @@ class Head:
     def layout(self, packed: bool = False) -> Layout:
         """Returns the layout of a cache for these sizes."""
         return Layout(self.latent, self.rope, packed, self.dtype)
+
+    @property
+    def split_ends(self) -> tuple[int, int, int]:
+        """Positions up to which splits have each of SPLIT_SIZES but the last."""
+        return SPLIT_ENDS_ONE_TILE if self.padded <= TILE else SPLIT_ENDS
 
     @property
     def padded(self) -> int:
@@ -119,10 +125,14 @@ def chain(length: Tensor, rows: int, offset: int = 0) -> Plan:
     return Plan(length, order, order, None, rows - 1, offset)
 
 
-def split_of(position: int) -> int:
-    """Returns the split that a position belongs to; `kernels.split_of` on the device."""
+def split_of(position: int, ends: Sequence[int]) -> int:
+    """Returns the split that a position belongs to; `kernels.split_of` on the device.
+
+    Args:
+        ends: `Head.split_ends`.
+    """
     split = begin = 0
-    for end, size in zip(SPLIT_ENDS, SPLIT_SIZES, strict=False):
+    for end, size in zip(ends, SPLIT_SIZES, strict=False):
         if position < end:
             return split + (position - begin) // size
         split, begin = split + (end - begin) // size, end

@@ -27,7 +27,7 @@ from mtp_spec.model.rope import rope_table
 
 HEAD_ROWS = 64 * BLOCK  # rows of the head quantised at once
 LEAST_HIDDEN = 1024  # from which prompts are attended in the expanded form
-PREFILL_TOKENS = 8192
+PREFILL_TOKENS = 16384
 
 
 def why_not(config: ModelConfig) -> str | None:

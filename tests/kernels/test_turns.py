@@ -26,7 +26,7 @@ def test_turns_have_tiles_that_fill_the_card() -> None:
 )  # fmt: skip
 def test_turns_have_every_row_once(heads: int, rows: int, sequences: int, context: int) -> None:
     head = mla.Head(heads, 128, 64, 512, 128, 1.0)
-    splits = split_of(context - 1) + 1
+    splits = split_of(context - 1, head.split_ends) + 1
     length = torch.full((sequences,), context - rows, dtype=torch.int32)
     plan = mla.chain(length, rows)
     turns = list(attention._turns(plan, head, splits))

@@ -15,7 +15,7 @@ from mtp_spec.kernels import fp8, mla
 from mtp_spec.kernels.mla import Cache, new_caches
 from mtp_spec.kernels.mla import attention as mla_attention
 from mtp_spec.kernels.mla.kernels import _split_start, share_of
-from mtp_spec.kernels.mla.plan import SPLIT_SIZES
+from mtp_spec.kernels.mla.plan import SPLIT_ENDS, SPLIT_ENDS_ONE_TILE, SPLIT_SIZES, split_of
 
 
 def attention() -> None:
@@ -137,24 +137,29 @@ def pages() -> None:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _shares(out: Any, starts: Any, programs: Any, last: Any, COUNTS: tl.constexpr, TURNS: tl.constexpr) -> None:
+def _shares(
+    out: Any, starts: Any, programs: Any, last: Any, COUNTS: tl.constexpr, TURNS: tl.constexpr, END1: tl.constexpr
+) -> None:
     count, turn = 1 + tl.arange(0, COUNTS)[:, None], tl.arange(0, TURNS)[None, :]
-    start, end = _split_start(count - 1), _split_start(count)
+    start, end = _split_start(count - 1, END1), _split_start(count, END1)
     keys = start + tl.minimum(last, end - start)
-    shares = share_of(turn + 0 * count, programs, count + 0 * turn, keys + 0 * turn)
+    shares = share_of(turn + 0 * count, programs, count + 0 * turn, keys + 0 * turn, END1)
     at = ((count - 1) * TURNS + turn) * 4
     for number in tl.static_range(4):
         tl.store(out + at + number, shares[number])
-    tl.store(starts + tl.arange(0, COUNTS), _split_start(tl.arange(0, COUNTS)))
+    tl.store(starts + tl.arange(0, COUNTS), _split_start(tl.arange(0, COUNTS), END1))
 
 
 def shares() -> None:
     """The programs of a tile together have every split once, and the longest share is near the best by a search, also
     where the last split has only begun."""
     counts, over = 128, list[float]()
-    for programs, last in product((1, 2, 3, 4, 7, 8, 13, 16, 18, 22, 26, 33, 44, 66, 132), (SPLIT_SIZES[-1], 1, 700)):
+    several = (1, 2, 3, 4, 7, 8, 13, 16, 18, 22, 26, 33, 44, 66, 132)
+    for ends, programs, last in product((SPLIT_ENDS, SPLIT_ENDS_ONE_TILE), several, (SPLIT_SIZES[-1], 1, 700)):
         out, starts = torch.empty(counts, 256, 4, dtype=torch.int32), torch.empty(counts, dtype=torch.int32)
-        _shares[(1,)](out, starts, programs, last, counts, 256)
+        _shares[(1,)](out, starts, programs, last, counts, 256, ends[1])
+        assert [split_of(start, ends) for start in starts.tolist()] == list(range(counts))
+        assert [split_of(start - 1, ends) for start in starts.tolist()[1:]] == list(range(counts - 1))
         for count in range(1, counts + 1):
             sizes = [*starts[: count + 1].diff().tolist(), SPLIT_SIZES[-1]][:count]
             sizes[-1] = min(sizes[-1], last)
