@@ -14,8 +14,8 @@ from torch import Tensor
 from mtp_spec.kernels.mla.cache import Cache, Layout
 
 # Positions per split, and where larger ones begin: short splits fill the GPU at short contexts, long ones limit the
-# number of parts at long contexts. A pass of few tiles takes as long as its longest split, so where a row is one tile or
-# less, short splits go on for longer. Part of the arithmetic.
+# number of parts at long contexts. A pass of few tiles takes as long as its longest split, so where a row is at most
+# one tile, short splits go on for longer. Part of the arithmetic.
 SPLIT_SIZES = (128, 512, 1024, 2048)
 SPLIT_ENDS, SPLIT_ENDS_ONE_TILE = (1024, 16384, 65536), (1024, 32768, 65536)
 TILE = 64  # node-head pairs per program, wgmma's rows
