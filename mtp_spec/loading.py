@@ -74,8 +74,8 @@ def load(
         cache_tokens: tokens that the batch's cache holds, prompts, generated tokens and drafts included. Requests wait
             for free cache; one that could never fit raises an error. None is `max_batch` times `max_context`.
         prefill_tokens: tokens of a pass over long prompts on a Hopper GPU: "auto" is up to 16,384, or fewer where
-            memory is short. The number does not change the text. None reads 256 tokens at a time, as other devices do, which
-            rounds differently (docs/howto/gpu.md).
+            memory is short. The number does not change the text. None reads 256 tokens at a time, as other devices do,
+            which rounds differently (docs/howto/gpu.md).
         draft_vocabulary: restricts drafts to the first tokens, given their number, or to ids in a file, one a line; it
             reads less of the head when drafting, and the text does not change. None allows any token.
         cache_dtype: of the latent cache on this library's kernels: "bfloat16", the default, or "float8_e4m3fn", which
