@@ -28,6 +28,7 @@ from mtp_spec.training.objective import Objective, draft_loss
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
+from together import together
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
@@ -230,3 +231,20 @@ def test_a_run(options: dict[str, Any], tmp_path: Path) -> None:
     first, *_, last = [line["loss"] for line in made.log if line.get("held_out")]
     assert last < (first if "block" in options else 1.1 * first)
     assert len([line for line in made.log if not line.get("held_out")]) == 30
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_what_one_does(tmp_path: Path) -> None:
+    """Whose steps are launched and not padded: with texts of one length that fill a shape the batches are the same."""
+    lm, given = mtp_spec.load("demo", device=GPU, max_context=128, measure=False), list[str]()
+    for line in (Path(str(files("mtp_spec.configs"))) / "prompts.jsonl").open():
+        ids = lm.encode(5 * (json.loads(line)["prompt"] + " "))
+        some = [lm.decode(ids[first : first + 62]) for first in range(4)]
+        given += [text for text in some if len(lm.encode(text)) == 62]
+    texts = worded.lines(tmp_path / "texts.jsonl", [{"text": text} for text in given])
+    few = {"depth": 2, "steps": 12, "batch_tokens": 512, "held_out": 0.2, "check_prompts": 2, "check_tokens": 8,
+           "check_temperatures": [0.0], "block": "dense", "device": GPU}  # fmt: skip
+    alone = mtp_spec.train("demo", tmp_path / "alone", texts=texts, **few)
+    (one,), (other,) = together("demo", json.dumps(few), texts)
+    assert one == other
+    assert one[1] == pytest.approx([line["loss"] for line in alone.log], rel=0.02)

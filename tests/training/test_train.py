@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from importlib.resources import files
@@ -32,6 +31,7 @@ from mtp_spec.training.modules import new_modules
 from mtp_spec.training.options import TrainOptions
 from mtp_spec.training.team import Team
 from mtp_spec.training.texts import Corpus
+from together import together
 
 PROMPTS = Path(str(files("mtp_spec.configs") / "prompts.jsonl"))
 
@@ -288,38 +288,6 @@ def test_on_the_kernels_products_have_16_bits_and_weights_32(tmp_path: Path, blo
     assert len(losses) == 12
     assert losses[-1] < 0.9 * losses[0]
     assert "step 12/12" in said[-1]
-
-
-TOGETHER = """
-import sys, json, torch, mtp_spec
-model, few, *jobs = sys.argv[1:]
-torch.set_num_threads(1)
-said = []
-for texts in jobs:
-    try:
-        made = mtp_spec.train(model, texts + ".head", texts=texts, **json.loads(few))
-        said.append([made.verdict, [line["loss"] for line in made.log]])
-    except mtp_spec.MTPSpecError as error:
-        said.append(str(error))
-print(json.dumps(said))
-"""
-
-
-def together(*arguments: object) -> list[Any]:
-    """Returns what each of two processes says that train together."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    runs = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-c", TOGETHER, *map(str, arguments)]
-        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **place}))
-    try:
-        return [json.loads(run.communicate(timeout=120)[0].splitlines()[-1]) for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
 
 
 def test_two_processes_train_what_one_does(v3: Path, lines: Path, tmp_path: Path) -> None:
