@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from mtp_spec.model.files.json_object import read_object
 
 SCORING = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
-MOST_EXPERTS = 2**18  # in all layers, several times the largest model's: catches typing errors early
+# Several times the largest model's, so that typing errors are told early: experts of all layers; a size, with which the
+# bytes of every matrix still fit in 63 bits; any other number, which float32 holds
+MOST_EXPERTS, MOST_SIZE, MOST = 2**18, 2**20, 1e30
 # fields that describe what the files hold, not what a configuration says
 FOUND = ("fp8_block", "scale_fmt", "modules")
 
@@ -39,9 +40,11 @@ class YarnConfig:
 
     def __post_init__(self) -> None:
         for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            _require(number and 0 < value < inf, f"rope scaling's {name}", value, "a number above 0")
+            _require_number(f"rope scaling's {name}", getattr(self, name), 0)
+        for name in ("mscale", "mscale_all_dim", "attention_factor"):
+            if name != "attention_factor" or self.attention_factor is not None:
+                _require_number(f"rope scaling's {name}", getattr(self, name), -MOST)
+        _require(isinstance(self.truncate, bool), "rope scaling's truncate", self.truncate, "true or false")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,15 +146,19 @@ class ModelConfig:
             "num_attention_heads", "n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim",
             "qk_rope_head_dim", "v_head_dim", "n_group", "topk_group", "max_position_embeddings",
         )  # fmt: skip
-        for name in positive:
-            _require(self._is_int(name, 1), name, getattr(self, name), "an integer of at least 1")
-        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
-            _require(self._is_int(name, 0), name, getattr(self, name), "an integer of at least 0")
+        counts = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")
+        for name in (*positive, *counts):
+            low = 0 if name in counts else 1
+            _require(self._is_int(name, low), name, getattr(self, name), f"an integer of at least {low}")
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
-        likely = f"layers and experts of at most {MOST_EXPERTS:,} in all"
-        _require(layers * self.n_routed_experts <= MOST_EXPERTS, "num_hidden_layers", self.num_hidden_layers, likely)
+        likely = layers * self.n_routed_experts <= MOST_EXPERTS
+        most = f"layers and experts of at most {MOST_EXPERTS:,} in all"
+        _require(likely, "num_hidden_layers", self.num_hidden_layers, most)
         rank = self.q_lora_rank
         _require(rank is None or self._is_int("q_lora_rank", 1), "q_lora_rank", rank, "null or at least 1")
+        for name in (*positive, *counts, "q_lora_rank"):
+            likely = name == "max_position_embeddings" or (getattr(self, name) or 0) <= MOST_SIZE
+            _require(likely, name, getattr(self, name), f"at most {MOST_SIZE:,}")
         _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "even")
         _require(self.scoring_func in SCORING, "scoring_func", self.scoring_func, f"one of {SCORING}")
         _require(self.topk_method in TOPK_METHODS, "topk_method", self.topk_method, f"one of {TOPK_METHODS}")
@@ -163,7 +170,9 @@ class ModelConfig:
             pool = self.n_routed_experts
         _require(self.num_experts_per_tok <= pool, "num_experts_per_tok", self.num_experts_per_tok, f"at most {pool}")
         for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor"):
-            _require(0 < getattr(self, name) < inf, name, getattr(self, name), "above 0")
+            _require_number(name, getattr(self, name), 0)
+        turning = self.rope_scaling is None or self.rope_theta > 1
+        _require(turning, "rope_theta", self.rope_theta, "above 1 for yarn")
         for name in ("norm_topk_prob", "rope_interleave", "tie_word_embeddings"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         ends = self.eos_token_ids
@@ -264,6 +273,11 @@ def config_of(file: Path, given: Mapping[str, Any]) -> ModelConfig:
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise CheckpointError(f"{name} is {value!r}, it must be {allowed}")
+
+
+def _require_number(name: str, value: object, above: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and above < value < MOST
+    _require(number, name, value, f"a number above {above:g} and below {MOST:g}")
 
 
 FIELDS = frozenset(field.name for field in fields(ModelConfig)) - set(FOUND)

@@ -33,7 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 768, "rms_norm_eps": 1e-5, "max_position_embeddings": 202752,
     },
     "sarvam_mla": {**V3_DEFAULTS, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": None},
-    V2: {},
+    V2: {"n_shared_experts": 2, "q_lora_rank": 1536, "max_position_embeddings": 2048},
 }  # fmt: skip
 # other spellings -> ours
 SPELLINGS = {
@@ -58,6 +58,16 @@ DEEPSEEK_KEYS = {
     "route_scale": "routed_scaling_factor",
     "score_func": "scoring_func",
 }
+# keys of which programs know one value only -> that value, and what they do with another
+IGNORED = "transformers computes with {} whatever it says, and DeepSeek's code refuses it"
+ONE_WAY_V2: dict[str, tuple[Any, str]] = {
+    "norm_topk_prob": (False, "DeepSeek's code then normalises without scaling, and transformers' never normalises"),
+    "rope_interleave": (True, "V2's programs turn neighbouring dimensions together whatever it says"),
+    "scoring_func": ("softmax", IGNORED.format("softmax")),
+}
+ONE_WAY: dict[str, tuple[Any, str]] = {"scoring_func": ("sigmoid", IGNORED.format("the sigmoid"))}
+# keys whose null programs read differently, or not at all
+NO_NULL = ("norm_topk_prob", "rope_interleave", "rms_norm_eps", "routed_scaling_factor", "max_position_embeddings")
 DENSE, SPARSE = "dense", "sparse"
 YARN_TYPES = ("yarn", "deepseek_yarn")  # the second is some engines' name for the first with mscale
 
@@ -82,7 +92,7 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_values(values)
     values["first_k_dense_replace"] = _dense_layers(values, "first_k_dense_replace" in given)
     for name in ("n_group", "topk_group"):
-        values[name] = values.get(name) or 1
+        values[name] = 1 if values.get(name) is None else values[name]
     values |= _gate(values) | _rope(values)
     eos = values.get("eos_token_id")
     values["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
@@ -161,14 +171,16 @@ def _refuse_values(values: Mapping[str, Any]) -> None:
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if kv_heads is not None and kv_heads != heads:
         raise CheckpointError(f"num_key_value_heads is {kv_heads}: it must equal num_attention_heads ({heads}) in MLA")
-    for name in ("norm_topk_prob", "rope_interleave"):
+    for name in NO_NULL:
         if values.get(name, False) is None:
-            raise CheckpointError(f"{name} is null, it must be true or false: programs differ in what null means")
-    if values["model_type"] == V2 and values.get("norm_topk_prob"):
-        raise CheckpointError(
-            "norm_topk_prob is true, which no released V2 has: DeepSeek's code then normalises without scaling, and "
-            "transformers' never normalises. Use the program that the model was made for"
-        )
+            raise CheckpointError(f"{name} is null, give it a value: programs differ in what null means")
+    v2 = values["model_type"] == V2
+    for name, (usual, told) in (ONE_WAY_V2 if v2 else ONE_WAY).items():
+        if values.get(name) not in (None, usual):
+            raise CheckpointError(
+                f"{name} is {values[name]!r}, which no released {'V2' if v2 else 'model of this family'} has: {told}. "
+                "Use the program that the model was made for"
+            )
     for name in ("qk_head_dim", "q_head_dim"):
         size, parts = values.get(name), (values.get("qk_nope_head_dim"), values.get("qk_rope_head_dim"))
         if size is not None and None not in parts and size != sum(parts):  # type: ignore[arg-type]
@@ -188,7 +200,7 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
         _agree(scaling, name, values.get(name), "config.json")
     out: dict[str, Any] = {"rope_scaling": None}
     if "rope_theta" in scaling:
-        out["rope_theta"] = float(scaling["rope_theta"])
+        out["rope_theta"] = scaling["rope_theta"]
     kind = scaling.get("rope_type", "default")
     if kind == "default":
         return out

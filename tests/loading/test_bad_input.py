@@ -164,6 +164,12 @@ def test_numbers_that_float32_cannot_hold(lm: mtp_spec.LM, options: dict[str, An
     ("quantization_config", {"weight_block_size": ["a", "b"]}), ("rope_scaling", {"type": "yarn", "factor": "x"}),
     ("rope_scaling", {"type": "yarn", "factor": 4, "beta_fast": 0}), ("rope_scaling", {"type": "yarn", "factor": 0}),
     ("rope_scaling", {"type": "yarn", "factor": 4, "original_max_position_embeddings": 0}),
+    ("rope_scaling", {"type": "yarn", "factor": 4, "mscale": "1"}), ("rope_theta", "10000"), ("rms_norm_eps", True),
+    ("rope_scaling", {"type": "yarn", "factor": 4, "mscale_all_dim": [1]}), ("routed_scaling_factor", 10**400),
+    ("rope_scaling", {"type": "yarn", "factor": 4, "attention_factor": "x"}), ("routed_scaling_factor", True),
+    ("rope_scaling", {"type": "yarn", "factor": 4, "truncate": "false"}), ("hidden_size", 10**30),
+    ("rope_scaling", {"type": "yarn", "factor": 10**400}), ("rope_scaling", {"type": "yarn", "factor": 1e300}),
+    ("rope_scaling", {"type": "yarn", "factor": 4, "rope_theta": 1}),
 ])  # fmt: skip
 def test_config_values_of_the_wrong_kind(folder: Path, name: str, value: Any) -> None:
     config = json.loads((folder / "config.json").read_text())

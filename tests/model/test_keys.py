@@ -164,12 +164,13 @@ def test_classes_stand_for_types() -> None:
     assert ModelConfig.from_dict({**values, "architectures": ["Glm4MoeLiteForCausalLM"]}).model_type == "glm4_moe_lite"
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe_lite", "sarvam_mla"])
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"])
 def test_what_is_left_out_is_what_transformers_takes(kind: str) -> None:
     try:
         made = AutoConfig.for_model(kind)
     except ValueError:
         pytest.skip(f"this version of transformers has no {kind}")
+    made.num_experts_per_tok = made.num_experts_per_tok or 8  # V2's class leaves it open
     whole = ModelConfig.from_dict(made.to_dict())
     required = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim",
@@ -229,11 +230,17 @@ def test_two_places_of_the_rope_agree() -> None:
 
 
 def test_values_of_which_programs_think_differently() -> None:
-    for name in ("norm_topk_prob", "rope_interleave"):
-        with pytest.raises(CheckpointError, match=f"{name} is null, it must be true or false"):
+    for name in ("norm_topk_prob", "rope_interleave", "rms_norm_eps", "routed_scaling_factor"):
+        with pytest.raises(CheckpointError, match=f"{name} is null, give it a value"):
             read(**{name: None})
-    with pytest.raises(CheckpointError, match="norm_topk_prob is true, which no released V2 has"):
-        read(model_type="deepseek_v2", norm_topk_prob=True)
+    for name, value in (("norm_topk_prob", True), ("rope_interleave", False), ("scoring_func", "sigmoid")):
+        with pytest.raises(CheckpointError, match=f"{name} is {value!r}, which no released V2 has"):
+            read(model_type="deepseek_v2", **{"norm_topk_prob": False, name: value})
+    with pytest.raises(CheckpointError, match="scoring_func is 'softmax', which no released model"):
+        read(scoring_func="softmax")
+    for name in ("n_group", "topk_group"):  # transformers divides by none, or chooses from none
+        with pytest.raises(CheckpointError, match=f"{name} is 0, it must be an integer of at least 1"):
+            read(**{name: 0})
     assert read(moe_router_topk_scaling_factor=2.5) == read()
     with pytest.raises(CheckpointError, match=r"moe_router_topk_scaling_factor is 2\.0 and routed_scaling_factor 2.5"):
         read(moe_router_topk_scaling_factor=2.0)
