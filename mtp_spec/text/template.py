@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from warnings import warn
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template
 
 from mtp_spec.errors import MTPSpecError, OptionError, PromptError
 from mtp_spec.text.environment import MOMENT, RaisedByTemplateError, compiled, variables
@@ -21,8 +21,6 @@ from mtp_spec.text.messages import (
 
 # appended to the text to continue, to find its end in the rendered text
 END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
-# errors that a template's own code may raise
-FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 def conversation(
@@ -94,8 +92,8 @@ def _check_read(source: str, names: list[str]) -> None:
     """
     try:
         unread = [name for name in names if name not in variables(source)]
-    except FAILURES as error:
-        raise MTPSpecError(f"the checkpoint's chat template failed: {error}") from error
+    except Exception as error:  # jinja2 compiles it to Python
+        raise _failed(error) from error
     if unread:
         warn(f"the chat template does not read {', '.join(unread)}: the text is the same without", stacklevel=5)
 
@@ -154,14 +152,18 @@ def rendered(asked: Conversation, template: Template | None = None) -> str:
         )  # fmt: skip
     except RaisedByTemplateError as error:
         raise PromptError(f"the checkpoint's chat template refuses this conversation: {error}") from error
-    except FAILURES as error:
+    except Exception as error:  # a template's code may raise any: SyntaxError, MemoryError
         bare = [number for number, message in enumerate(asked.messages) if "content" not in message]
         if bare:
             raise PromptError(f"the chat template failed ({error}), and messages[{bare[0]}] has no content") from error
-        raise MTPSpecError(f"the checkpoint's chat template failed: {error}") from error
+        raise _failed(error) from error
     finally:
         MOMENT.reset(token)
     return _cut(text, asked) if asked.proceed else text
+
+
+def _failed(error: Exception) -> MTPSpecError:
+    return MTPSpecError(f"the checkpoint's chat template failed: {str(error) or type(error).__name__}")
 
 
 def _cut(text: str, asked: Conversation) -> str:

@@ -148,6 +148,13 @@ def test_options_of_a_template_are_for_messages(lm: mtp_spec.LM) -> None:
         lm.chat_ids(ASKED, template={"enable_thinkin": False})
 
 
+@pytest.mark.parametrize("source", ["{% continue %}", "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,
+                                    "{{ 'inf'|float|int }}", "{{ 'x' * 10**18 }}"])  # fmt: skip
+def test_whatever_a_templates_code_raises_is_told(source: str, lm: mtp_spec.LM) -> None:
+    with pytest.raises(MTPSpecError, match=r"template failed: \S"):
+        lm.chat_ids(ASKED, template={"chat_template": source})
+
+
 def test_a_template_that_fails_is_told(tmp_path: Path) -> None:
     lm = mtp_spec.load(place(tmp_path / "model", "{{ messages[0].no.thing }}"), measure=False)
     with pytest.raises(MTPSpecError, match="template failed"):
