@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -24,6 +25,13 @@ UNREAD = ("tekken.json", "vocab.json", "vocab.txt", "merges.txt")
 # model types whose tokenizer.json transformers uses unchanged, whatever class is named
 AS_STORED = ("glm4_moe_lite", "glm4_moe", "kimi_k25")
 REBUILT = ("LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
+# further ones that transformers 5 builds from the vocabulary, which are not built here
+NOT_REBUILT = (
+    "BertTokenizer", "BlenderbotTokenizer", "CLIPTokenizer", "CodeGenTokenizer", "CodeLlamaTokenizer",
+    "CohereTokenizer", "DebertaTokenizer", "GPTNeoXTokenizer", "GemmaTokenizer", "HerbertTokenizer", "LukeTokenizer",
+    "MBart50Tokenizer", "NllbTokenizer", "OpenAIGPTTokenizer", "Qwen3_5Tokenizer", "ReformerTokenizer",
+    "RobertaTokenizer", "SeamlessM4TTokenizer", "WhisperTokenizer",
+)  # fmt: skip
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -139,7 +147,15 @@ def _rebuilt(raw: Tokenizer, file: Path, config: Mapping[str, Any]) -> Tokenizer
     """
     model = read_json(file.parent / "config.json")
     name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")
-    if name not in REBUILT or model.get("model_type") in AS_STORED or not isinstance(raw.model, models.BPE):
+    if model.get("model_type") in AS_STORED or not isinstance(raw.model, models.BPE):
+        return None
+    if name in NOT_REBUILT:
+        warn(
+            f"{file.parent / CONFIG}: tokenizer_class is {name}, which transformers 5 builds from the vocabulary "
+            f"alone; here {file.name} is used as it stands, so ids may differ from those there: compare them",
+            stacklevel=7,
+        )
+    if name not in REBUILT:
         return None
     pieces = json.loads(raw.to_str())["model"]
     vocab, merges = pieces["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in pieces["merges"]]

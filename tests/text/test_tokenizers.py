@@ -191,11 +191,13 @@ def test_no_text_is_cut_at_random(tmp_path: Path) -> None:
     assert Tokenizer(write(tmp_path / "model", raw)).encode("A house by the sea") == plain
 
 
-def test_settings_that_add_no_token_are_told(tmp_path: Path) -> None:
+def test_settings_without_effect_here_are_told(tmp_path: Path) -> None:
     raw = demo()
     raw.post_processor = None
     with pytest.warns(UserWarning, match="add_bos_token"):
         Tokenizer(write(tmp_path, raw, add_bos_token=True))
+    with pytest.warns(UserWarning, match="tokenizer_class is GemmaTokenizer, .* ids may differ"):
+        Tokenizer(write(tmp_path, spm(), tokenizer_class="GemmaTokenizerFast", unk_token="<unk>"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Tokenizer(DEMO)
