@@ -19,8 +19,8 @@ from mtp_spec.model.files.json_object import read_object
 SCORING = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
 # Several times the largest model's, so that typing errors are told early: experts of all layers; a size, with which the
-# bytes of every matrix still fit in 63 bits; any other number, which float32 holds
-MOST_EXPERTS, MOST_SIZE, MOST = 2**18, 2**20, 1e30
+# bytes of every matrix still fit in 63 bits; any other number, of which torch takes integers of 63 bits
+MOST_EXPERTS, MOST_SIZE, MOST = 2**18, 2**20, 1e18
 # fields that describe what the files hold, not what a configuration says
 FOUND = ("fp8_block", "scale_fmt", "modules")
 

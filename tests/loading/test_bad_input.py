@@ -168,7 +168,7 @@ def test_numbers_that_float32_cannot_hold(lm: mtp_spec.LM, options: dict[str, An
     ("rope_scaling", {"type": "yarn", "factor": 4, "mscale_all_dim": [1]}), ("routed_scaling_factor", 10**400),
     ("rope_scaling", {"type": "yarn", "factor": 4, "attention_factor": "x"}), ("routed_scaling_factor", True),
     ("rope_scaling", {"type": "yarn", "factor": 4, "truncate": "false"}), ("hidden_size", 10**30),
-    ("rope_scaling", {"type": "yarn", "factor": 10**400}), ("rope_scaling", {"type": "yarn", "factor": 1e300}),
+    ("rope_scaling", {"type": "yarn", "factor": 10**20}), ("rope_scaling", {"type": "yarn", "factor": 1e300}),
     ("rope_scaling", {"type": "yarn", "factor": 4, "rope_theta": 1}),
 ])  # fmt: skip
 def test_config_values_of_the_wrong_kind(folder: Path, name: str, value: Any) -> None:
