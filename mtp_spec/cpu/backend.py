@@ -91,7 +91,7 @@ class HostBackend:
         return self._pages
 
     def lease(self, sequence: Sequence, running: Seq[Sequence], shared: bool) -> HostLease | None:
-        """Returns pages for a sequence; None if it has to wait for those of others."""
+        """Returns pages for a sequence; None if it has to wait for those of others that run beside it."""
         request, pages = sequence.request, self.pages(shared)
         if pages is not None:
             prompt = request.ids if self._same_way(pages) else []
@@ -101,7 +101,7 @@ class HostBackend:
                 lease = pages.lease(prompt, request.room, request.strict)
                 if lease is not None:
                     return lease
-            if shared:
+            if shared and running:  # else only streams hold them, which nobody may be reading: waiting might never end
                 return None
         layers = self.model.new_layers(pages_for(request.room))
         return HostPages(layers, len(self.model.mtp)).lease([], request.room, False)

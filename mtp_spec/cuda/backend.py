@@ -142,16 +142,22 @@ class DeviceBackend:
             self._pools.append(Pool(self.runtime, self.total, self.max_batch))
         return self._pools[0]
 
-    def lease(self, request: Request, drafts: bool, shared: bool) -> tuple[Pool, DeviceLease] | None:
-        """Returns pages for a request; None if it has to wait for those of others."""
+    def lease(self, request: Request, drafts: bool, beside: Pool | None) -> tuple[Pool, DeviceLease] | None:
+        """Returns pages for a request; None if it has to wait for those of others.
+
+        Args:
+            beside: the pool of the sequences that it shares steps with, if there are any.
+        """
         room = room_of(request, self.runtime.max_context)
-        for pool in [self.pool] if shared else [self.pool, *self._pools[1:]]:
+        if beside not in (None, self.pool):  # a pool beside the first one is for one sequence
+            return None
+        for pool in [self.pool] if beside else [self.pool, *self._pools[1:]]:
             lease = pool.pages.lease(request.ids, room, drafts)
             if lease is not None:
                 return pool, lease
-        if shared:
+        if beside:
             return None
-        # a stream while others hold all pages gets a pool of its own
+        # while streams hold all pages, another sequence gets a pool of its own: nobody may be reading them
         pool = Pool(self.runtime, planned_pages(self.runtime.max_context, 1), 1)
         self._pools.append(pool)
         lease = pool.pages.lease(request.ids, room, drafts)
@@ -204,10 +210,13 @@ class DeviceRunner:
             drafts = kind.modules
             if self._backend.pool.pages.is_being_read(request.ids, drafts, others):
                 return False
-            found = self._backend.lease(request, drafts, self._shared)
+            found = self._backend.lease(request, drafts, self._pool if self._shared and running else None)
             if found is None:
                 return False
-            self._pool, lease = found
+            pool, lease = found
+            if pool is not self._pool:  # reader and groups belong to theirs
+                self.close()
+                self._pool = pool
             sequence.lease = lease
             sequence.state = state = DeviceSequence(self._backend.model, sequence, kind, lease)
             if self._reader is None:

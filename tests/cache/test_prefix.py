@@ -139,6 +139,20 @@ def test_an_unfinished_stream_makes_room(pair: tuple[LM, LM]) -> None:
             finished(first)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "references"])
+def test_texts_do_not_wait_for_a_stream_that_nobody_reads(tmp_path: Path, backend: str) -> None:
+    """Its caller may be the one who waits for them."""
+    lm, other = models(backend, tmp_path)
+    options = {**OPTIONS, "speculation": 2}
+    stream = finished(lm.stream([64, *PROMPT], **{**options, "max_new_tokens": lm.max_context - 151}), 3)
+    for _ in range(2):
+        prompts = [[first, *PROMPT] for first in (65, 66)]
+        for prompt, handle in [(prompt, lm.submit(prompt, **options)) for prompt in prompts]:
+            assert handle.result(60).token_ids == other.generate(prompt, **options).token_ids
+        stream.close()  # then they have its pages
+    lm.close()
+
+
 def test_a_text_without_drafts_keeps_what_the_modules_had_read(pair: tuple[LM, LM]) -> None:
     lm, other = pair
     prompt = [62, *PROMPT]
