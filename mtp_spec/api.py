@@ -177,10 +177,11 @@ class LM:
         """
         with self._starting:
             self._closed += 1
-            if self._worker is not None:
-                self._end_worker()
-                atexit.unregister(self._end_worker)
-                self._worker = None
+            end = None if self._worker is None else self._end_worker
+            self._worker = None
+        if end is not None:  # without the lock, for which a drafter or processor that submits a text would wait
+            end()
+            atexit.unregister(end)
         self.backend.trim()
 
     def __enter__(self) -> LM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 import warnings
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -222,6 +223,29 @@ def test_closing_ends_every_text_and_the_worker(folder: Path) -> None:
     assert len(lm.submit([1], max_new_tokens=3, seed=0).result().token_ids) == 3
     lm.close()
     assert set(threading.enumerate()) <= before
+
+
+def test_closing_while_a_processor_submits_another_text(folder: Path) -> None:
+    lm, begun, closing = mtp_spec.load(folder, dtype="bfloat16"), threading.Event(), threading.Event()
+    handles = list[mtp_spec.Handle]()
+
+    def processor(ids: list[int], row: Tensor) -> Tensor:
+        begun.set()
+        closing.wait(30)
+        handles.append(lm.submit([2], max_new_tokens=3))
+        return row
+
+    text = lm.submit([1], logits_processor=processor)
+    assert begun.wait(30)
+    closer = threading.Thread(target=lm.close, daemon=True)
+    closer.start()
+    while not text.done():  # cancelled by the closer, which now waits for the processor
+        time.sleep(0.001)
+    closing.set()
+    closer.join(30)
+    assert not closer.is_alive()
+    assert len(handles[0].result(30).token_ids) == 3
+    lm.close()
 
 
 def test_waiting_in_the_worker_for_itself_is_an_error(lm: mtp_spec.LM) -> None:
