@@ -85,7 +85,7 @@ class LM:
 
     def decode(self, ids: Ids) -> str:
         """Returns the text of token ids, special tokens left out."""
-        return self._asking.text().decode(list(ids))
+        return self._asking.text().decode(ids)
 
     def chat_ids(self, messages: Seq[Message], **options: Unpack[ChatIdsOptions]) -> list[int]:
         """Returns token ids of a conversation through the checkpoint's chat template, ready for the answer.
@@ -248,6 +248,8 @@ class LM:
         ids = self._asking.ids(prompt, given)
         if after is not None and (not isinstance(after, TokenStream) or after.owner is not self):
             raise OptionError(f"after={after!r}: give an earlier stream of this model, or None")
+        if observer is not None and (isinstance(observer, type) or not isinstance(observer, Observer)):
+            raise OptionError(f"observer={observer!r}: give an object with drafted, pruned and verified, or None")
         self._agree("text", [ids], given if observer is None else {**given, "observer": "given"})
         return self._stream(self._sequence(self._request(ids, given), observer), after)
 

@@ -96,7 +96,7 @@ def load(
             `parallel` cannot divide it.
         RankError: another rank failed, differs or does not answer.
         OptionError: an impossible device, dtype, weights, max_context, max_batch, cache_tokens, prefill_tokens,
-            draft_vocabulary, cache_dtype, defaults or progress.
+            draft_vocabulary, cache_dtype, defaults, config, measure or progress.
         MTPSpecError: weights and caches do not fit in memory. It is the base of the others too.
     """
     if path is not None and not isinstance(path, str | Path):
@@ -106,9 +106,13 @@ def load(
         raise OptionError(f"config={config!r} needs a path: the bundled model has its own")
     if mtp is not None and (not isinstance(mtp, str | Path) or mtp == ""):
         raise OptionError(f"mtp={mtp!r}: give the name of a folder with MTP modules, or None for the checkpoint's own")
+    if config is not None and not isinstance(config, str | Path):
+        raise OptionError(f"config={config!r}: give the name of a JSON file, or None for the folder's config.json")
     config_file = None if config is None else Path(config)
     if not isinstance(progress, bool) and not callable(progress):
         raise OptionError(f"progress={progress!r}: allowed are True, False or a function of (bytes read, bytes in all)")
+    if not isinstance(measure, bool):
+        raise OptionError(f"measure={measure!r}: allowed are True and False")
     device = check_device(device)
     ranks = join_ranks(parallel, device)
     ranks.rest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ def raisable(error: BaseException) -> BaseException:
     return found
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Watches the steps of a sequence without changing them."""
 

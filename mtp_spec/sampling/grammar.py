@@ -105,8 +105,11 @@ class Grammars:
         elif kind == "lark":
             grammar = matcher.grammar_from_lark(response_format["lark"])
         else:
-            schema = response_format.get("schema", {"type": "object"})
-            grammar = matcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": BLANKS})
+            try:
+                schema = json.dumps(response_format.get("schema", {"type": "object"}))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise OptionError(f"response_format has a schema that JSON cannot hold: {error}") from None
+            grammar = matcher.grammar_from_json_schema(schema, {"whitespace_pattern": BLANKS})
         return GrammarProcessor(self._compile(grammar))
 
     def _compiled(self, grammar: str) -> LLMatcher:

@@ -241,7 +241,7 @@ def _check_response_format(value: object) -> None:
     if value is None:
         return
     kind = value.get("type") if isinstance(value, Mapping) else None
-    if not isinstance(value, Mapping) or kind not in RESPONSE_FORMATS:
+    if not isinstance(value, Mapping) or not isinstance(kind, str) or kind not in RESPONSE_FORMATS:
         raise invalid("response_format", value, '{"type": one of ' + ", ".join(RESPONSE_FORMATS) + ", ...}")
     key = RESPONSE_FORMATS[kind]
     kinds = Mapping | bool if key == "schema" else str

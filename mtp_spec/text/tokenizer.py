@@ -91,7 +91,7 @@ class Tokenizer:
         try:
             return str(self.raw.decode(list(ids), skip_special_tokens=True))
         except (TypeError, OverflowError) as error:
-            raise PromptError(f"{ids!r} are no token ids ({error}): give integers of 0 or more") from None
+            raise PromptError(f"{ids!r} are no token ids ({error}): give a list of integers of 0 or more") from None
 
     def special_text(self, token: int) -> str:
         """Returns the text of a special token, which `decode` leaves out; empty for any other token."""

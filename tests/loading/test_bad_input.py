@@ -191,12 +191,20 @@ def test_prompt_longer_than_the_context(lm: mtp_spec.LM) -> None:
     assert cut.finish_reason == "length"
 
 
+def test_what_does_not_watch_is_no_observer(lm: mtp_spec.LM) -> None:
+    for observer in (1, object):
+        with pytest.raises(mtp_spec.OptionError, match="observer="):
+            lm.stream([1], observer=observer)
+
+
 def test_unknown_keyword(lm: mtp_spec.LM) -> None:
     with pytest.raises(mtp_spec.OptionError, match="temprature"):
         lm.generate([1], temprature=1.0)
 
 
-@pytest.mark.parametrize("options", [{"device": "tpu"}, {"dtype": "int8"}, {"max_context": 1}, {"max_batch": 0}])
+@pytest.mark.parametrize("options", [
+    {"device": "tpu"}, {"dtype": "int8"}, {"max_context": 1}, {"max_batch": 0}, {"config": ["a"]}, {"measure": None},
+])  # fmt: skip
 def test_bad_load_options(whole: Path, options: dict[str, Any]) -> None:
     with pytest.raises(mtp_spec.OptionError, match=next(iter(options))):
         mtp_spec.load(whole, **options)

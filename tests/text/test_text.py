@@ -160,7 +160,7 @@ def test_what_is_no_text_and_what_is_no_id(tokenizer: Tokenizer) -> None:
     for messages in ("hi", {"role": "user"}, [5], [{"role": "user", "content": "\ud800"}]):
         with pytest.raises(PromptError, match=r"give|encoded"):
             tokenizer.chat_ids(messages)
-    for ids in ([-1], ["a"], [10**30]):
+    for ids in ([-1], ["a"], [10**30], None):
         with pytest.raises(PromptError, match="no token ids"):
             tokenizer.decode(ids)
 
