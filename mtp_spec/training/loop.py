@@ -289,6 +289,7 @@ def autocast(forward: ModulesForward) -> torch.autocast:
     """Products in the type of the model's head: 16 bits on a GPU, float32 on a CPU."""
     kind = forward.head.dtype
     wide = kind in (torch.float32, torch.float64)
+    torch.clear_autocast_cache()  # inside a caller's autocast it keeps weights as they were before the last step
     return torch.autocast(forward.head.device.type, torch.bfloat16 if wide else kind, enabled=not wide)
 
 
