@@ -83,7 +83,7 @@ class CapturedSteps:
         """Drops all graphs: the tensors that steps keep are no longer where they were."""
         torch.cuda.synchronize(self._device)
         self._graphs.clear()
-        self._reserved, self._held = None, 0
+        self._begin()  # torch may still hold the pool without graphs, in which it captures no more
 
     def _run(self, given: Sequence[Tensor]) -> Tensor:
         shape = tuple(tuple(part.shape) for part in given)

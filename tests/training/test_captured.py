@@ -28,14 +28,16 @@ class Device:
         peak: bytes that are held at most; 5 are held before a step.
         fails: of the next captures, so many.
         ran: how work ran, in order.
+        pool: of the last capture.
     """
 
     def __init__(self) -> None:
         self.free, self.peak, self.fails, self.ran, self.capturing = 100, 15, 0, list[str](), False
+        self.pool: Any = None
         nothing = SimpleNamespace(wait_stream=lambda other: None)
         self.Stream = self.current_stream = lambda device: nothing
         self.stream = lambda stream: nullcontext()
-        self.graph_pool_handle = lambda: 1
+        self.graph_pool_handle = object
         self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: self.ran.append("replayed"))
         self.synchronize = self.empty_cache = lambda *_: None
         self.memory_allocated, self.max_memory_allocated = lambda device: 5, lambda device: self.peak
@@ -43,8 +45,8 @@ class Device:
         self.mem_get_info = lambda device: (self.free, 100)
 
     @contextmanager
-    def graph(self, graph: Any, **_: Any) -> Iterator[None]:
-        self.capturing = True
+    def graph(self, graph: Any, pool: Any = None, **_: Any) -> Iterator[None]:
+        self.capturing, self.pool = True, pool
         try:
             yield
             if self.fails and self.ran[-1:] == ["captured"]:
@@ -83,10 +85,12 @@ def test_a_shape_is_captured_when_it_comes_again(device: Device) -> None:
         "launched", "launched", "captured", "replayed", "replayed", "replayed", "captured", "replayed"
     ]  # fmt: skip
     assert steps.graphs == 2
+    pool = device.pool
     steps.forget()
     device.ran.clear()
     run(steps, 3, 3)
     assert device.ran == ["launched", "captured", "replayed"]
+    assert device.pool is not pool
 
 
 @pytest.mark.parametrize("free", [19, 20])
