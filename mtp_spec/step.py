@@ -136,8 +136,8 @@ class Backend(Protocol):
         """Returns a runner.
 
         Args:
-            shared: its sequences wait while others of them hold the memory; else each runs alone. A sequence does not
-                wait for other runners' memory, but gets its own.
+            shared: its sequences wait while others of them hold the memory; else each runs alone. Other runners' memory
+                a sequence does not wait for, but gets its own, if there is any.
         """
         ...
 

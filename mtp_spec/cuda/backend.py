@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from time import perf_counter
 
+import torch
+
 from mtp_spec.cache.pages import check_pages
 from mtp_spec.cuda.group import Group
 from mtp_spec.cuda.kinds import AUTO, Kind, check_mixed, kind_of
@@ -142,10 +144,13 @@ class DeviceBackend:
             self._pools.append(Pool(self.runtime, self.total, self.max_batch))
         return self._pools[0]
 
-    def lease(self, request: Request, drafts: bool, beside: Pool | None) -> tuple[Pool, DeviceLease] | None:
+    def lease(
+        self, request: Request, drafts: bool, shared: bool, beside: Pool | None
+    ) -> tuple[Pool, DeviceLease] | None:
         """Returns pages for a request; None if it has to wait for those of others.
 
         Args:
+            shared: whether it may wait.
             beside: the pool of the sequences that it shares steps with, if there are any.
         """
         room = room_of(request, self.runtime.max_context)
@@ -157,8 +162,15 @@ class DeviceBackend:
                 return pool, lease
         if beside:
             return None
+        if shared and self.model.ranks.size > 1:  # one might have the memory and another not
+            return None
         # while streams hold all pages, another sequence gets a pool of its own: nobody may be reading them
-        pool = Pool(self.runtime, planned_pages(self.runtime.max_context, 1), 1)
+        try:
+            pool = Pool(self.runtime, planned_pages(self.runtime.max_context, 1), 1)
+        except torch.OutOfMemoryError:
+            if shared:
+                return None
+            raise
         self._pools.append(pool)
         lease = pool.pages.lease(request.ids, room, drafts)
         assert lease is not None
@@ -210,7 +222,8 @@ class DeviceRunner:
             drafts = kind.modules
             if self._backend.pool.pages.is_being_read(request.ids, drafts, others):
                 return False
-            found = self._backend.lease(request, drafts, self._pool if self._shared and running else None)
+            beside = self._pool if self._shared and running else None
+            found = self._backend.lease(request, drafts, self._shared, beside)
             if found is None:
                 return False
             pool, lease = found
