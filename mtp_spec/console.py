@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from mtp_spec.errors import OptionError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage that argparse puts before it fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"mtp-spec: {message}; {self.prog} --help shows what is allowed\n")
 
 
 def standard_input() -> str:

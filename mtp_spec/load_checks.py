@@ -66,7 +66,7 @@ def load_model(
     if dtype == torch.float8_e4m3fn:
         found = _no_kernels(device, FP8_CAPABILITY) or fp8_obstacle(checkpoint)
         if found is not None:
-            raise OptionError(f"dtype={dtype!r}: {found}; leave dtype out to compute in bfloat16")
+            raise OptionError(f"dtype={dtype!r}: {found}; leave dtype out")
     obstacle = f"dtype={dtype!r} runs by torch" if dtype == torch.float32 else None
     obstacle = obstacle or _no_kernels(device, HALF_CAPABILITY) or kernels_obstacle(checkpoint)
     if packed and obstacle is None:

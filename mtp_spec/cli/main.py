@@ -24,6 +24,7 @@ from mtp_spec.cli.convert import add_converting, run_cast, run_convert, run_expo
 from mtp_spec.cli.inspect import add_inspect, run_inspect
 from mtp_spec.cli.prompts import NOT_IN_CHAT, add_prompts, check_interactive, read_prompts
 from mtp_spec.cli.train import add_train, run_train
+from mtp_spec.console import Parser
 from mtp_spec.model.distributed.joining import join_ranks
 from mtp_spec.sampling.defaults import CHOICES
 from mtp_spec.sampling.seeds import fresh_seed, text_seeds
@@ -64,7 +65,7 @@ VERBS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="mtp-spec",
         description="Exact speculative decoding of DeepSeek-V3-style models with their own MTP modules.",
         epilog=EXAMPLES,
@@ -178,6 +179,8 @@ def _add_sampling(parser: argparse.ArgumentParser, options: dict[str, tuple[type
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; usage errors print one line to standard error and exit with code 2."""
+    if sys.stderr is None:  # closed; `print` would write to standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     args = build_parser().parse_args(arguments)
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, TextIOWrapper):
@@ -196,8 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        sys.stderr.close()
+    except (BrokenPipeError, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        sys.stderr.close()  # rich's consoles exit with code 1 here
         raise SystemExit(141) from None
     except OSError as error:
         print(f"mtp-spec: {error}", file=sys.stderr)
@@ -349,6 +354,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         raise mtp_spec.OptionError("--max-batch needs --json: texts that are written side by side cannot be shown so")
     if args.trace is not None and args.json:
         raise mtp_spec.OptionError("--trace excludes --json: it shows trees instead of the text")
+    if args.trace is not None and args.trace < 1:
+        raise mtp_spec.OptionError(f"--trace {args.trace}: give a number of steps, 1 or more")
+    if args.logprobs and not args.json:
+        raise mtp_spec.OptionError("--logprobs needs --json: nothing else shows log-probabilities")
     rule = args.acceptance or "coupled"
     if args.no_speculation:
         options["speculation"] = None

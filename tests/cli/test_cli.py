@@ -28,6 +28,14 @@ def test_generate_streams_text_and_ends_with_statistics(capsys: pytest.CaptureFi
     assert "tokens" in err
 
 
+def test_standard_error_may_be_closed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["generate", "List three fruits", *SHORT, "--seed", "9"])
+    text = capsys.readouterr().out
+    monkeypatch.setattr("sys.stderr", None)
+    main(["generate", "List three fruits", *SHORT, "--seed", "9"])
+    assert capsys.readouterr().out == text
+
+
 def test_no_speculation_and_trees_print_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for options in (["--no-speculation"], ["--depth", "4"], ["--branching", "3,2,1"], []):
@@ -109,7 +117,12 @@ def test_inspect_describes_the_bundled_model(capsys: pytest.CaptureFixture[str])
         (["generate", "x", "--depth", "0", "--acceptance", "block"], "--depth 0"),
         (["generate", "x", "--no-speculation", "--acceptance", "block"], "--acceptance"),
         (["generate", "x", "--trace", "1", "--json"], "--trace"),
-        (["generate", "x", "--trace", "0"], "steps"),
+        (["generate", "x", "--trace", "0"], "--trace 0"),
+        (["generate", "x", "--logprobs", "2"], "--logprobs needs --json"),
+        (["generate", "x", "--trace", "1", "--logprobs", "2"], "--logprobs needs --json"),
+        (["generate", "x", "--temperature", "hot"], "'hot'"),
+        (["bench", "speed", "--prompts", "many"], "'many'"),
+        (["train", "demo"], "OUT"),
         (["generate", "x", "--max-batch", "2"], "--max-batch needs --json"),
         (["generate", "x", "--max-batch", "0", "--json"], "max_batch=0"),
         (["generate", "x", "--input-file", "y"], "--input-file"),
@@ -132,9 +145,10 @@ def test_one_line_for_every_mistake(arguments: list[str], names: str, capsys: py
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
+    *before, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("mtp-spec: ")
     assert names in last
-    assert "Traceback" not in last
+    assert all(line.startswith("[") for line in before)  # whether the chat template was used
 
 
 def test_deepseeks_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
