@@ -182,9 +182,9 @@ def runs_engine() -> bool:
     """Whether the library's own engine runs models on this CPU.
 
     Raises:
-        MTPSpecError: it is there, but was compiled from other sources.
+        MTPSpecError: it was compiled from other sources, or MTP_SPEC_CPU names nothing.
     """
-    if (wrong := engine.stale()) is not None:
+    if (wrong := engine.unusable()) is not None:
         raise MTPSpecError(wrong)
     return engine.why_not() is None
 

@@ -21,6 +21,7 @@ from mtp_spec.kernels.cpu.build import HERE, digest, library_name
 
 # "torch" switches the engine off; a level's name chooses it. For tests and comparisons: results do not depend on it
 SWITCH = "MTP_SPEC_CPU"
+CHOICES = ("auto", "torch", "avx2", "avx512", "neon")
 LEVELS = {0: None, 1: "avx2", 2: "avx512"}
 KINDS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: 2, torch.float16: 3}
 LANES = 16
@@ -183,14 +184,20 @@ def levels() -> tuple[str, ...]:
     return tuple(str(LEVELS[level]) for level in range(highest, 0, -1))
 
 
-def stale() -> str | None:
-    """Returns what is wrong with a library of other sources than are here, and the remedy, or None."""
-    return f"{STALE}; {REMEDY}" if os.environ.get(SWITCH) != "torch" and _loaded() == STALE else None
+def _wanted() -> str:
+    return os.environ.get(SWITCH) or "auto"
+
+
+def unusable() -> str | None:
+    """Returns what must be put right before a model is loaded, an unknown switch or a library of other sources."""
+    if _wanted() not in CHOICES:
+        return f"{SWITCH}={_wanted()}: allowed are {', '.join(CHOICES)}"
+    return f"{STALE}; {REMEDY}" if _wanted() != "torch" and _loaded() == STALE else None
 
 
 def why_not() -> str | None:
     """Returns why models do not run on the engine here, or None."""
-    loaded, wanted = _loaded(), os.environ.get(SWITCH, "auto")
+    loaded, wanted = _loaded(), _wanted()
     if wanted == "torch":
         return f"{SWITCH}=torch switches the CPU engine off"
     if isinstance(loaded, str):
@@ -212,5 +219,5 @@ def _library(level: str) -> Library:
 
 def library(level: str | None = None) -> Library:
     """Returns the engine at a level, by default the fastest; it must exist, even if it was switched off since."""
-    wanted = level or os.environ.get(SWITCH, "auto")
+    wanted = level or _wanted()
     return _library(wanted if wanted in levels() else levels()[0])

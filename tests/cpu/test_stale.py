@@ -1,4 +1,4 @@
-"""An engine that was compiled from other sources than those that call it."""
+"""An engine that was compiled from other sources than those that call it, and the switch that chooses it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,18 @@ def test_an_engine_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatc
     assert engine.levels() == ()
     monkeypatch.setenv(engine.SWITCH, "torch")
     assert mtp_spec.load(max_context=64).generate([1, 2], max_new_tokens=2, speculation=None).token_ids
+
+
+@pytest.mark.parametrize("name", ["AVX2", "fast"])
+def test_a_switch_that_names_nothing_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engine.SWITCH, name)
+    with pytest.raises(mtp_spec.MTPSpecError, match=f"MTP_SPEC_CPU={name}: allowed are auto, torch, avx2"):
+        mtp_spec.load()
+
+
+def test_an_empty_switch_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engine.SWITCH, "")
+    assert engine.why_not() is None
 
 
 def test_sources_that_are_not_there_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
