@@ -54,7 +54,7 @@ def add_options(parser: argparse._ActionsContainer, options: Iterable[Option | O
         option.add(parser)
 
 
-JSON = Option("--json", "write one JSON document", type=Path, metavar="FILE")
+JSON = Option("--json", "write one JSON document", type=parsing.new_file, metavar="FILE")
 MODEL = Option("--model", "checkpoint folder (default: the bundled model)", type=Path, metavar="PATH")
 SHAPE = Option(
     "--shape", "a published model or a config.json (671B)", type=parsing.shape_file, default="671B", metavar="NAME"

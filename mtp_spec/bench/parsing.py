@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,17 @@ from mtp_spec.shapes import named_shape
 from mtp_spec.speculation import ACCEPTANCE_RULES, MAX_DEPTH, Speculation
 
 Number = TypeVar("Number", int, float)
+
+
+def new_file(text: str) -> Path:
+    """Returns a file that can be written: a benchmark of an hour must not fail at its end."""
+    file = Path(text)
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: give a file")
+    above = next(folder for folder in file.absolute().parents if folder.exists())  # those below are made
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {above} is no folder that you may write to")
+    return file
 
 
 def numbers(text: str) -> list[float]:

@@ -139,8 +139,10 @@ BENCHMARK = Benchmark(
         OptionGroup(
             "output, beside the table",
             JSON,
-            Option("--csv", "write one line a cell", type=Path, metavar="FILE"),
-            Option("--html", "write one page with plots (needs mtp-spec[plots])", type=Path, metavar="FILE"),
+            Option("--csv", "write one line a cell", type=parsing.new_file, metavar="FILE"),
+            Option(
+                "--html", "write one page with plots (needs mtp-spec[plots])", type=parsing.new_file, metavar="FILE"
+            ),
             Option("--png", "write the plots (needs mtp-spec[plots])", type=Path, metavar="FOLDER"),
             Switch("--resume", "go on where an interrupted run with these files stopped"),
         ),
