@@ -93,6 +93,15 @@ def two(fp8: Path) -> Path:
     return fp8.with_name("two")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each worker goes through files of its own, and takes tests of the other's when it has none left: what a file's
+    tests share is made once, and none waits for a slow test of the other worker's."""
+    from xdist.scheduler import WorkStealingScheduling  # type: ignore[import-untyped]
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     chosen = quick.names()
     for item in items:
