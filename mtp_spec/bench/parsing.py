@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TypeVar
 
 from mtp_spec.bench.experts import Mix
@@ -23,9 +23,11 @@ def new_file(text: str) -> Path:
     if file.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder: give a file")
     above = next(folder for folder in file.absolute().parents if folder.exists())  # those below are made
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {above} is no folder that you may write to")
-    return file
+    try:
+        with TemporaryFile(dir=above):
+            return file
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({error}): give another place") from error
 
 
 def numbers(text: str) -> list[float]:

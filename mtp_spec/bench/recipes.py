@@ -122,7 +122,7 @@ def check_places(args: argparse.Namespace, recipes: Mapping[str, Row], record: M
         runs = [run for run in record["runs"].values() if run.get("recipe") == name]
         if any(run.get("options") != recipe for run in runs):
             raise OptionError(f"--json {args.json} has a recipe {name} of other options: give it another name")
-    for option, folder in (("json", args.json.parent), ("work", args.work), ("heads", kept)):
+    for option, folder in (("work", args.work), ("heads", kept)):
         try:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)

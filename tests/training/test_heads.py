@@ -85,7 +85,7 @@ def test_recipes_are_trained_once_and_kept(
         (["--held-out", "EMPTY"], "EMPTY is empty: give one JSON object a line"),
         (["--heads", "EMPTY"], "--heads: EMPTY cannot be written"),
         (["--work", "EMPTY/x"], "--work: EMPTY/x cannot be written"),
-        (["--json", "EMPTY/x.json"], "--json: EMPTY cannot be written"),
+        (["--json", "EMPTY/x.json"], "argument --json: 'EMPTY/x.json' cannot be written"),
     ],
 )
 def test_impossible_recipes_are_refused(
