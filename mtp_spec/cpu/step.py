@@ -96,6 +96,8 @@ class HostStep:
             state.take(accepted)
             self._changed.append(state.sequence)
         self._read_on()
+        if len(plans) == 1 and not plans[0].learns:
+            return self._changed
         if self._timed:
             taken = (perf_counter() - self._start, self._drafted - self._start, self._verifying)
             self._pending.add(taken, partial(_learn, self._planner, plans, paths))

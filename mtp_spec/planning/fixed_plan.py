@@ -49,6 +49,7 @@ class TreePlan(Protocol):
         drafts: whether the MTP modules draft.
         given: the tree of other drafters' proposals that is verified instead; empty if the modules draft.
         mixes: whether other drafters' proposals come before the modules' children of a node.
+        learns: whether a planner learns from the step if no other sequence takes part.
         limits: the largest tree.
         root: the root's score.
         tokens: expected number of tokens from the step.
@@ -61,6 +62,7 @@ class TreePlan(Protocol):
     drafts: bool
     given: TokenTree
     mixes: bool
+    learns: bool
     root: float
     tokens: float
     seconds: float
@@ -153,7 +155,7 @@ class FixedPlan:
         seconds: expected time.
     """
 
-    root, tokens, mixes = 0.0, 1.0, True
+    root, tokens, mixes, learns = 0.0, 1.0, True, False
 
     def __init__(self, standing: Standing, drafts: bool, seconds: float = 0.0) -> None:
         self.standing, self.seconds, self.given = standing, seconds, TokenTree()

@@ -107,7 +107,7 @@ class NodePlan:
         tree: the tree that is verified, once chosen.
     """
 
-    root, mixes = 1.0, False
+    root, mixes, learns = 1.0, False, True
 
     def __init__(
         self, standing: Standing, memory: SequenceMemory, beside: Company, times: StepTimes, speed: Speed
@@ -155,6 +155,7 @@ class NodePlan:
         modules = modules and not memory.pace.paused
         least = memory.rate if modules else 1.0
         first, row = given[0], self.row(0)
+        memory.row = row
         if first.chances[0] < least * row:
             return False
         trust, sums, chance = memory.other_kept / memory.other_promised, [1.0], 1.0

@@ -29,6 +29,7 @@ CLEAR_GAIN, TRIED_DEPTH, SOON = 1.05, 4, 32
 # While drafting is paused, one plain step in LOOKED is timed. Otherwise one step in PROBED, times the fourth power of
 # the rate, is made plain in order to time it, the first one after FIRST_PROBE steps.
 LOOKED, PROBED, FIRST_PROBE = 16, 16, 3
+SURELY = 0.8  # of the chance that another drafter's proposal needs, below which no plan is made to look closer
 
 
 class NodePlanner:
@@ -62,22 +63,22 @@ class NodePlanner:
     def plan(self, batch: TreeBatch) -> list[TreePlan]:
         """Returns a plan for each sequence."""
         sequences = batch.sequences
+        if batch.alone:  # each step of a single text: what this takes is lost while drafting does not pay
+            return [self._one(one, ALONE, False) for one in sequences]
         count, rows = len(sequences), sum(one.rows for one in sequences)
         hopeless = count > 1 and not self._pays(sequences)
         drafting = sum(one.limits is not None and (one.memory is None or not one.memory.pace.paused)
                        for one in sequences)  # fmt: skip
-        plans = list[TreePlan]()
-        for one in sequences:
-            beside = ALONE if batch.alone else Company(count, rows - one.rows, max(1, drafting))
-            if one.planned is not None:
-                plans.append(one.planned)
-            elif one.memory is None:
-                plans.append(FixedPlan(one, one.may_draft))
-            elif not one.may_draft or ((hopeless or not one.modules) and not one.given):
-                plans.append(FixedPlan(one, False, one.memory.plain))
-            else:
-                plans.append(self._plan(one, one.memory, beside, one.modules and not hopeless))
-        return plans
+        return [self._one(one, Company(count, rows - one.rows, max(1, drafting)), hopeless) for one in sequences]
+
+    def _one(self, one: Standing, beside: Company, hopeless: bool) -> TreePlan:
+        if one.planned is not None:
+            return one.planned
+        if one.memory is None:
+            return FixedPlan(one, one.may_draft)
+        if not one.may_draft or ((hopeless or not one.modules) and not one.given):
+            return FixedPlan(one, False, one.memory.plain)
+        return self._plan(one, one.memory, beside, one.modules and not hopeless)
 
     def _pays(self, sequences: Sequence[Standing]) -> bool:
         """Returns whether a batch gains if every sequence drafts the best chain, at the mean probability so far."""
@@ -101,7 +102,10 @@ class NodePlanner:
         """Returns the plan of one sequence's step; a `FixedPlan` if nothing is to be learned from it."""
         pace = memory.pace
         memory.steps += 1
-        plan = NodePlan(one, memory, beside, self.times, self.speed) if one.given else None
+        plan: NodePlan | None = None
+        least = memory.rate if modules and not pace.paused else 1.0
+        if one.given and one.given[0].chances[0] >= SURELY * least * memory.row:
+            plan = NodePlan(one, memory, beside, self.times, self.speed)
         if plan is not None and plan.without_modules(modules):
             memory.plain = plan.plain
             return plan
