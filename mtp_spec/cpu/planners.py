@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -33,6 +35,7 @@ from mtp_spec.text.stopping import StopChecker
 STEPS, WARM, CHAIN = 20, 4, 2
 # drafting has to promise this much more than plain decoding, since briefly measured times are no more accurate
 MARGIN = 1.1
+CROWDED = 0.75  # programs that run or want to, for each processor, from which on they disturb each other's caches
 
 
 class Planners:
@@ -63,17 +66,32 @@ class Planners:
         technique, ranks = self._technique, self._model.ranks
         subject = times_subject(self._model, technique)
         try:
-            return StepTimes.from_json(ranks.from_first(read(subject) if ranks.rank == 0 else None) or {})
+            return StepTimes.from_json(ranks.from_first(_kept(subject) if ranks.rank == 0 else None) or {})
         except (KeyError, TypeError, ValueError):
             pass  # nothing is stored, or it is unusable
+        busy = crowded()
         with step_progress(self._show and ranks.rank == 0, "measuring step times, once") as report:
             times = measure(self._model, technique, self._tokenizer, self._longest, report)
         if times is None:  # the machine is too busy: the next start tries again
             return StepTimes.typical()
         times = calibrated(times, self._model, technique, self._tokenizer)
         if ranks.rank == 0:
-            write(subject, times.to_json())
+            write(subject, {**times.to_json(), "busy": busy})
         return times
+
+
+def _kept(subject: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns stored times, unless a busy machine had distorted them that is busy no more."""
+    found = read(subject)
+    return None if found is not None and found.get("busy") and not crowded() else found
+
+
+def crowded() -> bool:
+    """Whether this machine's processors had much to do in the last minute."""
+    try:
+        return os.getloadavg()[0] > CROWDED * (os.cpu_count() or 1)
+    except (AttributeError, OSError):  # Windows has no such number
+        return False
 
 
 @undisturbed()

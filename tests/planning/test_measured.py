@@ -39,6 +39,7 @@ class Counter:
 def counter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, auto_drafts: None) -> Counter:
     counter = Counter(StepTimes.typical())
     monkeypatch.setattr(planners, "measure", counter)
+    monkeypatch.setattr(planners, "crowded", lambda: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return counter
 
@@ -62,6 +63,22 @@ def test_measured_once_and_kept(folder: Path, tmp_path: Path, counter: Counter) 
     document = json.loads(file.read_text())
     assert document["of"]["torch"] == torch.__version__
     assert StepTimes.from_json(document["values"]) == StepTimes.typical()
+
+
+def test_times_of_a_busy_machine_are_measured_again_once_it_is_not(
+    folder: Path, counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planners, "crowded", lambda: True)
+    write_a_text(folder)
+    write_a_text(folder)
+    assert counter.calls == 1
+    monkeypatch.setattr(planners, "crowded", lambda: False)
+    write_a_text(folder)
+    write_a_text(folder)
+    assert counter.calls == 2
+    monkeypatch.setattr(planners, "crowded", lambda: True)
+    write_a_text(folder)
+    assert counter.calls == 2
 
 
 def test_another_version_dtype_or_number_of_threads_is_measured(
