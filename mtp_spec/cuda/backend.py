@@ -24,6 +24,7 @@ from mtp_spec.cuda.prefill import First, Reader
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.sequence import DeviceSequence, Results
 from mtp_spec.cuda.step import Step
+from mtp_spec.errors import MTPSpecError
 from mtp_spec.model.cache import pages_for
 from mtp_spec.model.cuda.model import DeviceModel
 from mtp_spec.model.errors import RankError
@@ -167,7 +168,7 @@ class DeviceBackend:
         # while streams hold all pages, another sequence gets a pool of its own: nobody may be reading them
         try:
             pool = Pool(self.runtime, planned_pages(self.runtime.max_context, 1), 1)
-        except torch.OutOfMemoryError:
+        except (MTPSpecError, torch.OutOfMemoryError):
             if shared:
                 return None
             raise

@@ -5,6 +5,7 @@ One contract on three backends: the CPU engine, the GPU's kernels by their refer
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lms import device, host, lm_of, runtime
 from mtp_spec.api import LM
 from mtp_spec.chat.session import Session
 from mtp_spec.cpu.passes import MOST_ROWS
+from mtp_spec.cuda import backend
 from mtp_spec.model.cache import PAGE
 from mtp_spec.model.checkpoint.folder import load_checkpoint
 from mtp_spec.sampling.params import SamplingParams
@@ -150,6 +152,28 @@ def test_texts_do_not_wait_for_a_stream_that_nobody_reads(tmp_path: Path, backen
         for prompt, handle in [(prompt, lm.submit(prompt, **options)) for prompt in prompts]:
             assert handle.result(60).token_ids == other.generate(prompt, **options).token_ids
         stream.close()  # then they have its pages
+    lm.close()
+
+
+def test_without_memory_of_their_own_texts_wait_for_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where a second pool of pages may not fit."""
+    lm, other = models("references", tmp_path)
+    options, asked = {**OPTIONS, "speculation": 2}, threading.Event()
+    stream = finished(lm.stream([64, *PROMPT], **{**options, "max_new_tokens": lm.max_context - 151}), 3)
+    expected = other.generate([65, *PROMPT], **options)
+
+    def pool(*_: Any) -> None:
+        asked.set()
+        raise mtp_spec.MTPSpecError("A sequence beside others needs 2 GB of GPU memory and 1 GB are free")
+
+    monkeypatch.setattr(backend, "Pool", pool)
+    handle = lm.submit([65, *PROMPT], **options)
+    assert asked.wait(30)
+    assert not handle.done()
+    with pytest.raises(mtp_spec.MTPSpecError, match="A sequence beside others needs"):
+        lm.generate([66, *PROMPT], **options)  # by itself it does not wait
+    stream.close()
+    assert handle.result(60).token_ids == expected.token_ids
     lm.close()
 
 
