@@ -155,7 +155,6 @@ class NodePlan:
         modules = modules and not memory.pace.paused
         least = memory.rate if modules else 1.0
         first, row = given[0], self.row(0)
-        memory.row = row
         if first.chances[0] < least * row:
             return False
         trust, sums, chance = memory.other_kept / memory.other_promised, [1.0], 1.0

@@ -29,7 +29,6 @@ CLEAR_GAIN, TRIED_DEPTH, SOON = 1.05, 4, 32
 # While drafting is paused, one plain step in LOOKED is timed. Otherwise one step in PROBED, times the fourth power of
 # the rate, is made plain in order to time it, the first one after FIRST_PROBE steps.
 LOOKED, PROBED, FIRST_PROBE = 16, 16, 3
-SURELY = 0.8  # of the chance that another drafter's proposal needs, below which no plan is made to look closer
 
 
 class NodePlanner:
@@ -102,10 +101,7 @@ class NodePlanner:
         """Returns the plan of one sequence's step; a `FixedPlan` if nothing is to be learned from it."""
         pace = memory.pace
         memory.steps += 1
-        plan: NodePlan | None = None
-        least = memory.rate if modules and not pace.paused else 1.0
-        if one.given and one.given[0].chances[0] >= SURELY * least * memory.row:
-            plan = NodePlan(one, memory, beside, self.times, self.speed)
+        plan = NodePlan(one, memory, beside, self.times, self.speed) if one.given else None
         if plan is not None and plan.without_modules(modules):
             memory.plain = plan.plain
             return plan

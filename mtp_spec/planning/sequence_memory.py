@@ -22,7 +22,6 @@ class SequenceMemory:
         kept: running sum of the accepted tokens.
         worth: running mean of what the MTP modules' drafts gain, before the time of drafting, in tokens.
         others: whether the other drafters' proposals pay.
-        row: the time of one more row when that was last computed, in plain steps.
         other_promised, other_kept: the same sums for steps without the modules.
     """
 
@@ -32,4 +31,4 @@ class SequenceMemory:
         self.pace, self.confidence, self.rate, self.best, self.plain = pace, confidence, rate, best, plain
         self.promised = self.kept = self.other_promised = self.other_kept = TRUSTED
         self.worth, self.others = worth, Pace()
-        self.steps, self.row = 0, 0.0
+        self.steps = 0
