@@ -57,8 +57,8 @@ def test_the_text_stays(lm: LM, sampling: int) -> None:
             assert [one.token_ids for one in out] == [one.token_ids for one in plain]
             assert [one.logprobs for one in out] == [one.logprobs for one in plain]
         found.append(sum(one.stats.accepted_by_source.get("text", 0) for one in (*alone, *together)))
-    assert found[0] > 12
-    assert found[2] > 12
+    assert found[0] > 40
+    assert found[2] > 8
     speculation = Speculation(drafters=("text",), references=documents)
     events = list(lm.stream(PROMPTS[0], seed=0, speculation=speculation, **options))
     assert {event.source for event in events} == {"target", "text"}
