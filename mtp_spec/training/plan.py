@@ -14,11 +14,14 @@ from mtp_spec.errors import MTPSpecError
 from mtp_spec.host_memory import free_memory
 from mtp_spec.model.training import ModulesForward
 from mtp_spec.training.backbone import States
+from mtp_spec.training.captured import SPARE
 from mtp_spec.training.loop import autocast
 from mtp_spec.training.objective import CHUNK, Objective, draft_loss
 
 # bytes that a logit takes while the loss of its chunk is computed: on a GPU target, draft and gradient in 16 bits
 TEMPORARIES = {"cpu": 24, "cuda": 6}
+# of its gradients, what is there when a step takes most memory: 0.4 to 0.75 on an H200 (docs/results/train_shape_h200)
+GRADIENTS = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,8 @@ class Plan:
         shared: copies of the main model's embedding and head, and its layers where they are widened.
         step: what a step of the largest batch holds until its gradients are known.
         loss: temporaries of the loss.
-        graphs: what captured steps keep, if there is room for them: their largest step, with gradients and update.
+        graphs: what captured steps take beside that, if there is room for them: a piece of memory for their largest
+            step and one for a launched step, instead of `step`, `loss` and the gradients of `modules`.
         backbone: temporaries of the main model's passes, which come before a step's.
         near: hidden states that are kept in a GPU's memory.
         disk: hidden states that are kept on disk.
@@ -119,13 +123,14 @@ def plan_of(
     weights = sum(parameter.numel() for parameter in modules.parameters())
     device, vocabulary = forward.embedding.device, len(forward.head)
     loss = min(CHUNK[device.type], shape[0] * shape[1] * vocabulary) * TEMPORARIES[device.type]
-    step = saved_bytes(forward, objective, shape)
+    step, gradients = saved_bytes(forward, objective, shape), 4 * weights
+    pieces = int(2 * SPARE * (step + loss + GRADIENTS * gradients))
     return Plan(
-        modules=(2 + numbers) * 4 * weights,
+        modules=(2 + numbers) * gradients,
         shared=sum(tensor.nbytes for tensor in shared) + backbone[0],
         step=step,
         loss=loss,
-        graphs=step + loss + 4 * weights if captured else 0,
+        graphs=max(0, pieces - step - loss - gradients) if captured else 0,
         backbone=backbone[1],
         near=states.near_bytes,
         disk=states.bytes,
