@@ -17,7 +17,11 @@ lm = mtp_spec.load(max_batch=16)  # later visitors wait for their turn
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Writes one visitor's text, piece by piece."""
-    head = await reader.readuntil(b"\r\n\r\n")
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()  # the visitor left before asking
+        return
     question = parse_qs(urlsplit(head.split()[1].decode()).query).get("q", ["Tell me a story"])[0]
     text = lm.submit([{"role": "user", "content": question}], max_new_tokens=200)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
 from urllib.parse import parse_qs, urlsplit
@@ -45,11 +46,11 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(PAGE.encode())
             return
         question = parse_qs(address.query).get("q", ["Tell me a story"])[0]
-        with writing:
+        with writing, suppress(ConnectionError):  # the reader may leave, and a text that nobody reads is not written on
             stream = lm.stream([{"role": "user", "content": question}], max_new_tokens=200)
             for event in stream:
                 self.wfile.write(f"data: {json.dumps({'text': event.text, 'source': event.source})}\n\n".encode())
-        self.wfile.write(f"event: end\ndata: {json.dumps({'seed': stream.result.seed})}\n\n".encode())
+            self.wfile.write(f"event: end\ndata: {json.dumps({'seed': stream.result.seed})}\n\n".encode())
 
 
 server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1]) if len(sys.argv) > 1 else 8000), Handler)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future
 from contextlib import suppress
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 from mtp_spec.errors import MTPSpecError
@@ -37,7 +37,8 @@ class Handle:
         self._log = log
         self._leave: Callable[[], object] | None = leave
         self._inside: Callable[[], bool] | None = inside
-        self._lock, self._listeners = Lock(), list[Callable[[], object]]()
+        # a thread that holds it may collect the garbage of an unread stream, which cancels this text
+        self._lock, self._listeners = RLock(), list[Callable[[], object]]()
         self._heard = False  # whether anyone listens: else no events are created
         self._future.add_done_callback(self._ended)
 
@@ -153,5 +154,5 @@ class Handle:
 
     def _wake(self) -> None:
         with self._lock:
-            for wake in self._listeners:
+            for wake in tuple(self._listeners):
                 wake()

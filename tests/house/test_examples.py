@@ -6,9 +6,11 @@ import json
 import lzma
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
@@ -69,21 +71,26 @@ def test_short_examples_are_short() -> None:
         assert len(file.read_text().splitlines()) <= 60, file
 
 
-def test_a_page_in_the_browser_gets_the_text_as_it_is_written(lm: mtp_spec.LM) -> None:
+def test_a_page_in_the_browser_gets_the_text_as_it_is_written(lm: mtp_spec.LM, tmp_path: Path) -> None:
     command = [sys.executable, *DRAFTING, str(ROOT / "examples" / "stream_web.py"), "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    said = tmp_path / "said.txt"
+    with said.open("wb") as errors:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     try:
         assert server.stdout is not None
         address = server.stdout.readline().strip()
         with urlopen(address, timeout=60) as page:
             assert "EventSource" in page.read().decode()
+        with urlopen(f"{address}/stream?q=Tell+me+a+story", timeout=60) as leaves:
+            leaves.read(10)
         with urlopen(f"{address}/stream?q=Name+a+bird", timeout=60) as stream:
             assert stream.headers["Content-Type"] == "text/event-stream"
             lines = stream.read().decode().splitlines()
     finally:
         server.terminate()
         server.wait(timeout=30)
+    assert "Traceback" not in said.read_text()
     assert (lines[-3], lines[-1]) == ("event: end", "")
     seed = json.loads(lines[-2].removeprefix("data: "))["seed"]
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-3] if line]
@@ -92,21 +99,25 @@ def test_a_page_in_the_browser_gets_the_text_as_it_is_written(lm: mtp_spec.LM) -
     assert len({event["source"] for event in events}) > 1
 
 
-def test_a_server_for_many(lm: mtp_spec.LM) -> None:
+def test_a_server_for_many(lm: mtp_spec.LM, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "serve_many.py"), "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    said = tmp_path / "said.txt"
+    with said.open("wb") as errors:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
     questions = ["Name a bird", "Name a fish"]
     try:
         assert server.stdout is not None
         address = server.stdout.readline().strip()
         with urlopen(f"{address}/?q=Tell+me+a+story", timeout=60) as leaves:
             leaves.read(10)
+        socket.create_connection(("127.0.0.1", urlsplit(address).port)).close()
         streams = [urlopen(f"{address}/?q={question.replace(' ', '+')}", timeout=60) for question in questions]
         answers = [stream.read().decode() for stream in streams]
     finally:
         server.terminate()
         server.wait(timeout=30)
+    assert "Traceback" not in said.read_text()
     for question, answer in zip(questions, answers, strict=True):
         *lines, _, end, _ = answer.splitlines()
         events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
