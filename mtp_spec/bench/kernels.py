@@ -14,7 +14,7 @@ import torch
 from mtp_spec.bench import parsing
 from mtp_spec.bench.common import Report, Row
 from mtp_spec.bench.experts import DEFAULT, Mix, experts
-from mtp_spec.bench.layers import CONTEXTS, HEADS, attention, check_contexts
+from mtp_spec.bench.layers import CONTEXTS, HEADS, MOST_ROWS, attention, check_contexts
 from mtp_spec.bench.options import JSON, Benchmark, Option, Switch, complete
 from mtp_spec.bench.products import SHAPES, products
 from mtp_spec.bench.prompts import prompts
@@ -45,6 +45,11 @@ def kernels(args: argparse.Namespace) -> Report:
     complete(args, own, [name for names in OF.values() for name in names], why)
     if "attention" in args.what:
         check_contexts(args.rows, args.contexts)
+    if set(args.what) == {"attention"} and min(args.rows) > MOST_ROWS:
+        raise OptionError(
+            f"--rows {','.join(map(str, args.rows))}: attention is timed for up to {MOST_ROWS} rows, --what prompts "
+            "for whole prompts"
+        )
     rate = copy_rate()
     rows: list[Row] = []
     facts: dict[str, Any] = {"copy_TB_per_s": rate, "tried": {}, "errors": {}}

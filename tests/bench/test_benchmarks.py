@@ -365,14 +365,21 @@ def test_options_of_no_meaning_are_named(given: list[str], cause: str, capsys: p
     assert cause in told
 
 
-def test_contexts_too_short_for_a_pass_are_told_before_anything_is_timed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "cause"),
+    [
+        (["--rows", "1,8,64", "--contexts", "32,8"], "--contexts 8: give more tokens than the 8 rows of a pass"),
+        (["--rows", "64", "--what", "attention"], "--rows 64: attention is timed for up to 16 rows"),
+    ],
+)
+def test_passes_that_cannot_be_timed_are_told_before_any_is(
+    given: list[str], cause: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kernels, "copy_rate", lambda: pytest.fail("timed"))
     with pytest.raises(SystemExit):
-        main(["bench", "kernels", "--rows", "1,8,64", "--contexts", "32,8"])
-    assert "--contexts 8: give more tokens than the 8 rows of a pass" in capsys.readouterr().err
+        main(["bench", "kernels", *given])
+    assert cause in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
