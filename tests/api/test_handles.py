@@ -15,7 +15,7 @@ def test_garbage_may_cancel_a_text_whose_events_are_made() -> None:
         def pop(self) -> None:
             handle.cancel()  # what a collected stream does
 
-    handle = Handle(None, Log(), lambda: woken.append("leave"), lambda: False)  # type: ignore[arg-type]
+    handle = Handle(None, Log(), lambda: woken.append("leave"), lambda: False)
     handle.listen(lambda: woken.append("wake"))
     thread = threading.Thread(target=handle.written, daemon=True)
     thread.start()
