@@ -36,6 +36,7 @@ RECIPES: dict[str, Row] = {
 }
 NUMBERS: dict[str, Callable[[str], Any]] = {
     "width": int, "modules": int, "depth": int, "steps": int, "decay": float, "rate": float, "minutes": float,
+    "answer_passes": int,
 }  # fmt: skip
 WORDS = ("start", "block", "loss", "optimiser", "text")
 IDENTITY = "texts.txt"  # of a work folder: a digest of what its texts depend on

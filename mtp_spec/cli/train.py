@@ -39,6 +39,7 @@ OPTIONS = (
         Option("--temperatures", "at which prompts are answered, in turn (0,0.7,1)", type=parsing.numbers,
                metavar="T,T,..."),
         Option("--answer-tokens", "most tokens of an answer (256)", type=int, metavar="N"),
+        Option("--answer-passes", "how often a pass over --texts has each answer (1)", type=int, metavar="N"),
         Option("--max-tokens", "longest text (1024)", type=int, metavar="N"),
         Option("--batch", "texts generated side by side (16)", type=int, metavar="N"),
     ),

@@ -16,7 +16,7 @@ from mtp_spec.errors import OptionError
 from mtp_spec.handle import Handle
 from mtp_spec.model.checkpoint.writer import write_file
 from mtp_spec.training.options import MOST_SEED, TrainOptions
-from mtp_spec.training.texts import HELD, Corpus, Span, domain_of, prompt_of, read_lines, text_of
+from mtp_spec.training.texts import ANSWERS, HELD, Corpus, Span, domain_of, prompt_of, read_lines, text_of
 
 COMPLETE = "complete.json"
 AT_ONCE = 4  # batches of prompts that are underway: a text that takes long does not keep the others waiting
@@ -45,7 +45,7 @@ def collect(lm: LM, options: TrainOptions, folder: Path, say: Say) -> Corpus:
             say(f"texts: {len(corpus.texts):,}, {corpus.tokens:,} tokens, {said - start:.0f} s")
 
     # what is held out comes first, so that its prompts are not trained on
-    for source, file in ((HELD, held), ("texts", options.texts), ("prompts", options.prompts)):
+    for source, file in ((HELD, held), ("texts", options.texts), (ANSWERS, options.prompts)):
         if file is None:
             continue
         for number, ids, spans, domain in _lines(lm, options, source, file, corpus.next_line(source), tell):
@@ -78,7 +78,7 @@ def _lines(lm: LM, options: TrainOptions, source: str, file: Path, first: int, t
     answers = _Answers(lm, options, tell)
     for number, entry in lines:
         where = f"{file}, line {number + 1}"
-        if source == "prompts" or not _has_answer(entry):
+        if source == ANSWERS or not _has_answer(entry):
             ids = prompt_of(lm, entry, where)
             if len(ids) < options.max_tokens:
                 yield from answers.to(number, ids, domain_of(entry))

@@ -28,7 +28,7 @@ from mtp_spec.training.objective import Objective, draft_loss
 from mtp_spec.training.optim import Optimiser
 from mtp_spec.training.options import BATCH_TOKENS, GENTLE, OPTIMISER, RATES, TrainOptions
 from mtp_spec.training.team import Team
-from mtp_spec.training.texts import Corpus
+from mtp_spec.training.texts import ANSWERS, Corpus
 
 WARM_UP = 20  # steps, at most a tenth of all, until the learning rate is whole
 DECAY = 0.6  # share of the training over which it falls to nothing, at the end
@@ -79,7 +79,8 @@ class Trainer:
         cls, options: TrainOptions, forward: ModulesForward, modules: nn.ModuleList, corpus: Corpus, states: States,
         team: Team,
     ) -> Trainer:  # fmt: skip
-        numbers = [number for number, text in enumerate(corpus.texts) if not text.held]
+        numbers = [number for number, text in enumerate(corpus.texts) if not text.held
+                   for _ in range(options.answer_passes if text.source == ANSWERS else 1)]  # fmt: skip
         tokens, alone = batch_tokens(options, team.device), forward.embedding.is_cuda and team.size == 1
         longest = max((text.length for text in corpus.texts), default=1)
         shapes = Shapes(tokens, options.depth, longest) if alone else None

@@ -47,6 +47,7 @@ class TrainOptions:
         rate: the optimiser's learning rate.
         temperatures: at which the model answers prompts, in turn.
         answer_tokens: most tokens of an answer.
+        answer_passes: how often a pass over the given texts has each of the model's own answers.
         check_prompts: held-out prompts of each domain that drafts are measured on.
         check_tokens: most tokens of each answer that they are measured on.
         check_temperatures: at which.
@@ -75,6 +76,7 @@ class TrainOptions:
     rate: float | None = None
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     answer_tokens: int = 256
+    answer_passes: int = 1
     check_prompts: int = 16
     check_tokens: int = 128
     check_temperatures: tuple[float, ...] = (0.0, 0.8)
@@ -97,14 +99,16 @@ class TrainOptions:
             if getattr(self, name) not in allowed:
                 kinds = ", ".join(repr(one) for one in allowed if one is not None)
                 raise OptionError(f"{name}={shown(getattr(self, name))}: allowed are {kinds}")
-        counts = ("modules", "depth", "max_tokens", "answer_tokens", "check_prompts", "check_tokens", "batch",
-                  "check_every")  # fmt: skip
+        counts = ("modules", "depth", "max_tokens", "answer_tokens", "answer_passes", "check_prompts", "check_tokens",
+                  "batch", "check_every")  # fmt: skip
         for name in counts:
             self._check_count(name, 1, MOST_COUNT)
         for name in ("width", "steps", "batch_tokens"):
             if getattr(self, name) is not None:
                 self._check_count(name, 1, MOST_COUNT)
         self._check_count("seed", 0, MOST_SEED)
+        if self.answer_passes > 1 and (self.texts is None or self.prompts is None):
+            raise OptionError(f"answer_passes={self.answer_passes} weighs answers to prompts against texts: give both")
         if self.depth > MAX_DEPTH or self.modules > self.depth:
             raise OptionError(
                 f"depth={self.depth}, modules={self.modules}: a depth up to {MAX_DEPTH}, with no more modules than that"

@@ -34,6 +34,7 @@ IDS, INDEX = "ids.bin", "index.jsonl"
 DOMAINS = ("domain", "category")
 OTHER = "all"  # the domain of lines that name none
 HELD = "held_out"  # the source whose texts are all held out
+ANSWERS = "prompts"  # the source whose texts are the model's own answers
 SURROGATE = re.compile("[\ud800-\udfff]")  # such a half has no UTF-8, so it could be neither encoded nor written
 BEGINNING = 32  # tokens of a text that stand for its prompt
 

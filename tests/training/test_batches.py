@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from device_models import DEMO
+from mtp_spec.errors import OptionError
 from mtp_spec.model.checkpoint.folder import open_checkpoint
 from mtp_spec.model.rope import rope_table
 from mtp_spec.model.training import ModulesForward
@@ -147,3 +148,20 @@ def test_padded_steps_train_as_others_do(block: str, optimiser: str, tmp_path: P
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     assert len(losses[0]) == 6
     corpus.close()
+
+
+def test_a_pass_has_own_answers_as_often_as_asked(tmp_path: Path) -> None:
+    corpus, config = Corpus(tmp_path, 0.0), open_checkpoint(DEMO).config
+    for line, source in enumerate(("held_out", "texts", "prompts", "texts", "prompts")):
+        corpus.add(source, line, [line + 3 * i for i in range(9 + line)], [(2, 9)], "a")
+    file, shared = DEMO / "config.json", [torch.randn(300, config.hidden_size) for _ in range(2)]
+    table, states = rope_table(config, 64, "cpu"), cast(Any, Noise(corpus, config.hidden_size))
+    modules: Any = new_modules(config, 64, 1, 0, "cpu")
+    forward = ModulesForward(list(modules), *shared, lambda length: table)
+    for passes in (1, 3):
+        options = TrainOptions(texts=file, prompts=file, answer_passes=passes, batch_tokens=40, epochs=2.0)
+        trainer = Trainer.of(options, forward, modules, corpus, states, Team("cpu"))
+        taken = [number for step in range(trainer.batches.count(0)) for number in trainer.batches.of(step)]
+        assert sorted(taken) == sorted([1, 3] + [2, 4] * passes)
+    with pytest.raises(OptionError, match="answer_passes=2 weighs answers to prompts against texts: give both"):
+        TrainOptions(prompts=file, answer_passes=2)

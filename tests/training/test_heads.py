@@ -31,7 +31,7 @@ def test_recipes_are_trained_once_and_kept(
     command = ["bench", "heads", "--model", str(v3), "--json", str(file), "--work", str(work), "--texts", str(lines),
                "--prompts", str(prompts), "--held-out", str(held), *FEW]  # fmt: skip
     some = ["--recipes", "moe-own,warm", "--recipe", "slow", "block=dense", "rate=1e-4", "steps=2", "text=both",
-            "--heads", str(tmp_path / "kept")]  # fmt: skip
+            "answer_passes=2", "--heads", str(tmp_path / "kept")]  # fmt: skip
     main([*command, *some, "--minutes", "0.0001"])
     assert "left for the next call of the same command: moe-own seed 0, warm seed 0" in capsys.readouterr().out
     main([*command, *some])
@@ -40,7 +40,13 @@ def test_recipes_are_trained_once_and_kept(
     assert "slow seed 0, chain 2: No" in " ".join(out.split())  # not better, or within the noise
     first = json.loads(file.read_text())
     assert list(first["runs"]) == ["moe-own seed 0", "warm seed 0", "slow seed 0"]
-    assert first["runs"]["slow seed 0"]["options"] == {"block": "dense", "rate": 1e-4, "steps": 2, "text": "both"}
+    assert first["runs"]["slow seed 0"]["options"] == {
+        "block": "dense",
+        "rate": 1e-4,
+        "steps": 2,
+        "text": "both",
+        "answer_passes": 2,
+    }
     assert f"both: {24 + 6 + 4} texts" in out
     assert first["runs"]["slow seed 0"]["last"]["step"] == 2
     for texts in (first["shipped"], *(run["texts"] for run in first["runs"].values())):
