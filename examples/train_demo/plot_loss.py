@@ -24,10 +24,11 @@ def main() -> None:
         entry.setdefault("step", steps[-1]["step"])
     left.plot([e["step"] for e in checks], [e["val_loss"] for e in checks], "ko--", label="main, held-out answers")
     left.set(title="Run 1: model and MTP module", xlabel="step of 65,536 tokens", ylabel="loss a token")
-    for own, label in ((True, "own texts"), (False, "training texts")):
-        part = [e for e in second if e.get("own_text") is own]
-        right.plot([e["mtp_step"] for e in part], [e["loss"] for e in part], label=label)
-    right.set(title="Run 2: MTP module on its own output, depth 1 to 4", xlabel="step", ylabel="KL + total variation")
+    steps = [e for e in second if "mtp_step" in e and "greedy" in e]
+    for depth in (1, 3, 5):
+        share = [e["greedy"][depth - 1] for e in steps]
+        right.plot([e["mtp_step"] for e in steps], share, label=f"depth {depth}")
+    right.set(title="MTP module anew, on its own output", xlabel="step", ylabel="drafts equal to the likeliest token")
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)

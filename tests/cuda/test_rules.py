@@ -213,7 +213,7 @@ def texts(lm: LM, name: str, count: int) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_texts_by_rule(lm: LM, name: str) -> None:
-    texts(lm, name, 7)
+    texts(lm, name, 12)
 
 
 @pytest.mark.gpu

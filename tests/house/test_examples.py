@@ -156,3 +156,7 @@ def test_training_from_chats_to_a_checkpoint(tmp_path: Path) -> None:
     ids = lm.generate([0, 2, 77, 3], max_new_tokens=6, seed=0, speculation=3).token_ids
     assert ids == lm.generate([0, 2, 77, 3], max_new_tokens=6, seed=0, speculation=None).token_ids
     assert json.loads((tmp_path / "two" / "mtp.json").read_text())
+    # the second run froze the model: with its modules the first run's folder is the second's
+    run(ROOT / "examples" / "train_demo" / "join.py", tmp_path / "one", tmp_path / "two", tmp_path / "three")
+    for stored in (tmp_path / "three").glob("model*"):
+        assert stored.read_bytes() == (tmp_path / "two" / stored.name).read_bytes()
