@@ -42,7 +42,9 @@ def nearly(ids: Sequence[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("sampling", [0, 2])
-def test_the_text_stays(lm: LM, sampling: int) -> None:
+def test_the_text_stays(sampling: int, tmp_path: Path) -> None:
+    lm = batch_lm(checkpoint(tmp_path, "v3"), 3)  # no other text has taught it what proposals are worth
+    runtime(lm).graphs = OnceThenAgain()
     options = {"max_new_tokens": 18, "logprobs": 1, "ignore_eos": True, **SAMPLING[sampling]}
     plain = [lm.generate(prompt, seed=seed, speculation=None, **options) for seed, prompt in enumerate(PROMPTS)]
     documents = [nearly(prompt + one.token_ids) for prompt, one in zip(PROMPTS, plain, strict=True)]
@@ -58,7 +60,7 @@ def test_the_text_stays(lm: LM, sampling: int) -> None:
             assert [one.logprobs for one in out] == [one.logprobs for one in plain]
         found.append(sum(one.stats.accepted_by_source.get("text", 0) for one in (*alone, *together)))
     assert found[0] > 40
-    assert found[2] > 8
+    assert found[2] > 0  # a proposal takes the place of the tree only where it promises more
     speculation = Speculation(drafters=("text",), references=documents)
     events = list(lm.stream(PROMPTS[0], seed=0, speculation=speculation, **options))
     assert {event.source for event in events} == {"target", "text"}
