@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mtp_spec.api import LM
-from mtp_spec.cuda.backend import GROUPS
 from mtp_spec.cuda.kinds import PLANNED_DEPTH
+from mtp_spec.cuda.pool import GROUPS, SLOTS
 from mtp_spec.cuda.runtime import KEPT
 from mtp_spec.cuda.state import PREFILL_ROWS, prefill_rows
 from mtp_spec.errors import OptionError
@@ -71,8 +71,7 @@ def check_kept(lm: LM, ways: int, batch: int = 1) -> None:
     Args:
         batch: batch size, for which steps of 1, 2, 4, ... sequences are captured.
     """
-    most = (KEPT - OTHERS) // (1 + _halvings(batch))
-    most = most if batch == 1 else min(most, GROUPS)
+    most = min((KEPT - OTHERS) // (2 * (1 + _halvings(batch))), max(GROUPS, SLOTS // lm.max_batch))
     if lm.backend.captured and ways > most:
         beside = f" in batches of {batch}" if batch > 1 else ""
         raise OptionError(

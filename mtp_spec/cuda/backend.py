@@ -18,8 +18,8 @@ import torch
 from mtp_spec.cache.pages import check_pages
 from mtp_spec.cuda.group import Group
 from mtp_spec.cuda.kinds import AUTO, Kind, check_mixed, kind_of
-from mtp_spec.cuda.memory import check_room, pages_bytes
-from mtp_spec.cuda.pages import DeviceLease, DevicePages, planned_pages, room_of
+from mtp_spec.cuda.pages import DeviceLease, planned_pages, room_of
+from mtp_spec.cuda.pool import GROUPS, Pool
 from mtp_spec.cuda.prefill import First, Reader
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.sequence import DeviceSequence, Results
@@ -41,57 +41,7 @@ from mtp_spec.tree_shape import TreeShape
 PROMPT_ROWS, HURRIED_ROWS = 256, 2048
 # most rows of a long prompt's chunk beside steps of other sequences, unless more sequences wait than take steps
 BESIDE_ROWS = 1024
-# most idle groups that are kept, with the steps that were captured for them
-GROUPS = 8
 FIRST = TreeShape()  # of a prompt's first token
-
-
-class Pool:
-    """Cache pages and the work captured on them; a reader or group is taken out of the pool while in use."""
-
-    def __init__(self, runtime: DeviceRuntime, total: int, most: int) -> None:
-        model, tokens = runtime.model, runtime.max_context
-        if model.device.type == "cuda":
-            what = f"A batch of {most} sequences" if most > 1 else "A sequence beside others"
-            check_room(pages_bytes(model, tokens, most, total), model.device, what)
-        self.runtime, self.most, self.pages = runtime, most, DevicePages(model, tokens, total, most)
-        self._readers, self._groups = deque[Reader](), deque[Group]()
-        self.known = list[Group]()  # all groups, in use or not
-        self._whole = set[Kind]()  # kinds that have a group of the full batch size
-
-    def reader(self) -> Reader:
-        """Takes out a reader."""
-        return self._readers.pop() if self._readers else Reader(self.runtime, self.pages)
-
-    def group(self, kind: Kind, shared: bool) -> Group:
-        """Takes out a group without sequences.
-
-        Args:
-            shared: it must have slots for the full batch; else one slot is enough.
-        """
-        least = self.most if shared and kind.shared else 1
-        group = next((one for one in self._groups if one.kind == kind and one.most >= least), None)
-        if group is not None:
-            self._groups.remove(group)
-            group.clear()
-            return group
-        while len(self._groups) >= GROUPS:
-            oldest = self._groups.popleft()
-            self._whole.discard(oldest.kind)
-            self.known.remove(oldest)
-            self.runtime.forget(oldest)
-            del oldest  # its memory is free for the new one
-        if kind.shared and kind not in self._whole:  # later sequences will share it
-            self._whole.add(kind)
-            least = self.most
-        self.known.append(Group(self.runtime, self.pages, kind, least))
-        return self.known[-1]
-
-    def give_back(self, reader: Reader | None, groups: Seq[Group]) -> None:
-        """Takes back what is no longer used; the garbage collector may call this at any point."""
-        if reader is not None:
-            self._readers.append(reader)
-        self._groups.extend(groups)
 
 
 class DeviceBackend:

@@ -20,8 +20,8 @@ from torch import Tensor
 from mtp_spec.cuda.flight import Flight, Part
 from mtp_spec.cuda.guided import Guide
 from mtp_spec.cuda.kinds import CHAINS, Kind
-from mtp_spec.cuda.memory import check_room, group_bytes, guided_bytes, rule_bytes
-from mtp_spec.cuda.pages import STEP_ROWS, STEP_SEQUENCES, DevicePages, step_rows
+from mtp_spec.cuda.memory import check_room, guided_bytes, rule_bytes
+from mtp_spec.cuda.pages import STEP_ROWS, STEP_SEQUENCES, DevicePages
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.script import NOTHING, RING, Script, promised
 from mtp_spec.cuda.sequence import DeviceSequence, Drafts, Results
@@ -41,19 +41,18 @@ class Group:
 
     Args:
         most: number of slots.
+        logits: `[R, V]` float32, where every step leaves its logits.
     """
 
-    def __init__(self, runtime: DeviceRuntime, pages: DevicePages, kind: Kind, most: int) -> None:
+    def __init__(self, runtime: DeviceRuntime, pages: DevicePages, kind: Kind, most: int, logits: Tensor) -> None:
         self.runtime, self.pages, self.kind, self.most = runtime, pages, kind, most
         # all slots' rows fit into one pass that shows the modules what a step left
         slots = min(STEP_SEQUENCES, 1 << (most - 1).bit_length())
         self.shapes, self.extend = kind.shapes, kind.extend(min(CHAINS[0] + 1, STEP_ROWS // slots))
         model, device = runtime.model, runtime.model.device
-        if device.type == "cuda":
-            check_room(group_bytes(model, most), device, f"A step of {most} sequences")
         self.state = State(model, runtime.max_context, pages.caches, pages.one(pages.idle_row).repeat(most, 1))
         self.state.live = torch.zeros(most, dtype=torch.int32, device=device)
-        self.state.logits = torch.empty(step_rows(most), model.config.vocab_size, dtype=torch.float32, device=device)
+        self.state.logits = logits
         nothing = partial(torch.full, fill_value=NOTHING, dtype=torch.int64, device=device)
         self.state.script = nothing((most, RING)) if kind.scripted else None
         self.state.replayed = nothing((most, runtime.max_context, MAX_DEPTH)) if kind.replay else None

@@ -77,7 +77,7 @@ def plan_memory(
     table = (capacity + 128) * 2 * config.qk_rope_head_dim * 4
     logits = config.vocab_size * 4
     settings = 4 * capacity // PAGE * (2 * max_batch + EXTRA_ROWS + READ_SEQUENCES)  # page tables
-    settings += group_bytes(model, max_batch)
+    settings += group_bytes(model, max_batch) + logits_bytes(model, max_batch)
     largest = COPIES * max(pass_bytes(model, read), pass_bytes(model, rows) + rows * logits)
     if model.expanded:
         largest += prompt_pass_bytes(model, min(model.prefill_tokens, max_context), capacity)
@@ -94,12 +94,16 @@ def pages_bytes(model: DeviceModel, max_context: int, max_batch: int, count: int
 
 
 def group_bytes(model: DeviceModel, sequences: int) -> int:
-    """Returns the bytes of a batch's state other than pages: hidden states, settings, a step's logits."""
+    """Returns the bytes of a batch's state other than pages: hidden states, settings."""
     config, vocabulary = model.config, model.config.vocab_size
     hidden = (ROWS + WAITING + config.num_nextn_predict_layers) * config.hidden_size * 2
     # for running sequences and those in prefill, and a copy while steps are captured
-    held = (sequences + min(sequences, READ_SEQUENCES)) * (COPIES * hidden + 3 * vocabulary * 4)
-    return held + step_rows(sequences) * vocabulary * 4
+    return (sequences + min(sequences, READ_SEQUENCES)) * (COPIES * hidden + 3 * vocabulary * 4)
+
+
+def logits_bytes(model: DeviceModel, max_batch: int) -> int:
+    """Returns the bytes of the logits of a step of up to `max_batch` sequences."""
+    return step_rows(max_batch) * model.config.vocab_size * 4
 
 
 def pass_bytes(model: DeviceModel, rows: int) -> int:
@@ -195,12 +199,17 @@ def check_room(needed: int, device: torch.device, what: str) -> None:
     Raises:
         MTPSpecError: the device has less free memory.
     """
-    free = _free(device)
-    if needed > free:
+    if not has_room(needed, device):
+        free = _free(device)
         raise MTPSpecError(
             f"{what} needs {needed / 1e9:.2f} GB of GPU memory and {free / 1e9:.2f} GB are free: end other sequences, "
             "draft fewer nodes, or load with a smaller max_context"
         )
+
+
+def has_room(needed: int, device: torch.device) -> bool:
+    """Returns whether `needed` bytes are free."""
+    return needed <= _free(device)
 
 
 def _free(device: torch.device) -> int:

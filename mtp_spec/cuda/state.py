@@ -58,7 +58,7 @@ class State:
         ring_tokens: `[B, WAITING]` int64, their tokens.
         carried: `[B, modules - 1, D]`, each module's output at its last slot, which the next module has not seen.
         live: `[B]` int32, 0 for an unused slot, which does not advance; None if all are in use.
-        logits: buffer for the logits of batched steps; None if each step has its own.
+        logits: buffer for the logits of a group's steps; None if each step has its own.
         script: `[B, RING]` int64, the token that other drafters expect at a position, modulo RING, -1 for none
             (`cuda.script`). None if only the modules draft.
         replayed: `[B, S, MAX_DEPTH]` int64, what replaces the modules' drafts after the root at a position, -1 for

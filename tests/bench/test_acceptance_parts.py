@@ -16,7 +16,7 @@ from mtp_spec.bench import turns
 from mtp_spec.bench.acceptance.cells import Group
 from mtp_spec.bench.acceptance.running import check_model
 from mtp_spec.cli.main import main
-from mtp_spec.cuda.runtime import KEPT
+from mtp_spec.cuda.pool import SLOTS
 from mtp_spec.stats import GenerationStats
 
 
@@ -67,7 +67,8 @@ def test_impossible_options(arguments: list[str], message: str, capsys: pytest.C
 )
 def test_what_a_model_cannot_do(size: int, runtime: Any, message: str | None) -> None:
     ranks = SimpleNamespace(ranks=SimpleNamespace(size=size))
-    model: Any = SimpleNamespace(max_context=64, backend=SimpleNamespace(captured=runtime is not None), model=ranks)
+    backend = SimpleNamespace(captured=runtime is not None)
+    model: Any = SimpleNamespace(max_context=64, backend=backend, model=ranks, max_batch=1)
     args = argparse.Namespace(bound=True, max_new_tokens=8)
     with nullcontext() if message is None else pytest.raises(mtp_spec.OptionError, match=message):
         check_model(model, [Group(0.0, 56, None)], args)
@@ -77,18 +78,17 @@ def test_what_a_model_cannot_do(size: int, runtime: Any, message: str | None) ->
 
 def test_a_gpu_is_not_asked_for_more_ways_than_it_keeps() -> None:
     ranks = SimpleNamespace(ranks=SimpleNamespace(size=1))
-    model: Any = SimpleNamespace(max_context=64, backend=SimpleNamespace(captured=True), model=ranks)
+    model: Any = SimpleNamespace(max_context=64, backend=SimpleNamespace(captured=True), model=ranks, max_batch=1)
     args, group = argparse.Namespace(bound=False, max_new_tokens=8), Group(0.0, None, None)
-    for number in range(KEPT // 2):
+    for number in range(SLOTS):
         group.add(f"shape {number}", number)
     check_model(model, [group], args)
     assert turns.warm_tokens(model, 6) == [32, 24, 16, 16, 8, 8]  # six are left, then four, two, one
-    group.batch = 8
+    group.batch = model.max_batch = 8
     with pytest.raises(mtp_spec.OptionError, match="of 8 in batches of 8"):
         check_model(model, [group], args)
-    group.batch = 1
-    for number in range(KEPT):
-        group.add(f"shape {number}", number)
+    group.batch = model.max_batch = 1
+    group.add("one more", SLOTS)
     with pytest.raises(mtp_spec.OptionError, match="fewer shapes or rules"):
         check_model(model, [group], args)
 

@@ -271,7 +271,7 @@ def test_rows_that_depend_on_their_pass_are_reused_in_whole_chunks(
 
 def test_capturing_leaves_what_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_spec.cuda.group.check_room", lambda *_: None)
-    monkeypatch.setattr("mtp_spec.cuda.backend.check_room", lambda *_: None)
+    monkeypatch.setattr("mtp_spec.cuda.pool.check_room", lambda *_: None)
     lm, other = models("references", tmp_path)
     runtime(lm).graphs = OnceThenAgain()
     turn, question = lm.stream(PROMPT, speculation=2, **OPTIONS), PROMPT

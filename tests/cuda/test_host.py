@@ -10,6 +10,7 @@ import random
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +18,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mtp_spec
 from device_models import FEW, batch_lm, checkpoint
 from lms import assert_same, device
 from mtp_spec.acceptance.accept import Drawn
 from mtp_spec.api import LM
-from mtp_spec.cuda import backend
-from mtp_spec.cuda.backend import Pool
+from mtp_spec.cuda import memory
+from mtp_spec.cuda import pool as pools
 from mtp_spec.cuda.group import Group
 from mtp_spec.cuda.kinds import Kind
 from mtp_spec.cuda.pages import LEASES, DevicePages
+from mtp_spec.cuda.pool import Pool
 from mtp_spec.cuda.prefill import Reader
 from mtp_spec.cuda.runtime import DeviceRuntime
 from mtp_spec.cuda.sequence import DeviceSequence, Results
@@ -175,7 +178,8 @@ def test_memory_of_a_dropped_group_is_free_for_the_next(folder: Path, monkeypatc
     runtime = DeviceRuntime(load_device_model(folder, "cpu"), 100)
     pool, dropped = Pool(runtime, 8, 2), list[bool]()
     runtime.graphs = Once()  # type: ignore[assignment]
-    monkeypatch.setattr(backend, "GROUPS", 1)
+    monkeypatch.setattr(pools, "GROUPS", 1)
+    monkeypatch.setattr(pools, "SLOTS", 1)
     gc.disable()
     try:
         group = pool.group(Kind((TreeShape(),)), False)
@@ -187,11 +191,55 @@ def test_memory_of_a_dropped_group_is_free_for_the_next(folder: Path, monkeypatc
             dropped.append(state() is None)
             return Group(*given)
 
-        monkeypatch.setattr(backend, "Group", made)
+        monkeypatch.setattr(pools, "Group", made)
         pool.group(Kind((TreeShape(),), watched=True), False)
         assert dropped == [True]
     finally:
         gc.enable()
+
+
+KINDS = [Kind((TreeShape.chain(depth),), modules=True) for depth in range(70)]
+
+
+@pytest.mark.parametrize(
+    ("most", "kinds", "made"), [(1, 64, 64), (1, 65, 3 * 65), (16, 8, 8), (16, 9, 27), (6, 10, 10)]
+)
+def test_kinds_in_turn_are_captured_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, most: int, kinds: int, made: int
+) -> None:
+    """A benchmark of ten ways to draft captured each of them again for every text: "auto" ran at a quarter of plain."""
+    runtime, created = DeviceRuntime(load_device_model(folder, "cpu"), 100), list[Kind]()
+    pool, logits = Pool(runtime, 8, most), set[int]()
+
+    def make(runtime: DeviceRuntime, pages: DevicePages, kind: Kind, most: int, room: torch.Tensor) -> Any:
+        created.append(kind)
+        logits.add(room.data_ptr())
+        return SimpleNamespace(kind=kind, most=most, clear=lambda: None)
+
+    monkeypatch.setattr(pools, "Group", make)
+    for _ in range(3):
+        for kind in KINDS[:kinds]:
+            pool.give_back(None, [pool.group(kind, most > 1)])
+    assert (len(created), len(logits), len(pool.known)) == (made, 1, min(kinds, max(8, 64 // most)))
+
+
+def test_idle_groups_give_way_to_a_new_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short, before it is refused."""
+    runtime = DeviceRuntime(load_device_model(folder, "cpu"), 100)
+    pool, free = Pool(runtime, 8, 1), [3]
+    runtime.model = SimpleNamespace(device=torch.device("cuda"), config=runtime.model.config)  # type: ignore[assignment]
+    monkeypatch.setattr(pools, "group_bytes", lambda model, slots: 1)
+    monkeypatch.setattr(pools, "logits_bytes", lambda model, most: 0)
+    monkeypatch.setattr(memory, "_free", lambda device: free[0] - len(pool.known))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(pools, "Group", lambda *given: SimpleNamespace(kind=given[2], most=1, clear=lambda: None))
+    for kind in KINDS[:5]:
+        pool.give_back(None, [pool.group(kind, False)])
+    assert [group.kind for group in pool.known] == KINDS[2:5]
+    for kind in KINDS[2:5]:
+        pool.group(kind, False)
+    with pytest.raises(mtp_spec.MTPSpecError, match="A step of 1 sequences needs"):
+        pool.group(KINDS[5], False)
 
 
 class Once:

@@ -17,7 +17,16 @@ import mtp_spec
 import small
 from device_models import DEMO
 from mtp_spec import host_memory, memory
-from mtp_spec.cuda.memory import COPIES, check_memory, check_room, group_bytes, pass_bytes, plan_memory, rule_bytes
+from mtp_spec.cuda.memory import (
+    COPIES,
+    check_memory,
+    check_room,
+    group_bytes,
+    logits_bytes,
+    pass_bytes,
+    plan_memory,
+    rule_bytes,
+)
 from mtp_spec.cuda.pages import READ_SEQUENCES, STEP_ROWS, DevicePages, planned_pages
 from mtp_spec.cuda.prefill import Whole
 from mtp_spec.cuda.runtime import DeviceRuntime
@@ -120,7 +129,7 @@ def test_reading_several_prompts_is_planned(no_launches: None, model: DeviceMode
         one = Whole(DeviceRuntime(model, 1000), tables, State(model, 1000, caches, tables), rows, True, Stages())
         peak = held(one.read)
         room = mla.room_bytes(caches[0].capacity, head, texts * rows, texts)
-        assert COPIES * peak + room + group_bytes(model, batch) <= 1.01 * plan.passes
+        assert COPIES * peak + room + group_bytes(model, batch) + logits_bytes(model, batch) <= 1.01 * plan.passes
         with Held() as counted:
             one.read()
         # every captured pass keeps what it has made

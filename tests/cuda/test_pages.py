@@ -98,7 +98,7 @@ def test_what_a_text_has_written_is_shared(
 
 
 def test_prompts_that_are_read_in_chunks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("backend", "group"):
+    for place in ("pool", "group"):
         monkeypatch.setattr(f"mtp_spec.cuda.{place}.check_room", lambda *_: None)
     lm, alone = batch_lm(folder, 3), batch_lm(folder, 1)
     runtime(lm).graphs = OnceThenAgain()

@@ -186,7 +186,7 @@ def test_capturing_between_chunks_leaves_the_prompt_alone(tmp_path: Path, monkey
     assert expected.generate(prompt, max_new_tokens=6, seed=2, speculation=3).token_ids == plain.token_ids
     wanted = module_caches(expected)
     monkeypatch.setattr("mtp_spec.cuda.group.check_room", lambda *_: None)
-    monkeypatch.setattr("mtp_spec.cuda.backend.check_room", lambda *_: None)
+    monkeypatch.setattr("mtp_spec.cuda.pool.check_room", lambda *_: None)
     for speculation in (None, 3):
         lm = device_lm(folder, context=400)
         runtime(lm).graphs = OnceThenAgain()
