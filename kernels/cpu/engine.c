@@ -1,6 +1,7 @@
 // The engine: a pass of the model, or of one of its multi-token-prediction modules, as one call, and threads that help.
 #include "operations.h"
 #include "phases.h"
+#include "sampling.h"
 
 // Logits: the one phase of a head.
 typedef struct {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import CFUNCTYPE, POINTER, Structure, c_float, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_float, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -147,6 +147,10 @@ class Library:
         self.norm, self.activate, self.rotate = self._of("norm"), self._of("activate"), self._of("rotate")
         self.choose = self._of("choose")
         self.ordered_products, self.ordered_totals = self._of("ordered_products"), self._of("ordered_totals")
+        # of a row that a token is drawn from
+        self.noise, self.draw = self._of("noise"), self._of("draw", c_int64)
+        self.noise.argtypes = (c_uint64, c_uint64, c_int64, c_void_p)
+        self.draw.argtypes = (c_void_p, c_int64, POINTER(c_float), c_void_p, POINTER(c_float))
 
     def _of(self, name: str, returns: Any = None) -> Any:
         function = getattr(self._loaded, f"mtp_{self.level}_{name}")
@@ -221,3 +225,8 @@ def library(level: str | None = None) -> Library:
     """Returns the engine at a level, by default the fastest; it must exist, even if it was switched off since."""
     wanted = level or _wanted()
     return _library(wanted if wanted in levels() else levels()[0])
+
+
+def usable() -> Library | None:
+    """Returns the engine if it is there and not switched off."""
+    return library() if why_not() is None else None

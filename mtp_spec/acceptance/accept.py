@@ -80,8 +80,9 @@ def accept_coupled(
     """
     node, nodes, drawn = ROOT, list[int](), list[Drawn]()
     while True:
-        row = logits[node + 1]
-        token = sampler.draw(_processed(sampler, row, history, position + len(drawn), node), position + len(drawn))
+        row, place = logits[node + 1], position + len(drawn)
+        picked = sampler.pick(row, place)
+        token = sampler.draw(_processed(sampler, row, history, place, node), place) if picked is None else picked[0]
         history = history.child(token)
         child = tree.child(node, token)
         wanted = sampler.params.logprobs

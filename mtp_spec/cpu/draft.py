@@ -86,6 +86,23 @@ class Best:
         return [float(logprobs[token]) for token in self._tokens]
 
 
+class Picked:
+    """The best child of a node, and its lead; see `planning.fixed_plan.Children`."""
+
+    count = 1
+
+    def __init__(self, picked: tuple[int, float], row: Tensor, history: History, sampler: Sampler) -> None:
+        self._picked, self._row, self._history, self._sampler = picked, row, history, sampler
+
+    def lead(self) -> float:
+        """Returns the lead of the best one over the next."""
+        return self._picked[1]
+
+    def logprobs(self) -> list[float]:
+        """Returns its log-probability under the draft."""
+        return [float(self._sampler.process(self._row, self._history).log_softmax(-1)[self._picked[0]])]
+
+
 class Drafter:
     """The MTP side of one sequence.
 
@@ -299,8 +316,13 @@ class Drafter:
         width, limits = plan.limits.branching[level - 1], plan.limits
         children: list[Child] = []
         for parent in leaves:
-            processed = None
-            if (row := rows.get(parent.node)) is not None:
+            processed, row = None, rows.get(parent.node)
+            if row is not None and not parent.given and width == 1 and (picked := self._picked(row, position, sampler)):
+                best = Picked(picked, row, parent.history, sampler)
+                children += [Child(score, 0, picked[0], parent, None)
+                             for score in plan.score(parent.node, parent.score, best, level)]  # fmt: skip
+                continue
+            if row is not None:
                 processed = sampler.process(row, parent.history)
                 if sampler.guides:  # the modules cannot go on below a token that is not allowed
                     parent.given = [one for one in parent.given if float(processed[one.tokens[0]]) != -math.inf]
@@ -337,6 +359,12 @@ class Drafter:
             given = [] if child.rest is None else [child.rest]
             grown.append(Leaf(node, hidden, parent.history.child(child.token), parent.slots, child.score, given))
         return grown
+
+    def _picked(self, row: Tensor, position: int, sampler: Sampler) -> tuple[int, float] | None:
+        """Returns the only child of a row and its lead, if nothing else has to be known of the row."""
+        if self.rule is not None or self.observer is not None or self._replay is not None:
+            return None
+        return sampler.pick(row, position)
 
     def _replayed(self, top: list[int], position: int, level: int) -> list[int]:
         """Returns what is drafted for a position, which the modules have drafted as `top`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from ctypes import c_float
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from mtp_spec.errors import MTPSpecError, NotFiniteError, OptionError
+from mtp_spec.kernels.cpu import engine
 from mtp_spec.sampling.noise import GumbelNoise
 from mtp_spec.sampling.params import SamplingParams
 from mtp_spec.sampling.processors import LogitsProcessor, Masking, Trail
@@ -109,8 +111,8 @@ class Sampler:
         OptionError: a parameter that does not fit the vocabulary, or noise of another width.
     """
 
-    __slots__ = ("_bias_ids", "_bias_values", "_early", "_log_min_p", "_stop_ids", "noise", "params", "processors",
-                 "vocab_size")  # fmt: skip
+    __slots__ = ("_bias_ids", "_bias_values", "_early", "_engine", "_log_min_p", "_scores_of_two", "_stop_ids",
+                 "_temperature", "noise", "params", "processors", "vocab_size")  # fmt: skip
 
     def __init__(
         self,
@@ -135,6 +137,9 @@ class Sampler:
         self._early = np.array(sorted(stop_ids), dtype=np.int64)
         if params.min_new_tokens and len(stop_ids) == vocab_size:
             raise OptionError(f"min_new_tokens={params.min_new_tokens} leaves nothing: every token ends the text")
+        # None if a row is changed by anything but temperature
+        self._engine = engine.usable() if self._only_temperature() else None
+        self._temperature, self._scores_of_two = c_float(float(self._divisor())), (c_float * 2)()
 
     @property
     def guides(self) -> bool:
@@ -247,6 +252,20 @@ class Sampler:
             raise self._no_token(scores[best], position)
         return best
 
+    def pick(self, logits_row: torch.Tensor, position: int) -> tuple[int, float] | None:
+        """Returns what `process` and `draw` would, and what `lead` would, in one pass of the CPU engine over the row.
+
+        None if there is more to do than that: the row is changed by more than temperature, holds a number that is not
+        finite, or is not float32 on a CPU.
+        """
+        if self._engine is None or logits_row.dtype != torch.float32 or logits_row.device.type != "cpu":
+            return None
+        if logits_row.shape != (self.vocab_size,) or not logits_row.is_contiguous():
+            return None
+        noise, scores = None if self.params.greedy else self.noise.row_array(position).ctypes.data, self._scores_of_two
+        token = self._engine.draw(logits_row.data_ptr(), self.vocab_size, self._temperature, noise, scores)
+        return None if token < 0 else (token, scores[0] - scores[1])
+
     def top(self, processed: torch.Tensor, position: int, k: int) -> list[int]:
         """The k best tokens of the row plus noise, best first: siblings of a draft tree.
 
@@ -331,11 +350,22 @@ class Sampler:
     def _scale(self, row: Float32Array, best: np.float32) -> None:
         """(row - best) / temperature; a temperature too small for float32 leaves only the best tokens."""
         row -= best
-        # max(...) keeps 0 / temperature at 0 for temperatures that float32 rounds to 0
-        temperature = max(np.float32(self.params.temperature), np.finfo(np.float32).tiny)
+        temperature = self._divisor()
         if temperature != 1.0:
             with np.errstate(over="ignore"):
                 row /= temperature
+
+    def _divisor(self) -> np.float32:
+        # max(...) keeps 0 / temperature at 0 for temperatures that float32 rounds to 0
+        return max(np.float32(self.params.temperature), np.finfo(np.float32).tiny)
+
+    def _only_temperature(self) -> bool:
+        params = self.params
+        neutral = params.repetition_penalty == 1.0 and not params.presence_penalty and not params.frequency_penalty
+        whole = not 0 < params.top_k < self.vocab_size and params.top_p >= 1.0 and self._log_min_p is None
+        return (
+            neutral and (whole or params.greedy) and not (len(self._bias_ids) or self.processors or self.forbids_ends)
+        )
 
     def _scores(self, processed: torch.Tensor, position: int) -> Float32Array:
         row: Float32Array = processed.numpy()
