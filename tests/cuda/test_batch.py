@@ -53,7 +53,7 @@ def test_more_rows_than_a_step_takes(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_capturing_leaves_running_texts_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("backend", "group"):
+    for place in ("pool", "group"):
         monkeypatch.setattr(f"mtp_spec.cuda.{place}.check_room", lambda *_: None)
     lm, asked = batch_lm(folder, 4), wishes(5, 2, [2])
     runtime(lm).graphs = OnceThenAgain()
@@ -69,7 +69,7 @@ def test_as_many_prompts_as_share_steps_are_read_at_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     """Captured passes are for powers of two, but never for more than there are places."""
-    for place in ("backend", "group"):
+    for place in ("pool", "group"):
         monkeypatch.setattr(f"mtp_spec.cuda.{place}.check_room", lambda *_: None)
     lm, prompts = batch_lm(folder, most), [[number + 1, 5, 7] for number in range(most)]
     runtime(lm).graphs = OnceThenAgain()

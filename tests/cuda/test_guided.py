@@ -149,7 +149,7 @@ def test_guided_texts_share_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_capturing_a_guided_step_leaves_its_texts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("backend", "group"):
+    for place in ("pool", "group"):
         monkeypatch.setattr(f"mtp_spec.cuda.{place}.check_room", lambda *_: None)
     folder, asked = checkpoint(tmp_path, "v3"), guided_wishes(6, 4)
     lm, alone = batch_lm(folder, 3), batch_lm(folder, 1)
