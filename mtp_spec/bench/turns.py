@@ -71,6 +71,7 @@ def check_kept(lm: LM, ways: int, batch: int = 1) -> None:
     Args:
         batch: batch size, for which steps of 1, 2, 4, ... sequences are captured.
     """
+    # of each size a way keeps its steps and a table of their times
     most = min((KEPT - OTHERS) // (2 * (1 + _halvings(batch))), max(GROUPS, SLOTS // lm.max_batch))
     if lm.backend.captured and ways > most:
         beside = f" in batches of {batch}" if batch > 1 else ""

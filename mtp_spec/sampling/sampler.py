@@ -111,7 +111,7 @@ class Sampler:
         OptionError: a parameter that does not fit the vocabulary, or noise of another width.
     """
 
-    __slots__ = ("_bias_ids", "_bias_values", "_early", "_engine", "_log_min_p", "_scores_of_two", "_stop_ids",
+    __slots__ = ("_bias_ids", "_bias_values", "_early", "_engine", "_log_min_p", "_stop_ids",
                  "_temperature", "noise", "params", "processors", "vocab_size")  # fmt: skip
 
     def __init__(
@@ -139,7 +139,7 @@ class Sampler:
             raise OptionError(f"min_new_tokens={params.min_new_tokens} leaves nothing: every token ends the text")
         # None if a row is changed by anything but temperature
         self._engine = engine.usable() if self._only_temperature() else None
-        self._temperature, self._scores_of_two = c_float(float(self._divisor())), (c_float * 2)()
+        self._temperature = c_float(float(self._divisor()))
 
     @property
     def guides(self) -> bool:
@@ -262,7 +262,7 @@ class Sampler:
             return None
         if logits_row.shape != (self.vocab_size,) or not logits_row.is_contiguous():
             return None
-        noise, scores = None if self.params.greedy else self.noise.row_array(position).ctypes.data, self._scores_of_two
+        noise, scores = None if self.params.greedy else self.noise.row_array(position).ctypes.data, (c_float * 2)()
         token = self._engine.draw(logits_row.data_ptr(), self.vocab_size, self._temperature, noise, scores)
         return None if token < 0 else (token, scores[0] - scores[1])
 
