@@ -1,6 +1,7 @@
 // Drawing a token: noise of a position, and the best token of a row plus noise. No output depends on another one's sums,
 // so every level gives the same bits.
 #pragma once
+#include "dense.h"
 #include "lanes.h"
 
 typedef double dvec __attribute__((vector_size(64)));
@@ -68,7 +69,7 @@ void EXPORT(noise)(uint64_t seed, uint64_t position, int64_t count, float *out) 
             vec8 gumbel = __builtin_convertvector(-logarithm(-logarithm(1.0 - u)), vec8);
             memcpy(found + i, &gumbel, sizeof gumbel);
         }
-        memcpy(out + first, found, sizeof(float) * (size_t)(count - first < AT_A_TIME ? count - first : AT_A_TIME));
+        memcpy(out + first, found, sizeof(float) * (size_t)least(count - first, AT_A_TIME));
     }
     former_arithmetic(before);
 }
@@ -80,8 +81,6 @@ ALWAYS vec part_row(const float *p, int64_t count, float other) {
     return v;
 }
 
-ALWAYS vec either(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
-
 // The token with the highest score, the first among equals, where a score is (logit - highest) / temperature + noise, or
 // the logit without noise; and in `scores` its score and the next one, -inf if there is none. -1 if any logit is not
 // finite.
@@ -92,7 +91,7 @@ int64_t EXPORT(draw)(const float *row, int64_t count, const float *temperature, 
     for (int64_t i = 0; i < count; i += LANES) {
         vec x = part_row(row + i, count - i, row[0]);
         wrong |= x - x != spread(0.0f);
-        highest = either(x > highest, x, highest);
+        highest = pick(x > highest, x, highest);
     }
     float best = highest[0];
     int any = 0;
@@ -110,8 +109,8 @@ int64_t EXPORT(draw)(const float *row, int64_t count, const float *temperature, 
         if (count - i < LANES)
             for (int64_t l = count - i; l < LANES; l++) x[l] = -__builtin_inff();
         ivec better = x > first, next = x > second;
-        second = either(better, first, either(next, x, second));
-        first = either(better, x, first);
+        second = pick(better, first, pick(next, x, second));
+        first = pick(better, x, first);
         where = (better & place) | (~better & where);
     }
     int lane = 0;
